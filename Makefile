@@ -1,0 +1,31 @@
+# make train: set up and train the default model. make test: lint, types and all tests.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(wildcard *.py) model parallel data training evaluation bench tests
+
+.PHONY: train test check clean
+
+train: .venv/.installed
+	$(BIN)/python train.py
+
+test: check
+	$(BIN)/python -m pytest
+
+check: .venv/.installed-dev
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy $(SOURCES)
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ .venv/.installed
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,177 @@
+"""Counter-based initial weights: the same tensor on every mesh, device and process count.
+
+Each element is a function of (seed, parameter name, its linear index in the global tensor) and of
+nothing else. All arithmetic is on integers until one exact conversion to float32 and one
+multiplication, which every device rounds alike. A change of any of it is a change of every run and
+raises VERSION.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+
+VERSION = "llamesh-init-1"
+BASE_STD = 0.02
+
+LocalBlock = Callable[[Tensor], tuple[Tensor, Sequence[int]]]
+"""A parameter to (the part of it that lives here, the offsets of that part in the whole)."""
+
+# Temporary memory is a few int64 tensors of a piece; on CPU a piece should stay in the cache.
+_PIECE_CPU, _PIECE_DEVICE = 2**16, 2**22
+
+_MASK64 = 2**64 - 1
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+_LANES = 0x0000FFFF0000FFFF
+_WORDS = 3  # three words of four 16-bit uniforms make the twelve of a normal value
+_CENTRE = 12 * 0xFFFF // 2
+_STD_OF_SUM = math.sqrt(2.0**32 - 1)  # twelve variances of (65536² - 1) / 12
+
+
+def parameter_std(name: str, config: ModelConfig) -> float | None:
+    """Standard deviation of a parameter's initial values; None: all ones (the norms).
+
+    0.02, and 0.02 / sqrt(2 · n_layers) for the two projections of a layer that add to the residual
+    stream, so that its variance does not grow with depth (GPT-2's paper, section 2.3; Megatron-LM,
+    arXiv:1909.08053, section 4).
+
+    Raises:
+        ValueError: the name is none of a Llama's.
+    """
+    kind = name.removesuffix(".weight").rpartition(".")[2]
+    if kind in ("norm", "attention_norm", "ffn_norm"):
+        return None
+    if kind in ("wo", "w2"):
+        return BASE_STD / math.sqrt(2 * config.n_layers)
+    if kind in ("tok_embeddings", "output", "wq", "wk", "wv", "w1", "w3"):
+        return BASE_STD
+    raise ValueError(
+        f"parameter ({name}) has no rule for its initial values: add it to model.init.parameter_std"
+    )
+
+
+def initialize(
+    model: nn.Module, config: ModelConfig, seed: int, local_block: LocalBlock | None = None
+) -> None:
+    """Fill every parameter in place.
+
+    Args:
+        model: its parameters' names and shapes are the global ones, their values may be shards.
+        config: of the model, for `parameter_std`.
+        seed: any integer.
+        local_block: the part of a parameter that this process holds and its place in the whole;
+            by default all of it.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            local: Tensor
+            offsets: Sequence[int]
+            if local_block is None:
+                local, offsets = parameter, [0] * parameter.dim()
+            else:
+                local, offsets = local_block(parameter)
+            std = parameter_std(name, config)
+            if std is None:
+                local.fill_(1.0)
+            else:
+                _fill(local, offsets, _strides(parameter.shape), _key(name, seed), _scale(std))
+
+
+def initial_block(
+    name: str,
+    shape: Sequence[int],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    std: float,
+    seed: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The initial values of a block of a parameter: normal, mean 0, standard deviation `std`.
+
+    The normal values are sums of twelve uniform ones (Irwin-Hall), bounded by 6 std.
+
+    Args:
+        name: of the parameter in the whole model.
+        shape: of the whole parameter.
+        offsets: of the block's first element in the whole, one a dim.
+        sizes: of the block, one a dim.
+
+    Returns: float32 of shape `sizes`.
+    """
+    block = torch.empty(tuple(sizes), dtype=torch.float32, device=device)
+    _fill(block, offsets, _strides(shape), _key(name, seed), _scale(std))
+    return block
+
+
+def _fill(
+    block: Tensor, offsets: Sequence[int], strides: Sequence[int], key: int, scale: float
+) -> None:
+    """Fill a block, halving it along its first dim that can be halved until a piece is small."""
+    if block.numel() == 0:
+        return
+    if block.numel() > (_PIECE_CPU if block.device.type == "cpu" else _PIECE_DEVICE):
+        dim = next(dim for dim, size in enumerate(block.shape) if size > 1)
+        middle = block.shape[dim] // 2
+        first, second = block.tensor_split([middle], dim)
+        further = [offset + middle * (d == dim) for d, offset in enumerate(offsets)]
+        _fill(first, offsets, strides, key, scale)
+        _fill(second, further, strides, key, scale)
+        return
+    index = torch.zeros((), dtype=torch.int64, device=block.device)
+    for size, offset, stride in zip(block.shape, offsets, strides, strict=True):
+        places = torch.arange(offset, offset + size, device=block.device)
+        index = index.unsqueeze(-1) + places * stride  # one dim more than before
+    block.copy_(_normal_sums(index, key).float().mul_(scale))
+
+
+def _normal_sums(index: Tensor, key: int) -> Tensor:
+    """Sums of twelve 16-bit uniforms for each index, less their mean: int64, |sum| < 2**19."""
+    first = index * _signed(_WORDS * _GAMMA)
+    total = torch.zeros_like(index)
+    for word in range(_WORDS):
+        random = _mix(first + _signed(key + (word + 1) * _GAMMA))
+        # Two uniforms a 32-bit lane, added lane by lane: six of them stay far below 2**32.
+        total += random & _LANES
+        total += (random >> 16) & _LANES
+    return (total & 0xFFFFFFFF) + (total >> 32) - _CENTRE
+
+
+def _mix(state: Tensor) -> Tensor:
+    """The output function of splitmix64 (Steele, Lea, Flood, OOPSLA 2014), in place.
+
+    int64 wraps around like uint64; a logical shift is an arithmetic one without the copied sign.
+    """
+    for shift, factor in _MIX:
+        state ^= (state >> shift) & (_MASK64 >> shift)
+        state *= _signed(factor)
+    state ^= (state >> 31) & (_MASK64 >> 31)
+    return state
+
+
+def _key(name: str, seed: int) -> int:
+    """64 bits for a parameter of a run; a hash, so that near seeds and names are unrelated."""
+    digest = hashlib.blake2b(f"{VERSION}\n{seed}\n{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _scale(std: float) -> float:
+    """The factor from centred sums to values, rounded to float32 here, not by each device."""
+    (rounded,) = struct.unpack("<f", struct.pack("<f", std / _STD_OF_SUM))
+    return rounded
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    """Distance in linear index from one element to the next, for each dim of a whole tensor."""
+    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same low 64 bits."""
+    value &= _MASK64
+    return value - 2**64 if value >= 2**63 else value

@@ -1,0 +1,155 @@
+"""The Llama 3 transformer (arXiv:2407.21783), with Meta's module and parameter names.
+
+Oblivious of meshes: a parallel plan hooks these modules by name and may hand them fewer heads, a
+part of the sequence between the blocks, or a loss of its own. Hence each module takes its input as
+the first positional argument, and seq is read only inside attention and the loss.
+Outside stay precision (weights are created in float32) and initial values (`model.init`).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import attention, document_mask
+from model.config import ModelConfig
+from model.loss import CrossEntropySum
+from model.rope import apply_rope, rope_frequencies, rope_tables
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight (arXiv:1910.07467), float32 inside, x's dtype outside."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def reset_parameters(self) -> None:
+        """All ones; frameworks that materialise the meta device ask each module for this."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, seq, dim) -> the same."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        kv_width = config.n_kv_heads * config.head_dim
+        self.wq = nn.Linear(config.dim, config.dim, bias=False)
+        self.wk = nn.Linear(config.dim, kv_width, bias=False)
+        self.wv = nn.Linear(config.dim, kv_width, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """(batch, seq, dim) -> the same; the other arguments as in `TransformerBlock`."""
+        batch, seq, _ = x.shape
+        # The number of heads is what is left, so that sharded projections yield local heads.
+        q = self.wq(x).view(batch, seq, -1, self.head_dim)  # (batch, seq, heads, head_dim)
+        k = self.wk(x).view(batch, seq, -1, self.head_dim)  # (batch, seq, kv_heads, head_dim)
+        v = self.wv(x).view(batch, seq, -1, self.head_dim)  # (batch, seq, kv_heads, head_dim)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        out = attention(q, k, v, mask)  # (batch, seq, heads, head_dim)
+        return self.wo(out.flatten(2))  # (batch, seq, dim)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv:2002.05202): w2(silu(w1 x) · w3 x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, seq, dim) -> the same."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then feed-forward, each normalised before and added to its input."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """One layer.
+
+        Args:
+            x: (batch, seq, dim).
+            cos, sin: (batch or 1, seq, head_dim/2) float32 from `rope_tables`; a precision policy
+                must not cast them.
+            mask: (batch, 1, seq, seq) bool from `document_mask`, or None for plain causal.
+
+        Returns: (batch, seq, dim).
+        """
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Llama(nn.Module):
+    """Tokens to logits, or with labels to the summed loss."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.loss: nn.Module = CrossEntropySum()
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make output.weight the very Parameter of tok_embeddings, where the configuration ties.
+
+        To be called again by whoever replaces the parameters of the two modules one by one, as
+        sharding does.
+        """
+        if self.config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama":
+        # Behind `to`, `to_empty` and the like; leaving the meta device makes two parameters of one.
+        super()._apply(fn, recurse)
+        self.tie_weights()
+        return self
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Run the model.
+
+        Args:
+            tokens: (batch, seq) int64.
+            positions: (batch, seq) integers, restarting at 0 with each document, attention stays
+                inside documents. None: each row is one document from 0.
+            labels: (batch, seq) int64, the token to predict at each place, `model.loss.IGNORE`
+                where there is none.
+
+        Returns:
+            Logits (batch, seq, vocab) without labels; with labels the float32 scalar sum of the
+            negative log-likelihoods of all targets, in nats.
+        """
+        if positions is None:
+            mask = None
+            positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+        else:
+            mask = document_mask(positions)  # (batch, 1, seq, seq)
+        cos, sin = rope_tables(positions, rope_frequencies(self.config, tokens.device))
+        x = self.tok_embeddings(tokens)  # (batch, seq, dim)
+        for block in self.layers:
+            x = block(x, cos, sin, mask)  # (batch, seq, dim)
+        logits = self.output(self.norm(x))  # (batch, seq, vocab)
+        return logits if labels is None else self.loss(logits, labels)

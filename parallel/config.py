@@ -1,0 +1,69 @@
+"""Configuration of the mesh and of the precision. Imports nothing heavy."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of the mesh axes and how the processes on them are started.
+
+    `dp_shard: -1` fills what the other axes leave of the processes. `devices` (processes on each
+    node) and `num_nodes` are null for "what is there": on CPU what the mesh asks for, on GPUs
+    every visible one, under `srun` or `torchrun` what they started.
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = -1
+    cp: int = 1
+    tp: int = 1
+    devices: int | None = None
+    num_nodes: int | None = None
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    # Activations between the tensor-parallel products are sharded along seq.
+    sequence_parallel: bool = True
+    # The loss is computed on shards of the vocabulary: no rank holds the full logits.
+    loss_parallel: bool = True
+    # Free a block's gathered weights between its forward and its backward. null: where sharded.
+    reshard_after_forward: bool | None = None
+
+    def problems(self) -> list[str]:
+        """Every broken rule, as messages that name key, value, rule and remedy."""
+        found = []
+        for axis in ("dp_replicate", "cp", "tp"):
+            size = getattr(self, axis)
+            if size < 1:
+                found.append(f"parallel.{axis} ({size}) is below 1: use 1 to switch the axis off")
+        if self.dp_shard != -1 and self.dp_shard < 1:
+            found.append(
+                f"parallel.dp_shard ({self.dp_shard}) is neither -1 nor at least 1: "
+                "use -1 to fill the processes that the other axes leave"
+            )
+        for axis in ("dp_replicate", "cp"):
+            size = getattr(self, axis)
+            if size > 1:
+                found.append(
+                    f"parallel.{axis} ({size}) is above 1, and this version shards over dp_shard "
+                    f"and tp alone: use parallel.{axis}=1"
+                )
+        for key in ("devices", "num_nodes"):
+            count = getattr(self, key)
+            if count is not None and count < 1:
+                found.append(f"parallel.{key} ({count}) is below 1: use null for what is there")
+        return found
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats of the forward and backward (`param`) and of the gradients' sum (`reduce`).
+
+    Master weights and optimizer state are float32. `auto` is bf16 parameters on GPUs and fp32 on
+    CPUs, and an fp32 sum everywhere.
+    """
+
+    param: Literal["auto", "fp32", "bf16"] = "auto"
+    reduce: Literal["auto", "fp32", "bf16"] = "auto"
+
+    def problems(self) -> list[str]:
+        """No rule beyond the choices themselves."""
+        return []

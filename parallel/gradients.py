@@ -1,0 +1,42 @@
+"""The norm of all gradients together, whichever axes shard them, and clipping by it."""
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+
+@torch.no_grad()
+def clip_grad_norm(model: torch.nn.Module, max_norm: float) -> Tensor:
+    """Scales the gradients so that their global 2-norm is at most `max_norm`, with one reduction.
+
+    Each rank adds up the squares of its local shards, a replicated shard divided by the number of
+    its copies, and one sum over all processes gives the norm of every parameter together,
+    whichever axes shard it.
+
+    Args:
+        model: Every parameter a DTensor; those without a gradient are left out.
+        max_norm: Infinity leaves the gradients as they are.
+
+    Returns:
+        The norm before clipping, a float32 scalar that is the same on every rank.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    local = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    assert len(local) == len(gradients) > 0
+    norms = torch._foreach_norm(local, 2, dtype=torch.float32)
+    torch._foreach_div_(norms, [_copies(gradient) ** 0.5 for gradient in gradients])
+    total = torch.stack(norms).square().sum()
+    torch.distributed.all_reduce(total)
+    norm = total.sqrt()
+    # As in torch.nn.utils.clip_grad_norm_: never scales up, and no host synchronisation.
+    torch._foreach_mul_(local, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return norm
+
+
+def _copies(gradient: DTensor) -> int:
+    """How many ranks hold the same shard of a gradient."""
+    sizes = zip(gradient.placements, gradient.device_mesh.shape, strict=True)
+    held = 1
+    for placement, size in sizes:
+        held *= size if isinstance(placement, Replicate) else 1
+    return held

@@ -1,0 +1,57 @@
+"""The plan: what is applied to a model on a mesh, in one fixed order.
+
+Tensor parallelism cuts the matrices first, data parallelism shards what is left of each. An axis
+has a file of its own; here is only the order. The model knows nothing of it.
+"""
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from model.config import ModelConfig
+from model.init import initialize
+from model.llama import Llama
+from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.data_parallel import apply_data_parallel, mixed_precision
+from parallel.tensor_parallel import apply_tensor_parallel
+
+
+def parallelize(
+    model: Llama, mesh: DeviceMesh, parallel: ParallelConfig, precision: PrecisionConfig
+) -> Llama:
+    """Applies the plan to `model`, in place and in this order: TP, FSDP; returns it.
+
+    Args:
+        model: On the meta device, so that no rank ever holds the whole.
+        mesh: Four axes named as in `parallel.mesh.AXES`.
+    """
+    if mesh["tp"].size() > 1:
+        apply_tensor_parallel(
+            model,
+            mesh["tp"],
+            sequence_parallel=parallel.sequence_parallel,
+            loss_parallel=parallel.loss_parallel,
+        )
+    reshard = parallel.reshard_after_forward
+    apply_data_parallel(
+        model,
+        mesh["dp_shard"],
+        mixed_precision(precision, mesh.device_type),
+        reshard_after_forward=mesh["dp_shard"].size() > 1 if reshard is None else reshard,
+    )
+    return model
+
+
+def initialize_weights(model: Llama, config: ModelConfig, seed: int) -> None:
+    """Gives every rank its shard of the run's initial weights, which no mesh changes."""
+    initialize(model, config, seed, local_block=_local_block)
+
+
+def _local_block(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """A parameter's local shard, and where it lies in the global tensor."""
+    assert isinstance(parameter, DTensor)
+    _, offsets = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return parameter.to_local(), offsets

@@ -1,0 +1,97 @@
+"""Fabric's strategy on a mesh with named axes.
+
+Fabric launches the processes, sets up their group and wraps model and optimizer. Its own
+`ModelParallelStrategy` knows two axes; `MeshStrategy` owns all of ours, and says what a gradient
+synchronisation and a global norm are on them. What the plan does to the model is not here but in
+`parallelize`; checkpoints are not Fabric's but `training.checkpoint`'s.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.strategies import ModelParallelStrategy
+from lightning.fabric.strategies.parallel import ParallelStrategy
+from lightning.fabric.strategies.strategy import _BackwardSyncControl
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from parallel.gradients import clip_grad_norm
+from parallel.mesh import AXES, DATA_AXES, MeshShape
+
+
+class MeshStrategy(ModelParallelStrategy):
+    """A mesh of `dp_replicate × dp_shard × cp × tp` processes that share one model.
+
+    Args:
+        shape: Size of each axis; their product is the number of processes.
+        parallelize: Applies the plan to a model on the meta device, in place.
+    """
+
+    def __init__(self, shape: MeshShape, parallelize: Callable[[Any, DeviceMesh], Any]) -> None:
+        super().__init__(parallelize_fn=parallelize)
+        self.shape = shape
+        self._backward_sync_control = _LastMicroBatchSync()
+
+    def setup_environment(self) -> None:
+        """Starts the process group and lays the mesh over it."""
+        # Not the parent's: it would build its own mesh of two axes.
+        ParallelStrategy.setup_environment(self)
+        self._setup_distributed()
+        self._device_mesh = init_device_mesh(
+            self.root_device.type, self.shape.sizes, mesh_dim_names=AXES
+        )
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which share of the samples this rank reads, in Fabric's words."""
+        return {"num_replicas": self.shape.dp, "rank": self.shape.data_rank(self.global_rank)}
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Applies the plan on the meta device, then allocates each rank's shard, uninitialised.
+
+        Weights come afterwards, from `initialize_weights` or from a checkpoint: the parent would
+        call `reset_parameters`, whose random numbers repeat from shard to shard on a CPU mesh.
+        """
+        module = self._parallelize_fn(module, self.device_mesh)
+        module.to_empty(device=self.root_device)
+        module.tie_weights()  # `to_empty` gave the two ends of a tied weight a tensor each
+        return module
+
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        max_norm: float | int,
+        norm_type: float | int = 2.0,
+        error_if_nonfinite: bool = False,
+    ) -> torch.Tensor:
+        """Clips by the global 2-norm over every axis; returns the norm before, a scalar."""
+        assert norm_type == 2.0 and not error_if_nonfinite
+        return clip_grad_norm(module, max_norm)
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over the ranks that read different tokens, in place; returns it."""
+        for axis in DATA_AXES:
+            if self.device_mesh[axis].size() > 1:
+                torch.distributed.all_reduce(values, group=self.device_mesh[axis].get_group())
+        return values
+
+
+class _LastMicroBatchSync(_BackwardSyncControl):
+    """`fabric.no_backward_sync` for FSDP2.
+
+    Gradients stay unsharded on each rank while it is enabled; the first backward without it sums
+    them all over the data ranks, so that a step has one reduction however many micro-batches it
+    has. Fabric's own control leaves synchronisation off after an exit with `enabled=False`.
+    """
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager:
+        return self._without_sync(module, enabled)
+
+    @contextmanager
+    def _without_sync(self, module: Any, enabled: bool) -> Iterator[None]:
+        module.set_requires_gradient_sync(not enabled)
+        yield
+        module.set_requires_gradient_sync(True)

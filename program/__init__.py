@@ -1,0 +1,1 @@
+"""What the programs share: the gate for configurations, checks before a launch, header, summary."""

@@ -1,0 +1,300 @@
+"""The only gate between what a person typed and what the programs run.
+
+Hydra composes YAML and overrides; here the result becomes plain frozen dataclasses, or one
+`ConfigError` that lists every problem at once. Nothing below this file sees a `DictConfig`.
+Each section's dataclass and its own rules live in the package that it configures; the rules that
+tie sections together are here. Imports nothing heavy, so that `--help` stays fast.
+"""
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.config import DataConfig, TokenizerConfig
+from model.config import ModelConfig
+from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.mesh import MeshShape
+from training.config import (
+    CheckpointConfig,
+    LogConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a configuration, one line a problem."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(f"  - {problem}" for problem in problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainProgram:
+    """The whole configuration of `train.py`."""
+
+    run: RunConfig
+    model: ModelConfig
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    train: TrainConfig
+    optim: OptimConfig
+    checkpoint: CheckpointConfig
+    validation: ValidationConfig
+    log: LogConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareProgram:
+    """The whole configuration of `prepare.py`."""
+
+    data: DataConfig
+    tokenizer: TokenizerConfig
+
+
+def hydra_arguments(arguments: list[str], config_name: str) -> list[str]:
+    """Arguments for Hydra in which every `key=value` may also name an unknown key (`++key=value`).
+
+    Hydra would stop at the first key that it does not know; so `load` sees them all, together with
+    wrong types and broken rules. Overrides of config groups (`model=llama3_8b`) stay as they are.
+    `--help` is answered here: Hydra's own takes a second to list its internals.
+
+    Raises:
+        SystemExit: after `--help`; and for a multirun, which self-launched processes cannot share.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(config_name))
+        sys.exit(0)
+    if {"-m", "--multirun"} & set(arguments):
+        sys.exit(
+            "--multirun is not supported: every process of a run would start the sweep again. "
+            "Start one command for each value, each with its own run.name."
+        )
+    rewritten = []
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        plain_key = bool(equals) and key.replace(".", "").replace("_", "").isalnum()
+        if plain_key and not key.startswith("hydra.") and not (CONF / key).is_dir():
+            argument = f"++{argument}"
+        rewritten.append(argument)
+    return rewritten
+
+
+def help_text(config_name: str) -> str:
+    """The program's own configuration file with its comments, and the choices of every group."""
+    text = (CONF / f"{config_name}.yaml").read_text(encoding="utf-8")
+    usage, rest = text.split("\ndefaults:\n")
+    keys = rest.split("\nhydra:\n")[0]
+    keys = keys.partition("\n\n")[2]
+    used = [group for group in sorted(CONF.iterdir()) if f"- {group.name}:" in rest]
+    groups = [
+        f"  {group.name}={' | '.join(sorted(file.stem for file in group.glob('*.yaml')))}"
+        for group in used
+    ]
+    return "\n".join(
+        [
+            *(line.removeprefix("#").removeprefix(" ") for line in usage.splitlines()),
+            "",
+            "Groups, each a file of keys under conf/:",
+            *groups,
+            *(["", "Keys and their defaults:", ""] if keys else []),
+            *(f"  {line}".rstrip() for line in keys.splitlines()),
+        ]
+    )
+
+
+# A rule that ties sections together: the names of the sections, and what finds the problems.
+Rule = tuple[tuple[str, ...], Callable[..., list[str]]]
+
+
+def load_train_config(composed: DictConfig, *more_rules: Rule) -> TrainProgram:
+    """The typed configuration of `train.py`.
+
+    Args:
+        composed: What Hydra composed.
+        more_rules: Rules beyond those of the configuration alone; one is applied when every
+            section that it names is well typed.
+
+    Raises:
+        ConfigError: unknown keys, missing values, wrong types and broken rules, all at once.
+    """
+    return _load(composed, TrainProgram, [(("train", "model", "tokenizer"), _sizes), *more_rules])
+
+
+def load_prepare_config(composed: DictConfig) -> PrepareProgram:
+    """The typed configuration of `prepare.py`; raises `ConfigError` as `load_train_config` does."""
+    return _load(composed, PrepareProgram, [])
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration as plain dictionaries and lists, ready for YAML or JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def mesh_problems(
+    mesh: MeshShape, parallel: ParallelConfig, model: ModelConfig, train: TrainConfig
+) -> list[str]:
+    """The rules that tie model and batch to the mesh."""
+    found = []
+    tp = mesh.tp
+    for key in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
+        size = getattr(model, key)
+        if size % tp:
+            found.append(
+                f"parallel.tp ({tp}) does not divide model.{key} ({size}): use {_divisors(size)}"
+            )
+    if parallel.sequence_parallel and train.seq_len % tp:
+        found.append(
+            f"parallel.tp ({tp}) does not divide train.seq_len ({train.seq_len}): "
+            f"use {_divisors(train.seq_len)}, or parallel.sequence_parallel=false"
+        )
+    share, rest = divmod(train.global_batch_size, mesh.dp)
+    if rest:
+        below = train.global_batch_size - rest
+        nearest = f"{below} or {below + mesh.dp}" if below else str(mesh.dp)
+        found.append(
+            f"train.global_batch_size ({train.global_batch_size}) is not a multiple of the "
+            f"{mesh.dp} data ranks (dp_replicate × dp_shard): use {nearest}"
+        )
+    elif train.micro_batch_size is not None and share % train.micro_batch_size:
+        found.append(
+            f"train.micro_batch_size ({train.micro_batch_size}) does not divide the {share} "
+            f"sequences of each of the {mesh.dp} data ranks: use {_divisors(share)}"
+        )
+    return found
+
+
+def _sizes(train: TrainConfig, model: ModelConfig, tokenizer: TokenizerConfig) -> list[str]:
+    """The rules that tie the sizes of batch, model and tokenizer together, whatever the mesh."""
+    found = []
+    if train.seq_len > model.max_seq_len:
+        found.append(
+            f"train.seq_len ({train.seq_len}) is over model.max_seq_len ({model.max_seq_len}): "
+            f"use at most {model.max_seq_len}"
+        )
+    if tokenizer.vocab_size > model.vocab_size:
+        found.append(
+            f"model.vocab_size ({model.vocab_size}) is smaller than tokenizer.vocab_size "
+            f"({tokenizer.vocab_size}): use model.vocab_size={tokenizer.vocab_size}"
+        )
+    return found
+
+
+def _divisors(number: int, limit: int = 64) -> str:
+    """The divisors of `number` up to `limit`, as a person would list them."""
+    *most, last = [str(d) for d in range(1, min(number, limit) + 1) if number % d == 0]
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _load(composed: DictConfig, program: Any, rules: list[Rule]) -> Any:
+    """Checks keys, types and rules, section by section; raises with all that was found."""
+    # Imported here: 0.1 s that `--help` need not pay.
+    from pydantic import TypeAdapter, ValidationError
+
+    values = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(values, dict)
+    if missing := _missing_values(values):
+        raise ConfigError(missing + _unknown_keys(values, program, ""))
+    try:
+        values = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"{error.full_key}: {str(error).splitlines()[0]}"]) from None
+    problems = _unknown_keys(values, program, "")
+    sections = {}
+    for field in dataclasses.fields(program):
+        given = values.get(field.name)
+        try:
+            section: Any = TypeAdapter(field.type).validate_python(given)
+        except ValidationError as error:
+            errors = {_key(item["loc"], given): item for item in error.errors()}
+            problems += [_type_problem(f"{field.name}{key}", item) for key, item in errors.items()]
+            continue
+        problems += section.problems()
+        sections[field.name] = section
+    for names, rule in rules:
+        if all(name in sections for name in names):
+            problems += rule(*(sections[name] for name in names))
+    if problems:
+        raise ConfigError(problems)
+    return program(**sections)
+
+
+def _missing_values(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """Every key whose value a person has to give."""
+    found = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found += _missing_values(value, f"{prefix}{key}.")
+        elif value == "???":
+            found.append(f"{prefix}{key} has no value: add {prefix}{key}=… to the command")
+    return found
+
+
+def _key(location: tuple[int | str, ...], values: Any) -> str:
+    """The dotted rest of a key, from pydantic's location without its names of union members."""
+    key = ""
+    for part in location:
+        known = part in values if isinstance(values, dict) else isinstance(part, int)
+        if known or part == location[-1]:
+            key += f".{part}"
+            values = values[part] if known and isinstance(values, dict | list) else None
+    return key
+
+
+def _type_problem(key: str, item: Any) -> str:
+    """One wrong type or missing value, told as key, value, rule and remedy."""
+    if item["type"] == "missing":
+        return f"{key} has no value: add {key}=… to the command"
+    rule = item["msg"][0].lower() + item["msg"][1:]
+    return f"{key} ({item['input']!r}) has the wrong type or choice: {rule}"
+
+
+def _unknown_keys(values: dict[str, Any], schema: Any, prefix: str) -> list[str]:
+    """Every key of `values` that the dataclass `schema` lacks, with the likeliest meant one.
+
+    The key is taken out of `values`, so that the types of the others can still be checked.
+    """
+    fields = {field.name: field.type for field in dataclasses.fields(schema)}
+    found = []
+    for key in list(values):
+        if key not in fields:
+            del values[key]
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
+            found.append(f"{prefix}{key} is not a key: {hint}")
+            continue
+        inner, many = _dataclass_of(fields[key])
+        if inner is None or not isinstance(values[key], dict):
+            continue
+        for name, child in values[key].items() if many else [(None, values[key])]:
+            if isinstance(child, dict):
+                path = f"{prefix}{key}." + (f"{name}." if many else "")
+                found += _unknown_keys(child, inner, path)
+    return found
+
+
+def _dataclass_of(annotation: Any) -> tuple[Any, bool]:
+    """The dataclass inside `X`, `X | None` or `dict[str, X]`, and whether there are many of it."""
+    if dataclasses.is_dataclass(annotation):
+        return annotation, False
+    if get_origin(annotation) is dict:
+        return _dataclass_of(get_args(annotation)[1])[0], True
+    if get_origin(annotation) in (UnionType, Union):
+        return next(((a, False) for a in get_args(annotation) if dataclasses.is_dataclass(a)), (None, False))
+    return None, False

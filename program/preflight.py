@@ -1,0 +1,93 @@
+"""Everything that can be refused before a process is launched or anything is written.
+
+Each check raises an error whose message names key, value, rule and remedy. What a launched run
+finds out later (a full disk, a dead peer) is not here.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from model.config import ModelConfig
+from parallel.config import ParallelConfig
+from parallel.mesh import MeshShape, Processes, is_first_process, plan_processes, resolve_mesh
+from program.config import TrainProgram, load_train_config, mesh_problems, plain
+from training.config import LogConfig, TrainConfig
+from training.run_folder import RunFolder, RunFolderError
+
+if TYPE_CHECKING:
+    from data.loader import Dataset
+
+
+def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshShape]:
+    """The typed configuration, with the processes and the mesh that it asks for on this machine.
+
+    Raises:
+        ConfigError: every problem of keys, types, rules, mesh and machine at once.
+    """
+
+    def machine_and_mesh(parallel: ParallelConfig, model: ModelConfig, train: TrainConfig) -> list[str]:
+        processes, problems = plan_processes(parallel)
+        mesh, more = resolve_mesh(parallel, processes.world_size)
+        return problems + (more or mesh_problems(mesh, parallel, model, train))
+
+    config = load_train_config(
+        composed, (("parallel", "model", "train"), machine_and_mesh), (("log",), _tracker_problems)
+    )
+    processes, _ = plan_processes(config.parallel)
+    mesh, _ = resolve_mesh(config.parallel, processes.world_size)
+    return config, processes, mesh
+
+
+def _tracker_problems(log: LogConfig) -> list[str]:
+    """A tracker that is asked for and not installed."""
+    if log.wandb is None:
+        return []
+    from training.metrics import tracker_problems
+
+    return tracker_problems(log.wandb)
+
+
+def check_folder(config: TrainProgram) -> dict[str, Any]:
+    """What changed since the run's last start, as `{key: [before, now]}`.
+
+    Raises:
+        RunFolderError: the run may not go on in its folder.
+    """
+    # The other processes of a run start while the first one may already write into the folder.
+    if not is_first_process():
+        return {}
+    return RunFolder(Path(config.run.dir)).check(plain(config))
+
+
+def prepare_data(config: TrainProgram) -> "Dataset":
+    """The dataset, prepared on first use by the first process while the others wait.
+
+    Raises:
+        DataError: it cannot be prepared or read, or is too small.
+        RunFolderError: the run's newest checkpoint was trained on other tokens.
+    """
+    from data.loader import Dataset
+    from data.prepare import prepare, wait_until_prepared
+
+    folder = Path(config.data.folder)
+    if is_first_process():
+        prepare(config.data, config.tokenizer, progress=True)
+    else:
+        wait_until_prepared(folder)
+    weights = {name: source.weight for name, source in config.data.sources.items()}
+    dataset = Dataset.open(folder, weights, config.data.document_mask)
+    dataset.check(
+        seq_len=config.train.seq_len,
+        vocab_size=config.model.vocab_size,
+        global_batch_size=config.train.global_batch_size,
+    )
+    trained_on = RunFolder(Path(config.run.dir)).newest_data_hash()
+    if trained_on not in (None, dataset.hash):
+        raise RunFolderError(
+            f"{folder} holds other tokens (hash {dataset.hash[:12]}) than the run in "
+            f"{config.run.dir} was trained on ({trained_on[:12]}): restore them, or use another "
+            "run.name"
+        )
+    return dataset

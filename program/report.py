@@ -1,0 +1,115 @@
+"""What a person is told of a run: the rows of header and summary, and the meter of its speed.
+
+How they look is `training.console`'s.
+"""
+
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from parallel.mesh import MeshShape, Processes
+from program.config import TrainProgram
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.loader import Dataset
+    from training.checkpoint import Position
+    from training.metrics import Throughput
+
+
+def header(
+    config: TrainProgram,
+    mesh: MeshShape,
+    processes: Processes,
+    dataset: "Dataset",
+    position: "Position",
+) -> tuple[str, list[tuple[str, str]]]:
+    """Title and rows that tell what is about to be trained, on what."""
+    from model.flops import parameter_count
+    from training.console import compact
+
+    model, train = config.model, config.train
+    tokens = train.max_steps * train.global_batch_size * train.seq_len
+    begin = f"from step {position.step}" if position.step else "from scratch"
+    source_names = ", ".join(config.data.sources)
+    return f"Llamesh: {config.run.name}", [
+        (
+            "model",
+            f"{model.name}, {compact(parameter_count(model))} parameters: {model.n_layers} layers, "
+            f"dim {model.dim}, {model.n_heads} heads ({model.n_kv_heads} kv)",
+        ),
+        ("mesh", f"{mesh} on {processes.accelerator}, launched by {processes.launcher}"),
+        (
+            "data",
+            f"{source_names} in {config.data.folder}: "
+            f"{compact(dataset.manifest.n_tokens('train'))} tokens, {config.tokenizer.name} "
+            f"vocabulary of {dataset.manifest.tokenizer.vocab_size:,}",
+        ),
+        (
+            "batch",
+            f"{train.global_batch_size} sequences of {train.seq_len} tokens a step",
+        ),
+        (
+            "to come",
+            f"{train.max_steps - position.step} steps {begin}, "
+            f"{compact(tokens - position.tokens)} tokens",
+        ),
+        ("folder", config.run.dir),
+    ]
+
+
+def meter(config: TrainProgram, mesh: MeshShape, device: "torch.device") -> "Throughput":
+    """The meter that turns a step's tokens and seconds into the figures of speed."""
+    import torch
+
+    from model.flops import flops_per_token
+    from training.metrics import Throughput, peak_flops
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return Throughput(
+        flops_per_token(config.model, config.train.seq_len, causal=True),
+        flops_per_token(config.model, config.train.seq_len, causal=False),
+        mesh.world_size,
+        peak_flops(name, torch.bfloat16),
+        device,
+    )
+
+
+def summary(
+    config: TrainProgram, position: "Position", figures: dict[str, Any]
+) -> tuple[str, list[tuple[str, str]], list[tuple[str, str]]]:
+    """Title, rows and commands that tell what came out, where it lies and how to go on."""
+    from training.console import compact
+
+    folder = config.run.dir
+    rows = [("tokens", f"{compact(position.tokens)} in {position.step} steps")]
+    for name, key in (("training loss", "loss"), ("validation loss", "val_loss")):
+        if key in figures:
+            rows.append((name, f"{figures[key]:.4f} nats a token"))
+    rows += [
+        ("checkpoint", f"{folder}/checkpoints/step-{position.step:08d}"),
+        ("loss curve", f"{folder}/loss.png"),
+        ("text samples", f"{folder}/samples.txt"),
+        ("figures", f"{folder}/metrics.jsonl, {folder}/tensorboard"),
+    ]
+    typed = [_as_typed(override) for override in HydraConfig.get().overrides.task]
+    again = " ".join(["python", sys.argv[0], *typed])
+    further = [word for word in typed if not word.startswith("train.max_steps=")]
+    longer = " ".join(["python", sys.argv[0], *further, f"train.max_steps={2 * position.step}"])
+    return (
+        f"Finished: {config.run.name}",
+        rows,
+        [
+            ("resume, should it be stopped", again),
+            ("go further", longer),
+            ("watch", f"tensorboard --logdir {folder}/tensorboard"),
+        ],
+    )
+
+
+def _as_typed(override: str) -> str:
+    """An override as a person types it in a shell."""
+    return shlex.quote(override.removeprefix("++"))

@@ -1,0 +1,172 @@
+"""Token ids: those of Meta's own class, of the trained model, and back to the same text."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data.config import TokenizerConfig
+from data.errors import DataError
+from data.tokenizer import (
+    Tokenizer,
+    _trained_by_library,
+    load_tokenizer,
+    model_file,
+    pieces,
+    read_tokenizer,
+    ready_tokenizer,
+    train_bpe,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+TEXTS = [
+    "",
+    "Hello, world! It's 12345 o'clock, they'll say WE'RE late.\r\n\r\n\tIndented  twice \n ",
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. Съешь ещё этих булок.",
+    "人人生而自由,在尊严和权利上一律平等。 すべての人間は 모든 인간은 كل الناس सभी मनुष्य",
+    "def f(x):\n    return [y ** 2 for y in x if y % 0x1F != 3]  # naïve\n\n\nclass A: ...\n",
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u200b\u3000\xa0\x00\x1c\x85 \U0001f9d1\u200d\U0001f680",
+    "<|begin_of_text|>not special<|eot_id|><|reserved_special_token_7|>",
+    " " * 1_000_000 + "x",
+    "x" * 60_000 + " " * 25_001 + "y" * 25_000 + "\n" * 25_000 + "z",
+    "".join(f"word{i} " for i in range(60_000)),
+]
+
+
+@pytest.fixture(scope="module")
+def llama3() -> Tokenizer:
+    if importlib.util.find_spec("llama_models") is None:
+        pytest.skip("needs the package llama-models (extra `llama3`)")
+    tokenizer = ready_tokenizer(TokenizerConfig("llama3", 128_256))
+    assert tokenizer is not None
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return train_bpe([Path(__file__).read_text()] * 2, 600)
+
+
+def byte() -> Tokenizer:
+    tokenizer = ready_tokenizer(TokenizerConfig("byte", 272))
+    assert tokenizer is not None
+    return tokenizer
+
+
+def test_llama3_ids_equal_those_of_metas_tokenizer(llama3: Tokenizer) -> None:
+    from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
+
+    meta = MetaTokenizer.get_instance()
+    assert (llama3.vocab_size, llama3.bos_id, llama3.eos_id) == (
+        meta.n_words,
+        meta.bos_id,
+        meta.eos_id,
+    )
+    assert llama3.specials == meta.special_tokens
+    documents = llama3.encode_documents(TEXTS)
+    for text, document in zip(TEXTS, documents, strict=True):
+        assert llama3.encode(text) == meta.encode(text, bos=False, eos=False)
+        assert document.tolist() == meta.encode(text, bos=True, eos=True)
+        assert document.dtype == np.uint32
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    runs=st.lists(
+        st.tuples(
+            st.sampled_from([" ", "\n", "a", "b", "é", "\x1c", "\x85"]),
+            st.sampled_from([1, 2, 12_499, 12_500, 12_501, 24_999, 25_000, 25_001, 50_001]),
+        ),
+        max_size=12,
+    ),
+)
+def test_pieces_are_those_of_metas_tokenizer(llama3: Tokenizer, runs) -> None:
+    from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
+
+    split = MetaTokenizer._split_whitespaces_or_nonwhitespaces
+    text = "".join(character * count for character, count in runs)
+    reference = [
+        piece
+        for start in range(0, len(text), 400_000)
+        for piece in split(text[start : start + 400_000], 25_000)
+    ]
+    assert list(pieces(text)) == reference
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_text_comes_back_from_its_ids(trained: Tokenizer, text: str) -> None:
+    for tokenizer in (byte(), trained):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert max(ids, default=0) < len(tokenizer.ranks)  # no special token out of text
+    assert byte().decode([byte().bos_id]) == "<|begin_of_text|>"
+
+
+def test_byte_ids_are_the_bytes() -> None:
+    assert byte().encode("é x") == list("é x".encode())
+    assert byte().vocab_size == 272
+
+
+def test_bpe_ids_equal_those_of_the_library_that_trained_it() -> None:
+    text = Path(__file__).read_text()
+    ours, theirs = train_bpe([text], 600), _trained_by_library([text], 584)
+    assert ours.vocab_size == 600
+    for sample in (text, *TEXTS[:7]):
+        assert ours.encode(sample) == theirs.encode(sample).ids
+
+
+def test_trained_file_is_a_function_of_the_corpus_alone(trained: Tokenizer) -> None:
+    """In processes with other hash seeds and numbers of threads, where chance would show."""
+    program = (
+        "import sys; from pathlib import Path; from data.tokenizer import *; "
+        f"text = Path({__file__!r}).read_text(); "
+        "sys.stdout.buffer.write(model_file(train_bpe([text] * 2, 600).ranks))"
+    )
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed}
+        environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+        written = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, check=True
+        ).stdout
+        assert written == model_file(trained.ranks)
+
+
+def test_tokenizer_file_comes_back_with_the_same_hash(trained: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model_file(trained.ranks))
+    again = read_tokenizer(path, "bpe")
+    assert again.ranks == trained.ranks
+    assert again.hash == trained.hash
+    assert load_tokenizer(TokenizerConfig("bpe", 600), tmp_path).hash == trained.hash
+    assert read_tokenizer(path, "llama3").hash != trained.hash  # other special tokens
+    assert byte().hash != trained.hash
+
+
+def test_bad_tokenizer_files_are_told(trained: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="prepare the data first"):
+        load_tokenizer(TokenizerConfig("bpe", 600), tmp_path)
+    path = tmp_path / "tokenizer.model"
+    with pytest.raises(DataError, match=r"tokenizer\.path .* does not exist"):
+        read_tokenizer(path, "bpe")
+    path.write_bytes(b"not a tokenizer")
+    with pytest.raises(DataError, match="each line must be"):
+        read_tokenizer(path, "bpe")
+    lines = model_file(trained.ranks).splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:300] + lines[301:]))
+    with pytest.raises(DataError, match="is damaged"):
+        read_tokenizer(path, "bpe")
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(DataError, match=r"tokenizer\.vocab_size \(512\).*use 600"):
+        load_tokenizer(TokenizerConfig("bpe", 512), tmp_path)
+    with pytest.raises(DataError, match=r"tokenizer\.vocab_size \(4096\).*use at most"):
+        train_bpe(["short"], 4096)
+
+
+def test_a_missing_llama3_package_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="extra `llama3`"):
+        ready_tokenizer(TokenizerConfig("llama3", 128_256))

@@ -1,0 +1,18 @@
+"""The files of conf/model as dataclasses, for the tests, without composing a whole program."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from model.config import ModelConfig, RopeScaling
+
+FILES = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
+
+
+def read(path: Path) -> ModelConfig:
+    """One file; the vocabulary of the tokenizer, where it is asked for, is 256."""
+    raw = OmegaConf.create({"model": OmegaConf.load(path), "tokenizer": {"vocab_size": 256}})
+    keys: Any = OmegaConf.to_container(raw.model, resolve=True)
+    scaling = keys.pop("rope_scaling")
+    return ModelConfig(**keys, rope_scaling=scaling and RopeScaling(**scaling))

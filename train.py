@@ -1,0 +1,332 @@
+"""Trains a Llama 3 model: `python train.py key=value …`.
+
+Read from top to bottom it tells what the program does: `main` refuses what can be refused before a
+process is launched, `set_up` builds the run on its mesh, `train` is the loop, `train_step` one
+step. Heavy imports come inside functions, so that `--help` and a wrong key answer at once.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig
+
+from data.errors import DataError
+from parallel.mesh import MeshShape, Processes
+from program.config import ConfigError, TrainProgram, hydra_arguments, plain
+from program.preflight import check_config, check_folder, prepare_data
+from program.report import header, meter, summary
+from training.clock import Clock
+from training.run_folder import RunFolder, RunFolderError
+from training.schedule import learning_rate
+
+if TYPE_CHECKING:
+    import torch
+    from lightning.fabric import Fabric
+    from torch import Tensor
+
+    from data.loader import Dataset, StepBatches
+    from training.checkpoint import Position
+    from training.console import Console
+    from training.ledger import Ledger
+    from training.metrics import MetricsLog, Throughput
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(composed: DictConfig) -> None:
+    """Checks, launches, trains."""
+    try:
+        config, processes, mesh = check_config(composed)
+        changed = check_folder(config)
+        dataset = prepare_data(config)
+        run = set_up(config, processes, mesh, dataset, changed)
+    except ConfigError as error:
+        sys.exit(f"Not started, the configuration has problems:\n{error}")
+    except (DataError, RunFolderError) as error:
+        sys.exit(f"Not started: {error}")
+    train(run)
+    finish(run)
+
+
+@dataclass
+class Run:
+    """Everything that one start of a run works with."""
+
+    config: TrainProgram
+    mesh: MeshShape
+    fabric: Fabric
+    model: Any  # Fabric's wrapper around the sharded Llama
+    optimizer: Any  # Fabric's wrapper around AdamW
+    dataset: Dataset
+    position: Position
+    console: Console
+    throughput: Throughput
+    ledger: Ledger | None = None  # rank 0 alone writes ledger and figures
+    metrics: MetricsLog | None = None
+    last_figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where everything of the run lies."""
+        return RunFolder(Path(self.config.run.dir))
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences that a data rank computes at a time."""
+        train = self.config.train
+        return train.micro_batch_size or train.global_batch_size // self.mesh.dp
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the mesh's `dp` shares of a batch this process reads."""
+        return self.mesh.data_rank(self.fabric.global_rank)
+
+
+def set_up(
+    config: TrainProgram,
+    processes: Processes,
+    mesh: MeshShape,
+    dataset: Dataset,
+    changed: dict[str, Any],
+) -> Run:
+    """Launches the processes, builds the model and goes on from the newest checkpoint, if any."""
+    import torch
+    from lightning.fabric import Fabric
+
+    from model.llama import Llama
+    from parallel.parallelize import initialize_weights, parallelize
+    from parallel.strategy import MeshStrategy
+    from training.checkpoint import Position, find_newest, load, read_position
+    from training.console import Console
+    from training.optimizer import build_optimizer
+    from training.quiet import quieten
+
+    quieten()
+    plan = partial(parallelize, parallel=config.parallel, precision=config.precision)
+    fabric = Fabric(
+        accelerator=processes.accelerator,
+        devices=processes.per_node,
+        num_nodes=processes.num_nodes,
+        strategy=MeshStrategy(mesh, plan),
+    )
+    fabric.launch()
+    console = Console(enabled=fabric.is_global_zero)
+    with torch.device("meta"):
+        model = Llama(config.model)
+    model = fabric.setup_module(model)
+    optimizer = fabric.setup_optimizers(build_optimizer(model, config.optim))
+
+    checkpoint = find_newest(RunFolder(Path(config.run.dir)), config.run.resume, console.note)
+    if checkpoint is None:
+        position = Position(step=0, samples=0, tokens=0, data_hash=dataset.hash)
+        initialize_weights(model.module, config.model, config.run.seed)
+    else:
+        position = read_position(checkpoint)
+        load(checkpoint, model.module, optimizer.optimizer)
+
+    throughput = meter(config, mesh, fabric.device)
+    run = Run(config, mesh, fabric, model, optimizer, dataset, position, console, throughput)
+    if fabric.is_global_zero:
+        open_logs(run, changed)
+    console.header(*header(config, mesh, processes, dataset, position))
+    return run
+
+
+def train(run: Run) -> None:
+    """The loop: one step after another, and now and then figures, validation, a checkpoint."""
+    from data.loader import TrainLoader
+
+    config = run.config
+    batch_size, seq_len = config.train.global_batch_size, config.train.seq_len
+    loader = TrainLoader(
+        run.dataset,
+        seq_len=seq_len,
+        global_batch_size=batch_size,
+        micro_batch_size=run.micro_batch_size,
+        seed=config.run.seed,
+        rank=run.data_rank,
+        size=run.mesh.dp,
+        pin_memory=run.fabric.device.type == "cuda",
+    )
+    batches = loader.steps(run.position.step)
+    clock = Clock()
+    run.console.start(run.position.step, config.train.max_steps)
+    while run.position.step < config.train.max_steps:
+        step = run.position.step + 1
+        validates = is_due(config.validation.interval, step, config)
+        logs = validates or step == 1 or is_due(config.log.interval, step, config)
+        with clock.step():
+            with clock.data():
+                step_batches = next(batches)
+            rate = learning_rate(step - 1, config.optim)
+            tensors = train_step(run, step_batches, rate)
+            run.position = run.position.after(samples=batch_size, tokens=batch_size * seq_len)
+            figures = read_figures(run, tensors, rate) if logs else {}
+        if validates:
+            figures["val_loss"] = validate(run)
+        if logs:
+            log(run, figures, clock)
+        if validates:
+            write_sample(run)
+        if is_due(config.checkpoint.interval, step, config):
+            save(run)
+    batches.close()
+    run.console.stop()
+
+
+def train_step(run: Run, batches: StepBatches, rate: float) -> dict[str, Tensor]:
+    """One optimizer step on this rank's micro-batches of the global batch.
+
+    Each micro-batch's summed loss is divided by the number of targets in the whole global batch,
+    so the gradient does not depend on how the batch was cut.
+
+    Returns:
+        Scalars on the device, not waited for: `loss`, this rank's share of the mean; `grad_norm`
+        before clipping; `batch_hash` of the whole global batch.
+    """
+    fabric, model, optimizer = run.fabric, run.model, run.optimizer
+    n_targets, batch_hash = fabric.strategy.sum_over_data(fabric.to_device(batches.counts))
+    shares = []
+    for place, micro_batch in enumerate(batches.micro_batches, start=1):
+        tokens, positions, labels = fabric.to_device(micro_batch)
+        with fabric.no_backward_sync(model, enabled=place < len(batches.micro_batches)):
+            share = model(tokens, positions, labels) / n_targets
+            fabric.backward(share)
+        shares.append(share.detach())
+    grad_norm = fabric.clip_gradients(
+        model,
+        optimizer,
+        max_norm=run.config.train.max_grad_norm or math.inf,
+        error_if_nonfinite=False,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": sum(shares), "grad_norm": grad_norm, "batch_hash": batch_hash}
+
+
+# ---------------------------------------------------------------- around the loop
+
+
+def is_due(interval: int | None, step: int, config: TrainProgram) -> bool:
+    """Whether something that happens every `interval` steps, and at the end, happens now."""
+    return step == config.train.max_steps or (interval is not None and step % interval == 0)
+
+
+def open_logs(run: Run, changed: dict[str, Any]) -> None:
+    """Writes the configuration and opens ledger and figures; rank 0 alone calls it."""
+    from training.ledger import Ledger
+    from training.metrics import MetricsLog
+
+    config, step = run.config, run.position.step
+    run.folder.write_config(plain(config))
+    run.ledger = Ledger(run.folder.ledger, run.console.note)
+    run.ledger.append("start", step=step, mesh=str(run.mesh), changed=changed)
+    run.metrics = MetricsLog(
+        run.folder.path,
+        config.log.tensorboard,
+        config.log.wandb,
+        run_name=config.run.name,
+        run_config=plain(config),
+        first_step=step,
+        warn=run.console.note,
+    )
+
+
+def read_figures(run: Run, tensors: dict[str, Tensor], rate: float) -> dict[str, Any]:
+    """The figures of the step just done, waited for; the loss summed over the data ranks."""
+    loss = run.fabric.strategy.sum_over_data(tensors["loss"].double())
+    return {
+        "step": run.position.step,
+        "samples": run.position.samples,
+        "tokens": run.position.tokens,
+        "loss": loss.item(),
+        "grad_norm": tensors["grad_norm"].item(),
+        "lr": rate,
+        "batch_hash": f"{tensors['batch_hash'].item() % 2**32:08x}",
+    }
+
+
+def log(run: Run, figures: dict[str, Any], clock: Clock) -> None:
+    """Adds the speed since the last logged step, and tells the figures to console and files."""
+    steps, seconds, data_seconds = clock.read()
+    tokens = steps * run.config.train.global_batch_size * run.config.train.seq_len
+    figures |= run.throughput.figures(tokens, seconds, data_seconds, steps)
+    run.last_figures |= figures
+    run.console.log(figures)
+    if run.metrics is not None:
+        run.metrics.write(figures)
+        if "val_loss" in figures:
+            run.metrics.draw()
+
+
+def validate(run: Run) -> float:
+    """Mean loss over the held-out windows, the same figure on every mesh."""
+    from data.loader import validation_batches
+    from evaluation.perplexity import mean_loss
+
+    batches = validation_batches(
+        run.dataset,
+        samples=run.config.validation.samples,
+        seq_len=run.config.train.seq_len,
+        micro_batch_size=run.micro_batch_size,
+        rank=run.data_rank,
+        size=run.mesh.dp,
+    )
+    return mean_loss(run.model, batches, run.fabric.device, run.fabric.strategy.sum_over_data)
+
+
+def write_sample(run: Run) -> None:
+    """Generates a little text, all ranks together; rank 0 appends it to `samples.txt`."""
+    from evaluation.sampling import sample_text
+
+    config = run.config.validation
+    if config.sample_tokens == 0:
+        return
+    text = sample_text(
+        run.model,
+        run.dataset.tokenizer(),
+        config.prompt,
+        n_tokens=config.sample_tokens,
+        temperature=config.temperature,
+        seed=run.position.step,
+        device=run.fabric.device,
+        multiple_of=run.mesh.tp,
+    )
+    if run.fabric.is_global_zero:
+        run.folder.append_sample(run.position.step, text)
+
+
+def save(run: Run) -> None:
+    """Commits a checkpoint of this position, then removes the oldest beyond `keep_last`."""
+    from training import checkpoint
+
+    begin = time.perf_counter()
+    saved = checkpoint.save(
+        run.folder, run.model.module, run.optimizer.optimizer, run.position, plain(run.config)
+    )
+    if run.ledger is not None:
+        seconds = round(time.perf_counter() - begin, 3)
+        run.ledger.append("save", step=run.position.step, path=saved.name, seconds=seconds)
+        checkpoint.remove_old(run.folder, run.config.checkpoint.keep_last)
+
+
+def finish(run: Run) -> None:
+    """Closes the logs, and says what came out and how to go on."""
+    if run.ledger is not None and run.metrics is not None:
+        run.ledger.append("stop", step=run.position.step, reason="finished")
+        run.metrics.close()
+    run.console.summary(*summary(run.config, run.position, run.last_figures))
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = hydra_arguments(sys.argv[1:], "train")
+    main()

@@ -1,0 +1,163 @@
+"""Configuration of a run: its folder, steps, optimizer, checkpoints, validation and log."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Name, folder, seed, and where to go on from.
+
+    `resume`: `auto` goes on from this run's newest good checkpoint, `never` refuses a folder that
+    holds one, and a path goes on from that checkpoint.
+    """
+
+    name: str
+    dir: str
+    seed: int = 0
+    resume: str = "auto"
+
+    def problems(self) -> list[str]:
+        """Every broken rule, as messages that name key, value, rule and remedy."""
+        found = []
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            found.append(
+                f"run.name ({self.name!r}) is not a folder's name: use letters, digits, - and _"
+            )
+        if not 0 <= self.seed < 2**63:
+            found.append(f"run.seed ({self.seed}) is not in [0, 2**63): use a smaller number")
+        return found
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and shape of the run; batch sizes count sequences of `seq_len` tokens.
+
+    `micro_batch_size` is what one data rank computes at a time; null takes its whole share.
+    """
+
+    max_steps: int
+    global_batch_size: int
+    seq_len: int
+    micro_batch_size: int | None = None
+    max_grad_norm: float | None = 1.0
+
+    def problems(self) -> list[str]:
+        """Every broken rule, as messages that name key, value, rule and remedy."""
+        found = [
+            f"train.{key} ({value}) is below 1: use at least 1"
+            for key in ("max_steps", "global_batch_size", "seq_len", "micro_batch_size")
+            if (value := getattr(self, key)) is not None and value < 1
+        ]
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            found.append(
+                f"train.max_grad_norm ({self.max_grad_norm}) is not above 0: use null for no clip"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule; all lengths are in steps.
+
+    `schedule_steps` is where the schedule ends (default: `train.max_steps`), so that a run can be
+    stopped earlier with the same learning rates. `decay_ratio` is the share of the schedule that
+    `wsd` spends decaying at the end.
+    """
+
+    lr: float
+    optimizer: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    schedule: Literal["cosine", "wsd", "linear"] = "cosine"
+    schedule_steps: int = 1
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1
+    decay_ratio: float = 0.2
+
+    def problems(self) -> list[str]:
+        """Every broken rule, as messages that name key, value, rule and remedy."""
+        found = [
+            f"optim.{key} ({value}) is not above 0: use a positive number"
+            for key in ("lr", "eps", "schedule_steps")
+            if (value := getattr(self, key)) <= 0
+        ]
+        found += [
+            f"optim.{key} ({value}) is below 0: use 0 to switch it off"
+            for key in ("weight_decay", "warmup_steps")
+            if (value := getattr(self, key)) < 0
+        ]
+        found += [
+            f"optim.{key} ({value}) is not between 0 and 1: use a share of the whole"
+            for key in ("min_lr_ratio", "decay_ratio")
+            if not 0 <= (value := getattr(self, key)) <= 1
+        ]
+        if not all(0 <= beta < 1 for beta in self.betas):
+            found.append(f"optim.betas ({self.betas}) are not in [0, 1): use for example [0.9, 0.95]")
+        if 0 < self.schedule_steps < self.warmup_steps:
+            found.append(
+                f"optim.warmup_steps ({self.warmup_steps}) is more than optim.schedule_steps "
+                f"({self.schedule_steps}): use at most {self.schedule_steps}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """A checkpoint every `interval` steps (null: only at the end), the newest `keep_last` kept."""
+
+    interval: int | None = 100
+    keep_last: int | None = 3
+
+    def problems(self) -> list[str]:
+        """Every broken rule, as messages that name key, value, rule and remedy."""
+        return [
+            f"checkpoint.{key} ({value}) is below 1: use null to switch it off"
+            for key in ("interval", "keep_last")
+            if (value := getattr(self, key)) is not None and value < 1
+        ]
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Validation on `samples` windows every `interval` steps, with a text sample beside it.
+
+    `sample_tokens` tokens are generated after `prompt` into `samples.txt`; 0 switches it off.
+    """
+
+    interval: int | None = 100
+    samples: int = 64
+    prompt: str = ""
+    sample_tokens: int = 64
+    temperature: float = 0.8
+
+    def problems(self) -> list[str]:
+        """Every broken rule, as messages that name key, value, rule and remedy."""
+        found = []
+        if self.interval is not None and self.interval < 1:
+            found.append(f"validation.interval ({self.interval}) is below 1: use null for none")
+        if self.samples < 1:
+            found.append(f"validation.samples ({self.samples}) is below 1: use at least 1")
+        if self.sample_tokens < 0:
+            found.append(f"validation.sample_tokens ({self.sample_tokens}) is below 0: use 0 for none")
+        if self.temperature < 0:
+            found.append(
+                f"validation.temperature ({self.temperature}) is below 0: use 0 for the likeliest token"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """A line of figures every `interval` steps; `wandb` is a project's name or null."""
+
+    interval: int = 10
+    tensorboard: bool = True
+    wandb: str | None = None
+
+    def problems(self) -> list[str]:
+        """Every broken rule, as messages that name key, value, rule and remedy."""
+        if self.interval < 1:
+            return [f"log.interval ({self.interval}) is below 1: use at least 1"]
+        return []

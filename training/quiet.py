@@ -1,0 +1,19 @@
+"""Keeps what libraries say among themselves away from the person at the terminal.
+
+Our own messages go through the console. Libraries' warnings are shown on rank 0 unless they are
+known to be for developers: deprecations, and notes about how Fabric or DTensor work inside.
+"""
+
+import logging
+import os
+import warnings
+
+
+def quieten() -> None:
+    """Silences import chatter, deprecations and repeated lines from the other ranks."""
+    for name in ("lightning", "lightning.fabric", "lightning.pytorch", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        warnings.simplefilter("ignore", category)
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        warnings.simplefilter("ignore")
