@@ -8,7 +8,7 @@ of what was read before: a loader has no state to save.
 import queue
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -212,7 +212,7 @@ class TrainLoader:
             micro_batches = [Batch(*(t.pin_memory() for t in batch)) for batch in micro_batches]
         return StepBatches(micro_batches, n_targets, digest)
 
-    def steps(self, first_step: int) -> Iterator[StepBatches]:
+    def steps(self, first_step: int) -> Generator[StepBatches, None, None]:
         """The batches of step `first_step` and all later ones, without end, read ahead.
 
         Close the iterator (or let it go) to end its thread; what fails in the thread is raised

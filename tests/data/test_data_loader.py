@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
 from data.loader import IGNORE, Dataset, StepBatches, TrainLoader, make_batch, validation_batches
 from data.prepare import prepare
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SEQ_LEN, BATCH = 16, 12
 
@@ -33,17 +34,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "shards"
 
 
-def loader(folder: Path, rank: int = 0, size: int = 1, micro: int = 2, **options) -> TrainLoader:
-    dataset = Dataset.open(folder, options.pop("weights", None), options.pop("mask", True))
+def loader(
+    folder: Path,
+    rank: int = 0,
+    size: int = 1,
+    micro: int = 2,
+    weights: dict[str, float] | None = None,
+    mask: bool = True,
+    prefetch: int = 2,
+) -> TrainLoader:
     return TrainLoader(
-        dataset,
+        Dataset.open(folder, weights, mask),
         seq_len=SEQ_LEN,
         global_batch_size=BATCH,
         micro_batch_size=micro,
         seed=7,
         rank=rank,
         size=size,
-        **options,
+        prefetch=prefetch,
     )
 
 
@@ -76,13 +84,19 @@ def test_digest_changes_with_the_step_and_with_any_token(folder: Path) -> None:
     stream = changed.dataset.train["a"]
     window = stream.window
 
-    def with_one_other_token(index: int, seq_len: int):
+    def with_one_other_token(index: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         tokens, starts = window(index, seq_len)
         tokens[3] ^= 1
         return tokens, starts
 
     stream.window = with_one_other_token  # type: ignore[method-assign]
     assert changed.step(0).digest != step.digest
+
+    same_windows = loader(folder)
+    place = same_windows.order.locate(np.arange(BATCH))
+    same_windows.order.locate = lambda samples: place  # type: ignore
+    assert same_windows.step(0).digest == step.digest
+    assert same_windows.step(1).digest != step.digest  # the same tokens as other samples
 
 
 def test_an_epoch_of_steps_reads_each_window_once(folder: Path) -> None:
@@ -162,7 +176,7 @@ def test_the_thread_ends_with_its_iterator_and_its_errors_reach_the_reader(folde
             raise OSError("the folder vanished")
         return whole_step(number)
 
-    broken.step = step  # type: ignore[method-assign]
+    broken.step = step  # type: ignore
     steps = broken.steps(0)
     next(steps), next(steps)
     with pytest.raises(OSError, match="the folder vanished"):

@@ -1,37 +1,40 @@
-"""The order of samples: a bijection, exact quotas, whole epochs, and never another one unknowingly."""
+"""The order of samples: a bijection, exact quotas, whole epochs, never another one unknowingly."""
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from data.errors import DataError
-from data.order import BLOCK, Order, permute, quotas, round_keys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.errors import DataError
+from data.order import BLOCK, Order, permute, quotas, round_keys
+
 MASK = 2**64 - 1
+Sources = Sequence[tuple[str, float, int]]
 MIXTURE = [("web", 0.6, 1000), ("code", 0.3, 77), ("books", 0.1, 50)]
 
 
 # The reference: the same definitions once more, in plain integers, one sample at a time.
 
 
-def slow_keys(*parts):
+def slow_keys(*parts: str | int) -> list[int]:
     name = "\0".join(["1", *map(str, parts)]).encode()
     digest = hashlib.blake2b(name, digest_size=64, person=b"llamesh-order").digest()
     return [int.from_bytes(digest[i : i + 8], "little") for i in range(0, 64, 8)]
 
 
-def slow_splitmix64(x):
+def slow_splitmix64(x: int) -> int:
     x = (x + 0x9E3779B97F4A7C15) & MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
     return x ^ (x >> 31)
 
 
-def slow_permute(place, n, keys):
+def slow_permute(place: int, n: int, keys: list[int]) -> int:
     if n == 1:
         return 0
     bits = (n - 1).bit_length()
@@ -46,8 +49,8 @@ def slow_permute(place, n, keys):
             return place
 
 
-def slow_quotas(weights):
-    total = sum(Fraction(w) for _, w in weights)
+def slow_quotas(weights: Sequence[tuple[str, float]]) -> dict[str, int]:
+    total = sum((Fraction(w) for _, w in weights), Fraction(0))
     exact = {name: Fraction(w) * BLOCK / total for name, w in weights}
     found = {name: int(share) for name, share in exact.items()}
     for name in sorted(exact, key=lambda name: (found[name] - exact[name], name)):
@@ -56,13 +59,13 @@ def slow_quotas(weights):
     return found
 
 
-def slow_locate(sample, sources, seed):
+def slow_locate(sample: int, sources: Sources, seed: int) -> tuple[int, int, int]:
     quota = slow_quotas([(name, weight) for name, weight, _ in sources])
     layout = [name for name in sorted(quota) for _ in range(quota[name])]
     block, place = divmod(sample, BLOCK)
     keys = slow_keys("mixture", seed, block)
     name = layout[slow_permute(place, BLOCK, keys)]
-    before = range(place) if len(sources) > 1 else []
+    before = range(place if len(sources) > 1 else 0)
     rank = sum(layout[slow_permute(p, BLOCK, keys)] == name for p in before)
     if len(sources) == 1:
         rank = place
@@ -72,7 +75,7 @@ def slow_locate(sample, sources, seed):
     return [name for name, _, _ in sources].index(name), epoch, window
 
 
-def located(sources, seed, samples):
+def located(sources: Sources, seed: int, samples: Sequence[int]) -> list[list[int]]:
     return np.stack(Order(sources, seed).locate(np.array(samples)), axis=1).tolist()
 
 
@@ -95,7 +98,9 @@ def test_permutation_is_a_bijection(n: int) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(n=st.integers(1, 2**40), seed=st.integers(), data=st.data())
-def test_permutation_equals_plain_integers_for_any_size(n: int, seed: int, data) -> None:
+def test_permutation_equals_plain_integers_for_any_size(
+    n: int, seed: int, data: st.DataObject
+) -> None:
     places = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=5))
     image = permute(np.array(places), n, round_keys(seed)).tolist()
     assert image == [slow_permute(place, n, slow_keys(seed)) for place in places]
@@ -121,7 +126,7 @@ def test_small_permutations_are_all_about_equally_likely() -> None:
     block=st.integers(0, 1000),
     seed=st.integers(0, 2**32),
 )
-def test_each_block_holds_exactly_the_quotas(weights, block: int, seed: int) -> None:
+def test_each_block_holds_exactly_the_quotas(weights: list[float], block: int, seed: int) -> None:
     sources = [(f"s{i}", weight, 5000 + i) for i, weight in enumerate(weights)]
     order = Order(sources, seed)
     source, _, _ = order.locate(np.arange(block * BLOCK, (block + 1) * BLOCK))
@@ -157,7 +162,7 @@ def test_epochs_blocks_seeds_and_source_names_each_change_the_order() -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(samples=st.lists(st.integers(0, 4 * BLOCK), min_size=1, max_size=8), seed=st.integers(0, 9))
-def test_a_sample_is_the_same_looked_up_alone_or_with_others(samples, seed: int) -> None:
+def test_a_sample_is_the_same_looked_up_alone_or_with_others(samples: list[int], seed: int) -> None:
     together = located(MIXTURE, seed, samples)
     assert together == [located(MIXTURE, seed, [sample])[0] for sample in samples]
 

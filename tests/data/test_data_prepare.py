@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+
 from data import prepare as preparation
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.corpora import documents, source_files
@@ -23,6 +26,7 @@ from data.tokenizer import ready_tokenizer
 
 BYTE = TokenizerConfig("byte", 272)
 TEXTS = [f"Document {i}, naïve:\n" + f"line {i} 🙂\n" * (i % 7) for i in range(40)]
+Format = Literal["text", "jsonl", "parquet", "huggingface"]
 ROOT = Path(__file__).parents[2]
 
 
@@ -77,7 +81,7 @@ def test_each_format_ends_as_the_tokens_of_its_documents(format_: str, tmp_path:
         stream = streams["s0"]
         tokens, starts = stream.window(0, stream.n_tokens - 1)  # all of them
         cuts = [*starts.tolist(), stream.n_tokens]
-        parts = [tokens[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [tokens[a:b] for a, b in pairwise(cuts)]
         assert [tokenizer.decode(part[1:-1]) for part in parts] == expected
         assert {(part[0], part[-1]) for part in parts} == {(tokenizer.bos_id, tokenizer.eos_id)}
         assert manifest.n_documents(split) == len(expected) > 0
@@ -153,6 +157,7 @@ def test_a_killed_preparation_is_replaced_and_ends_as_an_undisturbed_one(tmp_pat
     assert list(folder.glob("s0/*.tmp"))
     with pytest.raises(DataError, match=r"run prepare\.py"):
         Dataset.open(folder)
+    (folder / "s0/train-00007.tokens").touch()  # a shard that the next one does not write
     prepare(killed, BYTE, progress=False)
     assert listing(folder) == listing(Path(undisturbed.folder))
 
@@ -225,7 +230,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[SourceConfig, str]]:
     local.mkdir()
     write_parquet(local / "rows.parquet")
 
-    def at(format_: str, name: str, column: str = "text", split: str = "train") -> SourceConfig:
+    def at(format_: Format, name: str, column: str = "text", split: str = "train") -> SourceConfig:
         return SourceConfig(format_, str(folder / name), text_column=column, split=split)
 
     return {

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.errors import DataError
-from data.shards import SPLITS, Manifest, ShardWriter, TokenizerEntry, TokenStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from data.errors import DataError
+from data.shards import SPLITS, Manifest, ShardWriter, TokenizerEntry, TokenStream
 
 LENGTHS = [5, 1, 30, 7, 7, 12, 40, 3]
 

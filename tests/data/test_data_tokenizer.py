@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from data.config import TokenizerConfig
 from data.errors import DataError
 from data.tokenizer import (
@@ -20,8 +23,6 @@ from data.tokenizer import (
     ready_tokenizer,
     train_bpe,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 TEXTS = [
     "",
@@ -84,7 +85,9 @@ def test_llama3_ids_equal_those_of_metas_tokenizer(llama3: Tokenizer) -> None:
         max_size=12,
     ),
 )
-def test_pieces_are_those_of_metas_tokenizer(llama3: Tokenizer, runs) -> None:
+def test_pieces_are_those_of_metas_tokenizer(
+    llama3: Tokenizer, runs: list[tuple[str, int]]
+) -> None:
     from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 
     split = MetaTokenizer._split_whitespaces_or_nonwhitespaces

@@ -1,0 +1,80 @@
+"""What tests share: a small corpus made on the spot, and the real programs as real processes."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of thirty text files: source code of the standard library, about 400 kB."""
+    folder = tmp_path_factory.mktemp("corpus")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(library.glob("json/*.py")) + sorted(library.glob("email/*.py"))
+    for file in files[:30]:
+        (folder / f"{file.parent.name}-{file.stem}.txt").write_text(file.read_text())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_overrides(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for training on `corpus` in one folder of shards that the session shares."""
+    return [
+        "data=text",
+        "data.name=corpus",
+        f"data.sources.text.path={corpus}",
+        f"data.folder={tmp_path_factory.mktemp('shards') / 'corpus'}",
+        "data.validation_fraction=0.2",
+    ]
+
+
+def start_program(
+    arguments: list[str], cwd: Path = ROOT, timeout: float = 240, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs `python ARGUMENTS` as a person would, and waits for it."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def smoke_run(data_overrides: list[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`smoke_run(folder, "parallel.tp=2", …)` trains the smoke model into a folder on CPU."""
+
+    def run(folder: Path, *overrides: str, succeeds: bool = True) -> subprocess.CompletedProcess[str]:
+        done = start_program(
+            [
+                "train.py",
+                "experiment=smoke",
+                *data_overrides,
+                f"run.dir={folder}",
+                "parallel.accelerator=cpu",
+                "log.tensorboard=false",
+                *overrides,
+            ]
+        )
+        if succeeds:
+            assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
