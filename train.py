@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,20 +22,15 @@ from parallel.mesh import MeshShape, Processes
 from program.config import ConfigError, TrainProgram, hydra_arguments, plain
 from program.preflight import check_config, check_folder, prepare_data
 from program.report import header, meter, summary
+from program.run import Run
 from training.clock import Clock
 from training.run_folder import RunFolder, RunFolderError
 from training.schedule import learning_rate
 
 if TYPE_CHECKING:
-    import torch
-    from lightning.fabric import Fabric
     from torch import Tensor
 
     from data.loader import Dataset, StepBatches
-    from training.checkpoint import Position
-    from training.console import Console
-    from training.ledger import Ledger
-    from training.metrics import MetricsLog, Throughput
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -53,40 +47,6 @@ def main(composed: DictConfig) -> None:
         sys.exit(f"Not started: {error}")
     train(run)
     finish(run)
-
-
-@dataclass
-class Run:
-    """Everything that one start of a run works with."""
-
-    config: TrainProgram
-    mesh: MeshShape
-    fabric: Fabric
-    model: Any  # Fabric's wrapper around the sharded Llama
-    optimizer: Any  # Fabric's wrapper around AdamW
-    dataset: Dataset
-    position: Position
-    console: Console
-    throughput: Throughput
-    ledger: Ledger | None = None  # rank 0 alone writes ledger and figures
-    metrics: MetricsLog | None = None
-    last_figures: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def folder(self) -> RunFolder:
-        """Where everything of the run lies."""
-        return RunFolder(Path(self.config.run.dir))
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Sequences that a data rank computes at a time."""
-        train = self.config.train
-        return train.micro_batch_size or train.global_batch_size // self.mesh.dp
-
-    @property
-    def data_rank(self) -> int:
-        """Which of the mesh's `dp` shares of a batch this process reads."""
-        return self.mesh.data_rank(self.fabric.global_rank)
 
 
 def set_up(
@@ -110,31 +70,35 @@ def set_up(
 
     quieten()
     plan = partial(parallelize, parallel=config.parallel, precision=config.precision)
+    strategy = MeshStrategy(mesh, plan)
     fabric = Fabric(
         accelerator=processes.accelerator,
         devices=processes.per_node,
         num_nodes=processes.num_nodes,
-        strategy=MeshStrategy(mesh, plan),
+        strategy=strategy,
     )
     fabric.launch()
     console = Console(enabled=fabric.is_global_zero)
     with torch.device("meta"):
-        model = Llama(config.model)
-    model = fabric.setup_module(model)
-    optimizer = fabric.setup_optimizers(build_optimizer(model, config.optim))
+        llama = Llama(config.model)
+    model = fabric.setup_module(llama)  # sharded in place
+    adamw = build_optimizer(llama, config.optim)
+    optimizer = fabric.setup_optimizers(adamw)
 
     checkpoint = find_newest(RunFolder(Path(config.run.dir)), config.run.resume, console.note)
     if checkpoint is None:
         position = Position(step=0, samples=0, tokens=0, data_hash=dataset.hash)
-        initialize_weights(model.module, config.model, config.run.seed)
+        initialize_weights(llama, config.model, config.run.seed)
     else:
         position = read_position(checkpoint)
-        load(checkpoint, model.module, optimizer.optimizer)
+        load(checkpoint, llama, adamw)
 
     throughput = meter(config, mesh, fabric.device)
-    run = Run(config, mesh, fabric, model, optimizer, dataset, position, console, throughput)
+    run = Run(
+        config, mesh, fabric, strategy, model, optimizer, dataset, position, console, throughput
+    )
     if fabric.is_global_zero:
-        open_logs(run, changed)
+        run.open_logs(changed)
     console.header(*header(config, mesh, processes, dataset, position))
     return run
 
@@ -192,7 +156,7 @@ def train_step(run: Run, batches: StepBatches, rate: float) -> dict[str, Tensor]
         before clipping; `batch_hash` of the whole global batch.
     """
     fabric, model, optimizer = run.fabric, run.model, run.optimizer
-    n_targets, batch_hash = fabric.strategy.sum_over_data(fabric.to_device(batches.counts))
+    n_targets, batch_hash = run.strategy.sum_over_data(fabric.to_device(batches.counts))
     shares = []
     for place, micro_batch in enumerate(batches.micro_batches, start=1):
         tokens, positions, labels = fabric.to_device(micro_batch)
@@ -221,29 +185,9 @@ def is_due(interval: int | None, step: int, config: TrainProgram) -> bool:
     return step == config.train.max_steps or (interval is not None and step % interval == 0)
 
 
-def open_logs(run: Run, changed: dict[str, Any]) -> None:
-    """Writes the configuration and opens ledger and figures; rank 0 alone calls it."""
-    from training.ledger import Ledger
-    from training.metrics import MetricsLog
-
-    config, step = run.config, run.position.step
-    run.folder.write_config(plain(config))
-    run.ledger = Ledger(run.folder.ledger, run.console.note)
-    run.ledger.append("start", step=step, mesh=str(run.mesh), changed=changed)
-    run.metrics = MetricsLog(
-        run.folder.path,
-        config.log.tensorboard,
-        config.log.wandb,
-        run_name=config.run.name,
-        run_config=plain(config),
-        first_step=step,
-        warn=run.console.note,
-    )
-
-
 def read_figures(run: Run, tensors: dict[str, Tensor], rate: float) -> dict[str, Any]:
     """The figures of the step just done, waited for; the loss summed over the data ranks."""
-    loss = run.fabric.strategy.sum_over_data(tensors["loss"].double())
+    loss = run.strategy.sum_over_data(tensors["loss"].double())
     return {
         "step": run.position.step,
         "samples": run.position.samples,
@@ -281,7 +225,7 @@ def validate(run: Run) -> float:
         rank=run.data_rank,
         size=run.mesh.dp,
     )
-    return mean_loss(run.model, batches, run.fabric.device, run.fabric.strategy.sum_over_data)
+    return mean_loss(run.model, batches, run.fabric.device, run.strategy.sum_over_data)
 
 
 def write_sample(run: Run) -> None:

@@ -1,5 +1,7 @@
 """The norm of all gradients together, whichever axes shard them, and clipping by it."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
@@ -20,9 +22,8 @@ def clip_grad_norm(model: torch.nn.Module, max_norm: float) -> Tensor:
     Returns:
         The norm before clipping, a float32 scalar that is the same on every rank.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    local = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
-    assert len(local) == len(gradients) > 0
+    gradients = [cast(DTensor, p.grad) for p in model.parameters() if p.grad is not None]
+    local = [gradient.to_local() for gradient in gradients]
     norms = torch._foreach_norm(local, 2, dtype=torch.float32)
     torch._foreach_div_(norms, [_copies(gradient) ** 0.5 for gradient in gradients])
     total = torch.stack(norms).square().sum()

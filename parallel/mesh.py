@@ -138,7 +138,9 @@ def resolve_mesh(config: ParallelConfig, world_size: int) -> tuple[MeshShape, li
     shape = MeshShape(config.dp_replicate, dp_shard, config.cp, config.tp)
     if shape.world_size == world_size:
         return shape, []
-    named = ", ".join(f"parallel.{axis}={size}" for axis, size in zip(AXES, shape.sizes, strict=True))
+    named = ", ".join(
+        f"parallel.{axis}={size}" for axis, size in zip(AXES, shape.sizes, strict=True)
+    )
     remedy = (
         f"start {shape.world_size} processes"
         if world_size % others

@@ -48,7 +48,7 @@ class MeshStrategy(ModelParallelStrategy):
         """Which share of the samples this rank reads, in Fabric's words."""
         return {"num_replicas": self.shape.dp, "rank": self.shape.data_rank(self.global_rank)}
 
-    def setup_module(self, module: nn.Module) -> nn.Module:
+    def setup_module(self, module: Any) -> Any:
         """Applies the plan on the meta device, then allocates each rank's shard, uninitialised.
 
         Weights come afterwards, from `initialize_weights` or from a checkpoint: the parent would

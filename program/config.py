@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Union, cast, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,7 +30,6 @@ from training.config import (
     TrainConfig,
     ValidationConfig,
 )
-
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -207,12 +206,11 @@ def _load(composed: DictConfig, program: Any, rules: list[Rule]) -> Any:
     # Imported here: 0.1 s that `--help` need not pay.
     from pydantic import TypeAdapter, ValidationError
 
-    values = OmegaConf.to_container(composed, resolve=False)
-    assert isinstance(values, dict)
+    values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
     if missing := _missing_values(values):
         raise ConfigError(missing + _unknown_keys(values, program, ""))
     try:
-        values = OmegaConf.to_container(composed, resolve=True)
+        values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError([f"{error.full_key}: {str(error).splitlines()[0]}"]) from None
     problems = _unknown_keys(values, program, "")
@@ -220,7 +218,7 @@ def _load(composed: DictConfig, program: Any, rules: list[Rule]) -> Any:
     for field in dataclasses.fields(program):
         given = values.get(field.name)
         try:
-            section: Any = TypeAdapter(field.type).validate_python(given)
+            section: Any = TypeAdapter(cast(Any, field.type)).validate_python(given)
         except ValidationError as error:
             errors = {_key(item["loc"], given): item for item in error.errors()}
             problems += [_type_problem(f"{field.name}{key}", item) for key, item in errors.items()]
@@ -253,7 +251,7 @@ def _key(location: tuple[int | str, ...], values: Any) -> str:
         known = part in values if isinstance(values, dict) else isinstance(part, int)
         if known or part == location[-1]:
             key += f".{part}"
-            values = values[part] if known and isinstance(values, dict | list) else None
+            values = values[part] if known else None
     return key
 
 
@@ -296,5 +294,7 @@ def _dataclass_of(annotation: Any) -> tuple[Any, bool]:
     if get_origin(annotation) is dict:
         return _dataclass_of(get_args(annotation)[1])[0], True
     if get_origin(annotation) in (UnionType, Union):
-        return next(((a, False) for a in get_args(annotation) if dataclasses.is_dataclass(a)), (None, False))
+        return next(
+            ((a, False) for a in get_args(annotation) if dataclasses.is_dataclass(a)), (None, False)
+        )
     return None, False

@@ -27,7 +27,9 @@ def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshSha
         ConfigError: every problem of keys, types, rules, mesh and machine at once.
     """
 
-    def machine_and_mesh(parallel: ParallelConfig, model: ModelConfig, train: TrainConfig) -> list[str]:
+    def machine_and_mesh(
+        parallel: ParallelConfig, model: ModelConfig, train: TrainConfig
+    ) -> list[str]:
         processes, problems = plan_processes(parallel)
         mesh, more = resolve_mesh(parallel, processes.world_size)
         return problems + (more or mesh_problems(mesh, parallel, model, train))

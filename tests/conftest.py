@@ -38,7 +38,10 @@ def data_overrides(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 
 
 def start_program(
-    arguments: list[str], cwd: Path = ROOT, timeout: float = 240, environment: dict[str, str] | None = None
+    arguments: list[str],
+    cwd: Path = ROOT,
+    timeout: float = 240,
+    environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs `python ARGUMENTS` as a person would, and waits for it."""
     return subprocess.run(
@@ -56,7 +59,9 @@ def start_program(
 def smoke_run(data_overrides: list[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`smoke_run(folder, "parallel.tp=2", …)` trains the smoke model into a folder on CPU."""
 
-    def run(folder: Path, *overrides: str, succeeds: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(
+        folder: Path, *overrides: str, succeeds: bool = True
+    ) -> subprocess.CompletedProcess[str]:
         done = start_program(
             [
                 "train.py",

@@ -1,1 +1,1 @@
-"""What a run does besides forward and backward: optimizer, schedule, checkpoints, figures, ledger."""
+"""What a run does besides forward and backward: optimizer, checkpoints, figures, ledger."""

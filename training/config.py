@@ -94,7 +94,9 @@ class OptimConfig:
             if not 0 <= (value := getattr(self, key)) <= 1
         ]
         if not all(0 <= beta < 1 for beta in self.betas):
-            found.append(f"optim.betas ({self.betas}) are not in [0, 1): use for example [0.9, 0.95]")
+            found.append(
+                f"optim.betas ({self.betas}) are not in [0, 1): use for example [0.9, 0.95]"
+            )
         if 0 < self.schedule_steps < self.warmup_steps:
             found.append(
                 f"optim.warmup_steps ({self.warmup_steps}) is more than optim.schedule_steps "
@@ -140,10 +142,12 @@ class ValidationConfig:
         if self.samples < 1:
             found.append(f"validation.samples ({self.samples}) is below 1: use at least 1")
         if self.sample_tokens < 0:
-            found.append(f"validation.sample_tokens ({self.sample_tokens}) is below 0: use 0 for none")
+            found.append(
+                f"validation.sample_tokens ({self.sample_tokens}) is below 0: use 0 for none"
+            )
         if self.temperature < 0:
             found.append(
-                f"validation.temperature ({self.temperature}) is below 0: use 0 for the likeliest token"
+                f"validation.temperature ({self.temperature}) is below 0: use 0 for the likeliest"
             )
         return found
 

@@ -1,0 +1,72 @@
+"""One start of a run: everything that the loop in `train.py` works with."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parallel.mesh import MeshShape
+from program.config import TrainProgram, plain
+from training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from data.loader import Dataset
+    from parallel.strategy import MeshStrategy
+    from training.checkpoint import Position
+    from training.console import Console
+    from training.ledger import Ledger
+    from training.metrics import MetricsLog, Throughput
+
+
+@dataclass
+class Run:
+    """Everything that one start of a run works with."""
+
+    config: TrainProgram
+    mesh: MeshShape
+    fabric: "Fabric"
+    strategy: "MeshStrategy"
+    model: Any  # Fabric's wrapper around the sharded Llama
+    optimizer: Any  # Fabric's wrapper around AdamW
+    dataset: "Dataset"
+    position: "Position"
+    console: "Console"
+    throughput: "Throughput"
+    ledger: "Ledger | None" = None  # rank 0 alone writes ledger and figures
+    metrics: "MetricsLog | None" = None
+    last_figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where everything of the run lies."""
+        return RunFolder(Path(self.config.run.dir))
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences that a data rank computes at a time."""
+        train = self.config.train
+        return train.micro_batch_size or train.global_batch_size // self.mesh.dp
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the mesh's `dp` shares of a batch this process reads."""
+        return self.mesh.data_rank(self.fabric.global_rank)
+
+    def open_logs(self, changed: dict[str, Any]) -> None:
+        """Writes the configuration and opens ledger and figures; rank 0 alone calls it."""
+        from training.ledger import Ledger
+        from training.metrics import MetricsLog
+
+        self.folder.write_config(plain(self.config))
+        self.ledger = Ledger(self.folder.ledger, self.console.note)
+        self.ledger.append("start", step=self.position.step, mesh=str(self.mesh), changed=changed)
+        self.metrics = MetricsLog(
+            self.folder.path,
+            self.config.log.tensorboard,
+            self.config.log.wandb,
+            run_name=self.config.run.name,
+            run_config=plain(self.config),
+            first_step=self.position.step,
+            warn=self.console.note,
+        )
