@@ -65,10 +65,13 @@ def set_up(
     from parallel.strategy import MeshStrategy
     from training.checkpoint import Position, find_newest, load, read_position
     from training.console import Console
+    from training.memory import keep_freed_memory
     from training.optimizer import build_optimizer
     from training.quiet import quieten
 
     quieten()
+    if processes.accelerator == "cpu":
+        keep_freed_memory()
     plan = partial(parallelize, parallel=config.parallel, precision=config.precision)
     strategy = MeshStrategy(mesh, plan)
     fabric = Fabric(
@@ -133,7 +136,7 @@ def train(run: Run) -> None:
             tensors = train_step(run, step_batches, rate)
             run.position = run.position.after(samples=batch_size, tokens=batch_size * seq_len)
             figures = read_figures(run, tensors, rate) if logs else {}
-        if validates:
+        if validates and config.validation.samples:
             figures["val_loss"] = validate(run)
         if logs:
             log(run, figures, clock)

@@ -5,6 +5,8 @@ and checkpoints know a single case. Gradients are summed, not averaged, over the
 already divided by the number of targets in the whole global batch.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -29,9 +31,32 @@ def apply_data_parallel(
     # The root's weights are needed again as soon as the backward begins: kept gathered.
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     for module in [*model.layers, model]:
-        module.set_gradient_divide_factor(1.0)
-        # A sum with a factor is a premultiplied sum, which gloo lacks; by one, it is a plain one.
-        module.set_force_sum_reduction_for_comms(True)
+        if mesh.size() == 1:
+            module.set_custom_all_gather(_NothingToGather())
+        else:
+            module.set_gradient_divide_factor(1.0)
+            # Else the factor would be a premultiplied sum, which gloo lacks.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+class _NothingToGather:
+    """The all-gather of one rank: its input already is its part of the output, the whole of it."""
+
+    def allocate(
+        self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """An uninitialised output, as FSDP2's own collective allocates it."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: torch.distributed.ProcessGroup,
+        async_op: bool = False,
+    ) -> None:
+        """Nothing to send: FSDP2 copies its input into place in the output."""
+        assert input_tensor.data_ptr() == output_tensor.data_ptr()
 
 
 def mixed_precision(config: PrecisionConfig, device_type: str) -> MixedPrecisionPolicy:

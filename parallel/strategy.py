@@ -7,7 +7,7 @@ synchronisation and a global norm are on them. What the plan does to the model i
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -87,11 +87,11 @@ class _LastMicroBatchSync(_BackwardSyncControl):
     has. Fabric's own control leaves synchronisation off after an exit with `enabled=False`.
     """
 
-    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager:
-        return self._without_sync(module, enabled)
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        return self._without_sync(module) if enabled else nullcontext()
 
     @contextmanager
-    def _without_sync(self, module: Any, enabled: bool) -> Iterator[None]:
-        module.set_requires_gradient_sync(not enabled)
+    def _without_sync(self, module: Any) -> Iterator[None]:
+        module.set_requires_gradient_sync(False)
         yield
         module.set_requires_gradient_sync(True)

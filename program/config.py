@@ -80,7 +80,7 @@ def hydra_arguments(arguments: list[str], config_name: str) -> list[str]:
     if {"-h", "--help"} & set(arguments):
         print(help_text(config_name))
         sys.exit(0)
-    if {"-m", "--multirun"} & set(arguments):
+    if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
         sys.exit(
             "--multirun is not supported: every process of a run would start the sweep again. "
             "Start one command for each value, each with its own run.name."
@@ -98,7 +98,7 @@ def hydra_arguments(arguments: list[str], config_name: str) -> list[str]:
 def help_text(config_name: str) -> str:
     """The program's own configuration file with its comments, and the choices of every group."""
     text = (CONF / f"{config_name}.yaml").read_text(encoding="utf-8")
-    usage, rest = text.split("\ndefaults:\n")
+    usage, rest = f"\n{text}".split("\ndefaults:\n")
     keys = rest.split("\nhydra:\n")[0]
     keys = keys.partition("\n\n")[2]
     used = [group for group in sorted(CONF.iterdir()) if f"- {group.name}:" in rest]
@@ -108,7 +108,7 @@ def help_text(config_name: str) -> str:
     ]
     return "\n".join(
         [
-            *(line.removeprefix("#").removeprefix(" ") for line in usage.splitlines()),
+            *(line.removeprefix("#").removeprefix(" ") for line in usage.splitlines()[1:]),
             "",
             "Groups, each a file of keys under conf/:",
             *groups,
@@ -212,7 +212,8 @@ def _load(composed: DictConfig, program: Any, rules: list[Rule]) -> Any:
     try:
         values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     except OmegaConfBaseException as error:
-        raise ConfigError([f"{error.full_key}: {str(error).splitlines()[0]}"]) from None
+        problem = f"{error.full_key}: {str(error).splitlines()[0]}"
+        raise ConfigError([problem, *_unknown_keys(values, program, "")]) from None
     problems = _unknown_keys(values, program, "")
     sections = {}
     for field in dataclasses.fields(program):
@@ -251,7 +252,10 @@ def _key(location: tuple[int | str, ...], values: Any) -> str:
         known = part in values if isinstance(values, dict) else isinstance(part, int)
         if known or part == location[-1]:
             key += f".{part}"
-            values = values[part] if known else None
+            try:
+                values = values[part] if known else None
+            except IndexError:  # too short a list: the place is named, the value is not there
+                values = None
     return key
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from data.errors import DataError
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.mesh import MeshShape, Processes, is_first_process, plan_processes, resolve_mesh
@@ -31,6 +32,8 @@ def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshSha
         parallel: ParallelConfig, model: ModelConfig, train: TrainConfig
     ) -> list[str]:
         processes, problems = plan_processes(parallel)
+        if processes.world_size == 0:  # no GPU to run on: no mesh to speak of
+            return problems
         mesh, more = resolve_mesh(parallel, processes.world_size)
         return problems + (more or mesh_problems(mesh, parallel, model, train))
 
@@ -85,6 +88,13 @@ def prepare_data(config: TrainProgram) -> "Dataset":
         vocab_size=config.model.vocab_size,
         global_batch_size=config.train.global_batch_size,
     )
+    held_out = sum(s.n_windows(config.train.seq_len) for s in dataset.validation.values())
+    if config.validation.samples and not held_out:
+        raise DataError(
+            f"data.validation_fraction ({config.data.validation_fraction}) held out no window of "
+            f"train.seq_len ({config.train.seq_len}) tokens in {folder}: delete the folder and "
+            "use a larger fraction, or train without validation by validation.samples=0"
+        )
     trained_on = RunFolder(Path(config.run.dir)).newest_data_hash()
     if trained_on not in (None, dataset.hash):
         raise RunFolderError(

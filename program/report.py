@@ -66,14 +66,16 @@ def meter(config: TrainProgram, mesh: MeshShape, device: "torch.device") -> "Thr
     import torch
 
     from model.flops import flops_per_token
+    from parallel.data_parallel import mixed_precision
     from training.metrics import Throughput, peak_flops
 
+    dtype = mixed_precision(config.precision, device.type).param_dtype or torch.float32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return Throughput(
         flops_per_token(config.model, config.train.seq_len, causal=True),
         flops_per_token(config.model, config.train.seq_len, causal=False),
         mesh.world_size,
-        peak_flops(name, torch.bfloat16),
+        peak_flops(name, dtype),
         device,
     )
 

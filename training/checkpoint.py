@@ -1,9 +1,9 @@
 """Committed checkpoints: DCP for the sharded tensors, and around it a protocol of our own.
 
-Saving writes into a fresh hidden folder, hashes and syncs on every rank, then `manifest.json`,
-then `COMMITTED`, then renames to `step-XXXXXXXX`; removing takes `COMMITTED` first. So a folder of
-that name is whole, or was damaged later, which the hashes tell. Loading takes the highest step
-that is whole, on all ranks together, on any mesh.
+Saving writes into a fresh hidden folder, hashes and syncs on every rank, then `manifest.json` with
+the hashes, then `COMMITTED` with the manifest's own, then renames to `step-XXXXXXXX`; removing
+takes `COMMITTED` first. So a folder of that name is whole, or was damaged later, which the hashes
+tell. Loading takes the highest step that is whole, on all ranks together, on any mesh.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def save(
                 indent=1,
             ),
         )
-        _write_synced(fresh / COMMITTED, "")
+        _write_synced(fresh / COMMITTED, _sha256(fresh / "manifest.json"))
         _sync_folder(fresh)
         if target.exists():  # lost its COMMITTED while being removed
             shutil.rmtree(target)
@@ -164,7 +164,15 @@ def read_position(folder: Path) -> Position:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a committed checkpoint, by file; None when it is whole."""
+    """What is wrong with a committed checkpoint, by file; None when it is whole.
+
+    COMMITTED holds the hash of the manifest, and the manifest those of the other files.
+    """
+    try:
+        if (folder / COMMITTED).read_text(encoding="utf-8") != _sha256(folder / "manifest.json"):
+            return f"manifest.json has another SHA-256 than {COMMITTED} tells"
+    except (OSError, ValueError) as error:
+        return f"manifest.json and {COMMITTED} cannot be compared ({error})"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         version, files = manifest["format_version"], manifest["files"]
@@ -205,9 +213,13 @@ def _tensors(
 
 def _fingerprint(path: Path) -> dict[str, int | str]:
     """Size and SHA-256 of a file, read back from the file system."""
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    """Hash of a file's content, in hexadecimal."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove_leftovers(checkpoints: Path) -> None:

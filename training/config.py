@@ -97,11 +97,6 @@ class OptimConfig:
             found.append(
                 f"optim.betas ({self.betas}) are not in [0, 1): use for example [0.9, 0.95]"
             )
-        if 0 < self.schedule_steps < self.warmup_steps:
-            found.append(
-                f"optim.warmup_steps ({self.warmup_steps}) is more than optim.schedule_steps "
-                f"({self.schedule_steps}): use at most {self.schedule_steps}"
-            )
         return found
 
 
@@ -125,7 +120,8 @@ class CheckpointConfig:
 class ValidationConfig:
     """Validation on `samples` windows every `interval` steps, with a text sample beside it.
 
-    `sample_tokens` tokens are generated after `prompt` into `samples.txt`; 0 switches it off.
+    `samples: 0` trains without validation. `sample_tokens` tokens are generated after `prompt`
+    into `samples.txt`; 0 switches that off.
     """
 
     interval: int | None = 100
@@ -139,8 +135,8 @@ class ValidationConfig:
         found = []
         if self.interval is not None and self.interval < 1:
             found.append(f"validation.interval ({self.interval}) is below 1: use null for none")
-        if self.samples < 1:
-            found.append(f"validation.samples ({self.samples}) is below 1: use at least 1")
+        if self.samples < 0:
+            found.append(f"validation.samples ({self.samples}) is below 0: use 0 for none")
         if self.sample_tokens < 0:
             found.append(
                 f"validation.sample_tokens ({self.sample_tokens}) is below 0: use 0 for none"

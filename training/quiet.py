@@ -15,5 +15,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)
+    # Fabric says so on every machine that has SLURM installed, cluster or not.
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         warnings.simplefilter("ignore")

@@ -146,7 +146,14 @@ class RunFolder:
                 f"run.resume ({checkpoint}) is not a committed checkpoint: use auto, never, or a "
                 "folder like runs/NAME/checkpoints/step-00000100"
             )
-        step = int(checkpoint.name.removeprefix("step-"))
+        try:
+            manifest = json.loads((checkpoint / "manifest.json").read_text())
+            step = int(manifest["position"]["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunFolderError(
+                f"run.resume ({checkpoint}) is damaged, its manifest.json tells no step: "
+                "use another checkpoint"
+            ) from None
         if committed_steps and committed_steps[-1] > step:
             raise RunFolderError(
                 f"run.resume ({checkpoint}) lies before step {committed_steps[-1]} of "

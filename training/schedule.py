@@ -10,7 +10,8 @@ def learning_rate(step: int, config: OptimConfig) -> float:
 
     `cosine` and `linear` fall from `lr` to `min_lr_ratio · lr` over the steps after the warm-up;
     `wsd` holds `lr` and falls linearly over the last `decay_ratio` of the schedule (Hu et al.
-    2024, arXiv:2404.06395). Beyond the schedule's end the rate stays at its last value.
+    2024, arXiv:2404.06395), or over all that the warm-up leaves where that is less. Beyond the
+    schedule's end the rate stays at its last value.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -21,6 +22,7 @@ def learning_rate(step: int, config: OptimConfig) -> float:
     elif config.schedule == "linear":
         height = 1 - progress
     else:
-        decay = max(config.decay_ratio * config.schedule_steps / length, 1 / length)
+        share = config.decay_ratio * config.schedule_steps / length
+        decay = min(max(share, 1 / length), 1.0)
         height = min((1 - progress) / decay, 1.0)
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * height)

@@ -1,0 +1,57 @@
+"""How a bench tells what it measured: medians and spread, beside hardware, versions and commit."""
+
+import json
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and count of repeated measurements."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median": median, "quartile_1": low, "quartile_3": high, "n": len(values)}
+
+
+def write(name: str, figures: dict[str, Any]) -> None:
+    """Prints the figures and writes them to `bench/results/NAME.json`."""
+    record = {"figures": figures, **circumstances()}
+    print(json.dumps(record, indent=1))
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def circumstances() -> dict[str, Any]:
+    """Hardware, versions and commit of this measurement."""
+    import torch
+
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=FOLDER.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return {
+        "device": device,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit,
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's name as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")

@@ -1,0 +1,88 @@
+"""What the framework costs: a step of `train.py` against a bare PyTorch loop of the same model.
+
+    python -m bench.step_overhead [key=value …]
+
+The default model and batch, the same batches, fused AdamW, clipping, one process. The two take
+turns step by step, and the ratio is taken pair by pair, so that a machine whose speed drifts does
+not matter. The claim: the median ratio is at most 1.03.
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from bench.measurement import spread, write
+from data.loader import StepBatches, TrainLoader
+from model.init import initialize
+from model.llama import Llama
+from program.config import CONF
+from program.preflight import check_config, prepare_data
+from train import set_up, train_step
+from training.optimizer import build_optimizer
+
+WARM_UP, PAIRS = 5, 60
+
+
+def main() -> None:
+    """Measures and writes `bench/results/step_overhead.json`."""
+    with initialize_config_dir(str(CONF), version_base="1.3"), tempfile.TemporaryDirectory() as run:
+        overrides = [f"run.dir={run}", "parallel.accelerator=cpu", "log.tensorboard=false"]
+        config, processes, mesh = check_config(compose("train", [*overrides, *sys.argv[1:]]))
+        dataset = prepare_data(config)
+        ours = set_up(config, processes, mesh, dataset, changed={})
+        loader = TrainLoader(
+            dataset,
+            seq_len=config.train.seq_len,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=ours.micro_batch_size,
+            seed=config.run.seed,
+            rank=0,
+            size=1,
+        )
+        bare = Llama(config.model)
+        initialize(bare, config.model, config.run.seed)
+        optimizer = build_optimizer(bare, config.optim)
+        seconds: dict[str, list[float]] = {"ours": [], "bare": []}
+        for step, batches in zip(range(WARM_UP + PAIRS), loader.steps(0), strict=False):
+            turns = [
+                ("ours", lambda: train_step(ours, batches, config.optim.lr)["loss"]),  # noqa: B023
+                ("bare", lambda: bare_step(bare, optimizer, batches)),  # noqa: B023
+            ]
+            losses = {}
+            for name, take_step in turns if step % 2 else turns[::-1]:
+                begin = time.perf_counter()
+                losses[name] = take_step()
+                if step >= WARM_UP:
+                    seconds[name].append(time.perf_counter() - begin)
+            if step == 0:
+                torch.testing.assert_close(losses["ours"], losses["bare"])
+    ratios = [a / b for a, b in zip(seconds["ours"], seconds["bare"], strict=True)]
+    write(
+        Path(__file__).stem,
+        {
+            "ours_seconds": spread(seconds["ours"]),
+            "bare_seconds": spread(seconds["bare"]),
+            "ratio": spread(ratios),
+        },
+    )
+
+
+def bare_step(model: Llama, optimizer: torch.optim.Optimizer, batches: StepBatches) -> torch.Tensor:
+    """The same step with plain PyTorch; returns the mean loss."""
+    loss = torch.zeros(())
+    for tokens, positions, labels in batches.micro_batches:
+        share = model(tokens, positions, labels) / batches.n_targets
+        share.backward()
+        loss += share.detach()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Sizes of the mesh, and the processes on it, from a configuration and the launcher's variables."""
+
+import itertools
+
+import pytest
+
+from parallel.config import ParallelConfig
+from parallel.mesh import (
+    AXES,
+    MeshShape,
+    Processes,
+    is_first_process,
+    plan_processes,
+    resolve_mesh,
+    started_processes,
+)
+
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none",
+    "RANK": "5",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "8",
+    "LOCAL_WORLD_SIZE": "4",
+}
+SRUN = {
+    "SLURM_JOB_NAME": "llama",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "6",
+    "SLURM_NNODES": "3",
+}
+
+
+def test_data_ranks_are_the_places_on_the_data_axes() -> None:
+    """Against the coordinates of a rank, the outermost axis first."""
+    shape = MeshShape(2, 3, 1, 2)
+    places = itertools.product(*(range(size) for size in shape.sizes))
+    for rank, (replicate, shard, _, _) in enumerate(places):
+        assert shape.data_rank(rank) == replicate * shape.dp_shard + shard
+    assert {shape.data_rank(rank) for rank in range(shape.world_size)} == set(range(shape.dp))
+    assert len(AXES) == len(shape.sizes)
+
+
+def test_mesh_is_told_in_words() -> None:
+    assert str(MeshShape(1, 1, 1, 1)) == "one process"
+    assert str(MeshShape(1, 2, 1, 4)) == "dp_shard=2 × tp=4"
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_dp_shard_fills_what_the_other_axes_leave(tp: int) -> None:
+    shape, problems = resolve_mesh(ParallelConfig(tp=tp), world_size=8)
+    assert not problems
+    assert shape.world_size == 8 and shape.tp == tp
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size", "remedy"),
+    [
+        (ParallelConfig(tp=3), 8, "start 6 processes"),
+        (ParallelConfig(tp=4), 2, "start 4 processes"),
+        (ParallelConfig(dp_shard=2, tp=2), 8, "use parallel.dp_shard=-1 (that is 4)"),
+    ],
+)
+def test_a_mesh_that_is_not_the_processes_is_a_problem_with_a_remedy_that_helps(
+    config: ParallelConfig, world_size: int, remedy: str
+) -> None:
+    shape, [problem] = resolve_mesh(config, world_size)
+    assert problem.endswith(remedy)
+    assert f"for {world_size} processes" in problem and f"parallel.tp={config.tp}" in problem
+    if remedy.startswith("start"):
+        assert resolve_mesh(config, shape.world_size)[1] == []
+    else:
+        assert resolve_mesh(ParallelConfig(tp=config.tp), world_size)[1] == []
+
+
+def test_torchrun_is_taken_as_it_started() -> None:
+    assert started_processes(TORCHRUN) == Processes("auto", 4, 2, "torchrun")
+
+
+def test_srun_is_taken_as_it_started() -> None:
+    assert started_processes(SRUN) == Processes("auto", 2, 3, "srun")
+
+
+@pytest.mark.parametrize("name", ["bash", "interactive"])
+def test_an_interactive_slurm_shell_starts_its_own_processes(name: str) -> None:
+    assert started_processes({**SRUN, "SLURM_JOB_NAME": name}) is None
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"WORLD_SIZE": "8", "RANK": "0"}, {"SLURM_JOB_ID": "1"}]
+)
+def test_without_a_launcher_the_run_starts_its_own(environment: dict[str, str]) -> None:
+    assert started_processes(environment) is None
+    config = ParallelConfig(dp_shard=3, tp=2, accelerator="cpu")
+    processes, problems = plan_processes(config, environment)
+    assert (processes, problems) == (Processes("cpu", 6, 1, "self"), [])
+    assert resolve_mesh(config, processes.world_size)[1] == []
+
+
+def test_cpu_starts_one_process_unless_the_mesh_asks_for_more() -> None:
+    for config, per_node in (
+        (ParallelConfig(accelerator="cpu"), 1),
+        (ParallelConfig(accelerator="cpu", tp=2), 2),
+        (ParallelConfig(accelerator="cpu", devices=4), 4),
+        (ParallelConfig(accelerator="cpu", devices=4, tp=2), 4),
+    ):
+        processes, problems = plan_processes(config, {})
+        assert (processes.per_node, problems) == (per_node, [])
+    assert resolve_mesh(config, 4)[0] == MeshShape(1, 2, 1, 2)
+
+
+def test_nodes_share_the_processes_of_the_mesh() -> None:
+    processes, problems = plan_processes(
+        ParallelConfig(accelerator="cpu", dp_shard=2, tp=2, num_nodes=2), {}
+    )
+    assert (processes, problems) == (Processes("cpu", 2, 2, "self"), [])
+
+
+@pytest.mark.parametrize("environment", [TORCHRUN, SRUN])
+def test_launcher_and_configuration_at_odds_are_named_both(environment: dict[str, str]) -> None:
+    started = started_processes(environment)
+    assert started is not None
+    config = ParallelConfig(accelerator="cpu", devices=7, num_nodes=9)
+    processes, problems = plan_processes(config, environment)
+    assert processes.world_size == started.world_size
+    assert [problem.split(" is not")[0] for problem in problems] == [
+        "parallel.devices (7)",
+        "parallel.num_nodes (9)",
+    ]
+    for problem, there in zip(problems, (started.per_node, started.num_nodes), strict=True):
+        assert f"what {started.launcher} started ({there})" in problem
+    agreeing = ParallelConfig(
+        accelerator="cpu", devices=started.per_node, num_nodes=started.num_nodes
+    )
+    assert plan_processes(agreeing, environment)[1] == []
+
+
+def test_cuda_without_a_gpu_and_too_many_processes_are_problems(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    _, [problem] = plan_processes(ParallelConfig(accelerator="cuda"), {})
+    assert "parallel.accelerator (cuda) finds no GPU" in problem and "accelerator=cpu" in problem
+    assert plan_processes(ParallelConfig(), {})[0].accelerator == "cpu"
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    processes, problems = plan_processes(ParallelConfig(), {})
+    assert (processes, problems) == (Processes("cuda", 2, 1, "self"), [])
+    _, [problem] = plan_processes(ParallelConfig(devices=3), {})
+    assert "parallel.devices (3) is more than the 2 visible GPUs" in problem
+    # A launcher may start more than there are, too.
+    assert "parallel.devices (4)" in plan_processes(ParallelConfig(), TORCHRUN)[1][0]
+    assert plan_processes(ParallelConfig(accelerator="cpu", devices=3), {})[1] == []
+
+
+def test_one_process_of_a_run_is_the_first() -> None:
+    assert is_first_process({})
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        assert [is_first_process({name: str(rank)}) for rank in range(3)] == [True, False, False]
+    # The local rank 0 of the second node is not the first.
+    assert not is_first_process({"RANK": "4", "LOCAL_RANK": "0"})
+
+
+@pytest.mark.parametrize(
+    ("config", "keys"),
+    [
+        (ParallelConfig(), []),
+        (ParallelConfig(tp=0, dp_shard=0), ["parallel.tp (0)", "parallel.dp_shard (0)"]),
+        (ParallelConfig(dp_shard=-2), ["parallel.dp_shard (-2)"]),
+        (ParallelConfig(cp=2, dp_replicate=2), ["parallel.dp_replicate (2)", "parallel.cp (2)"]),
+        (
+            ParallelConfig(devices=0, num_nodes=0),
+            ["parallel.devices (0)", "parallel.num_nodes (0)"],
+        ),
+    ],
+)
+def test_sizes_that_make_no_mesh_are_all_named(config: ParallelConfig, keys: list[str]) -> None:
+    assert [problem.split(" is ")[0] for problem in config.problems()] == keys

@@ -1,0 +1,107 @@
+"""Every command of the README does what it says, in a small form that costs seconds."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, start_program
+from hydra import compose, initialize_config_dir
+
+from parallel.mesh import MeshShape
+from program.config import CONF, hydra_arguments, load_train_config, mesh_problems
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(begin: str) -> list[list[str]]:
+    """The README's shell commands whose first word is `begin`, as words, continued lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [command for command in words if command and command[0] == begin]
+
+
+def small(command: list[str]) -> bool:
+    """Whether a command trains the default model rather than a published one on GPUs."""
+    return not any(word.startswith("model=") for word in command)
+
+
+@pytest.fixture
+def books(tmp_path: Path, corpus: Path) -> Path:
+    """A working folder with the README's `books/` in it."""
+    (tmp_path / "books").symlink_to(corpus)
+    return tmp_path
+
+
+def test_readme_is_short_and_has_the_commands() -> None:
+    assert len(README.splitlines()) < 200
+    for begin in ("make", "python", "torchrun", "srun"):
+        assert commands(begin)
+
+
+def test_make_targets_run_the_programs() -> None:
+    for command in commands("make"):
+        shown = subprocess.run(
+            [*command, "--dry-run", "--always-make"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert "constraints.txt" in shown
+        assert "pytest" in shown if command[1] == "test" else "train.py" in shown
+
+
+def test_prepare_and_train_commands_run(books: Path) -> None:
+    trained = 0
+    for command in [*commands("python")]:
+        program, *overrides = command[1:]
+        if program == "train.py" and not small(command):
+            continue
+        extra = []
+        if program == "train.py":
+            trained += 1
+            # The default corpus would take half a minute to prepare.
+            corpus = ["data=text", "data.name=books", "data.sources.text.path=books/"]
+            extra = [] if "data=text" in overrides else corpus
+            extra += ["experiment=smoke", "tokenizer=bpe", "train.max_steps=2"]
+            extra += ["validation.samples=0"]  # of 25 files, 2% is none
+        done = start_program([str(ROOT / program), *overrides, *extra], cwd=books)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert trained == 3
+    assert {run.name for run in (books / "runs").iterdir()} == {"smoke", "two", "books"}
+
+
+@pytest.mark.parametrize("begin", ["python", "torchrun", "srun"])
+def test_gpu_commands_pass_the_gate(begin: str) -> None:
+    checked = 0
+    for command in commands(begin):
+        if "train.py" not in command or small(command):
+            continue
+        overrides = hydra_arguments(command[command.index("train.py") + 1 :], "train")
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = load_train_config(compose("train", overrides))
+        nodes = [word for word in command if word.startswith("--nodes=") or "nnodes=" in word]
+        world_size = 8 * int(nodes[0].partition("=")[2]) if nodes else 8
+        mesh = MeshShape(1, world_size // config.parallel.tp, 1, config.parallel.tp)
+        assert mesh_problems(mesh, config.parallel, config.model, config.train) == []
+        checked += 1
+    assert checked == 1
+
+
+def test_error_example_is_what_the_program_says(tmp_path: Path) -> None:
+    done = start_program(
+        [
+            str(ROOT / "train.py"),
+            "train.max_step=3",
+            "parallel.tp=8",
+            "parallel.accelerator=cpu",
+        ],
+        cwd=tmp_path,
+    )
+    shown: Any = re.search(r"```text\n(Not started.*?)```", README, flags=re.DOTALL)
+    assert set(shown.group(1).splitlines()) <= set(done.stderr.splitlines())
+    assert done.returncode != 0

@@ -1,0 +1,100 @@
+"""The learning rate against a slow reference: straight lines and a cosine between named points."""
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from training.config import OptimConfig
+from training.schedule import learning_rate
+
+LR, RATIO = 3e-4, 0.1
+CONFIGS = [
+    OptimConfig(
+        lr=LR,
+        schedule=schedule,
+        schedule_steps=steps,
+        warmup_steps=warmup,
+        min_lr_ratio=RATIO,
+        decay_ratio=decay,
+    )
+    for schedule in ("cosine", "linear", "wsd")
+    for steps, warmup in ((1000, 0), (1000, 100), (1000, 700), (10, 10), (7, 6), (1, 0))
+    for decay in ((0.0, 0.2, 0.5, 1.0) if schedule == "wsd" else (0.2,))
+]
+
+
+def name_of(config: OptimConfig) -> str:
+    return f"{config.schedule}-{config.schedule_steps}-{config.warmup_steps}-{config.decay_ratio:g}"
+
+
+every_config = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+
+
+def between(step: float, points: list[tuple[float, float]]) -> float:
+    """Straight lines between points (step, rate), constant after the last."""
+    for (left, low), (right, high) in pairwise(points):
+        if left <= step < right:
+            return low + (high - low) * (step - left) / (right - left)
+    return points[-1][1]
+
+
+def slow_rate(step: int, config: OptimConfig) -> float:
+    """As the docstring tells it, from points instead of formulas."""
+    low, begin, end = RATIO * LR, config.warmup_steps, config.schedule_steps
+    if step < begin:
+        return between(step, [(-1, 0.0), (begin - 1, LR), (begin, LR)])
+    if step >= max(end, begin + 1):
+        return low
+    if config.schedule == "linear":
+        return between(step, [(begin, LR), (end, low)])
+    if config.schedule == "wsd":
+        steps = min(max(config.decay_ratio * end, 1), end - begin)
+        return LR if step < end - steps else between(step, [(end - steps, LR), (end, low)])
+    angle = between(step, [(begin, 0.0), (end, math.pi)])
+    return low + (LR - low) * (1 + math.cos(angle)) / 2
+
+
+@every_config
+def test_every_step_has_the_rate_of_the_slow_reference(config: OptimConfig) -> None:
+    """Both are a few float64 operations: 1e-16 each."""
+    for step in range(config.schedule_steps + 20):
+        if config.schedule_steps == config.warmup_steps == step:
+            continue  # no step is left for the schedule: the peak, once, is neither right nor wrong
+        assert learning_rate(step, config) == pytest.approx(slow_rate(step, config), rel=1e-12)
+
+
+@every_config
+def test_rate_is_positive_and_never_above_lr(config: OptimConfig) -> None:
+    rates = [learning_rate(step, config) for step in range(config.schedule_steps + 20)]
+    assert min(rates) > 0
+    assert max(rates) <= LR * (1 + 1e-15)
+
+
+@every_config
+def test_rate_ends_at_min_lr_ratio_and_stays_there(config: OptimConfig) -> None:
+    for step in (config.schedule_steps, config.schedule_steps + 1, 10 * config.schedule_steps):
+        if step > config.warmup_steps:
+            assert learning_rate(step, config) == pytest.approx(RATIO * LR, rel=1e-12)
+
+
+@every_config
+def test_rate_rises_through_the_warm_up_and_never_after_it(config: OptimConfig) -> None:
+    rates = [learning_rate(step, config) for step in range(config.schedule_steps + 20)]
+    warmup = rates[: config.warmup_steps]
+    assert all(a < b for a, b in pairwise(warmup))
+    assert all(a >= b for a, b in pairwise(rates[config.warmup_steps :]))
+
+
+@pytest.mark.parametrize(
+    "config", [c for c in CONFIGS if c.schedule_steps - c.warmup_steps > 1], ids=name_of
+)
+def test_rate_has_no_jump_at_the_borders(config: OptimConfig) -> None:
+    """A step changes it by no more than the steepest of its pieces may; one that ends all jumps."""
+    left = config.schedule_steps - config.warmup_steps
+    falling: float = left
+    if config.schedule == "wsd":
+        falling = min(max(config.decay_ratio * config.schedule_steps, 1), left)
+    steepest = LR * max(1 / max(config.warmup_steps, 1), math.pi / 2 / falling)
+    rates = [learning_rate(step, config) for step in range(config.schedule_steps + 20)]
+    assert max(abs(a - b) for a, b in pairwise(rates)) <= steepest * (1 + 1e-9)
