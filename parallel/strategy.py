@@ -93,5 +93,7 @@ class _LastMicroBatchSync(_BackwardSyncControl):
     @contextmanager
     def _without_sync(self, module: Any) -> Iterator[None]:
         module.set_requires_gradient_sync(False)
-        yield
-        module.set_requires_gradient_sync(True)
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)

@@ -6,6 +6,7 @@ Each section's dataclass and its own rules live in the package that it configure
 tie sections together are here. Imports nothing heavy, so that `--help` stays fast.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -215,17 +216,29 @@ def _load(composed: DictConfig, program: Any, rules: list[Rule]) -> Any:
         problem = f"{error.full_key}: {str(error).splitlines()[0]}"
         raise ConfigError([problem, *_unknown_keys(values, program, "")]) from None
     problems = _unknown_keys(values, program, "")
-    sections = {}
+    sections: dict[str, Any] = {}
     for field in dataclasses.fields(program):
         given = values.get(field.name)
+        adapter = TypeAdapter(cast(Any, field.type))
         try:
-            section: Any = TypeAdapter(cast(Any, field.type)).validate_python(given)
+            sections[field.name] = adapter.validate_python(given)
+            problems += sections[field.name].problems()
         except ValidationError as error:
             errors = {_key(item["loc"], given): item for item in error.errors()}
             problems += [_type_problem(f"{field.name}{key}", item) for key, item in errors.items()]
-            continue
-        problems += section.problems()
-        sections[field.name] = section
+            # The rules of the other keys, with this one's default in its place.
+            wrong = {key.split(".")[1] for key in errors if key}
+            rest = {
+                key: value
+                for key, value in (given if isinstance(given, dict) else {}).items()
+                if key not in wrong
+            }
+            with contextlib.suppress(ValidationError):
+                problems += [
+                    problem
+                    for problem in adapter.validate_python(rest).problems()
+                    if not any(f"{field.name}.{key}" in problem for key in wrong)
+                ]
     for names, rule in rules:
         if all(name in sections for name in names):
             problems += rule(*(sections[name] for name in names))

@@ -54,8 +54,8 @@ def header(
         ),
         (
             "to come",
-            f"{train.max_steps - position.step} steps {begin}, "
-            f"{compact(tokens - position.tokens)} tokens",
+            f"{max(train.max_steps - position.step, 0)} steps {begin}, "
+            f"{compact(max(tokens - position.tokens, 0))} tokens",
         ),
         ("folder", config.run.dir),
     ]
@@ -102,7 +102,8 @@ def summary(
     further = [word for word in typed if not word.startswith("train.max_steps=")]
     longer = " ".join(["python", sys.argv[0], *further, f"train.max_steps={2 * position.step}"])
     return (
-        f"Finished: {config.run.name}",
+        # The last step of a start is always logged: without figures there was none.
+        f"{'Finished' if figures else 'Finished already'}: {config.run.name}",
         rows,
         [
             ("resume, should it be stopped", again),

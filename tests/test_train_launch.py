@@ -21,6 +21,7 @@ STEPS = 16
 SHORT = [f"train.max_steps={STEPS}", "checkpoint.interval=6", "validation.interval=9"]
 # Two meshes sum in another order; rounding of 1e-7 a sum grows with the steps (issue: 2e-7 seen).
 TOLERANCE = 1e-6
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
 DEADLINE = 120  # seconds for something that takes a few: only a hanging program gets there
 
 Completed = subprocess.CompletedProcess[str]
@@ -171,51 +172,91 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
-@pytest.fixture
-def killed(command: Any, tmp_path: Path) -> Iterator[tuple[Path, list[int]]]:
-    """A run on two processes whose main one was killed at step 9; its folder, and the others.
+class Program:
+    """A run on two processes in a session of its own, and the child that its main one started."""
 
-    The text sample of step 9 goes into a pipe that nobody reads, so the run stands still there,
-    at a place that no speed of the machine changes.
+    def __init__(self, arguments: list[str]) -> None:
+        self.main = subprocess.Popen(
+            [sys.executable, *arguments, "parallel.tp=2"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        listed = Path(f"/proc/{self.main.pid}/task/{self.main.pid}/children")
+        wait_for(lambda: listed.read_text() != "", "a child process")
+        (self.child,) = map(int, listed.read_text().split())
+
+    def wait_for_child(self) -> None:
+        """Returns when the child has ended."""
+        wait_for(lambda: not is_running(self.child), "the child's end")
+
+    def end(self) -> None:
+        """Leaves nothing running."""
+        self.main.kill()
+        if is_running(self.child):
+            os.kill(self.child, signal.SIGKILL)
+        self.main.communicate()
+
+
+@pytest.fixture
+def standing(command: Any, tmp_path: Path) -> Iterator[tuple[Path, Program]]:
+    """A run that stands still at step 9: its folder, and its processes.
+
+    The text sample of step 9 goes into a pipe that nobody reads, so that the run waits at a place
+    which no speed of the machine changes.
     """
     folder = tmp_path / "run"
     folder.mkdir()
     os.mkfifo(folder / "samples.txt")
-    program = subprocess.Popen(
-        [sys.executable, *command(folder), "parallel.tp=2"],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    program = Program(command(folder))
     try:
         metrics = folder / "metrics.jsonl"
         wait_for(
             lambda: metrics.exists() and metrics.read_bytes().count(b"\n") == 9,
             "the ninth step's figures",
         )
-        listed = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text()
-        children = [int(pid) for pid in listed.split()]
+        yield folder, program
     finally:
-        program.kill()
-        program.wait()
-    (folder / "samples.txt").unlink()
-    yield folder, children
-    for pid in filter(is_running, children):
-        os.kill(pid, signal.SIGKILL)
+        program.end()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
-def test_killed_main_process_takes_the_others_with_it_and_the_run_goes_on(
-    command: Any, pair: tuple[Path, Completed], killed: tuple[Path, list[int]]
+@linux
+def test_killed_run_goes_on_from_the_newest_checkpoint_bit_for_bit(
+    command: Any, pair: tuple[Path, Completed], standing: tuple[Path, Program]
 ) -> None:
-    folder, children = killed
-    assert len(children) == 1
-    wait_for(lambda: not any(map(is_running, children)), "the end of the child processes")
+    folder, program = standing
+    program.main.kill()
+    program.wait_for_child()
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000006"]
+    (folder / "samples.txt").unlink()
     done = start_program([*command(folder), "parallel.tp=2"])
     assert done.returncode == 0, done.stderr
     assert steps_told(done) == list(range(7, STEPS + 1))
     reference, _ = pair
     for key in ("batch_hash", "samples", "loss", "grad_norm"):
         assert curve(folder, key) == curve(reference, key)
+
+
+@linux
+def test_interrupted_run_says_in_a_line_what_is_kept(standing: tuple[Path, Program]) -> None:
+    folder, program = standing
+    os.killpg(program.main.pid, signal.SIGINT)  # as a terminal does on Ctrl-C: to all of them
+    told, errors = program.main.communicate(timeout=DEADLINE)
+    program.wait_for_child()
+    assert program.main.returncode == 130  # 128 + SIGINT, as shells have it
+    assert errors == ""
+    assert told.splitlines()[-1] == ("Interrupted at step 9: the same command goes on from step 6.")
+
+
+@linux
+def test_main_process_killed_while_the_run_starts_leaves_no_process(
+    command: Any, tmp_path: Path
+) -> None:
+    program = Program(command(tmp_path / "run"))
+    try:
+        program.main.kill()
+        program.wait_for_child()
+    finally:
+        program.end()

@@ -51,6 +51,7 @@ class Case:
     n_micro: int = 2
     max_norm: float = 0.5  # below the norm of the reference: it clips
     param: Any = "fp32"
+    n_layers: int = 1
 
     @property
     def world(self) -> int:
@@ -68,14 +69,14 @@ CASES = [
     ),
     Case(tp=2, tied=True),
     Case(dp=3),
-    *(Case(dp=2, tp=2, tied=tied) for tied in (False, True)),
+    *(Case(dp=2, tp=2, tied=tied, n_layers=2) for tied in (False, True)),
     Case(dp=2, tp=2, sequence_parallel=False, loss_parallel=False, max_norm=1e6),
     Case(dp=3, tp=2, tied=True),
 ]
 
 
-def model_config(tied: bool) -> ModelConfig:
-    return ModelConfig("small", 40, 2, 4, 2, 52, VOCAB, tie_embeddings=tied)
+def model_config(tied: bool, n_layers: int) -> ModelConfig:
+    return ModelConfig("small", 40, n_layers, 4, 2, 52, VOCAB, tie_embeddings=tied)
 
 
 def batch(step: int) -> Batch:
@@ -125,7 +126,7 @@ class Watch(TorchDispatchMode):
 
 def build(case: Case) -> SimpleNamespace:
     """As `train.set_up` does, without data and folder."""
-    config = model_config(case.tied)
+    config = model_config(case.tied, case.n_layers)
     parallel = ParallelConfig(
         dp_shard=case.dp,
         tp=case.tp,
@@ -191,9 +192,9 @@ def run_cases(chosen: list[Case]) -> dict[Case, dict[str, Any]]:
 
 
 @cache
-def reference(tied: bool, max_norm: float) -> dict[str, Any]:
+def reference(tied: bool, n_layers: int, max_norm: float) -> dict[str, Any]:
     """The same steps on the unsharded model, the batch in one piece, with torch's own parts."""
-    config = model_config(tied)
+    config = model_config(tied, n_layers)
     model = Llama(config)
     initialize(model, config, SEED)
     adamw = build_optimizer(model, OPTIM)
@@ -236,7 +237,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=name_of)
 
 @every_case
 def test_initial_weights_are_bit_for_bit_those_of_one_process(results: Any, case: Case) -> None:
-    expected = reference(case.tied, case.max_norm)["initial"]
+    expected = reference(case.tied, case.n_layers, case.max_norm)["initial"]
     for found in results[case]:
         assert found["initial"].keys() == expected.keys()
         for name, weight in expected.items():
@@ -246,7 +247,7 @@ def test_initial_weights_are_bit_for_bit_those_of_one_process(results: Any, case
 @every_case
 def test_mesh_changes_neither_loss_nor_norm(results: Any, case: Case) -> None:
     """A sum in another order rounds differently: a few float32 units, 1e-7 each."""
-    expected = reference(case.tied, case.max_norm)
+    expected = reference(case.tied, case.n_layers, case.max_norm)
     for found in results[case]:
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert found["norm"] == pytest.approx(expected["norm"], rel=3e-6)
@@ -258,7 +259,7 @@ def test_mesh_changes_neither_loss_nor_norm(results: Any, case: Case) -> None:
 @every_case
 def test_mesh_changes_no_clipped_gradient(results: Any, case: Case) -> None:
     """Elements are sums of terms much larger than themselves, so the unit is the largest one."""
-    expected = reference(case.tied, case.max_norm)["gradients"]
+    expected = reference(case.tied, case.n_layers, case.max_norm)["gradients"]
     for found in results[case]:
         for name, gradient in expected.items():
             worst = (found["gradients"][name] - gradient).abs().max()
@@ -268,7 +269,7 @@ def test_mesh_changes_no_clipped_gradient(results: Any, case: Case) -> None:
 @every_case
 def test_mesh_changes_no_weight_after_adamw_steps(results: Any, case: Case) -> None:
     """A step moves weights by 1e-3 and more; lost decay alone is 1e-4."""
-    expected = reference(case.tied, case.max_norm)
+    expected = reference(case.tied, case.n_layers, case.max_norm)
     for found in results[case]:
         for name, weight in expected["final"].items():
             torch.testing.assert_close(found["final"][name], weight, rtol=0, atol=1e-6)
@@ -280,7 +281,7 @@ def test_mesh_changes_no_weight_after_adamw_steps(results: Any, case: Case) -> N
 
 def held_and_sent() -> dict[str, Any]:
     """On dp_shard=2: reductions of a step by its number of micro-batches, and after each exit."""
-    run = build(Case(dp=2))
+    run = build(Case(dp=2, n_layers=2))
 
     def reductions(n_micro: int) -> int:
         with Watch() as watch:
@@ -370,7 +371,7 @@ def dtypes() -> dict[str, Any]:
     tokens, positions, labels = share(batch(0), run.data_rank, 2, 1).micro_batches[0]
     loss = run.model(tokens, positions, labels)
     run.fabric.backward(loss)
-    exact = Llama(model_config(tied=False))
+    exact = Llama(run.llama.config)
     initialize(exact, exact.config, SEED)
     return {
         "seen": seen,
