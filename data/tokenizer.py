@@ -96,6 +96,13 @@ class Tokenizer:
         """The ids of a piece as uint32 (tokens,): a tenth of the memory of a list of them."""
         return self.encoding.encode_to_numpy(piece, disallowed_special=())
 
+    def byte_lengths(self) -> list[int]:
+        """How many bytes of text each id stands for, (vocab_size,); 0 for special tokens."""
+        lengths = [0] * self.vocab_size
+        for token, rank in self.ranks.items():
+            lengths[rank] = len(token)
+        return lengths
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens by their names, broken UTF-8 as U+FFFD.
 

@@ -1,5 +1,6 @@
 """Loss on held-out text, the same figure whatever the mesh and the batch size."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -45,3 +46,24 @@ def mean_loss(
     if targets == 0:
         raise ValueError("the held-out windows have no target to predict: use more of them")
     return loss / targets
+
+
+def bits_per_byte(
+    loss: float,
+    batches: Iterable[Windows],
+    byte_lengths: Tensor,
+    sum_over_data: Callable[[Tensor], Tensor],
+    device: torch.device,
+) -> float:
+    """Mean loss in nats a token as bits a byte of text, which compares across tokenizers.
+
+    Args:
+        loss: What `mean_loss` returned for these batches.
+        byte_lengths: int64 (vocab,), the bytes that each token stands for; 0 for special ones.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # targets, bytes
+    for batch in batches:
+        targets = batch.labels[batch.labels >= 0]
+        totals += torch.tensor([targets.numel(), byte_lengths[targets].sum().item()], device=device)
+    n_targets, n_bytes = sum_over_data(totals).tolist()
+    return loss / math.log(2) * n_targets / n_bytes

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.config import DataConfig, TokenizerConfig
+from evaluation.config import EvaluationConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
@@ -66,6 +67,15 @@ class PrepareProgram:
 
     data: DataConfig
     tokenizer: TokenizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateProgram:
+    """The whole configuration of `evaluate.py`; the rest is the checkpoint's own."""
+
+    evaluation: EvaluationConfig
+    parallel: ParallelConfig
+    precision: PrecisionConfig
 
 
 def hydra_arguments(arguments: list[str], config_name: str) -> list[str]:
@@ -138,8 +148,13 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> TrainProgram:
 
 
 def load_prepare_config(composed: DictConfig) -> PrepareProgram:
-    """The typed configuration of `prepare.py`; raises `ConfigError` as `load_train_config` does."""
+    """The typed configuration of `prepare.py`; raises as `load_train_config` does."""
     return _load(composed, PrepareProgram, [])
+
+
+def load_evaluate_config(composed: DictConfig, *more_rules: Rule) -> EvaluateProgram:
+    """The typed configuration of `evaluate.py`; raises as `load_train_config` does."""
+    return _load(composed, EvaluateProgram, list(more_rules))
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ How they look is `training.console`'s.
 
 import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -87,12 +88,14 @@ def summary(
     from training.console import compact
 
     folder = config.run.dir
+    checkpoint = f"{folder}/checkpoints/step-{position.step:08d}"
+    evaluate = str(Path(sys.argv[0]).with_name("evaluate.py"))
     rows = [("tokens", f"{compact(position.tokens)} in {position.step} steps")]
     for name, key in (("training loss", "loss"), ("validation loss", "val_loss")):
         if key in figures:
             rows.append((name, f"{figures[key]:.4f} nats a token"))
     rows += [
-        ("checkpoint", f"{folder}/checkpoints/step-{position.step:08d}"),
+        ("checkpoint", checkpoint),
         ("loss curve", f"{folder}/loss.png"),
         ("text samples", f"{folder}/samples.txt"),
         ("figures", f"{folder}/metrics.jsonl, {folder}/tensorboard"),
@@ -107,6 +110,7 @@ def summary(
         rows,
         [
             ("resume, should it be stopped", again),
+            ("evaluate", f"python {evaluate} evaluation.checkpoint={checkpoint}"),
             ("go further", longer),
             ("watch", f"tensorboard --logdir {folder}/tensorboard"),
         ],

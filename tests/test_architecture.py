@@ -35,11 +35,12 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "evaluation": (("model", "data.tokenizer"), ("torch",)),
     "program": (
-        ("model", "parallel", "data", "training"),
+        ("model", "parallel", "data", "training", "evaluation.config"),
         ("torch", "lightning.fabric", "pydantic", *CHEAP),
     ),
     # The programs.
     "train": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
+    "evaluate": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "prepare": (("data", "program"), CHEAP),
     "bench": ((*HOUSE, "train"), ("torch", "lightning.fabric", "numpy", *CHEAP)),
 }

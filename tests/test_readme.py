@@ -24,6 +24,13 @@ def commands(begin: str) -> list[list[str]]:
     return [command for command in words if command and command[0] == begin]
 
 
+def last_checkpoint() -> str:
+    """Where the default run's last checkpoint lies, from the configuration."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        steps = load_train_config(compose("train")).train.max_steps
+    return f"checkpoints/step-{steps:08d}"
+
+
 def small(command: list[str]) -> bool:
     """Whether a command trains the default model rather than a published one on GPUs."""
     return not any(word.startswith("model=") for word in command)
@@ -62,13 +69,20 @@ def test_prepare_and_train_commands_run(books: Path) -> None:
         if program == "train.py" and not small(command):
             continue
         extra = []
+        if program == "evaluate.py":
+            # The README names the default run's last checkpoint; this test's is a shorter run's.
+            assert overrides == [f"evaluation.checkpoint=runs/llama3_tiny/{last_checkpoint()}"]
+            overrides = [f"evaluation.checkpoint={books}/runs/smoke/checkpoints/step-00000002"]
+            extra = ["parallel.accelerator=cpu"]
         if program == "train.py":
             trained += 1
             # The default corpus would take half a minute to prepare.
             corpus = ["data=text", "data.name=books", "data.sources.text.path=books/"]
             extra = [] if "data=text" in overrides else corpus
             extra += ["experiment=smoke", "tokenizer=bpe", "train.max_steps=2"]
-            extra += ["validation.samples=0"]  # of 25 files, 2% is none
+            extra += ["train.seq_len=32", "data.validation_fraction=0.2"]  # 2% of 30 files is none
+        if program == "prepare.py":
+            extra = ["data.validation_fraction=0.2"]
         done = start_program([str(ROOT / program), *overrides, *extra], cwd=books)
         assert done.returncode == 0, done.stdout + done.stderr
     assert trained == 3

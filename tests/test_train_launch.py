@@ -241,7 +241,7 @@ def test_killed_run_goes_on_from_the_newest_checkpoint_bit_for_bit(
 
 @linux
 def test_interrupted_run_says_in_a_line_what_is_kept(standing: tuple[Path, Program]) -> None:
-    folder, program = standing
+    _, program = standing
     os.killpg(program.main.pid, signal.SIGINT)  # as a terminal does on Ctrl-C: to all of them
     told, errors = program.main.communicate(timeout=DEADLINE)
     program.wait_for_child()
