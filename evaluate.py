@@ -7,7 +7,6 @@ stands in the checkpoint's manifest; the command adds only where and how many at
 import json
 import math
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,28 +99,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Loss in nats a token, perplexity and bits per byte; also written beside the weights."""
     import torch
-    from lightning.fabric import Fabric
 
     from data.loader import validation_batches
     from evaluation.perplexity import bits_per_byte, mean_loss
     from model.llama import Llama
-    from parallel.parallelize import parallelize
-    from parallel.strategy import MeshStrategy
+    from program.launch import launch
     from training.checkpoint import find_damage, load, read_position
-    from training.quiet import quieten
 
-    quieten()
     checkpoint = Path(config.evaluation.checkpoint)
-    strategy = MeshStrategy(
-        mesh, partial(parallelize, parallel=config.parallel, precision=config.precision)
-    )
-    fabric = Fabric(
-        accelerator=processes.accelerator,
-        devices=processes.per_node,
-        num_nodes=processes.num_nodes,
-        strategy=strategy,
-    )
-    fabric.launch()
+    fabric, strategy = launch(processes, mesh, config.parallel, config.precision)
     damage = strategy.broadcast(find_damage(checkpoint) if fabric.is_global_zero else None)
     if damage:
         raise RunFolderError(f"{checkpoint} is damaged: {damage}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,29 +57,15 @@ def set_up(
 ) -> Run:
     """Launches the processes, builds the model and goes on from the newest checkpoint, if any."""
     import torch
-    from lightning.fabric import Fabric
 
     from model.llama import Llama
-    from parallel.parallelize import initialize_weights, parallelize
-    from parallel.strategy import MeshStrategy
+    from parallel.parallelize import initialize_weights
+    from program.launch import launch
     from training.checkpoint import Position, find_newest, load, read_position
     from training.console import Console
-    from training.memory import keep_freed_memory
     from training.optimizer import build_optimizer
-    from training.quiet import quieten
 
-    quieten()
-    if processes.accelerator == "cpu":
-        keep_freed_memory()
-    plan = partial(parallelize, parallel=config.parallel, precision=config.precision)
-    strategy = MeshStrategy(mesh, plan)
-    fabric = Fabric(
-        accelerator=processes.accelerator,
-        devices=processes.per_node,
-        num_nodes=processes.num_nodes,
-        strategy=strategy,
-    )
-    fabric.launch()
+    fabric, strategy = launch(processes, mesh, config.parallel, config.precision)
     console = Console(enabled=fabric.is_global_zero)
     with torch.device("meta"):
         llama = Llama(config.model)

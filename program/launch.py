@@ -1,0 +1,31 @@
+"""Starts the processes of a program: Fabric on our mesh. Heavy: import it inside a function."""
+
+from functools import partial
+
+from lightning.fabric import Fabric
+
+from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.mesh import MeshShape, Processes
+from parallel.parallelize import parallelize
+from parallel.strategy import MeshStrategy
+from training.memory import keep_freed_memory
+from training.quiet import quieten
+
+
+def launch(
+    processes: Processes, mesh: MeshShape, parallel: ParallelConfig, precision: PrecisionConfig
+) -> tuple[Fabric, MeshStrategy]:
+    """Every process of the mesh returns from here, in one process group."""
+    quieten()
+    if processes.accelerator == "cpu":
+        keep_freed_memory()
+    plan = partial(parallelize, parallel=parallel, precision=precision)
+    strategy = MeshStrategy(mesh, plan)
+    fabric = Fabric(
+        accelerator=processes.accelerator,
+        devices=processes.per_node,
+        num_nodes=processes.num_nodes,
+        strategy=strategy,
+    )
+    fabric.launch()
+    return fabric, strategy
