@@ -9,7 +9,7 @@ train: .venv/.installed
 	$(BIN)/python train.py
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check $(SOURCES)

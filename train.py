@@ -8,16 +8,17 @@ step. Heavy imports come inside functions, so that `--help` and a wrong key answ
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from omegaconf import DictConfig
 
 from data.errors import DataError
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape, Processes, is_first_process
 from program.config import ConfigError, TrainProgram, hydra_arguments, plain
 from program.preflight import check_config, check_folder, prepare_data
 from program.report import header, meter, summary
@@ -41,11 +42,19 @@ def main(composed: DictConfig) -> None:
         dataset = prepare_data(config)
         run = set_up(config, processes, mesh, dataset, changed)
     except ConfigError as error:
-        sys.exit(f"Not started, the configuration has problems:\n{error}")
+        refuse(f"Not started, the configuration has problems:\n{error}")
     except (DataError, RunFolderError) as error:
-        sys.exit(f"Not started: {error}")
-    train(run)
+        refuse(f"Not started: {error}")
+    try:
+        train(run)
+    except KeyboardInterrupt:
+        interrupt(run)
     finish(run)
+
+
+def refuse(message: str) -> NoReturn:
+    """Ends the program; every process comes here, the first one tells why."""
+    sys.exit(message if is_first_process() else 1)
 
 
 def set_up(
@@ -127,6 +136,8 @@ def train(run: Run) -> None:
             log(run, figures, clock)
         if validates:
             write_sample(run)
+            if run.metrics is not None:
+                run.metrics.draw()
         if is_due(config.checkpoint.interval, step, config):
             save(run)
     batches.close()
@@ -196,8 +207,6 @@ def log(run: Run, figures: dict[str, Any], clock: Clock) -> None:
     run.console.log(figures)
     if run.metrics is not None:
         run.metrics.write(figures)
-        if "val_loss" in figures:
-            run.metrics.draw()
 
 
 def validate(run: Run) -> float:
@@ -249,6 +258,19 @@ def save(run: Run) -> None:
         seconds = round(time.perf_counter() - begin, 3)
         run.ledger.append("save", step=run.position.step, path=saved.name, seconds=seconds)
         checkpoint.remove_old(run.folder, run.config.checkpoint.keep_last)
+
+
+def interrupt(run: Run) -> NoReturn:
+    """Ends the program on Ctrl-C: tells what is kept. The work since the last save is lost."""
+    run.console.stop()
+    if run.ledger is not None:
+        run.ledger.append("stop", step=run.position.step, reason="interrupted")
+        saved = run.folder.committed_steps()
+        kept = (
+            f"the same command goes on from step {saved[-1]}" if saved else "nothing is saved yet"
+        )
+        run.console.note(f"Interrupted at step {run.position.step}: {kept}.")
+    os._exit(130)  # peers may wait for us in a collective call: no orderly end of the group
 
 
 def finish(run: Run) -> None:

@@ -10,8 +10,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -42,11 +42,17 @@ BATCH_CHARACTERS = 4_000_000  # of text held at once; bounds memory and keeps al
 OURS = re.compile(r"(train|validation)-\d{5,}\.(tokens|offsets)(\.tmp)?")
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: bool = True) -> Manifest:
+def prepare(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    progress: bool = True,
+    check: Callable[[Manifest], None] | None = None,
+) -> Manifest:
     """Prepares `data.folder`, or finds it prepared from the same configuration.
 
     Args:
         progress: tell on standard error what is done: a bar on a terminal, else lines
+        check: raises DataError for tokens that are no use to the caller; nothing is left then
 
     Raises:
         DataError: a source or the tokenizer is not usable, the folder is another configuration's,
@@ -60,12 +66,19 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: bool = True)
     _refuse_unreadable(data)
     ready = ready_tokenizer(tokenizer)
     show = PreparationProgress(progress)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]  # deepest first
     try:
         with _claimed(folder, wanted), show:
             _remove_leftovers(folder)
-            used = ready or _train_tokenizer(data, tokenizer, show)
-            write_atomically(folder / MODEL_FILE, model_file(used.ranks))
-            manifest = _write_sources(data, folder, used, wanted, show)
+            try:
+                used = ready or _train_tokenizer(data, tokenizer, show)
+                write_atomically(folder / MODEL_FILE, model_file(used.ranks))
+                manifest = _write_sources(data, folder, used, wanted, show)
+                if check is not None:
+                    check(manifest)
+            except DataError:
+                _remove_all(data, folder, made)
+                raise
             manifest.write(folder)
             (folder / MARKER_FILE).unlink()
     except OSError as error:
@@ -100,25 +113,37 @@ def is_validation(text: str, fraction: float) -> bool:
 
 
 def wait_until_prepared(
-    folder: Path | str,
-    poll_seconds: float = 0.5,
-    timeout_seconds: float | None = None,
+    folder: Path | str, poll_seconds: float = 0.5, idle_seconds: float = 60
 ) -> Manifest:
-    """Waits for another process's preparation to end.
+    """Waits for another process's preparation to end, however long that takes.
 
     Raises:
-        DataError: the folder is damaged, or not prepared within `timeout_seconds`.
+        DataError: the folder is damaged, or for `idle_seconds` no process was preparing it.
     """
-    path = Path(folder) / MANIFEST_FILE
-    begin = time.monotonic()
-    while not path.exists():
-        if timeout_seconds is not None and time.monotonic() - begin > timeout_seconds:
+    folder = Path(folder)
+    last_seen = time.monotonic()
+    while not (folder / MANIFEST_FILE).exists():
+        if _is_being_prepared(folder):
+            last_seen = time.monotonic()
+        elif time.monotonic() - last_seen > idle_seconds:
             raise DataError(
-                f"data.folder ({folder}) was not prepared by another process within "
-                f"{timeout_seconds:.0f} s: run prepare.py first"
+                f"data.folder ({folder}) is not prepared, and for {idle_seconds:.0f} s no process "
+                "has been at it: see what the first process says, or run prepare.py first"
             )
         time.sleep(poll_seconds)
-    return Manifest.read(Path(folder))
+    return Manifest.read(folder)
+
+
+def _is_being_prepared(folder: Path) -> bool:
+    """Whether a living process holds the folder's lock."""
+    try:
+        with open(folder / MARKER_FILE, encoding="utf-8") as marker:
+            fcntl.flock(marker, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no marker, no preparation
+        return False
+    return False
 
 
 def _prepared_before(folder: Path, wanted: dict[str, Any]) -> Manifest:
@@ -208,6 +233,16 @@ def _remove_leftovers(folder: Path) -> None:
     for path in folder.glob("*/*"):
         if OURS.fullmatch(path.name):
             path.unlink()
+
+
+def _remove_all(data: DataConfig, folder: Path, made: list[Path]) -> None:
+    """Removes what this preparation made, so that data refused half-way leave nothing behind."""
+    _remove_leftovers(folder)
+    for file in (MODEL_FILE, MARKER_FILE):
+        (folder / file).unlink(missing_ok=True)
+    for path in (*(folder / name for name in data.sources), *made):
+        with suppress(OSError):  # not empty, or not there
+            path.rmdir()
 
 
 def _train_tokenizer(

@@ -99,6 +99,11 @@ def plan_processes(
     started = started_processes(environment)
     if started is not None:
         processes = Processes(accelerator, started.per_node, started.num_nodes, started.launcher)
+        if started.launcher == "srun" and "SLURM_NTASKS_PER_NODE" not in environment:
+            problems.append(
+                f"srun (--ntasks={processes.world_size}) does not say how many tasks run on each "
+                f"node: add --ntasks-per-node={processes.per_node}"
+            )
         for key, there in (("devices", started.per_node), ("num_nodes", started.num_nodes)):
             asked = getattr(config, key)
             if asked is not None and asked != there:

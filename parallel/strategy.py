@@ -6,6 +6,10 @@ synchronisation and a global norm are on them. What the plan does to the model i
 `parallelize`; checkpoints are not Fabric's but `training.checkpoint`'s.
 """
 
+import ctypes
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -19,6 +23,22 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.gradients import clip_grad_norm
 from parallel.mesh import AXES, DATA_AXES, MeshShape
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_main_process() -> None:
+    """Makes Linux kill the processes that a run launches itself when the main one dies.
+
+    Every process of the run calls it, the main one first. Without it a child whose main process
+    was killed waits for it as long as a rendezvous or a collective call may take.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        os.environ["LLAMESH_MAIN_PID"] = str(os.getpid())  # the children inherit it
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(os.environ["LLAMESH_MAIN_PID"]):  # it died before we asked
+            os._exit(1)
 
 
 class MeshStrategy(ModelParallelStrategy):

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +100,7 @@ def hydra_arguments(arguments: list[str], config_name: str) -> list[str]:
     rewritten = []
     for argument in arguments:
         key, equals, _ = argument.partition("=")
-        plain_key = bool(equals) and key.replace(".", "").replace("_", "").isalnum()
+        plain_key = equals and re.fullmatch(r"[\w.-]+", key)
         if plain_key and not key.startswith("hydra.") and not (CONF / key).is_dir():
             argument = f"++{argument}"
         rewritten.append(argument)

@@ -7,7 +7,7 @@ from lightning.fabric import Fabric
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes
 from parallel.parallelize import parallelize
-from parallel.strategy import MeshStrategy
+from parallel.strategy import MeshStrategy, end_with_main_process
 from training.memory import keep_freed_memory
 from training.quiet import quieten
 
@@ -17,6 +17,8 @@ def launch(
 ) -> tuple[Fabric, MeshStrategy]:
     """Every process of the mesh returns from here, in one process group."""
     quieten()
+    if processes.launcher == "self":
+        end_with_main_process()
     if processes.accelerator == "cpu":
         keep_freed_memory()
     plan = partial(parallelize, parallel=parallel, precision=precision)

@@ -60,9 +60,6 @@ def check_folder(config: TrainProgram) -> dict[str, Any]:
     Raises:
         RunFolderError: the run may not go on in its folder.
     """
-    # The other processes of a run start while the first one may already write into the folder.
-    if not is_first_process():
-        return {}
     return RunFolder(Path(config.run.dir)).check(plain(config))
 
 
@@ -75,14 +72,32 @@ def prepare_data(config: TrainProgram) -> "Dataset":
     """
     from data.loader import Dataset
     from data.prepare import prepare, wait_until_prepared
+    from data.shards import Manifest
 
     folder = Path(config.data.folder)
+    weights = {name: source.weight for name, source in config.data.sources.items()}
+
+    def check(manifest: Manifest) -> None:
+        _check_size(Dataset(folder, manifest, weights, config.data.document_mask), config)
+
     if is_first_process():
-        prepare(config.data, config.tokenizer, progress=True)
+        prepare(config.data, config.tokenizer, progress=True, check=check)
     else:
         wait_until_prepared(folder)
-    weights = {name: source.weight for name, source in config.data.sources.items()}
     dataset = Dataset.open(folder, weights, config.data.document_mask)
+    _check_size(dataset, config)
+    trained_on = RunFolder(Path(config.run.dir)).newest_data_hash()
+    if trained_on not in (None, dataset.hash):
+        raise RunFolderError(
+            f"{folder} holds other tokens (hash {dataset.hash[:12]}) than the run in "
+            f"{config.run.dir} was trained on ({trained_on[:12]}): restore them, or use another "
+            "run.name"
+        )
+    return dataset
+
+
+def _check_size(dataset: "Dataset", config: TrainProgram) -> None:
+    """Raises DataError for tokens that are too few, or another vocabulary's."""
     dataset.check(
         seq_len=config.train.seq_len,
         vocab_size=config.model.vocab_size,
@@ -92,14 +107,7 @@ def prepare_data(config: TrainProgram) -> "Dataset":
     if config.validation.samples and not held_out:
         raise DataError(
             f"data.validation_fraction ({config.data.validation_fraction}) held out no window of "
-            f"train.seq_len ({config.train.seq_len}) tokens in {folder}: delete the folder and "
-            "use a larger fraction, or train without validation by validation.samples=0"
+            f"train.seq_len ({config.train.seq_len}) tokens: use a larger fraction (and another "
+            "data.folder, where this one is prepared), or train without validation by "
+            "validation.samples=0"
         )
-    trained_on = RunFolder(Path(config.run.dir)).newest_data_hash()
-    if trained_on not in (None, dataset.hash):
-        raise RunFolderError(
-            f"{folder} holds other tokens (hash {dataset.hash[:12]}) than the run in "
-            f"{config.run.dir} was trained on ({trained_on[:12]}): restore them, or use another "
-            "run.name"
-        )
-    return dataset

@@ -47,7 +47,8 @@ def start_program(
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
-        env={**os.environ, **(environment or {})},
+        # One thread a process: two tests run at a time, and results must not hang on the machine.
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -272,8 +272,8 @@ def test_an_unwritable_folder_is_told(tmp_path: Path) -> None:
 
 
 def test_waiting_for_a_preparation_that_never_comes_ends(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="was not prepared"):
-        wait_until_prepared(tmp_path, poll_seconds=0.01, timeout_seconds=0.05)
+    with pytest.raises(DataError, match="no process has been at it"):
+        wait_until_prepared(tmp_path, poll_seconds=0.01, idle_seconds=0.05)
 
 
 def test_configuration_problems_are_told_all_at_once() -> None:

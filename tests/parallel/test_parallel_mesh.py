@@ -28,7 +28,15 @@ SRUN = {
     "SLURM_LOCALID": "1",
     "SLURM_NTASKS": "6",
     "SLURM_NNODES": "3",
+    "SLURM_NTASKS_PER_NODE": "2",
 }
+
+
+def test_srun_without_tasks_per_node_is_refused_with_the_number() -> None:
+    environment = {k: v for k, v in SRUN.items() if k != "SLURM_NTASKS_PER_NODE"}
+    _, problems = plan_processes(ParallelConfig(accelerator="cpu"), environment)
+    assert len(problems) == 1 and "add --ntasks-per-node=2" in problems[0]
+    assert plan_processes(ParallelConfig(accelerator="cpu"), SRUN)[1] == []
 
 
 def test_data_ranks_are_the_places_on_the_data_axes() -> None:
