@@ -1,7 +1,7 @@
 # make train: set up and train the default model. make test: lint, types and all tests.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(wildcard *.py) model parallel data training evaluation bench tests
+SOURCES := $(wildcard *.py) program model parallel data training evaluation bench tests
 
 .PHONY: train test check clean
 

@@ -98,22 +98,24 @@ def summary(
         ("checkpoint", checkpoint),
         ("loss curve", f"{folder}/loss.png"),
         ("text samples", f"{folder}/samples.txt"),
-        ("figures", f"{folder}/metrics.jsonl, {folder}/tensorboard"),
+        ("figures", f"{folder}/metrics.jsonl"),
     ]
     typed = [_as_typed(override) for override in HydraConfig.get().overrides.task]
     again = " ".join(["python", sys.argv[0], *typed])
     further = [word for word in typed if not word.startswith("train.max_steps=")]
     longer = " ".join(["python", sys.argv[0], *further, f"train.max_steps={2 * position.step}"])
+    commands = [
+        ("resume, should it be stopped", again),
+        ("evaluate", f"python {evaluate} evaluation.checkpoint={shlex.quote(checkpoint)}"),
+        ("go further", longer),
+    ]
+    if config.log.tensorboard:
+        commands.append(("watch", f"tensorboard --logdir {shlex.quote(folder)}/tensorboard"))
     return (
         # The last step of a start is always logged: without figures there was none.
         f"{'Finished' if figures else 'Finished already'}: {config.run.name}",
         rows,
-        [
-            ("resume, should it be stopped", again),
-            ("evaluate", f"python {evaluate} evaluation.checkpoint={checkpoint}"),
-            ("go further", longer),
-            ("watch", f"tensorboard --logdir {folder}/tensorboard"),
-        ],
+        commands,
     )
 
 
