@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.measurement import spread, write
 
 ROOT = Path(__file__).parent.parent
-REPEATS = 5
+REPEATS = 3
 
 
 def main() -> None:
