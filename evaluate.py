@@ -22,8 +22,9 @@ from program.config import (
     hydra_arguments,
     load_evaluate_config,
     load_train_config,
-    mesh_problems,
+    model_problems,
 )
+from program.preflight import refusals
 from training.run_folder import COMMITTED, RunFolderError
 
 if TYPE_CHECKING:
@@ -33,16 +34,12 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(composed: DictConfig) -> None:
     """Checks, launches, evaluates, tells."""
-    try:
+    with refusals():
         config = load_evaluate_config(composed)
         trained = read_trained_config(Path(config.evaluation.checkpoint))
         processes, mesh = check_mesh(config, trained)
         dataset = open_held_out(trained)
         figures = evaluate(config, trained, processes, mesh, dataset)
-    except ConfigError as error:
-        sys.exit(f"Not started, the configuration has problems:\n{error}")
-    except (DataError, RunFolderError) as error:
-        sys.exit(f"Not started: {error}")
     if figures:
         print(json.dumps(figures, indent=1))
 
@@ -68,9 +65,8 @@ def check_mesh(config: EvaluateProgram, trained: TrainProgram) -> tuple[Processe
     """Processes and mesh of this evaluation; raises `ConfigError` with every problem."""
     processes, problems = plan_processes(config.parallel)
     mesh, more = resolve_mesh(config.parallel, processes.world_size)
-    # The batch rules are training's: here every rank takes micro-batches of its own.
-    rules = mesh_problems(mesh, config.parallel, trained.model, trained.train)
-    problems += more or [text for text in rules if not text.startswith("train.")]
+    # Any number of windows goes: every data rank takes micro-batches of its own.
+    problems += more or model_problems(mesh, config.parallel, trained.model, trained.train.seq_len)
     if problems:
         raise ConfigError(problems)
     return processes, mesh
@@ -82,7 +78,7 @@ def open_held_out(trained: TrainProgram) -> "Dataset":
 
     dataset = Dataset.open(trained.data.folder, document_mask=trained.data.document_mask)
     seq_len = trained.train.seq_len
-    if not sum(stream.n_windows(seq_len) for stream in dataset.validation.values()):
+    if not dataset.n_held_out(seq_len):
         raise DataError(
             f"data.folder ({trained.data.folder}) holds no held-out window of {seq_len} tokens: "
             "prepare it with a larger data.validation_fraction"
@@ -115,7 +111,7 @@ def evaluate(
         llama = Llama(trained.model)
     model = fabric.setup_module(llama)
     load(checkpoint, llama)
-    n_windows = sum(s.n_windows(trained.train.seq_len) for s in dataset.validation.values())
+    n_windows = dataset.n_held_out(trained.train.seq_len)
     samples = min(config.evaluation.samples or n_windows, n_windows)
     batches = validation_batches(
         dataset,

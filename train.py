@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import hydra
 from omegaconf import DictConfig
 
-from data.errors import DataError
-from parallel.mesh import MeshShape, Processes, is_first_process
-from program.config import ConfigError, TrainProgram, hydra_arguments, plain
-from program.preflight import check_config, check_folder, prepare_data
+from parallel.mesh import MeshShape, Processes
+from program.config import TrainProgram, hydra_arguments, plain
+from program.preflight import check_config, check_folder, prepare_data, refusals
 from program.report import header, meter, summary
 from program.run import Run
 from training.clock import Clock
-from training.run_folder import RunFolder, RunFolderError
+from training.run_folder import RunFolder
 from training.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -36,25 +35,16 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(composed: DictConfig) -> None:
     """Checks, launches, trains."""
-    try:
+    with refusals():
         config, processes, mesh = check_config(composed)
         changed = check_folder(config)
         dataset = prepare_data(config)
         run = set_up(config, processes, mesh, dataset, changed)
-    except ConfigError as error:
-        refuse(f"Not started, the configuration has problems:\n{error}")
-    except (DataError, RunFolderError) as error:
-        refuse(f"Not started: {error}")
     try:
         train(run)
     except KeyboardInterrupt:
         interrupt(run)
     finish(run)
-
-
-def refuse(message: str) -> NoReturn:
-    """Ends the program; every process comes here, the first one tells why."""
-    sys.exit(message if is_first_process() else 1)
 
 
 def set_up(

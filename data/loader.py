@@ -113,6 +113,10 @@ class Dataset:
             )
         return tokenizer
 
+    def n_held_out(self, seq_len: int) -> int:
+        """Validation windows of `seq_len` tokens, over all sources."""
+        return sum(stream.n_windows(seq_len) for stream in self.validation.values())
+
     def order(self, seq_len: int, seed: int) -> Order:
         """The order of training samples, windows of `seq_len` tokens and their labels."""
         sources = [

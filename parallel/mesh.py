@@ -141,7 +141,7 @@ def resolve_mesh(config: ParallelConfig, world_size: int) -> tuple[MeshShape, li
     others = config.dp_replicate * config.cp * config.tp
     dp_shard = config.dp_shard if config.dp_shard != -1 else max(world_size // others, 1)
     shape = MeshShape(config.dp_replicate, dp_shard, config.cp, config.tp)
-    if shape.world_size == world_size:
+    if world_size in (shape.world_size, 0):  # 0: no GPU was found, which `plan_processes` tells
         return shape, []
     named = ", ".join(
         f"parallel.{axis}={size}" for axis, size in zip(AXES, shape.sizes, strict=True)

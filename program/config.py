@@ -121,9 +121,7 @@ def help_text(config_name: str) -> str:
     return "\n".join(
         [
             *(line.removeprefix("#").removeprefix(" ") for line in usage.splitlines()[1:]),
-            "",
-            "Groups, each a file of keys under conf/:",
-            *groups,
+            *(["", "Groups, each a file of keys under conf/:", *groups] if groups else []),
             *(["", "Keys and their defaults:", ""] if keys else []),
             *(f"  {line}".rstrip() for line in keys.splitlines()),
         ]
@@ -153,9 +151,9 @@ def load_prepare_config(composed: DictConfig) -> PrepareProgram:
     return _load(composed, PrepareProgram, [])
 
 
-def load_evaluate_config(composed: DictConfig, *more_rules: Rule) -> EvaluateProgram:
+def load_evaluate_config(composed: DictConfig) -> EvaluateProgram:
     """The typed configuration of `evaluate.py`; raises as `load_train_config` does."""
-    return _load(composed, EvaluateProgram, list(more_rules))
+    return _load(composed, EvaluateProgram, [])
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -163,10 +161,10 @@ def plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def mesh_problems(
-    mesh: MeshShape, parallel: ParallelConfig, model: ModelConfig, train: TrainConfig
+def model_problems(
+    mesh: MeshShape, parallel: ParallelConfig, model: ModelConfig, seq_len: int
 ) -> list[str]:
-    """The rules that tie model and batch to the mesh."""
+    """The rules that tie the model and its sequences to the mesh."""
     found = []
     tp = mesh.tp
     for key in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
@@ -175,11 +173,17 @@ def mesh_problems(
             found.append(
                 f"parallel.tp ({tp}) does not divide model.{key} ({size}): use {_divisors(size)}"
             )
-    if parallel.sequence_parallel and train.seq_len % tp:
+    if parallel.sequence_parallel and seq_len % tp:
         found.append(
-            f"parallel.tp ({tp}) does not divide train.seq_len ({train.seq_len}): "
-            f"use {_divisors(train.seq_len)}, or parallel.sequence_parallel=false"
+            f"parallel.tp ({tp}) does not divide train.seq_len ({seq_len}): "
+            f"use {_divisors(seq_len)}, or parallel.sequence_parallel=false"
         )
+    return found
+
+
+def batch_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
+    """The rules that tie the global batch to the mesh."""
+    found = []
     share, rest = divmod(train.global_batch_size, mesh.dp)
     if rest:
         below = train.global_batch_size - rest

@@ -4,6 +4,9 @@ Each check raises an error whose message names key, value, rule and remedy. What
 finds out later (a full disk, a dead peer) is not here.
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +16,33 @@ from data.errors import DataError
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.mesh import MeshShape, Processes, is_first_process, plan_processes, resolve_mesh
-from program.config import TrainProgram, load_train_config, mesh_problems, plain
+from program.config import (
+    ConfigError,
+    TrainProgram,
+    batch_problems,
+    load_train_config,
+    model_problems,
+    plain,
+)
 from training.config import LogConfig, TrainConfig
 from training.run_folder import RunFolder, RunFolderError
 
 if TYPE_CHECKING:
     from data.loader import Dataset
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Ends the program, exit code 1, where it cannot start; only the first process tells why."""
+    try:
+        yield
+    except ConfigError as error:
+        message = f"Not started, the configuration has problems:\n{error}"
+    except (DataError, RunFolderError) as error:
+        message = f"Not started: {error}"
+    else:
+        return
+    sys.exit(message if is_first_process() else 1)
 
 
 def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshShape]:
@@ -32,10 +56,9 @@ def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshSha
         parallel: ParallelConfig, model: ModelConfig, train: TrainConfig
     ) -> list[str]:
         processes, problems = plan_processes(parallel)
-        if processes.world_size == 0:  # no GPU to run on: no mesh to speak of
-            return problems
         mesh, more = resolve_mesh(parallel, processes.world_size)
-        return problems + (more or mesh_problems(mesh, parallel, model, train))
+        found = model_problems(mesh, parallel, model, train.seq_len) + batch_problems(mesh, train)
+        return problems + (more or found)
 
     config = load_train_config(
         composed, (("parallel", "model", "train"), machine_and_mesh), (("log",), _tracker_problems)
@@ -103,8 +126,7 @@ def _check_size(dataset: "Dataset", config: TrainProgram) -> None:
         vocab_size=config.model.vocab_size,
         global_batch_size=config.train.global_batch_size,
     )
-    held_out = sum(s.n_windows(config.train.seq_len) for s in dataset.validation.values())
-    if config.validation.samples and not held_out:
+    if config.validation.samples and not dataset.n_held_out(config.train.seq_len):
         raise DataError(
             f"data.validation_fraction ({config.data.validation_fraction}) held out no window of "
             f"train.seq_len ({config.train.seq_len}) tokens: use a larger fraction (and another "

@@ -60,3 +60,15 @@ def test_bad_checkpoints_are_refused_with_a_remedy(checkpoint: Path, tmp_path: P
     mesh = evaluate(checkpoint, "parallel.tp=3")
     assert mesh.returncode != 0
     assert "parallel.tp (3) does not divide model.n_heads (4): use 1, 2 or 4" in mesh.stderr
+
+
+def test_damage_is_told_once_whatever_the_number_of_processes(checkpoint: Path) -> None:
+    whole = (checkpoint / "manifest.json").read_bytes()
+    (checkpoint / "manifest.json").write_bytes(whole + b"\n")
+    try:
+        done = evaluate(checkpoint, "parallel.tp=2")
+    finally:
+        (checkpoint / "manifest.json").write_bytes(whole)
+    assert done.returncode != 0
+    assert done.stderr.count("manifest.json has another SHA-256") == 1
+    assert "Traceback" not in done.stderr

@@ -11,7 +11,7 @@ from conftest import ROOT, start_program
 from hydra import compose, initialize_config_dir
 
 from parallel.mesh import MeshShape
-from program.config import CONF, hydra_arguments, load_train_config, mesh_problems
+from program.config import CONF, batch_problems, hydra_arguments, load_train_config, model_problems
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -64,7 +64,7 @@ def test_make_targets_run_the_programs() -> None:
 
 def test_prepare_and_train_commands_run(books: Path) -> None:
     trained = 0
-    for command in [*commands("python")]:
+    for command in commands("python"):
         program, *overrides = command[1:]
         if program == "train.py" and not small(command):
             continue
@@ -101,7 +101,8 @@ def test_gpu_commands_pass_the_gate(begin: str) -> None:
         nodes = [word for word in command if word.startswith("--nodes=") or "nnodes=" in word]
         world_size = 8 * int(nodes[0].partition("=")[2]) if nodes else 8
         mesh = MeshShape(1, world_size // config.parallel.tp, 1, config.parallel.tp)
-        assert mesh_problems(mesh, config.parallel, config.model, config.train) == []
+        assert model_problems(mesh, config.parallel, config.model, config.train.seq_len) == []
+        assert batch_problems(mesh, config.train) == []
         checked += 1
     assert checked == 1
 

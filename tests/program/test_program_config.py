@@ -15,11 +15,12 @@ from program.config import (
     ConfigError,
     PrepareProgram,
     TrainProgram,
+    batch_problems,
     help_text,
     hydra_arguments,
     load_prepare_config,
     load_train_config,
-    mesh_problems,
+    model_problems,
     plain,
 )
 
@@ -259,7 +260,8 @@ def test_rules_of_the_mesh_name_key_value_and_remedy(
     mesh: MeshShape, arguments: list[str], key: str, remedy: str
 ) -> None:
     config = load("train.global_batch_size=16", *arguments)
-    found = mesh_problems(mesh, config.parallel, config.model, config.train)
+    found = model_problems(mesh, config.parallel, config.model, config.train.seq_len)
+    found += batch_problems(mesh, config.train)
     [problem] = [problem for problem in found if key in problem]
     assert remedy in problem
 
@@ -271,7 +273,9 @@ def test_meshes_that_divide_batch_and_model_have_no_problem() -> None:
             mesh, wrong = resolve_mesh(config.parallel, dp)
             assert not wrong and mesh.dp == dp
             shape = MeshShape(1, dp, 1, tp)
-            assert mesh_problems(shape, config.parallel, config.model, config.train) == []
+            seq_len = config.train.seq_len
+            assert model_problems(shape, config.parallel, config.model, seq_len) == []
+            assert batch_problems(shape, config.train) == []
 
 
 # ---------------------------------------------------------------- the command line
