@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 from distributed import on_ranks
-from test_parallel_training import OPTIM, Case, batch, build, share, whole
+from small_run import OPTIM, Case, batch, build, share, whole
 from torch import Tensor
 
 from train import train_step

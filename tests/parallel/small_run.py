@@ -1,0 +1,113 @@
+"""A small run on any mesh, without data and folder, which the tests of this package train.
+
+Dims that neither 3 nor 3·2 divides make the shards uneven; packed documents, masked labels and a
+rank with few targets make the batch so.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from data.loader import Batch, StepBatches
+from model.config import ModelConfig
+from model.llama import Llama
+from model.loss import IGNORE
+from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.mesh import MeshShape
+from parallel.parallelize import initialize_weights, parallelize
+from parallel.strategy import MeshStrategy
+from training.config import OptimConfig
+from training.optimizer import build_optimizer
+
+SEED, STEPS = 7, 2
+BATCH, SEQ, VOCAB = 12, 16, 58
+# The first steps of Adam divide a gradient by itself; this eps keeps rounding errors small.
+OPTIM = OptimConfig(lr=1e-2, eps=1e-2, weight_decay=0.5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to spread the model over processes, and to cut its batch."""
+
+    dp: int = 1
+    tp: int = 1
+    tied: bool = False
+    sequence_parallel: bool = True
+    loss_parallel: bool = True
+    n_micro: int = 2
+    max_norm: float = 0.5  # below the norm of the reference: it clips
+    param: Any = "fp32"
+    n_layers: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.dp * self.tp
+
+
+def model_config(tied: bool, n_layers: int) -> ModelConfig:
+    return ModelConfig("small", 40, n_layers, 4, 2, 52, VOCAB, tie_embeddings=tied)
+
+
+def batch(step: int) -> Batch:
+    """Packed documents; the first samples have many targets, the last ones hardly any."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, VOCAB, (BATCH, SEQ), generator=generator)
+    labels = torch.randint(0, VOCAB, (BATCH, SEQ), generator=generator)
+    positions = torch.arange(SEQ).repeat(BATCH, 1)
+    for row in range(BATCH):
+        cut = 3 + row
+        positions[row, cut:] = torch.arange(SEQ - cut)
+        labels[row, cut - 1] = IGNORE
+        labels[row, SEQ - row :] = IGNORE
+    labels[-2] = IGNORE  # a whole micro-batch without a target on some meshes
+    return Batch(tokens, positions, labels)
+
+
+def share(whole: Batch, rank: int, size: int, n_micro: int) -> StepBatches:
+    """What one data rank computes."""
+    rows = BATCH // size
+    own = Batch(*(field[rank * rows : (rank + 1) * rows] for field in whole))
+    pieces = [Batch(*fields) for fields in zip(*(f.chunk(n_micro) for f in own), strict=True)]
+    assert len(pieces) == n_micro
+    return StepBatches(pieces, int((own.labels != IGNORE).sum()), digest=rank + 1)
+
+
+def build(case: Case) -> SimpleNamespace:
+    """As `train.set_up` does, without data and folder."""
+    config = model_config(case.tied, case.n_layers)
+    parallel = ParallelConfig(
+        dp_shard=case.dp,
+        tp=case.tp,
+        sequence_parallel=case.sequence_parallel,
+        loss_parallel=case.loss_parallel,
+    )
+    plan = partial(parallelize, parallel=parallel, precision=PrecisionConfig(param=case.param))
+    mesh = MeshShape(1, case.dp, 1, case.tp)
+    strategy = MeshStrategy(mesh, plan)
+    fabric = Fabric(accelerator="cpu", devices=case.world, strategy=strategy)
+    fabric.launch()
+    with torch.device("meta"):
+        llama = Llama(config)
+    model = fabric.setup_module(llama)
+    adamw = build_optimizer(llama, OPTIM)
+    optimizer = fabric.setup_optimizers(adamw)
+    initialize_weights(llama, config, SEED)
+    return SimpleNamespace(
+        config=SimpleNamespace(train=SimpleNamespace(max_grad_norm=case.max_norm)),
+        fabric=fabric,
+        strategy=strategy,
+        model=model,
+        optimizer=optimizer,
+        llama=llama,
+        adamw=adamw,
+        data_rank=mesh.data_rank(fabric.global_rank),
+    )
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.detach().full_tensor().clone()

@@ -1,0 +1,151 @@
+"""What a rank holds and sends in a step: reductions, logits, number formats."""
+
+from functools import partial
+from typing import Any, cast
+
+import pytest
+import torch
+from distributed import on_ranks
+from small_run import BATCH, OPTIM, SEED, SEQ, VOCAB, Case, batch, build, share
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.init import initialize
+from model.llama import Llama
+from train import train_step
+
+
+class Watch(TorchDispatchMode):
+    """Sees every local operation: counts reduce-scatters, notes where full logits lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce_scatters, self.full_logits = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor turns it into local operations, which come here
+        out = func(*args, **(kwargs or {}))
+        self.reduce_scatters += "reduce_scatter" in str(func)
+        real = isinstance(out, Tensor) and not isinstance(out, FakeTensor)  # shapes are tried out
+        if real and out.ndim >= 2 and out.shape[-1] == VOCAB:
+            self.full_logits += 1
+        return out
+
+
+def held_and_sent() -> dict[str, Any]:
+    """On dp_shard=2: reductions of a step by its number of micro-batches, and after each exit."""
+    run = build(Case(dp=2, n_layers=2))
+
+    def reductions(n_micro: int) -> int:
+        with Watch() as watch:
+            train_step(cast(Any, run), share(batch(0), run.data_rank, 2, n_micro), OPTIM.lr)
+        return watch.reduce_scatters
+
+    def reductions_after(enabled: bool) -> tuple[int, int]:
+        tokens, positions, labels = share(batch(0), run.data_rank, 2, 1).micro_batches[0]
+        with Watch() as inside, run.fabric.no_backward_sync(run.model, enabled=enabled):
+            run.fabric.backward(run.model(tokens, positions, labels))
+        with Watch() as outside:
+            run.fabric.backward(run.model(tokens, positions, labels))
+        run.optimizer.zero_grad()
+        return inside.reduce_scatters, outside.reduce_scatters
+
+    return {
+        "one": reductions(1),
+        "six": reductions(6),
+        "with": reductions_after(enabled=True),
+        "without": reductions_after(enabled=False),
+        "groups": len(run.llama.layers) + 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def sent() -> dict[str, Any]:
+    return on_ranks(2, held_and_sent)[0]
+
+
+def test_a_step_reduces_once_however_many_micro_batches_it_has(sent: dict[str, Any]) -> None:
+    """One reduce-scatter for each block and one for what lies around them."""
+    assert sent["one"] == sent["six"] == sent["groups"]
+
+
+def test_synchronisation_is_on_after_no_backward_sync(sent: dict[str, Any]) -> None:
+    groups = sent["groups"]
+    assert sent["with"] == (0, groups)
+    assert sent["without"] == (groups, groups)
+
+
+def logits_held(loss_parallel: bool) -> tuple[int, int, list[int]]:
+    """How often a rank held full logits in forward and backward, on dp_shard=2 × tp=2."""
+    run = build(Case(dp=2, tp=2, loss_parallel=loss_parallel))
+    shapes: list[list[int]] = []
+
+    def note(_: Any, inputs: Any) -> None:
+        logits = inputs[0]
+        shapes.append(list((logits.to_local() if isinstance(logits, DTensor) else logits).shape))
+
+    run.llama.loss.register_forward_pre_hook(note)
+    tokens, positions, labels = share(batch(0), run.data_rank, 2, 1).micro_batches[0]
+    with Watch() as forward:
+        loss = run.model(tokens, positions, labels)
+    with Watch() as backward:
+        run.fabric.backward(loss)
+    return forward.full_logits, backward.full_logits, shapes[0]
+
+
+def both_ways() -> list[tuple[int, int, list[int]]]:
+    return [logits_held(True), logits_held(False)]
+
+
+def test_no_rank_holds_full_logits_under_loss_parallel() -> None:
+    for sharded, gathered in on_ranks(4, both_ways):
+        assert sharded == (0, 0, [BATCH // 2, SEQ, VOCAB // 2])
+        assert gathered[0] > 0 and gathered[1] > 0  # what is looked for is seen where it is
+        assert gathered[2] == [BATCH // 2, SEQ, VOCAB]
+
+
+def dtypes() -> dict[str, Any]:
+    """Number formats under the bf16 policy: what a block and its matrices see in the forward."""
+    run = build(Case(dp=2, tp=2, param="bf16"))
+    seen: dict[str, Any] = {}
+
+    def block_inputs(_: Any, inputs: Any) -> None:
+        seen["x"], seen["cos"], seen["sin"] = (each.dtype for each in inputs[:3])
+
+    def weight(name: str, module: Any, _: Any) -> None:
+        seen[name] = module.weight.dtype
+
+    for block in run.llama.layers:
+        block.attention.register_forward_pre_hook(block_inputs)
+    modules = dict(run.llama.named_modules())
+    names = [name.removesuffix(".weight") for name, _ in run.llama.named_parameters()]
+    for name in names:
+        modules[name].register_forward_pre_hook(partial(weight, name))
+    tokens, positions, labels = share(batch(0), run.data_rank, 2, 1).micro_batches[0]
+    loss = run.model(tokens, positions, labels)
+    run.fabric.backward(loss)
+    exact = Llama(run.llama.config)
+    initialize(exact, exact.config, SEED)
+    return {
+        "seen": seen,
+        "names": names,
+        "loss": loss.dtype,
+        "error": abs(loss.item() / exact(tokens, positions, labels).item() - 1),
+        "master": {p.dtype for p in run.llama.parameters()},
+        "gradients": {p.grad.dtype for p in run.llama.parameters()},
+    }
+
+
+def test_bf16_policy_computes_in_bf16_and_keeps_masters_gradients_and_rope_in_float32() -> None:
+    for found in on_ranks(4, dtypes):
+        seen = found["seen"]
+        assert {seen[name] for name in found["names"]} == {torch.bfloat16}
+        assert seen["x"] == torch.bfloat16
+        assert (seen["cos"], seen["sin"]) == (torch.float32, torch.float32)
+        assert found["loss"] == torch.float32
+        assert found["master"] == found["gradients"] == {torch.float32}
+        # bf16 has 8 bits: 0.4% an element, less in a mean over many; equal would be no bf16.
+        assert 0 < found["error"] < 2**-8
