@@ -108,7 +108,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.loss: nn.Module = CrossEntropySum()
+        self.loss = CrossEntropySum()
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -151,5 +151,7 @@ class Llama(nn.Module):
         x = self.tok_embeddings(tokens)  # (batch, seq, dim)
         for block in self.layers:
             x = block(x, cos, sin, mask)  # (batch, seq, dim)
-        logits = self.output(self.norm(x))  # (batch, seq, vocab)
-        return logits if labels is None else self.loss(logits, labels)
+        x = self.norm(x)  # (batch, seq, dim)
+        if labels is None:
+            return self.output(x)  # (batch, seq, vocab)
+        return self.loss(x, self.output.weight, labels)
