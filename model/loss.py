@@ -105,7 +105,7 @@ class CrossEntropySum(nn.Module):
         maximum = logits.amax(dim=-1).float()  # (rows)
         self.vocabulary.maximum_(maximum)
 
-        blocks = zip(logits.split(block), maximum.split(block), strict=True)
+        blocks = list(zip(logits.split(block), maximum.split(block), strict=True))
         total = torch.cat([self.sum_exponentials(*each) for each in blocks])  # (rows)
         target = torch.where(here, logits.gather(-1, place).squeeze(-1) - maximum, 0.0)
         totals = torch.stack([total, target])  # (2, rows)
@@ -113,10 +113,8 @@ class CrossEntropySum(nn.Module):
         total, target = totals
 
         if with_gradient:
-            factor = wanted / total
-            blocks = zip(*(each.split(block) for each in (logits, maximum, factor)), strict=True)
-            for each in blocks:
-                self.exponentiate_(*each)
+            for each, factor in zip(blocks, (wanted / total).split(block), strict=True):
+                self.exponentiate_(*each, factor)
             # From float32: where the model is sure of the target, its probability rounds to 1.
             at_target = (target.exp() / total - 1).to(logits.dtype).unsqueeze(-1)
             at_place = torch.where(here.unsqueeze(-1), at_target, logits.gather(-1, place))
