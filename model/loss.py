@@ -149,7 +149,8 @@ class _HeadAndLoss(torch.autograd.Function):
             if d_hidden is not None:
                 torch.mm(gradient, weight, out=d_hidden[rows])
             if d_weight is not None:
-                d_weight.addmm_(gradient.t(), chunk, beta=0 if first == 0 else 1)
+                beta = 0 if first == 0 else 1
+                torch.addmm(d_weight, gradient.t(), chunk, beta=beta, out=d_weight)
         ctx.gradients = d_hidden, d_weight
         return nll.sum()
 
