@@ -117,9 +117,22 @@ def test_no_target_is_no_loss_and_no_gradient(name: str) -> None:
     assert loss == 0 and weight.grad is not None and not weight.grad.any()
 
 
-def test_gradients_are_scaled_by_a_float32_number() -> None:
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_gradients_are_scaled_by_a_float32_number(device: str) -> None:
     """1 / targets, rounded to bfloat16 before, would be wrong by up to 1 / 256 in all of them."""
-    hidden, weight, labels = inputs()["ordinary"]
+    hidden, weight, labels = (each.to(device) for each in inputs()["ordinary"])
     found = []
     for factor in (1.0, 1 + 3 * 2**-10):  # the second rounds to 1 in bfloat16
         leaf = weight.bfloat16().requires_grad_()
