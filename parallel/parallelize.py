@@ -1,7 +1,8 @@
 """The plan: what is applied to a model on a mesh, in one fixed order.
 
-Tensor parallelism cuts the matrices first, data parallelism shards what is left of each. An axis
-has a file of its own; here is only the order. The model knows nothing of it.
+The number format of the products is set on whole matrices; tensor parallelism cuts these, and data
+parallelism shards what is left of each. An axis has a file of its own; here is only the order. The
+model knows nothing of it.
 """
 
 import torch
@@ -14,18 +15,21 @@ from model.init import initialize
 from model.llama import Llama
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.data_parallel import apply_data_parallel, mixed_precision
+from parallel.float8 import apply_float8
 from parallel.tensor_parallel import apply_tensor_parallel
 
 
 def parallelize(
     model: Llama, mesh: DeviceMesh, parallel: ParallelConfig, precision: PrecisionConfig
 ) -> Llama:
-    """Applies the plan to `model`, in place and in this order: TP, FSDP; returns it.
+    """Applies the plan to `model`, in place and in this order: fp8, TP, FSDP; returns it.
 
     Args:
         model: On the meta device, so that no rank ever holds the whole.
         mesh: Four axes named as in `parallel.mesh.AXES`.
     """
+    if precision.fp8 is not None:
+        apply_float8(model, precision.fp8)
     if mesh["tp"].size() > 1:
         apply_tensor_parallel(
             model,

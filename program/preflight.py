@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from data.errors import DataError
 from model.config import ModelConfig
-from parallel.config import ParallelConfig
+from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, is_first_process, plan_processes, resolve_mesh
 from program.config import (
     ConfigError,
@@ -24,6 +24,7 @@ from program.config import (
     model_problems,
     plain,
 )
+from program.precision import fp8_problems
 from training.config import LogConfig, TrainConfig
 from training.run_folder import RunFolder, RunFolderError
 
@@ -52,6 +53,15 @@ def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshSha
         ConfigError: every problem of keys, types, rules, mesh and machine at once.
     """
 
+    def fp8(
+        parallel: ParallelConfig, precision: PrecisionConfig, model: ModelConfig, train: TrainConfig
+    ) -> list[str]:
+        processes, _ = plan_processes(parallel)
+        mesh, problems = resolve_mesh(parallel, processes.world_size)
+        if problems:
+            return []  # told by the rule below
+        return fp8_problems(processes.accelerator, mesh, precision, model, train)
+
     def machine_and_mesh(
         parallel: ParallelConfig, model: ModelConfig, train: TrainConfig
     ) -> list[str]:
@@ -61,7 +71,10 @@ def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshSha
         return problems + (more or found)
 
     config = load_train_config(
-        composed, (("parallel", "model", "train"), machine_and_mesh), (("log",), _tracker_problems)
+        composed,
+        (("parallel", "model", "train"), machine_and_mesh),
+        (("parallel", "precision", "model", "train"), fp8),
+        (("log",), _tracker_problems),
     )
     processes, _ = plan_processes(config.parallel)
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)

@@ -11,7 +11,10 @@ import warnings
 
 def quieten() -> None:
     """Silences import chatter, deprecations and repeated lines from the other ranks."""
-    for name in ("lightning", "lightning.fabric", "lightning.pytorch", "torch.distributed"):
+    for name in (
+        *("lightning", "lightning.fabric", "lightning.pytorch", "torch.distributed"),
+        *("torchao", "torch.utils._pytree"),  # kernels not built for this machine; registrations
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)

@@ -19,6 +19,8 @@ FREE_KEYS = (
     "run.dir",
     "run.resume",
     "parallel.",
+    "precision.optimizer_state",
+    "precision.fp8",
     "train.max_steps",
     "train.micro_batch_size",
     "optim.lr",
