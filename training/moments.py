@@ -56,7 +56,7 @@ class Int8Moment:
         return values.view(-1)[: stop - start]
 
     def write(self, start: int, values: Tensor) -> None:
-        """Puts float32 values, whole blocks or the last ones, in the place that begins at `start`."""
+        """Puts float32 values in the place from `start`; the shard's last block may be short."""
         values = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
         blocks = slice(start // BLOCK, start // BLOCK + len(values))
         self.codes[blocks], self.scales[blocks] = _run(_narrow, values, self.levels)

@@ -20,7 +20,6 @@ FREE_KEYS = (
     "run.resume",
     "parallel.",
     "precision.optimizer_state",
-    "precision.fp8",
     "train.max_steps",
     "train.micro_batch_size",
     "optim.lr",

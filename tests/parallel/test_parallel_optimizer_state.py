@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from conftest import read_metrics, start_program
 from distributed import on_ranks
 from small_run import OPTIM, Case, batch, build, share, whole
 from torch import Tensor
@@ -69,7 +70,7 @@ def start(case: Case, state: StateFormat, folder: Path) -> dict[str, Any]:
     losses = train(run, case, 0, 3)
     place = RunFolder(folder / f"{NAMES[case]}-{state}")
     save(place, run.llama, run.adamw, Position(3, 36, 576, "of the test"), {})
-    found = {"saved": everything(run)}
+    found: dict[str, Any] = {"saved": everything(run)}
     found["losses"] = losses + train(run, case, 3, 6)
     return {**found, "last": everything(run)}
 
@@ -78,7 +79,7 @@ def go_on(case: Case, state: StateFormat, checkpoint: Path) -> dict[str, Any]:
     """What a fresh run loads, and the three steps that it adds."""
     run = run_with(case, state)
     load(checkpoint, run.llama, run.adamw)
-    found = {"loaded": everything(run)}
+    found: dict[str, Any] = {"loaded": everything(run)}
     found["losses"] = train(run, case, 3, 6)
     return {**found, "last": everything(run)}
 
@@ -174,3 +175,39 @@ def test_losses_follow_those_of_float32_moments(found: Any, case: Case, state: S
     assert way > 0.1 and 0 < worst < 0.01 * way
     for name, tensor in moments(found[case, "fp32"]["last"]).items():
         assert error(found[case, state]["last"][name], tensor) < 0.03, name
+
+
+# ---------------------------------------------------------------- the program itself
+
+
+def test_a_run_goes_on_with_other_moments_on_another_mesh(smoke_run: Any, tmp_path: Path) -> None:
+    """int8 on dp_shard=2, then bf16 on tp=2, then float32: as if it had been float32 throughout.
+
+    Forty steps take a nat and more; moments wrong by 1% leave the losses within 1% of that way.
+    """
+    smoke_run(tmp_path / "plain", "optim.schedule_steps=40")
+    for steps, mesh, state in (
+        (10, "parallel.dp_shard=2", "int8"),
+        (20, "parallel.tp=2", "bf16"),
+        (40, "parallel.tp=1", "fp32"),
+    ):
+        overrides = (f"train.max_steps={steps}", "optim.schedule_steps=40", mesh)
+        smoke_run(tmp_path / "run", *overrides, f"precision.optimizer_state={state}")
+    expected, found = (
+        [line["loss"] for line in read_metrics(tmp_path / name)] for name in ("plain", "run")
+    )
+    way = expected[0] - expected[-1]
+    assert way > 1 and len(found) == len(expected) == 40
+    worst = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    assert 0 < worst < 0.01 * way
+
+
+def test_a_run_without_8_bits_imports_no_torchao(data_overrides: list[str], tmp_path: Path) -> None:
+    command = ["-X", "importtime", "train.py", "experiment=smoke", *data_overrides]
+    overrides = [f"run.dir={tmp_path}", "parallel.accelerator=cpu", "train.max_steps=1"]
+    for state, imported in (("bf16", False), ("int8", True)):
+        more = [f"precision.optimizer_state={state}", f"run.dir={tmp_path / state}"]
+        done = start_program([*command, *overrides, *more])
+        assert done.returncode == 0, done.stderr
+        assert ("torchao" in done.stderr) == imported
+        assert "Failed to load" not in done.stderr  # kernels for other machines
