@@ -76,7 +76,7 @@ def _narrow(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.where(highest >= -lowest, highest, lowest)
     scales = torch.where(scales.abs() < TINY, TINY, scales)
     middles = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize(values / scales.unsqueeze(1), middles, out_int32=True, right=True)
+    codes = torch.bucketize(values / scales.unsqueeze(1), middles, out_int32=True)
     return codes.to(torch.uint8), scales
 
 

@@ -172,28 +172,27 @@ def test_a_state_dict_of_any_format_loads_into_any_other(before: Any, after: Any
                 assert torch.equal(found["state"][number][key], value)
             else:
                 error = (found["state"][number][key] - value).norm() / value.norm()
-                assert 0 < error < {"bf16": 2**-8, "int8": 0.015}[after]
+                int8 = 0.015 if key == "exp_avg" else 0.01  # without a sign, twice the levels
+                assert 0 < error < {"bf16": 2**-8, "int8": int8}[after]
     give_gradients(model, 3)
     target.step()
 
 
-@pytest.mark.parametrize("beta2", [0.999, MAX_BETA2_BF16])
+@pytest.mark.parametrize("beta2", [0.999, 1 - 0.9 * 2**-8, MAX_BETA2_BF16, 0.95])
 def test_the_rule_of_bf16_moments_is_where_they_stop_to_fade(beta2: float) -> None:
-    """Without gradients a second moment has to fade by half in ln 2 / (1 - beta2) steps."""
+    """Without gradients a second moment fades to nothing, or stays for ever at some number."""
     model = small()
     config = OptimConfig(lr=1e-2, betas=(0.9, beta2))
     found = moment_problems(PrecisionConfig(optimizer_state="bf16"), config)
+    assert bool(found) == (beta2 > MAX_BETA2_BF16)
     optimizer = build_optimizer(model, config, "bf16")
-    for step in range(200):
+    seen = []
+    for step in range(300):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 1e-3 if step == 0 else 0.0)
         optimizer.step()
-        if step == 0:
-            first = optimizer.state_dict()["state"][0]["exp_avg_sq"]
-    last = optimizer.state_dict()["state"][0]["exp_avg_sq"]
-    assert bool(found) == bool((last == first).all()) == (beta2 > MAX_BETA2_BF16)
-    if found:
-        assert "0.999" in found[0] and "precision.optimizer_state=fp32 or int8" in found[0]
+        seen.append(optimizer.state_dict()["state"][0]["exp_avg_sq"].clone())
+    assert bool((seen[-1] == seen[-2]).all()) == bool(found)
+    for problem in found:
+        assert f"{beta2}" in problem and "precision.optimizer_state=fp32 or int8" in problem
         assert moment_problems(PrecisionConfig(optimizer_state="int8"), config) == []
-    else:
-        assert (last < first / 1.5).all()
