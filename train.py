@@ -69,7 +69,7 @@ def set_up(
     with torch.device("meta"):
         llama = Llama(config.model)
     model = fabric.setup_module(llama)  # sharded in place
-    adamw = build_optimizer(llama, config.optim)
+    adamw = build_optimizer(llama, config.optim, config.precision.optimizer_state)
     optimizer = fabric.setup_optimizers(adamw)
 
     checkpoint = find_newest(RunFolder(Path(config.run.dir)), config.run.resume, console.note)

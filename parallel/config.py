@@ -69,15 +69,23 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Number formats of the forward and backward (`param`) and of the gradients' sum (`reduce`).
+    """Number formats: forward and backward (`param`), the gradients' sum (`reduce`), and more.
 
-    Master weights and optimizer state are float32. `auto` is bf16 parameters on GPUs and fp32 on
-    CPUs, and an fp32 sum everywhere.
+    Master weights are float32. `auto` is bf16 parameters on GPUs and fp32 on CPUs, and an fp32 sum
+    everywhere. `optimizer_state` is how AdamW's moments are kept; `fp8` how the matrix products of
+    the blocks are scaled where they are computed in 8 bits, null for products in `param`.
     """
 
     param: Literal["auto", "fp32", "bf16"] = "auto"
     reduce: Literal["auto", "fp32", "bf16"] = "auto"
+    optimizer_state: Literal["fp32", "bf16", "int8"] = "fp32"
+    fp8: Literal["tensorwise", "rowwise"] | None = None
 
     def problems(self) -> list[str]:
-        """No rule beyond the choices themselves."""
+        """Every broken rule, as messages that name key, value, rule and remedy."""
+        if self.fp8 is not None and self.param == "fp32":
+            return [
+                f"precision.fp8 ({self.fp8}) multiplies bf16 activations, and precision.param is "
+                "fp32: use precision.param=bf16, or precision.fp8=null"
+            ]
         return []

@@ -1,8 +1,9 @@
 """The plan: what is applied to a model on a mesh, in one fixed order.
 
-Tensor parallelism cuts the matrices, context parallelism the sequences; then comes what a block
-keeps for its backward, then its compilation, and FSDP shards what is left of each matrix. An axis
-has a file of its own; here is only the order. The model knows nothing of it.
+The number format of the products is set on whole matrices; tensor parallelism cuts these, context
+parallelism the sequences; then comes what a block keeps for its backward, then its compilation, and
+FSDP shards what is left of each matrix. An axis has a file of its own; here is only the order. The
+model knows nothing of it.
 """
 
 import torch
@@ -18,6 +19,7 @@ from parallel.compilation import apply_async_tensor_parallel, apply_compile
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.context_parallel import apply_context_parallel
 from parallel.data_parallel import apply_data_parallel, mixed_precision
+from parallel.float8 import apply_float8
 from parallel.tensor_parallel import apply_tensor_parallel
 
 
@@ -30,6 +32,8 @@ def parallelize(
         model: On the meta device, so that no rank ever holds the whole.
         mesh: Four axes named as in `parallel.mesh.AXES`.
     """
+    if precision.fp8 is not None:
+        apply_float8(model, precision.fp8)
     if mesh["tp"].size() > 1:
         apply_tensor_parallel(
             model,

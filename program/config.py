@@ -24,6 +24,7 @@ from data.config import DataConfig, TokenizerConfig
 from evaluation.config import EvaluationConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
+from program.precision import evaluation_problems, moment_problems
 from program.rules import size_problems
 from training.config import (
     CheckpointConfig,
@@ -143,9 +144,12 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> TrainProgram:
     Raises:
         ConfigError: unknown keys, missing values, wrong types and broken rules, all at once.
     """
-    return _load(
-        composed, TrainProgram, [(("train", "model", "tokenizer"), size_problems), *more_rules]
-    )
+    rules: list[Rule] = [
+        (("train", "model", "tokenizer"), size_problems),
+        (("precision", "optim"), moment_problems),
+        *more_rules,
+    ]
+    return _load(composed, TrainProgram, rules)
 
 
 def load_prepare_config(composed: DictConfig) -> PrepareProgram:
@@ -155,7 +159,7 @@ def load_prepare_config(composed: DictConfig) -> PrepareProgram:
 
 def load_evaluate_config(composed: DictConfig) -> EvaluateProgram:
     """The typed configuration of `evaluate.py`; raises as `load_train_config` does."""
-    return _load(composed, EvaluateProgram, [])
+    return _load(composed, EvaluateProgram, [(("precision",), evaluation_problems)])
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, is_first_process, plan_processes, resolve_mesh
 from program.config import ConfigError, TrainProgram, load_train_config, plain
+from program.precision import fp8_problems
 from program.rules import batch_problems, device_problems, model_problems
 from training.config import LogConfig, TrainConfig
 from training.run_folder import RunFolder, RunFolderError
@@ -53,6 +54,7 @@ def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshSha
         mesh, more = resolve_mesh(parallel, processes.world_size)
         problems += device_problems(processes, mesh, parallel, precision, model)
         found = model_problems(mesh, parallel, model, train.seq_len) + batch_problems(mesh, train)
+        found += fp8_problems(processes.accelerator, mesh, precision, model, train)
         return problems + (more or found)
 
     config = load_train_config(

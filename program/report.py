@@ -76,7 +76,8 @@ def meter(config: TrainProgram, mesh: MeshShape, device: "torch.device") -> "Thr
         flops_per_token(config.model, config.train.seq_len, causal=True),
         flops_per_token(config.model, config.train.seq_len, causal=False),
         mesh.world_size,
-        peak_flops(name, dtype),
+        # A share of the bf16 peak would say nothing about products in 8 bits.
+        None if config.precision.fp8 else peak_flops(name, dtype),
         device,
     )
 

@@ -24,14 +24,17 @@ CHEAP = ("hydra", "omegaconf")  # what answers `--help`
 # what is below it; the standard library is open to all.
 MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "model": ((), ("torch",)),
-    "parallel": (("model",), ("torch", "lightning.fabric")),
+    "parallel": (("model",), ("torch", "torchao", "lightning.fabric")),
     "data": (
         (),
         ("torch", "numpy", "datasets", "pyarrow", "tiktoken", "tokenizers", "llama_models", "rich"),
     ),
     "training": (
         (),
-        ("torch", "lightning.fabric", "yaml", "rich", "matplotlib", "tensorboard", "wandb"),
+        (
+            *("torch", "torchao", "lightning.fabric", "yaml", "rich"),
+            *("matplotlib", "tensorboard", "wandb"),
+        ),
     ),
     "evaluation": (("model", "data.tokenizer"), ("torch",)),
     "program": (

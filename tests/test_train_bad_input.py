@@ -140,6 +140,22 @@ def test_cuda_on_a_machine_without_a_gpu(refused: Callable[..., str]) -> None:
     assert [line for line in message.splitlines() if line.startswith("  - ")] == [told]
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_fp8_on_a_cpu_and_moments_that_would_not_fade(
+    refused: Callable[..., str], recipe: str
+) -> None:
+    message = refused(
+        *("experiment=smoke", CPU, f"precision.fp8={recipe}"),
+        *("precision.optimizer_state=bf16", "optim.betas=[0.9,0.999]"),
+    )
+    expected = [
+        line_with(message, f"precision.fp8 ({recipe})", "parallel.accelerator cpu", "fp8=null"),
+        line_with(message, "optim.betas ((0.9, 0.999))", "precision.optimizer_state=fp32 or int8"),
+    ]
+    told = [line for line in message.splitlines() if line.startswith("  - ")]
+    assert sorted(told) == sorted(expected)
+
+
 @pytest.mark.parametrize(
     ("environment", "devices"),
     [({}, 3), ({"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "3", "WORLD_SIZE": "3"}, None)],

@@ -1,26 +1,163 @@
-"""The optimizer: AdamW with decay groups."""
+"""The optimizer: AdamW with decay groups, its moments kept in float32, bf16 or 8 bits.
+
+AdamW is elementwise, so it works on each rank's shard alone, whatever mesh it lies on. How a
+moment is kept in fewer bits is in `training.moments`.
+"""
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from training.config import OptimConfig
+from training.moments import BLOCK, FloatMoment, Int8Moment, Moment
+
+StateFormat = Literal["fp32", "bf16", "int8"]
+
+# Values that are widened to float32 at a time; on CPU they should stay in the cache.
+_PIECE_CPU, _PIECE_DEVICE = 2**8 * BLOCK, 2**17 * BLOCK
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, state: StateFormat = "fp32"
+) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices and none on vectors (the norms' weights).
 
     Fused on CPUs and CUDA devices: one kernel instead of a dozen passes over the states.
+
+    Args:
+        state: How the two moments are kept: 8, 4 or 2 bytes a parameter.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim >= 2]
     vectors = [p for p in parameters if p.ndim < 2]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=parameters[0].device.type in ("cpu", "cuda"),
-    )
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": config.eps,
+        "fused": parameters[0].device.type in ("cpu", "cuda"),
+    }
+    if state == "fp32":
+        return torch.optim.AdamW(groups, **options)
+    return NarrowAdamW(groups, state, **options)
+
+
+class NarrowAdamW(torch.optim.AdamW):
+    """AdamW whose moments are kept in bf16 or 8 bits, and computed with in float32.
+
+    Piece by piece the moments are widened, torch's own kernel makes the step, and they are narrowed
+    again. Vectors, of which there are few and each value counts for a whole channel, keep float32.
+    State dicts are those of torch's AdamW, with float32 moments placed like their parameter: a
+    checkpoint loads on any mesh and under any format.
+    """
+
+    def __init__(self, groups: Any, state: Literal["bf16", "int8"], **options: Any) -> None:
+        self.format = state
+        super().__init__(groups, **options)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step for every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """One parameter's step on this rank's shard."""
+        state = self.state[parameter]
+        weights = _local(parameter).view(-1)  # (local size)
+        gradient = _local(parameter.grad).reshape(-1)  # (local size)
+        if not state:
+            state["step"] = torch.zeros((), device=weights.device)
+            state |= {key: self._moment(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
+        piece = _PIECE_CPU if weights.device.type == "cpu" else _PIECE_DEVICE
+        for start in range(0, len(weights), piece):
+            stop = min(start + piece, len(weights))
+            first, second = (
+                state["exp_avg"].read(start, stop),
+                state["exp_avg_sq"].read(start, stop),
+            )
+            adamw(
+                [weights[start:stop]],
+                [gradient[start:stop]],
+                [first],
+                [second],
+                [],
+                [state["step"].clone()],  # which the kernel counts up
+                foreach=False,
+                fused=group["fused"],
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            state["exp_avg"].write(start, first)
+            state["exp_avg_sq"].write(start, second)
+        state["step"] += 1
+
+    def _moment(self, parameter: Tensor, key: str) -> Moment:
+        """A moment of zeros for this rank's shard."""
+        local = _local(parameter)
+        if parameter.ndim >= 2 and self.format == "int8":
+            return Int8Moment(local.numel(), signed=key == "exp_avg", device=local.device)
+        dtype = torch.bfloat16 if parameter.ndim >= 2 else torch.float32
+        return FloatMoment(local.numel(), dtype, local.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch's AdamW; the moments lie on the CPU, as they may not fit beside the model."""
+        packed = super().state_dict()
+        for number, parameter in enumerate(self._parameters()):
+            if number in packed["state"]:
+                packed["state"][number] = {
+                    key: value if isinstance(value, Tensor) else _widened(value, parameter)
+                    for key, value in packed["state"][number].items()
+                }
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave, here or under another format."""
+        names = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        steps = {name: {"step": of["step"]} for name, of in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": steps})
+        for name, parameter in zip(names, self._parameters(), strict=True):
+            for key in ("exp_avg", "exp_avg_sq"):
+                moment = self._moment(parameter, key)
+                values = _local(state_dict["state"][name][key]).reshape(-1)
+                moment.write(0, values.to(parameter.device))
+                self.state[parameter][key] = moment
+
+    def _parameters(self) -> list[Tensor]:
+        """Every parameter, in the order of state dicts."""
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
+
+
+def _local(tensor: Tensor | None) -> Tensor:
+    """This rank's shard, without a history."""
+    assert tensor is not None
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _widened(moment: Moment, parameter: Tensor) -> Tensor:
+    """A moment in float32 on the CPU, shaped and placed like its parameter."""
+    local = _local(parameter)
+    values = moment.read(0, local.numel()).view(local.shape)
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        values = DTensor.from_local(
+            values, mesh, placements, shape=parameter.shape, stride=parameter.stride()
+        )
+    return values.cpu()

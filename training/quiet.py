@@ -11,8 +11,11 @@ import warnings
 
 def quieten() -> None:
     """Silences import chatter, deprecations and repeated lines from the other ranks."""
-    chatty = ("lightning", "lightning.fabric", "lightning.pytorch", "torch.distributed")
-    for name in (*chatty, "torch._dynamo", "torch._higher_order_ops"):
+    for name in (
+        *("lightning", "lightning.fabric", "lightning.pytorch", "torch.distributed"),
+        *("torchao", "torch.utils._pytree"),  # kernels not built for this machine; registrations
+        *("torch._dynamo", "torch._higher_order_ops"),  # hints for who writes the compiled code
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)

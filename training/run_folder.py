@@ -20,6 +20,7 @@ FREE_KEYS = (
     "run.resume",
     "model.attention",
     "parallel.",
+    "precision.optimizer_state",
     "train.max_steps",
     "train.micro_batch_size",
     "optim.lr",

@@ -159,6 +159,8 @@ def test_a_misspelt_key_is_named_with_the_one_that_was_meant(argument: str, mean
         ("optim.schedule=cosin", "optim.schedule", "'cosin'"),
         ("optim.betas=[0.9]", "optim.betas.1", "has no value"),
         ("precision.param=fp16", "precision.param", "'fp16'"),
+        ("precision.optimizer_state=int4", "precision.optimizer_state", "'int4'"),
+        ("precision.fp8=blockwise", "precision.fp8", "'blockwise'"),
         ("parallel.sequence_parallel=perhaps", "parallel.sequence_parallel", "'perhaps'"),
         ("parallel.accelerator=tpu", "parallel.accelerator", "'tpu'"),
         ("data.sources.stdlib.format=pdf", "data.sources.stdlib.format", "'pdf'"),

@@ -15,7 +15,9 @@ from training.run_folder import COMMITTED, RunFolder, RunFolderError
 FIXED = (
     "run.seed",
     "model.",
-    "precision.",
+    "precision.param",
+    "precision.reduce",
+    "precision.fp8",
     "data.name",
     "data.sources",
     "data.validation_fraction",
