@@ -230,7 +230,7 @@ def write_sample(run: Run) -> None:
         temperature=config.temperature,
         seed=run.position.step,
         device=run.fabric.device,
-        multiple_of=run.mesh.tp,
+        multiple_of=run.mesh.seq_multiple,
     )
     if run.fabric.is_global_zero:
         run.folder.append_sample(run.position.step, text)

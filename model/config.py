@@ -4,6 +4,7 @@ Imports nothing heavy, since every program reads it before it knows whether it n
 """
 
 import dataclasses
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,11 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One Llama 3. Sizes count elements, `max_seq_len` counts tokens."""
+    """One Llama 3. Sizes count elements, `max_seq_len` counts tokens.
+
+    `attention` is the kernel that computes it; `auto` takes the fastest that the device and the
+    mask admit.
+    """
 
     name: str
     dim: int
@@ -61,6 +66,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
     max_seq_len: int = 8192
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
 
     @property
     def head_dim(self) -> int:

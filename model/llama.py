@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import attention, document_mask
+from model.attention import AttentionKernel, Mask
 from model.config import ModelConfig
 from model.loss import CrossEntropySum
 from model.rope import apply_rope, rope_frequencies, rope_tables
@@ -38,16 +38,17 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernel: AttentionKernel) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.kernel = kernel
         kv_width = config.n_kv_heads * config.head_dim
         self.wq = nn.Linear(config.dim, config.dim, bias=False)
         self.wk = nn.Linear(config.dim, kv_width, bias=False)
         self.wv = nn.Linear(config.dim, kv_width, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         """(batch, seq, dim) -> the same; the other arguments as in `TransformerBlock`."""
         batch, seq, _ = x.shape
         # The number of heads is what is left, so that sharded projections yield local heads.
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         k = self.wk(x).view(batch, seq, -1, self.head_dim)  # (batch, seq, kv_heads, head_dim)
         v = self.wv(x).view(batch, seq, -1, self.head_dim)  # (batch, seq, kv_heads, head_dim)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        out = attention(q, k, v, mask)  # (batch, seq, heads, head_dim)
+        out = self.kernel(q, k, v, mask)  # (batch, seq, heads, head_dim)
         return self.wo(out.flatten(2))  # (batch, seq, dim)
 
 
@@ -76,21 +77,21 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward, each normalised before and added to its input."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernel: AttentionKernel) -> None:
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = Attention(config, kernel)
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         """One layer.
 
         Args:
             x: (batch, seq, dim).
             cos, sin: (batch or 1, seq, head_dim/2) float32 from `rope_tables`; a precision policy
                 must not cast them.
-            mask: (batch, 1, seq, seq) bool from `document_mask`, or None for plain causal.
+            mask: From the attention kernel.
 
         Returns: (batch, seq, dim).
         """
@@ -104,8 +105,11 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.kernel = AttentionKernel(config.attention)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(
+            TransformerBlock(config, self.kernel) for _ in range(config.n_layers)
+        )
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.loss: nn.Module = CrossEntropySum()
@@ -127,7 +131,11 @@ class Llama(nn.Module):
         return self
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, labels: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        labels: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Run the model.
 
@@ -137,18 +145,19 @@ class Llama(nn.Module):
                 inside documents. None: each row is one document from 0.
             labels: (batch, seq) int64, the token to predict at each place, `model.loss.IGNORE`
                 where there is none.
+            places: (seq,) integers, where in the whole sequence these columns lie. None: they are
+                the whole sequence, in order.
 
         Returns:
             Logits (batch, seq, vocab) without labels; with labels the float32 scalar sum of the
             negative log-likelihoods of all targets, in nats.
         """
-        if positions is None:
-            mask = None
-            positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-        else:
-            mask = document_mask(positions)  # (batch, 1, seq, seq)
-        cos, sin = rope_tables(positions, rope_frequencies(self.config, tokens.device))
         x = self.tok_embeddings(tokens)  # (batch, seq, dim)
+        mask = self.kernel.mask(positions, places, like=x)
+        if positions is None:
+            whole = torch.arange(tokens.shape[1], device=tokens.device)
+            positions = (whole if places is None else places).unsqueeze(0)  # (1, seq)
+        cos, sin = rope_tables(positions, rope_frequencies(self.config, tokens.device))
         for block in self.layers:
             x = block(x, cos, sin, mask)  # (batch, seq, dim)
         logits = self.output(self.norm(x))  # (batch, seq, vocab)

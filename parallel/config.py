@@ -24,7 +24,15 @@ class ParallelConfig:
     sequence_parallel: bool = True
     # The loss is computed on shards of the vocabulary: no rank holds the full logits.
     loss_parallel: bool = True
-    # Free a block's gathered weights between its forward and its backward. null: where sharded.
+    # Overlap tensor-parallel communication with the products around it.
+    async_tp: bool = False
+    # What a block keeps for its backward: "none" recomputes nothing, "full" all, "selective" all
+    # but matrix products and attention; a number is the share to keep, which the compiler chooses.
+    activation_checkpoint: Literal["none", "full", "selective"] | float = "none"
+    # Compile each block.
+    compile: bool = False
+    # Free a block's gathered weights between its forward and its backward. null: where sharded,
+    # but for the last block.
     reshard_after_forward: bool | None = None
 
     def problems(self) -> list[str]:
@@ -39,13 +47,6 @@ class ParallelConfig:
                 f"parallel.dp_shard ({self.dp_shard}) is neither -1 nor at least 1: "
                 "use -1 to fill the processes that the other axes leave"
             )
-        for axis in ("dp_replicate", "cp"):
-            size = getattr(self, axis)
-            if size > 1:
-                found.append(
-                    f"parallel.{axis} ({size}) is above 1, and this version shards over dp_shard "
-                    f"and tp alone: use parallel.{axis}=1"
-                )
         for key in ("devices", "num_nodes"):
             count = getattr(self, key)
             if count is not None and count < 1:

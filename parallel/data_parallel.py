@@ -1,15 +1,17 @@
-"""The data axis: FSDP2, with mixed precision by its policy, at every size including one.
+"""The data axes: FSDP2, with mixed precision by its policy, at every size including one.
 
-Every parameter becomes a DTensor on one mesh whatever the sizes, so that clipping, the optimizer
-and checkpoints know a single case. Gradients are summed, not averaged, over the axis: the loss is
-already divided by the number of targets in the whole global batch.
+Weights are sharded over `dp_shard` and `cp` taken together, whose ranks hold different tokens, and
+copied over `dp_replicate` (HSDP). Every parameter becomes a DTensor on one mesh whatever the sizes,
+so that clipping, the optimizer and checkpoints know a single case. Gradients are summed, not
+averaged: the loss is already divided by the number of targets in the whole global batch.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from model.llama import Llama
 from parallel.config import PrecisionConfig
@@ -21,22 +23,49 @@ def apply_data_parallel(
     model: Llama,
     mesh: DeviceMesh,
     precision: MixedPrecisionPolicy,
-    reshard_after_forward: bool,
+    reshard_after_forward: bool | None,
 ) -> None:
-    """Shards each block, and what lies around the blocks, over the one-axis `mesh`, in place."""
-    for block in model.layers:
-        fully_shard(
-            block, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward
+    """Shards each block, and what lies around the blocks, in place.
+
+    Args:
+        mesh: With the axes `dp_replicate`, `dp_shard` and `cp`.
+        reshard_after_forward: Whether a block's gathered weights are freed between its forward and
+            its backward. None: where there is something to gather, but for the last block, whose
+            backward follows at once.
+    """
+    shards = mesh["dp_shard"]
+    if mesh["cp"].size() > 1:
+        shards = mesh["dp_shard", "cp"]._flatten("fsdp")
+    n_shards, replicated = shards.size(), mesh["dp_replicate"].size() > 1
+    if replicated:
+        shards = DeviceMesh._concatenate([mesh["dp_replicate"], shards])
+    blocks = []
+    for number, block in enumerate(model.layers, start=1):
+        reshard = reshard_after_forward
+        if reshard is None:
+            reshard = n_shards > 1 and number < len(model.layers)
+        blocks.append(
+            fully_shard(block, mesh=shards, mp_policy=precision, reshard_after_forward=reshard)
         )
     # The root's weights are needed again as soon as the backward begins: kept gathered.
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
-    for module in [*model.layers, model]:
-        if mesh.size() == 1:
-            module.set_custom_all_gather(_NothingToGather())
-        else:
+    root = fully_shard(model, mesh=shards, mp_policy=precision, reshard_after_forward=False)
+    for module in [*blocks, root]:
+        if n_shards == 1:
+            # A structural type would do, PyTorch's own is private.
+            module.set_custom_all_gather(_NothingToGather())  # type: ignore[arg-type]
+        if n_shards > 1 or replicated:
             module.set_gradient_divide_factor(1.0)
             # Else the factor would be a premultiplied sum, which gloo lacks.
             module.set_force_sum_reduction_for_comms(True)
+    if n_shards > 1:
+        _prefetch(blocks)
+
+
+def _prefetch(blocks: list[FSDPModule]) -> None:
+    """Each block gathers the weights of the one after it before it computes."""
+    for block, following in pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
 
 
 class _NothingToGather:

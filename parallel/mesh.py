@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from parallel.config import ParallelConfig
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
-# The axes whose ranks hold different tokens of a batch.
-DATA_AXES = ("dp_replicate", "dp_shard", "cp")
+# The axes whose ranks read different samples of a batch.
+DATA_AXES = ("dp_replicate", "dp_shard")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class MeshShape:
     def dp(self) -> int:
         """Number of ranks that read different samples."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def seq_multiple(self) -> int:
+        """What the length of a sequence is a multiple of, so that every axis cuts it evenly."""
+        return self.tp * (2 * self.cp if self.cp > 1 else 1)
 
     def data_rank(self, rank: int) -> int:
         """Which of the `dp` shares of a batch a global rank reads."""

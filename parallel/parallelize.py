@@ -1,6 +1,7 @@
 """The plan: what is applied to a model on a mesh, in one fixed order.
 
-Tensor parallelism cuts the matrices first, data parallelism shards what is left of each. An axis
+Tensor parallelism cuts the matrices, context parallelism the sequences; then comes what a block
+keeps for its backward, then its compilation, and FSDP shards what is left of each matrix. An axis
 has a file of its own; here is only the order. The model knows nothing of it.
 """
 
@@ -12,7 +13,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from model.config import ModelConfig
 from model.init import initialize
 from model.llama import Llama
+from parallel.activation_checkpoint import apply_activation_checkpoint
+from parallel.compilation import apply_compile
 from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.context_parallel import apply_context_parallel
 from parallel.data_parallel import apply_data_parallel, mixed_precision
 from parallel.tensor_parallel import apply_tensor_parallel
 
@@ -20,7 +24,7 @@ from parallel.tensor_parallel import apply_tensor_parallel
 def parallelize(
     model: Llama, mesh: DeviceMesh, parallel: ParallelConfig, precision: PrecisionConfig
 ) -> Llama:
-    """Applies the plan to `model`, in place and in this order: TP, FSDP; returns it.
+    """Applies the plan to `model`, in place and in this order; returns it.
 
     Args:
         model: On the meta device, so that no rank ever holds the whole.
@@ -33,12 +37,18 @@ def parallelize(
             sequence_parallel=parallel.sequence_parallel,
             loss_parallel=parallel.loss_parallel,
         )
-    reshard = parallel.reshard_after_forward
+    if mesh["cp"].size() > 1:
+        apply_context_parallel(model, mesh["cp"])
+    kept = parallel.activation_checkpoint
+    if kept in ("full", "selective"):
+        apply_activation_checkpoint(model, kept)
+    if parallel.compile:
+        apply_compile(model, memory_budget=kept if isinstance(kept, float) else None)
     apply_data_parallel(
         model,
-        mesh["dp_shard"],
+        mesh,
         mixed_precision(precision, mesh.device_type),
-        reshard_after_forward=mesh["dp_shard"].size() > 1 if reshard is None else reshard,
+        reshard_after_forward=parallel.reshard_after_forward,
     )
     return model
 

@@ -92,7 +92,7 @@ class MeshStrategy(ModelParallelStrategy):
         return clip_grad_norm(module, max_norm)
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums a tensor over the ranks that read different tokens, in place; returns it."""
+        """Sums a tensor over the ranks that read different samples, in place; returns it."""
         for axis in DATA_AXES:
             if self.device_mesh[axis].size() > 1:
                 torch.distributed.all_reduce(values, group=self.device_mesh[axis].get_group())

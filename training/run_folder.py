@@ -18,6 +18,7 @@ FREE_KEYS = (
     "run.name",
     "run.dir",
     "run.resume",
+    "model.attention",
     "parallel.",
     "train.max_steps",
     "train.micro_batch_size",

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.attention import attention, document_mask
 from model.config import ModelConfig
 from model.llama import Llama
 from model.loss import IGNORE, CrossEntropySum
@@ -164,59 +163,6 @@ def test_tie_weights_repairs_what_replacing_parameters_broke() -> None:
     untied = Llama(CONFIG)
     untied.tie_weights()
     assert untied.output.weight is not untied.tok_embeddings.weight
-
-
-def slow_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over visible keys, written out in float64; query head i reads head i // group."""
-    group = q.shape[2] // k.shape[2]
-    out = torch.zeros_like(q, dtype=torch.float64)
-    for head in range(q.shape[2]):
-        q_head, k_head, v_head = (
-            t.double()[:, :, i]  # (batch, seq, head_dim)
-            for t, i in ((q, head), (k, head // group), (v, head // group))
-        )
-        scores = q_head @ k_head.transpose(1, 2) / q.shape[3] ** 0.5  # (batch, seq, seq)
-        scores = scores.masked_fill(~mask[:, 0], float("-inf"))
-        out[:, :, head] = scores.softmax(-1) @ v_head
-    return out
-
-
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-            ],
-        ),
-    ],
-)
-@pytest.mark.parametrize("kv_heads", [1, 2, 6])
-@pytest.mark.parametrize("packed", [False, True])
-def test_attention_equals_written_out_softmax(device: str, kv_heads: int, packed: bool) -> None:
-    generator, seq = torch.Generator().manual_seed(4), sum(LENGTHS)
-    q, k, v = (
-        torch.randn(1, seq, heads, 16, generator=generator).to(device)
-        for heads in (6, kv_heads, kv_heads)
-    )
-    positions = packed_positions() if packed else torch.arange(seq).unsqueeze(0)
-    mask = document_mask(positions.to(device))
-    out = attention(q, k, v, mask if packed else None)
-    # float32 against float64, sums of up to 48 terms of size 1.
-    torch.testing.assert_close(out.double(), slow_attention(q, k, v, mask), rtol=0, atol=1e-5)
-
-
-def test_document_mask_is_causal_and_inside_documents() -> None:
-    positions = packed_positions()
-    document = [number for number, length in enumerate(LENGTHS) for _ in range(length)]
-    expected = torch.tensor(
-        [[d == e and key <= query for key, e in enumerate(document)]
-         for query, d in enumerate(document)]
-    )  # fmt: skip
-    assert torch.equal(document_mask(positions), expected[None, None])
 
 
 def test_rope_turns_pairs_by_position_times_frequency() -> None:

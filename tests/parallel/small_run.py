@@ -34,8 +34,10 @@ OPTIM = OptimConfig(lr=1e-2, eps=1e-2, weight_decay=0.5)
 class Case:
     """One way to spread the model over processes, and to cut its batch."""
 
-    dp: int = 1
+    dp: int = 1  # dp_shard
     tp: int = 1
+    cp: int = 1
+    dp_replicate: int = 1
     tied: bool = False
     sequence_parallel: bool = True
     loss_parallel: bool = True
@@ -43,10 +45,17 @@ class Case:
     max_norm: float = 0.5  # below the norm of the reference: it clips
     param: Any = "fp32"
     n_layers: int = 1
+    activation_checkpoint: Any = "none"
+    compile: bool = False
+    reshard_after_forward: bool | None = None
+
+    @property
+    def mesh(self) -> MeshShape:
+        return MeshShape(self.dp_replicate, self.dp, self.cp, self.tp)
 
     @property
     def world(self) -> int:
-        return self.dp * self.tp
+        return self.mesh.world_size
 
 
 def model_config(tied: bool, n_layers: int) -> ModelConfig:
@@ -81,14 +90,18 @@ def build(case: Case) -> SimpleNamespace:
     """As `train.set_up` does, without data and folder."""
     config = model_config(case.tied, case.n_layers)
     parallel = ParallelConfig(
+        dp_replicate=case.dp_replicate,
         dp_shard=case.dp,
+        cp=case.cp,
         tp=case.tp,
         sequence_parallel=case.sequence_parallel,
         loss_parallel=case.loss_parallel,
+        activation_checkpoint=case.activation_checkpoint,
+        compile=case.compile,
+        reshard_after_forward=case.reshard_after_forward,
     )
     plan = partial(parallelize, parallel=parallel, precision=PrecisionConfig(param=case.param))
-    mesh = MeshShape(1, case.dp, 1, case.tp)
-    strategy = MeshStrategy(mesh, plan)
+    strategy = MeshStrategy(case.mesh, plan)
     fabric = Fabric(accelerator="cpu", devices=case.world, strategy=strategy)
     fabric.launch()
     with torch.device("meta"):
@@ -105,7 +118,7 @@ def build(case: Case) -> SimpleNamespace:
         optimizer=optimizer,
         llama=llama,
         adamw=adamw,
-        data_rank=mesh.data_rank(fabric.global_rank),
+        data_rank=case.mesh.data_rank(fabric.global_rank),
     )
 
 

@@ -176,7 +176,7 @@ def test_one_process_of_a_run_is_the_first() -> None:
         (ParallelConfig(), []),
         (ParallelConfig(tp=0, dp_shard=0), ["parallel.tp (0)", "parallel.dp_shard (0)"]),
         (ParallelConfig(dp_shard=-2), ["parallel.dp_shard (-2)"]),
-        (ParallelConfig(cp=2, dp_replicate=2), ["parallel.dp_replicate (2)", "parallel.cp (2)"]),
+        (ParallelConfig(cp=0, dp_replicate=-1), ["parallel.dp_replicate (-1)", "parallel.cp (0)"]),
         (
             ParallelConfig(devices=0, num_nodes=0),
             ["parallel.devices (0)", "parallel.num_nodes (0)"],
