@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +32,7 @@ from parallel.traffic import Collective, Kind, Step
 # Operation: (kind, which argument holds the whole tensor; None: the result does).
 _COLLECTIVES: dict[str, tuple[Kind, int | None]] = {
     "c10d::_allgather_base_": ("all_gather", 0),
+    "c10d::allgather_": ("all_gather", 0),
     "c10d::_reduce_scatter_base_": ("reduce_scatter", 1),
     "c10d::allreduce_": ("all_reduce", 0),
     "_c10d_functional::all_gather_into_tensor": ("all_gather", None),
@@ -85,10 +87,11 @@ def _axes_of(ranks: list[int], shape: MeshShape) -> str:
     return "+".join(reversed(spanned))
 
 
-def _bytes(whole: Tensor | list[Tensor]) -> int:
-    """Size of a tensor or of several."""
-    tensors = [whole] if isinstance(whole, Tensor) else whole
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _bytes(whole: Any) -> int:
+    """Size of a tensor, or of all tensors of a list or of its lists."""
+    if isinstance(whole, Tensor):
+        return whole.numel() * whole.element_size()
+    return sum(_bytes(each) for each in whole)
 
 
 @contextmanager
@@ -99,6 +102,8 @@ def fake_processes(world_size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # It remembers meshes, which may have an equal with groups of other names the next time.
+        _clear_sharding_prop_cache()
 
 
 def traced_step(

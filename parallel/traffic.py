@@ -50,9 +50,9 @@ class Collective:
 class Step:
     """What a rank computes in a step, and in which number formats.
 
-    `micro_batch_size` counts sequences of `seq_len` tokens, which cp divides. `param_bytes` is an
-    element's size in forward and backward, `reduce_bytes` in the sum of gradients, `norm_bytes` in
-    the sum of their squares (8 on CPU, else 4).
+    `micro_batch_size` counts sequences of `seq_len` tokens. `param_bytes` is an element's size in
+    forward and backward, `reduce_bytes` in the sum of gradients, `norm_bytes` in the sum of their
+    squares (8 on CPU, else 4).
     """
 
     micro_batches: int
@@ -82,13 +82,15 @@ class _Plan:
         """Bytes of the activations between two blocks, (batch, local seq of cp, dim)."""
         return self.tokens * self.model.dim * self.step.param_bytes
 
-    def over(self, axes: Iterable[str], kind: Kind, count: int, size: int, part: str) -> Collective:
-        """`count` collectives of `size` bytes each in a group that spans `axes`."""
+    def over(
+        self, axes: Iterable[str], kind: Kind, count: int, payload: int, part: str
+    ) -> Collective:
+        """`count` collectives of `payload` bytes together in a group that spans `axes`."""
         spanned = [axis for axis in axes if getattr(self.mesh, axis) > 1]
         ranks = 1
         for axis in spanned:
             ranks *= getattr(self.mesh, axis)
-        return Collective("+".join(spanned), ranks, kind, count, count * size, part)
+        return Collective("+".join(spanned), ranks, kind, count, payload, part)
 
 
 def step_traffic(
@@ -132,9 +134,9 @@ def _root_matrices(model: ModelConfig, tp: int) -> list[tuple[int, int]]:
 def _weights(plan: _Plan) -> list[Collective]:
     """FSDP2: groups are each block and the root; a group is one tensor, padded to equal shards.
 
-    A micro-batch gathers each group in the forward, and a block that was freed again in the
-    backward. The last one of a step sums the gradients: a reduce-scatter of each group, and with
-    replicas an all-reduce of the shard that it leaves.
+    A micro-batch gathers each group in the forward, and in the backward again the blocks that were
+    freed, by default all but the last. The last micro-batch sums the gradients: a reduce-scatter of
+    each group, and with replicas an all-reduce of the shard that it leaves.
     """
     mesh, step, sharded = plan.mesh, plan.step, ("dp_shard", "cp")
     ranks = mesh.dp_shard * mesh.cp
@@ -142,20 +144,22 @@ def _weights(plan: _Plan) -> list[Collective]:
     def elements(matrices: list[tuple[int, int]]) -> int:
         return sum(-(-rows // ranks) * ranks * columns for rows, columns in matrices)
 
-    reshard = plan.parallel.reshard_after_forward
-    freed = ranks > 1 if reshard is None else reshard
-    groups = [  # (how many, elements of each, gathered again in the backward)
-        (plan.model.n_layers, elements(_block_matrices(plan.model, mesh.tp)), freed),
-        (1, elements(_root_matrices(plan.model, mesh.tp)), False),
+    layers, reshard = plan.model.n_layers, plan.parallel.reshard_after_forward
+    freed = layers - 1 if reshard is None else layers * reshard
+    groups = [  # (how many, elements of each, how many are gathered again)
+        (layers, elements(_block_matrices(plan.model, mesh.tp)), freed),
+        (1, elements(_root_matrices(plan.model, mesh.tp)), 0),
     ]
     found = []
     for count, size, again in groups:
-        gathers = count * step.micro_batches * (2 if again else 1)
+        gathers = step.micro_batches * (count + again)
         weights, gradients = size * step.param_bytes, size * step.reduce_bytes
         found += [
-            plan.over(sharded, "all_gather", gathers, weights, "weights"),
-            plan.over(sharded, "reduce_scatter", count, gradients, "gradients"),
-            plan.over(["dp_replicate"], "all_reduce", count, gradients // ranks, "gradients"),
+            plan.over(sharded, "all_gather", gathers, gathers * weights, "weights"),
+            plan.over(sharded, "reduce_scatter", count, count * gradients, "gradients"),
+            plan.over(
+                ["dp_replicate"], "all_reduce", count, count * gradients // ranks, "gradients"
+            ),
         ]
     return found
 
@@ -169,7 +173,7 @@ def _norm_gradients(plan: _Plan) -> list[Collective]:
     step = plan.step
     element = step.reduce_bytes if step.micro_batches > 1 else step.param_bytes
     norms = 2 * plan.model.n_layers + 1
-    return [plan.over(["tp"], "all_reduce", norms, plan.model.dim * element, "gradients")]
+    return [plan.over(["tp"], "all_reduce", norms, norms * plan.model.dim * element, "gradients")]
 
 
 # ---------------------------------------------------------------- activations
@@ -182,15 +186,21 @@ def _activations(plan: _Plan) -> list[Collective]:
     feed-forward and reduce-scatters behind each, and the backward does the opposite in each place;
     the embedding reduce-scatters, and its backward gathers. Without, an all-reduce takes the
     place of each pair, and the embedding's backward sends nothing.
+
+    Recomputation sends again what led to a tensor that the backward needs and was not kept: both
+    gathers, and under `full` what comes behind attention; behind feed-forward nothing is needed.
     """
-    # Two places a block, forward and backward; the embedding is one of either kind.
-    count = plan.step.micro_batches * (2 * 2 * plan.model.n_layers + 1)
+    kept = plan.parallel.activation_checkpoint
+    gathered = 2 if kept in ("full", "selective") else 0
+    summed = 1 if kept == "full" else 0
+
+    def collectives(kind: Kind, again: int) -> Collective:
+        count = plan.step.micro_batches * (plan.model.n_layers * (4 + again) + 1)
+        return plan.over(["tp"], kind, count, count * plan.hidden, "activations")
+
     if not plan.parallel.sequence_parallel:
-        return [plan.over(["tp"], "all_reduce", count, plan.hidden, "activations")]
-    return [
-        plan.over(["tp"], "all_gather", count, plan.hidden, "activations"),
-        plan.over(["tp"], "reduce_scatter", count, plan.hidden, "activations"),
-    ]
+        return [collectives("all_reduce", summed)]
+    return [collectives("all_gather", gathered), collectives("reduce_scatter", summed)]
 
 
 def _head(plan: _Plan) -> list[Collective]:
@@ -199,21 +209,18 @@ def _head(plan: _Plan) -> list[Collective]:
     With loss parallelism each token's maximum travels, and together its sum of exponentials and
     its target's logit, in float32; without, the logits are gathered.
     """
-    step, tp, tokens = plan.step, ["tp"], plan.tokens
-    micro = step.micro_batches
+    step, tp, micro = plan.step, ["tp"], plan.step.micro_batches
+    hidden = micro * plan.hidden
     if plan.parallel.sequence_parallel:
         found = [
-            plan.over(tp, "all_gather", micro, plan.hidden, "head"),
-            plan.over(tp, "reduce_scatter", micro, plan.hidden, "head"),
+            plan.over(tp, "all_gather", micro, hidden, "head"),
+            plan.over(tp, "reduce_scatter", micro, hidden, "head"),
         ]
     else:
-        found = [plan.over(tp, "all_reduce", micro, plan.hidden, "head")]
+        found = [plan.over(tp, "all_reduce", micro, hidden, "head")]
+    tokens = micro * plan.tokens
     if plan.parallel.loss_parallel:
-        return [
-            *found,
-            plan.over(tp, "all_reduce", micro, tokens * FLOAT32, "loss"),
-            plan.over(tp, "all_reduce", micro, 2 * tokens * FLOAT32, "loss"),
-        ]
+        return [*found, plan.over(tp, "all_reduce", 2 * micro, 3 * tokens * FLOAT32, "loss")]
     logits = tokens * plan.model.vocab_size * step.param_bytes
     return [*found, plan.over(tp, "all_gather", micro, logits, "loss")]
 
@@ -221,16 +228,18 @@ def _head(plan: _Plan) -> list[Collective]:
 def _context(plan: _Plan) -> list[Collective]:
     """Context parallelism: a block gathers K and V of the whole sequence, in one tensor.
 
-    The backward reduce-scatters their gradient. The loss of a micro-batch, a float32, is summed.
+    The backward reduce-scatters their gradient; recomputation gathers once more. The loss of a
+    micro-batch, a float32, is summed.
     """
-    model, step = plan.model, plan.step
-    count = model.n_layers * step.micro_batches
-    heads = model.n_kv_heads // plan.mesh.tp
-    whole = step.micro_batch_size * step.seq_len * heads * model.head_dim * step.param_bytes
+    model, step, cp = plan.model, plan.step, ["cp"]
+    width = 2 * model.n_kv_heads // plan.mesh.tp * model.head_dim
+    whole = step.micro_batch_size * step.seq_len * width * step.param_bytes
+    sums = model.n_layers * step.micro_batches
+    gathers = sums * (2 if plan.parallel.activation_checkpoint in ("full", "selective") else 1)
     return [
-        plan.over(["cp"], "all_gather", count, 2 * whole, "context"),
-        plan.over(["cp"], "reduce_scatter", count, 2 * whole, "context"),
-        plan.over(["cp"], "all_reduce", step.micro_batches, FLOAT32, "loss"),
+        plan.over(cp, "all_gather", gathers, gathers * whole, "context"),
+        plan.over(cp, "reduce_scatter", sums, sums * whole, "context"),
+        plan.over(cp, "all_reduce", step.micro_batches, step.micro_batches * FLOAT32, "loss"),
     ]
 
 

@@ -21,32 +21,57 @@ from parallel.traffic import Collective, Step, step_traffic, totals
 from train import train_step
 
 BYTES = {"fp32": 4, "bf16": 2}
-# Eight tp ranks divide it; its rows over tp are no multiple of most sizes of dp_shard below.
+# tp=8 divides it. Its rows over tp are no multiple of most sizes of dp_shard, and fewer than 64.
 MODEL = ModelConfig("small", 96, 2, 16, 8, 88, 136)
+SEQ_LEN = 128
 
-# dp_shard × tp. On 64 the smaller matrices have fewer rows than there are ranks.
-MESHES = [(1, 1), (2, 1), (64, 1), (1, 2), (1, 8), (2, 2), (7, 2), (3, 4), (64, 8)]
+# dp_replicate × dp_shard × cp × tp
+MESHES = [
+    MeshShape(*sizes)
+    for sizes in [
+        (1, 1, 1, 1),
+        (1, 2, 1, 1),
+        (1, 64, 1, 1),
+        (1, 1, 1, 2),
+        (1, 1, 1, 8),
+        (1, 7, 1, 2),
+        (1, 3, 1, 4),
+        (1, 64, 1, 8),
+        (2, 1, 1, 1),
+        (2, 3, 1, 1),
+        (8, 8, 1, 8),
+        (1, 1, 2, 1),
+        (1, 3, 2, 1),
+        (2, 1, 4, 1),
+        (1, 1, 2, 2),
+        (4, 4, 4, 8),
+    ]
+]
 CHANGES: list[dict[str, Any]] = [
     {"sequence_parallel": False},
     {"loss_parallel": False},
     {"sequence_parallel": False, "loss_parallel": False},
     {"reshard_after_forward": True},
     {"reshard_after_forward": False},
+    {"activation_checkpoint": "full"},
+    {"activation_checkpoint": "full", "sequence_parallel": False},
+    {"activation_checkpoint": "selective"},
+    {"activation_checkpoint": "selective", "sequence_parallel": False, "micro_batches": 2},
     {"micro_batches": 3},
     {"micro_batches": 3, "reshard_after_forward": False},
     {"tie_embeddings": True},
     {"param": "fp32"},
     {"reduce": "bf16", "micro_batches": 3},
 ]
-CASES: list[tuple[int, int, dict[str, Any]]] = [
-    *((*mesh, {}) for mesh in MESHES),
-    *((*mesh, change) for mesh in [(1, 2), (3, 1), (64, 8)] for change in CHANGES),
+CASES: list[tuple[MeshShape, dict[str, Any]]] = [
+    *((mesh, {}) for mesh in MESHES),
+    *((MeshShape(1, 64, 1, 8), change) for change in CHANGES),
+    *((MeshShape(2, 2, 2, 2), change) for change in CHANGES),
 ]
 
 
 def both(
-    dp_shard: int,
-    tp: int,
+    mesh: MeshShape,
     *,
     micro_batches: int = 1,
     tie_embeddings: bool = False,
@@ -56,20 +81,19 @@ def both(
 ) -> tuple[Any, Any]:
     """Count and payload by axis and kind: traced, and by formula."""
     model = replace(MODEL, tie_embeddings=tie_embeddings)
-    mesh = MeshShape(1, dp_shard, 1, tp)
-    config = ParallelConfig(dp_shard=dp_shard, tp=tp, **parallel)
-    step = Step(micro_batches, 2, 16, BYTES[param], BYTES[reduce], norm_bytes=8)
+    config = ParallelConfig(*mesh.sizes, **parallel)
+    step = Step(micro_batches, 2, SEQ_LEN, BYTES[param], BYTES[reduce], norm_bytes=8)
     traced = traced_step(model, mesh, config, PrecisionConfig(param, reduce), step)
     return totals(traced), totals(step_traffic(model, mesh, config, step))
 
 
-@pytest.mark.parametrize(("dp_shard", "tp", "change"), CASES, ids=str)
+@pytest.mark.parametrize(("mesh", "change"), CASES, ids=str)
 def test_formulas_give_exactly_what_a_traced_step_sends(
-    dp_shard: int, tp: int, change: dict[str, Any]
+    mesh: MeshShape, change: dict[str, Any]
 ) -> None:
-    traced, by_formula = both(dp_shard, tp, **change)
+    traced, by_formula = both(mesh, **change)
     assert traced == by_formula
-    assert bool(traced) == (dp_shard * tp > 1)
+    assert bool(traced) == (mesh.world_size > 1)
 
 
 def test_a_plan_that_computes_the_same_and_sends_more_is_noticed(
@@ -85,38 +109,50 @@ def test_a_plan_that_computes_the_same_and_sends_more_is_noticed(
         return apply(module, mesh, plan)
 
     monkeypatch.setattr(parallel.tensor_parallel, "parallelize_module", other_plan)
-    traced, by_formula = both(2, 2, sequence_parallel=False)
+    traced, by_formula = both(MeshShape(1, 2, 1, 2), sequence_parallel=False)
     assert ("tp", "all_gather") in traced.keys() - by_formula.keys()
 
 
-REAL = Case(dp=2, tp=2, n_layers=2, param="bf16")
+# Together they send everything that there is.
+REAL = [
+    Case(dp=2, tp=2, n_layers=2, param="bf16", activation_checkpoint="full"),
+    Case(dp_replicate=2, cp=2, n_layers=2, tied=True, activation_checkpoint="selective"),
+    Case(cp=2, tp=2, n_layers=2, n_micro=1, sequence_parallel=False, loss_parallel=False),
+]
 
 
-def real_step() -> list[Collective]:
-    """What this rank sends in a step of the program, after a first one that set things up."""
-    run = build(REAL)
-    for number in range(2):
-        with Recorder(MeshShape(1, REAL.dp, 1, REAL.tp)) as recorder:
-            train_step(
-                cast(Any, run),
-                share(batch(number), run.data_rank, REAL.dp, REAL.n_micro),
-                OPTIM.lr,
-            )
-    return recorder.collectives
+def real_steps() -> list[list[Collective]]:
+    """What this rank sends in a step of the program, case by case."""
+    found = []
+    for case in REAL:
+        run = build(case)
+        batches = share(batch(0), run.data_rank, case.mesh.dp, case.n_micro)
+        with Recorder(case.mesh) as recorder:
+            train_step(cast(Any, run), batches, OPTIM.lr)
+        found.append(recorder.collectives)
+    return found
 
 
-def test_a_traced_step_sends_what_each_of_four_real_processes_sends() -> None:
+@pytest.fixture(scope="module")
+def sent() -> list[list[list[Collective]]]:
+    return on_ranks(4, real_steps)
+
+
+@pytest.mark.parametrize("case", REAL, ids=lambda case: str(case.mesh))
+def test_a_traced_step_sends_what_each_of_four_real_processes_sends(sent: Any, case: Case) -> None:
     """One by one, in the same order."""
-    step = Step(REAL.n_micro, BATCH // REAL.dp // REAL.n_micro, SEQ, 2, 4, norm_bytes=8)
+    sequences = BATCH // case.mesh.dp // case.n_micro
+    step = Step(case.n_micro, sequences, SEQ, BYTES[case.param], 4, norm_bytes=8)
     traced = traced_step(
-        model_config(REAL.tied, REAL.n_layers),
-        MeshShape(1, REAL.dp, 1, REAL.tp),
-        ParallelConfig(dp_shard=REAL.dp, tp=REAL.tp),
-        PrecisionConfig(param=REAL.param),
+        model_config(case.tied, case.n_layers),
+        case.mesh,
+        case.parallel,
+        PrecisionConfig(param=case.param),
         step,
     )
-    for sent in on_ranks(REAL.world, real_step):
-        assert sent == traced
+    assert traced
+    for of_rank in sent:
+        assert of_rank[REAL.index(case)] == traced
 
 
 def test_a_collective_without_a_place_in_the_accounts_is_refused() -> None:
