@@ -4,6 +4,7 @@ On any mesh, whatever mesh it was saved on. What is evaluated, on which data and
 stands in the checkpoint's manifest; the command adds only where and how many at a time.
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -22,9 +23,9 @@ from program.config import (
     hydra_arguments,
     load_evaluate_config,
     load_train_config,
-    model_problems,
 )
 from program.preflight import refusals
+from program.rules import model_problems
 from training.run_folder import COMMITTED, RunFolderError
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ def evaluate(
     if damage:
         raise RunFolderError(f"{checkpoint} is damaged: {damage}")
     with torch.device("meta"):
-        llama = Llama(trained.model)
+        # The kernel of the device that evaluates, not of the one that trained.
+        llama = Llama(dataclasses.replace(trained.model, attention="auto"))
     model = fabric.setup_module(llama)
     load(checkpoint, llama)
     n_windows = dataset.n_held_out(trained.train.seq_len)

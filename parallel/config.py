@@ -47,6 +47,19 @@ class ParallelConfig:
                 f"parallel.dp_shard ({self.dp_shard}) is neither -1 nor at least 1: "
                 "use -1 to fill the processes that the other axes leave"
             )
+        kept = self.activation_checkpoint
+        if isinstance(kept, float):
+            if not 0 <= kept <= 1:
+                found.append(
+                    f"parallel.activation_checkpoint ({kept}) is not between 0 and 1: use a share "
+                    "of what would be kept, or none, selective or full"
+                )
+            if not self.compile:
+                found.append(
+                    f"parallel.activation_checkpoint ({kept}) is a budget that the compiler keeps, "
+                    "and parallel.compile is false: use parallel.compile=true, or none, selective "
+                    "or full"
+                )
         for key in ("devices", "num_nodes"):
             count = getattr(self, key)
             if count is not None and count < 1:

@@ -152,7 +152,8 @@ def resolve_mesh(config: ParallelConfig, world_size: int) -> tuple[MeshShape, li
         f"parallel.{axis}={size}" for axis, size in zip(AXES, shape.sizes, strict=True)
     )
     remedy = (
-        f"start {shape.world_size} processes"
+        f"start a multiple of {others} processes, or let dp_replicate × cp × tp be one of "
+        + ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
         if world_size % others
         else f"use parallel.dp_shard=-1 (that is {world_size // others})"
     )

@@ -3,7 +3,7 @@
 Hydra composes YAML and overrides; here the result becomes plain frozen dataclasses, or one
 `ConfigError` that lists every problem at once. Nothing below this file sees a `DictConfig`.
 Each section's dataclass and its own rules live in the package that it configures; the rules that
-tie sections together are here. Imports nothing heavy, so that `--help` stays fast.
+tie sections together are in `program.rules`. Imports nothing heavy, so that `--help` stays fast.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from data.config import DataConfig, TokenizerConfig
 from evaluation.config import EvaluationConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape
+from program.rules import size_problems
 from training.config import (
     CheckpointConfig,
     LogConfig,
@@ -143,7 +143,9 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> TrainProgram:
     Raises:
         ConfigError: unknown keys, missing values, wrong types and broken rules, all at once.
     """
-    return _load(composed, TrainProgram, [(("train", "model", "tokenizer"), _sizes), *more_rules])
+    return _load(
+        composed, TrainProgram, [(("train", "model", "tokenizer"), size_problems), *more_rules]
+    )
 
 
 def load_prepare_config(composed: DictConfig) -> PrepareProgram:
@@ -159,67 +161,6 @@ def load_evaluate_config(composed: DictConfig) -> EvaluateProgram:
 def plain(config: Any) -> dict[str, Any]:
     """A configuration as plain dictionaries and lists, ready for YAML or JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def model_problems(
-    mesh: MeshShape, parallel: ParallelConfig, model: ModelConfig, seq_len: int
-) -> list[str]:
-    """The rules that tie the model and its sequences to the mesh."""
-    found = []
-    tp = mesh.tp
-    for key in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
-        size = getattr(model, key)
-        if size % tp:
-            found.append(
-                f"parallel.tp ({tp}) does not divide model.{key} ({size}): use {_divisors(size)}"
-            )
-    if parallel.sequence_parallel and seq_len % tp:
-        found.append(
-            f"parallel.tp ({tp}) does not divide train.seq_len ({seq_len}): "
-            f"use {_divisors(seq_len)}, or parallel.sequence_parallel=false"
-        )
-    return found
-
-
-def batch_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
-    """The rules that tie the global batch to the mesh."""
-    found = []
-    share, rest = divmod(train.global_batch_size, mesh.dp)
-    if rest:
-        below = train.global_batch_size - rest
-        nearest = f"{below} or {below + mesh.dp}" if below else str(mesh.dp)
-        found.append(
-            f"train.global_batch_size ({train.global_batch_size}) is not a multiple of the "
-            f"{mesh.dp} data ranks (dp_replicate × dp_shard): use {nearest}"
-        )
-    elif train.micro_batch_size is not None and share % train.micro_batch_size:
-        found.append(
-            f"train.micro_batch_size ({train.micro_batch_size}) does not divide the {share} "
-            f"sequences of each of the {mesh.dp} data ranks: use {_divisors(share)}"
-        )
-    return found
-
-
-def _sizes(train: TrainConfig, model: ModelConfig, tokenizer: TokenizerConfig) -> list[str]:
-    """The rules that tie the sizes of batch, model and tokenizer together, whatever the mesh."""
-    found = []
-    if train.seq_len > model.max_seq_len:
-        found.append(
-            f"train.seq_len ({train.seq_len}) is over model.max_seq_len ({model.max_seq_len}): "
-            f"use at most {model.max_seq_len}"
-        )
-    if tokenizer.vocab_size > model.vocab_size:
-        found.append(
-            f"model.vocab_size ({model.vocab_size}) is smaller than tokenizer.vocab_size "
-            f"({tokenizer.vocab_size}): use model.vocab_size={tokenizer.vocab_size}"
-        )
-    return found
-
-
-def _divisors(number: int, limit: int = 64) -> str:
-    """The divisors of `number` up to `limit`, as a person would list them."""
-    *most, last = [str(d) for d in range(1, min(number, limit) + 1) if number % d == 0]
-    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _load(composed: DictConfig, program: Any, rules: list[Rule]) -> Any:

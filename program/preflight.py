@@ -14,16 +14,10 @@ from omegaconf import DictConfig
 
 from data.errors import DataError
 from model.config import ModelConfig
-from parallel.config import ParallelConfig
+from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, is_first_process, plan_processes, resolve_mesh
-from program.config import (
-    ConfigError,
-    TrainProgram,
-    batch_problems,
-    load_train_config,
-    model_problems,
-    plain,
-)
+from program.config import ConfigError, TrainProgram, load_train_config, plain
+from program.rules import batch_problems, device_problems, model_problems
 from training.config import LogConfig, TrainConfig
 from training.run_folder import RunFolder, RunFolderError
 
@@ -53,15 +47,18 @@ def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshSha
     """
 
     def machine_and_mesh(
-        parallel: ParallelConfig, model: ModelConfig, train: TrainConfig
+        parallel: ParallelConfig, precision: PrecisionConfig, model: ModelConfig, train: TrainConfig
     ) -> list[str]:
         processes, problems = plan_processes(parallel)
         mesh, more = resolve_mesh(parallel, processes.world_size)
+        problems += device_problems(processes, mesh, parallel, precision, model)
         found = model_problems(mesh, parallel, model, train.seq_len) + batch_problems(mesh, train)
         return problems + (more or found)
 
     config = load_train_config(
-        composed, (("parallel", "model", "train"), machine_and_mesh), (("log",), _tracker_problems)
+        composed,
+        (("parallel", "precision", "model", "train"), machine_and_mesh),
+        (("log",), _tracker_problems),
     )
     processes, _ = plan_processes(config.parallel)
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)

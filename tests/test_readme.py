@@ -11,7 +11,8 @@ from conftest import ROOT, start_program
 from hydra import compose, initialize_config_dir
 
 from parallel.mesh import MeshShape
-from program.config import CONF, batch_problems, hydra_arguments, load_train_config, model_problems
+from program.config import CONF, hydra_arguments, load_train_config
+from program.rules import batch_problems, model_problems
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -23,7 +23,7 @@ PRELOADED = [
     "hydra",
     "pytest",
 ]
-TIMEOUT_SECONDS = 240  # ten times what the slowest launch takes on two slow cores
+TIMEOUT_SECONDS = 600  # ten times what the slowest launch takes on two slow cores
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

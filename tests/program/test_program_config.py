@@ -9,18 +9,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from parallel.mesh import MeshShape, resolve_mesh
 from program.config import (
     CONF,
     ConfigError,
     PrepareProgram,
     TrainProgram,
-    batch_problems,
     help_text,
     hydra_arguments,
     load_prepare_config,
     load_train_config,
-    model_problems,
     plain,
 )
 
@@ -229,53 +226,6 @@ def test_rules_between_sections_name_both_values() -> None:
     [problem] = problems("model.vocab_size=100")
     assert "model.vocab_size (100)" in problem and "tokenizer.vocab_size (4096)" in problem
     assert problem.endswith("use model.vocab_size=4096")
-
-
-@pytest.mark.parametrize(
-    ("mesh", "arguments", "key", "remedy"),
-    [
-        (
-            MeshShape(1, 1, 1, 4),
-            [],
-            "parallel.tp (4) does not divide model.n_kv_heads (2)",
-            "1 or 2",
-        ),
-        (
-            MeshShape(1, 1, 1, 2),
-            ["train.seq_len=63"],
-            "train.seq_len (63)",
-            "sequence_parallel=false",
-        ),
-        (MeshShape(1, 3, 1, 1), [], "train.global_batch_size (16)", "15 or 18"),
-        (MeshShape(1, 32, 1, 1), [], "train.global_batch_size (16)", "use 32"),
-        (
-            MeshShape(1, 2, 1, 1),
-            ["train.micro_batch_size=3"],
-            "train.micro_batch_size (3)",
-            "1, 2, 4 or 8",
-        ),
-    ],
-)
-def test_rules_of_the_mesh_name_key_value_and_remedy(
-    mesh: MeshShape, arguments: list[str], key: str, remedy: str
-) -> None:
-    config = load("train.global_batch_size=16", *arguments)
-    found = model_problems(mesh, config.parallel, config.model, config.train.seq_len)
-    found += batch_problems(mesh, config.train)
-    [problem] = [problem for problem in found if key in problem]
-    assert remedy in problem
-
-
-def test_meshes_that_divide_batch_and_model_have_no_problem() -> None:
-    config = load("train.global_batch_size=16")
-    for dp in (1, 2, 4, 16):
-        for tp in (1, 2):
-            mesh, wrong = resolve_mesh(config.parallel, dp)
-            assert not wrong and mesh.dp == dp
-            shape = MeshShape(1, dp, 1, tp)
-            seq_len = config.train.seq_len
-            assert model_problems(shape, config.parallel, config.model, seq_len) == []
-            assert batch_problems(shape, config.train) == []
 
 
 # ---------------------------------------------------------------- the command line

@@ -1,0 +1,147 @@
+"""The rules that tie sections of the configuration together, to the mesh and to the device.
+
+Each function returns every broken rule as a message that names key, value, rule and remedy, with
+every value that would do. Imports nothing heavy.
+"""
+
+from data.config import TokenizerConfig
+from model.config import ModelConfig
+from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.mesh import MeshShape, Processes
+from training.config import TrainConfig
+
+
+def model_problems(
+    mesh: MeshShape, parallel: ParallelConfig, model: ModelConfig, seq_len: int
+) -> list[str]:
+    """The rules that tie the model and its sequences to the mesh."""
+    found = []
+    tp = mesh.tp
+    for key in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
+        size = getattr(model, key)
+        if size % tp:
+            found.append(
+                f"parallel.tp ({tp}) does not divide model.{key} ({size}): use {_divisors(size)}"
+            )
+    if mesh.cp > 1 and seq_len % (2 * mesh.cp):
+        found.append(
+            f"parallel.cp ({mesh.cp}) cuts a sequence into {2 * mesh.cp} chunks, and train.seq_len "
+            f"({seq_len}) is not a multiple of that: use {_axis_sizes(seq_len)}"
+        )
+    elif parallel.sequence_parallel and seq_len // mesh.cp % tp:
+        of = (
+            f"train.seq_len / parallel.cp ({seq_len // mesh.cp})"
+            if mesh.cp > 1
+            else (f"train.seq_len ({seq_len})")
+        )
+        found.append(
+            f"parallel.tp ({tp}) does not divide {of}: "
+            f"use {_divisors(seq_len // mesh.cp)}, or parallel.sequence_parallel=false"
+        )
+    return found
+
+
+def device_problems(
+    processes: Processes,
+    mesh: MeshShape,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    model: ModelConfig,
+) -> list[str]:
+    """What the device, the precision or an axis lacks for what is asked."""
+    found = []
+    on_gpu = processes.accelerator == "cuda"
+    if model.attention in ("flex", "varlen") and not on_gpu:
+        found.append(
+            f"model.attention ({model.attention}) has no backward on CPU: "
+            "use model.attention=auto or sdpa"
+        )
+    elif model.attention == "varlen" and precision.param == "fp32":
+        found.append(
+            "model.attention (varlen) computes in 16 bits, and precision.param is fp32: "
+            "use precision.param=bf16, or model.attention=auto, sdpa or flex"
+        )
+    if model.attention == "varlen" and mesh.cp > 1:
+        found.append(
+            "model.attention (varlen) needs whole documents, and parallel.cp "
+            f"({mesh.cp}) cuts them: use model.attention=auto, sdpa or flex"
+        )
+    if parallel.async_tp:
+        reasons = [
+            reason
+            for reason, holds in (
+                (
+                    "needs the symmetric memory of NVIDIA GPUs from Hopper on",
+                    not _has_hopper(on_gpu),
+                ),
+                (f"has nothing to overlap at parallel.tp ({mesh.tp})", mesh.tp == 1),
+                ("is done by the compiler, and parallel.compile is false", not parallel.compile),
+                (
+                    "overlaps gathers along seq, and parallel.sequence_parallel is false",
+                    not parallel.sequence_parallel,
+                ),
+            )
+            if holds
+        ]
+        found += [
+            f"parallel.async_tp (true) {reason}: use parallel.async_tp=false" for reason in reasons
+        ]
+    return found
+
+
+def _has_hopper(on_gpu: bool) -> bool:
+    """Whether the GPU is of compute capability 9.0 or above."""
+    if not on_gpu:
+        return False
+    import torch
+
+    return torch.cuda.get_device_capability() >= (9, 0)
+
+
+def batch_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
+    """The rules that tie the global batch to the mesh."""
+    found = []
+    share, rest = divmod(train.global_batch_size, mesh.dp)
+    if rest:
+        below = train.global_batch_size - rest
+        nearest = f"{below} or {below + mesh.dp}" if below else str(mesh.dp)
+        found.append(
+            f"train.global_batch_size ({train.global_batch_size}) is not a multiple of the "
+            f"{mesh.dp} data ranks (dp_replicate × dp_shard): use {nearest}, or "
+            f"{_divisors(train.global_batch_size)} data ranks"
+        )
+    elif train.micro_batch_size is not None and share % train.micro_batch_size:
+        found.append(
+            f"train.micro_batch_size ({train.micro_batch_size}) does not divide the {share} "
+            f"sequences of each of the {mesh.dp} data ranks: use {_divisors(share)}"
+        )
+    return found
+
+
+def size_problems(train: TrainConfig, model: ModelConfig, tokenizer: TokenizerConfig) -> list[str]:
+    """The rules that tie the sizes of batch, model and tokenizer together, whatever the mesh."""
+    found = []
+    if train.seq_len > model.max_seq_len:
+        found.append(
+            f"train.seq_len ({train.seq_len}) is over model.max_seq_len ({model.max_seq_len}): "
+            f"use at most {model.max_seq_len}"
+        )
+    if tokenizer.vocab_size > model.vocab_size:
+        found.append(
+            f"model.vocab_size ({model.vocab_size}) is smaller than tokenizer.vocab_size "
+            f"({tokenizer.vocab_size}): use model.vocab_size={tokenizer.vocab_size}"
+        )
+    return found
+
+
+def _axis_sizes(seq_len: int) -> str:
+    """The sizes of `cp` whose double divides the length of a sequence, and 1."""
+    if seq_len % 2:
+        return "1"
+    return _divisors(seq_len // 2)
+
+
+def _divisors(number: int, limit: int = 64) -> str:
+    """The divisors of `number` up to `limit`, as a person would list them."""
+    *most, last = [str(d) for d in range(1, min(number, limit) + 1) if number % d == 0]
+    return f"{', '.join(most)} or {last}" if most else last

@@ -1,0 +1,142 @@
+"""Rules between sections: what is refused names exactly the values that would not be."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from model.config import ModelConfig
+from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.mesh import MeshShape, Processes, resolve_mesh
+from program.rules import batch_problems, device_problems, model_problems
+from training.config import TrainConfig
+
+MODEL = ModelConfig("small", 96, 2, 12, 6, 120, 240)
+PARALLEL = ParallelConfig()
+CPU, GPU = Processes("cpu", 1, 1, "self"), Processes("cuda", 1, 1, "self")
+
+
+def named_values(problem: str) -> list[int]:
+    """The list after the last "use"."""
+    *_, text = re.findall(r"use ((?:\d+, )*\d+(?: or \d+)?)", problem)
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def keys_refused(found: list[str], key: str) -> bool:
+    return any(key in problem for problem in found)
+
+
+@pytest.mark.parametrize("key", ["n_heads", "n_kv_heads", "ffn_dim", "vocab_size"])
+def test_tp_names_every_size_that_divides_what_it_cuts(key: str) -> None:
+    def refused(tp: int) -> list[str]:
+        found = model_problems(MeshShape(1, 1, 1, tp), PARALLEL, MODEL, 5040)
+        return [problem for problem in found if f"model.{key} " in problem]
+
+    [problem] = refused(7)
+    assert f"parallel.tp (7) does not divide model.{key} ({getattr(MODEL, key)})" in problem
+    assert named_values(problem) == [tp for tp in range(1, 65) if not refused(tp)]
+
+
+@pytest.mark.parametrize("seq_len", [48, 50, 63])
+def test_cp_names_every_size_whose_double_divides_the_sequence(seq_len: int) -> None:
+    def refused(cp: int) -> list[str]:
+        return model_problems(MeshShape(1, 1, cp, 1), PARALLEL, MODEL, seq_len)
+
+    [problem] = refused(9)
+    assert (
+        f"parallel.cp (9) cuts a sequence into 18 chunks, and train.seq_len ({seq_len})" in problem
+    )
+    assert named_values(problem) == [cp for cp in range(1, 65) if not refused(cp)]
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_tp_cuts_what_cp_leaves_of_a_sequence(cp: int) -> None:
+    def refused(tp: int, parallel: ParallelConfig = PARALLEL) -> list[str]:
+        found = model_problems(MeshShape(1, 1, cp, tp), parallel, MODEL, 24)
+        return [problem for problem in found if "train.seq_len" in problem]
+
+    [problem] = refused(5)
+    assert f"({24 // cp})" in problem and "sequence_parallel=false" in problem
+    assert named_values(problem) == [tp for tp in range(1, 65) if not refused(tp)]
+    assert not refused(5, replace(PARALLEL, sequence_parallel=False))
+
+
+def test_batch_names_the_nearest_multiples_and_every_number_of_data_ranks() -> None:
+    def refused(replicate: int, shard: int, batch: int = 12) -> list[str]:
+        train = TrainConfig(max_steps=1, global_batch_size=batch, seq_len=8)
+        return batch_problems(MeshShape(replicate, shard, 1, 1), train)
+
+    [problem] = refused(2, 4)
+    assert "train.global_batch_size (12) is not a multiple of the 8 data ranks" in problem
+    assert not refused(2, 4, batch=8) and not refused(2, 4, batch=16) and "use 8 or 16" in problem
+    ranks = [n for n in range(1, 13) if not refused(1, n)]
+    assert problem.endswith("1, 2, 3, 4, 6 or 12 data ranks") and ranks == [1, 2, 3, 4, 6, 12]
+    [problem] = refused(32, 1)
+    assert "use 32," in problem
+
+
+def test_micro_batch_names_every_size_that_divides_a_rank_s_share() -> None:
+    def refused(size: int) -> list[str]:
+        train = TrainConfig(max_steps=1, global_batch_size=24, seq_len=8, micro_batch_size=size)
+        return batch_problems(MeshShape(1, 2, 1, 1), train)
+
+    [problem] = refused(5)
+    assert "train.micro_batch_size (5)" in problem
+    assert named_values(problem) == [size for size in range(1, 13) if not refused(size)]
+
+
+@pytest.mark.parametrize("world_size", [6, 8])
+def test_world_size_names_every_product_of_the_other_axes(world_size: int) -> None:
+    def refused(tp: int) -> list[str]:
+        return resolve_mesh(ParallelConfig(tp=tp), world_size)[1]
+
+    [problem] = refused(5)
+    assert f"for {world_size} processes: start a multiple of 5 processes" in problem
+    admitted = [tp for tp in range(1, world_size + 1) if not refused(tp)]
+    assert problem.endswith("one of " + ", ".join(map(str, admitted)))
+
+
+def test_meshes_that_divide_batch_and_model_have_no_problem() -> None:
+    train = TrainConfig(max_steps=1, global_batch_size=16, seq_len=128)
+    for sizes in ((1, 1, 1, 1), (2, 4, 1, 2), (1, 2, 8, 2), (4, 4, 2, 6), (16, 1, 64, 1)):
+        mesh = MeshShape(*sizes)
+        if train.seq_len // mesh.cp % mesh.tp == 0:
+            assert model_problems(mesh, PARALLEL, MODEL, train.seq_len) == []
+        assert batch_problems(mesh, train) == []
+
+
+def of_device(processes: Processes = CPU, mesh: MeshShape | None = None, **wanted: object) -> str:
+    """The problems of a device, joined; `wanted` are fields of any section."""
+    sections = [PARALLEL, PrecisionConfig(), MODEL]
+    for number, section in enumerate(sections):
+        own = {key: value for key, value in wanted.items() if hasattr(section, key)}
+        sections[number] = replace(section, **own)  # type: ignore[type-var]
+    parallel, precision, model = sections
+    found = device_problems(processes, mesh or MeshShape(1, 1, 1, 1), parallel, precision, model)  # type: ignore[arg-type]
+    return "\n".join(found)
+
+
+def test_kernels_that_the_device_or_an_axis_does_not_admit_are_refused_with_the_reason() -> None:
+    assert of_device() == of_device(attention="sdpa") == of_device(GPU, attention="flex") == ""
+    for kernel in ("flex", "varlen"):
+        assert f"model.attention ({kernel}) has no backward on CPU" in of_device(attention=kernel)
+    assert "precision.param is fp32" in of_device(GPU, attention="varlen", param="fp32")
+    cut = of_device(GPU, MeshShape(1, 1, 2, 1), attention="varlen")
+    assert "parallel.cp (2) cuts them" in cut
+
+
+def test_async_tp_tells_everything_that_it_lacks() -> None:
+    message = of_device(async_tp=True, sequence_parallel=False)
+    for reason in ("symmetric memory", "parallel.tp (1)", "parallel.compile", "along seq"):
+        assert reason in message
+    assert "parallel.tp (1)" not in of_device(mesh=MeshShape(1, 1, 1, 2), async_tp=True)
+
+
+def test_a_memory_budget_is_a_share_and_the_compiler_s() -> None:
+    for parallel, reason in (
+        (ParallelConfig(activation_checkpoint=0.5), "parallel.compile is false"),
+        (ParallelConfig(activation_checkpoint=1.5, compile=True), "not between 0 and 1"),
+    ):
+        [problem] = parallel.problems()
+        assert "parallel.activation_checkpoint" in problem and reason in problem
+    assert ParallelConfig(activation_checkpoint=0.5, compile=True).problems() == []
