@@ -112,7 +112,7 @@ class Llama(nn.Module):
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.loss: nn.Module = CrossEntropySum()
+        self.loss = CrossEntropySum()
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -160,5 +160,7 @@ class Llama(nn.Module):
         cos, sin = rope_tables(positions, rope_frequencies(self.config, tokens.device))
         for block in self.layers:
             x = block(x, cos, sin, mask)  # (batch, seq, dim)
-        logits = self.output(self.norm(x))  # (batch, seq, vocab)
-        return logits if labels is None else self.loss(logits, labels)
+        x = self.norm(x)  # (batch, seq, dim)
+        if labels is None:
+            return self.output(x)  # (batch, seq, vocab)
+        return self.loss(x, self.output.weight, labels)

@@ -7,9 +7,9 @@ attention and one around the feed-forward. The loss is computed on shards of the
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from model.llama import Llama
-from model.loss import IGNORE
+from model.loss import CrossEntropySum, Vocabulary
 
 
 def apply_tensor_parallel(
@@ -32,7 +32,8 @@ def apply_tensor_parallel(
         model: On the meta device or with its weights.
         mesh: The `tp` axis; its size divides heads, kv heads, ffn_dim and vocab.
         sequence_parallel: Activations between the products are local shards along seq; else whole.
-        loss_parallel: The logits stay local shards of the vocabulary; else every rank gathers them.
+        loss_parallel: The logits stay local shards of the vocabulary; else every rank gathers them,
+            in the loss those of a chunk.
     """
     between = Shard(1) if sequence_parallel else Replicate()  # of (batch, seq, dim)
 
@@ -77,8 +78,11 @@ def apply_tensor_parallel(
             },
         )
     model.tie_weights()
-    if loss_parallel:
-        model.loss = VocabParallelCrossEntropySum(mesh)
+    model.loss = VocabParallelCrossEntropySum(
+        ShardedVocabulary(mesh, model.config.vocab_size)
+        if loss_parallel
+        else GatheredVocabulary(mesh)
+    )
 
 
 class _ReplicatedNorm(SequenceParallel):
@@ -89,67 +93,61 @@ class _ReplicatedNorm(SequenceParallel):
         self.sequence_sharding = (Replicate(),)  # type: ignore[assignment]
 
 
-class VocabParallelCrossEntropySum(nn.Module):
-    """`CrossEntropySum` on logits that are sharded over the vocabulary.
+class VocabParallelCrossEntropySum(CrossEntropySum):
+    """`CrossEntropySum` where each rank holds a shard of the head's weight.
 
-    Each rank sees its local part; only per-token scalars travel: the maximum, and together the
-    sum of exponentials and the target's logit.
+    Args:
+        vocabulary: Says what the ranks tell each other about a chunk.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, vocabulary: Vocabulary) -> None:
         super().__init__()
-        self.group = mesh.get_group()
-        self.rank = mesh.get_local_rank()
+        self.vocabulary = vocabulary
 
-    def forward(self, logits: DTensor, labels: Tensor) -> Tensor:
-        """Sum over the targets of their negative log-likelihood.
+    def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """The sum over all targets, the same on every rank.
 
         Args:
-            logits: (batch, seq, vocab), sharded over vocab; vocab is a multiple of the ranks.
-            labels: (batch, seq), the same on every rank; -100 where there is no target.
-
-        Returns:
-            float32 scalar, the same on every rank.
+            hidden: (batch, seq, dim), sharded over seq or whole on each rank.
+            weight: (vocab, dim), sharded over vocab, a multiple of the ranks.
+            labels: (batch, seq), the same on every rank.
         """
-        local = logits.to_local()  # (batch, seq, local vocab)
-        first = self.rank * local.shape[-1]
-        return _VocabParallelNLL.apply(local, labels, first, self.group)
+        assert isinstance(hidden, DTensor) and isinstance(weight, DTensor)
+        whole = hidden.redistribute(placements=[Replicate()])
+        # A rank's gradient is the part that comes through its shard of the vocabulary.
+        return super().forward(
+            whole.to_local(grad_placements=[Partial()]), weight.to_local(), labels
+        )
 
 
-class _VocabParallelNLL(torch.autograd.Function):
-    """-log softmax at the label, summed; local logits (batch, seq, local vocab) to a scalar."""
+class ShardedVocabulary(Vocabulary):
+    """Each rank sees its local logits; only float32 scalars of each token travel.
 
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        logits: Tensor,
-        labels: Tensor,
-        first: int,
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        exponentials = logits.float()
-        maximum = exponentials.amax(dim=-1)  # (batch, seq)
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-        exponentials = exponentials - maximum.unsqueeze(-1)
-        place = labels - first
-        here = (place >= 0) & (place < logits.shape[-1])
-        place = place.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)  # (batch, seq, 1)
-        target = exponentials.gather(-1, place).squeeze(-1) * here
-        exponentials.exp_()
-        totals = torch.stack([exponentials.sum(dim=-1), target])  # (2, batch, seq)
-        dist.all_reduce(totals, group=group)
-        wanted = labels != IGNORE
-        loss = ((totals[0].log() - totals[1]) * wanted).sum()
-        probabilities = exponentials.div_(totals[0].unsqueeze(-1))
-        ctx.save_for_backward(probabilities, place, here, wanted)
-        ctx.dtype = logits.dtype  # type: ignore[attr-defined]
-        return loss
+    These are the maximum, and together the sum of exponentials and the target's logit.
+    """
 
-    @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, None, None, None]:
-        probabilities, place, here, wanted = ctx.saved_tensors  # type: ignore[attr-defined]
-        gradient = probabilities.scatter_add(-1, place, -here.unsqueeze(-1).to(probabilities.dtype))
-        gradient.mul_((wanted * grad).unsqueeze(-1))
-        return gradient.to(ctx.dtype), None, None, None  # type: ignore[attr-defined]
+    def __init__(self, mesh: DeviceMesh, vocab_size: int) -> None:
+        self.group = mesh.get_group()
+        self.first = mesh.get_local_rank() * (vocab_size // mesh.size())
+
+    def maximum_(self, values: Tensor) -> None:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
+
+    def sum_(self, values: Tensor) -> None:
+        dist.all_reduce(values, group=self.group)
+
+
+class GatheredVocabulary(Vocabulary):
+    """Each rank sees the whole logits of a chunk."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.group = mesh.get_group()
+        self.rank, self.ranks = mesh.get_local_rank(), mesh.size()
+
+    def gather(self, logits: Tensor) -> Tensor:
+        shards = [torch.empty_like(logits) for _ in range(self.ranks)]
+        dist.all_gather(shards, logits, group=self.group)
+        return torch.cat(shards, dim=-1)
+
+    def own(self, gradient: Tensor) -> Tensor:
+        return gradient.chunk(self.ranks, dim=-1)[self.rank]

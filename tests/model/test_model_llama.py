@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.llama import Llama
-from model.loss import IGNORE, CrossEntropySum
+from model.loss import IGNORE
 from model.rope import apply_rope, rope_frequencies, rope_tables
 
 CONFIG = ModelConfig(
@@ -69,7 +70,7 @@ def test_packed_documents_equal_each_document_alone_in_logits_and_gradients() ->
     )  # (batch, seq, vocab)
     assert_close(packed(tokens, positions).detach(), expected.detach())
     packed(tokens, positions, labels).backward()
-    alone.loss(expected, labels).backward()
+    F.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum").backward()
     for name, parameter in packed.named_parameters():
         reference = alone.get_parameter(name).grad
         assert parameter.grad is not None and reference is not None
@@ -122,11 +123,15 @@ def test_loss_is_the_float32_sum_over_targets() -> None:
     assert model(tokens, labels=silent).item() == 0.0
 
 
-def test_loss_of_bfloat16_logits_is_computed_in_float32() -> None:
-    logits = torch.randn(2, 8, 61, generator=torch.Generator().manual_seed(3)).bfloat16()
-    labels, loss = random_tokens(2, 8), CrossEntropySum()
-    assert torch.equal(loss(logits, labels), loss(logits.float(), labels))
-    assert list(loss.parameters()) == []
+def test_tied_weight_gets_the_gradients_of_both_its_ends() -> None:
+    tied, untied, tokens = random_model(TIED), Llama(CONFIG), random_tokens(2, 24)
+    untied.load_state_dict({**tied.state_dict(), "output.weight": tied.output.weight})
+    for model in (tied, untied):
+        model(tokens, labels=tokens.roll(1, dims=1)).backward()
+    ends = untied.tok_embeddings.weight.grad, untied.output.weight.grad
+    assert ends[0] is not None and ends[1] is not None
+    assert ends[0].any() and ends[1].any() and tied.output.weight.grad is not None
+    assert_close(tied.output.weight.grad, ends[0] + ends[1])
 
 
 def test_parameter_names_are_metas() -> None:
