@@ -50,9 +50,10 @@ class Collective:
 class Step:
     """What a rank computes in a step, and in which number formats.
 
-    `micro_batch_size` counts sequences of `seq_len` tokens. `param_bytes` is an element's size in
-    forward and backward, `reduce_bytes` in the sum of gradients, `norm_bytes` in the sum of their
-    squares (8 on CPU, else 4).
+    `micro_batch_size` counts sequences of `seq_len` tokens, `head_chunk` the tokens whose logits
+    exist at once (`model.loss.CHUNK`). `param_bytes` is an element's size in forward and backward,
+    `reduce_bytes` in the sum of gradients, `norm_bytes` in the sum of their squares (8 on CPU,
+    else 4).
     """
 
     micro_batches: int
@@ -60,6 +61,7 @@ class Step:
     seq_len: int
     param_bytes: int
     reduce_bytes: int
+    head_chunk: int
     norm_bytes: int = FLOAT32
 
 
@@ -168,11 +170,12 @@ def _norm_gradients(plan: _Plan) -> list[Collective]:
     """The weights of the norms are whole on every tp rank, their gradients are parts of a sum.
 
     Once a step, a vector of dim for each norm: in the sum's format where several micro-batches have
-    been added up in it, in the activations' where there is one.
+    been added up in it, in the activations' where there is one. Without sequence parallelism the
+    last norm's gradient comes from a sum and is whole already.
     """
     step = plan.step
     element = step.reduce_bytes if step.micro_batches > 1 else step.param_bytes
-    norms = 2 * plan.model.n_layers + 1
+    norms = 2 * plan.model.n_layers + plan.parallel.sequence_parallel
     return [plan.over(["tp"], "all_reduce", norms, norms * plan.model.dim * element, "gradients")]
 
 
@@ -207,7 +210,7 @@ def _head(plan: _Plan) -> list[Collective]:
     """The head's input and its gradient, and the loss.
 
     With loss parallelism each token's maximum travels, and together its sum of exponentials and
-    its target's logit, in float32; without, the logits are gathered.
+    its target's logit, in float32; without, the logits are gathered. Chunk by chunk of tokens.
     """
     step, tp, micro = plan.step, ["tp"], plan.step.micro_batches
     hidden = micro * plan.hidden
@@ -218,11 +221,11 @@ def _head(plan: _Plan) -> list[Collective]:
         ]
     else:
         found = [plan.over(tp, "all_reduce", micro, hidden, "head")]
-    tokens = micro * plan.tokens
+    chunks, tokens = micro * -(-plan.tokens // step.head_chunk), micro * plan.tokens
     if plan.parallel.loss_parallel:
-        return [*found, plan.over(tp, "all_reduce", 2 * micro, 3 * tokens * FLOAT32, "loss")]
+        return [*found, plan.over(tp, "all_reduce", 2 * chunks, 3 * tokens * FLOAT32, "loss")]
     logits = tokens * plan.model.vocab_size * step.param_bytes
-    return [*found, plan.over(tp, "all_gather", micro, logits, "loss")]
+    return [*found, plan.over(tp, "all_gather", chunks, logits, "loss")]
 
 
 def _context(plan: _Plan) -> list[Collective]:

@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel
 
 import parallel.tensor_parallel
 from model.config import ModelConfig
+from model.loss import CHUNK
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
 from parallel.trace import Recorder, fake_processes, traced_step
@@ -23,7 +24,6 @@ from train import train_step
 BYTES = {"fp32": 4, "bf16": 2}
 # tp=8 divides it. Its rows over tp are no multiple of most sizes of dp_shard, and fewer than 64.
 MODEL = ModelConfig("small", 96, 2, 16, 8, 88, 136)
-SEQ_LEN = 128
 
 # dp_replicate × dp_shard × cp × tp
 MESHES = [
@@ -59,6 +59,8 @@ CHANGES: list[dict[str, Any]] = [
     {"activation_checkpoint": "selective", "sequence_parallel": False, "micro_batches": 2},
     {"micro_batches": 3},
     {"micro_batches": 3, "reshard_after_forward": False},
+    {"seq_len": 4608},  # the head takes several chunks, the last one is a part of one
+    {"seq_len": 4608, "loss_parallel": False},
     {"tie_embeddings": True},
     {"param": "fp32"},
     {"reduce": "bf16", "micro_batches": 3},
@@ -74,6 +76,7 @@ def both(
     mesh: MeshShape,
     *,
     micro_batches: int = 1,
+    seq_len: int = 128,
     tie_embeddings: bool = False,
     param: Any = "bf16",
     reduce: Any = "fp32",
@@ -82,7 +85,7 @@ def both(
     """Count and payload by axis and kind: traced, and by formula."""
     model = replace(MODEL, tie_embeddings=tie_embeddings)
     config = ParallelConfig(*mesh.sizes, **parallel)
-    step = Step(micro_batches, 2, SEQ_LEN, BYTES[param], BYTES[reduce], norm_bytes=8)
+    step = Step(micro_batches, 2, seq_len, BYTES[param], BYTES[reduce], CHUNK, norm_bytes=8)
     traced = traced_step(model, mesh, config, PrecisionConfig(param, reduce), step)
     return totals(traced), totals(step_traffic(model, mesh, config, step))
 
@@ -142,7 +145,7 @@ def sent() -> list[list[list[Collective]]]:
 def test_a_traced_step_sends_what_each_of_four_real_processes_sends(sent: Any, case: Case) -> None:
     """One by one, in the same order."""
     sequences = BATCH // case.mesh.dp // case.n_micro
-    step = Step(case.n_micro, sequences, SEQ, BYTES[case.param], 4, norm_bytes=8)
+    step = Step(case.n_micro, sequences, SEQ, BYTES[case.param], 4, CHUNK, norm_bytes=8)
     traced = traced_step(
         model_config(case.tied, case.n_layers),
         case.mesh,
