@@ -176,7 +176,10 @@ def is_due(interval: int | None, step: int, config: TrainProgram) -> bool:
 
 def read_figures(run: Run, tensors: dict[str, Tensor], rate: float) -> dict[str, Any]:
     """The figures of the step just done, waited for; the loss summed over the data ranks."""
+    from parallel.compilation import compiled_graphs
+
     loss = run.strategy.sum_over_data(tensors["loss"].double())
+    compiled = {"compiled_graphs": compiled_graphs()} if run.config.parallel.compile else {}
     return {
         "step": run.position.step,
         "samples": run.position.samples,
@@ -185,7 +188,7 @@ def read_figures(run: Run, tensors: dict[str, Tensor], rate: float) -> dict[str,
         "grad_norm": tensors["grad_norm"].item(),
         "lr": rate,
         "batch_hash": f"{tensors['batch_hash'].item() % 2**32:08x}",
-    }
+    } | compiled
 
 
 def log(run: Run, figures: dict[str, Any], clock: Clock) -> None:

@@ -49,7 +49,9 @@ def sample_text(
     tokens[0, : len(ids)] = torch.tensor(ids)
     generator = torch.Generator().manual_seed(seed)
     for place in range(len(ids), len(ids) + n_tokens):
-        logits = model(tokens)[:, place - 1]  # (batch, vocab); causal, so the padding is not seen
+        # Of another shape than training's batches: not worth a compilation.
+        with torch.compiler.set_stance("force_eager"):
+            logits = model(tokens)[:, place - 1]  # (batch, vocab); causal: padding is not seen
         if isinstance(logits, DTensor):
             logits = logits.full_tensor()
         scores = logits[0].float().cpu()

@@ -7,8 +7,12 @@ which gather weights and reduce gradients, stay outside.
 from typing import Any
 
 import torch
+import torch._dynamo.utils
+import torch._functorch.config
+import torch._inductor.config
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from model.llama import Llama
 
@@ -25,6 +29,23 @@ def apply_compile(model: Llama, memory_budget: float | None) -> None:
     model.tok_embeddings.register_forward_hook(_awaited)
     for block in model.layers:
         block.forward = torch.compile(block.forward, fullgraph=True)
+
+
+def apply_async_tensor_parallel(mesh: DeviceMesh) -> None:
+    """Lets the compiler cut the products of the one-axis `tp` mesh into overlapped pieces.
+
+    Each gather along seq and each scatter is sent piece by piece through symmetric memory while the
+    product it feeds or follows computes the other pieces (torch.distributed._symmetric_memory).
+    """
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    torch._inductor.config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(mesh.get_group().group_name)
+
+
+def compiled_graphs() -> int:
+    """How many graphs this process has compiled; it stands still once a run is warm."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def _awaited(_: Any, __: Any, out: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.init import initialize
 from model.llama import Llama
 from parallel.activation_checkpoint import apply_activation_checkpoint
-from parallel.compilation import apply_compile
+from parallel.compilation import apply_async_tensor_parallel, apply_compile
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.context_parallel import apply_context_parallel
 from parallel.data_parallel import apply_data_parallel, mixed_precision
@@ -42,6 +42,8 @@ def parallelize(
     kept = parallel.activation_checkpoint
     if kept in ("full", "selective"):
         apply_activation_checkpoint(model, kept)
+    if parallel.async_tp:
+        apply_async_tensor_parallel(mesh["tp"])
     if parallel.compile:
         apply_compile(model, memory_budget=kept if isinstance(kept, float) else None)
     apply_data_parallel(

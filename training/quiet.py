@@ -11,7 +11,8 @@ import warnings
 
 def quieten() -> None:
     """Silences import chatter, deprecations and repeated lines from the other ranks."""
-    for name in ("lightning", "lightning.fabric", "lightning.pytorch", "torch.distributed"):
+    chatty = ("lightning", "lightning.fabric", "lightning.pytorch", "torch.distributed")
+    for name in (*chatty, "torch._dynamo"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)
