@@ -7,6 +7,7 @@ what `train_step` does, on rank 0, and returns them. The closed forms are in `pa
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -115,11 +116,13 @@ def traced_step(
 ) -> list[Collective]:
     """The collectives of rank 0 in a step up to the optimizer, which sends nothing, in order.
 
-    `step` gives numbers and sizes of the micro-batches; number formats are those of `precision`.
+    `step` gives number and size of the micro-batches; number formats are those of `precision`. What
+    runs is not compiled: PyTorch's compiler refuses to run where operations are watched.
     """
+    eager = replace(parallel, compile=False, async_tp=False)
     with fake_processes(shape.world_size):
         mesh = init_device_mesh("cpu", shape.sizes, mesh_dim_names=AXES)
-        plan = partial(parallelize, parallel=parallel, precision=precision)
+        plan = partial(parallelize, parallel=eager, precision=precision)
         strategy = MeshStrategy(shape, plan)
         strategy._device_mesh = mesh  # what its set-up does, which launches processes as well
         with torch.device("meta"):
