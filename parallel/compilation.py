@@ -29,6 +29,7 @@ def apply_compile(model: Llama, memory_budget: float | None) -> None:
     model.tok_embeddings.register_forward_hook(_awaited)
     for block in model.layers:
         block.forward = torch.compile(block.forward, fullgraph=True)
+    model.loss.compile_stages()
 
 
 def apply_async_tensor_parallel(mesh: DeviceMesh) -> None:

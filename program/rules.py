@@ -141,7 +141,7 @@ def _axis_sizes(seq_len: int) -> str:
     return _divisors(seq_len // 2)
 
 
-def _divisors(number: int, limit: int = 64) -> str:
+def _divisors(number: int, limit: int = 1024) -> str:
     """The divisors of `number` up to `limit`, as a person would list them."""
     *most, last = [str(d) for d in range(1, min(number, limit) + 1) if number % d == 0]
     return f"{', '.join(most)} or {last}" if most else last

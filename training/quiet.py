@@ -12,7 +12,7 @@ import warnings
 def quieten() -> None:
     """Silences import chatter, deprecations and repeated lines from the other ranks."""
     chatty = ("lightning", "lightning.fabric", "lightning.pytorch", "torch.distributed")
-    for name in (*chatty, "torch._dynamo"):
+    for name in (*chatty, "torch._dynamo", "torch._higher_order_ops"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)

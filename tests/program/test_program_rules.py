@@ -34,7 +34,7 @@ def test_tp_names_every_size_that_divides_what_it_cuts(key: str) -> None:
 
     [problem] = refused(7)
     assert f"parallel.tp (7) does not divide model.{key} ({getattr(MODEL, key)})" in problem
-    assert named_values(problem) == [tp for tp in range(1, 65) if not refused(tp)]
+    assert named_values(problem) == [tp for tp in range(1, 1025) if not refused(tp)]
 
 
 @pytest.mark.parametrize("seq_len", [48, 50, 63])
@@ -46,7 +46,7 @@ def test_cp_names_every_size_whose_double_divides_the_sequence(seq_len: int) -> 
     assert (
         f"parallel.cp (9) cuts a sequence into 18 chunks, and train.seq_len ({seq_len})" in problem
     )
-    assert named_values(problem) == [cp for cp in range(1, 65) if not refused(cp)]
+    assert named_values(problem) == [cp for cp in range(1, 1025) if not refused(cp)]
 
 
 @pytest.mark.parametrize("cp", [1, 2])
@@ -57,7 +57,7 @@ def test_tp_cuts_what_cp_leaves_of_a_sequence(cp: int) -> None:
 
     [problem] = refused(5)
     assert f"({24 // cp})" in problem and "sequence_parallel=false" in problem
-    assert named_values(problem) == [tp for tp in range(1, 65) if not refused(tp)]
+    assert named_values(problem) == [tp for tp in range(1, 1025) if not refused(tp)]
     assert not refused(5, replace(PARALLEL, sequence_parallel=False))
 
 
