@@ -57,6 +57,20 @@ class Case:
     def world(self) -> int:
         return self.mesh.world_size
 
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(
+            dp_replicate=self.dp_replicate,
+            dp_shard=self.dp,
+            cp=self.cp,
+            tp=self.tp,
+            sequence_parallel=self.sequence_parallel,
+            loss_parallel=self.loss_parallel,
+            activation_checkpoint=self.activation_checkpoint,
+            compile=self.compile,
+            reshard_after_forward=self.reshard_after_forward,
+        )
+
 
 def model_config(tied: bool, n_layers: int) -> ModelConfig:
     return ModelConfig("small", 40, n_layers, 4, 2, 52, VOCAB, tie_embeddings=tied)
@@ -89,18 +103,7 @@ def share(whole: Batch, rank: int, size: int, n_micro: int) -> StepBatches:
 def build(case: Case) -> SimpleNamespace:
     """As `train.set_up` does, without data and folder."""
     config = model_config(case.tied, case.n_layers)
-    parallel = ParallelConfig(
-        dp_replicate=case.dp_replicate,
-        dp_shard=case.dp,
-        cp=case.cp,
-        tp=case.tp,
-        sequence_parallel=case.sequence_parallel,
-        loss_parallel=case.loss_parallel,
-        activation_checkpoint=case.activation_checkpoint,
-        compile=case.compile,
-        reshard_after_forward=case.reshard_after_forward,
-    )
-    plan = partial(parallelize, parallel=parallel, precision=PrecisionConfig(param=case.param))
+    plan = partial(parallelize, parallel=case.parallel, precision=PrecisionConfig(param=case.param))
     strategy = MeshStrategy(case.mesh, plan)
     fabric = Fabric(accelerator="cpu", devices=case.world, strategy=strategy)
     fabric.launch()

@@ -1,0 +1,169 @@
+"""What a step sends, by formula, is what a traced step sends, and that what real processes send."""
+
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import on_ranks
+from small_run import BATCH, OPTIM, SEQ, Case, batch, build, model_config, share
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel
+
+import parallel.tensor_parallel
+from model.config import ModelConfig
+from model.loss import CHUNK
+from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.mesh import MeshShape
+from parallel.trace import Recorder, fake_processes, traced_step
+from parallel.traffic import Collective, Step, step_traffic, totals
+from train import train_step
+
+BYTES = {"fp32": 4, "bf16": 2}
+# tp=8 divides it. Its rows over tp are no multiple of most sizes of dp_shard, and fewer than 64.
+MODEL = ModelConfig("small", 96, 2, 16, 8, 88, 136)
+
+# dp_replicate × dp_shard × cp × tp
+MESHES = [
+    MeshShape(*sizes)
+    for sizes in [
+        (1, 1, 1, 1),
+        (1, 2, 1, 1),
+        (1, 64, 1, 1),
+        (1, 1, 1, 2),
+        (1, 1, 1, 8),
+        (1, 7, 1, 2),
+        (1, 3, 1, 4),
+        (1, 64, 1, 8),
+        (2, 1, 1, 1),
+        (2, 3, 1, 1),
+        (8, 8, 1, 8),
+        (1, 1, 2, 1),
+        (1, 3, 2, 1),
+        (2, 1, 4, 1),
+        (1, 1, 2, 2),
+        (4, 4, 4, 8),
+    ]
+]
+CHANGES: list[dict[str, Any]] = [
+    {"sequence_parallel": False},
+    {"loss_parallel": False},
+    {"sequence_parallel": False, "loss_parallel": False},
+    {"reshard_after_forward": True},
+    {"reshard_after_forward": False},
+    {"activation_checkpoint": "full"},
+    {"activation_checkpoint": "full", "sequence_parallel": False},
+    {"activation_checkpoint": "selective"},
+    {"activation_checkpoint": "selective", "sequence_parallel": False, "micro_batches": 2},
+    {"micro_batches": 3},
+    {"micro_batches": 3, "reshard_after_forward": False},
+    {"seq_len": 4608},  # the head takes several chunks, the last one is a part of one
+    {"seq_len": 4608, "loss_parallel": False},
+    {"tie_embeddings": True},
+    {"param": "fp32"},
+    {"reduce": "bf16", "micro_batches": 3},
+]
+CASES: list[tuple[MeshShape, dict[str, Any]]] = [
+    *((mesh, {}) for mesh in MESHES),
+    *((MeshShape(1, 64, 1, 8), change) for change in CHANGES),
+    *((MeshShape(2, 2, 2, 2), change) for change in CHANGES),
+]
+
+
+def both(
+    mesh: MeshShape,
+    *,
+    micro_batches: int = 1,
+    seq_len: int = 128,
+    tie_embeddings: bool = False,
+    param: Any = "bf16",
+    reduce: Any = "fp32",
+    **parallel: Any,
+) -> tuple[Any, Any]:
+    """Count and payload by axis and kind: traced, and by formula."""
+    model = replace(MODEL, tie_embeddings=tie_embeddings)
+    config = ParallelConfig(*mesh.sizes, **parallel)
+    step = Step(micro_batches, 2, seq_len, BYTES[param], BYTES[reduce], CHUNK, norm_bytes=8)
+    traced = traced_step(model, mesh, config, PrecisionConfig(param, reduce), step)
+    return totals(traced), totals(step_traffic(model, mesh, config, step))
+
+
+@pytest.mark.parametrize(("mesh", "change"), CASES, ids=str)
+def test_formulas_give_exactly_what_a_traced_step_sends(
+    mesh: MeshShape, change: dict[str, Any]
+) -> None:
+    traced, by_formula = both(mesh, **change)
+    assert traced == by_formula
+    assert bool(traced) == (mesh.world_size > 1)
+
+
+def test_a_plan_that_computes_the_same_and_sends_more_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """w2 cut by rows instead of columns: its input and its output have to be gathered."""
+    apply = parallel.tensor_parallel.parallelize_module
+
+    def other_plan(module: nn.Module, mesh: Any, plan: dict[str, Any]) -> nn.Module:
+        if "feed_forward.w2" in plan:
+            style = ColwiseParallel(input_layouts=Shard(-1), output_layouts=Replicate())
+            plan = plan | {"feed_forward.w2": style}
+        return apply(module, mesh, plan)
+
+    monkeypatch.setattr(parallel.tensor_parallel, "parallelize_module", other_plan)
+    traced, by_formula = both(MeshShape(1, 2, 1, 2), sequence_parallel=False)
+    assert ("tp", "all_gather") in traced.keys() - by_formula.keys()
+
+
+# Together they send everything that there is.
+REAL = [
+    Case(dp=2, tp=2, n_layers=2, param="bf16", activation_checkpoint="full"),
+    Case(dp_replicate=2, cp=2, n_layers=2, tied=True, activation_checkpoint="selective"),
+    Case(cp=2, tp=2, n_layers=2, n_micro=1, sequence_parallel=False, loss_parallel=False),
+]
+
+
+def real_steps() -> list[list[Collective]]:
+    """What this rank sends in a step of the program, case by case."""
+    found = []
+    for case in REAL:
+        run = build(case)
+        batches = share(batch(0), run.data_rank, case.mesh.dp, case.n_micro)
+        with Recorder(case.mesh) as recorder:
+            train_step(cast(Any, run), batches, OPTIM.lr)
+        found.append(recorder.collectives)
+    return found
+
+
+@pytest.fixture(scope="module")
+def sent() -> list[list[list[Collective]]]:
+    return on_ranks(4, real_steps)
+
+
+@pytest.mark.parametrize("case", REAL, ids=lambda case: str(case.mesh))
+def test_a_traced_step_sends_what_each_of_four_real_processes_sends(sent: Any, case: Case) -> None:
+    """One by one, in the same order."""
+    sequences = BATCH // case.mesh.dp // case.n_micro
+    step = Step(case.n_micro, sequences, SEQ, BYTES[case.param], 4, CHUNK, norm_bytes=8)
+    traced = traced_step(
+        model_config(case.tied, case.n_layers),
+        case.mesh,
+        case.parallel,
+        PrecisionConfig(param=case.param),
+        step,
+    )
+    assert traced
+    for of_rank in sent:
+        assert of_rank[REAL.index(case)] == traced
+
+
+def test_a_collective_without_a_place_in_the_accounts_is_refused() -> None:
+    with fake_processes(2), Recorder(MeshShape(1, 2, 1, 1)), pytest.raises(KeyError, match="broad"):
+        dist.broadcast(torch.zeros(3), src=0)
+
+
+def test_bytes_sent_are_those_of_a_ring() -> None:
+    """400 bytes on four ranks: three rounds of a quarter; to reduce to all, one ring each way."""
+    gathered, reduced = (Collective("tp", 4, kind, 1, 400) for kind in ("all_gather", "all_reduce"))
+    assert (gathered.sent, reduced.sent) == (300, 600)
