@@ -108,7 +108,7 @@ def test_a_first_start_writes_nothing(tmp_path: Path) -> None:
 def test_a_key_is_told_as_changed_or_refused_with_both_values(folder: RunFolder, key: str) -> None:
     config, old, new = with_other(key)
     fixed = any(key == name or key.startswith(f"{name.removesuffix('.')}.") for name in FIXED)
-    if not fixed:
+    if not fixed or key == "model.attention":  # a kernel computes the same attention
         assert folder.check(config) == {key: [old, new]}
         return
     before = content(folder)
