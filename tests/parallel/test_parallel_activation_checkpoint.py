@@ -65,15 +65,15 @@ def measured() -> dict[Case, tuple[float, int]]:
 def test_selective_keeps_less_than_none_and_full_less_than_selective(
     measured: Any, compile: bool
 ) -> None:
-    """By a fifth at least: far above what an allocation more or less can do."""
+    """By a tenth at least: far above what an allocation more or less can do."""
     peaks = [measured[Case(activation_checkpoint=m, compile=compile)][1] for m in EAGER]
-    assert peaks[1] < 0.8 * peaks[0] and peaks[2] < 0.8 * peaks[1]
+    assert peaks[1] < 0.9 * peaks[0] and peaks[2] < 0.9 * peaks[1]
 
 
 def test_memory_falls_with_the_compiler_s_budget(measured: Any) -> None:
     """A budget of 1 keeps what no checkpointing does, one of 0 what full checkpointing does."""
     peaks = [measured[Case(activation_checkpoint=m, compile=True)][1] for m in BUDGETS]
-    assert peaks[1] < 0.8 * peaks[0] and peaks[2] < 0.8 * peaks[1]
+    assert peaks[1] < 0.9 * peaks[0] and peaks[2] < 0.9 * peaks[1]
     ends = [measured[Case(activation_checkpoint=m, compile=True)][1] for m in ("none", "full")]
     assert [peaks[0], peaks[2]] == pytest.approx(ends, rel=0.02)
 

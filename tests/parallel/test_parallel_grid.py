@@ -17,6 +17,7 @@ from small_run import OPTIM, Case, batch, build, share, whole
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from parallel.compilation import compiled_graphs
 from parallel.parallelize import _local_block
 from train import train_step
 from training.checkpoint import Position, load, save
@@ -119,13 +120,13 @@ def train_compiled(folder: Path, chosen: dict[str, Case]) -> dict[str, Any]:
         counters.clear()
         run = build(case)
         steps = train(run, case, range(1))
-        graphs = counters["stats"]["unique_graphs"]
+        first_graphs = compiled_graphs()
         steps += train(run, case, range(1, MIDDLE))
         saved = RunFolder(folder / f"compiled {name}")
         save(saved, run.llama, run.adamw, Position(MIDDLE, 0, 0, "of the test"), {})
         load(RunFolder(folder / name).step_folder(MIDDLE), run.llama, run.adamw)
         rest = train(run, case, range(MIDDLE, STEPS))
-        graphs = graphs, counters["stats"]["unique_graphs"]
+        graphs = first_graphs, compiled_graphs()
         eager = build(CASES[name])
         load(saved.step_folder(MIDDLE), eager.llama, eager.adamw)
         rest_eagerly = train(eager, case, range(MIDDLE, STEPS))
