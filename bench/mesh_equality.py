@@ -1,4 +1,4 @@
-"""One run, any mesh: the default run's first 40 steps on four meshes, and once more on the first.
+"""One run, any mesh: the default run's first 40 steps on many meshes, and once more on the first.
 
     python -m bench.mesh_equality
 
@@ -23,7 +23,13 @@ MESHES = {
     "one process again": [],
     "tp=2": ["parallel.tp=2"],
     "dp_shard=2": ["parallel.dp_shard=2"],
+    "cp=2": ["parallel.cp=2"],
+    "dp_replicate=2": ["parallel.dp_replicate=2"],
     "dp_shard=2 tp=2": ["parallel.dp_shard=2", "parallel.tp=2"],
+    "dp_replicate=2 cp=2 tp=2": ["parallel.dp_replicate=2", "parallel.cp=2", "parallel.tp=2"],
+    "tp=2, compiled, selective checkpointing": [
+        *("parallel.tp=2", "parallel.compile=true", "parallel.activation_checkpoint=selective")
+    ],
 }
 
 

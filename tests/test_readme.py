@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, start_program
 from hydra import compose, initialize_config_dir
 
-from parallel.mesh import MeshShape
+from parallel.mesh import resolve_mesh
 from program.config import CONF, hydra_arguments, load_train_config
 from program.rules import batch_problems, model_problems
 
@@ -101,7 +101,8 @@ def test_gpu_commands_pass_the_gate(begin: str) -> None:
             config = load_train_config(compose("train", overrides))
         nodes = [word for word in command if word.startswith("--nodes=") or "nnodes=" in word]
         world_size = 8 * int(nodes[0].partition("=")[2]) if nodes else 8
-        mesh = MeshShape(1, world_size // config.parallel.tp, 1, config.parallel.tp)
+        mesh, problems = resolve_mesh(config.parallel, world_size)
+        assert not problems
         assert model_problems(mesh, config.parallel, config.model, config.train.seq_len) == []
         assert batch_problems(mesh, config.train) == []
         checked += 1

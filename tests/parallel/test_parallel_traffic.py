@@ -69,6 +69,7 @@ CASES: list[tuple[MeshShape, dict[str, Any]]] = [
     *((mesh, {}) for mesh in MESHES),
     *((MeshShape(1, 64, 1, 8), change) for change in CHANGES),
     *((MeshShape(2, 2, 2, 2), change) for change in CHANGES),
+    (MeshShape(1, 2, 16, 8), {"seq_len": 131_072, "activation_checkpoint": "full"}),
 ]
 
 
