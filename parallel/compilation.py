@@ -17,15 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from model.llama import Llama
 
 
-def apply_compile(model: Llama, memory_budget: float | None) -> None:
+def apply_compile(model: Llama, memory_budget: float = 1.0) -> None:
     """Compiles every block's forward and backward, and the stages of the loss; in place.
 
     Args:
         memory_budget: The share of the activations that may be kept for the backward, between 0
-            (recompute all) and 1 (what is fastest); the compiler chooses which. None: 1.
+            (recompute all) and 1 (what is fastest); the compiler chooses which.
     """
-    if memory_budget is not None:
-        torch._functorch.config.activation_memory_budget = memory_budget
+    torch._functorch.config.activation_memory_budget = memory_budget  # of this process, for good
     model.tok_embeddings.register_forward_hook(_awaited)
     for block in model.layers:
         block.forward = torch.compile(block.forward, fullgraph=True)

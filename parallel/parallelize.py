@@ -49,7 +49,7 @@ def parallelize(
     if parallel.async_tp:
         apply_async_tensor_parallel(mesh["tp"])
     if parallel.compile:
-        apply_compile(model, memory_budget=kept if isinstance(kept, float) else None)
+        apply_compile(model, memory_budget=kept if isinstance(kept, float) else 1.0)
     apply_data_parallel(
         model,
         mesh,

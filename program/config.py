@@ -187,6 +187,7 @@ def _load(composed: DictConfig, program: Any, rules: list[Rule]) -> Any:
         adapter = TypeAdapter(cast(Any, field.type))
         try:
             sections[field.name] = adapter.validate_python(given)
+            problems += _switches(field.name, given, sections[field.name])
             problems += sections[field.name].problems()
         except ValidationError as error:
             errors = {_key(item["loc"], given): item for item in error.errors()}
@@ -243,6 +244,15 @@ def _type_problem(key: str, item: Any) -> str:
         return f"{key} has no value: add {key}=… to the command"
     rule = item["msg"][0].lower() + item["msg"][1:]
     return f"{key} ({item['input']!r}) has the wrong type or choice: {rule}"
+
+
+def _switches(name: str, given: Any, section: Any) -> list[str]:
+    """Every key set to true or false that is no switch: pydantic takes them for 1 and 0."""
+    return [
+        f"{name}.{key} ({str(value).lower()}) is not a switch: use a number or a named choice"
+        for key, value in given.items()
+        if isinstance(value, bool) and not isinstance(getattr(section, key), bool)
+    ]
 
 
 def _unknown_keys(values: dict[str, Any], schema: Any, prefix: str) -> list[str]:

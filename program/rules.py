@@ -90,12 +90,13 @@ def device_problems(
 
 
 def _has_hopper(on_gpu: bool) -> bool:
-    """Whether the GPU is of compute capability 9.0 or above."""
+    """Whether there is a GPU, of compute capability 9.0 or above."""
     if not on_gpu:
         return False
     import torch
 
-    return torch.cuda.get_device_capability() >= (9, 0)
+    # parallel.accelerator=cuda does not make a GPU be there; `plan_processes` tells of that.
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def batch_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:

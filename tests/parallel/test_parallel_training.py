@@ -12,6 +12,7 @@ import torch
 from distributed import on_ranks
 from small_run import BATCH, OPTIM, SEED, STEPS, Case, batch, build, model_config, share, whole
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from model.init import initialize
 from model.llama import Llama
@@ -33,6 +34,9 @@ CASES = [
     *(Case(dp=2, tp=2, tied=tied, n_layers=2) for tied in (False, True)),
     Case(dp=2, tp=2, sequence_parallel=False, loss_parallel=False, max_norm=1e6),
     Case(dp=3, tp=2, tied=True),
+    Case(cp=2, tp=2, tied=True, sequence_parallel=False, loss_parallel=False, n_layers=2),
+    Case(dp_replicate=2, dp=2, tied=True, n_layers=2, n_micro=1, reshard_after_forward=True),
+    Case(dp_replicate=2, cp=2, tied=True, n_layers=2, activation_checkpoint="full"),
 ]
 
 
@@ -52,7 +56,7 @@ def run_case(case: Case) -> dict[str, Any]:
 
     run.adamw.register_step_pre_hook(note)
     for step in range(STEPS):
-        batches = share(batch(step), run.data_rank, case.dp, case.n_micro)
+        batches = share(batch(step), run.data_rank, case.mesh.dp, case.n_micro)
         tensors = train_step(cast(Any, run), batches, OPTIM.lr)
         found["loss"].append(run.strategy.sum_over_data(tensors["loss"].double()).item())
         found["norm"].append(tensors["grad_norm"].item())
@@ -60,7 +64,19 @@ def run_case(case: Case) -> dict[str, Any]:
     found["gradients"] = clipped[0]
     found["final"] = {name: whole(p) for name, p in run.llama.named_parameters()}
     found["tied"] = run.llama.output.weight is run.llama.tok_embeddings.weight
+    found |= without_gradients(run.model)
     return found
+
+
+@torch.no_grad()
+def without_gradients(model: Any) -> dict[str, Tensor]:
+    """What validation and sampling ask for, each a row: the loss, and logits of whole rows."""
+    tokens, positions, labels = (field[:1] for field in batch(STEPS))
+    logits = model(tokens)  # (batch, seq, vocab)
+    return {
+        "held_out": model(tokens, positions, labels),
+        "logits": logits.full_tensor() if isinstance(logits, DTensor) else logits,
+    }
 
 
 def run_cases(chosen: list[Case]) -> dict[Case, dict[str, Any]]:
@@ -91,7 +107,7 @@ def reference(tied: bool, n_layers: int, max_norm: float) -> dict[str, Any]:
         found["loss"].append(loss.item())
         found["norm"].append(norm.item())
     found["final"] = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return found
+    return found | without_gradients(model)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +122,7 @@ def results() -> dict[Case, list[dict[str, Any]]]:
 
 
 def name_of(case: Case) -> str:
-    names = [f"dp{case.dp}", f"tp{case.tp}", f"micro{case.n_micro}"]
+    names = [f"mesh{''.join(map(str, case.mesh.sizes))}", f"micro{case.n_micro}"]
     names += [name for name in ("tied", "sequence_parallel", "loss_parallel") if vars(case)[name]]
     return "-".join([*names, f"clip{case.max_norm:g}"])
 
@@ -130,7 +146,7 @@ def test_mesh_changes_neither_loss_nor_norm(results: Any, case: Case) -> None:
     for found in results[case]:
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert found["norm"] == pytest.approx(expected["norm"], rel=3e-6)
-        assert found["hash"] == [case.dp * (case.dp + 1) // 2] * STEPS
+        assert found["hash"] == [case.mesh.dp * (case.mesh.dp + 1) // 2] * STEPS
         assert found["tied"] == case.tied
     assert (min(expected["norm"]) > case.max_norm) == (case.max_norm < 1e6)
 
@@ -153,6 +169,15 @@ def test_mesh_changes_no_weight_after_adamw_steps(results: Any, case: Case) -> N
         for name, weight in expected["final"].items():
             torch.testing.assert_close(found["final"][name], weight, rtol=0, atol=1e-6)
             assert (weight - expected["initial"][name]).abs().max() > 1e-4
+
+
+@every_case
+def test_mesh_changes_nothing_that_is_computed_without_gradients(results: Any, case: Case) -> None:
+    """Weights differ by 1e-6 at most, see above, and a logit is a sum over dim of them."""
+    expected = reference(case.tied, case.n_layers, case.max_norm)
+    for found in results[case]:
+        torch.testing.assert_close(found["held_out"], expected["held_out"], rtol=1e-6, atol=0)
+        torch.testing.assert_close(found["logits"], expected["logits"], rtol=0, atol=1e-5)
 
 
 def test_reference_batch_has_what_it_claims() -> None:

@@ -178,6 +178,14 @@ def test_a_wrong_type_or_choice_is_named_with_key_and_value(
     assert found[0].startswith(key) and value in found[0], found
 
 
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_true_and_false_are_no_numbers(value: str) -> None:
+    """They would be 1 and 0: as a memory budget, to keep everything or nothing."""
+    for key in ("parallel.activation_checkpoint", "parallel.tp"):
+        found = problems(f"{key}={value}", "parallel.compile=true")
+        assert f"{key} ({value}) is not a switch: use a number or a named choice" in found
+
+
 def test_a_number_that_fits_is_no_wrong_type() -> None:
     assert load("train.max_grad_norm=1").train.max_grad_norm == 1.0
     assert load("optim.lr=1").optim.lr == 1.0

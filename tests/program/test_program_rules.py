@@ -132,6 +132,15 @@ def test_async_tp_tells_everything_that_it_lacks() -> None:
     assert "parallel.tp (1)" not in of_device(mesh=MeshShape(1, 1, 1, 2), async_tp=True)
 
 
+def test_async_tp_is_refused_where_the_asked_for_gpu_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In words, not by an error of CUDA's."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    message = of_device(GPU, MeshShape(1, 1, 1, 2), async_tp=True, compile=True)
+    assert "symmetric memory" in message and "\n" not in message
+
+
 def test_a_memory_budget_is_a_share_and_the_compiler_s() -> None:
     for parallel, reason in (
         (ParallelConfig(activation_checkpoint=0.5), "parallel.compile is false"),
