@@ -18,9 +18,11 @@ from torch.distributed.tensor import DTensor
 from model.attention import AttentionKernel, Mask
 from model.llama import Attention, Llama
 
-# The name up to PyTorch 2.12 is the second.
-_all_gather = getattr(
-    functional, "all_gather_single_autograd", functional.all_gather_tensor_autograd
+# PyTorch 2.12 renamed it.
+_all_gather: Any = (
+    functional.all_gather_single_autograd
+    if hasattr(functional, "all_gather_single_autograd")
+    else functional.all_gather_tensor_autograd
 )
 
 

@@ -61,10 +61,10 @@ def parallelize(
 
 def initialize_weights(model: Llama, config: ModelConfig, seed: int) -> None:
     """Gives every rank its shard of the run's initial weights, which no mesh changes."""
-    initialize(model, config, seed, local_block=_local_block)
+    initialize(model, config, seed, local_block=local_block)
 
 
-def _local_block(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+def local_block(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """A parameter's local shard, and where it lies in the global tensor."""
     assert isinstance(parameter, DTensor)
     _, offsets = compute_local_shape_and_global_offset(

@@ -57,7 +57,8 @@ def fp8_problems(
     if micro_batch_size * train.seq_len // mesh.cp % MULTIPLE:
         found.append(
             f"precision.fp8 ({recipe}) needs micro-batches of a multiple of {MULTIPLE} tokens, and "
-            f"a rank's have {micro_batch_size} × train.seq_len ({train.seq_len}): use a "
+            f"a rank's have {micro_batch_size} × train.seq_len ({train.seq_len}) / parallel.cp "
+            f"({mesh.cp}): use a "
             f"train.seq_len that is a multiple of {MULTIPLE * mesh.cp}, or precision.fp8=null"
         )
     return found

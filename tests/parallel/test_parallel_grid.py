@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from parallel.compilation import compiled_graphs
-from parallel.parallelize import _local_block
+from parallel.parallelize import local_block
 from train import train_step
 from training.checkpoint import Position, load, save
 from training.run_folder import RunFolder
@@ -103,7 +103,7 @@ def load_and_go_on(folder: Path, chosen: dict[str, Case]) -> dict[str, Any]:
 
 def holds_its_part(tensor: Any, expected: Tensor) -> bool:
     """Whether a DTensor's local shard is, bit for bit, that part of the whole."""
-    local, offsets = _local_block(tensor.detach())
+    local, offsets = local_block(tensor.detach())
     for dim, (offset, size) in enumerate(zip(offsets, local.shape, strict=True)):
         expected = expected.narrow(dim, offset, size)
     return torch.equal(local, expected)
