@@ -251,6 +251,19 @@ def test_interrupted_run_says_in_a_line_what_is_kept(standing: tuple[Path, Progr
 
 
 @linux
+def test_run_interrupted_while_it_starts_says_so_in_a_line(command: Any, tmp_path: Path) -> None:
+    program = Program(command(tmp_path / "run"))
+    try:
+        os.kill(program.main.pid, signal.SIGINT)
+        told, errors = program.main.communicate(timeout=DEADLINE)
+        program.wait_for_child()
+    finally:
+        program.end()
+    assert program.main.returncode == 130
+    assert (told, errors) == ("", "Interrupted before the first figure.\n")
+
+
+@linux
 def test_main_process_killed_while_the_run_starts_leaves_no_process(
     command: Any, tmp_path: Path
 ) -> None:
