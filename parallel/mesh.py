@@ -143,10 +143,14 @@ def _accelerator(config: ParallelConfig) -> tuple[str, int]:
 
 def resolve_mesh(config: ParallelConfig, world_size: int) -> tuple[MeshShape, list[str]]:
     """The mesh of `world_size` processes, `dp_shard: -1` filled in, with every problem found."""
+    asked_shard = 1 if config.dp_shard == -1 else config.dp_shard
+    if min(config.dp_replicate, asked_shard, config.cp, config.tp, world_size) < 1:
+        # No mesh: `ParallelConfig.problems` tells what is below 1, `plan_processes` a missing GPU.
+        return MeshShape(1, 1, 1, 1), []
     others = config.dp_replicate * config.cp * config.tp
     dp_shard = config.dp_shard if config.dp_shard != -1 else max(world_size // others, 1)
     shape = MeshShape(config.dp_replicate, dp_shard, config.cp, config.tp)
-    if world_size in (shape.world_size, 0):  # 0: no GPU was found, which `plan_processes` tells
+    if world_size == shape.world_size:
         return shape, []
     named = ", ".join(
         f"parallel.{axis}={size}" for axis, size in zip(AXES, shape.sizes, strict=True)

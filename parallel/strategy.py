@@ -41,6 +41,15 @@ def end_with_main_process() -> None:
             os._exit(1)
 
 
+def end_with_torchrun() -> None:
+    """Makes Linux kill this process when the `torchrun` that started it dies.
+
+    Without it the processes of a killed `torchrun` train on, into the folder of the next start.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class MeshStrategy(ModelParallelStrategy):
     """A mesh of `dp_replicate × dp_shard × cp × tp` processes that share one model.
 

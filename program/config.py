@@ -190,8 +190,10 @@ def _load(composed: DictConfig, program: Any, rules: list[Rule]) -> Any:
             problems += _switches(field.name, given, sections[field.name])
             problems += sections[field.name].problems()
         except ValidationError as error:
-            errors = {_key(item["loc"], given): item for item in error.errors()}
-            problems += [_type_problem(f"{field.name}{key}", item) for key, item in errors.items()]
+            errors: dict[str, list[Any]] = {}  # a union has an error for each of its members
+            for item in error.errors():
+                errors.setdefault(_key(item, given), []).append(item)
+            problems += [_type_problem(f"{field.name}{key}", its) for key, its in errors.items()]
             # The rules of the other keys, with this one's default in its place.
             wrong = {key.split(".")[1] for key in errors if key}
             rest = {
@@ -224,12 +226,12 @@ def _missing_values(values: dict[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _key(location: tuple[int | str, ...], values: Any) -> str:
+def _key(item: Any, values: Any) -> str:
     """The dotted rest of a key, from pydantic's location without its names of union members."""
     key = ""
-    for part in location:
+    for part in item["loc"]:
         known = part in values if isinstance(values, dict) else isinstance(part, int)
-        if known or part == location[-1]:
+        if known or (item["type"] == "missing" and part == item["loc"][-1]):
             key += f".{part}"
             try:
                 values = values[part] if known else None
@@ -238,12 +240,12 @@ def _key(location: tuple[int | str, ...], values: Any) -> str:
     return key
 
 
-def _type_problem(key: str, item: Any) -> str:
+def _type_problem(key: str, items: list[Any]) -> str:
     """One wrong type or missing value, told as key, value, rule and remedy."""
-    if item["type"] == "missing":
+    if items[0]["type"] == "missing":
         return f"{key} has no value: add {key}=… to the command"
-    rule = item["msg"][0].lower() + item["msg"][1:]
-    return f"{key} ({item['input']!r}) has the wrong type or choice: {rule}"
+    rules = " or ".join(item["msg"].removeprefix("Input should be ") for item in items)
+    return f"{key} ({items[0]['input']!r}) has the wrong type or choice: it should be {rules}"
 
 
 def _switches(name: str, given: Any, section: Any) -> list[str]:

@@ -7,7 +7,7 @@ from lightning.fabric import Fabric
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes
 from parallel.parallelize import parallelize
-from parallel.strategy import MeshStrategy, end_with_main_process
+from parallel.strategy import MeshStrategy, end_with_main_process, end_with_torchrun
 from training.memory import keep_freed_memory
 from training.quiet import quieten
 
@@ -19,6 +19,8 @@ def launch(
     quieten()
     if processes.launcher == "self":
         end_with_main_process()
+    elif processes.launcher == "torchrun":
+        end_with_torchrun()
     if processes.accelerator == "cpu":
         keep_freed_memory()
     plan = partial(parallelize, parallel=parallel, precision=precision)

@@ -4,6 +4,7 @@ Each check raises an error whose message names key, value, rule and remedy. What
 finds out later (a full disk, a dead peer) is not here.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,13 +29,20 @@ if TYPE_CHECKING:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Ends the program, exit code 1, where it cannot start; only the first process tells why."""
+    """Ends the program, exit code 1, where it cannot start; only the first process tells why.
+
+    Ctrl-C ends it with exit code 130.
+    """
     try:
         yield
     except ConfigError as error:
         message = f"Not started, the configuration has problems:\n{error}"
     except (DataError, RunFolderError) as error:
         message = f"Not started: {error}"
+    except KeyboardInterrupt:
+        if is_first_process():
+            print("Interrupted before the first figure.", file=sys.stderr, flush=True)
+        os._exit(130)  # peers may wait for us in a collective call: no orderly end of the group
     else:
         return
     sys.exit(message if is_first_process() else 1)

@@ -111,7 +111,7 @@ def batch_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
             f"{mesh.dp} data ranks (dp_replicate × dp_shard): use {nearest}, or "
             f"{_divisors(train.global_batch_size)} data ranks"
         )
-    elif train.micro_batch_size is not None and share % train.micro_batch_size:
+    elif train.micro_batch_size and share % train.micro_batch_size:
         found.append(
             f"train.micro_batch_size ({train.micro_batch_size}) does not divide the {share} "
             f"sequences of each of the {mesh.dp} data ranks: use {_divisors(share)}"

@@ -121,6 +121,21 @@ def test_micro_batch_that_does_not_divide_a_rank_s_share(refused: Callable[..., 
     line_with(message, "train.micro_batch_size (3)", "4 sequences", "2 data ranks", "1, 2 or 4")
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("parallel.dp_replicate=0", "parallel.dp_shard=0", "parallel.dp_shard=-2"),
+        *("parallel.cp=0", "parallel.tp=0", "parallel.devices=-1", "train.micro_batch_size=0"),
+    ],
+)
+def test_a_size_below_one_is_the_only_problem(refused: Callable[..., str], override: str) -> None:
+    # The rules that tie sizes together divide by them.
+    message = refused("experiment=smoke", CPU, override)
+    key, _, value = override.partition("=")
+    told = line_with(message, f"{key} ({value})", "use ")
+    assert [line for line in message.splitlines() if line.startswith("  - ")] == [told]
+
+
 def test_values_that_only_a_person_can_give(refused: Callable[..., str]) -> None:
     message = refused("data=text", CPU)
     line_with(message, "data.name", "data.name=…")

@@ -173,11 +173,11 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 
 
 class Program:
-    """A run on two processes in a session of its own, and the child that its main one started."""
+    """A program in a session of its own, and the one child that it started."""
 
     def __init__(self, arguments: list[str]) -> None:
         self.main = subprocess.Popen(
-            [sys.executable, *arguments, "parallel.tp=2"],
+            [sys.executable, *arguments],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -210,7 +210,7 @@ def standing(command: Any, tmp_path: Path) -> Iterator[tuple[Path, Program]]:
     folder = tmp_path / "run"
     folder.mkdir()
     os.mkfifo(folder / "samples.txt")
-    program = Program(command(folder))
+    program = Program([*command(folder), "parallel.tp=2"])
     try:
         metrics = folder / "metrics.jsonl"
         wait_for(
@@ -251,11 +251,43 @@ def test_interrupted_run_says_in_a_line_what_is_kept(standing: tuple[Path, Progr
 
 
 @linux
+def test_run_interrupted_while_it_starts_says_so_in_a_line(command: Any, tmp_path: Path) -> None:
+    program = Program([*command(tmp_path / "run"), "parallel.tp=2"])
+    try:
+        os.kill(program.main.pid, signal.SIGINT)
+        told, errors = program.main.communicate(timeout=DEADLINE)
+        program.wait_for_child()
+    finally:
+        program.end()
+    assert program.main.returncode == 130
+    assert (told, errors) == ("", "Interrupted before the first figure.\n")
+
+
+@linux
 def test_main_process_killed_while_the_run_starts_leaves_no_process(
     command: Any, tmp_path: Path
 ) -> None:
-    program = Program(command(tmp_path / "run"))
+    program = Program([*command(tmp_path / "run"), "parallel.tp=2"])
     try:
+        program.main.kill()
+        program.wait_for_child()
+    finally:
+        program.end()
+
+
+@linux
+def test_torchrun_killed_in_the_middle_leaves_no_process(command: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    os.mkfifo(folder / "samples.txt")  # the run waits at step 9, and would for ever
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=1"]
+    program = Program([*launcher, *command(folder)])
+    try:
+        metrics = folder / "metrics.jsonl"
+        wait_for(
+            lambda: metrics.exists() and metrics.read_bytes().count(b"\n") == 9,
+            "the ninth step's figures",
+        )
         program.main.kill()
         program.wait_for_child()
     finally:

@@ -161,6 +161,8 @@ def test_a_misspelt_key_is_named_with_the_one_that_was_meant(argument: str, mean
         ("precision.param=fp16", "precision.param", "'fp16'"),
         ("precision.optimizer_state=int4", "precision.optimizer_state", "'int4'"),
         ("precision.fp8=blockwise", "precision.fp8", "'blockwise'"),
+        ("parallel.activation_checkpoint=no", "parallel.activation_checkpoint (", "'no'"),
+        ("parallel.activation_checkpoint=null", "parallel.activation_checkpoint (", "None"),
         ("parallel.sequence_parallel=perhaps", "parallel.sequence_parallel", "'perhaps'"),
         ("parallel.accelerator=tpu", "parallel.accelerator", "'tpu'"),
         ("data.sources.stdlib.format=pdf", "data.sources.stdlib.format", "'pdf'"),
