@@ -26,7 +26,8 @@ def model_problems(
     if mesh.cp > 1 and seq_len % (2 * mesh.cp):
         found.append(
             f"parallel.cp ({mesh.cp}) cuts a sequence into {2 * mesh.cp} chunks, and train.seq_len "
-            f"({seq_len}) is not a multiple of that: use {_axis_sizes(seq_len)}"
+            f"({seq_len}) is not a multiple of that: use {_axis_sizes(seq_len)}, or a multiple of "
+            f"{2 * mesh.cp} for train.seq_len"
         )
     elif parallel.sequence_parallel and seq_len // mesh.cp % tp:
         of = (
@@ -67,25 +68,32 @@ def device_problems(
             f"({mesh.cp}) cuts them: use model.attention=auto, sdpa or flex"
         )
     if parallel.async_tp:
-        reasons = [
-            reason
-            for reason, holds in (
-                (
-                    "needs the symmetric memory of NVIDIA GPUs from Hopper on",
-                    not _has_hopper(on_gpu),
-                ),
-                (f"has nothing to overlap at parallel.tp ({mesh.tp})", mesh.tp == 1),
-                ("is done by the compiler, and parallel.compile is false", not parallel.compile),
-                (
-                    "overlaps gathers along seq, and parallel.sequence_parallel is false",
-                    not parallel.sequence_parallel,
-                ),
-            )
-            if holds
-        ]
-        found += [
-            f"parallel.async_tp (true) {reason}: use parallel.async_tp=false" for reason in reasons
-        ]
+        lacking = (
+            (
+                "needs the symmetric memory of NVIDIA GPUs from Hopper on",
+                not _has_hopper(on_gpu),
+                "",
+            ),
+            (f"has nothing to overlap at parallel.tp ({mesh.tp})", mesh.tp == 1, "parallel.tp=8"),
+            (
+                "is done by the compiler, and parallel.compile is false",
+                not parallel.compile,
+                "parallel.compile=true",
+            ),
+            (
+                "overlaps gathers along seq, and parallel.sequence_parallel is false",
+                not parallel.sequence_parallel,
+                "parallel.sequence_parallel=true",
+            ),
+        )
+        for reason, lacks, remedy in lacking:
+            if lacks:
+                remedy = (
+                    f"{remedy} or parallel.async_tp=false"
+                    if remedy
+                    else ("parallel.async_tp=false")
+                )
+                found.append(f"parallel.async_tp (true) {reason}: use {remedy}")
     return found
 
 
