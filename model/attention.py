@@ -67,7 +67,7 @@ class AttentionKernel:
         begins = places - begins  # where the query's document begins
         keys = places if key_places is None else key_places
         choice = self._choose(like) if self.choice == "auto" else self.choice
-        if choice == "varlen" and key_places is None:
+        if choice == "varlen" and key_places is None and positions is not None:
             return _documents(begins, places)
         if choice == "sdpa":
             return document_mask(begins, places, keys)

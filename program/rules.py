@@ -68,31 +68,30 @@ def device_problems(
             f"({mesh.cp}) cuts them: use model.attention=auto, sdpa or flex"
         )
     if parallel.async_tp:
-        lacking = (
+        off = "parallel.async_tp=false"
+        for lacks, reason, remedy in (
             (
-                "needs the symmetric memory of NVIDIA GPUs from Hopper on",
                 not _has_hopper(on_gpu),
-                "",
+                "needs the symmetric memory of NVIDIA GPUs from Hopper on",
+                off,
             ),
-            (f"has nothing to overlap at parallel.tp ({mesh.tp})", mesh.tp == 1, "parallel.tp=8"),
             (
-                "is done by the compiler, and parallel.compile is false",
+                mesh.tp == 1,
+                f"has nothing to overlap at parallel.tp ({mesh.tp})",
+                f"parallel.tp=8 or {off}",
+            ),
+            (
                 not parallel.compile,
-                "parallel.compile=true",
+                "is done by the compiler, and parallel.compile is false",
+                f"parallel.compile=true or {off}",
             ),
             (
-                "overlaps gathers along seq, and parallel.sequence_parallel is false",
                 not parallel.sequence_parallel,
-                "parallel.sequence_parallel=true",
+                "overlaps gathers along seq, and parallel.sequence_parallel is false",
+                f"parallel.sequence_parallel=true or {off}",
             ),
-        )
-        for reason, lacks, remedy in lacking:
+        ):
             if lacks:
-                remedy = (
-                    f"{remedy} or parallel.async_tp=false"
-                    if remedy
-                    else ("parallel.async_tp=false")
-                )
                 found.append(f"parallel.async_tp (true) {reason}: use {remedy}")
     return found
 
