@@ -29,13 +29,9 @@ def circumstances() -> dict[str, Any]:
     """Hardware, versions and commit of this measurement."""
     import torch
 
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=FOLDER.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = _git("describe", "--always")
+    # Results that another bench has just written change nothing that is measured.
+    changed = _git("status", "--porcelain", "--", ":/", f":!{FOLDER.name}")
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
@@ -44,8 +40,15 @@ def circumstances() -> dict[str, Any]:
         "device": device,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit,
+        "commit": f"{commit}-dirty" if changed else commit,
     }
+
+
+def _git(*arguments: str) -> str:
+    """What git says of this checkout; nothing where there is none."""
+    return subprocess.run(
+        ["git", *arguments], cwd=FOLDER.parent, capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
 def _cpu_name() -> str:
