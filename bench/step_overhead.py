@@ -4,7 +4,7 @@
 
 The default model and batch, the same batches, fused AdamW, clipping, one process. The two take
 turns step by step, and the ratio is taken pair by pair, so that a machine whose speed drifts does
-not matter. The claim: the median ratio is at most 1.03.
+not matter. The aim: a median ratio of at most 1.03.
 """
 
 import sys
