@@ -179,6 +179,16 @@ def test_tiles_of_flex_skip_nothing_that_is_seen_and_mask_all_that_is_not(seq: i
     assert not (partial | whole).triu(1).any()
 
 
+def test_a_tile_that_reaches_beyond_the_keys_is_masked_by_element() -> None:
+    """Though its queries see all the keys in it: the rest of the tile are none."""
+    queries = torch.arange(200, 328)
+    for n_keys, expected in ((140, [True, False]), (256, [True, False]), (128, [True])):
+        keys = torch.arange(n_keys)
+        partial, whole = _dense(block_mask(torch.zeros(1, 128, dtype=torch.int64), queries, keys))
+        assert whole.flatten().tolist() == expected
+        assert (partial | whole).all()
+
+
 def _dense(mask: BlockMask) -> tuple[Tensor, Tensor]:
     """Which tiles are masked by element, which are whole; each bool (batch, 1, rows, columns)."""
     found = []
