@@ -9,14 +9,18 @@ import torch.distributed as dist
 from distributed import on_ranks
 from small_run import BATCH, OPTIM, SEQ, Case, batch, build, model_config, share
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel
 
 import parallel.tensor_parallel
 from model.config import ModelConfig
+from model.llama import Llama
 from model.loss import CHUNK
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape
+from parallel.mesh import AXES, MeshShape
+from parallel.parallelize import parallelize
 from parallel.trace import Recorder, fake_processes, traced_step
 from parallel.traffic import Collective, Step, step_traffic, totals
 from train import train_step
@@ -168,3 +172,25 @@ def test_bytes_sent_are_those_of_a_ring() -> None:
     """400 bytes on four ranks: three rounds of a quarter; to reduce to all, one ring each way."""
     gathered, reduced = (Collective("tp", 4, kind, 1, 400) for kind in ("all_gather", "all_reduce"))
     assert (gathered.sent, reduced.sent) == (300, 600)
+
+
+def gathered_before_the_first_product(mesh: MeshShape) -> int:
+    """How many groups of weights rank 0 has gathered when the first block begins to compute."""
+    with fake_processes(mesh.world_size):
+        device_mesh = init_device_mesh("cpu", mesh.sizes, mesh_dim_names=AXES)
+        with torch.device("meta"):
+            llama = Llama(MODEL)
+        parallelize(llama, device_mesh, ParallelConfig(*mesh.sizes), PrecisionConfig())
+        with FakeTensorMode(allow_non_fake_inputs=True), Recorder(mesh) as recorder:
+            llama.to_empty(device="cpu")
+            found: list[int] = []
+            first = llama.get_submodule("layers.0.attention")
+            first.register_forward_pre_hook(lambda *_: found.append(len(recorder.collectives)))
+            tokens = torch.empty(1, 16, dtype=torch.int64)
+            llama(tokens, tokens, tokens)
+    return found[0]
+
+
+def test_a_block_s_weights_are_gathered_while_the_one_before_it_computes() -> None:
+    """Those of the root, of the first block, and already of the second."""
+    assert gathered_before_the_first_product(MeshShape(1, 2, 1, 1)) == 3
