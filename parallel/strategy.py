@@ -36,7 +36,7 @@ def end_with_main_process() -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         os.environ["LLAMESH_MAIN_PID"] = str(os.getpid())  # the children inherit it
     elif sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        _end_with_parent()
         if os.getppid() != int(os.environ["LLAMESH_MAIN_PID"]):  # it died before we asked
             os._exit(1)
 
@@ -47,7 +47,12 @@ def end_with_torchrun() -> None:
     Without it the processes of a killed `torchrun` train on, into the folder of the next start.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """Asks Linux to kill this process when the one that started it dies."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class MeshStrategy(ModelParallelStrategy):
