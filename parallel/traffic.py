@@ -3,7 +3,7 @@
 One function for each part of the plan; each formula counts what `parallelize` makes the processes
 do, and a test holds it against a traced step (`parallel.trace`), exactly. Integers alone, so that a
 mesh of any size costs nothing. Left out is what is not of every step (logging, validation, saving),
-what the compiler decides (under a memory budget, what it sends again to recompute), and the scales
+what the compiler decides (what it sends again to recompute), and the scales
 that fp8 products agree on over tp, a number for a tensor or a row.
 
 Bytes are a collective's payload: the whole tensor, of which a rank of an all-gather holds one part

