@@ -27,7 +27,10 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "parallel": (("model",), ("torch", "torchao", "lightning.fabric")),
     "data": (
         (),
-        ("torch", "numpy", "datasets", "pyarrow", "tiktoken", "tokenizers", "llama_models", "rich"),
+        (
+            *("torch", "numpy", "datasets", "pyarrow", "fsspec", "zstandard", "isal"),
+            *("tiktoken", "tokenizers", "llama_models", "rich"),
+        ),
     ),
     "training": (
         (),

@@ -283,7 +283,7 @@ def test_configuration_problems_are_told_all_at_once() -> None:
         assert any(
             problem.startswith(f"data.{key}") or key in problem for problem in data.problems()
         )
-    assert len(data.problems()) == 7
+    assert len(data.problems()) == 8
     assert TokenizerConfig("byte", 256).problems() == [
         "tokenizer.vocab_size (256) is not that of byte: use 272"
     ]
