@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import hydra
 from omegaconf import DictConfig
 
+from data.errors import DataError
 from parallel.mesh import MeshShape, Processes
 from program.config import TrainProgram, hydra_arguments, plain
 from program.preflight import check_config, check_folder, prepare_data, refusals
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from data.loader import Dataset, StepBatches
+    from data.stages import Stage
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -42,8 +44,8 @@ def main(composed: DictConfig) -> None:
         run = set_up(config, processes, mesh, dataset, changed)
     try:
         train(run)
-    except KeyboardInterrupt:
-        interrupt(run)
+    except (KeyboardInterrupt, DataError) as error:
+        give_up(run, error)
     finish(run)
 
 
@@ -80,10 +82,8 @@ def set_up(
         position = read_position(checkpoint)
         load(checkpoint, llama, adamw)
 
-    throughput = meter(config, mesh, fabric.device)
-    run = Run(
-        config, mesh, fabric, strategy, model, optimizer, dataset, position, console, throughput
-    )
+    stages = config.stages()
+    run = Run(config, mesh, fabric, strategy, model, optimizer, dataset, position, console, stages)
     if fabric.is_global_zero:
         run.open_logs(changed)
     console.header(*header(config, mesh, processes, dataset, position))
@@ -94,36 +94,39 @@ def train(run: Run) -> None:
     """The loop: one step after another, and now and then figures, validation, a checkpoint."""
     from data.loader import TrainLoader
 
-    config = run.config
-    batch_size, seq_len = config.train.global_batch_size, config.train.seq_len
+    config, stages = run.config, run.stages
     loader = TrainLoader(
         run.dataset,
-        seq_len=seq_len,
-        global_batch_size=batch_size,
-        micro_batch_size=run.micro_batch_size,
+        stages,
         seed=config.run.seed,
         rank=run.data_rank,
         size=run.mesh.dp,
+        shuffle_block_tokens=config.data.shuffle_block_tokens,
         pin_memory=run.fabric.device.type == "cuda",
+        threads=config.data.loader_threads,
+        prefetch=config.data.prefetch,
     )
     batches = loader.steps(run.position.step)
     clock = Clock()
     run.console.start(run.position.step, config.train.max_steps)
     while run.position.step < config.train.max_steps:
-        step = run.position.step + 1
+        step, stage = run.position.step + 1, stages.at(run.position.step)
         validates = is_due(config.validation.interval, step, config)
         logs = validates or step == 1 or is_due(config.log.interval, step, config)
+        logs = logs or stages.at(step) != stage  # the figures of speed are those of one length
         with clock.step():
             with clock.data():
                 step_batches = next(batches)
             rate = learning_rate(step - 1, config.optim)
             tensors = train_step(run, step_batches, rate)
-            run.position = run.position.after(samples=batch_size, tokens=batch_size * seq_len)
+            run.position = run.position.after(
+                samples=stage.global_batch_size, tokens=stage.global_batch_size * stage.seq_len
+            )
             figures = read_figures(run, tensors, rate) if logs else {}
         if validates and config.validation.samples:
             figures["val_loss"] = validate(run)
         if logs:
-            log(run, figures, clock)
+            log(run, figures, clock, stage)
         if validates:
             write_sample(run)
             if run.metrics is not None:
@@ -191,11 +194,12 @@ def read_figures(run: Run, tensors: dict[str, Tensor], rate: float) -> dict[str,
     } | compiled
 
 
-def log(run: Run, figures: dict[str, Any], clock: Clock) -> None:
+def log(run: Run, figures: dict[str, Any], clock: Clock, stage: Stage) -> None:
     """Adds the speed since the last logged step, and tells the figures to console and files."""
     steps, seconds, data_seconds = clock.read()
-    tokens = steps * run.config.train.global_batch_size * run.config.train.seq_len
-    figures |= run.throughput.figures(tokens, seconds, data_seconds, steps)
+    tokens = steps * stage.global_batch_size * stage.seq_len
+    throughput = meter(run.config, run.mesh, run.fabric.device, stage.seq_len)
+    figures |= throughput.figures(tokens, seconds, data_seconds, steps)
     run.last_figures |= figures
     run.console.log(figures)
     if run.metrics is not None:
@@ -211,7 +215,7 @@ def validate(run: Run) -> float:
         run.dataset,
         samples=run.config.validation.samples,
         seq_len=run.config.train.seq_len,
-        micro_batch_size=run.micro_batch_size,
+        micro_batch_size=run.validation_batch_size,
         rank=run.data_rank,
         size=run.mesh.dp,
     )
@@ -253,17 +257,21 @@ def save(run: Run) -> None:
         checkpoint.remove_old(run.folder, run.config.checkpoint.keep_last)
 
 
-def interrupt(run: Run) -> NoReturn:
-    """Ends the program on Ctrl-C: tells what is kept. The work since the last save is lost."""
+def give_up(run: Run, error: KeyboardInterrupt | DataError) -> NoReturn:
+    """Ends the program on Ctrl-C, or where its data cannot be read on: tells what is kept."""
     run.console.stop()
+    saved = run.folder.committed_steps()
+    kept = f"the same command goes on from step {saved[-1]}" if saved else "nothing is saved yet"
+    interrupted = isinstance(error, KeyboardInterrupt)
     if run.ledger is not None:
-        run.ledger.append("stop", step=run.position.step, reason="interrupted")
-        saved = run.folder.committed_steps()
-        kept = (
-            f"the same command goes on from step {saved[-1]}" if saved else "nothing is saved yet"
-        )
+        reason = "interrupted" if interrupted else str(error)
+        run.ledger.append("stop", step=run.position.step, reason=reason)
+    if interrupted:  # all processes at once; a fault of the data is told by whoever met it
         run.console.note(f"Interrupted at step {run.position.step}: {kept}.")
-    os._exit(130)  # peers may wait for us in a collective call: no orderly end of the group
+    else:
+        told = f"Stopped at step {run.position.step}, {kept}: {error}"
+        print(told, file=sys.stderr, flush=True)
+    os._exit(130 if interrupted else 1)  # peers may wait for us: no orderly end of the group
 
 
 def finish(run: Run) -> None:

@@ -199,13 +199,13 @@ class DataConfig:
             name for stage in self.stages or [] for name, w in (stage.weights or {}).items() if w
         }
         weighted |= {name for name, source in self.sources.items() if source.weight}
-        for name in self.sources:
+        for name, source in self.sources.items():
             if name not in weighted:
                 found.append(
-                    f"data.sources.{name}.weight (0) is 0 in every stage: "
+                    f"data.sources.{name}.weight ({source.weight}) is 0 in every stage: "
                     "give it a weight, or remove the source"
                 )
-        if self.sources and not any(source.weight for source in self.sources.values()):
+        if weighted and not any(source.weight for source in self.sources.values()):
             found.append(
                 "data.sources: every weight is 0 at the first sample: give one source a weight"
             )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data.errors import DataError
-from data.order import Order, quotas
+from data.order import Order, OrderStage, quotas
 from data.shards import ANEW, Manifest, TokenStream
 from data.tokenizer import MODEL_FILE, Tokenizer, read_tokenizer
 
@@ -119,11 +119,8 @@ class Dataset:
 
     def order(self, seq_len: int, seed: int) -> Order:
         """The order of training samples, windows of `seq_len` tokens and their labels."""
-        sources = [
-            (name, self.weights[name], stream.n_windows(seq_len))
-            for name, stream in self.train.items()
-        ]
-        return Order(sources, seed)
+        n_windows = {name: stream.n_windows(seq_len) for name, stream in self.train.items()}
+        return Order([OrderStage(0, seq_len, self.weights, n_windows)], seed)
 
     def check(self, seq_len: int, vocab_size: int, global_batch_size: int) -> None:
         """Whether a model of `vocab_size` can train on this data.

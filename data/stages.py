@@ -56,7 +56,7 @@ def plan_stages(
     keeps the one before it.
 
     Returns:
-        The stages, and a message for each stage that does not begin with a step.
+        The stages, and a message for each that does not begin with a step or has no source.
     """
     weights = {name: source.weight for name, source in data.sources.items()}
     stage = Stage(0, 0, 0, seq_len, global_batch_size, micro_batch_size, weights)
@@ -80,5 +80,9 @@ def plan_stages(
             micro_batch_size=change.micro_batch_size or stage.micro_batch_size,
             weights={**stage.weights, **(change.weights or {})},
         )
+        if not any(stage.weights.values()):
+            problems.append(
+                f"data.stages[{place}].weights: every source's weight is 0: give one a weight"
+            )
         stages.append(stage)
     return Stages(stages), problems

@@ -21,11 +21,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.config import DataConfig, TokenizerConfig
+from data.stages import Stages, plan_stages
 from evaluation.config import EvaluationConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from program.precision import evaluation_problems, moment_problems
-from program.rules import size_problems
+from program.rules import of_every_stage, size_problems, stage_problems
 from training.config import (
     CheckpointConfig,
     LogConfig,
@@ -61,6 +62,15 @@ class TrainProgram:
     checkpoint: CheckpointConfig
     validation: ValidationConfig
     log: LogConfig
+
+    def stages(self) -> Stages:
+        """The stages of the run; `stage_problems` has refused those that do not fit the steps."""
+        return plan_stages(
+            self.data,
+            seq_len=self.train.seq_len,
+            global_batch_size=self.train.global_batch_size,
+            micro_batch_size=self.train.micro_batch_size,
+        )[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +155,13 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> TrainProgram:
         ConfigError: unknown keys, missing values, wrong types and broken rules, all at once.
     """
     rules: list[Rule] = [
-        (("train", "model", "tokenizer"), size_problems),
+        (("train", "data"), stage_problems),
+        (
+            ("train", "data", "model", "tokenizer"),
+            lambda train, data, model, tokenizer: of_every_stage(
+                train, data, lambda sizes: size_problems(sizes, model, tokenizer)
+            ),
+        ),
         (("precision", "optim"), moment_problems),
         *more_rules,
     ]
@@ -232,7 +248,7 @@ def _key(item: Any, values: Any) -> str:
     for part in item["loc"]:
         known = part in values if isinstance(values, dict) else isinstance(part, int)
         if known or (item["type"] == "missing" and part == item["loc"][-1]):
-            key += f".{part}"
+            key += f"[{part}]" if isinstance(values, list) else f".{part}"
             try:
                 values = values[part] if known else None
             except IndexError:  # too short a list: the place is named, the value is not there
@@ -242,6 +258,8 @@ def _key(item: Any, values: Any) -> str:
 
 def _type_problem(key: str, items: list[Any]) -> str:
     """One wrong type or missing value, told as key, value, rule and remedy."""
+    if items[0]["type"] == "missing" and "[" in key:
+        return f"{key} has no value: add it to the list {key.partition('[')[0]}"
     if items[0]["type"] == "missing":
         return f"{key} has no value: add {key}=… to the command"
     rules = " or ".join(item["msg"].removeprefix("Input should be ") for item in items)
@@ -272,23 +290,26 @@ def _unknown_keys(values: dict[str, Any], schema: Any, prefix: str) -> list[str]
             found.append(f"{prefix}{key} is not a key: {hint}")
             continue
         inner, many = _dataclass_of(fields[key])
-        if inner is None or not isinstance(values[key], dict):
+        if inner is None:
             continue
-        for name, child in values[key].items() if many else [(None, values[key])]:
+        children = {"": values[key]}
+        if many and isinstance(values[key], dict):
+            children = {f".{name}": child for name, child in values[key].items()}
+        elif many and isinstance(values[key], list):
+            children = {f"[{place}]": child for place, child in enumerate(values[key])}
+        for path, child in children.items():
             if isinstance(child, dict):
-                path = f"{prefix}{key}." + (f"{name}." if many else "")
-                found += _unknown_keys(child, inner, path)
+                found += _unknown_keys(child, inner, f"{prefix}{key}{path}.")
     return found
 
 
 def _dataclass_of(annotation: Any) -> tuple[Any, bool]:
-    """The dataclass inside `X`, `X | None` or `dict[str, X]`, and whether there are many of it."""
+    """The dataclass in `X`, `dict[str, X]`, `list[X]` or one `| None`, and if there are many."""
     if dataclasses.is_dataclass(annotation):
         return annotation, False
-    if get_origin(annotation) is dict:
-        return _dataclass_of(get_args(annotation)[1])[0], True
+    if get_origin(annotation) in (dict, list):
+        return _dataclass_of(get_args(annotation)[-1])[0], True
     if get_origin(annotation) in (UnionType, Union):
-        return next(
-            ((a, False) for a in get_args(annotation) if dataclasses.is_dataclass(a)), (None, False)
-        )
+        members = (_dataclass_of(member) for member in get_args(annotation))
+        return next((found for found in members if found[0] is not None), (None, False))
     return None, False

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from data.config import DataConfig
 from data.errors import DataError
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, is_first_process, plan_processes, resolve_mesh
 from program.config import ConfigError, TrainProgram, load_train_config, plain
 from program.precision import fp8_problems
-from program.rules import batch_problems, device_problems, model_problems
+from program.rules import batch_problems, device_problems, model_problems, of_every_stage
 from training.config import LogConfig, TrainConfig
 from training.run_folder import RunFolder, RunFolderError
 
@@ -56,18 +57,26 @@ def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshSha
     """
 
     def machine_and_mesh(
-        parallel: ParallelConfig, precision: PrecisionConfig, model: ModelConfig, train: TrainConfig
+        parallel: ParallelConfig,
+        precision: PrecisionConfig,
+        model: ModelConfig,
+        train: TrainConfig,
+        data: DataConfig,
     ) -> list[str]:
         processes, problems = plan_processes(parallel)
         mesh, more = resolve_mesh(parallel, processes.world_size)
         problems += device_problems(processes, mesh, parallel, precision, model)
-        found = model_problems(mesh, parallel, model, train.seq_len) + batch_problems(mesh, train)
-        found += fp8_problems(processes.accelerator, mesh, precision, model, train)
-        return problems + (more or found)
+
+        def of_sizes(train: TrainConfig) -> list[str]:
+            found = model_problems(mesh, parallel, model, train.seq_len)
+            found += batch_problems(mesh, train)
+            return found + fp8_problems(processes.accelerator, mesh, precision, model, train)
+
+        return problems + (more or of_every_stage(train, data, of_sizes))
 
     config = load_train_config(
         composed,
-        (("parallel", "precision", "model", "train"), machine_and_mesh),
+        (("parallel", "precision", "model", "train", "data"), machine_and_mesh),
         (("log",), _tracker_problems),
     )
     processes, _ = plan_processes(config.parallel)
@@ -116,8 +125,9 @@ def prepare_data(config: TrainProgram) -> "Dataset":
         wait_until_prepared(folder)
     dataset = Dataset.open(folder, weights, config.data.document_mask)
     _check_size(dataset, config)
-    trained_on = RunFolder(Path(config.run.dir)).newest_data_hash()
-    if trained_on not in (None, dataset.hash):
+    position = RunFolder(Path(config.run.dir)).newest_position()
+    trained_on = position["data_hash"] if position else dataset.hash
+    if trained_on != dataset.hash:
         raise RunFolderError(
             f"{folder} holds other tokens (hash {dataset.hash[:12]}) than the run in "
             f"{config.run.dir} was trained on ({trained_on[:12]}): restore them, or use another "

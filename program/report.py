@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from data.loader import Dataset
+    from data.stages import Stage
     from training.checkpoint import Position
     from training.metrics import Throughput
 
@@ -33,9 +34,23 @@ def header(
     from training.console import compact
 
     model, train = config.model, config.train
-    tokens = train.max_steps * train.global_batch_size * train.seq_len
+    stages = config.stages()
+    tokens = stages.first_token(train.max_steps)
     begin = f"from step {position.step}" if position.step else "from scratch"
     source_names = ", ".join(config.data.sources)
+    order = dataset.order(stages, config.run.seed, config.data.shuffle_block_tokens)
+    epochs = ", ".join(
+        f"{name} {count:.3g}"
+        for name, count in order.epochs(stages.first_sample(train.max_steps)).items()
+    )
+    batch_rows = [
+        (
+            f"from step {stage.first_step + 1}" if place else "batch",
+            f"{stage.global_batch_size} sequences of {stage.seq_len} tokens a step"
+            + (f", weights {_weights(stage)}" if len(stage.weights) > 1 else ""),
+        )
+        for place, stage in enumerate(stages.all)
+    ]
     return f"Llamesh: {config.run.name}", [
         (
             "model",
@@ -49,10 +64,8 @@ def header(
             f"{compact(dataset.manifest.n_tokens('train'))} tokens, {config.tokenizer.name} "
             f"vocabulary of {dataset.manifest.tokenizer.vocab_size:,}",
         ),
-        (
-            "batch",
-            f"{train.global_batch_size} sequences of {train.seq_len} tokens a step",
-        ),
+        ("epochs", epochs),
+        *batch_rows,
         (
             "to come",
             f"{max(train.max_steps - position.step, 0)} steps {begin}, "
@@ -62,8 +75,16 @@ def header(
     ]
 
 
-def meter(config: TrainProgram, mesh: MeshShape, device: "torch.device") -> "Throughput":
-    """The meter that turns a step's tokens and seconds into the figures of speed."""
+def _weights(stage: "Stage") -> str:
+    """The shares of the sources in a stage."""
+    total = sum(stage.weights.values())
+    return ", ".join(f"{name} {weight / total:.3g}" for name, weight in stage.weights.items())
+
+
+def meter(
+    config: TrainProgram, mesh: MeshShape, device: "torch.device", seq_len: int
+) -> "Throughput":
+    """The meter that turns tokens of sequences of a length, and seconds, into figures of speed."""
     import torch
 
     from model.flops import flops_per_token
@@ -73,8 +94,8 @@ def meter(config: TrainProgram, mesh: MeshShape, device: "torch.device") -> "Thr
     dtype = mixed_precision(config.precision, device.type).param_dtype or torch.float32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return Throughput(
-        flops_per_token(config.model, config.train.seq_len, causal=True),
-        flops_per_token(config.model, config.train.seq_len, causal=False),
+        flops_per_token(config.model, seq_len, causal=True),
+        flops_per_token(config.model, seq_len, causal=False),
         mesh.world_size,
         # A share of the bf16 peak would say nothing about products in 8 bits.
         None if config.precision.fp8 else peak_flops(name, dtype),

@@ -4,7 +4,11 @@ Each function returns every broken rule as a message that names key, value, rule
 every value that would do. Imports nothing heavy.
 """
 
-from data.config import TokenizerConfig
+from collections.abc import Callable
+from dataclasses import replace
+
+from data.config import DataConfig, TokenizerConfig
+from data.stages import plan_stages
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes
@@ -123,6 +127,38 @@ def batch_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
             f"train.micro_batch_size ({train.micro_batch_size}) does not divide the {share} "
             f"sequences of each of the {mesh.dp} data ranks: use {_divisors(share)}"
         )
+    return found
+
+
+def stage_problems(train: TrainConfig, data: DataConfig) -> list[str]:
+    """The rules that tie the stages of the data to the steps."""
+    if train.global_batch_size < 1 or data.problems():
+        return []
+    return plan_stages(
+        data,
+        seq_len=train.seq_len,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+    )[1]
+
+
+def of_every_stage(
+    train: TrainConfig, data: DataConfig, problems: Callable[[TrainConfig], list[str]]
+) -> list[str]:
+    """What `problems` finds in the sizes of any stage, told by the key that gave the number."""
+    found = problems(train)
+    sizes = train
+    keys = {}  # which key gave a number that is not the first stage's
+    for place, change in enumerate(data.stages or []):
+        for name in ("seq_len", "global_batch_size", "micro_batch_size"):
+            if (value := getattr(change, name)) is not None:
+                sizes = replace(sizes, **{name: value})
+                keys[f"train.{name}"] = f"data.stages[{place}].{name}"
+        for problem in problems(sizes):
+            for key, given in keys.items():
+                problem = problem.replace(key, given)
+            if problem not in found:
+                found.append(problem)
     return found
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.stages import Stages
 from parallel.mesh import MeshShape
 from program.config import TrainProgram, plain
 from training.run_folder import RunFolder
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from training.checkpoint import Position
     from training.console import Console
     from training.ledger import Ledger
-    from training.metrics import MetricsLog, Throughput
+    from training.metrics import MetricsLog
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Run:
     dataset: "Dataset"
     position: "Position"
     console: "Console"
-    throughput: "Throughput"
+    stages: Stages
     ledger: "Ledger | None" = None  # rank 0 alone writes ledger and figures
     metrics: "MetricsLog | None" = None
     last_figures: dict[str, Any] = field(default_factory=dict)
@@ -43,8 +44,8 @@ class Run:
         return RunFolder(Path(self.config.run.dir))
 
     @property
-    def micro_batch_size(self) -> int:
-        """Sequences that a data rank computes at a time."""
+    def validation_batch_size(self) -> int:
+        """Held-out sequences that a data rank computes at a time."""
         train = self.config.train
         return train.micro_batch_size or train.global_batch_size // self.mesh.dp
 

@@ -30,6 +30,10 @@ FREE_KEYS = (
     "optim.min_lr_ratio",
     "optim.decay_ratio",
     "data.folder",
+    "data.workers",
+    "data.loader_threads",
+    "data.prefetch",
+    "data.verify_reads",
     "tokenizer.path",
     "checkpoint.",
     "validation.",
@@ -92,12 +96,13 @@ class RunFolder:
                 found.append(int(digits))
         return sorted(found)
 
-    def newest_data_hash(self) -> str | None:
-        """The hash of the tokens that the newest checkpoint was trained on, if it can be read."""
+    def newest_position(self) -> dict[str, Any] | None:
+        """The position of the newest checkpoint whose manifest can be read."""
         for step in reversed(self.committed_steps()):
             try:
                 manifest = json.loads((self.step_folder(step) / "manifest.json").read_text())
-                return str(manifest["position"]["data_hash"])
+                position = manifest["position"]
+                return {key: position[key] for key in ("step", "samples", "data_hash")}
             except (OSError, ValueError, KeyError, TypeError):
                 continue
         return None
@@ -118,7 +123,13 @@ class RunFolder:
         committed_steps = self.committed_steps()
         before = self._read_config()
         changed = _differences(before, config) if before else {}
-        fixed = {key: both for key, both in changed.items() if not _is_free(key)}
+        samples = (self.newest_position() or {"samples": 0})["samples"]
+        fixed = {
+            key: both
+            for key, both in changed.items()
+            if not _is_free(key)
+            and not (key == "data.stages" and _same_past(both[0], both[1], samples))
+        }
         if fixed and committed_steps:
             rows = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, (old, new) in fixed.items())
             raise RunFolderError(
@@ -192,6 +203,17 @@ class RunFolder:
 def _is_free(key: str) -> bool:
     """Whether a dotted key may change between two starts of a run."""
     return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_KEYS)
+
+
+def _same_past(before: Any, now: Any, samples: int) -> bool:
+    """Whether two lists of stages give the same first `samples` samples: the rest is to come."""
+
+    def past(stages: Any) -> Any:
+        if not isinstance(stages, list):
+            return stages or []
+        return [stage for stage in stages if stage["from_sample"] < samples]
+
+    return past(before) == past(now)
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,66 +1,34 @@
 """The order of samples: a bijection, exact quotas, whole epochs, never another one unknowingly."""
 
-import hashlib
-from collections import Counter
 from collections.abc import Sequence
-from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_order import slow_keys, slow_permute, slow_quotas, slow_walk
 
 from data.errors import DataError
-from data.order import BLOCK, Order, permute, quotas, round_keys
+from data.order import BLOCK, Order, OrderStage, quotas
 
-MASK = 2**64 - 1
 Sources = Sequence[tuple[str, float, int]]
 MIXTURE = [("web", 0.6, 1000), ("code", 0.3, 77), ("books", 0.1, 50)]
 
 
-# The reference: the same definitions once more, in plain integers, one sample at a time.
+def stage_of(sources: Sources, first_sample: int = 0, seq_len: int = 8) -> OrderStage:
+    weights = {name: weight for name, weight, _ in sources}
+    n_windows = {name: n for name, _, n in sources}
+    return OrderStage(first_sample, seq_len, weights, n_windows)
 
 
-def slow_keys(*parts: str | int) -> list[int]:
-    name = "\0".join(["1", *map(str, parts)]).encode()
-    digest = hashlib.blake2b(name, digest_size=64, person=b"llamesh-order").digest()
-    return [int.from_bytes(digest[i : i + 8], "little") for i in range(0, 64, 8)]
-
-
-def slow_splitmix64(x: int) -> int:
-    x = (x + 0x9E3779B97F4A7C15) & MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
-    return x ^ (x >> 31)
-
-
-def slow_permute(place: int, n: int, keys: list[int]) -> int:
-    if n == 1:
-        return 0
-    bits = (n - 1).bit_length()
-    low_bits, high_bits = bits // 2, bits - bits // 2
-    while True:
-        low, high = place % 2**low_bits, place >> low_bits
-        for i in range(0, 8, 2):
-            low ^= (slow_splitmix64(high ^ keys[i]) >> 32) % 2**low_bits
-            high ^= slow_splitmix64(low ^ keys[i + 1]) >> (64 - high_bits)
-        place = (high << low_bits) | low
-        if place < n:
-            return place
-
-
-def slow_quotas(weights: Sequence[tuple[str, float]]) -> dict[str, int]:
-    total = sum((Fraction(w) for _, w in weights), Fraction(0))
-    exact = {name: Fraction(w) * BLOCK / total for name, w in weights}
-    found = {name: int(share) for name, share in exact.items()}
-    for name in sorted(exact, key=lambda name: (found[name] - exact[name], name)):
-        if sum(found.values()) < BLOCK:
-            found[name] += 1
-    return found
+def order_of(sources: Sources, seed: int) -> Order:
+    """The order of a run that is one stage."""
+    return Order([stage_of(sources)], seed)
 
 
 def slow_locate(sample: int, sources: Sources, seed: int) -> tuple[int, int, int]:
-    quota = slow_quotas([(name, weight) for name, weight, _ in sources])
+    """One sample of a run of one stage, reached without those before its block."""
+    quota = slow_quotas({name: weight for name, weight, _ in sources})
     layout = [name for name in sorted(quota) for _ in range(quota[name])]
     block, place = divmod(sample, BLOCK)
     keys = slow_keys("mixture", seed, block)
@@ -76,7 +44,7 @@ def slow_locate(sample: int, sources: Sources, seed: int) -> tuple[int, int, int
 
 
 def located(sources: Sources, seed: int, samples: Sequence[int]) -> list[list[int]]:
-    return np.stack(Order(sources, seed).locate(np.array(samples)), axis=1).tolist()
+    return np.stack(order_of(sources, seed).locate(np.array(samples)), axis=1).tolist()
 
 
 def test_order_equals_the_slow_reference_and_its_frozen_values() -> None:
@@ -89,37 +57,6 @@ def test_order_equals_the_slow_reference_and_its_frozen_values() -> None:
     assert located([("stdlib", 1.0, 13_345)], 0, samples) == single == FROZEN_SINGLE
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 64, 65, 1000, 4097])
-def test_permutation_is_a_bijection(n: int) -> None:
-    for seed in range(5):
-        image = permute(np.arange(n), n, round_keys(seed))
-        assert sorted(image.tolist()) == list(range(n))
-
-
-@settings(deadline=None, max_examples=50)
-@given(n=st.integers(1, 2**40), seed=st.integers(), data=st.data())
-def test_permutation_equals_plain_integers_for_any_size(
-    n: int, seed: int, data: st.DataObject
-) -> None:
-    places = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=5))
-    image = permute(np.array(places), n, round_keys(seed)).tolist()
-    assert image == [slow_permute(place, n, slow_keys(seed)) for place in places]
-    assert len(set(image)) == len(set(places))
-
-
-def test_permutation_refuses_a_size_beyond_its_range() -> None:
-    with pytest.raises(ValueError, match="domain"):
-        permute(np.array([0]), 2**40 + 1, round_keys(0))
-
-
-def test_small_permutations_are_all_about_equally_likely() -> None:
-    images = [tuple(permute(np.arange(4), 4, round_keys("fair", i)).tolist()) for i in range(2400)]
-    counts = Counter(images)
-    assert len(counts) == 24
-    # Expected 100 each, standard deviation 10: six of them leave a true shuffle in peace.
-    assert all(abs(count - 100) < 60 for count in counts.values())
-
-
 @settings(deadline=None, max_examples=20)
 @given(
     weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=6),
@@ -128,16 +65,15 @@ def test_small_permutations_are_all_about_equally_likely() -> None:
 )
 def test_each_block_holds_exactly_the_quotas(weights: list[float], block: int, seed: int) -> None:
     sources = [(f"s{i}", weight, 5000 + i) for i, weight in enumerate(weights)]
-    order = Order(sources, seed)
+    order = order_of(sources, seed)
     source, _, _ = order.locate(np.arange(block * BLOCK, (block + 1) * BLOCK))
-    assert np.bincount(source, minlength=len(weights)).tolist() == order.quotas.tolist()
-    reference = slow_quotas([(name, weight) for name, weight, _ in sources])
-    assert order.quotas.tolist() == [reference[name] for name, _, _ in sources]
-    assert order.quotas.sum() == BLOCK
+    found = np.bincount(source, minlength=len(weights)).tolist()
+    reference = slow_quotas({name: weight for name, weight, _ in sources})
+    assert found == [reference[name] for name, _, _ in sources]
 
 
 def test_each_source_gives_each_window_once_before_any_twice_across_blocks() -> None:
-    source, epoch, window = Order(MIXTURE, 3).locate(np.arange(BLOCK + 9999))
+    source, epoch, window = order_of(MIXTURE, 3).locate(np.arange(BLOCK + 9999))
     for index, (_, _, n_windows) in enumerate(MIXTURE):
         drawn, of_epoch = window[source == index], epoch[source == index]
         assert (np.diff(of_epoch) >= 0).all()
@@ -148,7 +84,9 @@ def test_each_source_gives_each_window_once_before_any_twice_across_blocks() -> 
 
 def test_epochs_blocks_seeds_and_source_names_each_change_the_order() -> None:
     def first_epoch(name: str, seed: int, begin: int = 0) -> list[int]:
-        return Order([(name, 1.0, 1000)], seed).locate(np.arange(begin, begin + 1000))[2].tolist()
+        return (
+            order_of([(name, 1.0, 1000)], seed).locate(np.arange(begin, begin + 1000))[2].tolist()
+        )
 
     runs = [first_epoch("a", 0), first_epoch("a", 1), first_epoch("b", 0)]
     runs += [first_epoch("a", 0, 1000), first_epoch("a", 0, 2000), list(range(1000))]
@@ -156,7 +94,7 @@ def test_epochs_blocks_seeds_and_source_names_each_change_the_order() -> None:
         for other in runs[:i]:
             # Two independent orders agree at about one place of all.
             assert sum(x == y for x, y in zip(one, other, strict=True)) < 10
-    source = Order(MIXTURE, 0).locate(np.r_[0:999, BLOCK : BLOCK + 999])[0]
+    source = order_of(MIXTURE, 0).locate(np.r_[0:999, BLOCK : BLOCK + 999])[0]
     assert (source[:999] != source[999:]).sum() > 99  # of independent ones, about half differ
 
 
@@ -170,15 +108,15 @@ def test_a_sample_is_the_same_looked_up_alone_or_with_others(samples: list[int],
 def test_listing_order_of_the_sources_does_not_matter() -> None:
     samples = np.arange(5000)
     names = np.array([name for name, _, _ in MIXTURE])
-    source, epoch, window = Order(MIXTURE, 5).locate(samples)
-    source_, epoch_, window_ = Order(MIXTURE[::-1], 5).locate(samples)
+    source, epoch, window = order_of(MIXTURE, 5).locate(samples)
+    source_, epoch_, window_ = order_of(MIXTURE[::-1], 5).locate(samples)
     assert (names[source] == names[::-1][source_]).all()
     assert (epoch == epoch_).all()
     assert (window == window_).all()
 
 
 def test_epochs_counts_what_locate_draws() -> None:
-    order, n_samples = Order(MIXTURE, 1), BLOCK + 4321
+    order, n_samples = order_of(MIXTURE, 1), BLOCK + 4321
     source, _, _ = order.locate(np.arange(n_samples))
     expected = {
         name: (source == i).sum() / n_windows for i, (name, _, n_windows) in enumerate(MIXTURE)
@@ -190,9 +128,158 @@ def test_a_weight_that_rounds_to_nothing_and_a_source_without_window_are_refused
     with pytest.raises(DataError, match=r"data\.sources\.b\.weight \(1e-06\).*use at least"):
         quotas([("a", 1.0), ("b", 1e-6)])
     with pytest.raises(DataError, match="has 0 windows"):
-        Order([("a", 1.0, 0)], 0)
+        order_of([("a", 1.0, 0)], 0)
 
 
+# ---------------------------------------------------------------- stages and blocks
+
+# Weights change, then the length (two windows in one), then weights, and the length again.
+STAGES = [
+    stage_of(MIXTURE),
+    stage_of([("web", 0.0, 1000), ("code", 0.5, 77), ("books", 0.5, 50)], 900),
+    stage_of([("web", 0.2, 500), ("code", 0.5, 38), ("books", 0.3, 25)], 1300, seq_len=16),
+    stage_of([("web", 0.5, 500), ("code", 0.4, 38), ("books", 0.1, 25)], 1800, 16),
+    stage_of([("web", 1.0, 1000), ("code", 0.0, 77), ("books", 0.0, 0)], 2400, seq_len=8),
+]
+
+
+@pytest.mark.parametrize("block_tokens", [None, 80])
+def test_stages_equal_a_walk_from_the_first_sample_on_and_their_frozen_values(
+    block_tokens: int | None,
+) -> None:
+    n_samples = 3000
+    reference = slow_walk(STAGES, 42, n_samples, block_tokens)
+    order = Order(STAGES, 42, block_tokens)
+    columns = order.locate(np.arange(n_samples))
+    found = [
+        (order.names[source], epoch, window)
+        for source, epoch, window in zip(*(column.tolist() for column in columns), strict=True)
+    ]
+    assert found == reference
+    assert [list(reference[sample]) for sample in FROZEN_AT] == FROZEN_STAGES[block_tokens]
+    # A position reached at once is the one that the walk reaches.
+    for sample in (0, 899, 900, 1299, 1300, 1799, 1800, 2399, 2400, 2999):
+        alone = [int(column[0]) for column in order.locate(np.array([sample]))]
+        assert (order.names[alone[0]], *alone[1:]) == reference[sample]
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    changes=st.lists(
+        st.tuples(st.integers(1, 400), st.sampled_from([4, 8])),
+        max_size=4,
+    ),
+    block_tokens=st.sampled_from([None, 1, 60]),
+    data=st.data(),
+)
+def test_any_stages_equal_the_walk(
+    changes: list[tuple[int, int]], block_tokens: int | None, data: st.DataObject
+) -> None:
+    stages, first = [], 0
+    for length, seq_len in [(0, 8), *changes]:
+        first += length
+        weights = data.draw(
+            st.lists(st.sampled_from([0.0, 1.0, 3.0]), min_size=2, max_size=2).filter(any)
+        )
+        sizes = (90, 31) if seq_len == 8 else (180, 62)
+        sources = list(zip("ab", weights, sizes, strict=True))
+        stages.append(stage_of(sources, first, seq_len))
+    n_samples = first + 300
+    order = Order(stages, 1, block_tokens)
+    columns = (column.tolist() for column in order.locate(np.arange(n_samples)))
+    found = [(order.names[s], epoch, window) for s, epoch, window in zip(*columns, strict=True)]
+    reference = slow_walk(stages, 1, n_samples, block_tokens)
+    assert found == reference
+    through = dict.fromkeys("ab", 0.0)
+    for sample, (name, _, _) in enumerate(reference):
+        stage = [stage for stage in stages if stage.first_sample <= sample][-1]
+        through[name] += 1 / stage.n_windows[name]
+    assert order.epochs(n_samples) == pytest.approx(through)
+
+
+@pytest.mark.parametrize("block_tokens", [None, 80])
+def test_an_epoch_goes_on_through_new_weights_and_ends_with_a_new_length(
+    block_tokens: int | None,
+) -> None:
+    order = Order(STAGES, 7, block_tokens)
+    source, epoch, window = order.locate(np.arange(2400))
+    books = order.names.index("books")
+    for length in (slice(0, 1300), slice(1300, 2400)):
+        of_books = source[length] == books
+        epochs, windows = epoch[length][of_books], window[length][of_books]
+        assert (np.diff(epochs) >= 0).all()
+        for number in np.unique(epochs)[:-1]:  # whole ones, over the change of weights too
+            n = 50 if length.start == 0 else 25
+            assert sorted(windows[epochs == number].tolist()) == list(range(n))
+    assert epoch[1300:][source[1300:] == books].min() > epoch[:1300][source[:1300] == books].max()
+
+
+def test_a_stage_to_come_changes_no_sample_before_it() -> None:
+    samples = np.arange(1800)
+    for one, other in zip(
+        Order(STAGES, 3).locate(samples), Order(STAGES[:3], 3).locate(samples), strict=True
+    ):
+        assert (one == other).all()
+
+
+def test_weights_hold_exactly_from_a_stage_s_first_sample_on() -> None:
+    stages = [stage_of(MIXTURE), stage_of([("web", 3.0, 1000), ("code", 1.0, 77)], 1000)]
+    stages[0] = stage_of([("web", 1.0, 1000), ("code", 1.0, 77)])
+    source, _, _ = Order(stages, 0).locate(np.arange(1000, 1000 + 2 * BLOCK))
+    for block in source.reshape(2, BLOCK):
+        assert np.bincount(block).tolist() == [BLOCK * 3 // 4, BLOCK // 4]
+
+
+def test_blocks_keep_reads_near_each_other_and_take_each_window_once() -> None:
+    n, block = 1050, 100
+    order = Order([stage_of([("a", 1.0, n)], seq_len=8)], 0, block_tokens=8 * block + 3)
+    _, epoch, window = order.locate(np.arange(3 * n))
+    rounds = window.reshape(3, n)
+    assert (np.sort(rounds, axis=1) == np.arange(n)).all()
+    assert epoch.tolist() == [e for e in range(3) for _ in range(n)]
+    for row in rounds:
+        assert 1 + np.count_nonzero(np.diff(row // block)) == 11
+    assert (rounds[0] != rounds[1]).sum() > n - 20  # two independent orders agree at about one
+
+
+def test_a_stage_whose_weights_are_no_use_is_refused_by_its_key() -> None:
+    def refused(*sources: tuple[str, float, int]) -> str:
+        with pytest.raises(DataError) as caught:
+            Order([stage_of([("a", 1.0, 9), ("b", 1.0, 9)]), stage_of(sources, 100)], 0)
+        return str(caught.value)
+
+    assert "data.stages[0].weights.b (1e-09) gives" in refused(("a", 1.0, 9), ("b", 1e-9, 9))
+    assert "every weight is 0" in refused(("a", 0.0, 9), ("b", 0.0, 9))
+    assert "data.sources.b has 0 windows" in refused(("a", 1.0, 9), ("b", 1.0, 0))
+
+
+FROZEN_AT = [0, 899, 900, 1299, 1300, 1799, 1800, 2399, 2400, 2999]
+FROZEN_STAGES = {
+    None: [
+        ["web", 0, 570],
+        ["code", 3, 39],
+        ["books", 1, 19],
+        ["code", 5, 73],
+        ["code", 6, 33],
+        ["code", 12, 16],
+        ["web", 1, 453],
+        ["code", 19, 24],
+        ["web", 2, 797],
+        ["web", 2, 433],
+    ],
+    80: [
+        ["web", 0, 395],
+        ["code", 3, 28],
+        ["books", 1, 1],
+        ["code", 5, 6],
+        ["code", 6, 3],
+        ["code", 12, 36],
+        ["web", 1, 258],
+        ["code", 19, 2],
+        ["web", 2, 482],
+        ["web", 2, 145],
+    ],
+}
 FROZEN_MIXTURE = [
     [0, 0, 570],
     [0, 0, 2],

@@ -157,7 +157,7 @@ def test_a_misspelt_key_is_named_with_the_one_that_was_meant(argument: str, mean
         ("train.max_steps=null", "train.max_steps", "None"),
         ("optim.lr=fast", "optim.lr", "'fast'"),
         ("optim.schedule=cosin", "optim.schedule", "'cosin'"),
-        ("optim.betas=[0.9]", "optim.betas.1", "has no value"),
+        ("optim.betas=[0.9]", "optim.betas[1]", "has no value"),
         ("precision.param=fp16", "precision.param", "'fp16'"),
         ("precision.optimizer_state=int4", "precision.optimizer_state", "'int4'"),
         ("precision.fp8=blockwise", "precision.fp8", "'blockwise'"),
@@ -218,6 +218,16 @@ def test_all_problems_are_told_together() -> None:
         "run.seed (-1)",
     ):
         assert sum(part in problem for problem in found) == 1, (part, found)
+
+
+def test_keys_inside_lists_are_checked_and_named_by_their_place() -> None:
+    found = problems("data.stages=[{from_sample:16},{seq_lenn:512}]")
+    assert any("data.stages[1].seq_lenn is not a key: did you mean" in one for one in found)
+    assert any(
+        "data.stages[1].from_sample has no value: add it to the list" in one for one in found
+    )
+    [problem] = problems("data.stages=[{from_sample:never}]")
+    assert problem.startswith("data.stages[0].from_sample ('never') has the wrong type")
 
 
 def test_a_missing_value_and_an_unknown_key_are_told_together() -> None:

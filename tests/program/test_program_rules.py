@@ -5,10 +5,17 @@ from dataclasses import replace
 
 import pytest
 
+from data.config import DataConfig, SourceConfig, StageConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, resolve_mesh
-from program.rules import batch_problems, device_problems, model_problems
+from program.rules import (
+    batch_problems,
+    device_problems,
+    model_problems,
+    of_every_stage,
+    stage_problems,
+)
 from training.config import TrainConfig
 
 MODEL = ModelConfig("small", 96, 2, 12, 6, 120, 240)
@@ -103,6 +110,44 @@ def test_meshes_that_divide_batch_and_model_have_no_problem() -> None:
         if train.seq_len // mesh.cp % mesh.tp == 0:
             assert model_problems(mesh, PARALLEL, MODEL, train.seq_len) == []
         assert batch_problems(mesh, train) == []
+
+
+def staged(*stages: StageConfig) -> DataConfig:
+    return DataConfig("x", "x", {"a": SourceConfig("stdlib")}, stages=list(stages))
+
+
+def test_sizes_of_every_stage_are_checked_and_told_by_the_key_that_gave_them() -> None:
+    train = TrainConfig(max_steps=1, global_batch_size=8, seq_len=64, micro_batch_size=4)
+    mesh = MeshShape(1, 2, 1, 1)
+    data = staged(
+        StageConfig(8, global_batch_size=12),  # micro-batches of 4 do not divide 6
+        StageConfig(32, seq_len=9),  # once more the same batch: told once
+        StageConfig(56, global_batch_size=7, micro_batch_size=1),
+    )
+    found = of_every_stage(train, data, lambda sizes: batch_problems(mesh, sizes))
+    first, second = found
+    assert first.startswith("train.micro_batch_size (4) does not divide the 6 sequences")
+    assert second.startswith("data.stages[2].global_batch_size (7) is not a multiple")
+    lengths = of_every_stage(
+        train,
+        data,
+        lambda sizes: model_problems(MeshShape(1, 1, 2, 1), PARALLEL, MODEL, sizes.seq_len),
+    )
+    assert len(lengths) == 1 and "data.stages[1].seq_len (9) is not a multiple" in lengths[0]
+    assert of_every_stage(train, staged(), lambda sizes: batch_problems(mesh, sizes)) == []
+
+
+def test_a_stage_begins_with_a_step() -> None:
+    train = TrainConfig(max_steps=1, global_batch_size=8, seq_len=64)
+
+    def problems(*stages: StageConfig) -> list[str]:
+        return stage_problems(train, staged(*stages))
+
+    assert problems(StageConfig(16, global_batch_size=3), StageConfig(22)) == []
+    [problem] = problems(StageConfig(17))
+    assert "data.stages[0].from_sample (17)" in problem and problem.endswith("use 16 or 24")
+    [problem] = problems(StageConfig(16, global_batch_size=3), StageConfig(18))
+    assert "data.stages[1].from_sample (18)" in problem and problem.endswith("use 19")
 
 
 def of_device(processes: Processes = CPU, mesh: MeshShape | None = None, **wanted: object) -> str:

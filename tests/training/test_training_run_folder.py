@@ -23,6 +23,11 @@ FIXED = (
     "data.validation_fraction",
     "data.document_mask",
     "data.shard_tokens",
+    "data.invalid_text",
+    "data.packing",
+    "data.shuffle_block_tokens",
+    "data.stages",
+    "data.stream_lanes",
     "tokenizer.name",
     "tokenizer.vocab_size",
     "tokenizer.training_characters",
@@ -209,13 +214,44 @@ def test_steps_are_read_from_whole_names_of_committed_folders(folder: RunFolder)
     assert folder.committed_steps() == [5, 40]
 
 
-def test_data_hash_is_that_of_the_newest_checkpoint_that_can_be_read(folder: RunFolder) -> None:
-    assert folder.newest_data_hash() is None
-    commit(folder, 50, data_hash="old")
-    commit(folder, 60, data_hash="new")
-    assert folder.newest_data_hash() == "new"
+def test_position_is_that_of_the_newest_checkpoint_that_can_be_read(folder: RunFolder) -> None:
+    assert folder.newest_position() is None
+    commit(folder, 50, samples=100, data_hash="old")
+    commit(folder, 60, samples=120, data_hash="new")
+    assert folder.newest_position() == {"step": 60, "samples": 120, "data_hash": "new"}
     (folder.step_folder(60) / "manifest.json").write_text("{")
-    assert folder.newest_data_hash() == "old"
+    assert folder.newest_position() == {"step": 50, "samples": 100, "data_hash": "old"}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "allowed"),
+    [
+        (None, [{"from_sample": 120, "seq_len": 512}], True),
+        (None, [{"from_sample": 119, "seq_len": 512}], False),
+        ([{"from_sample": 80, "seq_len": 512}], None, False),
+        ([{"from_sample": 160, "seq_len": 512}], None, True),
+        (
+            [{"from_sample": 80, "seq_len": 512}, {"from_sample": 160, "seq_len": 1024}],
+            [{"from_sample": 80, "seq_len": 512}, {"from_sample": 120, "seq_len": 2048}],
+            True,
+        ),
+        ([{"from_sample": 80, "seq_len": 512}], [{"from_sample": 80, "seq_len": 256}], False),
+    ],
+)
+def test_stages_may_change_where_no_sample_has_been_taken(
+    folder: RunFolder, before: Any, now: Any, allowed: bool
+) -> None:
+    """The newest checkpoint has taken the samples 0 … 119."""
+    commit(folder, 60, samples=120, data_hash="same")
+    configs = [copy.deepcopy(CONFIG), copy.deepcopy(CONFIG)]
+    for config, stages in zip(configs, (before, now), strict=True):
+        config["data"]["stages"] = stages
+    folder.write_config(configs[0])
+    if allowed:
+        assert folder.check(configs[1]) == {"data.stages": [before, now]}
+    else:
+        with pytest.raises(RunFolderError, match=r"data\.stages"):
+            folder.check(configs[1])
 
 
 def test_samples_are_appended(folder: RunFolder) -> None:

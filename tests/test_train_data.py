@@ -1,0 +1,163 @@
+"""The data in whole runs: stages, stops and other meshes keep the samples; faults are told."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, read_metrics, start_program
+from test_train_launch import DEADLINE, Program, linux, wait_for
+
+# The first stage's 8 × 64 tokens a step until step 12, then the other source joins, then the
+# sequences double, then the batch.
+STAGES = (
+    "data.stages=[{from_sample:96,weights:{email:0.7}},"
+    "{from_sample:192,seq_len:128},{from_sample:256,global_batch_size:16}]"
+)
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the two sources' shards lie."""
+    return tmp_path_factory.mktemp("shards") / "two"
+
+
+@pytest.fixture(scope="module")
+def command(corpus: Path, shards: Path) -> Any:
+    """`command(folder)`: the arguments of a staged run on two sources, prepared already."""
+    data = [
+        *("data=text", "data.name=two", f"data.folder={shards}", "data.validation_fraction=0.2"),
+        *(f"data.sources.text.path={corpus}/json-*.txt", "data.shard_tokens=20000"),
+        *("data.sources.email.format=text", f"data.sources.email.path={corpus}/email-*.txt"),
+        "data.sources.email.weight=0",
+    ]
+    prepared = start_program(["prepare.py", *data, "tokenizer=byte"])
+    assert prepared.returncode == 0, prepared.stderr
+
+    def arguments(folder: Path, *overrides: str) -> list[str]:
+        return [
+            *("train.py", "experiment=smoke", *data, STAGES, f"run.dir={folder}"),
+            *("checkpoint.interval=5", "validation.interval=null", "validation.samples=0"),
+            *("validation.sample_tokens=0", "parallel.accelerator=cpu", "log.tensorboard=false"),
+            *overrides,
+        ]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run on one process, from end to end."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = start_program(command(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_stages_change_weights_length_and_batch_at_their_samples(undisturbed: Path) -> None:
+    lines = read_metrics(undisturbed)
+    samples = [8 * step for step in range(1, 33)] + [256 + 16 * i for i in range(1, 9)]
+    tokens = [512 * step for step in range(1, 25)]
+    tokens += [tokens[-1] + 1024 * i for i in range(1, 9)]
+    tokens += [tokens[-1] + 2048 * i for i in range(1, 9)]
+    assert [line["samples"] for line in lines] == samples
+    assert [line["tokens"] for line in lines] == tokens
+    assert len({line["batch_hash"] for line in lines}) == STEPS
+
+
+@linux
+def test_killed_twice_and_spread_otherwise_the_run_takes_the_same_samples(
+    command: Any, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Each start on another mesh, with other threads and read-ahead; kills in two stages."""
+    folder = tmp_path / "run"
+    for last, overrides in (
+        (14, ("parallel.dp_shard=2", "data.loader_threads=3", "data.prefetch=1")),
+        (31, ("parallel.tp=2", "train.micro_batch_size=2", "data.prefetch=7")),
+    ):
+        program = Program(command(folder, *overrides))
+        try:
+            wait_for(partial(has_done, folder, last), f"step {last}")
+            program.main.kill()
+            program.wait_for_child()
+        finally:
+            program.end()
+    done = start_program(command(folder, "data.verify_reads=false"))
+    assert done.returncode == 0, done.stderr
+    found, expected = read_metrics(folder), read_metrics(undisturbed)
+    for key in ("step", "samples", "tokens", "batch_hash"):
+        assert [line[key] for line in found] == [line[key] for line in expected]
+    # Meshes sum in other orders: rounding of 1e-7 a sum, grown over the steps.
+    losses = [line["loss"] for line in expected]
+    assert [line["loss"] for line in found] == pytest.approx(losses, rel=1e-6, abs=0)
+
+
+def has_done(folder: Path, step: int) -> bool:
+    """Whether a run has told the figures of a step."""
+    metrics = folder / "metrics.jsonl"
+    whole = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+    return any(json.loads(line)["step"] >= step for line in whole)
+
+
+def assert_told_and_mended(
+    done: tuple[int, str], words: list[str], copy: Path, shards: Path, undisturbed: Path
+) -> None:
+    """A run ended with a message about the second source; with its files back it goes on."""
+    exit_code, errors = done
+    assert exit_code == 1
+    assert "Traceback" not in errors
+    assert "the same command goes on from step 10" in errors
+    assert str(copy / "email") in errors
+    shutil.copytree(shards / "email", copy / "email", dirs_exist_ok=True)
+    again = start_program(words)
+    assert again.returncode == 0, again.stderr
+    (run,) = (Path(word.partition("=")[2]) for word in words if word.startswith("run.dir="))
+    hashes = [line["batch_hash"] for line in read_metrics(undisturbed)]
+    assert [line["batch_hash"] for line in read_metrics(run)] == hashes
+
+
+def test_a_flipped_byte_in_a_shard_stops_the_run_and_says_what_is_kept(
+    command: Any, undisturbed: Path, shards: Path, tmp_path: Path
+) -> None:
+    """The second source is not read before its stage begins, with step 13."""
+    copy = tmp_path / "shards"
+    shutil.copytree(shards, copy)
+    for path in (copy / "email").glob("train-*.tokens"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    words = command(tmp_path / "run", f"data.folder={copy}")
+    done = start_program(words)
+    assert_told_and_mended((done.returncode, done.stderr), words, copy, shards, undisturbed)
+
+
+@linux
+def test_shards_that_vanish_while_the_run_trains_stop_it_and_it_says_what_is_kept(
+    command: Any, undisturbed: Path, shards: Path, tmp_path: Path
+) -> None:
+    """The run stands still at step 9, in a pipe that nobody reads, until the files are gone."""
+    copy, folder = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(shards, copy)
+    folder.mkdir()
+    os.mkfifo(folder / "samples.txt")
+    words = command(folder, f"data.folder={copy}", "data.prefetch=1")
+    samples = ("validation.interval=9", "validation.sample_tokens=1")
+    program = subprocess.Popen(
+        [sys.executable, *words, *samples], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for(partial(has_done, folder, 9), "step 9")
+        shutil.rmtree(copy / "email")
+        with open(folder / "samples.txt", encoding="utf-8") as pipe:
+            pipe.read()
+        _, errors = program.communicate(timeout=DEADLINE)
+    finally:
+        program.kill()
+    (folder / "samples.txt").unlink()
+    assert_told_and_mended((program.returncode, errors), words, copy, shards, undisturbed)
