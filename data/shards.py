@@ -48,7 +48,7 @@ class ShardWriter:
         self._file.write(content)
         self._sums.update(content)
         self._starts.append(self._starts[-1] + len(tokens))
-        self.largest_id = max(self.largest_id, int(tokens.max(initial=-1)))
+        self.largest_id = max(self.largest_id, int(tokens.max(initial=0)))
 
     def close(self) -> Shard | None:
         """Finishes the shard; None where no document came."""
