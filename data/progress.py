@@ -89,7 +89,7 @@ def _told(first: Done, done: Done, seconds: float, n_bytes: int | None) -> str:
         speed = (done.n_tokens - first.n_tokens) / seconds
         told += f"  {done.n_tokens:,} tokens  {speed:,.0f} tokens/s"
     read = done.n_bytes - first.n_bytes
-    if n_bytes and read > 0:
+    if n_bytes and (100 * read >= n_bytes or done.n_documents - first.n_documents >= 1000):
         left = round(seconds * (n_bytes - done.n_bytes) / read)
         told += f"  {done.n_bytes / n_bytes:.0%}  {timedelta(seconds=left)} left"
     return told

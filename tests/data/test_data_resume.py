@@ -17,6 +17,7 @@ from data import corpora
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
 from data.prepare import prepare
+from data.rows import Policy
 
 BYTE = TokenizerConfig("byte", 272)
 TEXTS = [f"Document {i}, naïve 🙂 " + f"line {i}\n" * (i % 40) for i in range(300)]
@@ -55,6 +56,7 @@ import os, signal, sys, traceback
 from data import corpora
 from data.config import *
 from data.prepare import prepare
+from data.rows import Policy
 corpora.MIN_PART_BYTES = 8_000
 calls = limit = 0
 def counted(change):
@@ -192,7 +194,8 @@ def test_after_a_strict_preparation_stopped_at_bad_text_another_policy_goes_on(
     with pytest.raises(DataError, match="line 251"):
         prepare(strict, tokenizer, progress=False)
     assert {file: file.stat().st_mtime_ns for file in done[:-1]} == times
-    for policy, count in (("skip", "skipped"), ("replace", "replaced")):
+    ways: list[tuple[Policy, str]] = [("skip", "skipped"), ("replace", "replaced")]
+    for policy, count in ways:
         fresh = replace(strict, folder=str(tmp_path / policy), invalid_text=policy)
         manifest = prepare(fresh, tokenizer, progress=False)
         assert manifest.sources["two"].documents[count] == 1

@@ -1,6 +1,7 @@
 """Token ids: those of Meta's own class, of the trained model, and back to the same text."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import TokenizerConfig
+from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
+from data.manifest import SPLITS
+from data.prepare import is_validation, prepare
+from data.shards import TokenStream
 from data.tokenizer import (
     Tokenizer,
     _trained_by_library,
@@ -35,6 +39,18 @@ TEXTS = [
     " " * 1_000_000 + "x",
     "x" * 60_000 + " " * 25_001 + "y" * 25_000 + "\n" * 25_000 + "z",
     "".join(f"word{i} " for i in range(60_000)),
+]
+
+
+# Sentences of many scripts, emoji with their joiners, code of this very repository.
+CORPUS = [
+    "Tiếng Việt có dấu; Ελληνικά; עברית עם ניקוד: שָׁלוֹם; ไทยไม่เว้นวรรค; ქართული; አማርኛ",
+    "पहले १२३ और ৪৫৬, फिर ١٢٣٬٤٥٦٫٧٨٩ — ①②③ Ⅳ ½ 1234567890 3.14e-10",
+    "Zeile 1\nZeile 2\r\n\r\n\tEinzug   und Leerraum \u3000\xa0\u2028 Ende ",
+    "🇩🇪🇯🇵 👩🏽‍💻 👨‍👨‍👧‍👦 ❤️‍🔥 ☃️ #️⃣ 🏴󠁧󠁢󠁥󠁮󠁧󠁿 zwei 🙂🙃",
+    "日本語とEnglishと한국어가 섞인 текст, 中文，标点。“引号”…",
+    "SELECT * FROM t WHERE a <> 'b' -- x\n#include <stdio.h>\nint main(void){return 0;}\n",
+    *(file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))),
 ]
 
 
@@ -68,11 +84,39 @@ def test_llama3_ids_equal_those_of_metas_tokenizer(llama3: Tokenizer) -> None:
         meta.eos_id,
     )
     assert llama3.specials == meta.special_tokens
-    documents = llama3.encode_documents(TEXTS)
-    for text, document in zip(TEXTS, documents, strict=True):
+    for text in TEXTS:
+        document = llama3.encode_document(text)
         assert llama3.encode(text) == meta.encode(text, bos=False, eos=False)
         assert document.tolist() == meta.encode(text, bos=True, eos=True)
         assert document.dtype == np.uint32
+
+
+def test_a_prepared_corpus_holds_the_ids_of_metas_tokenizer(
+    llama3: Tokenizer, tmp_path: Path
+) -> None:
+    """From the file to the shards: each text as Meta's own class encodes it, special tokens too."""
+    from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
+
+    meta = MetaTokenizer.get_instance()
+    texts = [text for text in [*CORPUS, *TEXTS] if text and "\0" not in text]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = DataConfig(
+        "corpus",
+        str(tmp_path / "shards"),
+        {"mixed": SourceConfig("jsonl", str(path))},
+        validation_fraction=0.3,
+        shard_tokens=20_000,
+    )
+    manifest = prepare(data, TokenizerConfig("llama3", 128_256), progress=False)
+    assert manifest.n_documents("train") + manifest.n_documents("validation") == len(texts)
+    for split in SPLITS:
+        stream = TokenStream(Path(data.folder), manifest.shards(split))
+        tokens, starts = stream.window(0, stream.n_tokens - 1)  # all of them
+        held = [text for text in texts if is_validation(text, 0.3) == (split == "validation")]
+        expected = [meta.encode(text, bos=True, eos=True) for text in held]
+        assert starts.tolist() == [0, *np.cumsum([len(ids) for ids in expected])[:-1].tolist()]
+        assert tokens.tolist() == [token for ids in expected for token in ids]
 
 
 @settings(deadline=None, max_examples=40)
