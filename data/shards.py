@@ -16,6 +16,7 @@ from data.errors import DataError
 from data.files import CRC_BLOCK, Checksums, sync_folder, write_atomically
 from data.manifest import OFFSET, TOKEN, FileEntry, Shard
 
+TOKENS_A_BLOCK = CRC_BLOCK // TOKEN.itemsize
 MEND = "`prepare.py verify=true` lists all damage; restore the file, or prepare the folder again"
 
 
@@ -28,7 +29,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, stem: str) -> None:
         self.folder, self.stem = folder, stem
-        self.largest_id = -1
+        self.largest_id = 0
         self._starts = [0]  # where each document begins, then the number of tokens
         self._file: BinaryIO | None = None
         self._sums = Checksums()
@@ -48,7 +49,7 @@ class ShardWriter:
         self._file.write(content)
         self._sums.update(content)
         self._starts.append(self._starts[-1] + len(tokens))
-        self.largest_id = max(self.largest_id, int(tokens.max(initial=-1)))
+        self.largest_id = max(self.largest_id, int(tokens.max(initial=0)))
 
     def close(self) -> Shard | None:
         """Finishes the shard; None where no document came."""
@@ -158,7 +159,7 @@ class TokenStream:
         if self._verify:
             for block in range(len(shard.offsets.crc32) // 8):
                 _compare_block(self._folder, shard.offsets, offsets, block)
-        checked = np.zeros(len(shard.tokens.crc32) // 8, dtype=bool)
+        checked = bytearray(len(shard.tokens.crc32) // 8)
         self._maps[number] = _Map(shard.tokens, tokens, offsets[:-1], checked)
         return self._maps[number]
 
@@ -179,11 +180,11 @@ class TokenStream:
 
     def _compare(self, shard: "_Map", begin: int, end: int) -> None:
         """Compares the blocks of some tokens with their checksums, once each."""
-        per_block = CRC_BLOCK // TOKEN.itemsize
-        for block in range(begin // per_block, (end - 1) // per_block + 1):
-            if not shard.checked[block]:
-                _compare_block(self._folder, shard.entry, shard.tokens, block)
-                shard.checked[block] = True
+        first, last = begin // TOKENS_A_BLOCK, (end - 1) // TOKENS_A_BLOCK
+        while not all(shard.checked[first : last + 1]):
+            block = shard.checked.index(0, first)
+            _compare_block(self._folder, shard.entry, shard.tokens, block)
+            shard.checked[block] = 1
 
 
 class _Map(NamedTuple):
@@ -192,7 +193,7 @@ class _Map(NamedTuple):
     entry: FileEntry
     tokens: np.ndarray
     starts: np.ndarray
-    checked: np.ndarray
+    checked: bytearray  # a 1 for each
 
 
 def _compare_block(folder: Path, entry: FileEntry, content: np.ndarray, block: int) -> None:

@@ -55,9 +55,9 @@ def _shard_problems(folder: Path, shard: Shard, vocab_size: int) -> list[str]:
         return problems
     tokens = np.memmap(folder / shard.tokens.file, dtype=TOKEN, mode="r")
     offsets = np.fromfile(folder / shard.offsets.file, dtype=OFFSET)
-    if int(tokens.max(initial=-1)) != shard.largest_id or shard.largest_id >= vocab_size:
+    if int(tokens.max(initial=0)) != shard.largest_id or shard.largest_id >= vocab_size:
         problems.append(
-            f"{folder / shard.tokens.file} holds ids up to {int(tokens.max(initial=-1))}: the "
+            f"{folder / shard.tokens.file} holds ids up to {int(tokens.max(initial=0))}: the "
             f"manifest says {shard.largest_id}, the vocabulary has {vocab_size}"
         )
     ends = [0, shard.n_tokens]
