@@ -8,7 +8,7 @@ import fcntl
 import time
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +40,8 @@ def pack(folder: Path | str, seq_len: int, progress: bool = True) -> None:
     folder = Path(folder)
     manifest = Manifest.read(folder)
     if is_packed(folder, manifest, seq_len):
+        with suppress(OSError):  # of a process that was killed just before; or there is none
+            _lock_file(folder, seq_len).unlink()
         return
     show = PreparationProgress(progress)
     try:
