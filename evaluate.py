@@ -29,7 +29,7 @@ from program.rules import model_problems
 from training.run_folder import COMMITTED, RunFolderError
 
 if TYPE_CHECKING:
-    from data.loader import Dataset
+    from data.dataset import Dataset
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
@@ -75,7 +75,7 @@ def check_mesh(config: EvaluateProgram, trained: TrainProgram) -> tuple[Processe
 
 def open_held_out(trained: TrainProgram) -> "Dataset":
     """The run's dataset; raises `DataError` where it is gone or holds nothing out."""
-    from data.loader import Dataset
+    from data.dataset import Dataset
 
     dataset = Dataset.open(trained.data.folder, document_mask=trained.data.document_mask)
     seq_len = trained.train.seq_len

@@ -30,7 +30,8 @@ from training.schedule import learning_rate
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data.loader import Dataset, StepBatches
+    from data.dataset import Dataset
+    from data.loader import StepBatches
     from data.stages import Stage
 
 

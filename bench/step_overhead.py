@@ -36,9 +36,7 @@ def main() -> None:
         ours = set_up(config, processes, mesh, dataset, changed={})
         loader = TrainLoader(
             dataset,
-            seq_len=config.train.seq_len,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=ours.micro_batch_size,
+            ours.stages,
             seed=config.run.seed,
             rank=0,
             size=1,

@@ -25,7 +25,7 @@ from training.config import LogConfig, TrainConfig
 from training.run_folder import RunFolder, RunFolderError
 
 if TYPE_CHECKING:
-    from data.loader import Dataset
+    from data.dataset import Dataset
 
 
 @contextmanager
@@ -109,21 +109,20 @@ def prepare_data(config: TrainProgram) -> "Dataset":
         DataError: it cannot be prepared or read, or is too small.
         RunFolderError: the run's newest checkpoint was trained on other tokens.
     """
-    from data.loader import Dataset
+    from data.dataset import Dataset
+    from data.manifest import Manifest
     from data.prepare import prepare, wait_until_prepared
-    from data.shards import Manifest
 
-    folder = Path(config.data.folder)
-    weights = {name: source.weight for name, source in config.data.sources.items()}
+    folder, mask = Path(config.data.folder), config.data.document_mask
 
     def check(manifest: Manifest) -> None:
-        _check_size(Dataset(folder, manifest, weights, config.data.document_mask), config)
+        _check_size(Dataset(folder, manifest, mask), config)
 
     if is_first_process():
         prepare(config.data, config.tokenizer, progress=True, check=check)
     else:
         wait_until_prepared(folder)
-    dataset = Dataset.open(folder, weights, config.data.document_mask)
+    dataset = Dataset.open(folder, mask, config.data.verify_reads)
     _check_size(dataset, config)
     position = RunFolder(Path(config.run.dir)).newest_position()
     trained_on = position["data_hash"] if position else dataset.hash
@@ -138,11 +137,7 @@ def prepare_data(config: TrainProgram) -> "Dataset":
 
 def _check_size(dataset: "Dataset", config: TrainProgram) -> None:
     """Raises DataError for tokens that are too few, or another vocabulary's."""
-    dataset.check(
-        seq_len=config.train.seq_len,
-        vocab_size=config.model.vocab_size,
-        global_batch_size=config.train.global_batch_size,
-    )
+    dataset.check(config.stages(), config.model.vocab_size)
     if config.validation.samples and not dataset.n_held_out(config.train.seq_len):
         raise DataError(
             f"data.validation_fraction ({config.data.validation_fraction}) held out no window of "

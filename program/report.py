@@ -16,7 +16,7 @@ from program.config import TrainProgram
 if TYPE_CHECKING:
     import torch
 
-    from data.loader import Dataset
+    from data.dataset import Dataset
     from data.stages import Stage
     from training.checkpoint import Position
     from training.metrics import Throughput

@@ -12,7 +12,7 @@ from training.run_folder import RunFolder
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-    from data.loader import Dataset
+    from data.dataset import Dataset
     from parallel.strategy import MeshStrategy
     from training.checkpoint import Position
     from training.console import Console
