@@ -26,7 +26,7 @@ from evaluation.config import EvaluationConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from program.precision import evaluation_problems, moment_problems
-from program.rules import of_every_stage, size_problems, stage_problems
+from program.rules import of_every_stage, pack_problems, size_problems, stage_problems
 from training.config import (
     CheckpointConfig,
     LogConfig,
@@ -75,10 +75,17 @@ class TrainProgram:
 
 @dataclasses.dataclass(frozen=True)
 class PrepareProgram:
-    """The whole configuration of `prepare.py`."""
+    """The whole configuration of `prepare.py`; `pack` are lengths to pack windows for."""
 
     data: DataConfig
     tokenizer: TokenizerConfig
+    pack: int | list[int] | None
+
+    @property
+    def lengths(self) -> list[int]:
+        """The lengths in `pack`, each once."""
+        given = [self.pack] if isinstance(self.pack, int) else self.pack or []
+        return sorted(set(given))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +177,7 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> TrainProgram:
 
 def load_prepare_config(composed: DictConfig) -> PrepareProgram:
     """The typed configuration of `prepare.py`; raises as `load_train_config` does."""
-    return _load(composed, PrepareProgram, [])
+    return _load(composed, PrepareProgram, [(("pack",), pack_problems)])
 
 
 def load_evaluate_config(composed: DictConfig) -> EvaluateProgram:
@@ -278,6 +285,9 @@ def _switches(name: str, given: Any, section: Any) -> list[str]:
     keys = {name: (given, section)}
     if isinstance(given, dict):
         keys = {f"{name}.{key}": (value, getattr(section, key)) for key, value in given.items()}
+    elif isinstance(given, list):
+        pairs = zip(given, section, strict=True)
+        keys = {f"{name}[{place}]": pair for place, pair in enumerate(pairs)}
     return [
         f"{key} ({str(value).lower()}) is not a switch: use a number or a named choice"
         for key, (value, taken) in keys.items()
