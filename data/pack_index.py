@@ -25,6 +25,13 @@ def index_folder(folder: Path, source: str, seq_len: int) -> Path:
     return folder / source / f"pack-{seq_len}"
 
 
+def packed_lengths(folder: Path, source: str) -> list[int]:
+    """The lengths that a source is packed for; a packing that was killed does not count."""
+    found = (folder / source).glob(f"pack-*/{INDEX_FILE}")
+    lengths = (path.parent.name.removeprefix("pack-") for path in found)
+    return sorted(int(length) for length in lengths if length.isdecimal())
+
+
 @dataclass(frozen=True)
 class PackedShard:
     """The bins of one shard: their file, and what they hold."""

@@ -20,6 +20,7 @@ from data.loader import IGNORE, TrainLoader, make_batch
 from data.manifest import Manifest
 from data.packing import PackedStream, is_packed, pack, wait_until_packed
 from data.stages import plan_stages
+from data.verification import verify
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = [5, 1, 30, 7, 7, 12, 40, 3, 9, 9, 2, 16, 17, 18]
@@ -186,11 +187,17 @@ def test_a_damaged_index_is_told_and_not_read(
         for index in range(packed.n_windows(SEQ_LEN)):
             packed.window(index, SEQ_LEN)
     assert told in str(error.value)
+    problems = verify(folder)
+    if name == "index.json" and damage is Path.unlink:
+        assert problems == []  # not packed: nothing that could be damaged
+    else:
+        assert len(problems) == 1 and str(index_of(folder)) in problems[0]
     assert f"pack={SEQ_LEN}" in str(error.value)
     assert str(index_of(folder)) in str(error.value)
     shutil.rmtree(index_of(folder))  # as the message says
     pack(folder, SEQ_LEN, progress=False)
     assert listing(folder) == whole
+    assert verify(folder) == []
 
 
 def test_an_index_of_other_shards_is_refused_and_packing_replaces_it(
