@@ -1,52 +1,101 @@
-"""Documents of a source, one string each, read through Hugging Face `datasets`.
+"""What a source is read from: its files or dataset, cut into parts that are prepared one by one.
 
-Everything streams: memory stays bounded, local formats never touch the network nor the user's
-dataset cache. Files come in sorted order, so a source is the same sequence on every machine.
-What is done with a document is left to `data.prepare`.
+The cut depends on the input alone (names, sizes, where lines, row groups and record batches end),
+never on how many workers there are. Files come in sorted order, so a source is the same sequence
+on every machine. Local formats touch neither the network nor the user's dataset cache. How the
+rows of a part are read is left to `data.rows`.
 """
 
 import glob
-import json
+import hashlib
 import os
 import sysconfig
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-
-import datasets
+from typing import Any
 
 from data.config import SourceConfig
 from data.errors import DataError
 
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+_LINES = (".jsonl", ".ndjson")
 # What a folder contributes: text takes every file in it.
-SUFFIXES = {"text": ("",), "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",)}
+SUFFIXES = {
+    "text": ("",),
+    "jsonl": (*_LINES, *(lines + packed for lines in _LINES for packed in COMPRESSED)),
+    "parquet": (".parquet",),
+    "arrow": (".arrow",),
+}
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+MIB = 2**20
+# A source is cut into about 64 parts, for many workers; the largest fills one shard of tokens.
+N_PARTS, MIN_PART_BYTES, MAX_PART_BYTES = 64, MIB, 256 * MIB
+ARROW_FILE = b"ARROW1"  # how an Arrow file begins; a stream of record batches begins otherwise
 
 
-def documents(source: SourceConfig, key: str = "data.sources.<name>") -> Iterator[str]:
-    """The source's documents in their stored order; a null text counts as an empty document.
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a file or a dataset: from `begin` to `end`, or to its end where that is None.
 
-    Args:
-        source: what to read
-        key: its place in the configuration, for messages
+    Counted in bytes (JSON lines, cut at line ends), row groups (Parquet), record batches (Arrow),
+    rows (a downloaded dataset) or shards (a streamed one); text and what is compressed stay whole.
+    `n_bytes` is what of the input it takes, or an estimate; 0 where nobody knows.
+    """
+
+    path: str
+    begin: int
+    end: int | None
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one worker prepares at a time: pieces of a source, in order."""
+
+    source: str
+    number: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the input, or 0 where nobody knows."""
+        return sum(piece.n_bytes for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A source, found and cut: what it is (a hash, or a dataset's commit), and its parts.
+
+    `dataset` is the library's own object, downloaded or streamed, for format `huggingface`.
+    """
+
+    revision: str
+    parts: tuple[Part, ...]
+    dataset: Any = None
+
+
+def find(name: str, source: SourceConfig) -> Corpus:
+    """Finds what the source of this name is read from, and cuts it into parts.
 
     Raises:
-        DataError: nothing to read, no such column, bytes that are not UTF-8, text that is none.
+        DataError: there is nothing to read, or not in this format.
     """
-    datasets.disable_progress_bars()  # each would draw over the preparation's own
+    key = f"data.sources.{name}"
     if source.format == "huggingface":
-        yield from _hub_documents(source, key)
-        return
-    files = source_files(source, key)
-    with tempfile.TemporaryDirectory(prefix="llamesh-") as cache:  # for the library's lock files
-        if source.format == "jsonl":
-            for file in files:
-                yield from _json_documents(file, source.text_column, cache, key)
-        elif source.format == "parquet":
-            for file in files:
-                yield from _parquet_documents(file, source.text_column, cache, key)
-        else:
-            yield from _text_documents(files, cache, key)
+        return _hub_corpus(name, source, key)
+    try:
+        files = source_files(source, key)
+        sizes = [file.stat().st_size for file in files]
+        part_bytes = min(max(sum(sizes) // N_PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
+        pieces = (
+            piece
+            for file, size in zip(files, sizes, strict=True)
+            for piece in _pieces(file, size, part_bytes, source.format, key)
+        )
+        return Corpus(_revision(files, sizes), tuple(_grouped(name, pieces, part_bytes)))
+    except OSError as error:
+        raise DataError(f"{key}.path ({source.path}) cannot be read ({error})") from error
 
 
 def source_files(source: SourceConfig, key: str = "data.sources.<name>") -> list[Path]:
@@ -87,141 +136,134 @@ def source_files(source: SourceConfig, key: str = "data.sources.<name>") -> list
     return sorted(files)
 
 
-def _stream(
-    builder: str, files: list[Path], cache: str, sample_by: str | None = None
-) -> datasets.IterableDataset:
-    """The rows of local files through one of the library's own readers."""
-    names = [glob.escape(os.path.abspath(file)) for file in files]  # a name may hold a `[`
-    options = {} if sample_by is None else {"sample_by": sample_by}
-    return datasets.load_dataset(
-        builder, data_files=names, split="train", streaming=True, cache_dir=cache, **options
-    )
-
-
-def _text_documents(files: list[Path], cache: str, key: str) -> Iterator[str]:
-    """Each file one document, line ends as `\\n`."""
-    try:
-        for row in _stream("text", files, cache, sample_by="document"):
-            yield row["text"]
-    except UnicodeDecodeError:
-        raise DataError(_not_utf8(files, key)) from None
-
-
-def _json_documents(file: Path, column: str, cache: str, key: str) -> Iterator[str]:
-    """One JSON object a line.
-
-    The library's own JSON reader fixes the columns' types by the first rows and fails on later
-    ones that differ in columns of no interest here, so its line reader is used instead.
-    """
-    try:
-        for number, row in enumerate(_stream("text", [file], cache, sample_by="line"), start=1):
-            if not row["text"].strip():
-                continue
-            place = f"{key}.path: line {number} of {file}"
-            try:
-                values = json.loads(row["text"])
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{place} is not JSON ({error.msg}): write one object a line"
-                ) from None
-            if not isinstance(values, dict):
-                raise DataError(
-                    f"{place} is a {type(values).__name__}, not a JSON object: "
-                    f'write {{"{column}": "…"}}'
-                )
-            yield _text_of(values, column, place, key)
-    except UnicodeDecodeError:
-        raise DataError(_not_utf8([file], key)) from None
-
-
-def _parquet_documents(file: Path, column: str, cache: str, key: str) -> Iterator[str]:
-    """The text column of one Parquet file, row group by row group."""
+def open_arrow(path: str) -> Any:
+    """A memory-mapped Arrow file, or stream, as a reader of record batches."""
     import pyarrow
 
-    place = f"{key}.path: {file}"
-    try:
-        rows = _stream("parquet", [file], cache)
-        columns = rows.column_names
-        if columns is not None and column in columns:
-            rows = rows.select_columns([column])
-        for number, row in enumerate(rows, start=1):
-            yield _text_of(row, column, f"{place}, row {number},", key)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(
-            f"{place} is not a whole Parquet file ({_first_line(error)}): write it again"
-        ) from None
-    except UnicodeDecodeError:
-        raise DataError(f"{place}: column {column} holds bytes that are not UTF-8") from None
+    mapped = pyarrow.memory_map(path)
+    is_file = mapped.read(len(ARROW_FILE)) == ARROW_FILE
+    mapped.seek(0)
+    return pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)
 
 
-def _hub_documents(source: SourceConfig, key: str) -> Iterator[str]:
+def first_line(error: Exception) -> str:
+    """A foreign error in one line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def _revision(files: list[Path], sizes: list[int]) -> str:
+    """SHA-256 over the files' names, from the folder that they share, and sizes."""
+    base = os.path.commonpath([file.absolute().parent for file in files])
+    digest = hashlib.sha256()
+    for file, size in zip(files, sizes, strict=True):
+        name = file.absolute().relative_to(base).as_posix()
+        digest.update(os.fsencode(name) + b"\0%d\0" % size)
+    return digest.hexdigest()
+
+
+def _grouped(name: str, pieces: Iterable[Piece], part_bytes: int) -> Iterator[Part]:
+    """Parts of neighbouring pieces, each of `part_bytes` or a little more."""
+    number, group, n_bytes = 0, list[Piece](), 0
+    for piece in pieces:
+        group.append(piece)
+        n_bytes += piece.n_bytes
+        if n_bytes >= part_bytes:
+            yield Part(name, number, tuple(group))
+            number, group, n_bytes = number + 1, [], 0
+    if group:
+        yield Part(name, number, tuple(group))
+
+
+def _pieces(file: Path, size: int, part_bytes: int, format_: str, key: str) -> Iterator[Piece]:
+    """A file whole, or a large one cut where its format allows."""
+    path = str(file.absolute())
+    plain_lines = format_ == "jsonl" and file.suffix not in COMPRESSED
+    if plain_lines and size > part_bytes:
+        yield from _line_pieces(path, size, part_bytes)
+    elif format_ in ("parquet", "arrow") and size > part_bytes:
+        try:
+            sizes = _row_group_sizes(path) if format_ == "parquet" else _batch_sizes(path)
+        except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
+            raise DataError(
+                f"{key}.path: {path} is not a whole {format_.capitalize()} file "
+                f"({first_line(error)}): write it again"
+            ) from None
+        yield from _counted_pieces(path, size, sizes, part_bytes)
+    else:
+        yield Piece(path, 0, size if plain_lines else None, size)
+
+
+def _line_pieces(path: str, size: int, part_bytes: int) -> Iterator[Piece]:
+    """Byte ranges of about `part_bytes`, each ending with a line."""
+    with open(path, "rb") as stream:
+        begin = 0
+        while begin < size:
+            stream.seek(begin + part_bytes - 1)
+            while (read := stream.readline(MIB)) and not read.endswith(b"\n"):
+                pass
+            end = min(stream.tell(), size) if read else size
+            yield Piece(path, begin, end, end - begin)
+            begin = end
+
+
+def _counted_pieces(path: str, size: int, sizes: list[int], part_bytes: int) -> Iterator[Piece]:
+    """Runs of row groups or record batches; a run's share of the file goes by their `sizes`."""
+    total = max(sum(sizes), 1)
+    begin = before = done = 0
+    for number, each in enumerate(sizes, start=1):
+        done += each
+        n_bytes = (done - before) * size // total
+        if n_bytes >= part_bytes or number == len(sizes):
+            yield Piece(path, begin, number, n_bytes)
+            begin, before = number, done
+
+
+def _row_group_sizes(path: str) -> list[int]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        groups = range(file.metadata.num_row_groups)
+        return [file.metadata.row_group(group).total_byte_size for group in groups]
+
+
+def _batch_sizes(path: str) -> list[int]:
+    """Of a memory-mapped file, so that the batches themselves are not read."""
+    reader = open_arrow(path)
+    if hasattr(reader, "num_record_batches"):
+        return [1] * reader.num_record_batches
+    return [batch.nbytes for batch in reader]
+
+
+def _hub_corpus(name: str, source: SourceConfig, key: str) -> Corpus:
     """A dataset by name, or a local folder that is laid out like one."""
+    import datasets
+
+    datasets.disable_progress_bars()  # each would draw over the preparation's own
     try:
-        rows = datasets.load_dataset(
-            source.path,
-            name=source.name,
-            split=source.split,
-            revision=source.revision,
-            streaming=True,
+        builder = datasets.load_dataset_builder(
+            source.path, name=source.name, revision=source.revision
         )
-        rows = iter(rows)
-        row = next(rows, None)
+        if source.streaming:
+            dataset = builder.as_streaming_dataset(split=source.split)
+            n_shards = dataset.num_shards
+            n_bytes = (builder.info.dataset_size or 0) // n_shards
+            pieces = [Piece(str(source.path), i, i + 1, n_bytes) for i in range(n_shards)]
+        else:
+            builder.download_and_prepare()
+            dataset = builder.as_dataset(split=source.split)
+            n_rows, size = len(dataset), dataset.data.nbytes
+            part_bytes = min(max(size // N_PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
+            rows = max(n_rows * part_bytes // max(size, 1), 1)
+            pieces = [
+                Piece(str(source.path), i, min(i + rows, n_rows), size * rows // n_rows)
+                for i in range(0, n_rows, rows)
+            ]
     except Exception as error:  # the library raises whatever its file systems raise
         raise DataError(
             f"{key}.path ({source.path}) cannot be read as a dataset "
             f"(name={source.name}, split={source.split}, revision={source.revision}; "
-            f"{_first_line(error)}): check these, the network, and that it is public"
+            f"{first_line(error)}): check these, the network, and that it is public"
         ) from error
-    number = 1
-    while row is not None:
-        place = f"{key}.path ({source.path}): row {number}"
-        yield _text_of(row, source.text_column, place, key)
-        row = next(rows, None)
-        number += 1
-
-
-def _text_of(row: dict[str, object], column: str, place: str, key: str) -> str:
-    """The text of one row, checked."""
-    if column not in row:
-        raise DataError(
-            f"{key}.text_column ({column}) is no column at {place.removeprefix(key + '.')}: "
-            f"use one of {', '.join(map(str, row))}"
-        )
-    text = row[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise DataError(
-            f"{place} holds a {type(text).__name__} in {column}, not text: "
-            f"choose another {key}.text_column"
-        )
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise DataError(
-                f"{place} holds half of a surrogate pair in {column}, which is not Unicode text: "
-                "repair or remove it"
-            ) from None
-    return text
-
-
-def _not_utf8(files: list[Path], key: str) -> str:
-    """The message for the first file that does not decode."""
-    for file in files:
-        with open(file, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError as error:
-                    return (
-                        f"{key}.path: line {number} of {file} is not UTF-8 "
-                        f"(byte 0x{line[error.start]:02x}): convert the file to UTF-8"
-                    )
-    return f"{key}.path: the files changed while they were read: start again"
-
-
-def _first_line(error: Exception) -> str:
-    """A foreign error in one line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    parts = [Part(name, number, (piece,)) for number, piece in enumerate(pieces)]
+    return Corpus(str(builder.hash), tuple(parts), dataset)

@@ -1,31 +1,42 @@
 """Preparation: documents → tokenizer → token shards → manifest, in one folder.
 
 Nothing is written before every source has given its first document; the manifest comes last, so a
-folder is prepared or it is not. What a killed preparation left is replaced by the next one. Only
-one process prepares, the others `wait_until_prepared`.
+folder is prepared or it is not. A preparation that was killed or stopped goes on, part by part and
+inside a part, and ends with the bytes of an undisturbed one. Only one process prepares (with its
+workers), the others `wait_until_prepared`.
 """
 
-import fcntl
-import hashlib
 import json
-import re
+import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.claim import (
+    claimed,
+    end_claim,
+    end_killed_claim,
+    is_claimed,
+    prepared_before,
+    refuse_foreign,
+    remove_all,
+)
+from data.config import DataConfig, TokenizerConfig
+from data.corpora import Corpus, Part, find
 from data.errors import DataError
-from data.progress import PreparationProgress
+from data.pool import N_COUNTERS, prepare_parts, shared_counters
+from data.progress import Done, PreparationProgress
+from data.resume import begin_or_go_on, keep_done
+from data.rows import rows
 from data.shards import (
     MANIFEST_FILE,
     SPLITS,
     Manifest,
-    Shard,
-    ShardWriter,
+    SourceEntry,
     TokenizerEntry,
     write_atomically,
 )
@@ -33,13 +44,13 @@ from data.tokenizer import (
     MODEL_FILE,
     Tokenizer,
     model_file,
+    read_tokenizer,
     ready_tokenizer,
     train_bpe,
 )
+from data.worker import COUNTS, Job, Record, is_validation, record_path
 
-MARKER_FILE = "preparing.json"  # there while a folder is being prepared, and after a kill
-BATCH_CHARACTERS = 4_000_000  # of text held at once; bounds memory and keeps all threads busy
-OURS = re.compile(r"(train|validation)-\d{5,}\.(tokens|offsets)(\.tmp)?")
+__all__ = ["configuration", "is_validation", "prepare", "wait_until_prepared"]
 
 
 def prepare(
@@ -48,7 +59,7 @@ def prepare(
     progress: bool = True,
     check: Callable[[Manifest], None] | None = None,
 ) -> Manifest:
-    """Prepares `data.folder`, or finds it prepared from the same configuration.
+    """Prepares `data.folder`, goes on with it, or finds it prepared from the same configuration.
 
     Args:
         progress: tell on standard error what is done: a bar on a terminal, else lines
@@ -56,35 +67,31 @@ def prepare(
 
     Raises:
         DataError: a source or the tokenizer is not usable, the folder is another configuration's,
-            not ours, not writable, or being prepared by another process.
+            not ours, not writable, or being prepared by another process. Parts that are done stay.
     """
     folder = Path(data.folder)
     wanted = configuration(data, tokenizer)
     if (folder / MANIFEST_FILE).exists():
-        return _prepared_before(folder, wanted)
-    _refuse_foreign(folder)
-    _refuse_unreadable(data)
+        manifest = prepared_before(folder, wanted)
+        end_killed_claim(folder)
+        return manifest
+    refuse_foreign(folder)
+    corpora = {name: find(name, source) for name, source in data.sources.items()}
+    _refuse_unreadable(data, corpora)
     ready = ready_tokenizer(tokenizer)
-    show = PreparationProgress(progress)
+    work = _Work(data, tokenizer, wanted, corpora, ready, PreparationProgress(progress))
     made = [path for path in (folder, *folder.parents) if not path.exists()]  # deepest first
     try:
-        with _claimed(folder, wanted), show:
-            _remove_leftovers(folder)
-            try:
-                used = ready or _train_tokenizer(data, tokenizer, show)
-                write_atomically(folder / MODEL_FILE, model_file(used.ranks))
-                manifest = _write_sources(data, folder, used, wanted, show)
-                if check is not None:
-                    check(manifest)
-            except DataError:
-                _remove_all(data, folder, made)
-                raise
-            manifest.write(folder)
-            (folder / MARKER_FILE).unlink()
+        with claimed(folder) as marker:
+            if (folder / MANIFEST_FILE).exists():  # by another process, just now
+                manifest = prepared_before(folder, wanted)
+            else:
+                manifest = _prepare_claimed(work, marker, made, check)
+            end_claim(folder)
     except OSError as error:
         raise DataError(
             f"data.folder ({folder}) cannot be written ({error.strerror or error}): make room or "
-            "name another data.folder, then start again"
+            "name another data.folder, then start again: it goes on from what is done"
         ) from error
     return manifest
 
@@ -92,7 +99,7 @@ def prepare(
 def configuration(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
     """What decides the content of a prepared folder, as JSON values.
 
-    Weights and the document mask are left out: they are used when the shards are read.
+    What decides how the shards are read is left out, and the number of workers.
     """
     sources = {name: asdict(source) for name, source in data.sources.items()}
     for source in sources.values():
@@ -101,15 +108,10 @@ def configuration(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, Any
         "data.sources": sources,
         "data.validation_fraction": data.validation_fraction,
         "data.shard_tokens": data.shard_tokens,
+        "data.invalid_text": data.invalid_text,
         "tokenizer": asdict(tokenizer),
     }
     return json.loads(json.dumps(values))
-
-
-def is_validation(text: str, fraction: float) -> bool:
-    """Whether a document is held out: by its content alone, so that a growing corpus moves none."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"llamesh-split")
-    return int.from_bytes(digest.digest(), "little") < fraction * 2**64
 
 
 def wait_until_prepared(
@@ -123,7 +125,7 @@ def wait_until_prepared(
     folder = Path(folder)
     last_seen = time.monotonic()
     while not (folder / MANIFEST_FILE).exists():
-        if _is_being_prepared(folder):
+        if is_claimed(folder):
             last_seen = time.monotonic()
         elif time.monotonic() - last_seen > idle_seconds:
             raise DataError(
@@ -134,180 +136,157 @@ def wait_until_prepared(
     return Manifest.read(folder)
 
 
-def _is_being_prepared(folder: Path) -> bool:
-    """Whether a living process holds the folder's lock."""
+@dataclass(frozen=True)
+class _Work:
+    """A preparation: what from (`ready` is None for a tokenizer to train), and who is told."""
+
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    wanted: dict[str, Any]
+    corpora: dict[str, Corpus]
+    ready: Tokenizer | None
+    show: PreparationProgress
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.data.folder)
+
+    @property
+    def parts(self) -> list[Part]:
+        """Of all sources, in order."""
+        return [part for corpus in self.corpora.values() for part in corpus.parts]
+
+
+def _prepare_claimed(
+    work: _Work, marker: TextIO, made: list[Path], check: Callable[[Manifest], None] | None
+) -> Manifest:
+    """Prepares a folder that is ours, up to its manifest."""
+    folder, parts = work.folder, work.parts
     try:
-        with open(folder / MARKER_FILE, encoding="utf-8") as marker:
-            fcntl.flock(marker, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no marker, no preparation
-        return False
-    return False
-
-
-def _prepared_before(folder: Path, wanted: dict[str, Any]) -> Manifest:
-    """The manifest of a folder that is prepared, refused when from another configuration."""
-    manifest = Manifest.read(folder)
-    was, now = _flat(manifest.configuration), _flat(wanted)
-    differences = [
-        f"  {key}: {was.get(key, 'absent')} there, {now.get(key, 'absent')} now"
-        for key in sorted(was.keys() | now.keys())
-        if was.get(key, "absent") != now.get(key, "absent")
-    ]
-    if differences:
-        raise DataError(
-            f"data.folder ({folder}) was prepared from another configuration:\n"
-            + "\n".join(differences)
-            + "\nName another data.folder (or data.name), or delete this one."
-        )
+        begin_or_go_on(folder, work.corpora, work.ready, marker, work.wanted, work.show)
+        used = _tokenizer(work)
+        _write_parts(work, parts, used, marker)
+    except BaseException as error:
+        kept = []
+        with suppress(OSError):  # the first error is the one to tell
+            kept = keep_done(folder, parts)
+            if not kept:
+                remove_all(folder, made)
+        if kept and isinstance(error, DataError):
+            raise DataError(
+                f"{error}\n{folder} keeps what is done: the next start goes on with it."
+            ) from error
+        raise
+    try:
+        manifest = _manifest(work, used)
+        if check is not None:
+            check(manifest)
+    except DataError:
+        remove_all(folder, made)
+        raise
+    manifest.write(folder)
     return manifest
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by their dotted keys."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """A folder with files of someone else is left alone."""
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"data.folder ({folder}) is a file: name a folder")
-    if folder.is_dir() and not (folder / MARKER_FILE).exists():
-        found = next(folder.iterdir(), None)
-        if found is not None:
-            raise DataError(
-                f"data.folder ({folder}) holds files that no preparation made ({found.name}, …): "
-                "name a new or empty folder"
-            )
-
-
-def _refuse_unreadable(data: DataConfig) -> None:
+def _refuse_unreadable(data: DataConfig, corpora: dict[str, Corpus]) -> None:
     """Reads the first document of each source."""
     for name, source in data.sources.items():
-        if next(_documents(name, source), None) is None:
+        if next(_texts(data, name, corpora[name]), None) is None:
             raise DataError(
                 f"data.sources.{name}.path ({source.path}) holds no document: "
                 "name a path with text in it"
             )
 
 
-def _documents(name: str, source: SourceConfig) -> Iterator[str]:
-    """The documents of a named source."""
-    # Imported here: 1.4 s that a run on prepared data need not pay.
-    from data.corpora import documents
-
-    try:
-        yield from documents(source, f"data.sources.{name}")
-    except OSError as error:
-        raise DataError(
-            f"data.sources.{name}.path ({source.path}) cannot be read ({error})"
-        ) from error
+def _texts(data: DataConfig, name: str, corpus: Corpus) -> Iterator[str]:
+    """The texts of a source's rows; empty where a row gives none."""
+    for part in corpus.parts:
+        for row in rows(part, data.sources[name], data.invalid_text, corpus.dataset):
+            yield row.text
 
 
-@contextmanager
-def _claimed(folder: Path, wanted: dict[str, Any]) -> Iterator[None]:
-    """Holds the folder for this process; its marker outlives a kill, the lock does not."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / MARKER_FILE, "w", encoding="utf-8") as marker:
-        try:
-            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"data.folder ({folder}) is being prepared by another process: wait for it, "
-                "or name another data.folder"
-            ) from None
-        json.dump(wanted, marker, indent=1)
-        marker.flush()
-        yield
+def _tokenizer(work: _Work) -> Tokenizer:
+    """The tokenizer, in the folder: ready, trained before the preparation was killed, or now."""
+    path = work.folder / MODEL_FILE
+    if work.ready is None and path.exists():
+        return read_tokenizer(path, work.tokenizer.name)
+    used = work.ready or _train_tokenizer(work)
+    write_atomically(path, model_file(used.ranks))
+    return used
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Removes the files that a killed preparation left, and no others."""
-    for path in folder.glob("*/*"):
-        if OURS.fullmatch(path.name):
-            path.unlink()
-
-
-def _remove_all(data: DataConfig, folder: Path, made: list[Path]) -> None:
-    """Removes what this preparation made, so that data refused half-way leave nothing behind."""
-    _remove_leftovers(folder)
-    for file in (MODEL_FILE, MARKER_FILE):
-        (folder / file).unlink(missing_ok=True)
-    for path in (*(folder / name for name in data.sources), *made):
-        with suppress(OSError):  # not empty, or not there
-            path.rmdir()
-
-
-def _train_tokenizer(
-    data: DataConfig, config: TokenizerConfig, show: PreparationProgress
-) -> Tokenizer:
+def _train_tokenizer(work: _Work) -> Tokenizer:
     """A tokenizer trained on the first documents, as many characters of each source."""
-    task = show.begin("training the tokenizer", None)
-    share = config.training_characters // len(data.sources)
+    share = work.tokenizer.training_characters // len(work.corpora)
+    n_documents = 0
 
-    def texts(name: str, source: SourceConfig) -> Iterator[str]:
+    def texts(name: str) -> Iterator[str]:
+        nonlocal n_documents
         left = share
-        for text in _documents(name, source):
+        for text in _texts(work.data, name, work.corpora[name]):
             yield text[:left]
-            show.advance(task, 1, 0)
+            n_documents += 1
             left -= len(text)
             if left <= 0:
                 return
 
-    corpus = chain.from_iterable(texts(name, source) for name, source in data.sources.items())
-    trained = train_bpe(corpus, config.vocab_size)
-    show.end(task, f"tokenizer trained: {trained.vocab_size:,} tokens")
+    corpus = chain.from_iterable(map(texts, work.corpora))
+    with work.show.watching("training the tokenizer", lambda: Done(0, n_documents, 0), None):
+        trained = train_bpe(corpus, work.tokenizer.vocab_size)
+    work.show.say(f"tokenizer trained: {trained.vocab_size:,} tokens")
     return trained
 
 
-def _write_sources(
-    data: DataConfig,
-    folder: Path,
-    tokenizer: Tokenizer,
-    wanted: dict[str, Any],
-    show: PreparationProgress,
-) -> Manifest:
-    """Tokenises every source into its shards."""
-    shards: dict[str, dict[str, list[Shard]]] = {}
-    empty: dict[str, int] = {}
-    for name, source in data.sources.items():
-        writers = {s: ShardWriter(folder, name, s, data.shard_tokens) for s in SPLITS}
-        task = show.begin(f"preparing {name}", _n_documents(name, source))
-        begin = time.monotonic()
-        empty[name] = 0
-        try:
-            for texts, n_empty in _batches(_documents(name, source)):
-                empty[name] += n_empty
-                encoded = tokenizer.encode_documents(texts)
-                for text, tokens in zip(texts, encoded, strict=True):
-                    held_out = is_validation(text, data.validation_fraction)
-                    writers["validation" if held_out else "train"].add(tokens)
-                show.advance(task, len(texts) + n_empty, sum(map(len, encoded)))
-            shards[name] = {split: writer.close() for split, writer in writers.items()}
-        finally:
-            for writer in writers.values():
-                writer.abandon()
-        counts = {s: sum(shard.n_tokens for shard in shards[name][s]) for s in SPLITS}
-        seconds = time.monotonic() - begin
-        documents = sum(shard.n_documents for s in SPLITS for shard in shards[name][s])
-        show.end(
-            task,
-            f"{name}: {documents:,} documents, {counts['train']:,} training and "
-            f"{counts['validation']:,} validation tokens in {seconds:.1f} s"
-            + (f", {empty[name]:,} empty documents skipped" if empty[name] else ""),
+def _write_parts(work: _Work, parts: Sequence[Part], tokenizer: Tokenizer, marker: TextIO) -> None:
+    """Tokenises every part that is not done."""
+    data, folder = work.data, work.folder
+    job = Job(
+        folder,
+        dict(data.sources),
+        {name: corpus.dataset for name, corpus in work.corpora.items()},
+        data.invalid_text,
+        data.validation_fraction,
+        data.shard_tokens,
+        tokenizer.name,
+    )
+    counters = shared_counters(len(parts))
+    left = []
+    for place, part in enumerate(parts):
+        (folder / part.source).mkdir(exist_ok=True)
+        record = Record.read(record_path(folder, part))
+        figures = record.n_bytes, record.n_documents, record.n_tokens
+        counters[place * N_COUNTERS : (place + 1) * N_COUNTERS] = figures
+        if not record.done:
+            left.append((place, part))
+    n_bytes = sum(part.n_bytes for part in parts) if all(p.n_bytes for p in parts) else None
+    with work.show.watching(f"preparing {data.name}", lambda: _done(counters), n_bytes):
+        prepare_parts(job, left, data.workers or _n_cores(), counters, marker.fileno())
+
+
+def _done(counters: MutableSequence[int]) -> Done:
+    """The sums over all parts."""
+    return Done(*(sum(counters[each::N_COUNTERS]) for each in range(N_COUNTERS)))
+
+
+def _manifest(work: _Work, tokenizer: Tokenizer) -> Manifest:
+    """What the parts' records tell, in the order of the parts."""
+    sources = {}
+    for name, corpus in work.corpora.items():
+        records = [Record.read(record_path(work.folder, part)) for part in corpus.parts]
+        counts = {each: sum(record.documents[each] for record in records) for each in COUNTS}
+        shards = {s: [shard for record in records for shard in record.shards[s]] for s in SPLITS}
+        sources[name] = SourceEntry(corpus.revision, counts, shards)
+        n_tokens = {s: sum(shard.n_tokens for shard in shards[s]) for s in SPLITS}
+        told = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
+        work.show.say(
+            f"{name}: {n_tokens['train']:,} training and {n_tokens['validation']:,} validation "
+            f"tokens; documents: {told}"
         )
-        if counts["train"] == 0:
+        if n_tokens["train"] == 0:
             raise DataError(
-                f"data.sources.{name} has no token to train on ({documents} documents, "
-                f"{empty[name]} empty ones skipped): add text, or lower "
-                f"data.validation_fraction ({data.validation_fraction})"
+                f"data.sources.{name} has no token to train on (documents: {told}): add text, see "
+                f"data.sources.{name}.text_column and filter, or lower data.validation_fraction "
+                f"({work.data.validation_fraction})"
             )
     entry = TokenizerEntry(
         tokenizer.name,
@@ -316,29 +295,11 @@ def _write_sources(
         tokenizer.bos_id,
         tokenizer.eos_id,
     )
-    return Manifest(entry, wanted, shards, empty)
+    return Manifest(entry, work.wanted, sources)
 
 
-def _batches(texts: Iterator[str]) -> Iterator[tuple[list[str], int]]:
-    """Documents in batches of about `BATCH_CHARACTERS`, with the number of empty ones left out."""
-    batch: list[str] = []
-    n_characters = n_empty = 0
-    for text in texts:
-        if text:
-            batch.append(text)
-            n_characters += len(text)
-        else:
-            n_empty += 1
-        if n_characters >= BATCH_CHARACTERS:
-            yield batch, n_empty
-            batch, n_characters, n_empty = [], 0, 0
-    yield batch, n_empty
-
-
-def _n_documents(name: str, source: SourceConfig) -> int | None:
-    """The number of documents to come, where each file is one."""
-    from data.corpora import source_files
-
-    if source.format in ("stdlib", "text"):
-        return len(source_files(source, f"data.sources.{name}"))
-    return None
+def _n_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

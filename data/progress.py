@@ -1,56 +1,95 @@
-"""What a preparation tells while it works: a bar on a terminal, plain lines elsewhere."""
+"""What a preparation tells while it works: a bar on a terminal, a line now and then elsewhere."""
 
 import sys
+import threading
 import time
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
+
+REFRESH_SECONDS = 0.25
+# Elsewhere than on a terminal: a line after as many seconds, and ever more seldom.
+FIRST_LINE_SECONDS, LINE_INTERVAL = 10.0, 0.05
+
+
+class Done(NamedTuple):
+    """How far a preparation is: bytes of its input, documents and tokens."""
+
+    n_bytes: int
+    n_documents: int
+    n_tokens: int
 
 
 class PreparationProgress:
-    """Documents, tokens and speed on standard error; silent when `shown` is False."""
+    """Documents, tokens, speed and time left on standard error; silent when `shown` is False."""
 
     def __init__(self, shown: bool) -> None:
         self.shown = shown
-        self._began = time.monotonic()
-        self._bar = Progress(
+        self._console = Console(stderr=True)
+
+    def say(self, line: str) -> None:
+        """One line, to stay."""
+        if self.shown:
+            self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    @contextmanager
+    def watching(
+        self, description: str, look: Callable[[], Done], n_bytes: int | None
+    ) -> Iterator[None]:
+        """Tells of work in the `with` block.
+
+        Args:
+            look: how far the work is
+            n_bytes: all bytes of its input; None where nobody knows, so that no time left is told
+        """
+        if not self.shown:
+            yield
+            return
+        stop = threading.Event()
+        bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:,.0f} documents  {task.fields[speed]}"),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
+            TextColumn("{task.fields[told]}"),
+            console=self._console,
             transient=True,
-            disable=not (shown and sys.stderr.isatty()),
+            disable=not sys.stderr.isatty(),
         )
+        with bar:
+            task = bar.add_task(description, total=n_bytes, told="")
 
-    def __enter__(self) -> "PreparationProgress":
-        self._bar.start()
-        return self
+            def tell() -> None:
+                begin = time.monotonic()
+                first, next_line = look(), FIRST_LINE_SECONDS
+                while not stop.wait(REFRESH_SECONDS):
+                    done, seconds = look(), time.monotonic() - begin
+                    told = _told(first, done, seconds, n_bytes)
+                    if not bar.disable:
+                        bar.update(task, completed=done.n_bytes, told=told)
+                    elif seconds >= next_line:
+                        next_line = seconds + max(FIRST_LINE_SECONDS, LINE_INTERVAL * seconds)
+                        self.say(f"{description}: {told}")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
+            teller = threading.Thread(target=tell, daemon=True)
+            teller.start()
+            try:
+                yield
+            finally:
+                stop.set()
+                teller.join()
 
-    def begin(self, description: str, n_documents: int | None) -> TaskID:
-        """Starts a part of the work; `n_documents` is None where nobody knows it before."""
-        self._began = time.monotonic()
-        return self._bar.add_task(description, total=n_documents, speed="", tokens=0)
 
-    def advance(self, task: TaskID, n_documents: int, n_tokens: int) -> None:
-        """Counts documents and tokens that are done."""
-        state = self._bar.tasks[self._bar.task_ids.index(task)]
-        tokens = state.fields["tokens"] + n_tokens
-        seconds = max(time.monotonic() - self._began, 1e-9)
-        speed = f"{tokens:,} tokens  {tokens / seconds:,.0f} tokens/s" if tokens else ""
-        self._bar.update(task, advance=n_documents, tokens=tokens, speed=speed)
-
-    def end(self, task: TaskID, line: str) -> None:
-        """Replaces a part's bar by one line that tells what came of it."""
-        self._bar.remove_task(task)
-        if self.shown:
-            self._bar.console.print(line, highlight=False, soft_wrap=True)
+def _told(first: Done, done: Done, seconds: float, n_bytes: int | None) -> str:
+    """One line: documents, tokens, and since `first`, `seconds` ago, the speed and time left."""
+    told = f"{done.n_documents:,} documents"
+    if done.n_tokens:
+        speed = (done.n_tokens - first.n_tokens) / seconds
+        told += f"  {done.n_tokens:,} tokens  {speed:,.0f} tokens/s"
+    read = done.n_bytes - first.n_bytes
+    if n_bytes and read > 0:
+        left = round(seconds * (n_bytes - done.n_bytes) / read)
+        told += f"  {done.n_bytes / n_bytes:.0%}  {timedelta(seconds=left)} left"
+    return told

@@ -8,11 +8,9 @@ name of a special token is text.
 import base64
 import hashlib
 import importlib.util
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, pairwise
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +67,8 @@ class Tokenizer:
         self.vocab_size = len(ranks) + len(self.specials)
         self.bos_id = self.specials[BEGIN]
         self.eos_id = self.specials[END]
+        self._bos = np.array([self.bos_id], dtype=np.uint32)
+        self._eos = np.array([self.eos_id], dtype=np.uint32)
 
     @property
     def hash(self) -> str:
@@ -82,19 +82,13 @@ class Tokenizer:
         """The ids of a text, no special token among them."""
         return [token for piece in pieces(text) for token in self.encoding.encode_ordinary(piece)]
 
-    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Each text as begin-of-text, its ids, end-of-text: uint32 (tokens,); uses all cores."""
-        cut = [list(pieces(text)) for text in texts]
-        flat = [piece for parts in cut for piece in parts]
-        with ThreadPoolExecutor(_n_threads()) as pool:
-            encoded = pool.map(self._encode_piece, flat)
-            bos = np.array([self.bos_id], dtype=np.uint32)
-            eos = np.array([self.eos_id], dtype=np.uint32)
-            return [np.concatenate([bos, *islice(encoded, len(parts)), eos]) for parts in cut]
-
-    def _encode_piece(self, piece: str) -> np.ndarray:
-        """The ids of a piece as uint32 (tokens,): a tenth of the memory of a list of them."""
-        return self.encoding.encode_to_numpy(piece, disallowed_special=())
+    def encode_document(self, text: str) -> np.ndarray:
+        """A document as begin-of-text, its ids, end-of-text: uint32 (tokens,)."""
+        # Into arrays at once: a tenth of the memory of lists, and faster than those.
+        ids = [
+            self.encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)
+        ]
+        return np.concatenate([self._bos, *ids, self._eos])
 
     def byte_lengths(self) -> list[int]:
         """How many bytes of text each id stands for, (vocab_size,); 0 for special tokens."""
@@ -293,10 +287,3 @@ def _installed_llama3() -> Path:
         "tokenizer.model: install the extra `llama3` (pip install '.[llama3]'), or set "
         "tokenizer.path to the file"
     )
-
-
-def _n_threads() -> int:
-    """Threads for a batch: the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
