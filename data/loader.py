@@ -41,12 +41,14 @@ class StepBatches(NamedTuple):
 
     `n_targets` counts this rank's labels that are not -100. `digest` is a sum over its samples:
     added up over the data ranks it is the same on every mesh, and another one when a sample is
-    lost, doubled or changed.
+    lost, doubled or changed. `lanes` tells where this rank's lanes are after the step, when the
+    samples come straight from a dataset (`data.stream`).
     """
 
     micro_batches: list[Batch]
     n_targets: int
     digest: int
+    lanes: dict[str, list[int]] | None = None
 
     @property
     def counts(self) -> torch.Tensor:
