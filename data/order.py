@@ -205,14 +205,15 @@ class Order:
         takes the whole block, a constant few milliseconds, and is kept until another one is asked.
         """
         asked = (block, *stage.key)
-        if self._block is None or self._block[0] != asked:
+        kept = self._block  # one look: other threads may put another block there
+        if kept is None or kept[0] != asked:
             keys = round_keys("mixture", self.seed, *asked)
             source = stage.layout[permute(np.arange(BLOCK), BLOCK, keys).astype(np.int64)]
             rank = np.empty(BLOCK, dtype=np.int64)
             for _, chosen in _groups(source):
                 rank[chosen] = np.arange(BLOCK)[: rank[chosen].size]
-            self._block = (asked, source, rank)
-        return self._block[1], self._block[2]
+            kept = self._block = (asked, source, rank)
+        return kept[1], kept[2]
 
 
 def _groups(numbers: np.ndarray) -> Iterator[tuple[int, slice | np.ndarray]]:

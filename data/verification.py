@@ -1,0 +1,93 @@
+"""Checks every byte of a prepared folder against its manifest, and names all damage at once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from data.errors import DataError
+from data.files import CRC_BLOCK, Checksums
+from data.manifest import OFFSET, SPLITS, TOKEN, FileEntry, Manifest, Shard
+from data.tokenizer import MODEL_FILE, read_tokenizer
+
+
+def verify(folder: Path, tell: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
+    """What is damaged in a folder, a line a file; nothing where all is as it was prepared.
+
+    Args:
+        tell: is told after each shard how many bytes of how many are checked
+
+    Raises:
+        DataError: the folder has no manifest that can be read, or a file of another size.
+    """
+    manifest = Manifest.read(folder)
+    found = _tokenizer_problems(folder, manifest)
+    shards = [shard for split in SPLITS for shard in manifest.shards(split)]
+    total = sum(shard.tokens.n_bytes + shard.offsets.n_bytes for shard in shards)
+    done = 0
+    for shard in shards:
+        found += _shard_problems(folder, shard, manifest.tokenizer.vocab_size)
+        done += shard.tokens.n_bytes + shard.offsets.n_bytes
+        tell(done, total)
+    return found
+
+
+def _tokenizer_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """Whether `tokenizer.model` is the tokenizer that made the tokens."""
+    path = folder / MODEL_FILE
+    try:
+        found = read_tokenizer(path, manifest.tokenizer.name)
+    except DataError as error:
+        return [f"{path} cannot be read: {error}"]
+    if found.hash != manifest.tokenizer.hash:
+        return [f"{path} is not the tokenizer that made the tokens"]
+    return []
+
+
+def _shard_problems(folder: Path, shard: Shard, vocab_size: int) -> list[str]:
+    """What is wrong with the two files of a shard."""
+    problems = []
+    for entry in (shard.tokens, shard.offsets):
+        problem = _file_problem(folder, entry)
+        if problem:
+            problems.append(problem)
+    if problems:  # what the content says is no news then
+        return problems
+    tokens = np.memmap(folder / shard.tokens.file, dtype=TOKEN, mode="r")
+    offsets = np.fromfile(folder / shard.offsets.file, dtype=OFFSET)
+    if int(tokens.max(initial=0)) != shard.largest_id or shard.largest_id >= vocab_size:
+        problems.append(
+            f"{folder / shard.tokens.file} holds ids up to {int(tokens.max(initial=0))}: the "
+            f"manifest says {shard.largest_id}, the vocabulary has {vocab_size}"
+        )
+    ends = [0, shard.n_tokens]
+    if (
+        len(offsets) != shard.n_documents + 1
+        or [int(offsets[0]), int(offsets[-1])] != ends
+        or (np.diff(offsets) <= 0).any()
+    ):
+        problems.append(
+            f"{folder / shard.offsets.file} does not ascend from 0 to the {shard.n_tokens} tokens "
+            f"over {shard.n_documents} documents"
+        )
+    return problems
+
+
+def _file_problem(folder: Path, entry: FileEntry) -> str | None:
+    """Where a file differs from what was written, or None."""
+    path = folder / entry.file
+    sums = Checksums()
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(8 * CRC_BLOCK):
+                sums.update(piece)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    if (sums.sha256, sums.n_bytes) == (entry.sha256, entry.n_bytes):
+        return None
+    damaged = [
+        str(block)
+        for block in range(len(entry.crc32) // 8)
+        if sums.crc32[8 * block : 8 * block + 8] != entry.crc32[8 * block : 8 * block + 8]
+    ]
+    return f"{path} is damaged in MiB {', '.join(damaged)} (counted from 0)"
