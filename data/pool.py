@@ -8,10 +8,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from ctypes import c_int64
+from ctypes import Array, c_int64
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import RawArray
@@ -25,21 +25,23 @@ from data.worker import Job, load, prepare_part
 N_COUNTERS = 3  # of each part: bytes of input, documents, tokens that are done
 
 
-def shared_counters(n_parts: int) -> MutableSequence[int]:
+def shared_counters(n_parts: int) -> Array[c_int64]:
     """Zeros that the workers write and the main process reads, `N_COUNTERS` of each part."""
     return RawArray(c_int64, N_COUNTERS * n_parts)
 
 
 def prepare_parts(
     job: Job,
+    tokenizer: Tokenizer,
     parts: Sequence[tuple[int, Part]],
     n_workers: int,
-    counters: MutableSequence[int],
+    counters: Array[c_int64],
     lock: int,
 ) -> None:
     """Prepares parts, each with its place among the counters; without processes where one does.
 
     Args:
+        tokenizer: what processes load from the folder
         lock: descriptor of the file that is locked
 
     Raises:
@@ -48,7 +50,6 @@ def prepare_parts(
     """
     n_workers = min(n_workers, len(parts))
     if n_workers <= 1:
-        tokenizer = load(job)
         for place, part in parts:
             _prepare(job, tokenizer, place, part, counters)
         return
@@ -76,13 +77,13 @@ def prepare_parts(
 
 
 def _prepare(
-    job: Job, tokenizer: Tokenizer, place: int, part: Part, counters: MutableSequence[int]
+    job: Job, tokenizer: Tokenizer, place: int, part: Part, counters: Array[c_int64]
 ) -> None:
     """One part, with its own counters."""
     own = slice(place * N_COUNTERS, (place + 1) * N_COUNTERS)
 
     def tell(*done: int) -> None:
-        counters[own] = done
+        counters[own] = list(done)
 
     prepare_part(job, tokenizer, part, tell)
 
@@ -105,9 +106,7 @@ def _detached(descriptor: Any) -> _Inherited:
 _state: dict[str, Any] = {}
 
 
-def _begin(
-    job: Job, counters: MutableSequence[int], workers_end: Connection, lock: _Inherited
-) -> None:
+def _begin(job: Job, counters: Array[c_int64], workers_end: Connection, lock: _Inherited) -> None:
     """Sets up a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process decides
     threading.Thread(target=_end_with_main_process, args=(workers_end,), daemon=True).start()

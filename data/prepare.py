@@ -9,8 +9,9 @@ workers), the others `wait_until_prepared`.
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from ctypes import Array, c_int64
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -254,16 +255,16 @@ def _write_parts(work: _Work, parts: Sequence[Part], tokenizer: Tokenizer, marke
     for place, part in enumerate(parts):
         (folder / part.source).mkdir(exist_ok=True)
         record = Record.read(record_path(folder, part))
-        figures = record.n_bytes, record.n_documents, record.n_tokens
-        counters[place * N_COUNTERS : (place + 1) * N_COUNTERS] = figures
+        own = slice(place * N_COUNTERS, (place + 1) * N_COUNTERS)
+        counters[own] = [record.n_bytes, record.n_documents, record.n_tokens]
         if not record.done:
             left.append((place, part))
     n_bytes = sum(part.n_bytes for part in parts) if all(p.n_bytes for p in parts) else None
     with work.show.watching(f"preparing {data.name}", lambda: _done(counters), n_bytes):
-        prepare_parts(job, left, data.workers or _n_cores(), counters, marker.fileno())
+        prepare_parts(job, tokenizer, left, data.workers or _n_cores(), counters, marker.fileno())
 
 
-def _done(counters: MutableSequence[int]) -> Done:
+def _done(counters: Array[c_int64]) -> Done:
     """The sums over all parts."""
     return Done(*(sum(counters[each::N_COUNTERS]) for each in range(N_COUNTERS)))
 

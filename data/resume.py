@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from data.claim import read_marker, sweep, write_marker
 from data.corpora import Corpus, Part
 from data.progress import PreparationProgress
+from data.shards import FORMAT_VERSION
 from data.tokenizer import MODEL_FILE, Tokenizer
 from data.worker import Record, record_path
 
@@ -29,7 +30,8 @@ def begin_or_go_on(
     """Leaves of a preparation before this one what this one would make too, and nothing else."""
     parts = [part for corpus in corpora.values() for part in corpus.parts]
     cut = {name: repr((corpus.revision, corpus.parts)) for name, corpus in corpora.items()}
-    now = {
+    now: dict[str, Any] = {
+        "format": FORMAT_VERSION,
         "configuration": wanted,
         "input": {name: hashlib.sha256(each.encode()).hexdigest() for name, each in cut.items()},
         "tokenizer": ready.hash if ready is not None else None,
@@ -39,19 +41,19 @@ def begin_or_go_on(
     policies = [values.get("configuration", {}).get("data.invalid_text") for values in (was, now)]
     if ready is None and policies[0] not in ("strict", policies[1]):
         changed.append("data.invalid_text")  # the tokenizer was trained on text repaired that way
-    records = [] if changed else [Record.read(record_path(folder, part)) for part in parts]
-    for part, record in zip(parts, records, strict=bool(records)):
-        if policies[0] != policies[1] and not record.is_clean:
-            record_path(folder, part).unlink()
-    n_done = sum(record.done for record in records)
     if changed:
         if was:
             show.say(f"{folder}: starting anew, changed since: {', '.join(changed)}")
         sweep(folder)
         (folder / MODEL_FILE).unlink(missing_ok=True)
-    elif n_done:
+    elif policies[0] != policies[1]:
+        for path in [record_path(folder, part) for part in parts]:
+            if not Record.read(path).is_clean:
+                path.unlink()
+    kept = keep_done(folder, parts)
+    if kept:
+        n_done = sum(record.done for record in kept)
         show.say(f"{folder}: going on, {n_done} of {len(parts)} parts are done")
-    keep_done(folder, parts)
     if was != now:
         write_marker(marker, now)
 

@@ -5,11 +5,12 @@ Llama 3's split pattern, and special tokens after the last rank. Text that happe
 name of a special token is text.
 """
 
-import base64
+import binascii
 import hashlib
 import importlib.util
 import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Tokenizer:
         self._bos = np.array([self.bos_id], dtype=np.uint32)
         self._eos = np.array([self.eos_id], dtype=np.uint32)
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """SHA-256 over all that decides the ids of a text: ranks, pattern, special tokens."""
         digest = hashlib.sha256(model_file(self.ranks))
@@ -149,7 +150,7 @@ def special_names(name: str) -> list[str]:
 def model_file(ranks: dict[bytes, int]) -> bytes:
     """The content of a `tokenizer.model`: base64 token, space, rank, one a line by rank."""
     lines = (
-        base64.b64encode(token) + b" %d\n" % rank
+        binascii.b2a_base64(token, newline=False) + b" %d\n" % rank
         for token, rank in sorted(ranks.items(), key=lambda item: item[1])
     )
     return b"".join(lines)
@@ -166,7 +167,7 @@ def read_tokenizer(path: Path, name: str) -> Tokenizer:
         for line in path.read_bytes().splitlines():
             if line:
                 token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
+                ranks[binascii.a2b_base64(token, strict_mode=True)] = int(rank)
     except FileNotFoundError:
         raise DataError(
             f"tokenizer.path ({path}) does not exist: name a tokenizer.model file"

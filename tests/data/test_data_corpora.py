@@ -1,0 +1,157 @@
+"""Sources are found, and cut by what they are: every row in one part, in order, whoever reads."""
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data import corpora
+from data.config import SourceConfig
+from data.corpora import Corpus, find, source_files
+from data.errors import DataError
+from data.rows import rows
+
+TEXTS = [f"Document {i}, naïve 🙂 " + "line\n" * (i % 9) for i in range(200)]
+LOCAL = [
+    "rows.jsonl",
+    "rows.jsonl.gz",
+    "rows.jsonl.zst",
+    "rows.parquet",
+    "file.arrow",
+    "stream.arrow",
+]
+
+
+def write(path: Path, texts: list[str] = TEXTS) -> SourceConfig:
+    """A file in the format and compression that its name tells, and the source that it is."""
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines))
+    elif path.suffix == ".zst":
+        path.write_bytes(pyarrow.Codec("zstd").compress(lines, asbytes=True))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=7)
+    elif path.suffix == ".arrow":
+        new = pyarrow.ipc.new_file if path.stem == "file" else pyarrow.ipc.new_stream
+        with new(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=9)
+    else:
+        path.write_bytes(lines)
+    format_ = path.suffix[1:] if path.suffix in (".parquet", ".arrow") else "jsonl"
+    return SourceConfig(format_, str(path))  # type: ignore[arg-type]
+
+
+def texts_of(corpus: Corpus, source: SourceConfig) -> list[str]:
+    return [r.text for part in corpus.parts for r in rows(part, source, dataset=corpus.dataset)]
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "MIN_PART_BYTES", 300)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_the_parts_of_a_file_hold_each_row_once_in_order(
+    name: str, tmp_path: Path, small_parts: None
+) -> None:
+    source = write(tmp_path / name)
+    corpus = find("s", source)
+    assert texts_of(corpus, source) == TEXTS
+    assert [part.number for part in corpus.parts] == list(range(len(corpus.parts)))
+    packed = name.endswith((".gz", ".zst"))
+    assert len(corpus.parts) == 1 if packed else len(corpus.parts) > 10
+    size = (tmp_path / name).stat().st_size
+    assert abs(sum(part.n_bytes for part in corpus.parts) - size) <= len(corpus.parts)  # rounded
+
+
+def test_a_folder_is_read_in_sorted_order_with_every_compression(
+    tmp_path: Path, small_parts: None
+) -> None:
+    for i, name in enumerate(["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.ndjson"]):
+        write(tmp_path / name, TEXTS[i * 50 : (i + 1) * 50])
+    (tmp_path / "notes.md").write_text("of no interest")
+    source = SourceConfig("jsonl", str(tmp_path))
+    assert texts_of(find("s", source), source) == TEXTS
+
+
+def test_small_files_share_a_part_and_a_large_one_is_cut(tmp_path: Path) -> None:
+    for i in range(50):
+        (tmp_path / f"{i:02}.txt").write_text(f"text {i}")
+    source = SourceConfig("text", str(tmp_path))
+    corpus = find("s", source)
+    assert [len(part.pieces) for part in corpus.parts] == [50]
+    assert texts_of(corpus, source) == [f"text {i}" for i in range(50)]
+    large = tmp_path / "large.jsonl"
+    row = json.dumps({"text": "x" * 1000}) + "\n"
+    large.write_text(row * 5000)
+    source = SourceConfig("jsonl", str(large))
+    parts = find("s", source).parts
+    assert len(parts) == 5  # of a MiB each
+    assert all(part.n_bytes % len(row) == 0 for part in parts)
+
+
+def test_a_line_longer_than_a_part_stays_whole(tmp_path: Path, small_parts: None) -> None:
+    texts = ["a" * 10, "b" * 5000, "", "c", "d" * 301]
+    source = write(tmp_path / "rows.jsonl", texts)
+    assert texts_of(find("s", source), source) == texts
+    path = tmp_path / "no-end.jsonl"
+    path.write_bytes((tmp_path / "rows.jsonl").read_bytes().rstrip())
+    source = SourceConfig("jsonl", str(path))
+    assert texts_of(find("s", source), source) == texts
+
+
+def test_the_revision_of_files_is_their_names_and_sizes_wherever_they_lie(tmp_path: Path) -> None:
+    def revision(folder: str, files: dict[str, str]) -> str:
+        for name, content in files.items():
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        return find("s", SourceConfig("text", str(tmp_path / folder))).revision
+
+    one = revision("one", {"a.txt": "aa", "b/c.txt": "c"})
+    assert revision("two", {"a.txt": "aa", "b/c.txt": "c"}) == one
+    assert revision("three", {"a.txt": "aa", "b/d.txt": "c"}) != one
+    assert revision("four", {"a.txt": "a", "b/c.txt": "cc"}) != one
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_is_read_downloaded_or_streamed(
+    streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / ".cache"))
+    for i in range(4):
+        write(tmp_path / f"{i}.parquet", TEXTS[i * 50 : (i + 1) * 50])
+    source = SourceConfig("huggingface", str(tmp_path), streaming=streaming)
+    corpus = find("s", source)
+    assert texts_of(corpus, source) == TEXTS
+    assert len(corpus.parts) == (4 if streaming else 1)
+    assert corpus.revision == find("s", source).revision
+
+
+def test_a_saved_dataset_is_read_as_arrow(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"), num_shards=3)
+    source = SourceConfig("arrow", str(tmp_path / "saved"))
+    assert texts_of(find("s", source), source) == TEXTS
+
+
+def test_the_standard_library_is_read_without_its_tests() -> None:
+    source = SourceConfig("stdlib")
+    files = source_files(source)
+    assert {"argparse.py", "__future__.py"} <= {file.name for file in files}
+    assert not [f for f in files if {"test", "tests", "site-packages"} & set(f.parts[-4:])]
+    first = next(rows(find("s", source).parts[0], source))
+    assert first.text == files[0].read_text(encoding="utf-8")
+
+
+def test_a_large_file_that_is_not_whole_is_told(tmp_path: Path, small_parts: None) -> None:
+    for name in ("rows.parquet", "file.arrow"):
+        source = write(tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(DataError, match=rf"data\.sources\.s\.path: .*{name} is not a whole"):
+            find("s", source)

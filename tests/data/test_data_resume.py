@@ -1,0 +1,275 @@
+"""Killed at any instant, stopped by bad text or a full disk: the next start goes on, byte-equal.
+
+Every preparation here is cut into many parts and shards, so that there is something to go on with.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data import corpora
+from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.errors import DataError
+from data.prepare import prepare
+
+BYTE = TokenizerConfig("byte", 272)
+TEXTS = [f"Document {i}, naïve 🙂 " + f"line {i}\n" * (i % 40) for i in range(300)]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "MIN_PART_BYTES", 8_000)
+
+
+def write_lines(path: Path, texts: list[str] = TEXTS) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def data_of(folder: Path, path: Path, workers: int = 1) -> DataConfig:
+    """Two sources of the same file, in about thirty parts of several shards each."""
+    sources = {name: SourceConfig("jsonl", str(path)) for name in ("one", "two")}
+    return DataConfig(
+        "corpus", str(folder), sources, validation_fraction=0.2, shard_tokens=3000, workers=workers
+    )
+
+
+def listing(folder: Path | str) -> dict[str, bytes]:
+    folder = Path(folder)
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def records(folder: Path | str) -> list[Path]:
+    return sorted(Path(folder).glob("*/part-*.json"))
+
+
+PROGRAM = """
+import os, signal, sys, traceback
+from data import corpora
+from data.config import *
+from data.prepare import prepare
+corpora.MIN_PART_BYTES = 8_000
+calls = limit = 0
+def counted(change):
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return change(*arguments, **options)
+    return call
+for name in ("fsync", "replace", "unlink", "mkdir"):
+    setattr(os, name, counted(getattr(os, name)))
+for data, limit in {jobs!r}:
+    if os.fork() == 0:
+        try:
+            prepare(data, TokenizerConfig("byte", 272), False)
+            print(calls, flush=True)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL:
+        print(0, flush=True)
+"""
+
+
+def run_until_killed(*jobs: tuple[DataConfig, int]) -> list[int]:
+    """Prepares each in a process that kills itself before that one of its changes to the disk.
+
+    Returns:
+        of each how many changes there were, 0 when it was killed
+    """
+    program = PROGRAM.replace("{jobs!r}", repr(jobs))
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return [int(line) for line in done.stdout.splitlines()]
+
+
+def test_workers_and_interruptions_leave_no_trace(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl")
+    undisturbed = data_of(tmp_path / "a", path)
+    (n_changes,) = run_until_killed((undisturbed, -1))
+    expected = listing(undisturbed.folder)
+    assert len([name for name in expected if "train" in name]) > 60
+    assert n_changes > 500
+    assert not records(undisturbed.folder)
+
+    three = data_of(tmp_path / "three", path, workers=3)
+    prepare(three, BYTE, progress=False)
+    assert listing(three.folder) == expected
+
+    # Kills at every kind of change (the first ones, some in the middle, the manifest and what is
+    # removed after it), each folder twice, before it may finish with another number of workers.
+    places = [*range(1, 16), *range(16, n_changes - 60, 61), *range(n_changes - 60, n_changes, 6)]
+    killed = [data_of(tmp_path / f"killed-{place}", path) for place in places]
+    assert not any(run_until_killed(*zip(killed, places, strict=True)))
+    run_until_killed(*((data, 40) for data in killed))
+    for number, data in enumerate(killed):
+        prepare(replace(data, workers=1 + (number % 4 == 0)), BYTE, progress=False)
+        assert listing(data.folder) == expected, data.folder
+
+
+def test_parts_that_are_done_are_not_read_again(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl")
+    data = data_of(tmp_path / "a", path)
+    assert run_until_killed((data, 300)) == [0]
+    done = [json.loads(record.read_text()) for record in records(data.folder)]
+    assert len(done) > 5
+    assert [each["done"] for each in done] == [True] * (len(done) - 1) + [False]
+    before = {file: file.stat().st_mtime_ns for file in Path(data.folder).glob("*/*.tokens")}
+    kept = {entry for each in done for entry in _files(each)}
+    content = path.read_bytes()
+    first = content.index(b"\n")
+    path.write_bytes(b"#" * first + content[first:])  # the first part can no more be read
+    with pytest.raises(DataError, match="not JSON"):  # of source `two`, which has not begun
+        prepare(data, BYTE, progress=False)
+    path.write_bytes(content)
+    prepare(data, BYTE, progress=False)
+    for file, written in before.items():
+        if file.relative_to(data.folder).as_posix() in kept:
+            assert file.stat().st_mtime_ns == written
+
+
+def _files(record: dict) -> list[str]:
+    shards = [shard for split in record["shards"].values() for shard in split]
+    return [shard["tokens"]["file"] for shard in shards]
+
+
+def changed_input(path: Path, data: DataConfig) -> DataConfig:
+    write_lines(path, TEXTS[:200])
+    return data
+
+
+CHANGES: dict[str, Callable[[Path, DataConfig], DataConfig]] = {
+    "input": changed_input,
+    "configuration": lambda _, data: replace(data, validation_fraction=0.5),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_changed_input_or_configuration_starts_anew_and_says_so(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_lines(tmp_path / "rows.jsonl")
+    data = data_of(tmp_path / "a", path)
+    assert run_until_killed((data, 300)) == [0]
+    data = CHANGES[what](path, data)
+    fresh = replace(data, folder=str(tmp_path / "b"))
+    prepare(fresh, BYTE, progress=False)
+    prepare(data, BYTE)
+    assert f"starting anew, changed since: {what}" in capsys.readouterr().err
+    assert listing(data.folder) == listing(fresh.folder)
+
+
+def test_going_on_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = data_of(tmp_path / "a", write_lines(tmp_path / "rows.jsonl"))
+    assert run_until_killed((data, 300)) == [0]
+    n_done = len(records(data.folder)) - 1
+    prepare(data, BYTE)
+    assert f"going on, {n_done} of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE, TokenizerConfig("bpe", 290, None, 20_000)])
+def test_after_a_strict_preparation_stopped_at_bad_text_another_policy_goes_on(
+    tokenizer: TokenizerConfig, tmp_path: Path
+) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [*TEXTS[:250], "a\0b", *TEXTS[250:]])
+    strict = data_of(tmp_path / "a", path)
+    with pytest.raises(DataError, match=r"line 251 .* NUL(.|\n)*keeps what is done"):
+        prepare(strict, tokenizer, progress=False)
+    done = records(strict.folder)
+    assert len(done) > 5
+    times = {file: file.stat().st_mtime_ns for file in done[:-1]}
+    with pytest.raises(DataError, match="line 251"):
+        prepare(strict, tokenizer, progress=False)
+    assert {file: file.stat().st_mtime_ns for file in done[:-1]} == times
+    for policy, count in (("skip", "skipped"), ("replace", "replaced")):
+        fresh = replace(strict, folder=str(tmp_path / policy), invalid_text=policy)
+        manifest = prepare(fresh, tokenizer, progress=False)
+        assert manifest.sources["two"].documents[count] == 1
+        loosened = replace(strict, invalid_text=policy, folder=str(tmp_path / f"{policy}-again"))
+        shutil.copytree(strict.folder, loosened.folder)
+        prepare(loosened, tokenizer, progress=False)
+        assert listing(loosened.folder) == listing(fresh.folder)
+
+
+def test_a_stricter_policy_keeps_nothing_that_it_would_refuse(tmp_path: Path) -> None:
+    texts = [*TEXTS[:20], "a\0b", *TEXTS[20:250], *TEXTS[250:]]
+    path = write_lines(tmp_path / "rows.jsonl", texts)
+    for policy in ("strict", "replace"):
+        data = replace(data_of(tmp_path / policy, path), invalid_text="skip")
+        assert run_until_killed((data, 300)) == [0]
+        changed = replace(data, invalid_text=policy)
+        if policy == "strict":
+            with pytest.raises(DataError, match="line 21 "):
+                prepare(changed, BYTE, progress=False)
+        else:
+            fresh = replace(changed, folder=str(tmp_path / "fresh"))
+            prepare(fresh, BYTE, progress=False)
+            prepare(changed, BYTE, progress=False)
+            assert listing(changed.folder) == listing(fresh.folder)
+
+
+def test_a_disk_that_fills_up_leaves_nothing_half_written_and_the_next_start_goes_on(
+    tmp_path: Path,
+) -> None:
+    """A real file system of 400 kB, which then grows."""
+    path = write_lines(tmp_path / "rows.jsonl")
+    expected = data_of(tmp_path / "expected", path)
+    prepare(expected, BYTE, progress=False)
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(small)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        data = data_of(small / "shards", path, workers=2)
+        with pytest.raises(DataError, match=r"data\.folder .*No space left on device.: make room"):
+            prepare(data, BYTE, progress=False)
+        done = records(data.folder)
+        assert len(done) > 3
+        whole = listing(expected.folder)
+        for name, content in listing(data.folder).items():
+            if name in whole:
+                assert content == whole[name]
+            else:
+                assert name == "preparing.json" or Path(name).name.startswith("part-")
+        subprocess.run(["mount", "-o", "remount,size=20m", str(small)], check=True)
+        prepare(data, BYTE, progress=False)
+        assert listing(data.folder) == whole
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_a_file_that_the_system_refuses_is_no_end_either(tmp_path: Path) -> None:
+    """Where nothing can be mounted: a limit on the size of files, as a quota would be."""
+    path = write_lines(tmp_path / "rows.jsonl")
+    data = replace(data_of(tmp_path / "a", path), shard_tokens=10**6)
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))\n"
+        "from data import corpora; corpora.MIN_PART_BYTES = 8_000\n"
+        "from data.config import *; from data.prepare import prepare\n"
+        f"prepare({data!r}, {BYTE!r}, False)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "cannot be written (File too large): make room" in done.stderr
+    assert not list(tmp_path.glob("a/*/*.tmp"))
+    prepare(data, BYTE, progress=False)
+    fresh = replace(data, folder=str(tmp_path / "b"))
+    prepare(fresh, BYTE, progress=False)
+    assert listing(data.folder) == listing(fresh.folder)
