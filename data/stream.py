@@ -10,7 +10,6 @@ could not be trusted on a second resume and reads a file from its beginning all 
 import hashlib
 import json
 import time
-import zlib
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,11 +19,12 @@ from itertools import count
 from typing import NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.corpora import Corpus, Part, find, first_line
 from data.errors import DataError
-from data.loader import IGNORE, Batch, StepBatches, make_batch
+from data.loader import StepBatches, deal
 from data.reading import Position
 from data.rows import Policy, Row, rows
 from data.stages import Stage
@@ -285,7 +285,14 @@ class StreamLoader:
                 str(number): list(lane.place)
                 for number, lane in zip(self.lanes, lanes, strict=True)
             }
-            return self._batches(step, windows)._replace(lanes=places)
+            batches = deal(
+                windows,
+                self._digest(step, windows),
+                self.micro_batch_size,
+                self.dataset.document_mask,
+                self.pin_memory,
+            )
+            return batches._replace(lanes=places)
 
         try:
             for step in count(first_step):
@@ -296,17 +303,10 @@ class StreamLoader:
             maker.shutdown(cancel_futures=True)
             readers.shutdown()
 
-    def _batches(self, step: int, windows: list[tuple[np.ndarray, np.ndarray]]) -> StepBatches:
-        """This rank's rows of a step as micro-batches."""
-        digest = 0
-        for row, (tokens, _) in zip(self.rows, windows, strict=True):
-            sample = step * self.global_batch_size + row
-            digest += zlib.crc32(tokens, zlib.crc32(sample.to_bytes(8, "little")))
-        micro_batches = [
-            make_batch(windows[i : i + self.micro_batch_size], self.dataset.document_mask)
-            for i in range(0, len(windows), self.micro_batch_size)
-        ]
-        n_targets = sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches)
-        if self.pin_memory:
-            micro_batches = [Batch(*(t.pin_memory() for t in batch)) for batch in micro_batches]
-        return StepBatches(micro_batches, n_targets, digest)
+    def _digest(self, step: int, windows: list[tuple[np.ndarray, np.ndarray]]) -> int:
+        """The sum over this rank's rows of a step, as for shards."""
+        first = step * self.global_batch_size
+        return sum(
+            isal_zlib.crc32(tokens, isal_zlib.crc32((first + row).to_bytes(8, "little")))
+            for row, (tokens, _) in zip(self.rows, windows, strict=True)
+        )
