@@ -199,9 +199,11 @@ def log(run: Run, figures: dict[str, Any], clock: Clock, stage: Stage) -> None:
 
 def validate(run: Run) -> float:
     """Mean loss over the held-out windows, the same figure on every mesh."""
+    from data.dataset import Dataset
     from data.loader import validation_batches
     from evaluation.perplexity import mean_loss
 
+    assert isinstance(run.dataset, Dataset)  # a stream holds nothing out, and is not validated on
     batches = validation_batches(
         run.dataset,
         samples=run.config.validation.samples,

@@ -16,8 +16,9 @@ from program.config import TrainProgram
 if TYPE_CHECKING:
     import torch
 
-    from data.loader import Dataset
+    from data.dataset import Dataset
     from data.stages import Stage
+    from data.stream import StreamDataset
     from training.checkpoint import Position
     from training.metrics import Throughput
 
@@ -26,7 +27,7 @@ def header(
     config: TrainProgram,
     mesh: MeshShape,
     processes: Processes,
-    dataset: "Dataset",
+    dataset: "Dataset | StreamDataset",
     position: "Position",
 ) -> tuple[str, list[tuple[str, str]]]:
     """Title and rows that tell what is about to be trained, on what."""
@@ -37,12 +38,6 @@ def header(
     stages = config.stages()
     tokens = stages.first_token(train.max_steps)
     begin = f"from step {position.step}" if position.step else "from scratch"
-    source_names = ", ".join(config.data.sources)
-    order = dataset.order(stages, config.run.seed, config.data.shuffle_block_tokens)
-    epochs = ", ".join(
-        f"{name} {count:.3g}"
-        for name, count in order.epochs(stages.first_sample(train.max_steps)).items()
-    )
     batch_rows = [
         (
             f"from step {stage.first_step + 1}" if place else "batch",
@@ -58,13 +53,7 @@ def header(
             f"dim {model.dim}, {model.n_heads} heads ({model.n_kv_heads} kv)",
         ),
         ("mesh", f"{mesh} on {processes.accelerator}, launched by {processes.launcher}"),
-        (
-            "data",
-            f"{source_names} in {config.data.folder}: "
-            f"{compact(dataset.manifest.n_tokens('train'))} tokens, {config.tokenizer.name} "
-            f"vocabulary of {dataset.manifest.tokenizer.vocab_size:,}",
-        ),
-        ("epochs", epochs),
+        *_data_rows(config, dataset),
         *batch_rows,
         (
             "to come",
@@ -72,6 +61,26 @@ def header(
             f"{compact(max(tokens - position.tokens, 0))} tokens",
         ),
         ("folder", config.run.dir),
+    ]
+
+
+def _data_rows(config: TrainProgram, dataset: "Dataset | StreamDataset") -> list[tuple[str, str]]:
+    """Which tokens, and how often a run goes through each source; of a stream nobody knows."""
+    from data.dataset import Dataset
+    from training.console import compact
+
+    names = ", ".join(config.data.sources)
+    vocabulary = f"{config.tokenizer.name} vocabulary of {config.tokenizer.vocab_size:,}"
+    if not isinstance(dataset, Dataset):
+        files = f"{dataset.n_files} files of {dataset.source.path} in {dataset.lanes} lanes"
+        return [("data", f"{names}, streamed from {files}, {vocabulary}")]
+    stages = config.stages()
+    order = dataset.order(stages, config.run.seed, config.data.shuffle_block_tokens)
+    epochs = order.epochs(stages.first_sample(config.train.max_steps))
+    n_tokens = compact(dataset.manifest.n_tokens("train"))
+    return [
+        ("data", f"{names} in {config.data.folder}: {n_tokens} tokens, {vocabulary}"),
+        ("epochs", ", ".join(f"{name} {count:.3g}" for name, count in epochs.items())),
     ]
 
 
