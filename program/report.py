@@ -120,7 +120,8 @@ def summary(
 
     folder = config.run.dir
     checkpoint = f"{folder}/checkpoints/step-{position.step:08d}"
-    evaluate = str(Path(sys.argv[0]).with_name("evaluate.py"))
+    program = str(Path(sys.argv[0]).with_name("evaluate.py"))
+    evaluation = f"python {program} evaluation.checkpoint={shlex.quote(checkpoint)}"
     rows = [("tokens", f"{compact(position.tokens)} in {position.step} steps")]
     for name, key in (("training loss", "loss"), ("validation loss", "val_loss")):
         if key in figures:
@@ -137,7 +138,7 @@ def summary(
     longer = " ".join(["python", sys.argv[0], *further, f"train.max_steps={2 * position.step}"])
     commands = [
         ("resume, should it be stopped", again),
-        ("evaluate", f"python {evaluate} evaluation.checkpoint={shlex.quote(checkpoint)}"),
+        *([("evaluate", evaluation)] if config.data.stream_lanes is None else []),  # holds text out
         ("go further", longer),
     ]
     if config.log.tensorboard:
