@@ -6,6 +6,7 @@ A local folder of files stands for the hub: the code that reads it is the same.
 import dataclasses
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
@@ -134,13 +135,19 @@ def test_windows_equal_the_lanes_documents_end_to_end_and_cut(
 
 def test_batches_are_those_of_the_lanes_windows(dataset: StreamDataset) -> None:
     windows = [reference_windows(some_rows(), lane) for lane in range(LANES)]
-    for batches in take(loader(dataset), 0, STEPS):
+    for step, batches in enumerate(take(loader(dataset), 0, STEPS)):
         rows = [next(windows[row // (BATCH // LANES)]) for row in range(BATCH)]
         arrays = [(np.array(tokens), np.array(starts, dtype=np.int64)) for tokens, starts in rows]
         (found,) = batches.micro_batches
         expected = make_batch(arrays, document_mask=True)
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
         assert batches.n_targets == int((expected.labels != -100).sum())
+        assert batches.digest == sum(
+            zlib.crc32(
+                np.array(tokens, np.uint32).tobytes(), zlib.crc32(sample.to_bytes(8, "little"))
+            )
+            for sample, (tokens, _) in enumerate(rows, start=step * BATCH)
+        )
 
 
 def test_lanes_are_what_the_library_deals(dataset: StreamDataset, folder: Path) -> None:
