@@ -89,16 +89,14 @@ def save(
     dist.gather_object((own, position.lanes), gathered if dist.get_rank() == 0 else None)
     if dist.get_rank() == 0:
         files = {name: entry for part, _ in gathered for name, entry in part.items()}
-        if position.lanes is not None:
-            lanes = {lane: place for _, part in gathered for lane, place in part.items()}
-            position = dataclasses.replace(position, lanes=lanes)
+        lanes = {lane: place for _, part in gathered for lane, place in (part or {}).items()}
         files[".metadata"] = _fingerprint(fresh / ".metadata")
         _write_synced(
             fresh / "manifest.json",
             json.dumps(
                 {
                     "format_version": FORMAT_VERSION,
-                    "position": dataclasses.asdict(position),
+                    "position": dataclasses.asdict(position) | {"lanes": lanes or None},
                     "files": files,
                     "config": config,
                 },
