@@ -26,6 +26,9 @@ def main(composed: DictConfig) -> None:
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("Stopped. What is done is kept: the same command goes on with it.", file=sys.stderr)
+        sys.exit(130)
     print(
         f"{config.data.folder}: {manifest.n_tokens('train'):,} training and "
         f"{manifest.n_tokens('validation'):,} validation tokens, "

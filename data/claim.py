@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data.errors import DataError
-from data.shards import MANIFEST_FILE, Manifest
+from data.manifest import MANIFEST_FILE, Manifest
 from data.tokenizer import MODEL_FILE
 
 MARKER_FILE = "preparing.json"

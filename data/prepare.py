@@ -29,18 +29,12 @@ from data.claim import (
 from data.config import DataConfig, TokenizerConfig
 from data.corpora import Corpus, Part, find
 from data.errors import DataError
+from data.files import write_atomically
+from data.manifest import MANIFEST_FILE, SPLITS, Manifest, SourceEntry, TokenizerEntry
 from data.pool import N_COUNTERS, prepare_parts, shared_counters
 from data.progress import Done, PreparationProgress
 from data.resume import begin_or_go_on, keep_done
 from data.rows import rows
-from data.shards import (
-    MANIFEST_FILE,
-    SPLITS,
-    Manifest,
-    SourceEntry,
-    TokenizerEntry,
-    write_atomically,
-)
 from data.tokenizer import (
     MODEL_FILE,
     Tokenizer,

@@ -13,8 +13,8 @@ from typing import Any, TextIO
 
 from data.claim import read_marker, sweep, write_marker
 from data.corpora import Corpus, Part
+from data.manifest import FORMAT_VERSION
 from data.progress import PreparationProgress
-from data.shards import FORMAT_VERSION
 from data.tokenizer import MODEL_FILE, Tokenizer
 from data.worker import Record, record_path
 

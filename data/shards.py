@@ -45,7 +45,7 @@ class ShardWriter:
             path = self._path("tokens.tmp")
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("wb")
-        content = memoryview(np.ascontiguousarray(tokens, dtype=TOKEN)).cast("B")
+        content = np.ascontiguousarray(tokens, dtype=TOKEN).data.cast("B")
         self._file.write(content)
         self._sums.update(content)
         self._starts.append(self._starts[-1] + len(tokens))

@@ -14,9 +14,11 @@ from typing import Any
 
 from data.config import SourceConfig
 from data.corpora import Part
+from data.files import write_atomically
+from data.manifest import SPLITS, Shard
 from data.reading import Position
 from data.rows import Policy, rows
-from data.shards import SPLITS, FileEntry, Shard, ShardWriter, write_atomically
+from data.shards import ShardWriter
 from data.tokenizer import MODEL_FILE, Tokenizer, read_tokenizer
 
 COUNTS = ("read", "empty", "filtered", "skipped", "replaced")
@@ -78,7 +80,7 @@ class Record:
             values = json.loads(path.read_bytes())
             return cls(
                 Position(*values.pop("position")),
-                shards={s: [_shard(each) for each in values["shards"][s]] for s in SPLITS},
+                shards={s: [Shard.from_json(each) for each in values["shards"][s]] for s in SPLITS},
                 **{name: value for name, value in values.items() if name != "shards"},
             )
         except (OSError, ValueError, KeyError, TypeError):
@@ -164,8 +166,3 @@ def _close(writers: dict[str, ShardWriter], record: Record) -> None:
         if shard is not None:
             record.shards[split].append(shard)
     record.n_closed += 1
-
-
-def _shard(values: dict[str, Any]) -> Shard:
-    files = {kind: FileEntry(**values[kind]) for kind in ("tokens", "offsets")}
-    return Shard(**{**values, **files})

@@ -48,7 +48,10 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "train": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "evaluate": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "prepare": (("data", "program"), CHEAP),
-    "bench": ((*HOUSE, "train"), ("torch", "lightning.fabric", "numpy", *CHEAP)),
+    "bench": (
+        (*HOUSE, "train"),
+        ("torch", "lightning.fabric", "numpy", "datasets", "tiktoken", *CHEAP),
+    ),
 }
 # package: what it never touches, not even for types.
 NEVER = {"model": ("torch.distributed", "lightning", *sorted(HOUSE - {"model"}))}

@@ -1,33 +1,41 @@
-"""Preparation: each format end to end, repeated, killed, refused, and every bad input told."""
+"""Preparation: each format end to end, repeated, refused, bounded in memory, bad input told."""
 
-import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import prepare as preparation
-from data.config import DataConfig, SourceConfig, TokenizerConfig
-from data.corpora import documents, source_files
+from data import claim
+from data.config import DataConfig, SourceConfig, StageConfig, TokenizerConfig
 from data.errors import DataError
-from data.loader import Dataset
-from data.prepare import is_validation, prepare, wait_until_prepared
-from data.tokenizer import ready_tokenizer
+from data.manifest import SPLITS, Manifest
+from data.prepare import configuration, is_validation, prepare, wait_until_prepared
+from data.shards import TokenStream
+from data.tokenizer import load_tokenizer, ready_tokenizer
 
 BYTE = TokenizerConfig("byte", 272)
 TEXTS = [f"Document {i}, naïve:\n" + f"line {i} 🙂\n" * (i % 7) for i in range(40)]
 Format = Literal["text", "jsonl", "parquet", "huggingface"]
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Downloaded datasets go here, not to the user's folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / ".cache"))
 
 
 def write_texts(folder: Path, texts: list[str] = TEXTS) -> str:
@@ -74,11 +82,10 @@ def listing(folder: Path) -> dict[str, bytes]:
 def test_each_format_ends_as_the_tokens_of_its_documents(format_: str, tmp_path: Path) -> None:
     data = data_of(tmp_path, source_of(format_, tmp_path))
     manifest = prepare(data, BYTE, progress=False)
-    dataset = Dataset.open(data.folder)
-    tokenizer = dataset.tokenizer()
-    for split, streams in (("train", dataset.train), ("validation", dataset.validation)):
+    tokenizer = load_tokenizer(BYTE, data.folder)
+    for split in SPLITS:
         expected = [text for text in TEXTS if is_validation(text, 0.2) == (split == "validation")]
-        stream = streams["s0"]
+        stream = TokenStream(Path(data.folder), manifest.shards(split))
         tokens, starts = stream.window(0, stream.n_tokens - 1)  # all of them
         cuts = [*starts.tolist(), stream.n_tokens]
         parts = [tokens[a:b] for a, b in pairwise(cuts)]
@@ -92,25 +99,14 @@ def test_each_format_ends_as_the_tokens_of_its_documents(format_: str, tmp_path:
     ]
 
 
-def test_the_standard_library_is_read_without_its_tests(tmp_path: Path) -> None:
-    source = SourceConfig("stdlib")
-    files = source_files(source)
-    names = {file.name for file in files}
-    assert {"argparse.py", "__future__.py"} <= names
-    assert not [f for f in files if {"test", "tests", "site-packages"} & set(f.parts[-4:])]
-    first = next(documents(source))
-    assert first == files[0].read_text(encoding="utf-8")
-
-
 def test_preparing_twice_gives_the_same_bytes_and_the_second_time_nothing_is_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     source = source_of("text", tmp_path)
     bpe = TokenizerConfig("bpe", 300)
     one, two = data_of(tmp_path / "a", source), data_of(tmp_path / "b", source)
     manifest = prepare(one, bpe, progress=False)
     assert manifest.tokenizer.vocab_size == 300
-    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 100)  # batches must not show
     prepare(two, bpe, progress=False)
     assert listing(Path(one.folder)) == listing(Path(two.folder))
 
@@ -134,48 +130,20 @@ def test_another_configuration_of_a_prepared_folder_is_refused_with_the_differen
     assert listing(Path(data.folder)) == before
 
 
-def test_a_killed_preparation_is_replaced_and_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    source = source_of("text", tmp_path)
-    undisturbed, killed = data_of(tmp_path / "a", source), data_of(tmp_path / "b", source)
-    prepare(undisturbed, BYTE, progress=False)
-    program = (
-        "import time; from data import prepare as p; from data.config import *\n"
-        "p.BATCH_CHARACTERS = 100\n"
-        "advance = p.PreparationProgress.advance\n"
-        "p.PreparationProgress.advance = lambda *a: (advance(*a), time.sleep(0.2))\n"
-        f"p.prepare({killed!r}, {BYTE!r}, False)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    folder = Path(killed.folder)
-    deadline = time.monotonic() + 60
-    while not list(folder.glob("s0/*.tmp")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert list(folder.glob("s0/*.tmp"))
-    with pytest.raises(DataError, match=r"run prepare\.py"):
-        Dataset.open(folder)
-    (folder / "s0/train-00007.tokens").touch()  # a shard that the next one does not write
-    prepare(killed, BYTE, progress=False)
-    assert listing(folder) == listing(Path(undisturbed.folder))
-
-
-def test_a_folder_that_is_being_prepared_or_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     data = data_of(tmp_path, source_of("text", tmp_path))
     folder = Path(data.folder)
     folder.mkdir()
-    (folder / "preparing.json").touch()
-    with open(folder / "preparing.json") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="being prepared by another process"):
-            prepare(data, BYTE, progress=False)
-    (folder / "preparing.json").unlink()
     (folder / "tokenizer.model").write_text("someone's own")
     with pytest.raises(DataError, match=r"no preparation made \(tokenizer\.model"):
         prepare(data, BYTE, progress=False)
     assert (folder / "tokenizer.model").read_text() == "someone's own"
+    (folder / "tokenizer.model").unlink()
+    (folder / claim.MARKER_FILE).touch()  # as of a preparation that was killed at once
+    (folder / "s0").mkdir()
+    (folder / "s0" / "notes.txt").write_text("someone's own")
+    prepare(data, BYTE, progress=False)
+    assert (folder / "s0" / "notes.txt").read_text() == "someone's own"
 
 
 def test_the_validation_split_holds_its_share_and_no_document_moves_when_the_corpus_grows() -> None:
@@ -189,17 +157,80 @@ def test_the_validation_split_holds_its_share_and_no_document_moves_when_the_cor
     assert not any(is_validation(text, 0.0) for text in texts)
 
 
-def test_empty_documents_are_skipped_and_counted(tmp_path: Path) -> None:
+def test_what_became_of_each_document_is_counted_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": ""}\n{"text": null}\n\n{"text": "some text"}\n')
-    source = SourceConfig("jsonl", str(path))
+    lines = [
+        *('{"text": "", "n": 1}', '{"text": null, "n": 1}', "", '{"text": "some text", "n": 1}'),
+        *('{"text": "a\\u0000b", "n": 1}', '{"text": 3, "n": 1}', '{"text": "x", "n": 0}', "{"),
+    ]
+    path.write_text("\n".join(lines))
+    source = SourceConfig("jsonl", str(path), filter=[("n", "==", 1)])
+    data = replace(data_of(tmp_path, source), validation_fraction=0.0, invalid_text="replace")
+    manifest = prepare(data, BYTE)
+    counts = {"read": 7, "empty": 2, "filtered": 1, "skipped": 2, "replaced": 1}
+    assert manifest.sources["s0"].documents == counts
+    assert manifest.n_documents("train") == 2  # nothing is lost: 7 - 2 - 1 - 2
+    told = capsys.readouterr().err
+    assert "7 read, 2 empty, 1 filtered, 2 skipped, 1 replaced" in told
+    source = replace(source, filter=[("n", ">", 1)])
+    data = replace(data, folder=str(tmp_path / "other"), sources={"s0": source})
+    with pytest.raises(DataError, match=r"data\.sources\.s0 has no token to train on .*6 filtered"):
+        prepare(data, BYTE, progress=False)
+    assert not Path(data.folder).exists()
+
+
+def test_what_only_the_reader_uses_is_no_part_of_the_configuration(tmp_path: Path) -> None:
+    data = data_of(tmp_path, source_of("jsonl", tmp_path))
+    wanted = configuration(data, BYTE)
+    source = replace(data.sources["s0"], weight=3.0)
+    reading = replace(
+        *(data,),
+        sources={"s0": source},
+        workers=7,
+        document_mask=False,
+        packing="best_fit",
+        shuffle_block_tokens=4096,
+        stages=[StageConfig(8)],
+        loader_threads=2,
+        prefetch=3,
+        verify_reads=False,
+    )
+    assert configuration(reading, BYTE) == wanted
+    for changed in (
+        replace(data, validation_fraction=0.5),
+        replace(data, shard_tokens=5),
+        replace(data, invalid_text="skip"),
+        replace(data, sources={"s0": replace(data.sources["s0"], filter=[("n", "==", 1)])}),
+    ):
+        assert configuration(changed, BYTE) != wanted
+
+
+def test_a_refusal_of_the_caller_leaves_nothing(tmp_path: Path) -> None:
+    data = data_of(tmp_path / "new" / "folder", source_of("text", tmp_path))
+
+    def refuse(manifest: Manifest) -> None:
+        raise DataError("too small")
+
+    with pytest.raises(DataError, match="too small"):
+        prepare(data, BYTE, progress=False, check=refuse)
+    assert not (tmp_path / "new").exists()
+
+
+def test_long_runs_and_one_long_document_are_prepared_in_bounded_memory(tmp_path: Path) -> None:
+    """Ten million characters as one document, and what makes tiktoken panic, as Meta cuts it."""
+    texts = ["naïve 🙂 " * 1_000_000, " " * 1_000_000 + "a", "<|end_of_text|> is text"]
+    source = SourceConfig("jsonl", write_jsonl(tmp_path / "rows.jsonl", texts))
     data = replace(data_of(tmp_path, source), validation_fraction=0.0)
     manifest = prepare(data, BYTE, progress=False)
-    assert manifest.empty_documents == {"s0": 2}
-    assert manifest.n_documents("train") == 1
-    path.write_text('{"text": ""}\n')
-    with pytest.raises(DataError, match=r"data\.sources\.s0 has no token to train on"):
-        prepare(replace(data, folder=str(tmp_path / "other")), BYTE, progress=False)
+    stream = TokenStream(Path(data.folder), manifest.shards("train"))
+    tokens, starts = stream.window(0, stream.n_tokens - 1)
+    expected = [len(text.encode()) + 2 for text in texts]
+    assert [b - a for a, b in pairwise([*starts.tolist(), stream.n_tokens])] == expected
+    tokenizer = load_tokenizer(BYTE, data.folder)
+    assert tokenizer.decode(tokens[starts[2] + 1 : -1]) == texts[2]
+    assert (tokens >= 256).sum() == 2 * len(texts)  # no special token but those around
 
 
 def test_two_sources_lie_side_by_side(tmp_path: Path) -> None:
@@ -238,7 +269,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[SourceConfig, str]]:
         "empty folder": (at("text", "empty"), "a folder without"),
         "folder of others": (at("parquet", "latin"), r"a folder without a \.parquet file"),
         "empty file": (at("jsonl", "empty.jsonl"), "holds no document"),
-        "text not UTF-8": (at("text", "latin"), r"line 2 of .*000\.txt is not UTF-8 \(byte 0xef\)"),
+        "text not UTF-8": (at("text", "latin"), r"000\.txt is not UTF-8 \(byte 0xef in line 2"),
         "JSONL not UTF-8": (at("jsonl", "latin.jsonl"), "line 1 of .* is not UTF-8"),
         "not JSON": (at("jsonl", "broken.jsonl"), "line 1 of .* is not JSON"),
         "not an object": (at("jsonl", "list.jsonl"), "is a list, not a JSON object"),
@@ -249,7 +280,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[SourceConfig, str]]:
             at("parquet", "rows.parquet", "body"),
             r"\(body\) .*use one of id, text",
         ),
-        "cut Parquet": (at("parquet", "cut.parquet"), "is not a whole Parquet file"),
+        "cut Parquet": (at("parquet", "cut.parquet"), r"cut\.parquet cannot be read"),
         "dataset split": (at("huggingface", "local", split="no"), "cannot be read as a dataset"),
         "dataset column": (at("huggingface", "local", "body"), r"\(body\) .*use one of id, text"),
     }
@@ -271,6 +302,94 @@ def test_an_unwritable_folder_is_told(tmp_path: Path) -> None:
         prepare(data, BYTE, progress=False)
 
 
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """The folder on a file system that cannot be written, whoever we are."""
+    steps = ["--bind", str(folder), str(folder)], ["-o", "remount,ro,bind", str(folder)]
+    if any(subprocess.run(["mount", *step], capture_output=True).returncode for step in steps):
+        pytest.skip("needs the right to mount a file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_read_only_folder_is_told_and_read_where_it_is_prepared(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    data = data_of(tmp_path / "disk", source_of("text", tmp_path))
+    with read_only(tmp_path / "disk"), pytest.raises(DataError) as caught:
+        prepare(data, BYTE, progress=False)
+    assert f"data.folder ({data.folder}) cannot be written (Read-only file system)" in str(
+        caught.value
+    )
+    manifest = prepare(data, BYTE, progress=False)
+    # As a kill after the manifest leaves it: there, only what is in the way of nobody remains.
+    (Path(data.folder) / claim.MARKER_FILE).touch()
+    with read_only(tmp_path / "disk"):
+        assert prepare(data, BYTE, progress=False) == manifest
+
+
+PEAK = """
+from pathlib import Path
+from data.config import *
+from data.corpora import find
+from data.prepare import prepare
+from data.rows import rows
+{work}
+lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+print(lines["VmHWM"].split()[0])  # kB; what getrusage tells counts our parent's memory too
+"""
+
+
+def peak_mib(work: str) -> float:
+    """The most memory that a process needs for some Python."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK.replace("{work}", work)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(done.stdout) / 1024
+
+
+def write_mib(path: Path, n_mib: int) -> SourceConfig:
+    """Documents of 5 kB in the format that the name tells."""
+    table = pyarrow.table({"text": [f"{i % 7919:04} " * 1000 for i in range(n_mib * 200)]})
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)  # one row group
+    elif path.suffix == ".arrow":
+        with pyarrow.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=100)
+    else:
+        with pyarrow.output_stream(path) as stream:  # packed by its suffix
+            for text in table["text"].to_pylist():
+                stream.write(json.dumps({"text": text}).encode() + b"\n")
+    format_ = path.suffix[1:] if path.suffix in (".parquet", ".arrow") else "jsonl"
+    return SourceConfig(format_, str(path))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_reading_needs_no_more_memory_for_a_larger_file(name: str, tmp_path: Path) -> None:
+    """48 MiB more. Arrow's files are mapped, so that what is read of them may count as memory."""
+    peaks = []
+    for n_mib in (16, 64):
+        source = write_mib(tmp_path / name, n_mib)
+        read = f"for part in find('s', {source!r}).parts: list(map(id, rows(part, {source!r})))"
+        peaks.append(peak_mib(read))
+    assert peaks[1] - peaks[0] < 8
+
+
+def test_a_preparation_needs_no_more_memory_for_a_larger_corpus(tmp_path: Path) -> None:
+    """14 MiB more, whose tokens take four times that."""
+    peaks = []
+    for n_mib in (2, 16):
+        source = write_mib(tmp_path / "a.jsonl", n_mib)
+        data = replace(data_of(tmp_path / str(n_mib), source), shard_tokens=10**6, workers=1)
+        peaks.append(peak_mib(f"prepare({data!r}, {BYTE!r}, False)"))
+    assert peaks[1] - peaks[0] < 7
+
+
 def test_waiting_for_a_preparation_that_never_comes_ends(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no process has been at it"):
         wait_until_prepared(tmp_path, poll_seconds=0.01, idle_seconds=0.05)
@@ -283,7 +402,7 @@ def test_configuration_problems_are_told_all_at_once() -> None:
         assert any(
             problem.startswith(f"data.{key}") or key in problem for problem in data.problems()
         )
-    assert len(data.problems()) == 8
+    assert len(data.problems()) == 7
     assert TokenizerConfig("byte", 256).problems() == [
         "tokenizer.vocab_size (256) is not that of byte: use 272"
     ]
@@ -306,4 +425,29 @@ def test_the_program_prepares_and_tells_errors_without_a_traceback(tmp_path: Pat
     good = run("tokenizer=byte", f"data.sources.text.path={texts}")
     assert good.returncode == 0, good.stderr
     assert "training and" in good.stdout
-    assert Dataset.open(tmp_path / "shards").manifest.tokenizer.name == "byte"
+    assert Manifest.read(tmp_path / "shards").tokenizer.name == "byte"
+
+
+def test_ctrl_c_ends_the_program_with_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "some text " * 100}) * 1 + "\n")
+    with path.open("a") as stream:
+        for i in range(40_000):
+            stream.write(json.dumps({"text": f"line {i} " * 100}) + "\n")
+    shards = tmp_path / "shards"
+    command = ["prepare.py", "data=jsonl", "data.name=mine", f"data.folder={shards}"]
+    process = subprocess.Popen(
+        [sys.executable, *command, f"data.sources.jsonl.path={path}", "tokenizer=byte"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(shards.glob("*/part-*.json")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert told == "Stopped. What is done is kept: the same command goes on with it.\n"

@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import os
+import shutil
+import zlib
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.config import TokenizerConfig
 from data.errors import DataError
-from data.shards import SPLITS, Manifest, ShardWriter, TokenizerEntry, TokenStream
+from data.files import CRC_BLOCK, Checksums
+from data.manifest import SPLITS, Manifest, Shard, SourceEntry, TokenizerEntry
+from data.shards import ShardWriter, TokenStream
+from data.tokenizer import MODEL_FILE, model_file, ready_tokenizer
+from data.verification import verify
 
 LENGTHS = [5, 1, 30, 7, 7, 12, 40, 3]
 
@@ -21,30 +30,45 @@ def documents(lengths: list[int]) -> list[np.ndarray]:
     return [np.arange(end - n, end, dtype=np.uint32) for n, end in zip(lengths, ends, strict=True)]
 
 
-def write(folder: Path, lengths: list[int], shard_tokens: int) -> Manifest:
-    shards = {}
-    for split in SPLITS:
-        writer = ShardWriter(folder, "source", split, shard_tokens)
-        for document in documents(lengths if split == "train" else []):
+def write(folder: Path, lengths: list[int], per_shard: int) -> Manifest:
+    """A dataset whose training documents lie `per_shard` in a shard; nothing is held out."""
+    shards: list[Shard] = []
+    for number, group in groupby(enumerate(documents(lengths)), lambda item: item[0] // per_shard):
+        writer = ShardWriter(folder, f"source/train-00000-{number:03d}")
+        for _, document in group:
             writer.add(document)
-        shards[split] = writer.close()
-    manifest = Manifest(TokenizerEntry("byte", "0", 272, 256, 257), {}, {"source": shards})
+        shard = writer.close()
+        assert shard is not None
+        shards.append(shard)
+    tokenizer = ready_tokenizer(TokenizerConfig("byte", 272))
+    assert tokenizer is not None
+    vocab_size = max(272, sum(lengths))
+    source = SourceEntry("r", {"read": len(lengths)}, dict(zip(SPLITS, (shards, []), strict=True)))
+    manifest = Manifest(
+        TokenizerEntry("byte", tokenizer.hash, vocab_size, 256, 257), {}, {"source": source}
+    )
+    (folder / MODEL_FILE).write_bytes(model_file(tokenizer.ranks))
     manifest.write(folder)
     return manifest
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=30)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20),
-    shard_tokens=st.integers(1, 60),
+    per_shard=st.integers(1, 8),
     seq_len=st.integers(1, 25),
+    checked=st.booleans(),
 )
 def test_windows_are_those_of_the_concatenated_documents(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], shard_tokens: int, seq_len: int
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    per_shard: int,
+    seq_len: int,
+    checked: bool,
 ) -> None:
     folder = tmp_path_factory.mktemp("shards")
-    manifest = write(folder, lengths, shard_tokens)
-    stream = TokenStream(folder, manifest.shards["source"]["train"])
+    manifest = write(folder, lengths, per_shard)
+    stream = TokenStream(folder, manifest.shards("train"), checked)
     whole = np.concatenate(documents(lengths))
     begins = np.cumsum([0, *lengths[:-1]])
     assert stream.n_tokens == len(whole) == manifest.n_tokens("train")
@@ -59,47 +83,63 @@ def test_windows_are_those_of_the_concatenated_documents(
         stream.window(stream.n_windows(seq_len), seq_len)
 
 
-def test_a_shard_is_closed_before_it_grows_over_its_size(tmp_path: Path) -> None:
-    shards = write(tmp_path, LENGTHS, 32).shards["source"]["train"]
-    assert [shard.n_tokens for shard in shards] == [6, 30, 26, 40, 3]
-    assert [shard.n_documents for shard in shards] == [2, 1, 3, 1, 1]
-
-
-def test_files_have_the_documented_layout_and_hashes(tmp_path: Path) -> None:
-    shard = write(tmp_path, LENGTHS, 10**6).shards["source"]["train"][0]
-    tokens = (tmp_path / "source/train-00000.tokens").read_bytes()
-    offsets = (tmp_path / "source/train-00000.offsets").read_bytes()
-    assert np.frombuffer(tokens, "<u4").tolist() == list(range(sum(LENGTHS)))
-    assert np.frombuffer(offsets, "<i8").tolist() == np.cumsum([0, *LENGTHS]).tolist()
-    assert shard.tokens.sha256 == hashlib.sha256(tokens).hexdigest()
-    assert shard.offsets.sha256 == hashlib.sha256(offsets).hexdigest()
-    assert shard.largest_id == sum(LENGTHS) - 1
+def test_files_have_the_documented_layout_hashes_and_checksums(tmp_path: Path) -> None:
+    lengths = [300_000, 1, 299_999]  # over two MiB of tokens
+    (shard,) = write(tmp_path, lengths, 3).shards("train")
+    tokens = (tmp_path / "source/train-00000-000.tokens").read_bytes()
+    offsets = (tmp_path / "source/train-00000-000.offsets").read_bytes()
+    assert np.array_equal(np.frombuffer(tokens, "<u4"), np.arange(600_000))
+    assert np.frombuffer(offsets, "<i8").tolist() == np.cumsum([0, *lengths]).tolist()
+    for entry, content in ((shard.tokens, tokens), (shard.offsets, offsets)):
+        assert entry.sha256 == hashlib.sha256(content).hexdigest()
+        blocks = [content[i : i + 2**20] for i in range(0, len(content), 2**20)]
+        assert entry.crc32 == "".join(f"{zlib.crc32(block):08x}" for block in blocks)
+        assert entry.n_bytes == len(content)
+    assert len(shard.tokens.crc32) == 3 * 8
+    assert shard.largest_id == 599_999
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@settings(deadline=None, max_examples=20)
+@given(cuts=st.lists(st.integers(1, 3 * CRC_BLOCK), max_size=4))
+def test_checksums_do_not_depend_on_the_pieces_that_came(cuts: list[int]) -> None:
+    content = bytes(3 * CRC_BLOCK - 5) + b"end.."
+    whole, pieces = Checksums(), Checksums()
+    whole.update(content)
+    places = [0, *sorted(cut % len(content) for cut in cuts), len(content)]
+    for begin, end in pairwise(places):
+        pieces.update(content[begin:end])
+    assert (pieces.crc32, pieces.sha256) == (whole.crc32, whole.sha256)
+
+
 def test_manifest_comes_back_equal(tmp_path: Path) -> None:
-    assert write(tmp_path, LENGTHS, 32) == Manifest.read(tmp_path)
+    assert write(tmp_path, LENGTHS, 2) == Manifest.read(tmp_path)
 
 
 def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "source", "train", 100)
+    writer = ShardWriter(tmp_path, "source/train-00000-000")
+    assert writer.close() is None and not list(tmp_path.iterdir())
     writer.add(documents([3])[0])
-    assert [path.name for path in (tmp_path / "source").iterdir()] == ["train-00000.tokens.tmp"]
+    files = [path.name for path in (tmp_path / "source").iterdir()]
+    assert files == ["train-00000-000.tokens.tmp"]
     writer.abandon()
 
 
-def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+# ---------------------------------------------------------------- damage
+
+
+def test_damaged_folders_are_refused_when_they_are_opened(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.folder .* run prepare\.py"):
         Manifest.read(tmp_path)
-    write(tmp_path, LENGTHS, 32)
-    shard, manifest = tmp_path / "source/train-00001.tokens", tmp_path / "manifest.json"
+    write(tmp_path, LENGTHS, 2)
+    shard, manifest = tmp_path / "source/train-00000-001.tokens", tmp_path / "manifest.json"
     whole, described = shard.read_bytes(), json.loads(manifest.read_bytes())
 
     shard.write_bytes(whole[:-4])
-    with pytest.raises(DataError, match=r"train-00001\.tokens has 116 bytes, .* says 120"):
+    with pytest.raises(DataError, match=r"train-00000-001\.tokens has 144 bytes, .* says 148"):
         Manifest.read(tmp_path)
     shard.unlink()
-    with pytest.raises(DataError, match=r"train-00001\.tokens is missing"):
+    with pytest.raises(DataError, match=r"train-00000-001\.tokens is missing"):
         Manifest.read(tmp_path)
     shard.write_bytes(whole)
     assert Manifest.read(tmp_path).n_tokens("train") == sum(LENGTHS)
@@ -109,11 +149,113 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             Manifest.read(tmp_path)
 
-    refused({**described, "version": 99}, "has version 99, this program reads 1")
+    refused({**described, "version": 1}, "has version 1, this program reads 2: delete the folder")
     refused({**described, "format": "other"}, "is not the manifest")
-    refused({**described, "shards": {"source": {}}}, "is damaged")
+    refused({**described, "sources": {"source": {}}}, "is damaged")
     small = {**described["tokenizer"], "vocab_size": 100}
-    refused({**described, "tokenizer": small}, "holds the id 101, beyond the tokenizer's 100")
+    refused({**described, "tokenizer": small}, "holds the id 104, beyond the tokenizer's 100")
     manifest.write_text(json.dumps(described)[:-9])
     with pytest.raises(DataError, match="cannot be read"):
         Manifest.read(tmp_path)
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of one shard of over two MiB."""
+    folder = tmp_path_factory.mktemp("large")
+    write(folder, [300_000, 1, 299_999], 3)
+    return folder
+
+
+@pytest.fixture
+def copy(large: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(large, tmp_path / "copy"))
+
+
+def test_a_flipped_byte_is_told_by_the_reader_of_its_mib_and_by_no_other(copy: Path) -> None:
+    path = copy / "source/train-00000-000.tokens"
+    flip(path, CRC_BLOCK + 77)
+    stream = TokenStream(copy, Manifest.read(copy).shards("train"))
+    per_block = CRC_BLOCK // 4
+    assert stream.window(0, 1000)[0][-1] == 1000
+    assert stream.window(2 * per_block // 1000 + 1, 1000)[0].size == 1001
+    for index in (per_block // 1000, per_block // 1000 + 9):  # the first reaches into it
+        with pytest.raises(DataError, match=r"train-00000-000\.tokens is damaged: MiB 1 .*verify"):
+            stream.window(index, 1000)
+    unverified = TokenStream(copy, Manifest.read(copy).shards("train"), verify=False)
+    assert unverified.window(per_block // 1000 + 9, 1000)[0].size == 1001
+
+
+def test_a_flipped_byte_in_offsets_is_told_when_the_shard_is_opened(copy: Path) -> None:
+    flip(copy / "source/train-00000-000.offsets", 9)
+    stream = TokenStream(copy, Manifest.read(copy).shards("train"))
+    with pytest.raises(DataError, match=r"train-00000-000\.offsets is damaged: MiB 0"):
+        stream.window(0, 10)
+
+
+def test_a_replaced_shard_of_the_same_size_is_told(copy: Path) -> None:
+    path = copy / "source/train-00000-000.tokens"
+    path.write_bytes(np.arange(600_000, dtype="<u4")[::-1].tobytes())
+    stream = TokenStream(copy, Manifest.read(copy).shards("train"))
+    with pytest.raises(DataError, match="another checksum"):
+        stream.window(0, 10)
+
+
+@pytest.mark.parametrize("ending", ["tokens", "offsets"])
+def test_a_file_that_goes_or_shrinks_before_it_is_opened_is_told(copy: Path, ending: str) -> None:
+    path = copy / f"source/train-00000-000.{ending}"
+    stream = TokenStream(copy, Manifest.read(copy).shards("train"))
+    os.truncate(path, path.stat().st_size - 8)
+    with pytest.raises(DataError, match=rf"{ending} has .* bytes, its manifest says"):
+        stream.window(0, 10)
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{ending} cannot be read \(No such file"):
+        stream.window(0, 10)
+
+
+def test_a_file_removed_after_it_was_opened_is_read_on(copy: Path) -> None:
+    stream = TokenStream(copy, Manifest.read(copy).shards("train"))
+    before = stream.window(0, 1000)[0].copy()
+    shutil.rmtree(copy)
+    assert np.array_equal(stream.window(0, 1000)[0], before)
+    assert stream.window(598, 1000)[0][0] == 598_000
+
+
+def test_verify_names_each_damaged_file_and_finds_a_whole_folder_whole(copy: Path) -> None:
+    told: list[tuple[int, int]] = []
+    assert verify(copy, lambda done, total: told.append((done, total))) == []
+    assert told == [(600_000 * 4 + 4 * 8, 600_000 * 4 + 4 * 8)]
+    flip(copy / "source/train-00000-000.tokens", 0)
+    flip(copy / "source/train-00000-000.tokens", 2 * CRC_BLOCK)
+    flip(copy / "source/train-00000-000.offsets", 30)
+    lines = (copy / MODEL_FILE).read_bytes().splitlines(keepends=True)
+    (copy / MODEL_FILE).write_bytes(lines[0] + b"".join(lines[1:]).replace(b" 65\n", b" 066\n", 1))
+    tokenizer, tokens, offsets = verify(copy)
+    assert MODEL_FILE in tokenizer
+    assert "train-00000-000.tokens is damaged in MiB 0, 2 " in tokens
+    assert "train-00000-000.offsets is damaged in MiB 0 " in offsets
+
+
+@pytest.mark.parametrize("file", ["tokens", "offsets"])
+def test_verify_reads_what_the_content_says_too(copy: Path, file: str) -> None:
+    """A writer at fault would have hashed its own mistake."""
+    path = copy / f"source/train-00000-000.{file}"
+    if file == "tokens":
+        content = np.full(600_000, 700_000, dtype="<u4").tobytes()
+    else:
+        content = np.array([0, 5, 5, 600_000], dtype="<i8").tobytes()
+    path.write_bytes(content)
+    sums = Checksums()
+    sums.update(content)
+    manifest = json.loads((copy / "manifest.json").read_bytes())
+    entry = manifest["sources"]["source"]["shards"]["train"][0][file]
+    entry |= {"sha256": sums.sha256, "crc32": sums.crc32}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (problem,) = verify(copy)
+    assert ("ids up to 700000" if file == "tokens" else "does not ascend") in problem
