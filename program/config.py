@@ -26,7 +26,13 @@ from evaluation.config import EvaluationConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from program.precision import evaluation_problems, moment_problems
-from program.rules import of_every_stage, pack_problems, size_problems, stage_problems
+from program.rules import (
+    of_every_stage,
+    pack_problems,
+    size_problems,
+    stage_problems,
+    stream_problems,
+)
 from training.config import (
     CheckpointConfig,
     LogConfig,
@@ -169,6 +175,7 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> TrainProgram:
                 train, data, lambda sizes: size_problems(sizes, model, tokenizer)
             ),
         ),
+        (("data", "tokenizer", "validation"), stream_problems),
         (("precision", "optim"), moment_problems),
         *more_rules,
     ]
