@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data_shards import write
 
+from data import packing
 from data.config import DataConfig, SourceConfig
 from data.dataset import Dataset
 from data.errors import DataError
@@ -285,3 +287,16 @@ def test_others_wait_until_the_first_process_has_packed(folder: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0]
     assert "".join(told).count("packed for a length of 16") == 1
     assert not list(folder.glob("*.lock"))
+
+
+def test_a_folder_is_held_while_it_is_packed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_index, held = packing._pack_source, []
+
+    def look(*arguments: Any) -> None:
+        held.append(packing._is_claimed(folder, SEQ_LEN))
+        write_index(*arguments)
+
+    monkeypatch.setattr(packing, "_pack_source", look)
+    pack(folder, SEQ_LEN, progress=False)
+    assert held == [True]
+    assert not packing._is_claimed(folder, SEQ_LEN)
