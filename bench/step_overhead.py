@@ -16,7 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from bench.measurement import spread, write
-from data.loader import StepBatches, TrainLoader
+from data.loader import StepBatches
 from model.init import initialize
 from model.llama import Llama
 from program.config import CONF
