@@ -17,7 +17,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-from data.claim import (
+from data.config import DataConfig, TokenizerConfig
+from data.errors import DataError
+from data.files import write_atomically
+from data.manifest import MANIFEST_FILE, SPLITS, Manifest, SourceEntry, TokenizerEntry
+from data.preparation.claim import (
     claimed,
     end_claim,
     end_killed_claim,
@@ -26,15 +30,12 @@ from data.claim import (
     refuse_foreign,
     remove_all,
 )
-from data.config import DataConfig, TokenizerConfig
-from data.corpora import Corpus, Part, find
-from data.errors import DataError
-from data.files import write_atomically
-from data.manifest import MANIFEST_FILE, SPLITS, Manifest, SourceEntry, TokenizerEntry
-from data.pool import N_COUNTERS, prepare_parts, shared_counters
-from data.progress import Done, PreparationProgress
-from data.resume import begin_or_go_on, keep_done
-from data.rows import rows
+from data.preparation.pool import N_COUNTERS, prepare_parts, shared_counters
+from data.preparation.progress import Done, PreparationProgress
+from data.preparation.resume import begin_or_go_on, keep_done
+from data.preparation.worker import COUNTS, Job, Record, is_validation, record_path
+from data.sources.corpora import Corpus, Part, find
+from data.sources.rows import rows
 from data.tokenizer import (
     MODEL_FILE,
     Tokenizer,
@@ -43,7 +44,6 @@ from data.tokenizer import (
     ready_tokenizer,
     train_bpe,
 )
-from data.worker import COUNTS, Job, Record, is_validation, record_path
 
 __all__ = ["configuration", "is_validation", "prepare", "wait_until_prepared"]
 

@@ -22,11 +22,11 @@ import numpy as np
 from isal import isal_zlib
 
 from data.config import DataConfig, SourceConfig, TokenizerConfig
-from data.corpora import Corpus, Part, find, first_line
 from data.errors import DataError
 from data.loader import StepBatches, deal
-from data.reading import Position
-from data.rows import Policy, Row, rows
+from data.sources.corpora import Corpus, Part, find, first_line
+from data.sources.reading import Position
+from data.sources.rows import Policy, Row, rows
 from data.stages import Stage
 from data.tokenizer import Tokenizer, ready_tokenizer
 

@@ -18,10 +18,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import claim
 from data.config import DataConfig, SourceConfig, StageConfig, TokenizerConfig
 from data.errors import DataError
 from data.manifest import SPLITS, Manifest
+from data.preparation import claim
 from data.prepare import configuration, is_validation, prepare, wait_until_prepared
 from data.shards import TokenStream
 from data.tokenizer import load_tokenizer, ready_tokenizer
@@ -332,9 +332,9 @@ def test_a_read_only_folder_is_told_and_read_where_it_is_prepared(tmp_path: Path
 PEAK = """
 from pathlib import Path
 from data.config import *
-from data.corpora import find
+from data.sources.corpora import find
 from data.prepare import prepare
-from data.rows import rows
+from data.sources.rows import rows
 {work}
 lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
 print(lines["VmHWM"].split()[0])  # kB; what getrusage tells counts our parent's memory too

@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-import data.rows
+import data.sources.rows
 import data.stream
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
@@ -310,10 +310,10 @@ def test_bad_text_meets_the_policy(tmp_path: Path) -> None:
 
 
 class Flaky:
-    """`data.rows.rows`, cut off after every third row, at most `cuts` times."""
+    """`data.sources.rows.rows`, cut off after every third row, at most `cuts` times."""
 
     def __init__(self, cuts: int) -> None:
-        self.cuts, self.real = cuts, data.rows.rows
+        self.cuts, self.real = cuts, data.sources.rows.rows
 
     def __call__(self, *arguments: Any) -> Iterator[Any]:
         for number, row in enumerate(self.real(*arguments)):

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from data import corpora
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
 from data.prepare import prepare
-from data.rows import Policy
+from data.sources import corpora
+from data.sources.rows import Policy
 
 BYTE = TokenizerConfig("byte", 272)
 TEXTS = [f"Document {i}, naïve 🙂 " + f"line {i}\n" * (i % 40) for i in range(300)]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +53,10 @@ def records(folder: Path | str) -> list[Path]:
 
 PROGRAM = """
 import os, signal, sys, traceback
-from data import corpora
+from data.sources import corpora
 from data.config import *
 from data.prepare import prepare
-from data.rows import Policy
+from data.sources.rows import Policy
 corpora.MIN_PART_BYTES = 8_000
 calls = limit = 0
 def counted(change):

@@ -3,7 +3,7 @@
 The cut depends on the input alone (names, sizes, where lines, row groups and record batches end),
 never on how many workers there are. Files come in sorted order, so a source is the same sequence
 on every machine. Local formats touch neither the network nor the user's dataset cache. How the
-rows of a part are read is left to `data.rows`.
+rows of a part are read is left to `data.sources.rows`.
 """
 
 import glob

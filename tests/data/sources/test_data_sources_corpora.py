@@ -9,11 +9,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import corpora
 from data.config import SourceConfig
-from data.corpora import Corpus, find, source_files
 from data.errors import DataError
-from data.rows import rows
+from data.sources import corpora
+from data.sources.corpora import Corpus, find, source_files
+from data.sources.rows import rows
 
 TEXTS = [f"Document {i}, naïve 🙂 " + "line\n" * (i % 9) for i in range(200)]
 LOCAL = [

@@ -2,7 +2,7 @@
 
 Reading can go on after any row: it seeks where the format can, else it passes over the rows.
 Tables are read in small batches, so that memory is bounded by the largest document. What a row is
-worth is left to `data.rows`.
+worth is left to `data.sources.rows`.
 """
 
 import io
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from data.config import SourceConfig
-from data.corpora import COMPRESSED, MIB, Piece, open_arrow
+from data.sources.corpora import COMPRESSED, MIB, Piece, open_arrow
 
 BATCH_ROWS = 128  # of a table, turned into Python objects at once
 

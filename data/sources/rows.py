@@ -1,7 +1,7 @@
 """The rows of a part, one after the other, each judged: text, or why it is none.
 
 What does not meet the source's `filter` is left out, and what is not text meets the policy
-`data.invalid_text`. How each format is read is left to `data.reading`.
+`data.invalid_text`. How each format is read is left to `data.sources.reading`.
 """
 
 import operator
@@ -11,9 +11,9 @@ from numbers import Number
 from typing import Any, Literal, NamedTuple
 
 from data.config import SourceConfig
-from data.corpora import Part, Piece, first_line
 from data.errors import DataError
-from data.reading import Position, Raw, place_of, read
+from data.sources.corpora import Part, Piece, first_line
+from data.sources.reading import Position, Raw, place_of, read
 
 Policy = Literal["strict", "replace", "skip"]
 Outcome = Literal["text", "replaced", "empty", "filtered", "skipped"]

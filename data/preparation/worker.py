@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from data.config import SourceConfig
-from data.corpora import Part
 from data.files import write_atomically
 from data.manifest import SPLITS, Shard
-from data.reading import Position
-from data.rows import Policy, rows
 from data.shards import ShardWriter
+from data.sources.corpora import Part
+from data.sources.reading import Position
+from data.sources.rows import Policy, rows
 from data.tokenizer import MODEL_FILE, Tokenizer, read_tokenizer
 
 COUNTS = ("read", "empty", "filtered", "skipped", "replaced")

@@ -16,16 +16,17 @@ from typing import Any
 import datasets
 import pytest
 
-from data import claim, corpora, pool
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
+from data.preparation import claim, pool
+from data.preparation.worker import Job, load
 from data.prepare import prepare
-from data.worker import Job, load
+from data.sources import corpora
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
 BYTE = TokenizerConfig("byte", 272)
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PART_BYTES = 50_000
 N_WORKERS = 3
 

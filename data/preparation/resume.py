@@ -11,12 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from data.claim import read_marker, sweep, write_marker
-from data.corpora import Corpus, Part
 from data.manifest import FORMAT_VERSION
-from data.progress import PreparationProgress
+from data.preparation.claim import read_marker, sweep, write_marker
+from data.preparation.progress import PreparationProgress
+from data.preparation.worker import Record, record_path
+from data.sources.corpora import Corpus, Part
 from data.tokenizer import MODEL_FILE, Tokenizer
-from data.worker import Record, record_path
 
 
 def begin_or_go_on(

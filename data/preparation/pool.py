@@ -17,10 +17,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
-from data.corpora import Part
 from data.errors import DataError
+from data.preparation.worker import Job, load, prepare_part
+from data.sources.corpora import Part
 from data.tokenizer import Tokenizer
-from data.worker import Job, load, prepare_part
 
 N_COUNTERS = 3  # of each part: bytes of input, documents, tokens that are done
 

@@ -7,13 +7,13 @@ from typing import Any, get_args
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_data_corpora import LOCAL, TEXTS, write
+from test_data_sources_corpora import LOCAL, TEXTS, write
 
-from data import corpora
 from data.config import SourceConfig
-from data.corpora import find
 from data.errors import DataError
-from data.rows import Outcome, Policy, Row, rows
+from data.sources import corpora
+from data.sources.corpora import find
+from data.sources.rows import Outcome, Policy, Row, rows
 
 SURROGATE, REPLACED = "a\ud800b", "a\ufffdb"
 
