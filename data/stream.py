@@ -3,8 +3,8 @@
 The dataset's files are dealt to a fixed number of lanes, each an endless sequence of documents in
 stored order, tokenised while training and cut into windows like a stream of shards. Where a lane
 is, is told by a document and how many of its tokens are used: four numbers, which travel with each
-step's batches into the checkpoint. Rows are counted by us, not by the library's own state, which
-could not be trusted on a second resume and reads a file from its beginning all the same.
+step's batches into the checkpoint. Rows are counted by us: the library's own state restarted a
+stream on its second resume in 5.0.0, and reads a file from its beginning all the same.
 """
 
 import hashlib
