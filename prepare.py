@@ -1,6 +1,7 @@
 """Prepares a dataset: text → tokenizer (trained where it must be) → token shards in `data.folder`.
 
     python prepare.py data=text data.name=books data.sources.text.path=books/ tokenizer=bpe
+    python prepare.py pack=8192        and an index of windows that whole documents fill
 
 `train.py` does the same on first use; a folder that is prepared already is left as it is.
 """
@@ -20,9 +21,12 @@ def main(composed: DictConfig) -> None:
     try:
         config = load_prepare_config(composed)
         # Imported here, so that `--help` and a wrong configuration answer at once.
+        from data.packing import pack
         from data.prepare import prepare
 
         manifest = prepare(config.data, config.tokenizer, progress=True)
+        for seq_len in config.lengths:
+            pack(config.data.folder, seq_len, progress=True)
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         sys.exit(1)

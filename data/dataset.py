@@ -1,10 +1,12 @@
 """A prepared folder, open for reading: streams of windows by source, tokenizer, order."""
 
 from pathlib import Path
+from typing import Literal
 
 from data.errors import DataError
 from data.manifest import ANEW, Manifest
 from data.order import Order, OrderStage, quotas
+from data.packing import PackedStream
 from data.shards import TokenStream
 from data.stages import Stage, Stages
 from data.tokenizer import MODEL_FILE, Tokenizer, read_tokenizer
@@ -13,16 +15,23 @@ from data.tokenizer import MODEL_FILE, Tokenizer, read_tokenizer
 class Dataset:
     """A prepared folder, open for reading; `train` and `validation` are streams by source name.
 
-    `document_mask` keeps attention and labels inside a document; `verify` compares what is read
-    with its checksums.
+    `document_mask` keeps attention and labels inside a document; `packing` reads training windows
+    of whole documents, for the lengths that `data.packing.pack` made; `verify` compares what is
+    read with its checksums.
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, document_mask: bool = True, verify: bool = True
+        self,
+        folder: Path,
+        manifest: Manifest,
+        document_mask: bool = True,
+        packing: Literal["best_fit"] | None = None,
+        verify: bool = True,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.document_mask = document_mask
+        self.train: dict[str, TokenStream] | dict[str, PackedStream]
         self.train, self.validation = (
             {
                 name: TokenStream(folder, source.shards[split], verify)
@@ -30,16 +39,26 @@ class Dataset:
             }
             for split in ("train", "validation")
         )
+        if packing:
+            self.train = {
+                name: PackedStream(folder, manifest, name, verify) for name in manifest.sources
+            }
 
     @classmethod
-    def open(cls, folder: Path | str, document_mask: bool = True, verify: bool = True) -> "Dataset":
+    def open(
+        cls,
+        folder: Path | str,
+        document_mask: bool = True,
+        packing: Literal["best_fit"] | None = None,
+        verify: bool = True,
+    ) -> "Dataset":
         """Opens and verifies a folder that `data.prepare` made.
 
         Raises:
             DataError: not prepared, or damaged.
         """
         folder = Path(folder)
-        return cls(folder, Manifest.read(folder), document_mask, verify)
+        return cls(folder, Manifest.read(folder), document_mask, packing, verify)
 
     @property
     def hash(self) -> str:

@@ -154,29 +154,11 @@ class TokenStream:
     def _map(self, number: int) -> "_Map":
         """The two files of a shard, mapped and kept."""
         shard = self._shards[number]
-        tokens = self._mapped(shard.tokens, TOKEN)
-        offsets = self._mapped(shard.offsets, OFFSET)
-        if self._verify:
-            for block in range(len(shard.offsets.crc32) // 8):
-                _compare_block(self._folder, shard.offsets, offsets, block)
+        tokens = map_file(self._folder, shard.tokens, TOKEN, verify=False)
+        offsets = map_file(self._folder, shard.offsets, OFFSET, self._verify)
         checked = bytearray(len(shard.tokens.crc32) // 8)
         self._maps[number] = _Map(shard.tokens, tokens, offsets[:-1], checked)
         return self._maps[number]
-
-    def _mapped(self, entry: FileEntry, dtype: np.dtype) -> np.ndarray:
-        """A file's content as an array that reads from the file."""
-        path = self._folder / entry.file
-        try:
-            mapped = np.memmap(path, dtype=np.uint8, mode="r")
-        except (OSError, ValueError) as error:  # ValueError: the file is empty
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{path} cannot be read ({reason}): {MEND}") from None
-        if mapped.nbytes != entry.n_bytes:
-            raise DataError(
-                f"{path} has {mapped.nbytes:,} bytes, its manifest says {entry.n_bytes:,}: {MEND}"
-            )
-        # A plain view: slicing a np.memmap runs Python code on every slice.
-        return mapped.view(np.ndarray).view(dtype)
 
     def _compare(self, shard: "_Map", begin: int, end: int) -> None:
         """Compares the blocks of some tokens with their checksums, once each."""
@@ -196,12 +178,39 @@ class _Map(NamedTuple):
     checked: bytearray  # a 1 for each
 
 
-def _compare_block(folder: Path, entry: FileEntry, content: np.ndarray, block: int) -> None:
+def map_file(
+    folder: Path, entry: FileEntry, dtype: np.dtype, verify: bool, remedy: str = MEND
+) -> np.ndarray:
+    """A file's content as an array that reads from the file, with `verify` all of it compared.
+
+    Raises:
+        DataError: it is gone, of another size, or not what was written; `remedy` ends the message.
+    """
+    path = folder / entry.file
+    try:
+        mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    except (OSError, ValueError) as error:  # ValueError: the file is empty
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read ({reason}): {remedy}") from None
+    if mapped.nbytes != entry.n_bytes:
+        raise DataError(
+            f"{path} has {mapped.nbytes:,} bytes, its manifest says {entry.n_bytes:,}: {remedy}"
+        )
+    # A plain view: slicing a np.memmap runs Python code on every slice.
+    content = mapped.view(np.ndarray).view(dtype)
+    for block in range(len(entry.crc32) // 8 if verify else 0):
+        _compare_block(folder, entry, content, block, remedy)
+    return content
+
+
+def _compare_block(
+    folder: Path, entry: FileEntry, content: np.ndarray, block: int, remedy: str = MEND
+) -> None:
     """Raises DataError where a MiB of a file is not what was written."""
     size = CRC_BLOCK // content.itemsize
     found = isal_zlib.crc32(content[block * size : (block + 1) * size])
     if found != int(entry.crc32[8 * block : 8 * block + 8], 16):
         raise DataError(
             f"{folder / entry.file} is damaged: MiB {block} of it (counted from 0) has another "
-            f"checksum than the manifest tells: {MEND}"
+            f"checksum than the manifest tells: {remedy}"
         )

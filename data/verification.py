@@ -8,6 +8,7 @@ import numpy as np
 from data.errors import DataError
 from data.files import CRC_BLOCK, Checksums
 from data.manifest import OFFSET, SPLITS, TOKEN, FileEntry, Manifest, Shard
+from data.pack_index import PackIndex, packed_lengths
 from data.tokenizer import MODEL_FILE, read_tokenizer
 
 
@@ -29,7 +30,7 @@ def verify(folder: Path, tell: Callable[[int, int], None] = lambda done, total: 
         found += _shard_problems(folder, shard, manifest.tokenizer.vocab_size)
         done += shard.tokens.n_bytes + shard.offsets.n_bytes
         tell(done, total)
-    return found
+    return found + _packing_problems(folder, manifest)
 
 
 def _tokenizer_problems(folder: Path, manifest: Manifest) -> list[str]:
@@ -42,6 +43,21 @@ def _tokenizer_problems(folder: Path, manifest: Manifest) -> list[str]:
     if found.hash != manifest.tokenizer.hash:
         return [f"{path} is not the tokenizer that made the tokens"]
     return []
+
+
+def _packing_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the pack indexes, where there are some: a small part of the bytes."""
+    problems = []
+    for source in manifest.sources:
+        for seq_len in packed_lengths(folder, source):
+            try:
+                index = PackIndex.read(folder, source, seq_len, manifest.hash)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            found = (_file_problem(folder, shard.pieces) for shard in index.shards)
+            problems += [problem for problem in found if problem]
+    return problems
 
 
 def _shard_problems(folder: Path, shard: Shard, vocab_size: int) -> list[str]:

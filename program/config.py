@@ -26,7 +26,7 @@ from evaluation.config import EvaluationConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from program.precision import evaluation_problems, moment_problems
-from program.rules import of_every_stage, size_problems, stage_problems
+from program.rules import of_every_stage, pack_problems, size_problems, stage_problems
 from training.config import (
     CheckpointConfig,
     LogConfig,
@@ -75,10 +75,17 @@ class TrainProgram:
 
 @dataclasses.dataclass(frozen=True)
 class PrepareProgram:
-    """The whole configuration of `prepare.py`."""
+    """The whole configuration of `prepare.py`; `pack` are lengths to pack windows for."""
 
     data: DataConfig
     tokenizer: TokenizerConfig
+    pack: int | list[int] | None
+
+    @property
+    def lengths(self) -> list[int]:
+        """The lengths in `pack`, each once."""
+        given = [self.pack] if isinstance(self.pack, int) else self.pack or []
+        return sorted(set(given))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +177,7 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> TrainProgram:
 
 def load_prepare_config(composed: DictConfig) -> PrepareProgram:
     """The typed configuration of `prepare.py`; raises as `load_train_config` does."""
-    return _load(composed, PrepareProgram, [])
+    return _load(composed, PrepareProgram, [(("pack",), pack_problems)])
 
 
 def load_evaluate_config(composed: DictConfig) -> EvaluateProgram:
@@ -184,7 +191,10 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def _load(composed: DictConfig, program: Any, rules: list[Rule]) -> Any:
-    """Checks keys, types and rules, section by section; raises with all that was found."""
+    """Checks keys, types and rules, section by section; raises with all that was found.
+
+    A section is a dataclass with rules of its own, or one plain value whose rules are in `rules`.
+    """
     # Imported here: 0.1 s that `--help` need not pay.
     from pydantic import TypeAdapter, ValidationError
 
@@ -203,13 +213,13 @@ def _load(composed: DictConfig, program: Any, rules: list[Rule]) -> Any:
         adapter = TypeAdapter(cast(Any, field.type))
         try:
             sections[field.name] = adapter.validate_python(given)
-            problems += _switches(field.name, given, sections[field.name])
-            problems += sections[field.name].problems()
         except ValidationError as error:
             errors: dict[str, list[Any]] = {}  # a union has an error for each of its members
             for item in error.errors():
                 errors.setdefault(_key(item, given), []).append(item)
             problems += [_type_problem(f"{field.name}{key}", its) for key, its in errors.items()]
+            if not dataclasses.is_dataclass(field.type):
+                continue
             # The rules of the other keys, with this one's default in its place.
             wrong = {key.split(".")[1] for key in errors if key}
             rest = {
@@ -223,6 +233,10 @@ def _load(composed: DictConfig, program: Any, rules: list[Rule]) -> Any:
                     for problem in adapter.validate_python(rest).problems()
                     if not any(f"{field.name}.{key}" in problem for key in wrong)
                 ]
+        else:
+            problems += _switches(field.name, given, sections[field.name])
+            if dataclasses.is_dataclass(field.type):
+                problems += sections[field.name].problems()
     for names, rule in rules:
         if all(name in sections for name in names):
             problems += rule(*(sections[name] for name in names))
@@ -268,10 +282,16 @@ def _type_problem(key: str, items: list[Any]) -> str:
 
 def _switches(name: str, given: Any, section: Any) -> list[str]:
     """Every key set to true or false that is no switch: pydantic takes them for 1 and 0."""
+    keys = {name: (given, section)}
+    if isinstance(given, dict):
+        keys = {f"{name}.{key}": (value, getattr(section, key)) for key, value in given.items()}
+    elif isinstance(given, list):
+        pairs = zip(given, section, strict=True)
+        keys = {f"{name}[{place}]": pair for place, pair in enumerate(pairs)}
     return [
-        f"{name}.{key} ({str(value).lower()}) is not a switch: use a number or a named choice"
-        for key, value in given.items()
-        if isinstance(value, bool) and not isinstance(getattr(section, key), bool)
+        f"{key} ({str(value).lower()}) is not a switch: use a number or a named choice"
+        for key, (value, taken) in keys.items()
+        if isinstance(value, bool) and not isinstance(taken, bool)
     ]
 
 

@@ -103,7 +103,7 @@ def check_folder(config: TrainProgram) -> dict[str, Any]:
 
 
 def prepare_data(config: TrainProgram) -> "Dataset":
-    """The dataset, prepared on first use by the first process while the others wait.
+    """The dataset, prepared and packed on first use by the first process while the others wait.
 
     Raises:
         DataError: it cannot be prepared or read, or is too small.
@@ -111,6 +111,7 @@ def prepare_data(config: TrainProgram) -> "Dataset":
     """
     from data.dataset import Dataset
     from data.manifest import Manifest
+    from data.packing import pack, wait_until_packed
     from data.prepare import prepare, wait_until_prepared
 
     folder, mask = Path(config.data.folder), config.data.document_mask
@@ -122,7 +123,13 @@ def prepare_data(config: TrainProgram) -> "Dataset":
         prepare(config.data, config.tokenizer, progress=True, check=check)
     else:
         wait_until_prepared(folder)
-    dataset = Dataset.open(folder, mask, config.data.verify_reads)
+    packing = config.data.packing
+    for seq_len in sorted({stage.seq_len for stage in config.stages().all}) if packing else []:
+        if is_first_process():
+            pack(folder, seq_len, progress=True)
+        else:
+            wait_until_packed(folder, seq_len)
+    dataset = Dataset.open(folder, mask, packing, config.data.verify_reads)
     _check_size(dataset, config)
     position = RunFolder(Path(config.run.dir)).newest_position()
     trained_on = position["data_hash"] if position else dataset.hash

@@ -14,6 +14,8 @@ from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes
 from training.config import TrainConfig
 
+MAX_PACK = 2**24  # tokens; far beyond any context, far below what would fill the memory
+
 
 def model_problems(
     mesh: MeshShape, parallel: ParallelConfig, model: ModelConfig, seq_len: int
@@ -183,6 +185,18 @@ def _axis_sizes(seq_len: int) -> str:
     if seq_len % 2:
         return "1"
     return _divisors(seq_len // 2)
+
+
+def pack_problems(pack: int | list[int] | None) -> list[str]:
+    """The lengths that documents cannot be packed for."""
+    if pack == []:
+        return ["pack ([]) names no length: use for example pack=8192, or null"]
+    return [
+        f"pack ({length}) is not a length from 1 to {MAX_PACK}: use the train.seq_len, and the "
+        "lengths of data.stages, of a run to come"
+        for length in (pack if isinstance(pack, list) else [pack])
+        if length is not None and not 1 <= length <= MAX_PACK
+    ]
 
 
 def _divisors(number: int, limit: int = 1024) -> str:

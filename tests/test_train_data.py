@@ -37,7 +37,7 @@ def command(corpus: Path, shards: Path) -> Any:
         *("data.sources.email.format=text", f"data.sources.email.path={corpus}/email-*.txt"),
         "data.sources.email.weight=0",
     ]
-    prepared = start_program(["prepare.py", *data, "tokenizer=byte"])
+    prepared = start_program(["prepare.py", *data, STAGES, "tokenizer=byte"])
     assert prepared.returncode == 0, prepared.stderr
 
     def arguments(folder: Path, *overrides: str) -> list[str]:

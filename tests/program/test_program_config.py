@@ -305,3 +305,34 @@ def test_help_of_prepare_names_the_groups_that_it_has() -> None:
 def test_configuration_files_hold_no_path_of_a_machine() -> None:
     for path in Path(CONF).rglob("*.yaml"):
         assert not re.search(r"(?<![\w.}])/(?:home|root|work|tmp|mnt)/", path.read_text()), path
+
+
+# ---------------------------------------------------------------- values beside the sections
+
+
+def test_lengths_to_pack_are_one_or_a_list() -> None:
+    assert prepared().lengths == []
+    assert prepared("pack=8192").lengths == [8192]
+    assert prepared("pack=[8192,256,8192]").lengths == [256, 8192]
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("pack=0", "pack (0) is not a length from 1 to"),
+        ("pack=[256,100000000]", "pack (100000000) is not a length from 1 to"),
+        ("pack=[]", "pack ([]) names no length"),
+        ("pack=true", "pack (true) is not a switch"),
+        ("pack=[256,true]", "pack[1] (true) is not a switch"),
+        ("pack=long", "pack ('long') has the wrong type"),
+        ("pack=[long]", "pack[0] ('long') has the wrong type"),
+        ("pak=3", "pak is not a key: did you mean pack?"),
+    ],
+)
+def test_wrong_lengths_to_pack_are_told_beside_the_problems_of_the_sections(
+    argument: str, told: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        prepared(argument, "data.validation_fraction=2")
+    assert any(problem.startswith(told) for problem in error.value.problems)
+    assert any("data.validation_fraction (2" in problem for problem in error.value.problems)

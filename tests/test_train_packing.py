@@ -1,0 +1,51 @@
+"""Training on packed windows: indexes are written on first use, and the mesh changes no sample."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import read_metrics
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+PACKED = (
+    *("data.packing=best_fit", "data.stages=[{from_sample:96,seq_len:128}]", "train.max_steps=24"),
+    *("validation.interval=null", "validation.sample_tokens=0", "checkpoint.interval=null"),
+)
+
+
+def test_two_processes_pack_for_every_stage_and_train_as_one_does(
+    smoke_run: Run, tmp_path: Path
+) -> None:
+    shards = tmp_path / "shards"
+    words = (*PACKED, f"data.folder={shards}")
+    two = smoke_run(tmp_path / "two", *words, "parallel.dp_shard=2", "data.loader_threads=2")
+    assert two.stderr.count("packed for a length of 64") == 1
+    assert two.stderr.count("packed for a length of 128") == 1
+    one = smoke_run(tmp_path / "one", *words)
+    assert "packed for" not in one.stderr
+    found, expected = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
+    assert [line["tokens"] for line in expected][-1] == 12 * 8 * 64 + 12 * 8 * 128
+    hashes = [line["batch_hash"] for line in expected]
+    assert [line["batch_hash"] for line in found] == hashes and len(set(hashes)) == 24
+
+
+def test_an_index_that_is_damaged_while_nobody_looks_stops_the_run_and_says_what_mends_it(
+    smoke_run: Run, tmp_path: Path
+) -> None:
+    words = (*PACKED, f"data.folder={tmp_path / 'shards'}")
+    smoke_run(tmp_path / "whole", *words)
+    for path in (tmp_path / "shards").glob("*/pack-128/*.pieces"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    damaged = smoke_run(tmp_path / "run", *words, "checkpoint.interval=5", succeeds=False)
+    assert damaged.returncode == 1
+    assert "Traceback" not in damaged.stderr
+    assert "the same command goes on from step 10" in damaged.stderr
+    (there,) = (tmp_path / "shards").glob("*/pack-128")
+    assert f"delete {there}, then run `python prepare.py … pack=128`" in damaged.stderr
+    shutil.rmtree(there)
+    smoke_run(tmp_path / "run", *words, "checkpoint.interval=5")
+    hashes = [line["batch_hash"] for line in read_metrics(tmp_path / "whole")]
+    assert [line["batch_hash"] for line in read_metrics(tmp_path / "run")] == hashes
