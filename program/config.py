@@ -26,7 +26,13 @@ from evaluation.config import EvaluationConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from program.precision import evaluation_problems, moment_problems
-from program.rules import of_every_stage, pack_problems, size_problems, stage_problems
+from program.rules import (
+    inspection_problems,
+    of_every_stage,
+    pack_problems,
+    size_problems,
+    stage_problems,
+)
 from training.config import (
     CheckpointConfig,
     LogConfig,
@@ -75,11 +81,20 @@ class TrainProgram:
 
 @dataclasses.dataclass(frozen=True)
 class PrepareProgram:
-    """The whole configuration of `prepare.py`; `pack` are lengths to pack windows for."""
+    """The whole configuration of `prepare.py`.
+
+    `pack` are lengths to pack windows for; `verify` checks `data.folder`; `inspect` is a run's or a
+    dataset's folder to show, with its `sample`-th sample. `seq_len` and `seed` are for a dataset's.
+    """
 
     data: DataConfig
     tokenizer: TokenizerConfig
     pack: int | list[int] | None
+    verify: bool
+    inspect: str | None
+    sample: int
+    seq_len: int | None
+    seed: int | None
 
     @property
     def lengths(self) -> list[int]:
@@ -177,7 +192,11 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> TrainProgram:
 
 def load_prepare_config(composed: DictConfig) -> PrepareProgram:
     """The typed configuration of `prepare.py`; raises as `load_train_config` does."""
-    return _load(composed, PrepareProgram, [(("pack",), pack_problems)])
+    rules: list[Rule] = [
+        (("pack",), pack_problems),
+        (("pack", "verify", "inspect", "sample", "seq_len", "seed"), inspection_problems),
+    ]
+    return _load(composed, PrepareProgram, rules)
 
 
 def load_evaluate_config(composed: DictConfig) -> EvaluateProgram:
