@@ -5,6 +5,7 @@ columns or more. Text of documents goes out unwrapped, so that it can be copied.
 """
 
 import sys
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +15,12 @@ from rich.bar import Bar
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
+from rich.segment import Segment, Segments
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from data.config import SourceConfig
 from data.inspection import Lengths, Sample, document_lengths
 from data.manifest import SPLITS, Manifest
 from data.tokenizer import Tokenizer
@@ -49,14 +53,16 @@ def show_dataset(console: Console, folder: Path, manifest: Manifest) -> None:
     """
     _line(console, f"{folder}, hash {manifest.hash[:12]}", "bold")
     _show_sources(console, manifest)
-    console.print(_rows_read(manifest), _counts(manifest))
+    for table in (_rows_read(manifest), _counts(manifest)):
+        console.print(table, "")
     progress = Console(stderr=True)
     with Progress(console=progress, transient=True, disable=not progress.is_terminal) as bar:
         task = bar.add_task("lengths of documents", total=None)
         lengths = document_lengths(
             folder, manifest, lambda done, total: bar.update(task, completed=done, total=total)
         )
-    console.print(_histogram(lengths, min(BAR_WIDTH, max(console.width - REST_WIDTH, 8))))
+    bar_width = min(BAR_WIDTH, max(console.width - REST_WIDTH, 8))
+    console.print(_histogram(lengths, bar_width), "")
 
 
 def show_sample(console: Console, sample: Sample, tokenizer: Tokenizer, reading: Reading) -> None:
@@ -67,18 +73,20 @@ def show_sample(console: Console, sample: Sample, tokenizer: Tokenizer, reading:
         f"source {sample.source}, epoch {sample.epoch}, window {sample.window:,} of "
         f"{sample.n_windows:,}{_step(sample, reading.n_steps)}",
     )
-    told = (f"{key} {_plain(value)}" for key, value in reading.values.items())
-    _line(console, ", ".join(told), "dim")
+    given = {key: value for key, value in reading.values.items() if value is not None}
+    _line(console, ", ".join(f"{key} {_plain(value)}" for key, value in given.items()), "dim")
     if reading.assumed:
-        _line(console, f"assumed, and to be set: {', '.join(reading.assumed)}", "yellow")
-    n_labels = len(sample.labels) - len(sample.masked())
+        assumed = ", ".join(reading.assumed)
+        _line(console, f"assumed: {assumed}; a run's folder tells what it trains on", "yellow")
+    pieces, masked = sample.pieces(), sample.masked()
+    n_labels = len(sample.labels) - len(masked)
+    mark = f"; {NO_LABEL} after a token: its label is masked" if masked else ""
     _line(
         console,
-        f"{len(sample.labels):,} tokens and a last one that is a label alone; {n_labels:,} labels; "
-        f"{NO_LABEL} after a token: its label is masked",
+        f"{len(sample.labels):,} tokens and a last one that is a label alone, {n_labels:,} labels"
+        f"{mark}",
         "dim",
     )
-    pieces, masked = sample.pieces(), sample.masked()
     for number, (begin, end) in enumerate(pieces, start=1):
         before = "" if sample.tokens[begin] == tokenizer.bos_id else ", begun before"
         after = "" if sample.tokens[end - 1] == tokenizer.eos_id else ", goes on"
@@ -99,16 +107,18 @@ def stdout_console() -> Console:
 def _show_sources(console: Console, manifest: Manifest) -> None:
     """What each source was made from, with the revision of its input, and the tokenizer."""
     configured = manifest.configuration.get("data.sources", {})
+    defaults = {**asdict(SourceConfig("text")), "format": None}
     for name, source in manifest.sources.items():
         told = [
             f"{key} {_plain(value)}"
             for key, value in configured.get(name, {}).items()
-            if value not in (None, False) and (key, value) != ("text_column", "text")
+            if value != defaults.get(key)
         ]
         _line(console, f"{name}: {', '.join(told)}")
         _line(console, f"    revision {source.revision}", "dim")
     others = ("data.validation_fraction", "data.shard_tokens", "data.invalid_text")
-    told = [f"{key} {manifest.configuration.get(key)}" for key in others]
+    configured = manifest.configuration
+    told = [f"{key} {_plain(configured[key])}" for key in others if key in configured]
     _line(console, ", ".join(told), "dim")
     entry = manifest.tokenizer
     _line(
@@ -116,6 +126,7 @@ def _show_sources(console: Console, manifest: Manifest) -> None:
         f"tokenizer: {entry.name}, {entry.vocab_size:,} ids, begin {entry.bos_id}, "
         f"end {entry.eos_id}, hash {entry.hash[:12]}",
     )
+    console.print()
 
 
 def _rows_read(manifest: Manifest) -> Table:
@@ -151,25 +162,25 @@ def _counts(manifest: Manifest) -> Table:
 
 def _histogram(lengths: Lengths, bar_width: int) -> Table:
     """Documents by length, in powers of two: how many, and what share of all tokens they hold."""
-    table = _table("length in tokens", "documents", "", "of documents", "of tokens")
+    table = _table("tokens from", "documents", "", "of documents", "of tokens")
     table.columns[2].justify = "left"
+    table.columns[0].justify, table.columns[0].no_wrap = "right", True
     (filled,) = lengths.documents.nonzero()
     for power in range(filled[0], filled[-1] + 1) if len(filled) else ():
         n_documents, n_tokens = int(lengths.documents[power]), int(lengths.tokens[power])
         table.add_row(
-            f"{2**power:,} … {2 ** (power + 1) - 1:,}" if power else "1",
+            f"{2**power:,}",
             f"{n_documents:,}",
             Bar(int(lengths.documents.max()), 0, n_documents, width=bar_width, color="cyan"),
             f"{n_documents / int(lengths.documents.sum()):.1%}",
             f"{n_tokens / int(lengths.tokens.sum()):.1%}",
         )
-    table.columns[0].justify = "right"
     return table
 
 
 def _table(*headings: str) -> Table:
     """A table whose first column holds names, and the others numbers."""
-    table = Table(box=SIMPLE_HEAD, header_style="dim", pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False)
     for place, heading in enumerate(headings):
         table.add_column(heading, justify="right" if place else "left", no_wrap=place > 0)
     return table
@@ -192,17 +203,17 @@ def _show_tokens(
     console: Console, tokenizer: Tokenizer, tokens: np.ndarray, masks_last: bool
 ) -> None:
     """The text of a document's part, special tokens in colour, and a mark for a masked label."""
-    text = ""
+    parts = []
     # Runs of ordinary tokens are decoded together: a character may be made of several.
     for special, run in groupby(tokens.tolist(), key=lambda token: token >= len(tokenizer.ranks)):
-        text = tokenizer.decode(run)
-        style = "cyan" if special else None
-        console.out(text.translate(PICTURES), style=style, highlight=False, end="")
+        text = tokenizer.decode(run).translate(PICTURES)
+        parts.append(Segment(text, Style(color="cyan" if special else None)))
     if masks_last:
-        text = f" {NO_LABEL}"
-        console.out(text, style="bold red", end="")
-    if not text.endswith("\n"):
-        console.out("")
+        parts.append(Segment(f" {NO_LABEL}", Style(color="red", bold=True)))
+    if not parts[-1].text.endswith("\n"):
+        parts.append(Segment("\n"))
+    # As it is: `Console.out` and `Text` put spaces in the place of tabs.
+    console.print(Segments(parts), end="", crop=False)
 
 
 def _span(begin: int, end: int) -> str:
@@ -212,7 +223,9 @@ def _span(begin: int, end: int) -> str:
 
 def _plain(value: object) -> str:
     """A value as a person types it."""
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+    if isinstance(value, dict):
+        return " ".join(f"{key}={each}" for key, each in value.items())
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _rule(console: Console, title: str) -> None:
@@ -220,4 +233,4 @@ def _rule(console: Console, title: str) -> None:
 
 
 def _line(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(text), style=style, soft_wrap=True)
+    console.print(Text(text), style=style, soft_wrap=not console.is_terminal)

@@ -41,9 +41,9 @@ def inspect(config: PrepareProgram) -> None:
     elif (folder / MANIFEST_FILE).exists():
         _inspect_dataset(folder, config)
     else:
-        what = "holds neither" if folder.is_dir() else "is not a folder with"
+        what = "holds" if folder.is_dir() else "is no folder, so it holds"
         raise DataError(
-            f"inspect ({folder}) {what} a run's {run.config.name} or prepared data's "
+            f"inspect ({folder}) {what} neither a run's {run.config.name} nor a dataset's "
             f"{MANIFEST_FILE}: name a folder like runs/NAME or shards/NAME"
         )
 
