@@ -16,11 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.errors import DataError
 from parallel.mesh import MeshShape, Processes, plan_processes, resolve_mesh
+from program.command_line import hydra_arguments
 from program.config import (
     ConfigError,
     EvaluateProgram,
     TrainProgram,
-    hydra_arguments,
     load_evaluate_config,
     load_train_config,
 )

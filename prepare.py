@@ -2,37 +2,56 @@
 
     python prepare.py data=text data.name=books data.sources.text.path=books/ tokenizer=bpe
     python prepare.py pack=8192        and an index of windows that whole documents fill
+    python prepare.py verify=true      checks every byte, prepares nothing
+    python prepare.py inspect=runs/llama3_tiny sample=100    shows the data, and a sample of the run
 
 `train.py` does the same on first use; a folder that is prepared already is left as it is.
 """
 
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
 from data.errors import DataError
-from program.config import ConfigError, hydra_arguments, load_prepare_config
+from program.command_line import hydra_arguments
+from program.config import ConfigError, PrepareProgram, load_prepare_config
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare")
 def main(composed: DictConfig) -> None:
-    """Checks the configuration, prepares, and tells what the folder holds."""
+    """Checks the configuration, then shows, checks or prepares a folder."""
     try:
         config = load_prepare_config(composed)
         # Imported here, so that `--help` and a wrong configuration answer at once.
-        from data.packing import pack
-        from data.prepare import prepare
+        if config.inspect is not None:
+            from program.inspection import inspect
 
-        manifest = prepare(config.data, config.tokenizer, progress=True)
-        for seq_len in config.lengths:
-            pack(config.data.folder, seq_len, progress=True)
+            inspect(config)
+        elif config.verify:
+            from data.verification import verify_and_tell
+
+            if not verify_and_tell(Path(config.data.folder)):
+                sys.exit(1)
+        else:
+            prepare_and_pack(config)
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("Stopped. What is done is kept: the same command goes on with it.", file=sys.stderr)
         sys.exit(130)
+
+
+def prepare_and_pack(config: PrepareProgram) -> None:
+    """Prepares, packs where that is asked, and tells what the folder holds."""
+    from data.packing import pack
+    from data.prepare import prepare
+
+    manifest = prepare(config.data, config.tokenizer, progress=True)
+    for seq_len in config.lengths:
+        pack(config.data.folder, seq_len, progress=True)
     print(
         f"{config.data.folder}: {manifest.n_tokens('train'):,} training and "
         f"{manifest.n_tokens('validation'):,} validation tokens, "

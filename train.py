@@ -19,7 +19,8 @@ from omegaconf import DictConfig
 
 from data.errors import DataError
 from parallel.mesh import MeshShape, Processes
-from program.config import TrainProgram, hydra_arguments, plain
+from program.command_line import hydra_arguments
+from program.config import TrainProgram, plain
 from program.preflight import check_config, check_folder, prepare_data, refusals
 from program.report import header, meter, summary
 from program.run import Run

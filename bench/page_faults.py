@@ -19,7 +19,8 @@ from hydra import compose, initialize_config_dir
 from bench.measurement import spread, write
 from model.init import initialize
 from model.llama import Llama
-from program.config import CONF, load_train_config
+from program.command_line import CONF
+from program.config import load_train_config
 from training.memory import keep_freed_memory
 from training.optimizer import build_optimizer
 

@@ -19,7 +19,7 @@ from bench.measurement import spread, write
 from data.loader import StepBatches
 from model.init import initialize
 from model.llama import Llama
-from program.config import CONF
+from program.command_line import CONF
 from program.preflight import check_config, prepare_data
 from train import set_up, train_step
 from training.optimizer import build_optimizer

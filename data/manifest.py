@@ -128,11 +128,11 @@ class Manifest:
         write_atomically(folder / MANIFEST_FILE, text.encode())
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """The manifest of a folder, verified against the files that it lists.
+    def read(cls, folder: Path, compare: bool = True) -> "Manifest":
+        """The manifest of a folder, with `compare` compared with the files that it lists.
 
         Raises:
-            DataError: no manifest, an unknown version, a file gone or of another size, ids beyond
+            DataError: no manifest, an unknown version; a file gone or of another size, ids beyond
                 the tokenizer's vocabulary.
         """
         path = folder / MANIFEST_FILE
@@ -156,7 +156,7 @@ class Manifest:
             manifest = cls._from_json(values)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is damaged (at {error}): {ANEW}") from None
-        found = manifest.problems(folder)
+        found = manifest.problems(folder) if compare else []
         if found:
             raise DataError("\n".join(f"{problem}: {ANEW}" for problem in found))
         return manifest

@@ -30,6 +30,7 @@ class Stages:
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.all = list(stages)
         self._first_steps = [stage.first_step for stage in stages]
+        self._first_samples = [stage.first_sample for stage in stages]
 
     def at(self, step: int) -> Stage:
         """The stage of a step, counted from 0."""
@@ -39,6 +40,11 @@ class Stages:
         """How many samples all steps before this one take."""
         stage = self.at(step)
         return stage.first_sample + (step - stage.first_step) * stage.global_batch_size
+
+    def step_of(self, sample: int) -> int:
+        """The step that takes a sample, both counted from 0."""
+        stage = self.all[bisect_right(self._first_samples, sample) - 1]
+        return stage.first_step + (sample - stage.first_sample) // stage.global_batch_size
 
     def first_token(self, step: int) -> int:
         """How many input tokens all steps before this one take."""

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.errors import DataError
 from data.files import CRC_BLOCK, Checksums
@@ -19,9 +21,9 @@ def verify(folder: Path, tell: Callable[[int, int], None] = lambda done, total: 
         tell: is told after each shard how many bytes of how many are checked
 
     Raises:
-        DataError: the folder has no manifest that can be read, or a file of another size.
+        DataError: the folder has no manifest that can be read.
     """
-    manifest = Manifest.read(folder)
+    manifest = Manifest.read(folder, compare=False)  # all damage is told, not the first
     found = _tokenizer_problems(folder, manifest)
     shards = [shard for split in SPLITS for shard in manifest.shards(split)]
     total = sum(shard.tokens.n_bytes + shard.offsets.n_bytes for shard in shards)
@@ -31,6 +33,32 @@ def verify(folder: Path, tell: Callable[[int, int], None] = lambda done, total: 
         done += shard.tokens.n_bytes + shard.offsets.n_bytes
         tell(done, total)
     return found + _packing_problems(folder, manifest)
+
+
+def verify_and_tell(folder: Path) -> bool:
+    """Checks a folder and tells all damage on standard error; whether there is none."""
+    console = Console(stderr=True)
+    columns = (TextColumn("checking"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    n_bytes = 0
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=None)
+
+        def tell(done: int, total: int) -> None:
+            nonlocal n_bytes
+            n_bytes = total
+            bar.update(task, completed=done, total=total)
+
+        problems = verify(folder, tell)
+    if not problems:
+        print(f"{folder} is whole: each of its {n_bytes:,} bytes of shards is as it was prepared.")
+        return True
+    of = f"{len(problems)} of its files are" if len(problems) > 1 else "1 of its files is"
+    lines = [f"{folder} is damaged, {of} not as prepared:", *(f"  {each}" for each in problems)]
+    remedy = "Restore them from a copy; or delete the folder and prepare it again."
+    console.print("\n".join([*lines, remedy]), highlight=False, soft_wrap=True, markup=False)
+    return False
 
 
 def _tokenizer_problems(folder: Path, manifest: Manifest) -> list[str]:
@@ -99,7 +127,9 @@ def _file_problem(folder: Path, entry: FileEntry) -> str | None:
                 sums.update(piece)
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
-    if (sums.sha256, sums.n_bytes) == (entry.sha256, entry.n_bytes):
+    if sums.n_bytes != entry.n_bytes:
+        return f"{path} has {sums.n_bytes:,} bytes, its manifest says {entry.n_bytes:,}"
+    if sums.sha256 == entry.sha256:
         return None
     damaged = [
         str(block)

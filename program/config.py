@@ -10,10 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
-import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import UnionType
 from typing import Any, Union, cast, get_args, get_origin
 
@@ -27,6 +24,7 @@ from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from program.precision import evaluation_problems, moment_problems
 from program.rules import (
+    inspection_problems,
     of_every_stage,
     pack_problems,
     size_problems,
@@ -41,8 +39,6 @@ from training.config import (
     TrainConfig,
     ValidationConfig,
 )
-
-CONF = Path(__file__).parent.parent / "conf"
 
 
 class ConfigError(ValueError):
@@ -81,11 +77,20 @@ class TrainProgram:
 
 @dataclasses.dataclass(frozen=True)
 class PrepareProgram:
-    """The whole configuration of `prepare.py`; `pack` are lengths to pack windows for."""
+    """The whole configuration of `prepare.py`.
+
+    `pack` are lengths to pack windows for; `verify` checks `data.folder`; `inspect` is a run's or a
+    dataset's folder to show, with its `sample`-th sample. `seq_len` and `seed` are for a dataset's.
+    """
 
     data: DataConfig
     tokenizer: TokenizerConfig
     pack: int | list[int] | None
+    verify: bool
+    inspect: str | None
+    sample: int
+    seq_len: int | None
+    seed: int | None
 
     @property
     def lengths(self) -> list[int]:
@@ -101,55 +106,6 @@ class EvaluateProgram:
     evaluation: EvaluationConfig
     parallel: ParallelConfig
     precision: PrecisionConfig
-
-
-def hydra_arguments(arguments: list[str], config_name: str) -> list[str]:
-    """Arguments for Hydra in which every `key=value` may also name an unknown key (`++key=value`).
-
-    Hydra would stop at the first key that it does not know; so `load` sees them all, together with
-    wrong types and broken rules. Overrides of config groups (`model=llama3_8b`) stay as they are.
-    `--help` is answered here: Hydra's own takes a second to list its internals.
-
-    Raises:
-        SystemExit: after `--help`; and for a multirun, which self-launched processes cannot share.
-    """
-    if {"-h", "--help"} & set(arguments):
-        print(help_text(config_name))
-        sys.exit(0)
-    if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
-        sys.exit(
-            "--multirun is not supported: every process of a run would start the sweep again. "
-            "Start one command for each value, each with its own run.name."
-        )
-    rewritten = []
-    for argument in arguments:
-        key, equals, _ = argument.partition("=")
-        plain_key = equals and re.fullmatch(r"[\w.-]+", key)
-        if plain_key and not key.startswith("hydra.") and not (CONF / key).is_dir():
-            argument = f"++{argument}"
-        rewritten.append(argument)
-    return rewritten
-
-
-def help_text(config_name: str) -> str:
-    """The program's own configuration file with its comments, and the choices of every group."""
-    text = (CONF / f"{config_name}.yaml").read_text(encoding="utf-8")
-    usage, rest = f"\n{text}".split("\ndefaults:\n")
-    keys = rest.split("\nhydra:\n")[0]
-    keys = keys.partition("\n\n")[2]
-    used = [group for group in sorted(CONF.iterdir()) if f"- {group.name}:" in rest]
-    groups = [
-        f"  {group.name}={' | '.join(sorted(file.stem for file in group.glob('*.yaml')))}"
-        for group in used
-    ]
-    return "\n".join(
-        [
-            *(line.removeprefix("#").removeprefix(" ") for line in usage.splitlines()[1:]),
-            *(["", "Groups, each a file of keys under conf/:", *groups] if groups else []),
-            *(["", "Keys and their defaults:", ""] if keys else []),
-            *(f"  {line}".rstrip() for line in keys.splitlines()),
-        ]
-    )
 
 
 # A rule that ties sections together: the names of the sections, and what finds the problems.
@@ -184,7 +140,11 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> TrainProgram:
 
 def load_prepare_config(composed: DictConfig) -> PrepareProgram:
     """The typed configuration of `prepare.py`; raises as `load_train_config` does."""
-    return _load(composed, PrepareProgram, [(("pack",), pack_problems)])
+    rules: list[Rule] = [
+        (("pack",), pack_problems),
+        (("pack", "verify", "inspect", "sample", "seq_len", "seed"), inspection_problems),
+    ]
+    return _load(composed, PrepareProgram, rules)
 
 
 def load_evaluate_config(composed: DictConfig) -> EvaluateProgram:

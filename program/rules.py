@@ -15,6 +15,7 @@ from parallel.mesh import MeshShape, Processes
 from training.config import TrainConfig, ValidationConfig
 
 MAX_PACK = 2**24  # tokens; far beyond any context, far below what would fill the memory
+MAX_SAMPLE = 2**60  # up to which the order counts without overflow
 
 
 def model_problems(
@@ -241,6 +242,38 @@ def pack_problems(pack: int | list[int] | None) -> list[str]:
         for length in (pack if isinstance(pack, list) else [pack])
         if length is not None and not 1 <= length <= MAX_PACK
     ]
+
+
+def inspection_problems(
+    pack: int | list[int] | None,
+    verify: bool,
+    inspect: str | None,
+    sample: int,
+    seq_len: int | None,
+    seed: int | None,
+) -> list[str]:
+    """What contradicts what, among the keys that look at a prepared folder, and their bounds."""
+    found = []
+    asked = {"pack": pack is not None, "verify": verify, "inspect": inspect is not None}
+    if sum(asked.values()) > 1:
+        names = " and ".join(name for name, is_asked in asked.items() if is_asked)
+        found.append(f"{names} are different jobs: use one of them a command")
+    if inspect is None:
+        given = {"sample": sample or None, "seq_len": seq_len, "seed": seed}
+        found += [
+            f"{key} ({value}) has no meaning without inspect: add inspect=FOLDER"
+            for key, value in given.items()
+            if value is not None
+        ]
+    if not 0 <= sample <= MAX_SAMPLE:
+        found.append(f"sample ({sample}) is not in [0, 2**60]: samples count from 0")
+    if seq_len is not None and not 1 <= seq_len <= MAX_PACK:
+        found.append(
+            f"seq_len ({seq_len}) is not a length from 1 to {MAX_PACK}: use for example 256"
+        )
+    if seed is not None and not 0 <= seed < 2**63:
+        found.append(f"seed ({seed}) is not in [0, 2**63): use a run's run.seed")
+    return found
 
 
 def _divisors(number: int, limit: int = 1024) -> str:

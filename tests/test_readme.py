@@ -11,7 +11,8 @@ from conftest import ROOT, start_program
 from hydra import compose, initialize_config_dir
 
 from parallel.mesh import resolve_mesh
-from program.config import CONF, hydra_arguments, load_train_config
+from program.command_line import CONF, hydra_arguments
+from program.config import load_train_config
 from program.rules import batch_problems, model_problems
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -121,7 +121,7 @@ class RunFolder:
                 or checkpoints that were saved are gone.
         """
         committed_steps = self.committed_steps()
-        before = self._read_config()
+        before = self.read_config()
         changed = _differences(before, config) if before else {}
         samples = (self.newest_position() or {"samples": 0})["samples"]
         fixed = {
@@ -174,7 +174,7 @@ class RunFolder:
                 "use another run.name for the branch"
             )
 
-    def _read_config(self) -> dict[str, Any] | None:
+    def read_config(self) -> dict[str, Any] | None:
         """The configuration of the last start, or None when there was none."""
         if not self.config.exists():
             return None

@@ -9,13 +9,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from program.command_line import CONF, help_text, hydra_arguments
 from program.config import (
-    CONF,
     ConfigError,
     PrepareProgram,
     TrainProgram,
-    help_text,
-    hydra_arguments,
     load_prepare_config,
     load_train_config,
     plain,
@@ -336,3 +334,25 @@ def test_wrong_lengths_to_pack_are_told_beside_the_problems_of_the_sections(
         prepared(argument, "data.validation_fraction=2")
     assert any(problem.startswith(told) for problem in error.value.problems)
     assert any("data.validation_fraction (2" in problem for problem in error.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["inspect=runs/x", "sample=-1"], "sample (-1) is not in [0, 2**60]"),
+        (["inspect=runs/x", "sample=2000000000000000000"], "sample (2000000000000000000) is not"),
+        (["inspect=runs/x", "sample=first"], "sample ('first') has the wrong type"),
+        (["inspect=runs/x", "sample=true"], "sample (true) is not a switch"),
+        (["inspect=runs/x", "verify=true"], "verify and inspect are different jobs"),
+        (["pack=8", "verify=true"], "pack and verify are different jobs"),
+        (["inspect=runs/x", "seq_len=0"], "seq_len (0) is not a length from 1 to"),
+        (["inspect=runs/x", "seed=-1"], "seed (-1) is not in [0, 2**63)"),
+        (["sample=3"], "sample (3) has no meaning without inspect"),
+        (["verify=true", "seed=3"], "seed (3) has no meaning without inspect"),
+        (["inspekt=runs/x"], "inspekt is not a key: did you mean inspect?"),
+    ],
+)
+def test_wrong_keys_of_looking_at_a_folder_are_told(arguments: list[str], told: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        prepared(*arguments)
+    assert [problem.startswith(told) for problem in error.value.problems] == [True]

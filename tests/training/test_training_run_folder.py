@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from program.config import CONF, load_train_config, plain
+from program.command_line import CONF
+from program.config import load_train_config, plain
 from training.run_folder import COMMITTED, RunFolder, RunFolderError
 
 # Keys that decide samples or model. Every other one may change from start to start.

@@ -1,0 +1,134 @@
+"""`prepare.py inspect=…` and `verify=true` as a person types them."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, read_metrics, start_program
+from omegaconf import DictConfig, OmegaConf
+
+from data.dataset import Dataset
+from data.loader import TrainLoader
+from program.config import load_train_config
+
+STAGES = "data.stages=[{from_sample:32,seq_len:128},{from_sample:64,global_batch_size:4}]"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, smoke_run: Callable[..., Any]) -> Path:
+    """A run of twelve steps in three stages."""
+    folder = tmp_path_factory.mktemp("inspect") / "run"
+    smoke_run(folder, STAGES, "train.max_steps=12", "validation.samples=0", "run.seed=5")
+    return folder
+
+
+def shards_of(run: Path) -> Path:
+    return Path(OmegaConf.load(run / "config.yaml").data.folder)
+
+
+def prepare_program(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error."""
+    done = start_program([str(ROOT / "prepare.py"), *arguments], cwd=cwd)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("sample", "step"), [(13, 2), (45, 6), (70, 10)])
+def test_the_sample_of_a_run_is_in_the_batch_of_the_step_that_it_names(
+    run: Path, sample: int, step: int
+) -> None:
+    """That the loader here is the run's is told by the hash of the batch in its log."""
+    exit_code, text, errors = prepare_program(f"inspect={run}", f"sample={sample}")
+    assert exit_code == 0, errors
+    assert f"\nstep {step} of 12 (samples " in text
+    composed = OmegaConf.load(run / "config.yaml")
+    assert isinstance(composed, DictConfig)
+    config = load_train_config(composed)
+    dataset = Dataset.open(config.data.folder)
+    stages = config.stages()
+    batches = TrainLoader(dataset, stages, seed=5, rank=0, size=1).step(step - 1)
+    (line,) = [line for line in read_metrics(run) if line["step"] == step]
+    assert line["batch_hash"] == f"{batches.digest % 2**32:08x}"
+    (batch,) = batches.micro_batches
+    row = batch.tokens[sample - stages.first_sample(step - 1)]
+    shown = re.split(r"document \d+/\d+, .*? ─+\n", text)[1:]
+    expected = dataset.tokenizer().decode(row.tolist())
+    found = "".join(part.replace(" ⊘\n", "") for part in shown)
+    # The last token is a label alone, and no text ends in the middle of a line.
+    assert found.startswith(expected) and len(found) - len(expected) <= 20
+
+
+def test_a_dataset_is_shown_with_what_is_assumed(run: Path) -> None:
+    shards = shards_of(run)
+    exit_code, text, errors = prepare_program(f"inspect={shards}", "seq_len=32", "seed=5")
+    assert exit_code == 0, errors
+    assert "seed 5, seq_len 32" in text and "assumed" not in text
+    exit_code, text, errors = prepare_program(f"inspect={shards}", "seq_len=32")
+    assert exit_code == 0 and "assumed: seed" in text
+
+
+def test_a_whole_folder_is_praised_and_a_flipped_byte_and_a_lost_file_are_named(
+    run: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "shards"
+    shutil.copytree(shards_of(run), copy)
+    exit_code, text, errors = prepare_program("verify=true", f"data.folder={copy}")
+    assert (exit_code, errors) == (0, "")
+    assert text.startswith(f"{copy} is whole") and len(text.splitlines()) == 1
+    damaged = next(copy.glob("*/train-*.tokens"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    exit_code, text, errors = prepare_program("verify=true", f"data.folder={copy}")
+    assert (exit_code, text) == (1, "")
+    assert f"{damaged} is damaged in MiB 0" in errors
+    lost, short = next(copy.glob("*/train-*.offsets")), next(copy.glob("*/validation-*.tokens"))
+    lost.unlink()
+    os.truncate(short, 8)
+    exit_code, _, errors = prepare_program("verify=true", f"data.folder={copy}")
+    assert exit_code == 1
+    for path in (damaged, lost, short):
+        assert str(path) in errors
+    exit_code, _, errors = prepare_program(f"inspect={copy}")
+    assert exit_code == 1 and str(lost) in errors
+
+
+def test_verify_prepares_nothing(tmp_path: Path, corpus: Path) -> None:
+    exit_code, _, errors = prepare_program(
+        *("data=text", "data.name=x", f"data.sources.text.path={corpus}", "verify=true"),
+        cwd=tmp_path,
+    )
+    assert exit_code == 1 and "holds no prepared data" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_uses_are_told_with_rule_and_remedy(run: Path, tmp_path: Path) -> None:
+    without_data = tmp_path / "run"
+    without_data.mkdir()
+    config = (run / "config.yaml").read_text()
+    (without_data / "config.yaml").write_text(config.replace(str(shards_of(run)), "gone/shards"))
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    changed = tmp_path / "changed"
+    shutil.copytree(shards_of(run), changed)
+    manifest = (changed / "manifest.json").read_text()
+    (changed / "manifest.json").write_text(manifest.replace('"name": "byte"', '"name": "bytes"', 1))
+    (other / "config.yaml").write_text(config.replace(str(shards_of(run)), str(changed)))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.yaml").write_text("train: 3\n")
+    for arguments, told in (
+        ([f"inspect={tmp_path}"], f"inspect ({tmp_path}) holds neither a run's config.yaml nor"),
+        (["inspect=nowhere"], "inspect (nowhere) is no folder"),
+        ([f"inspect={without_data}"], "the run's data.folder (gone/shards) holds no prepared data"),
+        ([f"inspect={other}"], "holds other tokens"),
+        ([f"inspect={broken}"], "is not a configuration of this program's runs"),
+        ([f"inspect={run}", "seq_len=64"], "seq_len (64) is decided by the run"),
+        ([f"inspect={shards_of(run)}", "seq_len=10000000"], "seq_len (10000000) is too long"),
+    ):
+        exit_code, _, errors = prepare_program(*arguments)
+        assert exit_code == 1 and told in errors, errors
