@@ -15,7 +15,8 @@ def hydra_arguments(arguments: list[str], config_name: str) -> list[str]:
 
     Hydra would stop at the first key that it does not know; so the gate (`program.config`) sees
     them all, together with wrong types and broken rules. Overrides of config groups
-    (`model=llama3_8b`) stay as they are. `--help` is answered here: Hydra's own takes a second to list its internals.
+    (`model=llama3_8b`) stay as they are. `--help` is answered here: Hydra's own takes a second to
+    list its internals.
 
     Raises:
         SystemExit: after `--help`; and for a multirun, which self-launched processes cannot share.
