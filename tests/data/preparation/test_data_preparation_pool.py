@@ -77,7 +77,7 @@ def preparing(data: DataConfig, before: str = "") -> Iterator[subprocess.Popen[s
     """A process of its own session that prepares; `before` is Python that it runs first."""
     program = (
         f"{before}\n"
-        f"from data import corpora; corpora.MIN_PART_BYTES = {PART_BYTES}\n"
+        f"from data.sources import corpora; corpora.MIN_PART_BYTES = {PART_BYTES}\n"
         "from data.config import *; from data.prepare import prepare\n"
         f"prepare({data!r}, {BYTE!r}, False)"
     )
@@ -191,7 +191,8 @@ def test_a_second_preparation_is_refused_while_the_first_or_one_of_its_workers_l
     data = data_of(tmp_path, rows)
     deaf = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import test_data_pool; from data import pool; pool._begin = test_data_pool.begin_deaf"
+        "import test_data_preparation_pool as deaf; from data.preparation import pool\n"
+        "pool._begin = deaf.begin_deaf"
     )
     with preparing(data, deaf) as process:
         until(lambda: n_records(data) > 1)

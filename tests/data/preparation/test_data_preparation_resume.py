@@ -263,7 +263,7 @@ def test_a_file_that_the_system_refuses_is_no_end_either(tmp_path: Path) -> None
     data = replace(data_of(tmp_path / "a", path), shard_tokens=10**6)
     program = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))\n"
-        "from data import corpora; corpora.MIN_PART_BYTES = 8_000\n"
+        "from data.sources import corpora; corpora.MIN_PART_BYTES = 8_000\n"
         "from data.config import *; from data.prepare import prepare\n"
         f"prepare({data!r}, {BYTE!r}, False)"
     )
