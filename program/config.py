@@ -26,13 +26,7 @@ from evaluation.config import EvaluationConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from program.precision import evaluation_problems, moment_problems
-from program.rules import (
-    inspection_problems,
-    of_every_stage,
-    pack_problems,
-    size_problems,
-    stage_problems,
-)
+from program.rules import of_every_stage, prepare_problems, size_problems, stage_problems
 from training.config import (
     CheckpointConfig,
     LogConfig,
@@ -192,11 +186,8 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> TrainProgram:
 
 def load_prepare_config(composed: DictConfig) -> PrepareProgram:
     """The typed configuration of `prepare.py`; raises as `load_train_config` does."""
-    rules: list[Rule] = [
-        (("pack",), pack_problems),
-        (("pack", "verify", "inspect", "sample", "seq_len", "seed"), inspection_problems),
-    ]
-    return _load(composed, PrepareProgram, rules)
+    keys = ("pack", "verify", "inspect", "sample", "seq_len", "seed")
+    return _load(composed, PrepareProgram, [(keys, prepare_problems)])
 
 
 def load_evaluate_config(composed: DictConfig) -> EvaluateProgram:
