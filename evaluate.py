@@ -77,6 +77,12 @@ def open_held_out(trained: TrainProgram) -> "Dataset":
     """The run's dataset; raises `DataError` where it is gone or holds nothing out."""
     from data.dataset import Dataset
 
+    if trained.data.stream_lanes is not None:
+        raise DataError(
+            f"data.stream_lanes ({trained.data.stream_lanes}) of this checkpoint's run means that "
+            "it was trained straight from a dataset, of which nothing is held out: there is "
+            "nothing to evaluate on; runs on prepared data (data.stream_lanes=null) hold text out"
+        )
     dataset = Dataset.open(trained.data.folder, document_mask=trained.data.document_mask)
     seq_len = trained.train.seq_len
     if not dataset.n_held_out(seq_len):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from data.dataset import Dataset
     from data.loader import StepBatches
     from data.stages import Stage
+    from data.stream import StreamDataset
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -54,7 +55,7 @@ def set_up(
     config: TrainProgram,
     processes: Processes,
     mesh: MeshShape,
-    dataset: Dataset,
+    dataset: Dataset | StreamDataset,
     changed: dict[str, Any],
 ) -> Run:
     """Launches the processes, builds the model and goes on from the newest checkpoint, if any."""
@@ -93,21 +94,8 @@ def set_up(
 
 def train(run: Run) -> None:
     """The loop: one step after another, and now and then figures, validation, a checkpoint."""
-    from data.loader import TrainLoader
-
     config, stages = run.config, run.stages
-    loader = TrainLoader(
-        run.dataset,
-        stages,
-        seed=config.run.seed,
-        rank=run.data_rank,
-        size=run.mesh.dp,
-        shuffle_block_tokens=config.data.shuffle_block_tokens,
-        pin_memory=run.fabric.device.type == "cuda",
-        threads=config.data.loader_threads,
-        prefetch=config.data.prefetch,
-    )
-    batches = loader.steps(run.position.step)
+    batches = run.batches()
     clock = Clock()
     run.console.start(run.position.step, config.train.max_steps)
     while run.position.step < config.train.max_steps:
@@ -121,7 +109,9 @@ def train(run: Run) -> None:
             rate = learning_rate(step - 1, config.optim)
             tensors = train_step(run, step_batches, rate)
             run.position = run.position.after(
-                samples=stage.global_batch_size, tokens=stage.global_batch_size * stage.seq_len
+                samples=stage.global_batch_size,
+                tokens=stage.global_batch_size * stage.seq_len,
+                lanes=step_batches.lanes,
             )
             figures = read_figures(run, tensors, rate) if logs else {}
         if validates and config.validation.samples:
@@ -209,9 +199,11 @@ def log(run: Run, figures: dict[str, Any], clock: Clock, stage: Stage) -> None:
 
 def validate(run: Run) -> float:
     """Mean loss over the held-out windows, the same figure on every mesh."""
+    from data.dataset import Dataset
     from data.loader import validation_batches
     from evaluation.perplexity import mean_loss
 
+    assert isinstance(run.dataset, Dataset)  # a stream holds nothing out, and is not validated on
     batches = validation_batches(
         run.dataset,
         samples=run.config.validation.samples,

@@ -16,7 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from bench.measurement import spread, write
-from data.loader import StepBatches, TrainLoader
+from data.loader import StepBatches
 from model.init import initialize
 from model.llama import Llama
 from program.config import CONF
@@ -34,18 +34,11 @@ def main() -> None:
         config, processes, mesh = check_config(compose("train", [*overrides, *sys.argv[1:]]))
         dataset = prepare_data(config)
         ours = set_up(config, processes, mesh, dataset, changed={})
-        loader = TrainLoader(
-            dataset,
-            ours.stages,
-            seed=config.run.seed,
-            rank=0,
-            size=1,
-        )
         bare = Llama(config.model)
         initialize(bare, config.model, config.run.seed)
         optimizer = build_optimizer(bare, config.optim)
         seconds: dict[str, list[float]] = {"ours": [], "bare": []}
-        for step, batches in zip(range(WARM_UP + PAIRS), loader.steps(0), strict=False):
+        for step, batches in zip(range(WARM_UP + PAIRS), ours.batches(), strict=False):
             turns = [
                 ("ours", lambda: train_step(ours, batches, config.optim.lr)["loss"]),  # noqa: B023
                 ("bare", lambda: bare_step(bare, optimizer, batches)),  # noqa: B023

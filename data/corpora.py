@@ -266,4 +266,13 @@ def _hub_corpus(name: str, source: SourceConfig, key: str) -> Corpus:
             f"{first_line(error)}): check these, the network, and that it is public"
         ) from error
     parts = [Part(name, number, (piece,)) for number, piece in enumerate(pieces)]
-    return Corpus(str(builder.hash), tuple(parts), dataset)
+    return Corpus(_hub_revision(builder), tuple(parts), dataset)
+
+
+def _hub_revision(builder: Any) -> str:
+    """A dataset's commit; of a local one, whose hash in the library tells nothing, as of files."""
+    names = [name for files in (builder.config.data_files or {}).values() for name in files]
+    files = [Path(name) for name in names]
+    if files and all(file.is_file() for file in files):
+        return _revision(files, [file.stat().st_size for file in files])
+    return str(builder.hash)

@@ -38,12 +38,14 @@ class StepBatches(NamedTuple):
 
     `n_targets` counts this rank's labels that are not -100. `digest` is a sum over its samples:
     added up over the data ranks it is the same on every mesh, and another one when a sample is
-    lost, doubled or changed.
+    lost, doubled or changed. `lanes` tells where this rank's lanes are after the step, when the
+    samples come straight from a dataset (`data.stream`).
     """
 
     micro_batches: list[Batch]
     n_targets: int
     digest: int
+    lanes: dict[str, list[int]] | None = None
 
     @property
     def counts(self) -> torch.Tensor:
@@ -103,17 +105,13 @@ class TrainLoader:
             tokens, starts = self._streams[source].window(index, stage.seq_len)
             digest += isal_zlib.crc32(tokens, isal_zlib.crc32(sample.to_bytes(8, "little")))
             windows.append((tokens, starts))
-        size = stage.micro_batch_size or share
-        micro_batches = [
-            make_batch(
-                windows[i : i + size], self.dataset.document_mask, stage.seq_len, self.pin_memory
-            )
-            for i in range(0, share, size)
-        ]
-        n_targets = share * stage.seq_len
-        if self.dataset.document_mask:
-            n_targets -= sum(int((starts > 0).sum()) for _, starts in windows)
-        return StepBatches(micro_batches, n_targets, digest)
+        return deal(
+            windows,
+            digest,
+            stage.micro_batch_size or share,
+            self.dataset.document_mask,
+            self.pin_memory,
+        )
 
     def steps(self, first_step: int) -> Generator[StepBatches, None, None]:
         """The batches of step `first_step` and all later ones, without end, read ahead.
@@ -130,6 +128,24 @@ class TrainLoader:
                 yield ahead.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def deal(
+    windows: list[tuple[np.ndarray, np.ndarray]],
+    digest: int,
+    micro_batch_size: int,
+    document_mask: bool,
+    pin_memory: bool = False,
+) -> StepBatches:
+    """A rank's windows of a step, (tokens (seq + 1,), document starts), as micro-batches."""
+    micro_batches = [
+        make_batch(windows[i : i + micro_batch_size], document_mask, pin_memory=pin_memory)
+        for i in range(0, len(windows), micro_batch_size)
+    ]
+    n_targets = sum(len(tokens) - 1 for tokens, _ in windows)
+    if document_mask:
+        n_targets -= sum(int((starts > 0).sum()) for _, starts in windows)
+    return StepBatches(micro_batches, n_targets, digest)
 
 
 def validation_batches(

@@ -26,7 +26,13 @@ from evaluation.config import EvaluationConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from program.precision import evaluation_problems, moment_problems
-from program.rules import of_every_stage, prepare_problems, size_problems, stage_problems
+from program.rules import (
+    of_every_stage,
+    prepare_problems,
+    size_problems,
+    stage_problems,
+    stream_problems,
+)
 from training.config import (
     CheckpointConfig,
     LogConfig,
@@ -75,11 +81,7 @@ class TrainProgram:
 
 @dataclasses.dataclass(frozen=True)
 class PrepareProgram:
-    """The whole configuration of `prepare.py`.
-
-    `pack` are lengths to pack windows for; `verify` checks `data.folder`; `inspect` is a run's or a
-    dataset's folder to show, with its `sample`-th sample. `seq_len` and `seed` are for a dataset's.
-    """
+    """The whole configuration of `prepare.py`; conf/prepare.yaml explains its own keys."""
 
     data: DataConfig
     tokenizer: TokenizerConfig
@@ -178,6 +180,7 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> TrainProgram:
                 train, data, lambda sizes: size_problems(sizes, model, tokenizer)
             ),
         ),
+        (("data", "tokenizer", "validation"), stream_problems),
         (("precision", "optim"), moment_problems),
         *more_rules,
     ]

@@ -20,12 +20,19 @@ from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, is_first_process, plan_processes, resolve_mesh
 from program.config import ConfigError, TrainProgram, load_train_config, plain
 from program.precision import fp8_problems
-from program.rules import batch_problems, device_problems, model_problems, of_every_stage
+from program.rules import (
+    batch_problems,
+    device_problems,
+    lane_problems,
+    model_problems,
+    of_every_stage,
+)
 from training.config import LogConfig, TrainConfig
 from training.run_folder import RunFolder, RunFolderError
 
 if TYPE_CHECKING:
     from data.dataset import Dataset
+    from data.stream import StreamDataset
 
 
 @contextmanager
@@ -72,7 +79,10 @@ def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshSha
             found += batch_problems(mesh, train)
             return found + fp8_problems(processes.accelerator, mesh, precision, model, train)
 
-        return problems + (more or of_every_stage(train, data, of_sizes))
+        if more:
+            return problems + more
+        problems += lane_problems(mesh, train, data)
+        return problems + of_every_stage(train, data, of_sizes)
 
     config = load_train_config(
         composed,
@@ -102,43 +112,61 @@ def check_folder(config: TrainProgram) -> dict[str, Any]:
     return RunFolder(Path(config.run.dir)).check(plain(config))
 
 
-def prepare_data(config: TrainProgram) -> "Dataset":
-    """The dataset, prepared and packed on first use by the first process while the others wait.
+def prepare_data(config: TrainProgram) -> "Dataset | StreamDataset":
+    """The dataset, prepared on first use by the first process while the others wait, or streamed.
 
     Raises:
         DataError: it cannot be prepared or read, or is too small.
         RunFolderError: the run's newest checkpoint was trained on other tokens.
     """
+    streams = config.data.stream_lanes is not None
+    dataset = _open_stream(config) if streams else _prepare(config)
+    position = RunFolder(Path(config.run.dir)).newest_position()
+    trained_on = position["data_hash"] if position else dataset.hash
+    if trained_on != dataset.hash:
+        place = "data.sources names" if streams else f"{config.data.folder} holds"
+        raise RunFolderError(
+            f"{place} other tokens (hash {dataset.hash[:12]}) than the run in "
+            f"{config.run.dir} was trained on ({trained_on[:12]}): restore them, or use another "
+            "run.name"
+        )
+    return dataset
+
+
+def _open_stream(config: TrainProgram) -> "StreamDataset":
+    """A dataset with files for every lane; every process looks for itself."""
+    from data.stream import StreamDataset
+
+    dataset = StreamDataset.open(config.data, config.tokenizer)
+    processes, _ = plan_processes(config.parallel)
+    mesh, _ = resolve_mesh(config.parallel, processes.world_size)
+    dataset.check(config.train.global_batch_size, mesh.dp)
+    return dataset
+
+
+def _prepare(config: TrainProgram) -> "Dataset":
+    """The shards, prepared and packed where they are not yet; by the first process, others wait."""
     from data.dataset import Dataset
     from data.manifest import Manifest
     from data.packing import pack, wait_until_packed
     from data.prepare import prepare, wait_until_prepared
 
-    folder, mask = Path(config.data.folder), config.data.document_mask
+    folder, data = Path(config.data.folder), config.data
 
     def check(manifest: Manifest) -> None:
-        _check_size(Dataset(folder, manifest, mask), config)
+        _check_size(Dataset(folder, manifest, data.document_mask), config)
 
     if is_first_process():
-        prepare(config.data, config.tokenizer, progress=True, check=check)
+        prepare(data, config.tokenizer, progress=True, check=check)
     else:
         wait_until_prepared(folder)
-    packing = config.data.packing
-    for seq_len in sorted({stage.seq_len for stage in config.stages().all}) if packing else []:
+    for seq_len in sorted({stage.seq_len for stage in config.stages().all}) if data.packing else []:
         if is_first_process():
             pack(folder, seq_len, progress=True)
         else:
             wait_until_packed(folder, seq_len)
-    dataset = Dataset.open(folder, mask, packing, config.data.verify_reads)
+    dataset = Dataset.open(folder, data.document_mask, data.packing, data.verify_reads)
     _check_size(dataset, config)
-    position = RunFolder(Path(config.run.dir)).newest_position()
-    trained_on = position["data_hash"] if position else dataset.hash
-    if trained_on != dataset.hash:
-        raise RunFolderError(
-            f"{folder} holds other tokens (hash {dataset.hash[:12]}) than the run in "
-            f"{config.run.dir} was trained on ({trained_on[:12]}): restore them, or use another "
-            "run.name"
-        )
     return dataset
 
 

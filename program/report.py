@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from data.dataset import Dataset
     from data.stages import Stage
+    from data.stream import StreamDataset
     from training.checkpoint import Position
     from training.metrics import Throughput
 
@@ -26,7 +27,7 @@ def header(
     config: TrainProgram,
     mesh: MeshShape,
     processes: Processes,
-    dataset: "Dataset",
+    dataset: "Dataset | StreamDataset",
     position: "Position",
 ) -> tuple[str, list[tuple[str, str]]]:
     """Title and rows that tell what is about to be trained, on what."""
@@ -37,12 +38,6 @@ def header(
     stages = config.stages()
     tokens = stages.first_token(train.max_steps)
     begin = f"from step {position.step}" if position.step else "from scratch"
-    source_names = ", ".join(config.data.sources)
-    order = dataset.order(stages, config.run.seed, config.data.shuffle_block_tokens)
-    epochs = ", ".join(
-        f"{name} {count:.3g}"
-        for name, count in order.epochs(stages.first_sample(train.max_steps)).items()
-    )
     batch_rows = [
         (
             f"from step {stage.first_step + 1}" if place else "batch",
@@ -58,13 +53,7 @@ def header(
             f"dim {model.dim}, {model.n_heads} heads ({model.n_kv_heads} kv)",
         ),
         ("mesh", f"{mesh} on {processes.accelerator}, launched by {processes.launcher}"),
-        (
-            "data",
-            f"{source_names} in {config.data.folder}: "
-            f"{compact(dataset.manifest.n_tokens('train'))} tokens, {config.tokenizer.name} "
-            f"vocabulary of {dataset.manifest.tokenizer.vocab_size:,}",
-        ),
-        ("epochs", epochs),
+        *_data_rows(config, dataset),
         *batch_rows,
         (
             "to come",
@@ -72,6 +61,26 @@ def header(
             f"{compact(max(tokens - position.tokens, 0))} tokens",
         ),
         ("folder", config.run.dir),
+    ]
+
+
+def _data_rows(config: TrainProgram, dataset: "Dataset | StreamDataset") -> list[tuple[str, str]]:
+    """Which tokens, and how often a run goes through each source; of a stream nobody knows."""
+    from data.dataset import Dataset
+    from training.console import compact
+
+    names = ", ".join(config.data.sources)
+    vocabulary = f"{config.tokenizer.name} vocabulary of {config.tokenizer.vocab_size:,}"
+    if not isinstance(dataset, Dataset):
+        files = f"{dataset.n_files} files of {dataset.source.path} in {dataset.lanes} lanes"
+        return [("data", f"{names}, streamed from {files}, {vocabulary}")]
+    stages = config.stages()
+    order = dataset.order(stages, config.run.seed, config.data.shuffle_block_tokens)
+    epochs = order.epochs(stages.first_sample(config.train.max_steps))
+    n_tokens = compact(dataset.manifest.n_tokens("train"))
+    return [
+        ("data", f"{names} in {config.data.folder}: {n_tokens} tokens, {vocabulary}"),
+        ("epochs", ", ".join(f"{name} {count:.3g}" for name, count in epochs.items())),
     ]
 
 
@@ -111,7 +120,8 @@ def summary(
 
     folder = config.run.dir
     checkpoint = f"{folder}/checkpoints/step-{position.step:08d}"
-    evaluate = str(Path(sys.argv[0]).with_name("evaluate.py"))
+    program = str(Path(sys.argv[0]).with_name("evaluate.py"))
+    evaluation = f"python {program} evaluation.checkpoint={shlex.quote(checkpoint)}"
     rows = [("tokens", f"{compact(position.tokens)} in {position.step} steps")]
     for name, key in (("training loss", "loss"), ("validation loss", "val_loss")):
         if key in figures:
@@ -128,7 +138,7 @@ def summary(
     longer = " ".join(["python", sys.argv[0], *further, f"train.max_steps={2 * position.step}"])
     commands = [
         ("resume, should it be stopped", again),
-        ("evaluate", f"python {evaluate} evaluation.checkpoint={shlex.quote(checkpoint)}"),
+        *([("evaluate", evaluation)] if config.data.stream_lanes is None else []),  # holds text out
         ("go further", longer),
     ]
     if config.log.tensorboard:

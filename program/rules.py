@@ -12,7 +12,7 @@ from data.stages import plan_stages
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes
-from training.config import TrainConfig
+from training.config import TrainConfig, ValidationConfig
 
 MAX_PACK = 2**24  # tokens; far beyond any context, far below what would fill the memory
 MAX_SAMPLE = 2**60  # up to which the order counts without overflow
@@ -129,6 +129,50 @@ def batch_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
         found.append(
             f"train.micro_batch_size ({train.micro_batch_size}) does not divide the {share} "
             f"sequences of each of the {mesh.dp} data ranks: use {_divisors(share)}"
+        )
+    return found
+
+
+def lane_problems(mesh: MeshShape, train: TrainConfig, data: DataConfig) -> list[str]:
+    """The rules that tie the lanes of a stream to the global batch and the data ranks."""
+    lanes, batch = data.stream_lanes, train.global_batch_size
+    if lanes is None or lanes < 1:
+        return []
+    found = []
+    if batch % lanes:
+        below = batch - batch % lanes
+        nearest = f"{below} or {below + lanes}" if below else str(lanes)
+        found.append(
+            f"train.global_batch_size ({batch}) is not a multiple of data.stream_lanes ({lanes}): "
+            f"use {nearest}, or {_divisors(batch)} lanes"
+        )
+    if lanes % mesh.dp:
+        below = lanes - lanes % mesh.dp
+        nearest = f"{below} or {below + mesh.dp}" if below else str(mesh.dp)
+        found.append(
+            f"data.stream_lanes ({lanes}) is not a multiple of the {mesh.dp} data ranks "
+            f"(dp_replicate × dp_shard): use {nearest}, or {_divisors(lanes)} data ranks"
+        )
+    return found
+
+
+def stream_problems(
+    data: DataConfig, tokenizer: TokenizerConfig, validation: ValidationConfig
+) -> list[str]:
+    """What a stream has not: text held out, and a preparation that trains a tokenizer."""
+    if data.stream_lanes is None:
+        return []
+    found = []
+    key = f"data.stream_lanes ({data.stream_lanes})"
+    if validation.samples:
+        found.append(
+            f"validation.samples ({validation.samples}) needs text held out, and {key} holds out "
+            "none: use validation.samples=0, or data.stream_lanes=null"
+        )
+    if tokenizer.name == "bpe" and tokenizer.path is None:
+        found.append(
+            f"tokenizer.path (null) of tokenizer bpe asks for training, and {key} prepares "
+            "nothing: use tokenizer=llama3 or byte, or set tokenizer.path to a tokenizer.model"
         )
     return found
 

@@ -1,5 +1,6 @@
 """One start of a run: everything that the loop in `train.py` works with."""
 
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
     from data.dataset import Dataset
+    from data.loader import StepBatches
+    from data.stream import StreamDataset
     from parallel.strategy import MeshStrategy
     from training.checkpoint import Position
     from training.console import Console
@@ -30,7 +33,7 @@ class Run:
     strategy: "MeshStrategy"
     model: Any  # Fabric's wrapper around the sharded Llama
     optimizer: Any  # Fabric's wrapper around AdamW
-    dataset: "Dataset"
+    dataset: "Dataset | StreamDataset"
     position: "Position"
     console: "Console"
     stages: Stages
@@ -53,6 +56,38 @@ class Run:
     def data_rank(self) -> int:
         """Which of the mesh's `dp` shares of a batch this process reads."""
         return self.mesh.data_rank(self.fabric.global_rank)
+
+    def batches(self) -> Generator["StepBatches", None, None]:
+        """This process's batches of every step from the run's position on, read ahead."""
+        from data.loader import TrainLoader
+        from data.stream import StreamDataset, StreamLoader
+
+        data, rank, size = self.config.data, self.data_rank, self.mesh.dp
+        on_gpu = self.fabric.device.type == "cuda"
+        if isinstance(self.dataset, StreamDataset):
+            # A checkpoint of other data (`run.resume`) tells nothing of these lanes.
+            same = self.position.data_hash == self.dataset.hash
+            return StreamLoader(
+                self.dataset,
+                self.stages.at(0),
+                rank=rank,
+                size=size,
+                places=self.position.lanes if same else None,
+                pin_memory=on_gpu,
+                threads=data.loader_threads,
+                prefetch=data.prefetch,
+            ).steps(self.position.step)
+        return TrainLoader(
+            self.dataset,
+            self.stages,
+            seed=self.config.run.seed,
+            rank=rank,
+            size=size,
+            shuffle_block_tokens=data.shuffle_block_tokens,
+            pin_memory=on_gpu,
+            threads=data.loader_threads,
+            prefetch=data.prefetch,
+        ).steps(self.position.step)
 
     def open_logs(self, changed: dict[str, Any]) -> None:
         """Writes the configuration and opens ledger and figures; rank 0 alone calls it."""

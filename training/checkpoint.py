@@ -33,16 +33,23 @@ class Position:
 
     The counts are of what has been done over the whole run (`tokens`: input tokens); `data_hash`
     tells which tokens. Samples, learning rate and weights follow from these and the configuration.
+    Where samples come straight from a dataset, `lanes` tells the place of each lane (of this rank's
+    own, until they are saved together).
     """
 
     step: int
     samples: int
     tokens: int
     data_hash: str
+    lanes: dict[str, list[int]] | None = None
 
-    def after(self, samples: int, tokens: int) -> "Position":
+    def after(
+        self, samples: int, tokens: int, lanes: dict[str, list[int]] | None = None
+    ) -> "Position":
         """The position one step on."""
-        return Position(self.step + 1, self.samples + samples, self.tokens + tokens, self.data_hash)
+        return Position(
+            self.step + 1, self.samples + samples, self.tokens + tokens, self.data_hash, lanes
+        )
 
 
 def save(
@@ -79,16 +86,17 @@ def save(
     dcp.save(_tensors(model, optimizer), storage_writer=writer)
     own = {path.name: _fingerprint(path) for path in sorted(fresh.glob(f"__{dist.get_rank()}_*"))}
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object(own, gathered if dist.get_rank() == 0 else None)
+    dist.gather_object((own, position.lanes), gathered if dist.get_rank() == 0 else None)
     if dist.get_rank() == 0:
-        files = {name: entry for part in gathered for name, entry in part.items()}
+        files = {name: entry for part, _ in gathered for name, entry in part.items()}
+        lanes = {lane: place for _, part in gathered for lane, place in (part or {}).items()}
         files[".metadata"] = _fingerprint(fresh / ".metadata")
         _write_synced(
             fresh / "manifest.json",
             json.dumps(
                 {
                     "format_version": FORMAT_VERSION,
-                    "position": dataclasses.asdict(position),
+                    "position": dataclasses.asdict(position) | {"lanes": lanes or None},
                     "files": files,
                     "config": config,
                 },

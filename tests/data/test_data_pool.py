@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from data import claim, corpora, pool
@@ -206,6 +207,53 @@ def test_a_second_preparation_is_refused_while_the_first_or_one_of_its_workers_l
         until(lambda: not group(process), seconds=10)
     prepare(data, BYTE, progress=False)
     assert listing(data.folder) == expected
+
+
+def test_a_lock_of_a_marker_that_is_gone_is_no_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before may end, and remove its marker, between our opening and our locking it."""
+    marker_path = tmp_path / claim.MARKER_FILE
+    lock = claim.fcntl.flock
+    removed: list[bool] = []
+
+    def late(file: Any, operation: int) -> None:
+        if not removed:
+            marker_path.unlink()
+            removed.append(True)
+        lock(file, operation)
+
+    monkeypatch.setattr(claim.fcntl, "flock", late)
+    with claim.claimed(tmp_path) as marker:
+        assert os.path.samestat(os.fstat(marker.fileno()), marker_path.stat())
+
+
+def test_a_downloaded_and_a_streamed_dataset_go_to_workers(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's own objects, in other processes: the same tokens as of the files, in order."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / ".cache"))
+    lines = rows.read_text().splitlines(keepends=True)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.jsonl").write_text("".join(lines[i * 400 : (i + 1) * 400]))
+    found = []
+    for number, source in enumerate(
+        (
+            SourceConfig("jsonl", str(folder)),
+            SourceConfig("huggingface", str(folder)),
+            SourceConfig("huggingface", str(folder), streaming=True),
+        )
+    ):
+        data = replace(
+            data_of(tmp_path / str(number), rows), sources={"rows": source}, shard_tokens=10**6
+        )
+        prepare(data, BYTE, progress=False)
+        shards = sorted(Path(data.folder).glob("rows/train-*.tokens"))
+        assert len(shards) > 2
+        found.append(b"".join(shard.read_bytes() for shard in shards))
+    assert found[0] == found[1] == found[2]
 
 
 def test_two_started_together_end_as_one(

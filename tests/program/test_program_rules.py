@@ -5,18 +5,20 @@ from dataclasses import replace
 
 import pytest
 
-from data.config import DataConfig, SourceConfig, StageConfig
+from data.config import DataConfig, SourceConfig, StageConfig, TokenizerConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, resolve_mesh
 from program.rules import (
     batch_problems,
     device_problems,
+    lane_problems,
     model_problems,
     of_every_stage,
     stage_problems,
+    stream_problems,
 )
-from training.config import TrainConfig
+from training.config import TrainConfig, ValidationConfig
 
 MODEL = ModelConfig("small", 96, 2, 12, 6, 120, 240)
 PARALLEL = ParallelConfig()
@@ -159,6 +161,47 @@ def of_device(processes: Processes = CPU, mesh: MeshShape | None = None, **wante
     parallel, precision, model = sections
     found = device_problems(processes, mesh or MeshShape(1, 1, 1, 1), parallel, precision, model)  # type: ignore[arg-type]
     return "\n".join(found)
+
+
+def stream(lanes: int | None) -> DataConfig:
+    sources = {"web": SourceConfig("huggingface", "who/what", streaming=True)}
+    return DataConfig("web", "unused", sources, stream_lanes=lanes)
+
+
+def test_lanes_name_every_number_that_batch_and_data_ranks_admit() -> None:
+    def refused(lanes: int, batch: int = 24, dp: int = 1) -> list[str]:
+        train = TrainConfig(max_steps=1, global_batch_size=batch, seq_len=64)
+        return lane_problems(MeshShape(1, dp, 1, 1), train, stream(lanes))
+
+    [problem] = refused(9)
+    assert "train.global_batch_size (24) is not a multiple of data.stream_lanes (9)" in problem
+    assert "use 18 or 27, or" in problem and not refused(9, 18) and not refused(9, 27)
+    *_, text = problem.partition("27, or ")
+    assert [int(n) for n in re.findall(r"\d+", text)] == [n for n in range(1, 25) if not refused(n)]
+    [problem] = refused(6, dp=4)
+    assert "data.stream_lanes (6) is not a multiple of the 4 data ranks" in problem
+    assert "use 4 or 8, or 1, 2, 3 or 6 data ranks" in problem
+    assert not refused(4, dp=4) and not refused(8, dp=4) and not refused(6, dp=3)
+    assert "use 4, or" in refused(3, dp=4)[0]
+    assert len(refused(9, dp=4)) == 2
+
+
+def test_no_lanes_no_rule_of_lanes() -> None:
+    train = TrainConfig(max_steps=1, global_batch_size=7, seq_len=64)
+    assert not lane_problems(MeshShape(1, 2, 1, 1), train, stream(None))
+    assert not stream_problems(stream(None), TokenizerConfig("bpe", 4096), ValidationConfig())
+
+
+def test_a_stream_trains_no_tokenizer_and_holds_nothing_out() -> None:
+    def found(tokenizer: TokenizerConfig, samples: int) -> list[str]:
+        return stream_problems(stream(4), tokenizer, ValidationConfig(samples=samples))
+
+    byte, trained = TokenizerConfig("byte", 272), TokenizerConfig("bpe", 4096)
+    assert not found(byte, 0) and not found(replace(trained, path="tokenizer.model"), 0)
+    [problem] = found(byte, 8)
+    assert problem.startswith("validation.samples (8)") and "use validation.samples=0" in problem
+    [problem] = found(trained, 0)
+    assert problem.startswith("tokenizer.path (null)") and "use tokenizer=llama3 or byte" in problem
 
 
 def test_kernels_that_the_device_or_an_axis_does_not_admit_are_refused_with_the_reason() -> None:

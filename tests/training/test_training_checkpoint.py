@@ -99,6 +99,19 @@ def test_loading_gives_back_parameters_moments_steps_and_position(tmp_path: Path
     assert json.loads((target / "manifest.json").read_text())["config"] == {"a": {"b": 1}}
 
 
+def test_places_of_lanes_come_back_and_older_checkpoints_have_none(folder: RunFolder) -> None:
+    assert read_position(folder.step_folder(12)).lanes is None
+    lanes = {"0": [0, 1, 17, 300], "1": [2, 0, 0, 0]}
+    position = Position(13, 104, 832, "hash", lanes)
+    assert read_position(save(folder, *small(), position, {})) == position
+    assert position.after(8, 64).lanes is None  # each step tells anew
+    manifest = folder.step_folder(12) / "manifest.json"
+    values = json.loads(manifest.read_text())
+    del values["position"]["lanes"]  # as before there were lanes
+    manifest.write_text(json.dumps(values))
+    assert read_position(folder.step_folder(12)) == Position(12, 96, 768, "hash")
+
+
 def test_loading_without_an_optimizer_gives_the_model(folder: RunFolder) -> None:
     torch.manual_seed(99)
     expected = save_step(RunFolder(folder.path.parent / "again"), 12)

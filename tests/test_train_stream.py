@@ -1,0 +1,131 @@
+"""Training straight from a dataset: stopped and spread otherwise, the samples stay the same."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import read_metrics, start_program
+from test_train_data import has_done
+from test_train_launch import Program, linux, wait_for
+
+STEPS = 30
+LANES = 4
+
+
+@pytest.fixture(scope="module")
+def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of five files of JSON lines, which stands for one of the hub."""
+    folder = tmp_path_factory.mktemp("dataset") / "code"
+    folder.mkdir()
+    texts = [file.read_text() for file in sorted(corpus.iterdir())]
+    for number in range(5):
+        # Short documents: each lane, of 3,840 tokens, comes to its end within the run.
+        lines = [json.dumps({"text": text[:250]}) + "\n" for text in texts[number::5]]
+        (folder / f"part-{number}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(folder: Path) -> Any:
+    """`command(run)`: the arguments of a run on the dataset."""
+
+    def arguments(run: Path, *overrides: str) -> list[str]:
+        return [
+            *("train.py", "experiment=smoke", "data=fineweb_edu", f"data.stream_lanes={LANES}"),
+            f"data.sources.fineweb_edu.path={folder}",
+            *("data.sources.fineweb_edu.name=null", f"run.dir={run}", f"train.max_steps={STEPS}"),
+            *("checkpoint.interval=5", "validation.interval=null", "validation.samples=0"),
+            *("parallel.accelerator=cpu", "log.tensorboard=false"),
+            *overrides,
+        ]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run on one process, from end to end."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = start_program(command(run))
+    assert done.returncode == 0, done.stderr
+    assert "streamed from 5 files of" in done.stdout and f"in {LANES} lanes" in done.stdout
+    return run
+
+
+def lanes_of(run: Path, step: int) -> dict[str, list[int]]:
+    """The places of the lanes in a checkpoint."""
+    manifest = json.loads((run / f"checkpoints/step-{step:08d}/manifest.json").read_text())
+    return manifest["position"]["lanes"]
+
+
+@linux
+def test_killed_twice_and_spread_otherwise_the_run_takes_the_same_samples(
+    command: Any, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for last, overrides in (
+        (11, ("parallel.dp_shard=2", "data.loader_threads=2", "data.prefetch=1")),
+        (22, ("parallel.tp=2", "train.micro_batch_size=2", "data.prefetch=7")),
+    ):
+        program = Program(command(run, *overrides))
+        try:
+            wait_for(partial(has_done, run, last), f"step {last}")
+            program.main.kill()
+            program.wait_for_child()
+        finally:
+            program.end()
+    done = start_program(command(run, "parallel.dp_shard=2", "parallel.tp=2"))
+    assert done.returncode == 0, done.stderr
+    found, expected = read_metrics(run), read_metrics(undisturbed)
+    for key in ("step", "samples", "tokens", "batch_hash"):
+        assert [line[key] for line in found] == [line[key] for line in expected]
+    assert len({line["batch_hash"] for line in expected}) == STEPS
+    assert lanes_of(run, STEPS) == lanes_of(undisturbed, STEPS)
+    assert sorted(lanes_of(run, STEPS)) == [str(lane) for lane in range(LANES)]
+    assert all(place[0] > 0 for place in lanes_of(run, STEPS).values())  # all began again
+    starts = [
+        json.loads(line)["step"]
+        for line in (run / "ledger.jsonl").read_text().splitlines()
+        if json.loads(line)["event"] == "start"
+    ]
+    assert starts[0] == 0 and 10 <= starts[1] < starts[2] and starts[2] >= 20
+    # Meshes sum in other orders: rounding of 1e-7 a sum, grown over the steps.
+    losses = [line["loss"] for line in expected]
+    assert [line["loss"] for line in found] == pytest.approx(losses, rel=1e-6, abs=0)
+    assert "--- step 30 ---" in (run / "samples.txt").read_text()
+
+
+def test_another_stream_is_refused_on_resume(command: Any, undisturbed: Path, folder: Path) -> None:
+    (folder / "part-5.jsonl").write_text('{"text": "one file more"}\n')
+    try:
+        done = start_program(command(undisturbed, f"train.max_steps={STEPS + 1}"))
+    finally:
+        (folder / "part-5.jsonl").unlink()
+    assert done.returncode == 1
+    assert "data.sources names other tokens" in done.stderr and "Traceback" not in done.stderr
+    done = start_program(command(undisturbed, "data.stream_lanes=2"))
+    assert done.returncode == 1 and "data.stream_lanes: 4 -> 2" in done.stderr
+
+
+def test_a_streamed_run_has_nothing_to_evaluate_on(undisturbed: Path) -> None:
+    checkpoint = undisturbed / "checkpoints" / f"step-{STEPS:08d}"
+    done = start_program(["evaluate.py", f"evaluation.checkpoint={checkpoint}"])
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "data.stream_lanes (4)" in done.stderr and "nothing to evaluate on" in done.stderr
+
+
+def test_what_a_stream_lacks_is_told_before_launch_all_at_once(
+    command: Any, tmp_path: Path
+) -> None:
+    wrong = ("validation.samples=8", "tokenizer=bpe", "data.stream_lanes=3")
+    done = start_program(command(tmp_path / "run", *wrong))
+    assert done.returncode == 1
+    for key in ("validation.samples (8)", "tokenizer.path (null)", "data.stream_lanes (3)"):
+        assert key in done.stderr
+    done = start_program(command(tmp_path / "run", "data.stream_lanes=8"))
+    assert done.returncode == 1
+    assert "data.stream_lanes (8) is more than the 5 files" in done.stderr
+    assert "use 4, the largest" in done.stderr
+    assert not (tmp_path / "run").exists()
