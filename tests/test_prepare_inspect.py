@@ -123,7 +123,12 @@ def test_wrong_uses_are_told_with_rule_and_remedy(run: Path, tmp_path: Path) -> 
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.yaml").write_text("train: 3\n")
-    arguments = ["data=fineweb_edu", "data.stream_lanes=2", "tokenizer=byte"]
+    arguments = [
+        "data=fineweb_edu",
+        "data.stream_lanes=2",
+        "validation.samples=0",
+        "tokenizer=byte",
+    ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         streaming = load_train_config(compose("train", hydra_arguments(arguments, "train")))
     RunFolder(tmp_path / "stream").write_config(plain(streaming))
