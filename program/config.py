@@ -24,9 +24,8 @@ from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from program.precision import evaluation_problems, moment_problems
 from program.rules import (
-    inspection_problems,
     of_every_stage,
-    pack_problems,
+    prepare_problems,
     size_problems,
     stage_problems,
     stream_problems,
@@ -77,11 +76,7 @@ class TrainProgram:
 
 @dataclasses.dataclass(frozen=True)
 class PrepareProgram:
-    """The whole configuration of `prepare.py`.
-
-    `pack` are lengths to pack windows for; `verify` checks `data.folder`; `inspect` is a run's or a
-    dataset's folder to show, with its `sample`-th sample. `seq_len` and `seed` are for a dataset's.
-    """
+    """The whole configuration of `prepare.py`; conf/prepare.yaml explains its own keys."""
 
     data: DataConfig
     tokenizer: TokenizerConfig
@@ -140,11 +135,8 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> TrainProgram:
 
 def load_prepare_config(composed: DictConfig) -> PrepareProgram:
     """The typed configuration of `prepare.py`; raises as `load_train_config` does."""
-    rules: list[Rule] = [
-        (("pack",), pack_problems),
-        (("pack", "verify", "inspect", "sample", "seq_len", "seed"), inspection_problems),
-    ]
-    return _load(composed, PrepareProgram, rules)
+    keys = ("pack", "verify", "inspect", "sample", "seq_len", "seed")
+    return _load(composed, PrepareProgram, [(keys, prepare_problems)])
 
 
 def load_evaluate_config(composed: DictConfig) -> EvaluateProgram:

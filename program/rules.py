@@ -232,7 +232,7 @@ def _axis_sizes(seq_len: int) -> str:
     return _divisors(seq_len // 2)
 
 
-def pack_problems(pack: int | list[int] | None) -> list[str]:
+def _pack_problems(pack: int | list[int] | None) -> list[str]:
     """The lengths that documents cannot be packed for."""
     if pack == []:
         return ["pack ([]) names no length: use for example pack=8192, or null"]
@@ -244,7 +244,7 @@ def pack_problems(pack: int | list[int] | None) -> list[str]:
     ]
 
 
-def inspection_problems(
+def prepare_problems(
     pack: int | list[int] | None,
     verify: bool,
     inspect: str | None,
@@ -252,8 +252,8 @@ def inspection_problems(
     seq_len: int | None,
     seed: int | None,
 ) -> list[str]:
-    """What contradicts what, among the keys that look at a prepared folder, and their bounds."""
-    found = []
+    """What contradicts what among `prepare.py`'s own keys, and their bounds."""
+    found = _pack_problems(pack)
     asked = {"pack": pack is not None, "verify": verify, "inspect": inspect is not None}
     if sum(asked.values()) > 1:
         names = " and ".join(name for name, is_asked in asked.items() if is_asked)

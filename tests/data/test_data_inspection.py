@@ -156,7 +156,10 @@ def test_what_a_terminal_obeys_is_shown_and_not_sent(tmp_path: Path) -> None:
     assert any("red ␛[31m bell ␇ \ufffd0m\nend\ttab" in text for text in texts)
 
 
-def test_counts_and_lengths_are_those_of_the_shards(config: DataConfig) -> None:
+def test_counts_and_lengths_are_those_of_the_shards(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.inspection.OFFSETS_AT_A_TIME", 7)  # a shard has twenty and more
     folder = Path(config.folder)
     manifest = Manifest.read(folder)
     console = Console(file=io.StringIO(), width=100)
