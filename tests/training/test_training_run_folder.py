@@ -237,6 +237,12 @@ def test_position_is_that_of_the_newest_checkpoint_that_can_be_read(folder: RunF
             True,
         ),
         ([{"from_sample": 80, "seq_len": 512}], [{"from_sample": 80, "seq_len": 256}], False),
+        (
+            [{"from_sample": 80, "micro_batch_size": 4}],
+            [{"from_sample": 80, "micro_batch_size": 2}],  # as train.micro_batch_size may
+            True,
+        ),
+        ([{"from_sample": 80, "micro_batch_size": 4}], None, False),
     ],
 )
 def test_stages_may_change_where_no_sample_has_been_taken(
