@@ -176,4 +176,5 @@ def test_a_run_that_begins_with_a_checkpoint_of_other_data_goes_on_with_its_own(
     for words in (first, again):
         done = start_program(words)
         assert done.returncode == 0, done.stderr
+        assert "run.resume=" not in done.stdout  # nothing that it tells to type is refused
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [STEPS + 1, STEPS + 2]

@@ -171,7 +171,7 @@ class RunFolder:
             raise RunFolderError(
                 f"run.resume ({checkpoint}) lies before step {committed_steps[-1]} of "
                 f"{self.checkpoints}, and nothing is ever written over a checkpoint: "
-                "use another run.name for the branch"
+                "use run.resume=auto to go on with this run, or another run.name for the branch"
             )
 
     def read_config(self) -> dict[str, Any] | None:
