@@ -82,7 +82,7 @@ def set_up(
         position = Position(step=0, samples=0, tokens=0, data_hash=dataset.hash)
         initialize_weights(llama, config.model, config.run.seed)
     else:
-        position = read_position(checkpoint)
+        position = read_position(checkpoint).on(dataset.hash)
         load(checkpoint, llama, adamw)
 
     stages = config.stages()

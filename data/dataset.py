@@ -88,11 +88,7 @@ class Dataset:
         Raises:
             DataError: the stages weigh other sources, or what `check` tells.
         """
-        if set(stages.all[0].weights) != set(self.train):
-            raise DataError(
-                f"data.sources ({', '.join(stages.all[0].weights)}) are not those of "
-                f"{self.folder} ({', '.join(self.train)}): {ANEW}"
-            )
+        self._refuse_other_sources(stages)
         of_stages = [
             OrderStage(
                 stage.first_sample,
@@ -110,6 +106,7 @@ class Dataset:
         Raises:
             DataError: every rule that is broken, one a line.
         """
+        self._refuse_other_sources(stages)
         found: list[str] = []
         for place, stage in enumerate(stages.all):
             for problem in self._stage_problems(place, stage):
@@ -123,6 +120,14 @@ class Dataset:
             )
         if found:
             raise DataError("\n".join(found))
+
+    def _refuse_other_sources(self, stages: Stages) -> None:
+        """Raises DataError where the stages weigh other sources than the folder has."""
+        if set(stages.all[0].weights) != set(self.train):
+            raise DataError(
+                f"data.sources ({', '.join(stages.all[0].weights)}) are not those of "
+                f"{self.folder} ({', '.join(self.train)}): {ANEW}"
+            )
 
     def _stage_problems(self, place: int, stage: Stage) -> list[str]:
         """The broken rules of one stage; `place` is 0 for the run's first."""

@@ -1,9 +1,10 @@
 """Preparation: documents → tokenizer → token shards → manifest, in one folder.
 
-Nothing is written before every source has given its first document; the manifest comes last, so a
-folder is prepared or it is not. A preparation that was killed or stopped goes on, part by part and
-inside a part, and ends with the bytes of an undisturbed one. Only one process prepares (with its
-workers), the others `wait_until_prepared`.
+No shard is written before every source has given its first document, and a source that cannot be
+read leaves nothing behind; the manifest comes last, so a folder is prepared or it is not. A
+preparation that was killed or stopped goes on, part by part and inside a part, and ends with the
+bytes of an undisturbed one. Only one process prepares (with its workers), the others
+`wait_until_prepared`.
 """
 
 import json
@@ -27,6 +28,7 @@ from data.preparation.claim import (
     end_killed_claim,
     is_claimed,
     prepared_before,
+    read_marker,
     refuse_foreign,
     remove_all,
 )
@@ -71,16 +73,13 @@ def prepare(
         end_killed_claim(folder)
         return manifest
     refuse_foreign(folder)
-    corpora = {name: find(name, source) for name, source in data.sources.items()}
-    _refuse_unreadable(data, corpora)
-    ready = ready_tokenizer(tokenizer)
-    work = _Work(data, tokenizer, wanted, corpora, ready, PreparationProgress(progress))
     made = [path for path in (folder, *folder.parents) if not path.exists()]  # deepest first
     try:
         with claimed(folder) as marker:
             if (folder / MANIFEST_FILE).exists():  # by another process, just now
                 manifest = prepared_before(folder, wanted)
             else:
+                work = _found(data, tokenizer, wanted, progress, marker, made)
                 manifest = _prepare_claimed(work, marker, made, check)
             end_claim(folder)
     except OSError as error:
@@ -150,6 +149,30 @@ class _Work:
     def parts(self) -> list[Part]:
         """Of all sources, in order."""
         return [part for corpus in self.corpora.values() for part in corpus.parts]
+
+
+def _found(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    wanted: dict[str, Any],
+    progress: bool,
+    marker: TextIO,
+    made: list[Path],
+) -> _Work:
+    """What there is to prepare, found while the folder is ours.
+
+    A dataset is downloaded here, and those who wait for the preparation see that it has begun.
+    """
+    try:
+        corpora = {name: find(name, source) for name, source in data.sources.items()}
+        _refuse_unreadable(data, corpora)
+        ready = ready_tokenizer(tokenizer)
+    except BaseException:
+        if not read_marker(marker):  # else a preparation before this one has left its parts
+            with suppress(OSError):  # the first error is the one to tell
+                remove_all(Path(data.folder), made)
+        raise
+    return _Work(data, tokenizer, wanted, corpora, ready, PreparationProgress(progress))
 
 
 def _prepare_claimed(

@@ -163,10 +163,10 @@ class TokenStream:
     def _compare(self, shard: "_Map", begin: int, end: int) -> None:
         """Compares the blocks of some tokens with their checksums, once each."""
         first, last = begin // TOKENS_A_BLOCK, (end - 1) // TOKENS_A_BLOCK
-        while not all(shard.checked[first : last + 1]):
-            block = shard.checked.index(0, first)
-            _compare_block(self._folder, shard.entry, shard.tokens, block)
-            shard.checked[block] = 1
+        for block in range(first, last + 1):
+            if not shard.checked[block]:  # two threads at once compare it twice
+                _compare_block(self._folder, shard.entry, shard.tokens, block)
+                shard.checked[block] = 1
 
 
 class _Map(NamedTuple):

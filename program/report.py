@@ -132,7 +132,12 @@ def summary(
         ("text samples", f"{folder}/samples.txt"),
         ("figures", f"{folder}/metrics.jsonl"),
     ]
-    typed = [_as_typed(override) for override in HydraConfig.get().overrides.task]
+    # A checkpoint that the run began with lies before its own, from which it goes on.
+    typed = [
+        word
+        for word in map(_as_typed, HydraConfig.get().overrides.task)
+        if not word.startswith("run.resume=")
+    ]
     again = " ".join(["python", sys.argv[0], *typed])
     further = [word for word in typed if not word.startswith("train.max_steps=")]
     longer = " ".join(["python", sys.argv[0], *further, f"train.max_steps={2 * position.step}"])

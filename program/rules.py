@@ -193,7 +193,13 @@ def of_every_stage(
     train: TrainConfig, data: DataConfig, problems: Callable[[TrainConfig], list[str]]
 ) -> list[str]:
     """What `problems` finds in the sizes of any stage, told by the key that gave the number."""
-    found = problems(train)
+
+    def found_in(sizes: TrainConfig) -> list[str]:
+        # What is below 1 is told as such, and nothing divides it.
+        below_1 = min(sizes.seq_len, sizes.global_batch_size, sizes.micro_batch_size or 1) < 1
+        return [] if below_1 else problems(sizes)
+
+    found = found_in(train)
     sizes = train
     keys = {}  # which key gave a number that is not the first stage's
     for place, change in enumerate(data.stages or []):
@@ -201,7 +207,7 @@ def of_every_stage(
             if (value := getattr(change, name)) is not None:
                 sizes = replace(sizes, **{name: value})
                 keys[f"train.{name}"] = f"data.stages[{place}].{name}"
-        for problem in problems(sizes):
+        for problem in found_in(sizes):
             for key, given in keys.items():
                 problem = problem.replace(key, given)
             if problem not in found:

@@ -65,14 +65,12 @@ class Run:
         data, rank, size = self.config.data, self.data_rank, self.mesh.dp
         on_gpu = self.fabric.device.type == "cuda"
         if isinstance(self.dataset, StreamDataset):
-            # A checkpoint of other data (`run.resume`) tells nothing of these lanes.
-            same = self.position.data_hash == self.dataset.hash
             return StreamLoader(
                 self.dataset,
                 self.stages.at(0),
                 rank=rank,
                 size=size,
-                places=self.position.lanes if same else None,
+                places=self.position.lanes,
                 pin_memory=on_gpu,
                 threads=data.loader_threads,
                 prefetch=data.prefetch,

@@ -161,3 +161,20 @@ def test_shards_that_vanish_while_the_run_trains_stop_it_and_it_says_what_is_kep
         program.kill()
     (folder / "samples.txt").unlink()
     assert_told_and_mended((program.returncode, errors), words, copy, shards, undisturbed)
+
+
+def test_a_run_that_begins_with_a_checkpoint_of_other_data_goes_on_with_its_own(
+    command: Any, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Else the next start takes the run's own shards for others than it was trained on."""
+    own = (f"data.folder={tmp_path / 'shards'}", "data.validation_fraction=0.3")
+    checkpoint = undisturbed / "checkpoints" / f"step-{STEPS:08d}"
+    first = command(
+        tmp_path / "run", *own, f"run.resume={checkpoint}", f"train.max_steps={STEPS + 1}"
+    )
+    again = command(tmp_path / "run", *own, f"train.max_steps={STEPS + 2}")
+    for words in (first, again):
+        done = start_program(words)
+        assert done.returncode == 0, done.stderr
+        assert "run.resume=" not in done.stdout  # nothing that it tells to type is refused
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [STEPS + 1, STEPS + 2]

@@ -51,6 +51,12 @@ class Position:
             self.step + 1, self.samples + samples, self.tokens + tokens, self.data_hash, lanes
         )
 
+    def on(self, data_hash: str) -> "Position":
+        """The same position in a run on this data; lanes of other data have no place in it."""
+        if data_hash == self.data_hash:
+            return self
+        return dataclasses.replace(self, data_hash=data_hash, lanes=None)
+
 
 def save(
     folder: RunFolder,

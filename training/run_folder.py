@@ -171,7 +171,7 @@ class RunFolder:
             raise RunFolderError(
                 f"run.resume ({checkpoint}) lies before step {committed_steps[-1]} of "
                 f"{self.checkpoints}, and nothing is ever written over a checkpoint: "
-                "use another run.name for the branch"
+                "use run.resume=auto to go on with this run, or another run.name for the branch"
             )
 
     def read_config(self) -> dict[str, Any] | None:
@@ -206,12 +206,17 @@ def _is_free(key: str) -> bool:
 
 
 def _same_past(before: Any, now: Any, samples: int) -> bool:
-    """Whether two lists of stages give the same first `samples` samples: the rest is to come."""
+    """Whether two lists of stages give the same first `samples` samples: the rest is to come.
+
+    `micro_batch_size` is as free as that of `train`: another mesh may need another one.
+    """
 
     def past(stages: Any) -> Any:
         if not isinstance(stages, list):
             return stages or []
-        return [stage for stage in stages if stage["from_sample"] < samples]
+        return [
+            stage | {"micro_batch_size": None} for stage in stages if stage["from_sample"] < samples
+        ]
 
     return past(before) == past(now)
 

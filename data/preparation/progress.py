@@ -89,7 +89,9 @@ def _told(first: Done, done: Done, seconds: float, n_bytes: int | None) -> str:
         speed = (done.n_tokens - first.n_tokens) / seconds
         told += f"  {done.n_tokens:,} tokens  {speed:,.0f} tokens/s"
     read = done.n_bytes - first.n_bytes
-    if n_bytes and (100 * read >= n_bytes or done.n_documents - first.n_documents >= 1000):
+    # Rows of Arrow files and of streams count no bytes until their part is done.
+    far = 100 * read >= (n_bytes or 0) or done.n_documents - first.n_documents >= 1000
+    if n_bytes and read and far:
         left = round(seconds * (n_bytes - done.n_bytes) / read)
         told += f"  {done.n_bytes / n_bytes:.0%}  {timedelta(seconds=left)} left"
     return told

@@ -320,6 +320,8 @@ def test_data_that_does_not_fit_the_model_is_told_all_at_once(folder: Path) -> N
         dataset.check(planned(2, {"a": 1.0, "b": 1e-9}), 272)
     with pytest.raises(DataError, match="are not those of"):
         dataset.order(planned(2, {"a": 1.0}), seed=0)
+    with pytest.raises(DataError, match="are not those of"):
+        dataset.check(planned(2, {"a": 1.0, "b": 1.0, "c": 1.0}), 272)
 
 
 def test_a_source_that_a_stage_leaves_out_may_be_too_short_for_it(folder: Path) -> None:

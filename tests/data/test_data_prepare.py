@@ -24,6 +24,7 @@ from data.manifest import SPLITS, Manifest
 from data.preparation import claim
 from data.prepare import configuration, is_validation, prepare, wait_until_prepared
 from data.shards import TokenStream
+from data.sources.corpora import Corpus, find
 from data.tokenizer import load_tokenizer, ready_tokenizer
 
 BYTE = TokenizerConfig("byte", 272)
@@ -388,6 +389,22 @@ def test_a_preparation_needs_no_more_memory_for_a_larger_corpus(tmp_path: Path) 
         data = replace(data_of(tmp_path / str(n_mib), source), shard_tokens=10**6, workers=1)
         peaks.append(peak_mib(f"prepare({data!r}, {BYTE!r}, False)"))
     assert peaks[1] - peaks[0] < 7
+
+
+def test_those_who_wait_see_a_preparation_while_its_sources_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dataset is downloaded meanwhile, for longer than they wait for nobody."""
+    data = data_of(tmp_path, source_of("text", tmp_path))
+    seen = []
+
+    def looked_at(name: str, source: SourceConfig) -> Corpus:
+        seen.append(claim.is_claimed(Path(data.folder)))
+        return find(name, source)
+
+    monkeypatch.setattr("data.prepare.find", looked_at)
+    prepare(data, BYTE, progress=False)
+    assert seen == [True]
 
 
 def test_waiting_for_a_preparation_that_never_comes_ends(tmp_path: Path) -> None:

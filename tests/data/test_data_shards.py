@@ -17,7 +17,7 @@ from data.config import TokenizerConfig
 from data.errors import DataError
 from data.files import CRC_BLOCK, Checksums
 from data.manifest import SPLITS, Manifest, Shard, SourceEntry, TokenizerEntry
-from data.shards import ShardWriter, TokenStream
+from data.shards import ShardWriter, TokenStream, _Map
 from data.tokenizer import MODEL_FILE, model_file, ready_tokenizer
 from data.verification import verify
 
@@ -259,3 +259,21 @@ def test_verify_reads_what_the_content_says_too(copy: Path, file: str) -> None:
     (copy / "manifest.json").write_text(json.dumps(manifest))
     (problem,) = verify(copy)
     assert ("ids up to 700000" if file == "tokens" else "does not ascend") in problem
+
+
+def test_blocks_that_another_thread_compares_meanwhile_are_no_error(tmp_path: Path) -> None:
+    """The other thread is done right after this one looked for the first time."""
+
+    class Overtaken(bytearray):
+        def __getitem__(self, place):  # type: ignore[no-untyped-def]
+            before = super().__getitem__(place)
+            self[:] = b"\1" * len(self)
+            return before
+
+    manifest = write(tmp_path, [2 * CRC_BLOCK // 4], per_shard=1)
+    stream = TokenStream(tmp_path, manifest.shards("train"))
+    stream.read(0, 0, 1)
+    shard = stream._maps[0]
+    stream._maps[0] = _Map(*shard[:3], Overtaken(2))
+    tokens, _ = stream.read(0, 0, manifest.n_tokens("train"))
+    assert (tokens == np.arange(len(tokens))).all()

@@ -139,6 +139,20 @@ def test_sizes_of_every_stage_are_checked_and_told_by_the_key_that_gave_them() -
     assert of_every_stage(train, staged(), lambda sizes: batch_problems(mesh, sizes)) == []
 
 
+def test_sizes_below_one_have_no_divisors_to_name() -> None:
+    """They are told by the sections' own rules."""
+    mesh = MeshShape(1, 2, 2, 1)
+
+    def problems(sizes: TrainConfig) -> list[str]:
+        return batch_problems(mesh, sizes) + model_problems(mesh, PARALLEL, MODEL, sizes.seq_len)
+
+    train = TrainConfig(max_steps=1, global_batch_size=8, seq_len=64)
+    for stage in (StageConfig(8, global_batch_size=-1), StageConfig(8, seq_len=-2)):
+        assert of_every_stage(train, staged(stage), problems) == []
+    for wrong in (replace(train, global_batch_size=-1), replace(train, seq_len=-2)):
+        assert of_every_stage(wrong, staged(), problems) == []
+
+
 def test_a_stage_begins_with_a_step() -> None:
     train = TrainConfig(max_steps=1, global_batch_size=8, seq_len=64)
 

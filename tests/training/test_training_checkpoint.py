@@ -105,6 +105,8 @@ def test_places_of_lanes_come_back_and_older_checkpoints_have_none(folder: RunFo
     position = Position(13, 104, 832, "hash", lanes)
     assert read_position(save(folder, *small(), position, {})) == position
     assert position.after(8, 64).lanes is None  # each step tells anew
+    assert position.on("hash") == position
+    assert position.on("other") == Position(13, 104, 832, "other")
     manifest = folder.step_folder(12) / "manifest.json"
     values = json.loads(manifest.read_text())
     del values["position"]["lanes"]  # as before there were lanes

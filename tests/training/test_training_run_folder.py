@@ -179,7 +179,7 @@ def test_a_checkpoint_under_another_name_is_one_too(folder: RunFolder, tmp_path:
 
 def test_a_path_before_the_newest_checkpoint_is_refused(folder: RunFolder) -> None:
     """The steps after it would have to be written over."""
-    with pytest.raises(RunFolderError, match="lies before step 40"):
+    with pytest.raises(RunFolderError, match=r"before step 40.*run\.resume=auto to go on"):
         folder.check(resuming(str(folder.step_folder(5))))
     folder.check(resuming(str(folder.step_folder(40))))
 
@@ -237,6 +237,12 @@ def test_position_is_that_of_the_newest_checkpoint_that_can_be_read(folder: RunF
             True,
         ),
         ([{"from_sample": 80, "seq_len": 512}], [{"from_sample": 80, "seq_len": 256}], False),
+        (
+            [{"from_sample": 80, "micro_batch_size": 4}],
+            [{"from_sample": 80, "micro_batch_size": 2}],  # as train.micro_batch_size may
+            True,
+        ),
+        ([{"from_sample": 80, "micro_batch_size": 4}], None, False),
     ],
 )
 def test_stages_may_change_where_no_sample_has_been_taken(
