@@ -137,13 +137,14 @@ def _text_of(raw: Raw, source: SourceConfig) -> tuple[str | None, bytes, str]:
 def _meets_all(raw: Raw, source: SourceConfig, piece: Piece, key: str) -> bool:
     """Whether a row meets every condition of the filter; null meets `!=` and `not in` alone."""
     for column, operation, value in source.filter or []:
-        if column not in raw.values:
+        # A row of a table has every column; in JSON a key that is not there says null.
+        if column not in raw.values and source.format != "jsonl":
             raise DataError(
                 f"{key}.filter ({column} {operation} {value}): {column} is no column at "
                 f"{place_of(piece, source, raw.row)}: use one of "
                 f"{', '.join(map(str, raw.columns or raw.values))}"
             )
-        found = raw.values[column]
+        found = raw.values.get(column)
         if found is None:
             met = operation in ("!=", "not in")
         else:

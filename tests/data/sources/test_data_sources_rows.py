@@ -216,6 +216,15 @@ def test_a_filter_that_cannot_be_asked_is_refused_under_every_policy(
         read(source, policy)
 
 
+def test_a_key_that_a_line_of_json_lacks_is_null_to_the_filter(tmp_path: Path) -> None:
+    source = json_lines(tmp_path / "a.jsonl", b'{"text": "t1"}', b'{"text": "t2", "n": 2}')
+    above, other = ([("n", operator, 1)] for operator in (">", "!="))
+    found = outcomes(SourceConfig("jsonl", source.path, filter=above), "strict")
+    assert found == [("filtered", ""), ("text", "t2")]
+    found = outcomes(SourceConfig("jsonl", source.path, filter=other), "strict")
+    assert found == [("text", "t1"), ("text", "t2")]
+
+
 def test_a_row_that_the_filter_leaves_out_need_not_be_text(tmp_path: Path) -> None:
     lines = [b'{"text": 3, "n": 1}', b'{"text": "a\xff", "n": 1}', b'{"text": "good", "n": 2}']
     source = json_lines(tmp_path / "a.jsonl", *lines)
