@@ -27,7 +27,7 @@ from data.manifest import Manifest, Shard, SourceEntry, TokenizerEntry
 from data.shards import ShardWriter
 from data.stages import Stage, Stages
 
-SEQ_LEN, BATCH, N_TOKENS, REPEATS = 8192, 16, 2**26, 7
+SEQ_LEN, BATCH, N_TOKENS, REPEATS = 8192, 16, 2**26, 21
 STAGES = Stages([Stage(0, 0, 0, SEQ_LEN, BATCH, None, {"text": 1.0})])
 STEPS = (N_TOKENS // SEQ_LEN - 1) // BATCH
 
