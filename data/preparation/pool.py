@@ -60,7 +60,13 @@ def prepare_parts(
         n_workers, context, _begin, (job, counters, workers_end, _Inherited(lock))
     )
     try:
-        futures = [pool.submit(_work, place, part) for place, part in parts]
+        # Ctrl-C reaches all processes. The workers, which the first of these calls starts, inherit
+        # that it is held back, so none ends with a traceback while it begins; here it comes after.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            futures = [pool.submit(_work, place, part) for place, part in parts]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
@@ -108,7 +114,6 @@ _state: dict[str, Any] = {}
 
 def _begin(job: Job, counters: Array[c_int64], workers_end: Connection, lock: _Inherited) -> None:
     """Sets up a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process decides
     threading.Thread(target=_end_with_main_process, args=(workers_end,), daemon=True).start()
     _state.update(job=job, counters=counters, lock=lock, tokenizer=load(job))
 
