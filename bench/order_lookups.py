@@ -5,8 +5,9 @@
 A million consecutive samples at once, one thread, in turn: one source, a mixture, a mixture over
 three stages, a mixture shuffled by blocks; and the peer, an index array of an epoch of ten million
 windows (shuffled once by NumPy, 80 MB, beyond the clock), gathered from at random. The claim: ten
-million look-ups a second. The list knows one source and one epoch, takes 8 bytes a window on every
-rank, and cannot be entered in its middle without being made.
+million look-ups a second of one source and of a mixture (blocks take a second permutation, and
+more time). The list knows one source and one epoch, takes 8 bytes a window on every rank, and
+cannot be entered in its middle without being made.
 """
 
 import time
