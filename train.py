@@ -65,9 +65,10 @@ def set_up(
     from model.llama import Llama
     from parallel.parallelize import initialize_weights
     from program.launch import launch
-    from training.checkpoint import Position, find_newest, load, read_position
+    from training.checkpoint import find_newest, load, read_position
     from training.console import Console
     from training.optimizer import build_optimizer
+    from training.position import Position
 
     fabric, strategy = launch(processes, mesh, config.parallel, config.precision)
     console = Console(enabled=fabric.is_global_zero)
@@ -110,7 +111,8 @@ def train(run: Run) -> None:
             rate = learning_rate(step - 1, config.optim)
             tensors = train_step(run, step_batches, rate)
             run.position = run.position.after(
-                samples=stage.global_batch_size,
+                batches=step,
+                samples=stages.first_sample(step),
                 tokens=stage.global_batch_size * stage.seq_len,
                 lanes=step_batches.lanes,
             )

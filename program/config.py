@@ -32,11 +32,13 @@ from program.rules import (
 )
 from training.config import (
     CheckpointConfig,
+    FaultsConfig,
     LogConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
     ValidationConfig,
+    WatchdogConfig,
 )
 
 
@@ -61,6 +63,8 @@ class TrainProgram:
     train: TrainConfig
     optim: OptimConfig
     checkpoint: CheckpointConfig
+    faults: FaultsConfig
+    watchdog: WatchdogConfig
     validation: ValidationConfig
     log: LogConfig
 

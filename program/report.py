@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from data.dataset import Dataset
     from data.stages import Stage
     from data.stream import StreamDataset
-    from training.checkpoint import Position
     from training.metrics import Throughput
+    from training.position import Position
 
 
 def header(

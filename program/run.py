@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from data.loader import StepBatches
     from data.stream import StreamDataset
     from parallel.strategy import MeshStrategy
-    from training.checkpoint import Position
     from training.console import Console
     from training.ledger import Ledger
     from training.metrics import MetricsLog
+    from training.position import Position
 
 
 @dataclass

@@ -22,40 +22,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
+from training.position import Position
 from training.run_folder import COMMITTED, RunFolder, RunFolderError
 
 FORMAT_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """Where a run stands: what a checkpoint holds besides tensors.
-
-    The counts are of what has been done over the whole run (`tokens`: input tokens); `data_hash`
-    tells which tokens. Samples, learning rate and weights follow from these and the configuration.
-    Where samples come straight from a dataset, `lanes` tells the place of each lane (of this rank's
-    own, until they are saved together).
-    """
-
-    step: int
-    samples: int
-    tokens: int
-    data_hash: str
-    lanes: dict[str, list[int]] | None = None
-
-    def after(
-        self, samples: int, tokens: int, lanes: dict[str, list[int]] | None = None
-    ) -> "Position":
-        """The position one step on."""
-        return Position(
-            self.step + 1, self.samples + samples, self.tokens + tokens, self.data_hash, lanes
-        )
-
-    def on(self, data_hash: str) -> "Position":
-        """The same position in a run on this data; lanes of other data have no place in it."""
-        if data_hash == self.data_hash:
-            return self
-        return dataclasses.replace(self, data_hash=data_hash, lanes=None)
 
 
 def save(
@@ -174,7 +144,7 @@ def load(
 
 def read_position(folder: Path) -> Position:
     """The position that a checkpoint was saved at."""
-    return Position(**json.loads((folder / "manifest.json").read_text())["position"])
+    return Position.read(json.loads((folder / "manifest.json").read_text())["position"])
 
 
 def find_damage(folder: Path) -> str | None:
@@ -190,7 +160,7 @@ def find_damage(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         version, files = manifest["format_version"], manifest["files"]
-        Position(**manifest["position"])
+        Position.read(manifest["position"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"manifest.json cannot be read ({error})"
     if version != FORMAT_VERSION:

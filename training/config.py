@@ -1,21 +1,27 @@
-"""Configuration of a run: its folder, steps, optimizer, checkpoints, validation and log."""
+"""Configuration of a run: folder, steps, optimizer, checkpoints, faults, validation and log."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Literal
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Name, folder, seed, and where to go on from.
+    """Name, folder, seed, where to go on from, and when to stop.
 
     `resume`: `auto` goes on from this run's newest good checkpoint, `never` refuses a folder that
-    holds one, and a path goes on from that checkpoint.
+    holds one, and a path goes on from that checkpoint. `allow_changes` names the keys that may
+    differ from the run's last start although they change what is computed. `time_limit`, in
+    minutes from the start, is kept by saving and stopping before it; under SLURM the job's own
+    limit counts too.
     """
 
     name: str
     dir: str
     seed: int = 0
     resume: str = "auto"
+    allow_changes: list[str] = field(default_factory=list)
+    time_limit: float | None = None
 
     def problems(self) -> list[str]:
         """Every broken rule, as messages that name key, value, rule and remedy."""
@@ -26,6 +32,10 @@ class RunConfig:
             )
         if not 0 <= self.seed < 2**63:
             found.append(f"run.seed ({self.seed}) is not in [0, 2**63): use a smaller number")
+        if self.time_limit is not None and not 0 < self.time_limit < math.inf:
+            found.append(
+                f"run.time_limit ({self.time_limit}) is not above 0: use minutes, or null for none"
+            )
         return found
 
 
@@ -102,17 +112,89 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A checkpoint every `interval` steps (null: only at the end), the newest `keep_last` kept."""
+    """When checkpoints are saved, which of them stay, and what a failing one means.
+
+    One every `interval` steps and one every `interval_minutes`, each null for never; at the end of
+    the run always. The newest `keep_last` stay (null: all), and those of every `keep_every`-th
+    step. `async_save` writes while training goes on; `when_busy` says whether a save that finds
+    the one before still being written waits for it or is left out, `on_failure` whether a failed
+    one stops the run or is only told.
+    """
 
     interval: int | None = 100
+    interval_minutes: float | None = None
     keep_last: int | None = 3
+    keep_every: int | None = None
+    async_save: bool = True
+    when_busy: Literal["wait", "skip"] = "wait"
+    on_failure: Literal["stop", "continue"] = "stop"
+
+    def problems(self) -> list[str]:
+        """Every broken rule, as messages that name key, value, rule and remedy."""
+        found = [
+            f"checkpoint.{key} ({value}) is below 1: use null to switch it off"
+            for key in ("interval", "keep_last", "keep_every")
+            if (value := getattr(self, key)) is not None and value < 1
+        ]
+        if self.interval_minutes is not None and not 0 < self.interval_minutes < math.inf:
+            found.append(
+                f"checkpoint.interval_minutes ({self.interval_minutes}) is not above 0: "
+                "use null to switch it off"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """What losses and gradients that are not finite, or far too large, lead to.
+
+    An update that is not finite is skipped. After `max_in_a_row` of them the run rewinds to its
+    last good checkpoint and leaves out the samples of those steps, at most `max_rewinds` times. A
+    loss more than `spike_threshold` standard deviations above the running mean is told (null:
+    never), and rewound like the others where `rewind_on_spike` is set.
+    """
+
+    max_in_a_row: int = 3
+    max_rewinds: int = 3
+    spike_threshold: float | None = 8.0
+    rewind_on_spike: bool = False
+
+    def problems(self) -> list[str]:
+        """Every broken rule, as messages that name key, value, rule and remedy."""
+        found = []
+        if self.max_in_a_row < 1:
+            found.append(f"faults.max_in_a_row ({self.max_in_a_row}) is below 1: use at least 1")
+        if self.max_rewinds < 0:
+            found.append(f"faults.max_rewinds ({self.max_rewinds}) is below 0: use 0 for none")
+        if self.spike_threshold is not None and not self.spike_threshold > 0:
+            found.append(
+                f"faults.spike_threshold ({self.spike_threshold}) is not above 0: "
+                "use null to switch it off"
+            )
+        if self.rewind_on_spike and self.spike_threshold is None:
+            found.append(
+                "faults.rewind_on_spike (true) needs a threshold: set faults.spike_threshold"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """How long the processes may take, in seconds, before the run ends with their stacks told.
+
+    For the set-up (the first step included), for each step, for each checkpoint; null for ever.
+    """
+
+    setup_seconds: float | None = 1800
+    step_seconds: float | None = 600
+    checkpoint_seconds: float | None = 1800
 
     def problems(self) -> list[str]:
         """Every broken rule, as messages that name key, value, rule and remedy."""
         return [
-            f"checkpoint.{key} ({value}) is below 1: use null to switch it off"
-            for key in ("interval", "keep_last")
-            if (value := getattr(self, key)) is not None and value < 1
+            f"watchdog.{key} ({value}) is not above 0: use null to switch it off"
+            for key in ("setup_seconds", "step_seconds", "checkpoint_seconds")
+            if (value := getattr(self, key)) is not None and not value > 0
         ]
 
 

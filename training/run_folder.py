@@ -18,6 +18,8 @@ FREE_KEYS = (
     "run.name",
     "run.dir",
     "run.resume",
+    "run.allow_changes",
+    "run.time_limit",
     "model.attention",
     "parallel.",
     "precision.optimizer_state",
@@ -36,6 +38,8 @@ FREE_KEYS = (
     "data.verify_reads",
     "tokenizer.path",
     "checkpoint.",
+    "faults.",
+    "watchdog.",
     "validation.",
     "log.",
 )

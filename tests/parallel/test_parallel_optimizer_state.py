@@ -15,8 +15,9 @@ from small_run import OPTIM, Case, batch, build, share, whole
 from torch import Tensor
 
 from train import train_step
-from training.checkpoint import Position, load, save
+from training.checkpoint import load, save
 from training.optimizer import StateFormat, build_optimizer
+from training.position import Position
 from training.run_folder import RunFolder
 
 FORMATS: tuple[StateFormat, ...] = ("fp32", "bf16", "int8")

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import nn
 
 from training import checkpoint
-from training.checkpoint import Position, find_damage, find_newest, load, read_position, save
+from training.checkpoint import find_damage, find_newest, load, read_position, save
 from training.config import OptimConfig
 from training.optimizer import build_optimizer
+from training.position import Position
 from training.run_folder import COMMITTED, RunFolder, RunFolderError
 
 FILES = ["__0_0.distcp", ".metadata", "manifest.json", COMMITTED]
@@ -102,16 +103,17 @@ def test_loading_gives_back_parameters_moments_steps_and_position(tmp_path: Path
 def test_places_of_lanes_come_back_and_older_checkpoints_have_none(folder: RunFolder) -> None:
     assert read_position(folder.step_folder(12)).lanes is None
     lanes = {"0": [0, 1, 17, 300], "1": [2, 0, 0, 0]}
-    position = Position(13, 104, 832, "hash", lanes)
+    position = Position(13, 104, 832, "hash", lanes, batches=13)
     assert read_position(save(folder, *small(), position, {})) == position
-    assert position.after(8, 64).lanes is None  # each step tells anew
+    assert position.after(batches=14, samples=112, tokens=64).lanes is None  # each step tells anew
     assert position.on("hash") == position
-    assert position.on("other") == Position(13, 104, 832, "other")
+    assert position.on("other") == Position(13, 104, 832, "other", batches=13)
     manifest = folder.step_folder(12) / "manifest.json"
     values = json.loads(manifest.read_text())
-    del values["position"]["lanes"]  # as before there were lanes
+    for key in ("lanes", "batches", "skips", "vitals"):  # as the first version had it
+        del values["position"][key]
     manifest.write_text(json.dumps(values))
-    assert read_position(folder.step_folder(12)) == Position(12, 96, 768, "hash")
+    assert read_position(folder.step_folder(12)) == Position(12, 96, 768, "hash", batches=12)
 
 
 def test_loading_without_an_optimizer_gives_the_model(folder: RunFolder) -> None:
