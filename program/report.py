@@ -113,7 +113,7 @@ def meter(
 
 
 def summary(
-    config: TrainProgram, position: "Position", figures: dict[str, Any]
+    config: TrainProgram, processes: Processes, position: "Position", figures: dict[str, Any]
 ) -> tuple[str, list[tuple[str, str]], list[tuple[str, str]]]:
     """Title, rows and commands that tell what came out, where it lies and how to go on."""
     from training.console import compact
@@ -132,19 +132,12 @@ def summary(
         ("text samples", f"{folder}/samples.txt"),
         ("figures", f"{folder}/metrics.jsonl"),
     ]
-    # A checkpoint that the run began with lies before its own, from which it goes on.
-    typed = [
-        word
-        for word in map(_as_typed, HydraConfig.get().overrides.task)
-        if not word.startswith("run.resume=")
-    ]
-    again = " ".join(["python", sys.argv[0], *typed])
-    further = [word for word in typed if not word.startswith("train.max_steps=")]
-    longer = " ".join(["python", sys.argv[0], *further, f"train.max_steps={2 * position.step}"])
+    words = _words()
+    further = [word for word in words if not word.startswith("train.max_steps=")]
     commands = [
-        ("resume, should it be stopped", again),
+        ("resume, should it be stopped", start_again(processes)),
         *([("evaluate", evaluation)] if config.data.stream_lanes is None else []),  # holds text out
-        ("go further", longer),
+        ("go further", _started(processes, [*further, f"train.max_steps={2 * position.step}"])),
     ]
     if config.log.tensorboard:
         commands.append(("watch", f"tensorboard --logdir {shlex.quote(folder)}/tensorboard"))
@@ -154,6 +147,33 @@ def summary(
         rows,
         commands,
     )
+
+
+def start_again(processes: Processes) -> str:
+    """The command that goes on with this run, as a person types it."""
+    return _started(processes, _words())
+
+
+def _started(processes: Processes, words: list[str]) -> str:
+    """`train.py` with these words, by what started it this time."""
+    nodes, each = processes.num_nodes, processes.per_node
+    launcher = {
+        "self": "python",
+        "torchrun": f"torchrun --nnodes={nodes} --nproc-per-node={each}",
+        "srun": f"srun --nodes={nodes} --ntasks-per-node={each} python",
+    }[processes.launcher]
+    return " ".join([launcher, sys.argv[0], *words])
+
+
+def _words() -> list[str]:
+    """The overrides of this start that the next one needs too, as a person types them.
+
+    A checkpoint that the run began with lies before its own, from which it goes on; a change that
+    was allowed has been made.
+    """
+    once = ("run.resume=", "run.allow_changes=")
+    typed = map(_as_typed, HydraConfig.get().overrides.task)
+    return [word for word in typed if not word.startswith(once)]
 
 
 def _as_typed(override: str) -> str:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.stages import Stages
-from parallel.mesh import MeshShape
+from parallel.mesh import MeshShape, Processes
 from program.config import TrainProgram, plain
+from training.exit_codes import ExitCode
 from training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -17,9 +18,13 @@ if TYPE_CHECKING:
     from data.loader import StepBatches
     from data.stream import StreamDataset
     from parallel.strategy import MeshStrategy
+    from training.checkpoint.saving import Saver
     from training.console import Console
     from training.ledger import Ledger
     from training.metrics import MetricsLog
+    from training.numerics import Judge, VitalsReader
+    from training.requests import Requests
+    from training.watchdog import Watchdog
     from training.position import Position
 
 
@@ -28,6 +33,7 @@ class Run:
     """Everything that one start of a run works with."""
 
     config: TrainProgram
+    processes: Processes
     mesh: MeshShape
     fabric: "Fabric"
     strategy: "MeshStrategy"
@@ -37,8 +43,14 @@ class Run:
     position: "Position"
     console: "Console"
     stages: Stages
+    requests: "Requests"
+    watchdog: "Watchdog"
+    saver: "Saver"
+    reader: "VitalsReader"
+    judge: "Judge"
     ledger: "Ledger | None" = None  # rank 0 alone writes ledger and figures
     metrics: "MetricsLog | None" = None
+    unsaved: bool = False  # the last save failed
     last_figures: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -74,7 +86,7 @@ class Run:
                 pin_memory=on_gpu,
                 threads=data.loader_threads,
                 prefetch=data.prefetch,
-            ).steps(self.position.step)
+            ).steps(self.position.batches, self.position.skips)
         return TrainLoader(
             self.dataset,
             self.stages,
@@ -85,16 +97,59 @@ class Run:
             pin_memory=on_gpu,
             threads=data.loader_threads,
             prefetch=data.prefetch,
-        ).steps(self.position.step)
+        ).steps(self.position.batches, self.position.skips)
 
-    def open_logs(self, changed: dict[str, Any]) -> None:
-        """Writes the configuration and opens ledger and figures; rank 0 alone calls it."""
+    def advance(self, taken: "StepBatches") -> None:
+        """Moves the position past the step just taken."""
+        stage, behind = self.stages.at(taken.number), taken.number + 1
+        self.position = self.position.after(
+            batches=behind,
+            samples=self.stages.first_sample(behind),
+            tokens=stage.global_batch_size * stage.seq_len,
+            lanes=taken.lanes,
+        )
+
+    def hear_of_saves(self) -> None:
+        """Takes notice of the saves that have ended since; a failed one may ask the run to stop."""
+        for saved in self.saver.poll():
+            self.unsaved = saved.error is not None
+            self.requests.note_save(saved.write_seconds)
+            seconds = {"seconds": saved.stall_seconds, "write_seconds": saved.write_seconds}
+            seconds = {key: round(value, 3) for key, value in seconds.items()}
+            if saved.error is None:
+                named = {"path": saved.path.name, "bytes": saved.bytes}
+                self.record("save", step=saved.step, **named, **seconds)
+                continue
+            self.record("save_failed", step=saved.step, error=saved.error, **seconds)
+            stops = self.config.checkpoint.on_failure == "stop"
+            then = "stopping" if stops else "training goes on (checkpoint.on_failure=continue)"
+            self.console.note(f"Step {saved.step} could not be saved: {saved.error}; {then}")
+            if stops:
+                self.requests.ask(ExitCode.SAVE_FAILED)
+
+    def open_logs(self, start: dict[str, Any]) -> None:
+        """Writes the configuration and opens ledger and figures, on rank 0.
+
+        Args:
+            start: What the ledger tells of this start besides its position and mesh.
+        """
         from training.ledger import Ledger
-        from training.metrics import MetricsLog
 
+        if not self.fabric.is_global_zero:
+            return
         self.folder.write_config(plain(self.config))
         self.ledger = Ledger(self.folder.ledger, self.console.note)
-        self.ledger.append("start", step=self.position.step, mesh=str(self.mesh), changed=changed)
+        self.record("start", step=self.position.step, mesh=str(self.mesh), **start)
+        self.open_metrics()
+
+    def open_metrics(self) -> None:
+        """Opens the figures at the run's position, on rank 0: what they tell beyond it is lost."""
+        from training.metrics import MetricsLog
+
+        if not self.fabric.is_global_zero:
+            return
+        if self.metrics is not None:
+            self.metrics.close()
         self.metrics = MetricsLog(
             self.folder.path,
             self.config.log.tensorboard,
@@ -104,3 +159,13 @@ class Run:
             first_step=self.position.step,
             warn=self.console.note,
         )
+
+    def draw(self) -> None:
+        """Redraws the loss curve, on rank 0."""
+        if self.metrics is not None:
+            self.metrics.draw()
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Writes an event to the ledger, on rank 0."""
+        if self.ledger is not None:
+            self.ledger.append(event, **fields)

@@ -7,22 +7,19 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, read_metrics, start_program
+from conftest import read_metrics, start_program
+from processes import DEADLINE, Program, linux, wait_for
 
 STEPS = 16
 # Checkpoints at 6, 12 and 16, text samples at 9 and 16.
 SHORT = [f"train.max_steps={STEPS}", "checkpoint.interval=6", "validation.interval=9"]
 # Two meshes sum in another order; rounding of 1e-7 a sum grows with the steps (issue: 2e-7 seen).
 TOLERANCE = 1e-6
-linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
-DEADLINE = 120  # seconds for something that takes a few: only a hanging program gets there
 
 Completed = subprocess.CompletedProcess[str]
 
@@ -156,50 +153,6 @@ def test_printed_command_to_go_further_goes_on_from_the_last_checkpoint(
 # ---------------------------------------------------------------- a kill
 
 
-def is_running(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Returns as soon as the condition holds."""
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.02)
-
-
-class Program:
-    """A program in a session of its own, and the one child that it started."""
-
-    def __init__(self, arguments: list[str]) -> None:
-        self.main = subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        listed = Path(f"/proc/{self.main.pid}/task/{self.main.pid}/children")
-        wait_for(lambda: listed.read_text() != "", "a child process")
-        (self.child,) = map(int, listed.read_text().split())
-
-    def wait_for_child(self) -> None:
-        """Returns when the child has ended."""
-        wait_for(lambda: not is_running(self.child), "the child's end")
-
-    def end(self) -> None:
-        """Leaves nothing running."""
-        self.main.kill()
-        if is_running(self.child):
-            os.kill(self.child, signal.SIGKILL)
-        self.main.communicate()
-
-
 @pytest.fixture
 def standing(command: Any, tmp_path: Path) -> Iterator[tuple[Path, Program]]:
     """A run that stands still at step 9: its folder, and its processes.
@@ -239,15 +192,46 @@ def test_killed_run_goes_on_from_the_newest_checkpoint_bit_for_bit(
         assert curve(folder, key) == curve(reference, key)
 
 
+# Whom a person or a scheduler may send what: the main process, another rank, all of them.
+SIGNALS = {
+    "SIGTERM to rank 1": (signal.SIGTERM, lambda program: [program.child]),
+    "SIGUSR1 to rank 0": (signal.SIGUSR1, lambda program: [program.main.pid]),
+    "SIGINT twice to all": (signal.SIGINT, lambda program: [program.main.pid, program.child] * 2),
+}
+CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGINT: 130}
+
+
 @linux
-def test_interrupted_run_says_in_a_line_what_is_kept(standing: tuple[Path, Program]) -> None:
-    _, program = standing
-    os.killpg(program.main.pid, signal.SIGINT)  # as a terminal does on Ctrl-C: to all of them
+@pytest.mark.parametrize("case", SIGNALS)
+def test_signal_on_any_rank_lets_all_finish_the_step_save_once_and_leave_with_its_code(
+    command: Any, pair: tuple[Path, Completed], standing: tuple[Path, Program], case: str
+) -> None:
+    folder, program = standing
+    number, receivers = SIGNALS[case]
+    for process in receivers(program):
+        os.kill(process, number)
+    with (folder / "samples.txt").open() as pipe:  # what the run waits for
+        assert "step 9" in pipe.read()
     told, errors = program.main.communicate(timeout=DEADLINE)
     program.wait_for_child()
-    assert program.main.returncode == 130  # 128 + SIGINT, as shells have it
+    assert program.main.returncode == CODES[number]
     assert errors == ""
-    assert told.splitlines()[-1] == ("Interrupted at step 9: the same command goes on from step 6.")
+    # Step 9 was taken when the signal came, so it is step 10 that all know of it with.
+    last = told.splitlines()[-2:]
+    assert last[0].startswith("Stopped after step 10: ")
+    assert last[1].startswith("Saved up to step 10; go on with: python train.py ")
+    saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert saved == ["step-00000006", "step-00000010"]
+    ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    assert [(line["event"], line["step"]) for line in ledger][-2:] == [("save", 10), ("stop", 10)]
+    assert ledger[-1]["code"] == CODES[number]
+    if number == signal.SIGTERM:  # all leave alike, so one of them shows how the run goes on
+        (folder / "samples.txt").unlink()
+        words = shlex.split(last[1].partition("go on with: python ")[2])
+        assert start_program(words).returncode == 0
+        reference, _ = pair
+        for key in ("batch_hash", "samples", "loss", "grad_norm"):
+            assert curve(folder, key) == curve(reference, key)
 
 
 @linux

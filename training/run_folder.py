@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from training.exit_codes import ExitCode
+
 COMMITTED = "COMMITTED"  # the file that makes a checkpoint's folder a checkpoint
 
 # What may change from one start of a run to the next: it alters neither the samples nor the model.
@@ -47,6 +49,8 @@ FREE_KEYS = (
 
 class RunFolderError(RuntimeError):
     """A run cannot go on in its folder; the message says why and what to do."""
+
+    code = ExitCode.REFUSED
 
 
 @dataclass(frozen=True)
