@@ -29,6 +29,8 @@ from training.run_folder import RunFolder
 from training.schedule import learning_rate
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from data.dataset import Dataset
@@ -131,16 +133,28 @@ def train(run: Run) -> None:
     run.console.stop()
 
 
-def train_step(run: Run, batches: StepBatches, rate: float) -> dict[str, Tensor]:
+def train_step(
+    run: Run, batches: StepBatches, rate: float, requests: Sequence[float] = (0, 0, 0)
+) -> dict[str, Tensor]:
     """One optimizer step on this rank's micro-batches of the global batch.
 
     Each micro-batch's summed loss is divided by the number of targets in the whole global batch,
-    so the gradient does not depend on how the batch was cut.
+    so the gradient does not depend on how the batch was cut. Where loss or norm is not finite on
+    any rank, weights and moments stay on all of them as they were, bit for bit.
+
+    Args:
+        requests: What this rank asks all ranks for (stop, save, give up), each 0 or 1.
 
     Returns:
-        Scalars on the device, not waited for: `loss`, this rank's share of the mean; `grad_norm`
-        before clipping; `batch_hash` of the whole global batch.
+        Tensors on the device, not waited for, the same on every rank: `vitals`, the loss of the
+        global batch, the norm before clipping, and how many ranks made each request; `batch_hash`
+        of the whole global batch.
     """
+    import torch
+
+    from parallel.gradients import clip_grad_norm
+    from training.numerics import not_finite
+
     fabric, model, optimizer = run.fabric, run.model, run.optimizer
     n_targets, batch_hash = run.strategy.sum_over_data(fabric.to_device(batches.counts))
     shares = []
@@ -150,17 +164,18 @@ def train_step(run: Run, batches: StepBatches, rate: float) -> dict[str, Tensor]
             share = model(tokens, positions, labels) / n_targets
             fabric.backward(share)
         shares.append(share.detach())
-    grad_norm = fabric.clip_gradients(
-        model,
-        optimizer,
-        max_norm=run.config.train.max_grad_norm or math.inf,
-        error_if_nonfinite=False,
-    )
+    # Peers that read the same samples have the same loss: of each the part that makes one whole.
+    own = torch.stack(shares).sum(dtype=torch.float64) / run.strategy.shape.peers
+    asked = fabric.to_device(torch.tensor(requests))
+    max_norm = run.config.train.max_grad_norm or math.inf
+    norm, (loss, *asking) = clip_grad_norm(model, max_norm, torch.cat([own.view(1), asked]))
+    vitals = torch.stack([loss, norm, *asking])
+    optimizer.optimizer.skip_if(not_finite(vitals))
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    return {"loss": sum(shares), "grad_norm": grad_norm, "batch_hash": batch_hash}
+    return {"vitals": vitals, "batch_hash": batch_hash}
 
 
 # ---------------------------------------------------------------- around the loop
@@ -175,14 +190,14 @@ def read_figures(run: Run, tensors: dict[str, Tensor], rate: float) -> dict[str,
     """The figures of the step just done, waited for; the loss summed over the data ranks."""
     from parallel.compilation import compiled_graphs
 
-    loss = run.strategy.sum_over_data(tensors["loss"].double())
+    loss, grad_norm = tensors["vitals"][:2].tolist()
     compiled = {"compiled_graphs": compiled_graphs()} if run.config.parallel.compile else {}
     return {
         "step": run.position.step,
         "samples": run.position.samples,
         "tokens": run.position.tokens,
-        "loss": loss.item(),
-        "grad_norm": tensors["grad_norm"].item(),
+        "loss": loss,
+        "grad_norm": grad_norm,
         "lr": rate,
         "batch_hash": f"{tensors['batch_hash'].item() % 2**32:08x}",
     } | compiled
