@@ -1,14 +1,14 @@
 """Batches for training and validation from a prepared folder.
 
 Which windows form a step is `data.order`'s; here they are read, cut into documents, dealt to data
-ranks and micro-batches, and read ahead by threads. Every batch is a function of the step, never
-of what was read before: a loader has no state to save.
+ranks and micro-batches, and read ahead by threads. Every batch is a function of its number in the
+order, never of what was read before: a loader has no state to save.
 """
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import count, islice
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from isal import isal_zlib
 
 from data.dataset import Dataset
-from data.stages import Stages
+from data.stages import Stages, batches_from
 
 IGNORE = -100  # the label that no loss is computed for
 
@@ -38,13 +38,15 @@ class StepBatches(NamedTuple):
 
     `n_targets` counts this rank's labels that are not -100. `digest` is a sum over its samples:
     added up over the data ranks it is the same on every mesh, and another one when a sample is
-    lost, doubled or changed. `lanes` tells where this rank's lanes are after the step, when the
-    samples come straight from a dataset (`data.stream`).
+    lost, doubled or changed. `number` is the batch's place in the order, from 0. `lanes` tells
+    where this rank's lanes are after the step, when the samples come straight from a dataset
+    (`data.stream`).
     """
 
     micro_batches: list[Batch]
     n_targets: int
     digest: int
+    number: int = 0
     lanes: dict[str, list[int]] | None = None
 
     @property
@@ -90,7 +92,7 @@ class TrainLoader:
         self._streams = [dataset.train[name] for name in self.order.names]
 
     def step(self, step: int) -> StepBatches:
-        """The batches of one step, read here and now.
+        """The batch of this number in the order, read here and now.
 
         Raises:
             DataError: a shard is gone, or not what was prepared.
@@ -111,10 +113,12 @@ class TrainLoader:
             stage.micro_batch_size or share,
             self.dataset.document_mask,
             self.pin_memory,
-        )
+        )._replace(number=step)
 
-    def steps(self, first_step: int) -> Generator[StepBatches, None, None]:
-        """The batches of step `first_step` and all later ones, without end, read ahead.
+    def steps(
+        self, first_batch: int, skips: Sequence[tuple[int, int]] = ()
+    ) -> Generator[StepBatches, None, None]:
+        """The batches from `first_batch` on but for those in `skips`, without end, read ahead.
 
         Close the iterator (or let it go) to end its threads; what fails in a thread is raised
         here, in the place of its step.
@@ -122,10 +126,10 @@ class TrainLoader:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="llamesh-loader")
         ahead: deque[Future[StepBatches]] = deque()
         try:
-            for step in count(first_step):
-                while len(ahead) <= self.prefetch:
-                    ahead.append(pool.submit(self.step, step + len(ahead)))
-                yield ahead.popleft().result()
+            for number in batches_from(first_batch, skips):
+                ahead.append(pool.submit(self.step, number))
+                if len(ahead) > self.prefetch:
+                    yield ahead.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 

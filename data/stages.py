@@ -1,12 +1,14 @@
 """Which samples a step takes, and how: a closed form of the step, whatever changed on the way.
 
 A run is one stage, or several that follow each other: from a sample on other weights, another
-length of the sequences, another batch size. Each begins with a step.
+length of the sequences, another batch size. Each begins with a step. Steps count the batches of
+the order here: where a rewind left batches out, an optimizer step has a later batch than its own.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from data.config import DataConfig
 
@@ -51,6 +53,19 @@ class Stages:
         stage = self.at(step)
         per_step = stage.global_batch_size * stage.seq_len
         return stage.first_token + (step - stage.first_step) * per_step
+
+
+def batches_from(first: int, skips: Sequence[tuple[int, int]]) -> Iterator[int]:
+    """The numbers of the batches from `first` on, without end, but for those in a range of `skips`.
+
+    Args:
+        skips: Each from its first batch to before its second one.
+    """
+    return (
+        number
+        for number in count(first)
+        if not any(begin <= number < stop for begin, stop in skips)
+    )
 
 
 def plan_stages(

@@ -27,7 +27,7 @@ from data.loader import StepBatches, deal
 from data.sources.corpora import Corpus, Part, find, first_line
 from data.sources.reading import Position
 from data.sources.rows import Policy, Row, rows
-from data.stages import Stage
+from data.stages import Stage, batches_from
 from data.tokenizer import Tokenizer, ready_tokenizer
 
 # The library itself tries 20 times to connect again; this is for whatever else goes by.
@@ -261,9 +261,12 @@ class StreamLoader:
         self.pin_memory = pin_memory
         self.threads, self.prefetch = threads, prefetch
 
-    def steps(self, first_step: int) -> Generator[StepBatches, None, None]:
-        """The batches of step `first_step`, at which `places` are, and all later ones, read ahead.
+    def steps(
+        self, first_batch: int, skips: Sequence[tuple[int, int]] = ()
+    ) -> Generator[StepBatches, None, None]:
+        """The batches from `first_batch` on, at which `places` are, but for those in `skips`.
 
+        Without end, and read ahead. What is left out is read as well: the lanes have to pass it.
         Close the iterator (or let it go) to end its threads; what fails in a thread is raised
         here, in the place of its step.
         """
@@ -279,33 +282,37 @@ class StreamLoader:
         def read(lane: Lane) -> list[tuple[np.ndarray, np.ndarray]]:
             return [lane.window(self.seq_len) for _ in range(each)]
 
-        def make(step: int) -> StepBatches:
-            windows = [window for part in readers.map(read, lanes) for window in part]
+        reached = first_batch  # by the lanes
+
+        def make(number: int) -> StepBatches:
+            nonlocal reached
+            while reached <= number:
+                windows = [window for part in readers.map(read, lanes) for window in part]
+                reached += 1
             places = {
-                str(number): list(lane.place)
-                for number, lane in zip(self.lanes, lanes, strict=True)
+                str(own): list(lane.place) for own, lane in zip(self.lanes, lanes, strict=True)
             }
             batches = deal(
                 windows,
-                self._digest(step, windows),
+                self._digest(number, windows),
                 self.micro_batch_size,
                 self.dataset.document_mask,
                 self.pin_memory,
             )
-            return batches._replace(lanes=places)
+            return batches._replace(number=number, lanes=places)
 
         try:
-            for step in count(first_step):
-                while len(ahead) <= self.prefetch:
-                    ahead.append(maker.submit(make, step + len(ahead)))
-                yield ahead.popleft().result()
+            for number in batches_from(first_batch, skips):
+                ahead.append(maker.submit(make, number))
+                if len(ahead) > self.prefetch:
+                    yield ahead.popleft().result()
         finally:
             maker.shutdown(cancel_futures=True)
             readers.shutdown()
 
-    def _digest(self, step: int, windows: list[tuple[np.ndarray, np.ndarray]]) -> int:
-        """The sum over this rank's rows of a step, as for shards."""
-        first = step * self.global_batch_size
+    def _digest(self, number: int, windows: list[tuple[np.ndarray, np.ndarray]]) -> int:
+        """The sum over this rank's rows of a batch, as for shards."""
+        first = number * self.global_batch_size
         return sum(
             isal_zlib.crc32(tokens, isal_zlib.crc32((first + row).to_bytes(8, "little")))
             for row, (tokens, _) in zip(self.rows, windows, strict=True)

@@ -1,4 +1,8 @@
-"""The norm of all gradients together, whichever axes shard them, and clipping by it."""
+"""The norm of all gradients together, whichever axes shard them, and clipping by it.
+
+The sum that it needs goes over all processes, once a step: what else all of them have to know of
+the step travels with it.
+"""
 
 from typing import cast
 
@@ -6,9 +10,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+RIDERS = 6
+"""Scalars that travel with the squares in a step of training: the loss and five requests."""
+
 
 @torch.no_grad()
-def clip_grad_norm(model: torch.nn.Module, max_norm: float) -> Tensor:
+def clip_grad_norm(
+    model: torch.nn.Module, max_norm: float, riders: Tensor
+) -> tuple[Tensor, Tensor]:
     """Scales the gradients so that their global 2-norm is at most `max_norm`, with one reduction.
 
     Each rank adds up the squares of its local shards, a replicated shard divided by the number of
@@ -18,9 +27,12 @@ def clip_grad_norm(model: torch.nn.Module, max_norm: float) -> Tensor:
     Args:
         model: Every parameter a DTensor; those without a gradient are left out.
         max_norm: Infinity leaves the gradients as they are.
+        riders: (n), this process's shares of other sums.
 
     Returns:
-        The norm before clipping, a float32 scalar that is the same on every rank.
+        The norm before clipping, a float32 scalar, and `riders` summed over all processes (n), in
+        float64 on CPU and float32 on CUDA; both the same on every rank. Where the norm is not
+        finite, neither are the gradients, scaled or not: the step is to be skipped.
     """
     gradients = [cast(DTensor, p.grad) for p in model.parameters() if p.grad is not None]
     local = [gradient.to_local() for gradient in gradients]
@@ -29,12 +41,13 @@ def clip_grad_norm(model: torch.nn.Module, max_norm: float) -> Tensor:
     precise = torch.float64 if local[0].device.type == "cpu" else torch.float32
     norms = torch._foreach_norm(local, 2, dtype=precise)
     torch._foreach_div_(norms, [_copies(gradient) ** 0.5 for gradient in gradients])
-    total = torch.stack(norms).square().sum()
-    torch.distributed.all_reduce(total)
-    norm = total.sqrt().float()
+    squares = torch.stack(norms).square().sum()
+    sums = torch.cat([squares.view(1), riders.to(precise)])  # (1 + n)
+    torch.distributed.all_reduce(sums)
+    norm = sums[0].sqrt().float()
     # As in torch.nn.utils.clip_grad_norm_: never scales up, and no host synchronisation.
     torch._foreach_mul_(local, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
-    return norm
+    return norm, sums[1:]
 
 
 def _copies(gradient: DTensor) -> int:

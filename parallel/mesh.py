@@ -41,6 +41,11 @@ class MeshShape:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def peers(self) -> int:
+        """Number of ranks that read the same samples, and compute one loss together."""
+        return self.cp * self.tp
+
+    @property
     def seq_multiple(self) -> int:
         """What the length of a sequence is a multiple of, so that every axis cuts it evenly."""
         return self.tp * (2 * self.cp if self.cp > 1 else 1)

@@ -103,7 +103,7 @@ class MeshStrategy(ModelParallelStrategy):
     ) -> torch.Tensor:
         """Clips by the global 2-norm over every axis; returns the norm before, a scalar."""
         assert norm_type == 2.0 and not error_if_nonfinite
-        return clip_grad_norm(module, max_norm)
+        return clip_grad_norm(module, max_norm, torch.empty(0, device=self.root_device))[0]
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over the ranks that read different samples, in place; returns it."""

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.config import ModelConfig
 from model.llama import Llama
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.gradients import clip_grad_norm
+from parallel.gradients import RIDERS, clip_grad_norm
 from parallel.mesh import AXES, MeshShape
 from parallel.parallelize import parallelize
 from parallel.strategy import MeshStrategy
@@ -143,4 +143,4 @@ def _run(llama: Any, strategy: MeshStrategy, step: Step) -> None:
     for place in range(1, step.micro_batches + 1):
         llama.set_requires_gradient_sync(place == step.micro_batches)
         (llama(tokens, tokens, tokens) / n_targets).backward()
-    clip_grad_norm(llama, max_norm=1.0)
+    clip_grad_norm(llama, max_norm=1.0, riders=torch.empty(RIDERS))

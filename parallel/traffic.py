@@ -19,6 +19,7 @@ from typing import Literal
 
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
+from parallel.gradients import RIDERS
 from parallel.mesh import DATA_AXES, MeshShape
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
@@ -54,8 +55,8 @@ class Step:
 
     `micro_batch_size` counts sequences of `seq_len` tokens, `head_chunk` the tokens whose logits
     exist at once (`model.loss.CHUNK`). `param_bytes` is an element's size in forward and backward,
-    `reduce_bytes` in the sum of gradients, `norm_bytes` in the sum of their squares (8 on CPU,
-    else 4).
+    `reduce_bytes` in the sum of gradients, `norm_bytes` in the sum of their squares and of
+    what travels with it (8 on CPU, else 4).
     """
 
     micro_batches: int
@@ -252,7 +253,8 @@ def _context(plan: _Plan) -> list[Collective]:
 
 
 def _scalars(plan: _Plan) -> list[Collective]:
-    """The squared norm over all processes; targets and hash of the batch over each data axis."""
+    """Squared norm, loss, requests over all processes; targets and hash over each data axis."""
     everyone = ("dp_replicate", "dp_shard", "cp", "tp")
     counts = [plan.over([axis], "all_reduce", 1, 2 * INT64, "scalars") for axis in DATA_AXES]
-    return [plan.over(everyone, "all_reduce", 1, plan.step.norm_bytes, "scalars"), *counts]
+    size = (1 + RIDERS) * plan.step.norm_bytes
+    return [plan.over(everyone, "all_reduce", 1, size, "scalars"), *counts]

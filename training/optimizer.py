@@ -22,9 +22,7 @@ StateFormat = Literal["fp32", "bf16", "int8"]
 _PIECE_CPU, _PIECE_DEVICE = 2**8 * BLOCK, 2**17 * BLOCK
 
 
-def build_optimizer(
-    model: nn.Module, config: OptimConfig, state: StateFormat = "fp32"
-) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimConfig, state: StateFormat = "fp32") -> "AdamW":
     """AdamW with weight decay on matrices and none on vectors (the norms' weights).
 
     Fused on CPUs and CUDA devices: one kernel instead of a dozen passes over the states.
@@ -45,12 +43,67 @@ def build_optimizer(
         "eps": config.eps,
         "fused": parameters[0].device.type in ("cpu", "cuda"),
     }
-    if state == "fp32":
-        return torch.optim.AdamW(groups, **options)
-    return NarrowAdamW(groups, state, **options)
+    return AdamW(groups, **options) if state == "fp32" else NarrowAdamW(groups, state, **options)
 
 
-class NarrowAdamW(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW on the local shards, with a step that can be made to change nothing.
+
+    Its kernel is called without DTensor, whose dispatch takes longer than the kernel on a small
+    model. State dicts are those of torch's AdamW: moments are placed like their parameter.
+    """
+
+    _skip: Tensor | None = None
+
+    def skip_if(self, found_inf: Tensor) -> None:
+        """Makes the next step, and that one alone, change nothing if `found_inf` is 1.
+
+        Weights, moments and step counts stay bit for bit: the kernel reads the value and leaves.
+        The host does not wait for it.
+
+        Args:
+            found_inf: A float32 scalar on the parameters' device, 0 or 1.
+        """
+        self._skip = found_inf
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step for every parameter that has a gradient."""
+        assert closure is None
+        skip, self._skip = self._skip, None
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self._begin(parameter)
+            if skip is None or group["fused"]:
+                self._update(parameters, group, skip)
+            elif not skip.item():  # only the fused kernel can look by itself
+                self._update(parameters, group, None)
+
+    def _begin(self, parameter: Tensor) -> None:
+        """The state before a parameter's first step."""
+        self.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
+        """The step of a group's parameters, all in one kernel."""
+        states = [self.state[parameter] for parameter in parameters]
+        _adamw(
+            group,
+            [_local(parameter) for parameter in parameters],
+            [_local(parameter.grad) for parameter in parameters],
+            [_local(state["exp_avg"]) for state in states],
+            [_local(state["exp_avg_sq"]) for state in states],
+            [state["step"] for state in states],
+            skip,
+        )
+
+
+class NarrowAdamW(AdamW):
     """AdamW whose moments are kept in bf16 or 8 bits, and computed with in float32.
 
     Piece by piece the moments are widened, torch's own kernel makes the step, and they are narrowed
@@ -63,23 +116,23 @@ class NarrowAdamW(torch.optim.AdamW):
         self.format = state
         super().__init__(groups, **options)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step for every parameter that has a gradient."""
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+    def _begin(self, parameter: Tensor) -> None:
+        self.state[parameter] = {"step": torch.zeros((), device=parameter.device)}
+        for key in ("exp_avg", "exp_avg_sq"):
+            self.state[parameter][key] = self._moment(parameter, key)
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """One parameter's step on this rank's shard."""
-        state = self.state[parameter]
+    def _update(self, parameters: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
+        for parameter in parameters:
+            state = self.state[parameter]
+            self._update_one(parameter, state, group, skip)
+            state["step"] += 1 if skip is None else 1 - skip
+
+    def _update_one(
+        self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], skip: Tensor | None
+    ) -> None:
+        """One parameter's step on this rank's shard; what a skipped step reads it writes again."""
         weights = _local(parameter).view(-1)  # (local size)
         gradient = _local(parameter.grad).reshape(-1)  # (local size)
-        if not state:
-            state["step"] = torch.zeros((), device=weights.device)
-            state |= {key: self._moment(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
         piece = _PIECE_CPU if weights.device.type == "cpu" else _PIECE_DEVICE
         for start in range(0, len(weights), piece):
             stop = min(start + piece, len(weights))
@@ -87,26 +140,11 @@ class NarrowAdamW(torch.optim.AdamW):
                 state["exp_avg"].read(start, stop),
                 state["exp_avg_sq"].read(start, stop),
             )
-            adamw(
-                [weights[start:stop]],
-                [gradient[start:stop]],
-                [first],
-                [second],
-                [],
-                [state["step"].clone()],  # which the kernel counts up
-                foreach=False,
-                fused=group["fused"],
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            count = state["step"].clone()  # which the kernel counts up
+            own = slice(start, stop)
+            _adamw(group, [weights[own]], [gradient[own]], [first], [second], [count], skip)
             state["exp_avg"].write(start, first)
             state["exp_avg_sq"].write(start, second)
-        state["step"] += 1
 
     def _moment(self, parameter: Tensor, key: str) -> Moment:
         """A moment of zeros for this rank's shard."""
@@ -142,6 +180,36 @@ class NarrowAdamW(torch.optim.AdamW):
     def _parameters(self) -> list[Tensor]:
         """Every parameter, in the order of state dicts."""
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
+
+
+def _adamw(
+    group: dict[str, Any],
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    steps: list[Tensor],
+    skip: Tensor | None,
+) -> None:
+    """torch's kernel on plain tensors, in place; with `skip` of 1 it changes none of them."""
+    adamw(
+        weights,
+        gradients,
+        first,
+        second,
+        [],
+        steps,
+        foreach=False,
+        fused=group["fused"],
+        found_inf=skip,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
 
 
 def _local(tensor: Tensor | None) -> Tensor:

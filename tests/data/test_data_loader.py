@@ -177,6 +177,32 @@ def test_steps_read_ahead_are_the_steps_read_alone_from_any_position(
     steps.close()
 
 
+SKIPS = ((2, 3), (6, 9), (15, 16))
+
+
+@pytest.mark.parametrize("first", [0, 2, 7])
+@pytest.mark.parametrize(("size", "threads", "prefetch"), [(1, 1, 0), (2, 3, 4), (3, 1, 2)])
+def test_skipped_batches_are_left_out_and_all_others_stay(
+    folder: Path, size: int, threads: int, prefetch: int, first: int
+) -> None:
+    """The list of all batches without those of the ranges, under their own numbers."""
+    stages = planned(None, {"a": 1.0, "b": 1.0}, *STAGED[:2])
+    left_out = {number for begin, stop in SKIPS for number in range(begin, stop)}
+    kept = [number for number in range(first, 18) if number not in left_out]
+    ranks = [
+        loader(folder, r, size, threads=threads, prefetch=prefetch, stages=stages)
+        for r in range(size)
+    ]
+    for rank in ranks:
+        steps = rank.steps(first, SKIPS)
+        for number in kept:
+            found, expected = next(steps), rank.step(number)
+            assert (found.number, found.digest) == (number, expected.digest)
+            for one, other in zip(joined(found), joined(expected), strict=True):
+                assert torch.equal(one, other)
+        steps.close()
+
+
 STAGED = [
     StageConfig(60, {"a": 0.0}),
     StageConfig(96, {"a": 3.0}, seq_len=24),

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,11 @@ def loader(dataset: StreamDataset, rank: int = 0, size: int = 1, **how: Any) -> 
     return StreamLoader(dataset, stage, rank=rank, size=size, **how)
 
 
-def take(loader: StreamLoader, first_step: int, n_steps: int) -> list[StepBatches]:
+def take(
+    loader: StreamLoader, first_batch: int, n_steps: int, skips: Sequence[tuple[int, int]] = ()
+) -> list[StepBatches]:
     """Some steps; those that were read ahead are thrown away."""
-    steps = loader.steps(first_step)
+    steps = loader.steps(first_batch, skips)
     found = list(islice(steps, n_steps))
     steps.close()
     return found
@@ -209,6 +211,25 @@ def test_resumed_again_and_again_on_other_ranks_the_steps_are_the_same(
         saved = {k: v for rank in ranks for k, v in (rank[-1].lanes or {}).items()}
         places = json.loads(json.dumps(saved))  # as a manifest holds them
     assert found == expected
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_skipped_batches_are_read_past_and_leave_the_lanes_where_they_were(
+    dataset: StreamDataset, size: int, prefetch: int
+) -> None:
+    """From two stops, the second inside a range: as all batches without those of the ranges."""
+    skips = ((0, 2), (5, 8), (11, 12))
+    for rank in range(size):
+        whole = take(loader(dataset, rank, size), 0, 15)
+        kept = [whole[number] for number in (2, 3, 4, 8, 9, 10, 12, 13, 14)]
+        found = take(loader(dataset, rank, size, prefetch=prefetch, threads=2), 0, 3, skips)
+        places = found[-1].lanes
+        again = loader(dataset, rank, size, places=places, prefetch=prefetch)
+        found += take(again, found[-1].number + 1, 6, skips)
+        for one, other in zip(found, kept, strict=True):
+            assert (one.number, one.digest, one.lanes) == (other.number, other.digest, other.lanes)
+            assert torch.equal(one.micro_batches[0].tokens, other.micro_batches[0].tokens)
 
 
 def test_a_lane_goes_on_after_any_window(dataset: StreamDataset) -> None:

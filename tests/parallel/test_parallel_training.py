@@ -58,8 +58,9 @@ def run_case(case: Case) -> dict[str, Any]:
     for step in range(STEPS):
         batches = share(batch(step), run.data_rank, case.mesh.dp, case.n_micro)
         tensors = train_step(cast(Any, run), batches, OPTIM.lr)
-        found["loss"].append(run.strategy.sum_over_data(tensors["loss"].double()).item())
-        found["norm"].append(tensors["grad_norm"].item())
+        loss, norm, *_ = tensors["vitals"].tolist()
+        found["loss"].append(loss)
+        found["norm"].append(norm)
         found["hash"].append(tensors["batch_hash"].item())
     found["gradients"] = clipped[0]
     found["final"] = {name: whole(p) for name, p in run.llama.named_parameters()}

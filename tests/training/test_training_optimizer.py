@@ -11,7 +11,7 @@ from model.llama import Llama
 from parallel.config import PrecisionConfig
 from program.precision import MAX_BETA2_BF16, moment_problems
 from training.config import OptimConfig
-from training.optimizer import StateFormat, build_optimizer
+from training.optimizer import AdamW, StateFormat, build_optimizer
 
 FORMATS: tuple[StateFormat, ...] = ("fp32", "bf16", "int8")
 OPTIM = OptimConfig(lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
@@ -83,6 +83,20 @@ def test_frozen_parameters_are_left_out() -> None:
     assert id(model.tok_embeddings.weight) not in {id(p) for p in grouped}
 
 
+def test_steps_are_those_of_torchs_own_adamw_bit_for_bit() -> None:
+    """Ours calls the same kernel, on the same tensors."""
+    model, other = small(), small()
+    ours = build_optimizer(model, OPTIM)
+    theirs = torch.optim.AdamW(build_optimizer(other, OPTIM).param_groups)
+    for step in range(3):
+        for each, optimizer in ((model, ours), (other, theirs)):
+            give_gradients(each, step)
+            optimizer.step()
+    for found, expected in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
 # ---------------------------------------------------------------- moments in fewer bits
 
 
@@ -98,7 +112,7 @@ def give_gradients(model: Llama, step: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator) * 1e-3
 
 
-def stepped(state: StateFormat, steps: int) -> tuple[Llama, torch.optim.AdamW]:
+def stepped(state: StateFormat, steps: int) -> tuple[Llama, AdamW]:
     """A model after steps with given gradients, each with a learning rate of its own."""
     model = wide()
     optimizer = build_optimizer(model, OPTIM, state)
@@ -196,3 +210,84 @@ def test_the_rule_of_bf16_moments_is_where_they_stop_to_fade(beta2: float) -> No
     for problem in found:
         assert f"{beta2}" in problem and "precision.optimizer_state=fp32 or int8" in problem
         assert moment_problems(PrecisionConfig(optimizer_state="int8"), config) == []
+
+
+# ---------------------------------------------------------------- steps that change nothing
+
+BAD = {"nan": torch.nan, "inf": torch.inf, "large": 3e38}
+
+
+def step_with(model: Llama, optimizer: AdamW, step: int, bad: float | None) -> None:
+    """One step; `bad` is what every gradient is, in a step that is to be skipped."""
+    give_gradients(model, step)
+    for parameter in model.parameters():
+        if bad is not None:
+            parameter.grad = torch.full_like(parameter, bad)
+    optimizer.skip_if(torch.tensor(float(bad is not None)))
+    optimizer.step()
+
+
+def everything(model: Llama, optimizer: AdamW) -> dict[str, Any]:
+    """Copies of weights, moments and step counts."""
+    return copy.deepcopy({"model": model.state_dict(), "state": optimizer.state_dict()["state"]})
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("state", FORMATS)
+def test_a_skipped_step_leaves_weights_moments_and_counts_bit_for_bit(
+    state: StateFormat, bad: float
+) -> None:
+    model, optimizer = stepped(state, 3)
+    before = everything(model, optimizer)
+    step_with(model, optimizer, 3, bad)
+    torch.testing.assert_close(everything(model, optimizer), before, rtol=0, atol=0)
+    step_with(model, optimizer, 3, None)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(everything(model, optimizer), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("state", FORMATS)
+@pytest.mark.parametrize("skipped", [{0}, {0, 1, 3}, {2}], ids=str)
+def test_steps_around_skipped_ones_are_those_of_a_run_without_them(
+    state: StateFormat, skipped: set[int]
+) -> None:
+    """The very first step as well, which finds no moments yet."""
+    models, optimizers = [], []
+    for sees_bad_ones in (True, False):
+        model = wide()
+        optimizer = build_optimizer(model, OPTIM, state)
+        for step in range(5):
+            if sees_bad_ones or step not in skipped:
+                step_with(model, optimizer, step, torch.nan if step in skipped else None)
+        models.append(model)
+        optimizers.append(optimizer)
+    found, expected = (everything(*pair) for pair in zip(models, optimizers, strict=True))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("state", FORMATS)
+def test_a_skip_is_for_one_step_alone(state: StateFormat) -> None:
+    model = wide()
+    optimizer = build_optimizer(model, OPTIM, state)
+    step_with(model, optimizer, 0, torch.nan)
+    give_gradients(model, 1)
+    optimizer.step()
+    fresh = wide()
+    give_gradients(fresh, 1)
+    build_optimizer(fresh, OPTIM, state).step()
+    for found, expected in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+def test_without_a_fused_kernel_the_host_looks(skip: float) -> None:
+    model = wide()
+    optimizer = build_optimizer(model, OPTIM)
+    for group in optimizer.param_groups:
+        group["fused"] = False
+    before = copy.deepcopy(model.state_dict())
+    give_gradients(model, 0)
+    optimizer.skip_if(torch.tensor(skip))
+    optimizer.step()
+    same = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert same == bool(skip)
