@@ -28,6 +28,8 @@ from program.rules import (
     of_every_stage,
 )
 from training.config import LogConfig, TrainConfig
+from training.exit_codes import ExitCode
+from training.lock import LockedError, RunLock, hold
 from training.run_folder import RunFolder, RunFolderError
 
 if TYPE_CHECKING:
@@ -37,23 +39,27 @@ if TYPE_CHECKING:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Ends the program, exit code 1, where it cannot start; only the first process tells why.
+    """Ends the program where it cannot start; only the first process tells why.
 
-    Ctrl-C ends it with exit code 130.
+    The exit code is 1, for a folder that another run holds 73, and for Ctrl-C 130.
     """
+    code = ExitCode.REFUSED
     try:
         yield
     except ConfigError as error:
         message = f"Not started, the configuration has problems:\n{error}"
     except (DataError, RunFolderError) as error:
         message = f"Not started: {error}"
+        code = ExitCode.LOCKED if isinstance(error, LockedError) else code
     except KeyboardInterrupt:
         if is_first_process():
             print("Interrupted before the first figure.", file=sys.stderr, flush=True)
         os._exit(130)  # peers may wait for us in a collective call: no orderly end of the group
     else:
         return
-    sys.exit(message if is_first_process() else 1)
+    if is_first_process():
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshShape]:
@@ -110,6 +116,18 @@ def check_folder(config: TrainProgram) -> dict[str, Any]:
         RunFolderError: the run may not go on in its folder.
     """
     return RunFolder(Path(config.run.dir)).check(plain(config))
+
+
+def hold_folder(config: TrainProgram) -> RunLock | None:
+    """Takes the run's folder for this run, until it ends; the first process alone does.
+
+    Raises:
+        LockedError: another run is at work in it.
+        RunFolderError: nothing can be written there.
+    """
+    if not is_first_process():
+        return None
+    return hold(RunFolder(Path(config.run.dir)), lambda told: print(told, flush=True))
 
 
 def prepare_data(config: TrainProgram) -> "Dataset | StreamDataset":
