@@ -21,7 +21,7 @@ from program.command_line import hydra_arguments
 from program.config import TrainProgram, plain
 from program.ending import end_early, finish, give_up, leave
 from program.figures import log, read_figures, validate, write_sample
-from program.preflight import check_config, check_folder, hold, prepare_data, refusals
+from program.preflight import check_config, check_folder, hold_folder, prepare_data, refusals
 from program.recovery import Decision, heed, rewind, starting_position
 from program.report import header
 from program.run import Run
@@ -47,7 +47,7 @@ def main(composed: DictConfig) -> None:
     with refusals():
         config, processes, mesh = check_config(composed)
         changed = check_folder(config)
-        hold(config)
+        lock = hold_folder(config)
         dataset = prepare_data(config)
         run = set_up(config, processes, mesh, dataset, changed)
     try:
@@ -79,7 +79,7 @@ def set_up(
     first = is_first_process()
     requests = Requests(
         config.run.time_limit,
-        slurm_time_left() if first else None,
+        None,  # slurm
         config.checkpoint.interval_minutes if first else None,
     )
     requests.catch_signals(early=end_early)
@@ -106,7 +106,9 @@ def set_up(
         stages=config.stages(),
         requests=requests,
         watchdog=watchdog,
-        saver=Saver(RunFolder(Path(config.run.dir)), config.checkpoint, plain(config), console.note),
+        saver=Saver(
+            RunFolder(Path(config.run.dir)), config.checkpoint, plain(config), console.note
+        ),
         reader=VitalsReader(fabric.device.type),
         judge=Judge(config.faults, len(past.rewinds), position.vitals),
     )

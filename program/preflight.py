@@ -29,7 +29,7 @@ from program.rules import (
 )
 from training.config import LogConfig, TrainConfig
 from training.exit_codes import ExitCode
-from training.lock import LockedError, RunLock, hold
+from training.lock import RunLock, hold
 from training.run_folder import RunFolder, RunFolderError
 
 if TYPE_CHECKING:
@@ -41,20 +41,21 @@ if TYPE_CHECKING:
 def refusals() -> Iterator[None]:
     """Ends the program where it cannot start; only the first process tells why.
 
-    The exit code is 1, for a folder that another run holds 73, and for Ctrl-C 130.
+    The exit code is 1, or what the folder's error tells; after Ctrl-C 130.
     """
     code = ExitCode.REFUSED
     try:
         yield
     except ConfigError as error:
         message = f"Not started, the configuration has problems:\n{error}"
-    except (DataError, RunFolderError) as error:
+    except DataError as error:
         message = f"Not started: {error}"
-        code = ExitCode.LOCKED if isinstance(error, LockedError) else code
+    except RunFolderError as error:
+        message, code = f"Not started: {error}", error.code
     except KeyboardInterrupt:
         if is_first_process():
             print("Interrupted before the first figure.", file=sys.stderr, flush=True)
-        os._exit(130)  # peers may wait for us in a collective call: no orderly end of the group
+        os._exit(ExitCode.INTERRUPTED)  # peers may wait for us in a collective call
     else:
         return
     if is_first_process():

@@ -75,8 +75,11 @@ def _fill(
     config: TrainProgram, llama: Any, adamw: Any, dataset: Any, note: Any, before: int | None
 ) -> "Position":
     """Loads the newest whole checkpoint, of step `before` at most, or makes the first weights."""
+    import torch.distributed as dist
+
     from parallel.parallelize import initialize_weights
-    from training.checkpoint.restoring import remove_beyond, restore
+    from training.checkpoint.restoring import restore
+    from training.checkpoint.retention import remove_beyond
     from training.position import Position
 
     folder = RunFolder(Path(config.run.dir))
@@ -91,8 +94,9 @@ def _fill(
         adamw.state.clear()
         initialize_weights(llama, config.model, config.run.seed)
         position = Position(step=0, samples=0, tokens=0, data_hash=dataset.hash)
-    if before is not None:
-        remove_beyond(folder, position.step)
+    if before is not None and dist.get_rank() == 0:
+        for problem in remove_beyond(folder, position.step):
+            note(problem)
     return position.on(dataset.hash)
 
 
@@ -127,6 +131,7 @@ def _decide(run: Run, arrived: "Iterable[Vitals]") -> Decision:
         verdict = run.judge.judge(vitals)
         if verdict.told is not None:
             run.console.note(verdict.told)
+        if verdict.event is not None:
             run.record(verdict.event, **dict(verdict.fields or {}))
         if verdict.give_up is not None:
             return Decision(stop=ExitCode.NUMERICS, why=verdict.give_up)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from training.ledger import Ledger
     from training.metrics import MetricsLog
     from training.numerics import Judge, VitalsReader
+    from training.position import Position
     from training.requests import Requests
     from training.watchdog import Watchdog
-    from training.position import Position
 
 
 @dataclass

@@ -91,7 +91,7 @@ class Ledger:
         self._warn = warn or logging.getLogger(__name__).warning
         self._warned = False
 
-    def append(self, event: str, **fields: Any) -> None:
+    def append(self, event: str, *, required: bool = False, **fields: Any) -> None:
         """Write one event durably: when this returns without a warning, it is on the disk."""
         assert "time" not in fields, "the ledger writes the time itself"
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -99,6 +99,8 @@ class Ledger:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             append_line(self.path, json_line({"time": now, "event": event, **fields}), durable=True)
         except OSError as error:
+            if required:
+                raise
             if not self._warned:
                 self._warned = True
                 self._warn(

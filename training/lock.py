@@ -39,6 +39,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 class LockedError(RunFolderError):
     """Another run is at work in the folder."""
 
+    code = ExitCode.LOCKED
+
 
 @dataclass(frozen=True)
 class Holder:

@@ -50,7 +50,7 @@ FREE_KEYS = (
 class RunFolderError(RuntimeError):
     """A run cannot go on in its folder; the message says why and what to do."""
 
-    code = ExitCode.REFUSED
+    code: ExitCode = ExitCode.REFUSED
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """STUB."""
+
 from contextlib import contextmanager
 from typing import Any
+
 
 class Watchdog:
     def __init__(self, config: Any) -> None: ...
@@ -9,5 +11,6 @@ class Watchdog:
     @contextmanager
     def during(self, phase, step):
         yield
+
     def explain(self, error): ...
     def close(self): ...
