@@ -109,9 +109,12 @@ def evaluate(
     from program.launch import launch
     from training.checkpoint.files import read_position
     from training.checkpoint.restoring import find_damage, load
+    from training.config import WatchdogConfig
+    from training.watchdog import Watchdog
 
     checkpoint = Path(config.evaluation.checkpoint)
-    fabric, strategy = launch(processes, mesh, config.parallel, config.precision)
+    watchdog = Watchdog(WatchdogConfig(None, None, None))  # of the processes, not of their time
+    fabric, strategy = launch(processes, mesh, config.parallel, config.precision, watchdog)
     if damage := find_damage(checkpoint):
         raise RunFolderError(f"{checkpoint} is damaged: {damage}")
     with torch.device("meta"):

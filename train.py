@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,7 +20,7 @@ from omegaconf import DictConfig
 from parallel.mesh import MeshShape, Processes, is_first_process
 from program.command_line import hydra_arguments
 from program.config import TrainProgram, plain
-from program.ending import end_early, finish, give_up, leave
+from program.ending import end_early, finish, give_up, leave, record_fault
 from program.figures import log, read_figures, validate, write_sample
 from program.preflight import check_config, check_folder, hold_folder, prepare_data, refusals
 from program.recovery import Decision, heed, rewind, starting_position
@@ -47,7 +48,7 @@ def main(composed: DictConfig) -> None:
     with refusals():
         config, processes, mesh = check_config(composed)
         changed = check_folder(config)
-        lock = hold_folder(config)
+        hold_folder(config)
         dataset = prepare_data(config)
         run = set_up(config, processes, mesh, dataset, changed)
     try:
@@ -83,8 +84,7 @@ def set_up(
         config.checkpoint.interval_minutes if first else None,
     )
     requests.catch_signals(early=end_early)
-    fabric, strategy = launch(processes, mesh, config.parallel, config.precision)
-    watchdog.connect()
+    fabric, strategy = launch(processes, mesh, config.parallel, config.precision, watchdog)
     console = Console(enabled=fabric.is_global_zero)
     with torch.device("meta"):
         llama = Llama(config.model)
@@ -113,6 +113,7 @@ def set_up(
         judge=Judge(config.faults, len(past.rewinds), position.vitals),
     )
     run.open_logs(changed)
+    watchdog.on_verdict = partial(record_fault, run)
     console.header(*header(config, mesh, processes, dataset, position))
     return run
 

@@ -9,6 +9,7 @@ synchronisation and a global norm are on them. What the plan does to the model i
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +23,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.gradients import clip_grad_norm
+from parallel.launcher import Launcher
 from parallel.mesh import AXES, DATA_AXES, MeshShape
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -67,6 +69,14 @@ class MeshStrategy(ModelParallelStrategy):
         super().__init__(parallelize_fn=parallelize)
         self.shape = shape
         self._backward_sync_control = _LastMicroBatchSync()
+        self.on_children: Callable[[list[subprocess.Popen[Any]]], None] = lambda children: None
+
+    def _configure_launcher(self) -> None:
+        """Where no other program starts the processes: `on_children` hears of those started."""
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+            self._launcher.on_children = self.on_children
 
     def setup_environment(self) -> None:
         """Starts the process group and lays the mesh over it."""

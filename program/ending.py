@@ -64,6 +64,13 @@ def give_up(run: Run, error: Exception) -> NoReturn:
     _exit(run, code)
 
 
+def record_fault(run: Run, told: str) -> None:
+    """What the watchdog does before it ends rank 0, in a thread: the run's last words."""
+    run.console.stop()
+    run.record("fault", step=run.position.step, told=told, code=int(ExitCode.PEER))
+    print(_kept(run), file=sys.stderr, flush=True)
+
+
 def finish(run: Run) -> None:
     """Closes the logs, and says what came out and how to go on."""
     run.record("stop", step=run.position.step, reason="finished", code=int(ExitCode.FINISHED))

@@ -10,12 +10,17 @@ from parallel.parallelize import parallelize
 from parallel.strategy import MeshStrategy, end_with_main_process, end_with_torchrun
 from training.memory import keep_freed_memory
 from training.quiet import quieten
+from training.watchdog import Watchdog
 
 
 def launch(
-    processes: Processes, mesh: MeshShape, parallel: ParallelConfig, precision: PrecisionConfig
+    processes: Processes,
+    mesh: MeshShape,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    watchdog: Watchdog,
 ) -> tuple[Fabric, MeshStrategy]:
-    """Every process of the mesh returns from here, in one process group."""
+    """Every process of the mesh returns from here, in one process group, looked after."""
     quieten()
     if processes.launcher == "self":
         end_with_main_process()
@@ -25,6 +30,7 @@ def launch(
         keep_freed_memory()
     plan = partial(parallelize, parallel=parallel, precision=precision)
     strategy = MeshStrategy(mesh, plan)
+    strategy.on_children = watchdog.watch_children
     fabric = Fabric(
         accelerator=processes.accelerator,
         devices=processes.per_node,
@@ -32,4 +38,5 @@ def launch(
         strategy=strategy,
     )
     fabric.launch()
+    watchdog.connect()
     return fabric, strategy

@@ -3,6 +3,7 @@
 How they look is `training.console`'s.
 """
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -162,7 +163,7 @@ def _started(processes: Processes, words: list[str]) -> str:
         "torchrun": f"torchrun --nnodes={nodes} --nproc-per-node={each}",
         "srun": f"srun --nodes={nodes} --ntasks-per-node={each} python",
     }[processes.launcher]
-    return " ".join([launcher, sys.argv[0], *words])
+    return " ".join([launcher, os.path.relpath(sys.argv[0]), *words])
 
 
 def _words() -> list[str]:

@@ -1,16 +1,334 @@
-"""STUB."""
+"""The watchdog: no dead or stuck process keeps the others waiting for ever.
 
-from contextlib import contextmanager
-from typing import Any
+Each process tells a small store, kept by rank 0 beside the training, how far it is and where its
+main thread stands. Rank 0 decides who is to blame, all learn it, and every process ends itself:
+a peer that waits in a collective call could not be told otherwise. So even of a process that was
+killed, frozen or lost with its machine there is a last place to tell.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from subprocess import Popen
+from typing import Any, Literal, NoReturn
+
+from training.config import WatchdogConfig
+from training.exit_codes import ExitCode
+
+Phase = Literal["set-up", "step", "checkpoint"]
+
+BEAT_SECONDS = 1.0  # between two signs of life
+RANKS_A_BEAT = 256  # more ranks than these beat less often: rank 0 reads them all
+SILENT_SECONDS = 60.0  # without a sign of life a process is dead or frozen
+GRACE_SECONDS = 5.0  # for processes to leave by themselves, as they do together
+BACKSTOP_SECONDS = 60.0  # beyond its limit, for a process whose Python runs no more
+FRAMES = 6  # of a stack, the innermost
+HOUSE = str(Path(__file__).parent.parent) + os.sep
+
+# With these all processes leave together: whoever is first is no fault.
+TOGETHER = {code for code in ExitCode if code not in (ExitCode.REFUSED, ExitCode.PEER)}
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life: which process, what it is at, for how long, and where.
+
+    One that `suspects` has lost its connection to another.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    phase: Phase
+    step: int
+    seconds: float
+    count: int
+    suspects: bool
+    stack: list[str]
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+    @property
+    def work(self) -> str:
+        """What it is at, in words."""
+        return "set-up" if self.phase == "set-up" else f"{self.phase} {self.step}"
+
+    @property
+    def waits(self) -> bool:
+        """Whether it stands inside of torch, as those do that wait for another."""
+        return bool(self.stack) and "torch" in self.stack[-1].split(":")[0].split(os.sep)
 
 
 class Watchdog:
-    def __init__(self, config: Any) -> None: ...
-    def connect(self, **k: Any) -> None: ...
-    def enter(self, phase: str, step: int) -> None: ...
-    @contextmanager
-    def during(self, phase, step):
-        yield
+    """One a process, from before the processes find each other until it ends.
 
-    def explain(self, error): ...
-    def close(self): ...
+    Args:
+        config: How long each phase may take.
+    """
+
+    def __init__(self, config: WatchdogConfig) -> None:
+        self._limits: dict[Phase, float | None] = {
+            "set-up": config.setup_seconds,
+            "step": config.step_seconds,
+            "checkpoint": config.checkpoint_seconds,
+        }
+        self.silent_seconds = min(SILENT_SECONDS, config.step_seconds or SILENT_SECONDS)
+        self.on_verdict: Callable[[str], None] = lambda told: None
+        self._main = threading.main_thread().ident
+        self._phase: Phase = "set-up"
+        self._step, self._since = 0, time.monotonic()
+        self._suspects = False
+        self._children: list[Popen[Any]] = []
+        self._rank: int | None = None
+        self._last_answer = 0.0
+        self._lost: float | None = None
+        self._closed = threading.Event()
+        self._arm()
+        threading.Thread(target=self._watch, name="llamesh-watchdog", daemon=True).start()
+
+    # ------------------------------------------------------------ what the main thread calls
+
+    def watch_children(self, children: Sequence["Popen[Any]"]) -> None:
+        """The processes of ranks 1, 2, … that this one has started itself."""
+        self._children = list(children)
+
+    def connect(self) -> None:
+        """Begins to look after each other; every rank calls it when their group is there."""
+        import torch.distributed as dist
+
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=60)
+        port: list[Any] = [None]
+        if self._rank == 0:
+            # Not the group's own store: a main thread that waits in a call holds that one's lock.
+            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            port[0] = self._store.port
+        dist.broadcast_object_list(port)
+        if self._rank != 0:
+            self._store = dist.TCPStore(host, port[0], is_master=False, timeout=timeout)
+        self._tell(0)
+        dist.barrier()  # from here on there is a beat of every rank
+        self._last_answer = time.monotonic()
+        threading.Thread(target=self._talk, name="llamesh-heartbeat", daemon=True).start()
+
+    def enter(self, phase: Phase, step: int) -> None:
+        """Another piece of work begins, and its time counts from now."""
+        self._phase, self._step, self._since = phase, step, time.monotonic()
+        self._arm()
+
+    @contextmanager
+    def during(self, phase: Phase, step: int) -> Iterator[None]:
+        """Around a piece of work in the middle of another, which then has all its time again."""
+        outer, outer_step = self._phase, self._step
+        self.enter(phase, step)
+        yield
+        self.enter(outer, outer_step)
+
+    def explain(self, error: BaseException) -> None:
+        """Where an error may come of a peer's end, waits for the verdict, which ends the process.
+
+        It returns where there is none: then the fault is this process's own.
+        """
+        words = ("connection", "peer", "gloo", "nccl", "socket", "timed out", "broken pipe")
+        told = f"{type(error).__name__} {error}".lower()
+        if any(word in told for word in words):
+            self._suspects = True
+            time.sleep(3 * GRACE_SECONDS)
+
+    def close(self) -> None:
+        """The process ends by itself: nobody need look after it any more."""
+        self._closed.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    # ------------------------------------------------------------ threads
+
+    def _watch(self) -> None:
+        """What this process can see alone: its children, rank 0's silence, its own set-up."""
+        while not self._closed.wait(BEAT_SECONDS):
+            self._look_at_children()
+            beat = self._beat(0)
+            if self._rank is None:
+                if self._is_late(beat):
+                    self._end(f"{_late(beat)}\nDid every node start its processes?")
+            elif self._lost is not None and time.monotonic() - self._lost > GRACE_SECONDS:
+                self._end("rank 0 is gone, and its store with it", self._tells_of_rank_0())
+            elif self._rank and time.monotonic() - self._last_answer > self.silent_seconds:
+                told = f"rank 0 gives no sign of life for {self.silent_seconds:.0f} s"
+                self._end(f"{told}; here:\n{_indented(beat.stack)}", self._tells_of_rank_0())
+
+    def _talk(self) -> None:
+        """Tells the store how this process is, and hears what rank 0 makes of all."""
+        assert self._rank is not None
+        seen: dict[int, tuple[int, float]] = {}
+        pause = BEAT_SECONDS * max(1.0, self._size / RANKS_A_BEAT)
+        count = 0
+        while not self._closed.wait(pause):
+            count += 1
+            try:
+                self._tell(count)
+                if self._store.check(["verdict"]):
+                    self._end("", tells=False)
+                if self._rank == 0:
+                    self._judge(seen)
+            except Exception:  # the store's connection, whatever kind of error torch makes of it
+                if not self._closed.is_set():
+                    self._lost = time.monotonic()
+                return
+            self._last_answer = time.monotonic()
+
+    def _judge(self, seen: dict[int, tuple[int, float]]) -> None:
+        """Rank 0: who is silent or late; with the first found the run ends."""
+        now = time.monotonic()
+        values = self._store.multi_get([f"beat/{rank}" for rank in range(self._size)])
+        beats = [Beat(**json.loads(value)) for value in values]
+        for beat in beats:
+            if seen.get(beat.rank, (-1, 0.0))[0] != beat.count:
+                seen[beat.rank] = beat.count, now
+        patience = self.silent_seconds
+        if any(beat.suspects for beat in beats):
+            patience = min(GRACE_SECONDS, patience)
+        silent = [b for b in beats if now - seen[b.rank][1] > patience]
+        late = [b for b in beats if self._is_late(b)]
+        if silent:
+            self._end("\n".join(_silent(beat, now - seen[beat.rank][1]) for beat in silent))
+        if late:
+            # Who waits for another is as late as that one: the odd ones are told first.
+            by_place: dict[tuple[str, ...], list[Beat]] = {}
+            for beat in beats:
+                by_place.setdefault(tuple(beat.stack), []).append(beat)
+            groups = sorted(by_place.values(), key=lambda group: (group[0].waits, len(group)))
+            self._end("\n".join(_late(group[0], group[1:]) for group in groups))
+
+    def _look_at_children(self) -> None:
+        """The main process of a run that starts its own: whether one of them has ended."""
+        for rank, child in enumerate(self._children, start=1):
+            code = child.poll()
+            if not code:
+                continue
+            if code in set(TOGETHER):
+                self._closed.wait(GRACE_SECONDS)  # we leave with it, and may be slower
+                if self._closed.is_set():
+                    return
+            if code < 0:
+                how = f"was killed by {signal.Signals(-code).name}"
+            else:
+                how = f"ended with exit code {code}"
+            place = self._last_place(rank)
+            self._end(f"rank {rank} (process {child.pid} on {socket.gethostname()}) {how}{place}")
+
+    # ------------------------------------------------------------ pieces
+
+    def _end(self, told: str, tells: bool = True) -> NoReturn:
+        """Ends this process; rank 0 has told all others and takes its children along."""
+        if tells:
+            print(f"The run ends: {told}", file=sys.stderr, flush=True)
+            with suppress(Exception):
+                self.on_verdict(told)
+        if self._rank == 0:
+            with suppress(Exception):
+                self._store.set("verdict", told)
+            time.sleep(3 * BEAT_SECONDS)  # the others read it
+        elif self._rank is not None and _is_child_of_main():
+            if told:  # a frozen main process would stay for ever
+                with suppress(OSError):
+                    os.kill(os.getppid(), signal.SIGKILL)
+        for child in self._children:
+            child.kill()
+        os._exit(ExitCode.PEER)
+
+    def _arm(self) -> None:
+        """The last resort, in C: a process whose Python does not run cannot watch itself."""
+        limit = self._limits[self._phase]
+        if limit is None:
+            faulthandler.cancel_dump_traceback_later()
+        else:
+            faulthandler.dump_traceback_later(limit + BACKSTOP_SECONDS, exit=True)
+
+    def _beat(self, count: int) -> Beat:
+        seconds = time.monotonic() - self._since
+        rank = int(os.environ.get("LOCAL_RANK", 0)) if self._rank is None else self._rank
+        stack = _stack(self._main)
+        work = self._phase, self._step, seconds, count, self._suspects, stack
+        return Beat(rank, socket.gethostname(), os.getpid(), *work)
+
+    def _tell(self, count: int) -> None:
+        self._store.set(f"beat/{self._rank}", json.dumps(asdict(self._beat(count))))
+
+    def _is_late(self, beat: Beat) -> bool:
+        limit = self._limits[beat.phase]
+        return limit is not None and beat.seconds > limit
+
+    def _last_place(self, rank: int) -> str:
+        """Where a rank was when it last told, if it ever did."""
+        if self._rank is None:
+            return " in set-up"
+        try:
+            beat = Beat(**json.loads(self._store.get(f"beat/{rank}")))
+        except Exception:
+            return ""
+        return f" in {beat.work}; last seen here:\n{_indented(beat.stack)}"
+
+    def _tells_of_rank_0(self) -> bool:
+        """One process of each node is enough."""
+        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+        return self._rank == 1 or local_rank == "0"
+
+
+def _silent(beat: Beat, seconds: float) -> str:
+    return (
+        f"{beat} gives no sign of life for {seconds:.0f} s: dead, frozen or cut off; last seen in "
+        f"{beat.work}, here:\n{_indented(beat.stack)}"
+    )
+
+
+def _late(beat: Beat, others: Sequence[Beat] = ()) -> str:
+    also = f" and ranks {', '.join(str(other.rank) for other in others)}" if others else ""
+    stands = "waits" if beat.waits else "is stuck"
+    return f"{beat}{also} {stands} in {beat.work} for {beat.seconds:.0f} s, here:\n" + _indented(
+        beat.stack
+    )
+
+
+def _stack(thread: int | None) -> list[str]:
+    """Where a thread stands, the innermost place last: `file:line function`.
+
+    Of the libraries only that place is told: what matters is which of our lines led there.
+    """
+    frame = sys._current_frames().get(thread or 0)
+    if frame is None:
+        return []
+    *outer, inner = traceback.extract_stack(frame)
+    ours = [each for each in outer if _is_ours(each.filename)][-FRAMES:]
+    return [f"{_short(each.filename)}:{each.lineno} {each.name}" for each in [*ours, inner]]
+
+
+def _is_ours(path: str) -> bool:
+    """Whether a file is the house's, in which an environment may lie too."""
+    return path.startswith(HOUSE) and "site-packages" not in path
+
+
+def _short(path: str) -> str:
+    """A path from the house, or from its package, on."""
+    _, found, rest = path.rpartition(f"site-packages{os.sep}")
+    return rest if found else path.removeprefix(HOUSE)
+
+
+def _indented(lines: Sequence[str]) -> str:
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def _is_child_of_main() -> bool:
+    """Whether this process was started by the run's main one, which is still its parent."""
+    return os.environ.get("LLAMESH_MAIN_PID") == str(os.getppid())
