@@ -1,13 +1,16 @@
 """Starts the processes of a program: Fabric on our mesh. Heavy: import it inside a function."""
 
+import os
 from functools import partial
 
 from lightning.fabric import Fabric
+from torch.distributed import DistNetworkError
 
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes
 from parallel.parallelize import parallelize
 from parallel.strategy import MeshStrategy, end_with_main_process, end_with_torchrun
+from program.preflight import LaunchError
 from training.memory import keep_freed_memory
 from training.quiet import quieten
 from training.watchdog import Watchdog
@@ -37,6 +40,14 @@ def launch(
         num_nodes=processes.num_nodes,
         strategy=strategy,
     )
-    fabric.launch()
+    try:
+        fabric.launch()
+    except DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise LaunchError(
+            f"the processes cannot meet at {address} (MASTER_ADDR and MASTER_PORT): "
+            f"{' '.join(str(error).split())}. Where another program has the port, choose another "
+            "MASTER_PORT, or leave it unset"
+        ) from error
     watchdog.connect()
     return fabric, strategy

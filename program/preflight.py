@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from data.stream import StreamDataset
 
 
+class LaunchError(RuntimeError):
+    """The processes of a run could not find each other."""
+
+
 @contextmanager
 def refusals() -> Iterator[None]:
     """Ends the program where it cannot start; only the first process tells why.
@@ -48,7 +52,7 @@ def refusals() -> Iterator[None]:
         yield
     except ConfigError as error:
         message = f"Not started, the configuration has problems:\n{error}"
-    except DataError as error:
+    except (DataError, LaunchError) as error:
         message = f"Not started: {error}"
     except RunFolderError as error:
         message, code = f"Not started: {error}", error.code

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
+STEPS = 16  # of the short run
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +80,23 @@ def smoke_run(data_overrides: list[str]) -> Callable[..., subprocess.CompletedPr
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def command(data_overrides: list[str]) -> Callable[[Path], list[str]]:
+    """`command(folder)`: the arguments of a short run on prepared data in a folder.
+
+    It has checkpoints at steps 6, 12 and 16, text samples at 9 and 16.
+    """
+    prepared = start_program(["prepare.py", *data_overrides, "tokenizer=byte"])
+    assert prepared.returncode == 0, prepared.stderr
+    short = [f"train.max_steps={STEPS}", "checkpoint.interval=6", "validation.interval=9"]
+
+    def arguments(folder: Path) -> list[str]:
+        start = ["train.py", "experiment=smoke", *data_overrides, *short]
+        return [*start, "parallel.accelerator=cpu", f"run.dir={folder}"]
+
+    return arguments
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

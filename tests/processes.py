@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,24 @@ class Program:
         if is_running(self.child):
             os.kill(self.child, signal.SIGKILL)
         self.main.communicate()
+
+
+@contextmanager
+def standing_still(arguments: list[str], folder: Path) -> Iterator[Program]:
+    """A short run that stands still at step 9, in a program that starts one child.
+
+    The text sample of step 9 goes into a pipe that nobody reads, so that the run waits at a place
+    which no speed of the machine changes.
+    """
+    folder.mkdir(exist_ok=True)
+    os.mkfifo(folder / "samples.txt")
+    program = Program(arguments)
+    try:
+        metrics = folder / "metrics.jsonl"
+        wait_for(
+            lambda: metrics.exists() and metrics.read_bytes().count(b"\n") == 9,
+            "the ninth step's figures",
+        )
+        yield program
+    finally:
+        program.end()

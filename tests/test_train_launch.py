@@ -12,31 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import read_metrics, start_program
-from processes import DEADLINE, Program, linux, wait_for
+from conftest import STEPS, read_metrics, start_program
+from processes import DEADLINE, Program, linux, standing_still
 
-STEPS = 16
-# Checkpoints at 6, 12 and 16, text samples at 9 and 16.
-SHORT = [f"train.max_steps={STEPS}", "checkpoint.interval=6", "validation.interval=9"]
 # Two meshes sum in another order; rounding of 1e-7 a sum grows with the steps (issue: 2e-7 seen).
 TOLERANCE = 1e-6
 
 Completed = subprocess.CompletedProcess[str]
-
-
-@pytest.fixture(scope="module")
-def command(data_overrides: list[str]) -> Callable[[Path], list[str]]:
-    """`command(folder)`: the arguments of a short run on prepared data in a folder."""
-    prepared = start_program(
-        ["prepare.py", *data_overrides, "tokenizer=byte"],
-    )
-    assert prepared.returncode == 0, prepared.stderr
-
-    def arguments(folder: Path) -> list[str]:
-        start = ["train.py", "experiment=smoke", *data_overrides, *SHORT]
-        return [*start, "parallel.accelerator=cpu", f"run.dir={folder}"]
-
-    return arguments
 
 
 @pytest.fixture(scope="module")
@@ -155,24 +137,9 @@ def test_printed_command_to_go_further_goes_on_from_the_last_checkpoint(
 
 @pytest.fixture
 def standing(command: Any, tmp_path: Path) -> Iterator[tuple[Path, Program]]:
-    """A run that stands still at step 9: its folder, and its processes.
-
-    The text sample of step 9 goes into a pipe that nobody reads, so that the run waits at a place
-    which no speed of the machine changes.
-    """
-    folder = tmp_path / "run"
-    folder.mkdir()
-    os.mkfifo(folder / "samples.txt")
-    program = Program([*command(folder), "parallel.tp=2"])
-    try:
-        metrics = folder / "metrics.jsonl"
-        wait_for(
-            lambda: metrics.exists() and metrics.read_bytes().count(b"\n") == 9,
-            "the ninth step's figures",
-        )
-        yield folder, program
-    finally:
-        program.end()
+    """A run on two processes that stands still at step 9: its folder, and its processes."""
+    with standing_still([*command(tmp_path / "run"), "parallel.tp=2"], tmp_path / "run") as program:
+        yield tmp_path / "run", program
 
 
 @linux
@@ -261,18 +228,8 @@ def test_main_process_killed_while_the_run_starts_leaves_no_process(
 
 @linux
 def test_torchrun_killed_in_the_middle_leaves_no_process(command: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    os.mkfifo(folder / "samples.txt")  # the run waits at step 9, and would for ever
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=1"]
-    program = Program([*launcher, *command(folder)])
-    try:
-        metrics = folder / "metrics.jsonl"
-        wait_for(
-            lambda: metrics.exists() and metrics.read_bytes().count(b"\n") == 9,
-            "the ninth step's figures",
-        )
+    arguments = [*launcher, *command(tmp_path / "run")]
+    with standing_still(arguments, tmp_path / "run") as program:
         program.main.kill()
         program.wait_for_child()
-    finally:
-        program.end()

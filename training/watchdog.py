@@ -33,7 +33,7 @@ RANKS_A_BEAT = 256  # more ranks than these beat less often: rank 0 reads them a
 SILENT_SECONDS = 60.0  # without a sign of life a process is dead or frozen
 GRACE_SECONDS = 5.0  # for processes to leave by themselves, as they do together
 BACKSTOP_SECONDS = 60.0  # beyond its limit, for a process whose Python runs no more
-FRAMES = 6  # of a stack, the innermost
+FRAMES = 12  # of a stack, the innermost
 HOUSE = str(Path(__file__).parent.parent) + os.sep
 
 # With these all processes leave together: whoever is first is no fault.
@@ -240,10 +240,9 @@ class Watchdog:
             with suppress(Exception):
                 self._store.set("verdict", told)
             time.sleep(3 * BEAT_SECONDS)  # the others read it
-        elif self._rank is not None and _is_child_of_main():
-            if told:  # a frozen main process would stay for ever
-                with suppress(OSError):
-                    os.kill(os.getppid(), signal.SIGKILL)
+        elif told and self._rank is not None and _is_child_of_main():
+            with suppress(OSError):  # a frozen main process would stay for ever
+                os.kill(os.getppid(), signal.SIGKILL)
         for child in self._children:
             child.kill()
         os._exit(ExitCode.PEER)
