@@ -215,8 +215,8 @@ def _adamw(
 def _local(tensor: Tensor | None) -> Tensor:
     """This rank's shard, without a history."""
     assert tensor is not None
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # Detached afterwards: that of a DTensor goes through its dispatch.
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _widened(moment: Moment, parameter: Tensor) -> Tensor:
