@@ -12,7 +12,7 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -29,6 +29,7 @@ from program.run import Run
 from training.clock import Clock
 from training.exit_codes import ExitCode
 from training.requests import QUIET, Requests
+from training.resume_contract import Changes
 from training.run_folder import RunFolder
 from training.schedule import learning_rate
 
@@ -47,10 +48,10 @@ def main(composed: DictConfig) -> None:
     """Checks, launches, trains."""
     with refusals():
         config, processes, mesh = check_config(composed)
-        changed = check_folder(config)
+        changes = check_folder(config)
         hold_folder(config)
         dataset = prepare_data(config)
-        run = set_up(config, processes, mesh, dataset, changed)
+        run = set_up(config, processes, mesh, dataset, changes)
     try:
         train(run)
     except Exception as error:
@@ -63,7 +64,7 @@ def set_up(
     processes: Processes,
     mesh: MeshShape,
     dataset: Dataset | StreamDataset,
-    changed: dict[str, Any],
+    changes: Changes,
 ) -> Run:
     """Launches the processes, builds the model and goes on from the newest checkpoint, if any."""
     import torch
@@ -112,9 +113,9 @@ def set_up(
         reader=VitalsReader(fabric.device.type),
         judge=Judge(config.faults, len(past.rewinds), position.vitals),
     )
-    run.open_logs(changed)
+    run.open_logs(changes)
     watchdog.on_verdict = partial(record_fault, run)
-    console.header(*header(config, mesh, processes, dataset, position))
+    console.header(*header(config, mesh, processes, dataset, position, changes))
     return run
 
 
@@ -228,6 +229,7 @@ def save(run: Run, wait: bool = False) -> None:
 
 def stop(run: Run, decision: Decision) -> NoReturn:
     """Ends the run after this step, on every rank: saved, unless its losses are what is wrong."""
+    assert decision.stop is not None
     if decision.stop != ExitCode.NUMERICS:
         save(run, wait=True)
     leave(run, ExitCode.SAVE_FAILED if run.unsaved else decision.stop, decision.why)

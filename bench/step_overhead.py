@@ -24,6 +24,7 @@ from program.preflight import check_config, prepare_data
 from program.run import Run
 from train import set_up, train_step
 from training.optimizer import build_optimizer
+from training.resume_contract import Changes
 
 WARM_UP, PAIRS = 5, 60
 
@@ -34,7 +35,7 @@ def main() -> None:
         overrides = [f"run.dir={run}", "parallel.accelerator=cpu", "log.tensorboard=false"]
         config, processes, mesh = check_config(compose("train", [*overrides, *sys.argv[1:]]))
         dataset = prepare_data(config)
-        ours = set_up(config, processes, mesh, dataset, changed={})
+        ours = set_up(config, processes, mesh, dataset, Changes())
         bare = Llama(config.model)
         initialize(bare, config.model, config.run.seed)
         optimizer = torch.optim.AdamW(build_optimizer(bare, config.optim).param_groups)

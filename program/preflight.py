@@ -4,10 +4,13 @@ Each check raises an error whose message names key, value, rule and remedy. What
 finds out later (a full disk, a dead peer) is not here.
 """
 
+import dataclasses
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,7 @@ from program.rules import (
 from training.config import LogConfig, TrainConfig
 from training.exit_codes import ExitCode
 from training.lock import RunLock, hold
+from training.resume_contract import Changes
 from training.run_folder import RunFolder, RunFolderError
 
 if TYPE_CHECKING:
@@ -114,13 +118,44 @@ def _tracker_problems(log: LogConfig) -> list[str]:
     return tracker_problems(log.wandb)
 
 
-def check_folder(config: TrainProgram) -> dict[str, Any]:
-    """What changed since the run's last start, as `{key: [before, now]}`.
+def check_folder(config: TrainProgram) -> Changes:
+    """What changed since the run's last start.
 
     Raises:
         RunFolderError: the run may not go on in its folder.
     """
-    return RunFolder(Path(config.run.dir)).check(plain(config))
+    folder = RunFolder(Path(config.run.dir))
+    return folder.check(plain(config), lambda before: with_defaults(before, config))
+
+
+def with_defaults(before: Any, now: Any) -> Any:
+    """A plain configuration of an older version, with the keys added since at their defaults.
+
+    A default is what the program did before it had the key, so the run goes on as it began.
+
+    Args:
+        before: The old configuration, or a part of it.
+        now: The same of this version, typed.
+    """
+    if dataclasses.is_dataclass(now) and isinstance(before, dict):
+        filled = {
+            name: with_defaults(value, getattr(now, name, None)) for name, value in before.items()
+        }
+        for field in dataclasses.fields(now):
+            if field.name in before:
+                continue
+            if field.default is not dataclasses.MISSING:
+                filled[field.name] = json.loads(json.dumps(field.default))
+            elif field.default_factory is not dataclasses.MISSING:
+                filled[field.name] = json.loads(json.dumps(field.default_factory()))
+            elif dataclasses.is_dataclass(getattr(now, field.name)):  # a whole section
+                filled[field.name] = with_defaults({}, getattr(now, field.name))
+        return filled
+    if isinstance(now, dict) and isinstance(before, dict):
+        return {name: with_defaults(value, now.get(name)) for name, value in before.items()}
+    if isinstance(now, list) and isinstance(before, list):
+        return [with_defaults(one, of) for one, of in zip_longest(before, now[: len(before)])]
+    return before
 
 
 def hold_folder(config: TrainProgram) -> RunLock | None:

@@ -83,7 +83,7 @@ def _fill(
     from training.position import Position
 
     folder = RunFolder(Path(config.run.dir))
-    asked = config.run.resume
+    asked = folder.resume_from(config.run.resume)
     elsewhere = asked not in ("auto", "never")
     position = None
     if before is not None or not elsewhere:

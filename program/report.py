@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from parallel.mesh import MeshShape, Processes
 from program.config import TrainProgram
+from training.resume_contract import Changes
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,7 @@ def header(
     processes: Processes,
     dataset: "Dataset | StreamDataset",
     position: "Position",
+    changes: Changes,
 ) -> tuple[str, list[tuple[str, str]]]:
     """Title and rows that tell what is about to be trained, on what."""
     from model.flops import parameter_count
@@ -62,6 +64,7 @@ def header(
             f"{compact(max(tokens - position.tokens, 0))} tokens",
         ),
         ("folder", config.run.dir),
+        *(("changed", row) for row in changes.rows()),
     ]
 
 

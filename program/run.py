@@ -9,6 +9,7 @@ from data.stages import Stages
 from parallel.mesh import MeshShape, Processes
 from program.config import TrainProgram, plain
 from training.exit_codes import ExitCode
+from training.resume_contract import Changes
 from training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -127,19 +128,21 @@ class Run:
             if stops:
                 self.requests.ask(ExitCode.SAVE_FAILED)
 
-    def open_logs(self, start: dict[str, Any]) -> None:
-        """Writes the configuration and opens ledger and figures, on rank 0.
-
-        Args:
-            start: What the ledger tells of this start besides its position and mesh.
-        """
+    def open_logs(self, changes: Changes) -> None:
+        """Writes the configuration and opens ledger and figures, on rank 0."""
         from training.ledger import Ledger
 
         if not self.fabric.is_global_zero:
             return
         self.folder.write_config(plain(self.config))
         self.ledger = Ledger(self.folder.ledger, self.console.note)
-        self.record("start", step=self.position.step, mesh=str(self.mesh), **start)
+        self.record(
+            "start",
+            step=self.position.step,
+            mesh=str(self.mesh),
+            changed=changes.free,
+            allowed=changes.allowed,
+        )
         self.open_metrics()
 
     def open_metrics(self) -> None:

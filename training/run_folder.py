@@ -5,6 +5,8 @@ Imports nothing heavy.
 """
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,39 +14,17 @@ from typing import Any
 import yaml
 
 from training.exit_codes import ExitCode
+from training.resume_contract import (
+    Changes,
+    beginning_refusal,
+    compare,
+    compare_beginning,
+    consent_problems,
+    differences,
+    refusal,
+)
 
 COMMITTED = "COMMITTED"  # the file that makes a checkpoint's folder a checkpoint
-
-# What may change from one start of a run to the next: it alters neither the samples nor the model.
-FREE_KEYS = (
-    "run.name",
-    "run.dir",
-    "run.resume",
-    "run.allow_changes",
-    "run.time_limit",
-    "model.attention",
-    "parallel.",
-    "precision.optimizer_state",
-    "train.max_steps",
-    "train.micro_batch_size",
-    "optim.lr",
-    "optim.schedule",
-    "optim.schedule_steps",
-    "optim.warmup_steps",
-    "optim.min_lr_ratio",
-    "optim.decay_ratio",
-    "data.folder",
-    "data.workers",
-    "data.loader_threads",
-    "data.prefetch",
-    "data.verify_reads",
-    "tokenizer.path",
-    "checkpoint.",
-    "faults.",
-    "watchdog.",
-    "validation.",
-    "log.",
-)
 
 
 class RunFolderError(RuntimeError):
@@ -85,10 +65,13 @@ class RunFolder:
             file.write(f"--- step {step} ---\n{text}\n\n")
 
     def write_config(self, config: dict[str, Any]) -> None:
-        """Writes `config.yaml` whole or not at all."""
+        """Writes `config.yaml` whole or not at all, a node's power cut included."""
         self.path.mkdir(parents=True, exist_ok=True)
         fresh = self.config.with_suffix(".tmp")
-        fresh.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        with fresh.open("w", encoding="utf-8") as file:
+            yaml.safe_dump(config, file, sort_keys=False)
+            file.flush()
+            os.fsync(file.fileno())
         fresh.rename(self.config)
 
     def step_folder(self, step: int) -> Path:
@@ -115,72 +98,112 @@ class RunFolder:
                 continue
         return None
 
-    def check(self, config: dict[str, Any]) -> dict[str, Any]:
+    def check(
+        self,
+        config: dict[str, Any],
+        complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda before: before,
+    ) -> Changes:
         """Whether a start with this configuration may go on in this folder.
 
         Args:
             config: The resolved configuration, as plain dictionaries.
+            complete: Adds the keys that an older version's configuration lacks, at their defaults.
 
         Returns:
-            The free keys that changed since the last start, as `{key: [before, now]}`.
+            What changed since the last start or, where a run begins with another's checkpoint,
+            since that one was saved.
 
         Raises:
-            RunFolderError: a key that is not free changed, `run.resume=never` meets checkpoints,
-                or checkpoints that were saved are gone.
+            RunFolderError: a change that the contract does not admit, `run.resume=never` meets
+                checkpoints, or checkpoints that were saved are gone.
         """
         committed_steps = self.committed_steps()
-        before = self.read_config()
-        changed = _differences(before, config) if before else {}
-        samples = (self.newest_position() or {"samples": 0})["samples"]
-        fixed = {
-            key: both
-            for key, both in changed.items()
-            if not _is_free(key)
-            and not (key == "data.stages" and _same_past(both[0], both[1], samples))
-        }
-        if fixed and committed_steps:
-            rows = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, (old, new) in fixed.items())
-            raise RunFolderError(
-                f"{self.path} holds a run whose configuration differs in what must not change:\n"
-                f"{rows}\nSet these keys back to go on with that run, or give the new one a name "
-                "of its own with run.name=…"
-            )
-        resume = config["run"]["resume"]
+        before = self.read_config() or self._saved_config()
+        before = complete(before) if before else {}
+        if problems := consent_problems(before, config):
+            raise RunFolderError("\n".join(problems))
+        changes = self._check_changes(before, config, committed_steps)
+        resume = self.resume_from(config["run"]["resume"])
         if resume == "never" and committed_steps:
             raise RunFolderError(
                 f"run.resume (never) meets checkpoints in {self.checkpoints}, and nothing is ever "
                 "written over one: use run.resume=auto to go on, or another run.name"
             )
         if resume not in ("auto", "never"):
-            self._check_checkpoint(Path(resume), committed_steps)
+            begun = self._check_checkpoint(Path(resume), committed_steps, config, complete)
+            changes = changes if committed_steps else begun
         if resume == "auto" and not committed_steps and self._saved_once():
             raise RunFolderError(
                 f"{self.ledger} tells of saved checkpoints, and {self.checkpoints} holds none: "
                 "restore them to go on, or use another run.name to start from scratch"
             )
-        return changed
+        return changes
 
-    def _check_checkpoint(self, checkpoint: Path, committed_steps: list[int]) -> None:
-        """Whether `run.resume` names a checkpoint, and this folder holds none beyond it."""
+    def resume_from(self, resume: str) -> str:
+        """What `run.resume` means by now: `auto`, `never` or the path of a checkpoint.
+
+        A path is where a run begins. A job that is requeued gives the same command again, when the
+        run has checkpoints of its own beyond that one; it goes on from those then.
+        """
+        if resume in ("auto", "never") or not self.committed_steps():
+            return resume
+        last = ((self.read_config() or {}).get("run") or {}).get("resume")
+        step = (read_manifest(Path(resume)) or {}).get("position", {}).get("step")
+        begun = last == resume and step is not None and self.committed_steps()[-1] > step
+        return "auto" if begun else resume
+
+    def _check_changes(
+        self, before: dict[str, Any], config: dict[str, Any], committed_steps: list[int]
+    ) -> Changes:
+        """What changed since the last start, all of it free before the first checkpoint."""
+        samples = (self.newest_position() or {"samples": 0})["samples"]
+        if not before:
+            return Changes()
+        if not committed_steps:
+            return Changes(free=differences(before, config))
+        changes = compare(before, config, samples)
+        if told := refusal(changes, config, samples):
+            raise RunFolderError(
+                f"{self.path} holds a run whose configuration differs from this one (key: there "
+                f"-> now).\n{told}"
+            )
+        return changes
+
+    def _check_checkpoint(
+        self,
+        checkpoint: Path,
+        committed_steps: list[int],
+        config: dict[str, Any],
+        complete: Callable[[dict[str, Any]], dict[str, Any]],
+    ) -> Changes:
+        """Whether `run.resume` names a checkpoint that this run can begin with or go on from."""
         if not (checkpoint / COMMITTED).exists():
             raise RunFolderError(
                 f"run.resume ({checkpoint}) is not a committed checkpoint: use auto, never, or a "
                 "folder like runs/NAME/checkpoints/step-00000100"
             )
-        try:
-            manifest = json.loads((checkpoint / "manifest.json").read_text())
-            step = int(manifest["position"]["step"])
-        except (OSError, ValueError, KeyError, TypeError):
+        manifest = read_manifest(checkpoint)
+        if manifest is None:
             raise RunFolderError(
-                f"run.resume ({checkpoint}) is damaged, its manifest.json tells no step: "
-                "use another checkpoint"
-            ) from None
+                f"run.resume ({checkpoint}) is damaged, its manifest.json tells no position and no "
+                "configuration: use another checkpoint"
+            )
+        step, samples = manifest["position"]["step"], manifest["position"]["samples"]
         if committed_steps and committed_steps[-1] > step:
             raise RunFolderError(
                 f"run.resume ({checkpoint}) lies before step {committed_steps[-1]} of "
                 f"{self.checkpoints}, and nothing is ever written over a checkpoint: "
                 "use run.resume=auto to go on with this run, or another run.name for the branch"
             )
+        if checkpoint.resolve().parent == self.checkpoints.resolve():
+            return Changes()  # of this very run: compared with its last start
+        changes = compare_beginning(complete(manifest["config"]), config, samples)
+        if told := beginning_refusal(changes, config, samples):
+            raise RunFolderError(
+                f"run.resume ({checkpoint}) does not fit this configuration (key: there -> now).\n"
+                f"{told}"
+            )
+        return changes
 
     def read_config(self) -> dict[str, Any] | None:
         """The configuration of the last start, or None when there was none."""
@@ -195,6 +218,12 @@ class RunFolder:
                 f"{self.config} cannot be read ({error}): restore it, or use another run.name"
             ) from None
 
+    def _saved_config(self) -> dict[str, Any] | None:
+        """The configuration that the newest checkpoint tells, for where `config.yaml` is lost."""
+        newest_first = reversed(self.committed_steps())
+        manifests = (read_manifest(self.step_folder(step)) for step in newest_first)
+        return next((manifest["config"] for manifest in manifests if manifest), None)
+
     def _saved_once(self) -> bool:
         """Whether the ledger tells of a save."""
         if not self.ledger.exists():
@@ -208,32 +237,12 @@ class RunFolder:
         return False
 
 
-def _is_free(key: str) -> bool:
-    """Whether a dotted key may change between two starts of a run."""
-    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_KEYS)
-
-
-def _same_past(before: Any, now: Any, samples: int) -> bool:
-    """Whether two lists of stages give the same first `samples` samples: the rest is to come.
-
-    `micro_batch_size` is as free as that of `train`: another mesh may need another one.
-    """
-
-    def past(stages: Any) -> Any:
-        if not isinstance(stages, list):
-            return stages or []
-        return [
-            stage | {"micro_batch_size": None} for stage in stages if stage["from_sample"] < samples
-        ]
-
-    return past(before) == past(now)
-
-
-def _differences(before: Any, now: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf at which two nested dictionaries differ, as `{dotted key: [before, now]}`."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return {} if before == now else {prefix.removesuffix("."): [before, now]}
-    found: dict[str, Any] = {}
-    for key in [*before, *(key for key in now if key not in before)]:
-        found |= _differences(before.get(key), now.get(key), f"{prefix}{key}.")
-    return found
+def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
+    """A checkpoint's manifest, where it tells position and configuration."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        position, config = manifest["position"], manifest["config"]
+        told = isinstance(position["step"], int) and isinstance(position["samples"], int)
+        return manifest if told and isinstance(config, dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

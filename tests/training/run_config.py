@@ -1,0 +1,68 @@
+"""The default configuration and folders of runs that look real to those who read small files."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from program.command_line import CONF
+from program.config import TrainProgram, load_train_config, plain
+from training.run_folder import COMMITTED, RunFolder
+
+
+def default() -> TrainProgram:
+    """The configuration of `python train.py`, without Hydra."""
+    composed: Any = OmegaConf.load(CONF / "train.yaml")
+    del composed["defaults"], composed["hydra"]
+    for group, name in (("model", "llama3_2_1b"), ("data", "stdlib"), ("tokenizer", "llama3")):
+        composed[group] = OmegaConf.load(CONF / group / f"{name}.yaml")
+    return load_train_config(composed)
+
+
+CONFIG = plain(default())
+
+
+def leaves(config: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys of all values."""
+    found = []
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        found += leaves(value, f"{path}.") if isinstance(value, dict) else [path]
+    return found
+
+
+def value_at(config: dict[str, Any], key: str) -> Any:
+    """What a dotted key holds."""
+    value: Any = config
+    for name in key.split("."):
+        value = value[name]
+    return value
+
+
+def changed(*keys_and_values: Any, of: dict[str, Any] = CONFIG) -> dict[str, Any]:
+    """`changed("optim.lr", 1.0, "run.seed", 9)`: the configuration with these values."""
+    config = copy.deepcopy(of)
+    for key, value in zip(keys_and_values[::2], keys_and_values[1::2], strict=True):
+        path, _, last = key.rpartition(".")
+        section = value_at(config, path) if path else config
+        section[last] = value
+    return config
+
+
+def other(key: str) -> Any:
+    """Another value than the default's at a key."""
+    if key == "data.stages":
+        return [{"from_sample": 1, "seq_len": 8}]  # in any run's past
+    return "another" if isinstance(value_at(CONFIG, key), str | None) else 12345
+
+
+def commit(folder: RunFolder, step: int, config: dict[str, Any] = CONFIG, **position: Any) -> Path:
+    """A folder that looks like a committed checkpoint."""
+    target = folder.step_folder(step)
+    target.mkdir(parents=True)
+    position = {"step": step, "samples": 2 * step, "data_hash": "same"} | position
+    (target / "manifest.json").write_text(json.dumps({"position": position, "config": config}))
+    (target / COMMITTED).touch()
+    return target
