@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, read_metrics, start_program
-from test_train_launch import DEADLINE, Program, linux, wait_for
+from processes import DEADLINE, Program, linux, wait_for
 
 # The first stage's 8 × 64 tokens a step until step 12, then the other source joins, then the
 # sequences double, then the batch.

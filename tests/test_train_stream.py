@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from conftest import read_metrics, start_program
+from processes import Program, linux, wait_for
 from test_train_data import has_done
-from test_train_launch import Program, linux, wait_for
 
 STEPS = 30
 LANES = 4
