@@ -5,14 +5,23 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from zygote import Zygote
 
 ROOT = Path(__file__).parent.parent
 STEPS = 16  # of the short run
+FAULT_STEPS = 24  # of the run that faults befall
+FIGURES = ("batch_hash", "samples", "tokens", "loss", "grad_norm", "lr")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How hard the storm of tests/faults/test_storm.py is, and which."""
+    parser.addoption("--storm", type=int, default=6, help="kills")
+    parser.addoption("--storm-seed", type=int, default=None, help="the one that was told")
 
 
 @pytest.fixture(scope="session")
@@ -102,3 +111,67 @@ def command(data_overrides: list[str]) -> Callable[[Path], list[str]]:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- faults
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    zygote = Zygote(tmp_path_factory.mktemp("zygote"))
+    try:
+        yield zygote
+    finally:
+        zygote.close()
+
+
+@pytest.fixture(scope="session")
+def run_of(data_overrides: list[str]) -> Callable[..., list[str]]:
+    """`run_of(folder, "key=value", …)`: the arguments of a run of `FAULT_STEPS` steps."""
+
+    def arguments(folder: Path, *more: str) -> list[str]:
+        return [
+            "experiment=smoke",
+            *data_overrides,
+            f"run.dir={folder}",
+            f"train.max_steps={FAULT_STEPS}",
+            "checkpoint.interval=4",
+            "checkpoint.keep_last=2",
+            "validation.interval=null",
+            "validation.sample_tokens=0",
+            "parallel.accelerator=cpu",
+            "log.tensorboard=false",
+            *more,
+        ]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    zygote: Zygote, run_of: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[dict[str, Any]]]:
+    """`undisturbed(2, "parallel.tp=2")`: the figures of each step of a run that nothing befell."""
+    known: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+
+    def figures_of(ranks: int, *more: str) -> list[dict[str, Any]]:
+        if (ranks, *more) not in known:
+            folder = tmp_path_factory.mktemp("undisturbed") / "run"
+            start = zygote.run(run_of(folder, *more), ranks)
+            assert set(start.codes.values()) == {0}, start.told()
+            known[ranks, *more] = figures(folder)
+        return known[ranks, *more]
+
+    return figures_of
+
+
+def figures(folder: Path) -> list[dict[str, Any]]:
+    """What must be equal between two runs, for each step in turn without a gap."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [{key: line[key] for key in FIGURES} for line in lines]
+
+
+def ledger(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run."""
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
