@@ -107,11 +107,12 @@ def evaluate(
     from evaluation.perplexity import bits_per_byte, mean_loss
     from model.llama import Llama
     from program.launch import launch
-    from training.checkpoint import find_damage, load, read_position
+    from training.checkpoint.files import read_position
+    from training.checkpoint.restoring import find_damage, load
 
     checkpoint = Path(config.evaluation.checkpoint)
     fabric, strategy = launch(processes, mesh, config.parallel, config.precision)
-    damage = strategy.broadcast(find_damage(checkpoint) if fabric.is_global_zero else None)
+    damage = find_damage(checkpoint)
     if damage:
         raise RunFolderError(f"{checkpoint} is damaged: {damage}")
     with torch.device("meta"):

@@ -65,7 +65,7 @@ def set_up(
     from model.llama import Llama
     from parallel.parallelize import initialize_weights
     from program.launch import launch
-    from training.checkpoint import find_newest, load, read_position
+    from training.checkpoint.restoring import restore
     from training.console import Console
     from training.optimizer import build_optimizer
     from training.position import Position
@@ -78,13 +78,12 @@ def set_up(
     adamw = build_optimizer(llama, config.optim, config.precision.optimizer_state)
     optimizer = fabric.setup_optimizers(adamw)
 
-    checkpoint = find_newest(RunFolder(Path(config.run.dir)), config.run.resume, console.note)
-    if checkpoint is None:
+    folder = RunFolder(Path(config.run.dir))
+    position = restore(folder, config.run.resume, llama, adamw, console.note)
+    if position is None:
         position = Position(step=0, samples=0, tokens=0, data_hash=dataset.hash)
         initialize_weights(llama, config.model, config.run.seed)
-    else:
-        position = read_position(checkpoint).on(dataset.hash)
-        load(checkpoint, llama, adamw)
+    position = position.on(dataset.hash)
 
     stages = config.stages()
     run = Run(config, mesh, fabric, strategy, model, optimizer, dataset, position, console, stages)
@@ -241,16 +240,17 @@ def write_sample(run: Run) -> None:
 
 def save(run: Run) -> None:
     """Commits a checkpoint of this position, then removes the oldest beyond `keep_last`."""
-    from training import checkpoint
+    from training.checkpoint import retention, saving
 
     begin = time.perf_counter()
-    saved = checkpoint.save(
+    saved = saving.save(
         run.folder, run.model.module, run.optimizer.optimizer, run.position, plain(run.config)
     )
     if run.ledger is not None:
         seconds = round(time.perf_counter() - begin, 3)
         run.ledger.append("save", step=run.position.step, path=saved.name, seconds=seconds)
-        checkpoint.remove_old(run.folder, run.config.checkpoint.keep_last)
+        keep = run.config.checkpoint.keep_last, run.config.checkpoint.keep_every
+        retention.remove_old(run.folder, *keep)
 
 
 def give_up(run: Run, error: KeyboardInterrupt | DataError) -> NoReturn:

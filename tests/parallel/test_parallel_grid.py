@@ -20,7 +20,8 @@ from torch._dynamo.utils import counters
 from parallel.compilation import compiled_graphs
 from parallel.parallelize import local_block
 from train import train_step
-from training.checkpoint import load, save
+from training.checkpoint.restoring import load
+from training.checkpoint.saving import save
 from training.position import Position
 from training.run_folder import RunFolder
 

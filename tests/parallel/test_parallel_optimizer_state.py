@@ -15,7 +15,8 @@ from small_run import OPTIM, Case, batch, build, share, whole
 from torch import Tensor
 
 from train import train_step
-from training.checkpoint import load, save
+from training.checkpoint.restoring import load
+from training.checkpoint.saving import save
 from training.optimizer import StateFormat, build_optimizer
 from training.position import Position
 from training.run_folder import RunFolder
