@@ -71,7 +71,7 @@ def set_up(
 
     from model.llama import Llama
     from program.launch import launch
-    from training.checkpoint.saving import Saver
+    from training.checkpoint.saver import Saver
     from training.console import Console
     from training.numerics import Judge, VitalsReader
     from training.optimizer import build_optimizer

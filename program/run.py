@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from data.loader import StepBatches
     from data.stream import StreamDataset
     from parallel.strategy import MeshStrategy
-    from training.checkpoint.saving import Saver
+    from training.checkpoint.saver import Saver
     from training.console import Console
     from training.ledger import Ledger
     from training.metrics import MetricsLog

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (),
         (
             *("torch", "torchao", "lightning.fabric", "yaml", "rich"),
-            *("matplotlib", "tensorboard", "wandb"),
+            *("matplotlib", "tensorboard", "wandb", "xxhash"),
         ),
     ),
     "evaluation": (("model", "data.tokenizer"), ("torch",)),
