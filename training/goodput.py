@@ -1,7 +1,7 @@
 """Where the time of a run went, over all its starts: an account made from the ledger alone.
 
 The events tell the `step` reached and what the start had spent by then (`Clock.spent`): `trained`
-after its first step, `progress` now and then and whenever a checkpoint is taken, `rewind` (`to`
+after its first step, `progress` now and then and whenever a checkpoint is taken, `rewound` (`to`
 which step), `stop`. Nobody writes down a kill: the next `start` tells the last signs of life that
 it found, beside the step gone on from and when its process began. What is written when is decided
 by the training loop.
@@ -193,7 +193,7 @@ def _train(start: _Start, following: _Start | None, end: float, work: _Work) -> 
         work.do(point["step"], productive)
         stalled += stalls
         rest += max(0.0, elapsed - productive - stalls)
-        if point["event"] == "rewind":
+        if point["event"] == "rewound":
             work.go_to(point["to"])
         before = point
     assert start.first_step_done is not None

@@ -100,7 +100,7 @@ class History:
                 self.tell("progress", step=len(self.steps), **spent())
             elif chance < 0.85 and self.committed:
                 to = self.committed[-1]
-                self.tell("rewind", step=len(self.steps), to=to, skip=[1, 2], **spent())
+                self.tell("rewound", step=len(self.steps), to=to, **spent())
                 self.go_back(to)
                 pending = None
         if ends == "killed":
