@@ -254,7 +254,7 @@ def test_sizes_and_weights_may_change_by_the_stage_that_is_told(folder: RunFolde
     assert folder.check(changed("data.stages", [stage])).kept == {}
     # Beside stages that there are, only a person can place it.
     config = changed("data.stages", [{"from_sample": 500, "seq_len": 64}], of=config)
-    assert f"{{from_sample:{SAMPLES},seq_len:128," in refused(folder, config)
+    assert f"{{from_sample:{SAMPLES},global_batch_size:4," in refused(folder, config)
     assert "data.stages=" not in refused(folder, config)
 
 
