@@ -49,8 +49,8 @@ def main(composed: DictConfig) -> None:
     with refusals():
         config, processes, mesh = check_config(composed)
         changes = check_folder(config)
-        lock = hold_folder(config)
         dataset = prepare_data(config)
+        lock = hold_folder(config)
         run = set_up(config, processes, mesh, dataset, changes, lock)
     try:
         train(run)

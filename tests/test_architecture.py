@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "evaluation": (("model", "data.tokenizer"), ("torch",)),
     "program": (
-        ("model", "parallel", "data", "training", "evaluation.config"),
+        ("model", "parallel", "data", "training", "evaluation"),
         ("torch", "lightning.fabric", "pydantic", *CHEAP),
     ),
     # The programs.

@@ -390,3 +390,19 @@ def test_a_format_of_the_future_is_named(folder: RunFolder) -> None:
     manifest.write_text(text)
     (manifest.parent / COMMITTED).write_text(hashlib.sha256(text.encode()).hexdigest())
     assert "version 3" in (find_damage(manifest.parent) or "")
+
+
+def test_the_optimizer_s_settings_are_those_of_the_start_not_the_checkpoint_s(
+    tmp_path: Path,
+) -> None:
+    """Else a decay or a beta that was allowed to change is recorded as changed, and is not."""
+    model, optimizer = small()
+    target = save(RunFolder(tmp_path), model, optimizer, Position(7, 56, 448, "hash"), {})
+    config = OptimConfig(lr=0.2, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.7)
+    now = build_optimizer(model, config)
+    built = [{key: group[key] for key in group if key != "params"} for group in now.param_groups]
+    moments = {p: optimizer.state[p]["exp_avg"].clone() for p in model.parameters()}
+    load(target, model, now)
+    loaded = [{key: group[key] for key in group if key != "params"} for group in now.param_groups]
+    assert loaded == built and {group["weight_decay"] for group in loaded} == {0.7, 0.0}
+    assert all(torch.equal(now.state[p]["exp_avg"], moments[p]) for p in model.parameters())

@@ -97,7 +97,12 @@ def find_damage(folder: Path) -> str | None:
 def load(
     folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Fills model and optimizer from a checkpoint that was saved on this or any other mesh."""
+    """Fills model and optimizer from a checkpoint that was saved on this or any other mesh.
+
+    The optimizer keeps its own settings: what changed in them since the checkpoint was allowed.
+    """
+    groups = [] if optimizer is None else optimizer.param_groups
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     state = tensors_of(model, optimizer)
     dcp_load(state, storage_reader=dcp.FileSystemReader(folder))
     set_state_dict(
@@ -106,6 +111,10 @@ def load(
         model_state_dict=state["model"],
         optim_state_dict=state.get("optimizer", {}),
     )
+    for group, own in zip(
+        [] if optimizer is None else optimizer.param_groups, settings, strict=True
+    ):
+        group.update(own)
 
 
 def _try_to_load(
