@@ -32,7 +32,8 @@ class Plan:
     """A fault: on `rank`, when `function` is called or something is changed below `folder`, …
 
     Args:
-        at: `package.module.function` or `package.module.Class.method`; empty for changes.
+        at: `package.module.function` or `package.module.Class.method`; `read PATH` for a file to be
+            read whose path has that part; empty for changes.
         folder: Below which changes to the file system are counted.
         call: Which call or change it is, counted from 1.
         until: The last such call, `call` alone by default.
@@ -215,7 +216,7 @@ def bring_about(plan: Plan) -> None:
     def now() -> bool:
         return plan.call <= next(counter) <= last
 
-    if plan.at:
+    if plan.at and not plan.at.startswith("read "):
         owner, name = find(plan.at)
         original = getattr(owner, name)
 
@@ -230,11 +231,20 @@ def bring_about(plan: Plan) -> None:
         return
 
     def on_event(event: str, args: tuple[Any, ...]) -> None:
-        if changes(event, args, plan.folder) and now():
+        if reads(event, args, plan.at) if plan.at else changes(event, args, plan.folder):
+            if not now():
+                return
             os.write(1, f"fault before {event}\n".encode())
             do(plan.do)
 
     sys.addaudithook(on_event)
+
+
+def reads(event: str, args: tuple[Any, ...], at: str) -> bool:
+    """Whether an audit event tells that the file of a plan will be read."""
+    if event != "open" or args[2] & (os.O_WRONLY | os.O_RDWR):
+        return False
+    return at.removeprefix("read ") in str(args[0])
 
 
 def changes(event: str, args: tuple[Any, ...], folder: str) -> bool:
