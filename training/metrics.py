@@ -225,7 +225,8 @@ class MetricsLog:
             self._tensorboard_fails(error)
 
     def _write_tensorboard(self, record: Mapping[str, Any]) -> None:
-        if self._tensorboard is None and time.monotonic() >= self._tensorboard_again:
+        again = not self._lines.waiting and time.monotonic() >= self._tensorboard_again
+        if self._tensorboard is None and again:  # where metrics.jsonl fails, this will too
             self._open_tensorboard(record["step"] - 1)
         if self._tensorboard is None:
             return

@@ -81,11 +81,21 @@ class RunFolder:
             file.write(f"--- step {step} ---\n{text}\n\n")
 
     def write_config(self, config: dict[str, Any]) -> None:
-        """Writes `config.yaml` whole or not at all."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Writes `config.yaml` whole or not at all.
+
+        Raises:
+            RunFolderError: it cannot be written.
+        """
         fresh = self.config.with_suffix(".tmp")
-        fresh.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        fresh.rename(self.config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            fresh.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+            fresh.rename(self.config)
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.config} cannot be written ({error.strerror}): make room there or set the "
+                "permissions, or name another folder with run.dir=…"
+            ) from None
 
     def step_folder(self, step: int) -> Path:
         """Where the committed checkpoint of a step lies."""
