@@ -6,6 +6,7 @@ with torchrun's environment, and tells how each ended. Like torchrun it ends the
 failed. A fault is brought about inside the fork, by a `Plan`; the program knows nothing of it.
 """
 
+import errno
 import importlib
 import json
 import os
@@ -38,7 +39,7 @@ class Plan:
         call: Which call or change it is, counted from 1.
         until: The last such call, `call` alone by default.
         do: `SIGKILL` or another signal to itself, `nan` for a result that is not finite,
-            `Name: text` for an exception, before the call.
+            `PermissionError: text` or `ENOSPC: text` for an exception, before the call.
     """
 
     rank: int
@@ -278,7 +279,9 @@ def do(what: str) -> None:
         os.kill(os.getpid(), signal.Signals[what])
         return
     kind, _, text = what.partition(": ")
-    raise {"OSError": OSError, "RuntimeError": RuntimeError}[kind](text)
+    if kind == "PermissionError":
+        raise PermissionError(errno.EACCES, text)
+    raise OSError(getattr(errno, kind), text)
 
 
 if __name__ == "__main__":
