@@ -6,9 +6,12 @@ with torchrun's environment, and tells how each ended. Like torchrun it ends the
 failed. A fault is brought about inside the fork, by a `Plan`; the program knows nothing of it.
 """
 
+import errno
 import importlib
+import itertools
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -23,21 +26,29 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 DEADLINE = 120  # seconds for a start to end: only a hanging one gets there
-# What changes a file system, as Python's audit events tell before it happens.
-CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+WRITES = os.O_WRONLY | os.O_RDWR
+# What changes a file system, as audit events tell before it happens: where they have the
+# descriptor of the folder that a name lies in.
+CHANGES = {
+    **{"os.rename": 2, "os.remove": 1, "os.mkdir": 2, "os.rmdir": 1},
+    **{"os.truncate": None, "os.fsync": None},
+}
+A_CHANGE = r"(?!read ).*"  # whatever `use_of` tells, but for reading
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A fault: on `rank`, when `function` is called or something is changed below `folder`, …
+    """A fault: on `rank`, when a function is called or a file is used below `folder`, …
 
     Args:
-        at: `package.module.function` or `package.module.Class.method`; empty for changes.
-        folder: Below which changes to the file system are counted.
-        call: Which call or change it is, counted from 1.
-        until: The last such call, `call` alone by default.
+        call: Which such call or use it is, counted from 1.
         do: `SIGKILL` or another signal to itself, `nan` for a result that is not finite,
-            `Name: text` for an exception, before the call.
+            `ENOSPC` or another error of the system, `Name: text` for another exception, before
+            the call; `tell` for a line of output alone.
+        at: `package.module.function` or `package.module.Class.method`; empty for uses of files.
+        folder: Below which uses of files are counted.
+        use: Which ones as `use_of` tells them, a regular expression; any change by default.
+        until: The last such call, `call` alone by default.
     """
 
     rank: int
@@ -45,6 +56,7 @@ class Plan:
     do: str
     at: str = ""
     folder: str = ""
+    use: str = A_CHANGE
     until: int | None = None
 
 
@@ -209,7 +221,7 @@ def ends_of(pids: list[int], alone: bool) -> dict[int, int]:
 
 def bring_about(plan: Plan) -> None:
     """Lets the fault happen when its time comes."""
-    counter = iter(range(1, 2**62))
+    counter = itertools.count(1)
     last = plan.until or plan.call
 
     def now() -> bool:
@@ -230,22 +242,43 @@ def bring_about(plan: Plan) -> None:
         return
 
     def on_event(event: str, args: tuple[Any, ...]) -> None:
-        if changes(event, args, plan.folder) and now():
-            os.write(1, f"fault before {event}\n".encode())
+        told = use_of(event, args, plan.folder)
+        if told is not None and re.fullmatch(plan.use, told) and now():
+            os.write(1, f"fault: {told}\n".encode())
             do(plan.do)
 
+    fsync = os.fsync
+
+    def audited_fsync(descriptor: int) -> None:
+        on_event("os.fsync", (descriptor,))
+        fsync(descriptor)
+
+    os.fsync = audited_fsync  # the one change that Python does not audit
     sys.addaudithook(on_event)
 
 
-def changes(event: str, args: tuple[Any, ...], folder: str) -> bool:
-    """Whether an audit event tells of a change below a folder."""
+def use_of(event: str, args: tuple[Any, ...], folder: str) -> str | None:
+    """What an audit event tells of a file below a folder, as `write .step/manifest.json`; or None.
+
+    Numbers of steps and attempts are left out: the same use is told alike in every start.
+    """
     if event == "open":
         path, _, flags = args
-        return str(path).startswith(folder) and bool(flags & (os.O_WRONLY | os.O_RDWR))
-    if event not in CHANGES:
-        return False
-    # `shutil.rmtree` goes by open folders, and names what is in them alone.
-    return str(args[0]).startswith(folder) or not os.path.isabs(str(args[0]))
+        name, descriptor = ("write" if flags & WRITES else "read"), -1
+    elif event in CHANGES:
+        path, name = args[0], event.removeprefix("os.")
+        # `shutil.rmtree` names what is in an open folder.
+        descriptor = args[CHANGES[event]] if CHANGES[event] else -1
+    else:
+        return None
+    if isinstance(path, int):
+        descriptor, path = path, ""
+    if descriptor >= 0:
+        path = os.path.join(os.readlink(f"/proc/self/fd/{descriptor}"), os.fsdecode(path))
+    path = os.path.normpath(os.fsdecode(path))
+    if path != folder and not path.startswith(folder + os.sep):
+        return None
+    return f"{name} {re.sub('-[0-9a-f]{8}', '', os.path.relpath(path, folder))}"
 
 
 def find(name: str) -> tuple[Any, str]:
@@ -267,6 +300,10 @@ def do(what: str) -> None:
     if what.startswith("SIG"):
         os.kill(os.getpid(), signal.Signals[what])
         return
+    if what == "tell":
+        return
+    if hasattr(errno, what):
+        raise OSError(getattr(errno, what), os.strerror(getattr(errno, what)))
     kind, _, text = what.partition(": ")
     raise {"OSError": OSError, "RuntimeError": RuntimeError}[kind](text)
 
