@@ -26,8 +26,8 @@ from program.preflight import check_config, check_folder, hold_folder, prepare_d
 from program.recovery import Decision, heed, rewind, starting_position
 from program.report import header
 from program.run import Run
-from training.clock import Clock
 from training.exit_codes import ExitCode
+from training.lock import RunLock
 from training.requests import QUIET, Requests
 from training.resume_contract import Changes
 from training.run_folder import RunFolder
@@ -49,9 +49,9 @@ def main(composed: DictConfig) -> None:
     with refusals():
         config, processes, mesh = check_config(composed)
         changes = check_folder(config)
-        hold_folder(config)
         dataset = prepare_data(config)
-        run = set_up(config, processes, mesh, dataset, changes)
+        lock = hold_folder(config)
+        run = set_up(config, processes, mesh, dataset, changes, lock)
     try:
         train(run)
     except Exception as error:
@@ -65,13 +65,14 @@ def set_up(
     mesh: MeshShape,
     dataset: Dataset | StreamDataset,
     changes: Changes,
+    lock: RunLock | None = None,
 ) -> Run:
     """Launches the processes, builds the model and goes on from the newest checkpoint, if any."""
     import torch
 
     from model.llama import Llama
     from program.launch import launch
-    from training.checkpoint.saving import Saver
+    from training.checkpoint.saver import Saver
     from training.console import Console
     from training.numerics import Judge, VitalsReader
     from training.optimizer import build_optimizer
@@ -113,7 +114,7 @@ def set_up(
         reader=VitalsReader(fabric.device.type),
         judge=Judge(config.faults, len(past.rewinds), position.vitals),
     )
-    run.open_logs(changes)
+    run.open_logs(changes, lock)
     watchdog.on_verdict = partial(record_fault, run)
     console.header(*header(config, mesh, processes, dataset, position, changes))
     return run
@@ -123,7 +124,7 @@ def train(run: Run) -> None:
     """The loop: one step after another, and now and then figures, validation, a checkpoint."""
     config, stages = run.config, run.stages
     batches = run.batches()
-    clock = Clock()
+    clock = run.clock
     run.console.start(run.position.step, config.train.max_steps)
     run.requests.begin()
     while run.position.step < config.train.max_steps:
@@ -141,19 +142,21 @@ def train(run: Run) -> None:
             run.advance(batch)
             figures = read_figures(run, tensors, rate) if logs else {}
         run.watchdog.enter("step", step + 1)
+        run.tell_progress()
         decision = heed(run, batch.number, tensors["vitals"], saves)
         if decision.rewind is not None:
             batches.close()
             rewind(run, decision.rewind)
             batches = run.batches()
             continue
-        if validates and config.validation.samples:
-            figures["val_loss"] = validate(run)
-        if logs:
-            log(run, figures, clock, stage)
-        if validates:
-            write_sample(run)
-            run.draw()
+        with clock.stall():
+            if validates and config.validation.samples:
+                figures["val_loss"] = validate(run)
+            if logs:
+                log(run, figures, stage)
+            if validates:
+                write_sample(run)
+                run.draw()
         if saves or decision.save:
             save(run, wait=step == config.train.max_steps)
         if decision.stop is not None:
@@ -219,7 +222,8 @@ def is_due(interval: int | None, step: int, config: TrainProgram) -> bool:
 
 def save(run: Run, wait: bool = False) -> None:
     """Saves a checkpoint of this position: in the background, unless it is the last one."""
-    with run.watchdog.during("checkpoint", run.position.step):
+    run.tell_progress(now=True)
+    with run.clock.stall(), run.watchdog.during("checkpoint", run.position.step):
         position = dataclasses.replace(run.position, vitals=run.judge.remembered)
         run.saver.save(run.model.module, run.optimizer.optimizer, position, wait)
         if wait:

@@ -36,8 +36,9 @@ def leave(run: Run, code: ExitCode, why: str = "") -> NoReturn:
     """Ends a run that stands between two steps, on every rank alike."""
     run.console.stop()
     why = why or ASKED[code]
-    run.record("stop", step=run.position.step, reason=code.name.lower(), code=int(code), why=why)
-    run.console.note(f"Stopped after step {run.position.step}: {why}.\n{_kept(run)}")
+    goodput = _record_stop(run, code.name.lower(), code, why=why)
+    told = "".join(f"\n{name} {value}" for name, value in goodput)
+    run.console.note(f"Stopped after step {run.position.step}: {why}.{told}\n{_kept(run)}")
     _exit(run, code)
 
 
@@ -55,7 +56,7 @@ def give_up(run: Run, error: Exception) -> NoReturn:
         run.watchdog.explain(error)
         code, told = ExitCode.REFUSED, "".join(traceback.format_exception(error))
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    run.record("stop", step=run.position.step, reason=reason, code=int(code))
+    _record_stop(run, reason, code)
     print(
         f"Stopped in step {run.position.step + 1}: {told}\n{_kept(run)}",
         file=sys.stderr,
@@ -73,11 +74,22 @@ def record_fault(run: Run, told: str) -> None:
 
 def finish(run: Run) -> None:
     """Closes the logs, and says what came out and how to go on."""
-    run.record("stop", step=run.position.step, reason="finished", code=int(ExitCode.FINISHED))
+    goodput = _record_stop(run, "finished", ExitCode.FINISHED)
     if run.metrics is not None:
         run.metrics.close()
-    run.console.summary(*summary(run.config, run.processes, run.position, run.last_figures))
+    title, rows, commands = summary(run.config, run.processes, run.position, run.last_figures)
+    run.console.summary(title, [*rows, *goodput], commands)
     run.watchdog.close()
+
+
+def _record_stop(run: Run, reason: str, code: ExitCode, **more: str) -> list[tuple[str, str]]:
+    """Writes the end of this start to the ledger; returns the account of the run as rows."""
+    goodput = run.goodput()
+    if goodput is None:
+        return []
+    fields = {"step": run.position.step, "reason": reason, "code": int(code), **more}
+    run.record("stop", **fields, **run.clock.spent(), goodput=goodput.figures())
+    return goodput.rows()
 
 
 def _kept(run: Run) -> str:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from data.stages import Stage
 from program.report import meter
 from program.run import Run
-from training.clock import Clock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,9 +30,9 @@ def read_figures(run: Run, tensors: "dict[str, Tensor]", rate: float) -> dict[st
     } | compiled
 
 
-def log(run: Run, figures: dict[str, Any], clock: Clock, stage: Stage) -> None:
+def log(run: Run, figures: dict[str, Any], stage: Stage) -> None:
     """Adds the speed since the last logged step, and tells the figures to console and files."""
-    steps, seconds, data_seconds = clock.read()
+    steps, seconds, data_seconds = run.clock.read()
     tokens = steps * stage.global_batch_size * stage.seq_len
     throughput = meter(run.config, run.mesh, run.fabric.device, stage.seq_len)
     figures |= throughput.figures(tokens, seconds, data_seconds, steps)

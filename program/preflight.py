@@ -29,6 +29,7 @@ from program.rules import (
     lane_problems,
     model_problems,
     of_every_stage,
+    saving_problems,
 )
 from training.config import LogConfig, TrainConfig
 from training.exit_codes import ExitCode
@@ -102,6 +103,7 @@ def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshSha
     config = load_train_config(
         composed,
         (("parallel", "precision", "model", "train", "data"), machine_and_mesh),
+        (("checkpoint", "faults"), saving_problems),
         (("log",), _tracker_problems),
     )
     processes, _ = plan_processes(config.parallel)

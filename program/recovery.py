@@ -157,14 +157,15 @@ def rewind(run: Run, skip: "Range") -> None:
     before = first - left_out  # steps that had been done when that batch was taken
     run.saver.finish()
     run.hear_of_saves()
-    _agree(run, {"skip": list(skip), "before": before, "from_step": run.position.step})
+    reached = run.position.step
+    _agree(run, {"step": reached, "skip": list(skip), "before": before})
     run.reader.clear()
     skips = union([*run.position.skips, skip])
     model, adamw = run.model.module, run.optimizer.optimizer
     position = _fill(run.config, model, adamw, run.dataset, run.console.note, before)
     run.position = dataclasses.replace(position, skips=skips)
     run.judge.rewound(position.vitals)
-    run.record("rewound", step=position.step)
+    run.record("rewound", step=reached, to=position.step, **run.clock.spent())
     run.console.note(f"Back at step {position.step}; batches {skip[0]} to {skip[1] - 1} left out.")
     run.open_metrics()
 

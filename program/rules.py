@@ -4,6 +4,7 @@ Each function returns every broken rule as a message that names key, value, rule
 every value that would do. Imports nothing heavy.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from data.stages import plan_stages
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes
-from training.config import TrainConfig, ValidationConfig
+from training.config import CheckpointConfig, FaultsConfig, TrainConfig, ValidationConfig
 
 MAX_PACK = 2**24  # tokens; far beyond any context, far below what would fill the memory
 MAX_SAMPLE = 2**60  # up to which the order counts without overflow
@@ -173,6 +174,38 @@ def stream_problems(
         found.append(
             f"tokenizer.path (null) of tokenizer bpe asks for training, and {key} prepares "
             "nothing: use tokenizer=llama3 or byte, or set tokenizer.path to a tokenizer.model"
+        )
+    return found
+
+
+def saving_problems(checkpoint: CheckpointConfig, faults: FaultsConfig) -> list[str]:
+    """What is asked of checkpoints that would not be there, or not be written that way."""
+    found = []
+    interval, kept = checkpoint.interval, checkpoint.keep_every
+    if checkpoint.problems():
+        return []
+    if kept is not None and interval is None:
+        found.append(
+            f"checkpoint.keep_every ({kept}) counts steps, and checkpoint.interval (null) saves "
+            f"none by steps: use checkpoint.interval={kept}, or checkpoint.keep_every=null"
+        )
+    elif kept is not None and interval is not None and kept % interval:
+        both = math.lcm(kept, interval)
+        below = kept - kept % interval
+        nearest = f"{below} or {below + interval}" if below else str(interval)
+        found.append(
+            f"checkpoint.keep_every ({kept}) is not a multiple of checkpoint.interval ({interval}),"
+            f" and would keep every {both}th step alone: use {nearest} for checkpoint.keep_every"
+        )
+    if checkpoint.when_busy == "skip" and not checkpoint.async_save:
+        found.append(
+            "checkpoint.when_busy (skip) has no meaning where checkpoint.async_save is false and "
+            "no save is ever under way: use checkpoint.when_busy=wait or checkpoint.async_save=true"
+        )
+    if faults.rewind_on_spike and interval is None and checkpoint.interval_minutes is None:
+        found.append(
+            "faults.rewind_on_spike (true) rewinds to a checkpoint, and none is saved before the "
+            "end: set checkpoint.interval or checkpoint.interval_minutes"
         )
     return found
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.stages import Stages
 from parallel.mesh import MeshShape, Processes
 from program.config import TrainProgram, plain
+from training.clock import Clock
 from training.exit_codes import ExitCode
 from training.resume_contract import Changes
 from training.run_folder import RunFolder
@@ -19,9 +21,11 @@ if TYPE_CHECKING:
     from data.loader import StepBatches
     from data.stream import StreamDataset
     from parallel.strategy import MeshStrategy
-    from training.checkpoint.saving import Saver
+    from training.checkpoint.saver import Saver
     from training.console import Console
+    from training.goodput import Goodput
     from training.ledger import Ledger
+    from training.lock import RunLock
     from training.metrics import MetricsLog
     from training.numerics import Judge, VitalsReader
     from training.position import Position
@@ -51,7 +55,9 @@ class Run:
     judge: "Judge"
     ledger: "Ledger | None" = None  # rank 0 alone writes ledger and figures
     metrics: "MetricsLog | None" = None
+    trained: bool = False  # the first step of this start is done
     unsaved: bool = False  # the last save failed
+    clock: Clock = field(default_factory=Clock)
     last_figures: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -128,12 +134,15 @@ class Run:
             if stops:
                 self.requests.ask(ExitCode.SAVE_FAILED)
 
-    def open_logs(self, changes: Changes) -> None:
+    def open_logs(self, changes: Changes, lock: "RunLock | None") -> None:
         """Writes the configuration and opens ledger and figures, on rank 0."""
+        from training.goodput import signs_of_life
         from training.ledger import Ledger
 
         if not self.fabric.is_global_zero:
             return
+        metrics = self.folder.path / "metrics.jsonl"
+        life = signs_of_life(self.folder.ledger, metrics, lock.last_beat if lock else None)
         self.folder.write_config(plain(self.config))
         self.ledger = Ledger(self.folder.ledger, self.console.note)
         self.record(
@@ -142,6 +151,7 @@ class Run:
             mesh=str(self.mesh),
             changed=changes.free,
             allowed=changes.allowed,
+            **life,
         )
         self.open_metrics()
 
@@ -167,6 +177,24 @@ class Run:
         """Redraws the loss curve, on rank 0."""
         if self.metrics is not None:
             self.metrics.draw()
+
+    def tell_progress(self, now: bool = False) -> None:
+        """Tells the ledger how far this start is, and where its time went: rank 0, now and then."""
+        if self.ledger is None:
+            return
+        if not self.trained:
+            self.trained = True
+            self.record("trained", step=self.position.step, **self.clock.spent())
+        else:
+            self.ledger.progress(self.position.step, self.clock.spent(), now=now)
+
+    def goodput(self) -> "Goodput | None":
+        """Where the time of the run went until now, over all its starts; on rank 0."""
+        from training.goodput import account
+
+        if self.ledger is None:
+            return None
+        return account(self.ledger.read(), alive_until=datetime.now(UTC))
 
     def record(self, event: str, **fields: Any) -> None:
         """Writes an event to the ledger, on rank 0."""

@@ -36,12 +36,12 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (),
         (
             *("torch", "torchao", "lightning.fabric", "yaml", "rich"),
-            *("matplotlib", "tensorboard", "wandb"),
+            *("matplotlib", "tensorboard", "wandb", "xxhash"),
         ),
     ),
     "evaluation": (("model", "data.tokenizer"), ("torch",)),
     "program": (
-        ("model", "parallel", "data", "training", "evaluation.config"),
+        ("model", "parallel", "data", "training", "evaluation"),
         ("torch", "lightning.fabric", "pydantic", *CHEAP),
     ),
     # The programs.

@@ -269,11 +269,34 @@ def test_another_configuration_in_an_existing_run(
     changed = ["optim.weight_decay=0.3", "model.dim=128", "run.seed=7", "optim.lr=0.5"]
     message = refused(*command, *changed, beside=folder)
     line_with(message, str(folder), "differs")
-    line_with(message, "optim.weight_decay", "0.1", "0.3")
-    line_with(message, "model.dim", "64", "128")
-    line_with(message, "run.seed", "0", "7")
-    line_with(message, "run.name=…")  # the remedy
-    assert "optim.lr" not in message  # which may change from start to start
+    rows = [
+        line_with(message, "optim.weight_decay: 0.1 -> 0.3", "decides"),
+        line_with(message, "model.dim: 64 -> 128", "decides"),
+        line_with(message, "run.seed: 0 -> 7", "decides"),
+        line_with(message, "optim.lr: 0.001 -> 0.5"),  # which may change, and is no reason
+    ]
+    headings = [
+        line_with(message, "Never changed", ":"),
+        line_with(message, "by consent:"),
+        line_with(message, "as they may be:"),
+    ]
+    told = message.splitlines()
+    never, consent, free = map(told.index, headings)
+    assert never < told.index(rows[1]) < consent and never < told.index(rows[2]) < consent
+    assert consent < told.index(rows[0]) < free < told.index(rows[3])
+    line_with(message, "run.name=…")  # the remedies
+    line_with(message, "'run.allow_changes=[optim.weight_decay]'")
+
+
+def test_another_run_s_checkpoint_of_another_shape(
+    refused: Callable[..., str], existing: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    folder, command = existing
+    checkpoint = folder / "checkpoints" / "step-00000002"
+    new = [f"run.dir={tmp_path / 'new'}", f"run.resume={checkpoint}", "model.ffn_dim=64"]
+    message = refused(*command, *new, beside=folder)
+    line_with(message, f"run.resume ({checkpoint}) does not fit")
+    line_with(message, "model.ffn_dim: 192 -> 64")
 
 
 @pytest.mark.parametrize(

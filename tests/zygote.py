@@ -29,10 +29,8 @@ DEADLINE = 120  # seconds for a start to end: only a hanging one gets there
 WRITES = os.O_WRONLY | os.O_RDWR
 # What changes a file system, as audit events tell before it happens: where they have the
 # descriptor of the folder that a name lies in.
-CHANGES = {
-    **{"os.rename": 2, "os.remove": 1, "os.mkdir": 2, "os.rmdir": 1},
-    **{"os.truncate": None, "os.fsync": None},
-}
+CHANGES = {"os.rename": 2, "os.remove": 1, "os.mkdir": 2, "os.rmdir": 1}
+CHANGES |= {"os.truncate": 0, "os.fsync": 0}  # 0: the file itself may be a descriptor
 A_CHANGE = r"(?!read ).*"  # whatever `use_of` tells, but for reading
 
 
@@ -249,9 +247,9 @@ def bring_about(plan: Plan) -> None:
 
     fsync = os.fsync
 
-    def audited_fsync(descriptor: int) -> None:
-        on_event("os.fsync", (descriptor,))
-        fsync(descriptor)
+    def audited_fsync(file: Any) -> None:
+        on_event("os.fsync", (file,))
+        fsync(file)
 
     os.fsync = audited_fsync  # the one change that Python does not audit
     sys.addaudithook(on_event)
@@ -268,7 +266,8 @@ def use_of(event: str, args: tuple[Any, ...], folder: str) -> str | None:
     elif event in CHANGES:
         path, name = args[0], event.removeprefix("os.")
         # `shutil.rmtree` names what is in an open folder.
-        descriptor = args[CHANGES[event]] if CHANGES[event] else -1
+        place = CHANGES[event]
+        descriptor = args[place] if place else -1
     else:
         return None
     if isinstance(path, int):

@@ -1,4 +1,4 @@
-"""Where the time of a run's steps goes, without what lies between them (validation, saving)."""
+"""Where the time of a run's steps goes, and that of what lies between them."""
 
 import time
 from collections.abc import Iterator
@@ -6,17 +6,25 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Adds up the seconds of steps, and of the waits for data inside them, until it is read."""
+    """Adds up the seconds of steps, of the waits for data inside them, and of stalls between them.
+
+    Steps are read for the figures and begin afresh with each reading (`read`); the sums over all
+    that this start of a run has spent (`spent`) are for the ledger.
+    """
 
     def __init__(self) -> None:
         self.steps, self.seconds, self.data_seconds = 0, 0.0, 0.0
+        self._began = time.perf_counter()
+        self._productive = self._stalled = 0.0
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around one step."""
         begin = time.perf_counter()
         yield
-        self.seconds += time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self.seconds += seconds
+        self._productive += seconds
         self.steps += 1
 
     @contextmanager
@@ -26,8 +34,23 @@ class Clock:
         yield
         self.data_seconds += time.perf_counter() - begin
 
+    @contextmanager
+    def stall(self) -> Iterator[None]:
+        """Around what keeps the steps waiting: a save, a validation, a text sample."""
+        begin = time.perf_counter()
+        yield
+        self._stalled += time.perf_counter() - begin
+
     def read(self) -> tuple[int, float, float]:
         """Steps, their seconds and their data seconds since the last reading; starts afresh."""
         reading = self.steps, self.seconds, self.data_seconds
         self.steps, self.seconds, self.data_seconds = 0, 0.0, 0.0
         return reading
+
+    def spent(self) -> dict[str, float]:
+        """Seconds since this clock was made, those in steps, and those in stalls."""
+        return {
+            "elapsed_seconds": round(time.perf_counter() - self._began, 3),
+            "productive_seconds": round(self._productive, 3),
+            "stalled_seconds": round(self._stalled, 3),
+        }

@@ -10,10 +10,16 @@ import json
 import logging
 import math
 import os
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+MAX_WAITING = 100_000  # lines kept in memory while a disk is full: tens of megabytes
+PROGRESS_SECONDS = 60.0
 
 
 def json_line(record: Mapping[str, Any]) -> str:
@@ -37,18 +43,24 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
     """Append one line; after a torn last line (a kill, a full disk) begin a new one first.
 
     `durable` also forces the line, and the name of a file just made, to the disk.
-    Raises OSError when the file cannot be written.
+    Raises OSError when the file cannot be written; then nothing of the line stays in it.
     """
-    with open(path, "a+b") as file:  # appends at the end wherever the reading position is
+    with open(path, "a+b", buffering=0) as file:  # appends, wherever the reading position is
         end = file.seek(0, os.SEEK_END)
         torn = False
         if end > 0:
             file.seek(end - 1)
             torn = file.read(1) != b"\n"
-        file.write((b"\n" if torn else b"") + line.encode(errors="replace") + b"\n")
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
+        rest = (b"\n" if torn else b"") + line.encode(errors="replace") + b"\n"
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            if durable:
+                os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                file.truncate(end)
+            raise
     if durable and end == 0:
         sync_folder(path.parent)
 
@@ -79,6 +91,29 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+class PatientFile:
+    """Appends lines to a file; those that it refuses are kept, and written before the next one.
+
+    So a disk that was full for a while costs no line, unless the process ends before it has space.
+    """
+
+    def __init__(self, path: Path, *, durable: bool = False) -> None:
+        self.path, self.durable = path, durable
+        self._waiting: deque[str] = deque(maxlen=MAX_WAITING)
+
+    def append(self, line: str) -> None:
+        """Raises OSError where the file still refuses."""
+        self._waiting.append(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while self._waiting:
+            append_line(self.path, self._waiting[0], durable=self.durable)
+            self._waiting.popleft()
+
+    def take_back(self) -> None:
+        """Forgets the newest of the lines that were refused."""
+        self._waiting.pop()
+
+
 class Ledger:
     """Appends events to `ledger.jsonl` and reads them back.
 
@@ -88,18 +123,24 @@ class Ledger:
 
     def __init__(self, path: Path, warn: Callable[[str], None] | None = None) -> None:
         self.path = path
+        self._file = PatientFile(path, durable=True)
         self._warn = warn or logging.getLogger(__name__).warning
         self._warned = False
+        self._next_progress = 0.0
 
     def append(self, event: str, *, required: bool = False, **fields: Any) -> None:
-        """Write one event durably: when this returns without a warning, it is on the disk."""
+        """Write one event durably: when this returns without a warning, it is on the disk.
+
+        Raises:
+            OSError: it cannot be written, and is `required`: nothing may follow without it.
+        """
         assert "time" not in fields, "the ledger writes the time itself"
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            append_line(self.path, json_line({"time": now, "event": event, **fields}), durable=True)
+            self._file.append(json_line({"time": now, "event": event, **fields}))
         except OSError as error:
             if required:
+                self._file.take_back()
                 raise
             if not self._warned:
                 self._warned = True
@@ -107,6 +148,12 @@ class Ledger:
                     f"{self.path} cannot be written ({error.strerror}): training goes on, events "
                     "are missing from the ledger until the folder is writable and has space"
                 )
+
+    def progress(self, step: int, spent: Mapping[str, Any], *, now: bool = False) -> None:
+        """Tell how far the run is: at most once a minute, or `now`, where a checkpoint is taken."""
+        if now or time.monotonic() >= self._next_progress:
+            self._next_progress = time.monotonic() + PROGRESS_SECONDS
+            self.append("progress", step=step, **spent)
 
     def read(self) -> list[dict[str, Any]]:
         """All events in the order written, without those torn by a kill."""

@@ -10,7 +10,8 @@ from small_run import OPTIM, Case, batch, build, share, whole
 from torch import Tensor
 
 from train import train_step
-from training.checkpoint import find_newest, load, read_position, save
+from training.checkpoint.restoring import restore
+from training.checkpoint.saving import save
 from training.position import Position
 from training.run_folder import COMMITTED, RunFolder, RunFolderError
 
@@ -46,9 +47,7 @@ def saved(run: Any, folder: Path) -> dict[str, Tensor]:
 def loaded(case: Case, folder: Path) -> dict[str, Tensor]:
     """The state of a fresh run on the mesh of `case` after loading what is in `folder`."""
     run = build(case)
-    newest = find_newest(RunFolder(folder), "auto", print)
-    assert newest is not None and read_position(newest) == POSITION
-    load(newest, run.llama, run.adamw)
+    assert restore(RunFolder(folder), "auto", run.llama, run.adamw, print) == POSITION
     groups = run.adamw.param_groups
     assert [group["weight_decay"] for group in groups] == [OPTIM.weight_decay, 0.0]
     assert run.llama.config.tie_embeddings == (
@@ -91,7 +90,7 @@ def on_two(folder: Path) -> dict[str, Any]:
         (damaged / "manifest.json").write_text("{")
     for resume in ("auto", str(damaged)):
         try:
-            find_newest(RunFolder(folder / "tp2"), resume, print)
+            restore(RunFolder(folder / "tp2"), resume, run.llama, run.adamw, print)
         except RunFolderError as error:
             found["agreed"].append(str(error))
     return found

@@ -15,10 +15,11 @@ from program.rules import (
     lane_problems,
     model_problems,
     of_every_stage,
+    saving_problems,
     stage_problems,
     stream_problems,
 )
-from training.config import TrainConfig, ValidationConfig
+from training.config import CheckpointConfig, FaultsConfig, TrainConfig, ValidationConfig
 
 MODEL = ModelConfig("small", 96, 2, 12, 6, 120, 240)
 PARALLEL = ParallelConfig()
@@ -251,3 +252,39 @@ def test_a_memory_budget_is_a_share_and_the_compiler_s() -> None:
         [problem] = parallel.problems()
         assert "parallel.activation_checkpoint" in problem and reason in problem
     assert ParallelConfig(activation_checkpoint=0.5, compile=True).problems() == []
+
+
+def test_what_is_kept_is_among_what_is_saved() -> None:
+    def refused(interval: int | None, keep_every: int | None) -> list[str]:
+        checkpoint = CheckpointConfig(interval=interval, keep_every=keep_every)
+        return saving_problems(checkpoint, FaultsConfig())
+
+    [problem] = refused(40, 100)
+    assert "checkpoint.keep_every (100)" in problem and "checkpoint.interval (40)" in problem
+    assert "use 80 or 120 for" in problem and not refused(40, 80) and not refused(40, 120)
+    saved, kept = set(range(40, 1001, 40)), set(range(100, 1001, 100))
+    assert f"every {min(saved & kept)}th step" in problem
+    [problem] = refused(40, 30)
+    assert "use 40 for" in problem
+    [problem] = refused(None, 100)
+    assert "checkpoint.interval (null)" in problem and "checkpoint.interval=100" in problem
+    assert not refused(100, 100) and not refused(None, None) and not refused(40, None)
+    assert not refused(0, 7)  # which is told as such, and divides nothing
+
+
+def test_no_save_is_skipped_where_none_is_under_way() -> None:
+    [problem] = saving_problems(
+        CheckpointConfig(async_save=False, when_busy="skip"), FaultsConfig()
+    )
+    assert "checkpoint.when_busy (skip)" in problem and "checkpoint.async_save" in problem
+    assert not saving_problems(CheckpointConfig(when_busy="skip"), FaultsConfig())
+    assert not saving_problems(CheckpointConfig(async_save=False), FaultsConfig())
+
+
+def test_a_rewind_needs_a_checkpoint() -> None:
+    rewinding = FaultsConfig(rewind_on_spike=True)
+    [problem] = saving_problems(CheckpointConfig(interval=None), rewinding)
+    assert "faults.rewind_on_spike (true)" in problem and "checkpoint.interval_minutes" in problem
+    assert not saving_problems(CheckpointConfig(interval=None, interval_minutes=5), rewinding)
+    assert not saving_problems(CheckpointConfig(interval=5), rewinding)
+    assert not saving_problems(CheckpointConfig(interval=None), FaultsConfig())

@@ -1,23 +1,27 @@
 """Checkpoints are committed whole or not at all, and damage is found, named and passed over."""
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import nn
 
-from training import checkpoint
-from training.checkpoint import find_damage, find_newest, load, read_position, save
+from training.checkpoint import retention, saving
+from training.checkpoint.files import damage_of, read_position
+from training.checkpoint.restoring import NoCheckpoint, find_damage, load, restore
+from training.checkpoint.saving import SaveFailed, save
 from training.config import OptimConfig
 from training.optimizer import build_optimizer
 from training.position import Position
-from training.run_folder import COMMITTED, RunFolder, RunFolderError
+from training.run_folder import COMMITTED, RunFolder
 
 FILES = ["__0_0.distcp", ".metadata", "manifest.json", COMMITTED]
 
@@ -66,6 +70,13 @@ def remove(file: Path) -> None:
 
 def empty(file: Path) -> None:
     os.truncate(file, 0)
+
+
+def find_newest(folder: RunFolder, resume: str, report: Callable[[str], None]) -> Path | None:
+    """The checkpoint that restoring goes on from; its weights are those that were saved."""
+    model, optimizer = small()
+    position = restore(folder, resume, model, optimizer, report)
+    return None if position is None else folder.step_folder(position.step)
 
 
 def silent(_: str) -> None:
@@ -165,7 +176,7 @@ def test_every_byte_of_the_manifest_counts(folder: RunFolder) -> None:
 def test_when_no_checkpoint_is_whole_the_run_stops_and_nothing_is_moved(folder: RunFolder) -> None:
     for step, name in ((3, FILES[0]), (12, FILES[1])):
         flip(folder.step_folder(step) / name)
-    with pytest.raises(RunFolderError) as error:
+    with pytest.raises(NoCheckpoint) as error:
         find_newest(folder, "auto", silent)
     for part in ("step-00000003", "step-00000012", FILES[0], FILES[1], "run.name"):
         assert part in str(error.value)
@@ -176,7 +187,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_never_replaced_by_another(
     folder: RunFolder,
 ) -> None:
     flip(folder.step_folder(12) / FILES[0])
-    with pytest.raises(RunFolderError, match=r"__0_0\.distcp"):
+    with pytest.raises(NoCheckpoint, match=r"__0_0\.distcp"):
         find_newest(folder, str(folder.step_folder(12)), silent)
     assert find_newest(folder, str(folder.step_folder(3)), silent) == folder.step_folder(3)
 
@@ -231,36 +242,19 @@ def test_nothing_is_written_over_a_committed_checkpoint(folder: RunFolder) -> No
     assert [path.name for path in folder.checkpoints.glob(".*")] == []
 
 
-@pytest.mark.parametrize("step", ["write", "manifest", "commit", "rename"])
+@pytest.mark.parametrize(
+    "phase", ["make_folder", "write_shards", "write_manifest", "commit", "publish", "sync_folder"]
+)
 def test_a_save_that_fails_anywhere_leaves_the_older_checkpoints_and_no_new_one(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, step: str
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
     """As on a full disk: the error comes out, and the run can go on from what there was."""
 
     def full(*arguments: Any, **_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    write = checkpoint._write_synced
-
-    def full_at(path: Path, text: str) -> None:
-        if path.name == {"manifest": "manifest.json", "commit": COMMITTED}[step]:
-            path.touch()  # what comes before the data
-            if step == "manifest":
-                full()
-            path.unlink()
-            full()
-        write(path, text)
-
-    if step == "write":
-        monkeypatch.setattr(checkpoint.dcp, "save", full)
-    elif step == "rename":
-        rename = Path.rename
-        monkeypatch.setattr(
-            Path, "rename", lambda path, to: (full if path.is_dir() else rename)(path, to)
-        )
-    else:
-        monkeypatch.setattr(checkpoint, "_write_synced", full_at)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(saving, phase, full)
+    with pytest.raises(SaveFailed, match=r"rank 0: .*No space left"):
         save_step(folder, 20)
     monkeypatch.undo()
     assert folder.committed_steps() == [3, 12]
@@ -276,17 +270,139 @@ def test_removal_takes_committed_first(folder: RunFolder, monkeypatch: pytest.Mo
         assert path == folder.step_folder(3)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    monkeypatch.setattr(retention.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.remove_old(folder, keep_last=1)
+        retention.remove_old(folder, keep_last=1, keep_every=None)
     assert folder.committed_steps() == [12]
     assert (folder.step_folder(3) / FILES[0]).exists()
 
 
 @pytest.mark.parametrize(
-    ("keep_last", "kept"), [(1, [12]), (2, [3, 12]), (5, [3, 12]), (None, [3, 12])]
+    ("keep_last", "keep_every", "kept"),
+    [
+        (1, None, [12]),
+        (2, None, [9, 12]),
+        (5, None, [3, 6, 9, 12]),
+        (None, None, [3, 6, 9, 12]),
+        (None, 5, [3, 6, 9, 12]),
+        (1, 6, [6, 12]),
+        (2, 3, [3, 6, 9, 12]),
+    ],
 )
-def test_the_newest_are_kept(folder: RunFolder, keep_last: int | None, kept: list[int]) -> None:
-    checkpoint.remove_old(folder, keep_last)
+def test_the_newest_and_every_so_many_are_kept(
+    tmp_path: Path, keep_last: int | None, keep_every: int | None, kept: list[int]
+) -> None:
+    folder = committed(tmp_path, 3, 6, 9, 12)
+    assert retention.remove_old(folder, keep_last, keep_every) == []
     assert folder.committed_steps() == kept
     assert sorted(folder.checkpoints.iterdir()) == [folder.step_folder(step) for step in kept]
+
+
+def committed(path: Path, *steps: int) -> RunFolder:
+    """A run's folder as retention sees it, without tensors."""
+    folder = RunFolder(path)
+    for step in steps:
+        folder.step_folder(step).mkdir(parents=True)
+        (folder.step_folder(step) / COMMITTED).touch()
+        (folder.step_folder(step) / FILES[0]).touch()
+    return folder
+
+
+def test_what_cannot_be_deleted_is_no_checkpoint_any_more_and_told_by_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = committed(tmp_path, 3, 6, 9)
+
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(retention.shutil, "rmtree", refused)
+    problems = retention.remove_old(folder, 1, None)
+    assert len(problems) == 2
+    for step, line in zip((3, 6), problems, strict=True):
+        assert str(folder.step_folder(step)) in line
+    assert all("Permission denied" in line for line in problems)
+    assert folder.committed_steps() == [9]
+
+
+def test_a_rewind_removes_what_lies_beyond_it(tmp_path: Path) -> None:
+    folder = committed(tmp_path, 3, 6, 9)
+    assert retention.remove_beyond(folder, 4) == []
+    assert folder.committed_steps() == [3]
+    assert list(folder.checkpoints.iterdir()) == [folder.step_folder(3)]
+
+
+def test_a_rewind_goes_to_the_newest_at_or_before_its_step(folder: RunFolder) -> None:
+    for before, step in ((12, 12), (11, 3), (3, 3)):
+        position = restore(folder, "auto", *small(), silent, before=before)
+        assert position is not None and position.step == step
+    assert restore(folder, "auto", *small(), silent, before=2) is None
+    assert folder.committed_steps() == [3, 12]  # none was passed over
+
+
+def test_a_checkpoint_that_is_whole_and_does_not_load_is_passed_over(folder: RunFolder) -> None:
+    """As one whose files are whole and tell of other tensors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    optimizer = build_optimizer(model, OptimConfig(lr=0.1))
+    save(folder, model, optimizer, Position(20, 160, 1280, "hash"), {})
+    assert find_damage(folder.step_folder(20)) is None
+    told: list[str] = []
+    assert find_newest(folder, "auto", told.append) == folder.step_folder(12)
+    assert len(told) == 1 and "step-00000020" in told[0] and "rank 0" in told[0]
+
+
+def as_version_1(checkpoint: Path) -> None:
+    """Makes the manifest what the first version of the format wrote."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["format_version"] = 1
+    del manifest["algorithm"]
+    for name, entry in manifest["files"].items():
+        del entry["hash"]
+        entry["sha256"] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+    text = json.dumps(manifest, indent=1)
+    (checkpoint / "manifest.json").write_text(text)
+    (checkpoint / COMMITTED).write_text(hashlib.sha256(text.encode()).hexdigest())
+
+
+def test_checkpoints_of_the_first_format_are_read_and_verified(folder: RunFolder) -> None:
+    newest = folder.step_folder(12)
+    as_version_1(newest)
+    assert find_damage(newest) is None
+    assert find_newest(folder, "auto", silent) == newest
+    flip(newest / FILES[0])
+    assert f"{FILES[0]} has another hash (sha256)" in (find_damage(newest) or "")
+
+
+def test_hashes_made_while_writing_are_those_of_the_files(folder: RunFolder) -> None:
+    newest = folder.step_folder(12)
+    files = json.loads((newest / "manifest.json").read_text())["files"]
+    assert files.keys() == set(FILES[:2])
+    for name, entry in files.items():
+        content = (newest / name).read_bytes()
+        assert entry == {"bytes": len(content), "hash": xxhash.xxh3_128_hexdigest(content)}
+        assert damage_of(newest / name, entry, "xxh3_128") is None
+
+
+def test_a_format_of_the_future_is_named(folder: RunFolder) -> None:
+    manifest = folder.step_folder(12) / "manifest.json"
+    text = manifest.read_text().replace('"format_version": 2', '"format_version": 3')
+    manifest.write_text(text)
+    (manifest.parent / COMMITTED).write_text(hashlib.sha256(text.encode()).hexdigest())
+    assert "version 3" in (find_damage(manifest.parent) or "")
+
+
+def test_the_optimizer_s_settings_are_those_of_the_start_not_the_checkpoint_s(
+    tmp_path: Path,
+) -> None:
+    """Else a decay or a beta that was allowed to change is recorded as changed, and is not."""
+    model, optimizer = small()
+    target = save(RunFolder(tmp_path), model, optimizer, Position(7, 56, 448, "hash"), {})
+    config = OptimConfig(lr=0.2, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.7)
+    now = build_optimizer(model, config)
+    built = [{key: group[key] for key in group if key != "params"} for group in now.param_groups]
+    moments = {p: optimizer.state[p]["exp_avg"].clone() for p in model.parameters()}
+    load(target, model, now)
+    loaded = [{key: group[key] for key in group if key != "params"} for group in now.param_groups]
+    assert loaded == built and {group["weight_decay"] for group in loaded} == {0.7, 0.0}
+    assert all(torch.equal(now.state[p]["exp_avg"], moments[p]) for p in model.parameters())

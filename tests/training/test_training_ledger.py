@@ -94,8 +94,27 @@ def test_unwritable_folder_warns_once_and_is_used_again_later(tmp_path: Path) ->
     assert len(warnings) == 1 and str(ledger.path) in warnings[0]
     blocked.unlink()
     ledger.append("stop")
-    assert [e["event"] for e in ledger.read()] == ["stop"]
+    assert [e["event"] for e in ledger.read()] == ["start", "save", "stop"]  # none is lost
     assert len(warnings) == 1
+
+
+def test_required_event_that_cannot_be_written_is_an_error_and_never_comes(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    blocked = tmp_path / "run"
+    blocked.write_text("a file where the folder should be")
+    ledger = Ledger(blocked / "ledger.jsonl", warnings.append)
+    with pytest.raises(OSError):
+        ledger.append("rewind", required=True, skip=[3, 5])
+    blocked.unlink()
+    ledger.append("stop")
+    assert [e["event"] for e in ledger.read()] == ["stop"] and warnings == []
+
+
+def test_progress_is_told_once_a_minute_and_where_it_must_be(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for step in range(1, 9):
+        ledger.progress(step, {"elapsed_seconds": 1.0}, now=step == 5)
+    assert [e["step"] for e in ledger.read()] == [1, 5]
 
 
 def test_no_file_is_no_events(tmp_path: Path) -> None:

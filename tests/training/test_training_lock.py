@@ -211,6 +211,25 @@ def test_orderly_end_leaves_no_file(folder: RunFolder, held: "subprocess.Popen[s
     assert list(folder.path.iterdir()) == []
 
 
+def test_file_removed_between_opening_and_locking_it_is_no_lock(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So does a holder that ends just then; the next run would open another file."""
+    real, path = fcntl.flock, folder.path / "lock"
+
+    def flock(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        path.unlink()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    mine, _ = taken(folder)
+    assert lock._read_holder(path) == mine.own
+    with pytest.raises(LockedError):
+        taken(folder)
+    mine.release()
+
+
 @pytest.mark.parametrize(
     "child",
     [

@@ -1,0 +1,195 @@
+"""One fault, one run of the real program: what it says, how it ends, and how it goes on."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FAULT_STEPS, ROOT, figures, ledger, start_program
+from zygote import Plan, Zygote
+
+from training import lock
+from training.exit_codes import ExitCode
+from training.run_folder import RunFolder
+
+FORWARD = "model.llama.Llama.forward"  # once a step on each rank, as the run is here
+ALWAYS = 10**9
+TP2 = "parallel.tp=2"
+
+
+def test_every_exit_code_is_in_the_table_of_the_documents() -> None:
+    told = re.findall(r"^\| (\d+) \|", (ROOT / "docs/faults.md").read_text(), re.MULTILINE)
+    assert [int(code) for code in told] == [int(code) for code in ExitCode]
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_updates_that_are_not_finite_on_one_rank_are_skipped_on_all_and_told(
+    zygote: Zygote, run_of: Any, undisturbed: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    bad = Plan(rank=1, at=FORWARD, call=9, until=10, do="nan")
+    start = zygote.run(run_of(folder, TP2), 2, bad)
+    assert start.codes == {0: 0, 1: 0}, start.told()
+    calm, found = undisturbed(2, TP2), figures(folder)
+    assert [line["batch_hash"] for line in found] == [line["batch_hash"] for line in calm]
+    assert found[:8] == calm[:8]  # and the steps from 11 on go on from the weights of step 8
+    assert [line["step"] for line in ledger(folder) if line["event"] == "skip"] == [9, 10]
+    assert "Step 10: " in start.told() and "samples 72 to 79; 2 in a row, 2 in all" in start.told()
+    # The steps after the bad ones are those of a run that was stopped in between.
+    again = tmp_path / "again"
+    stopped = zygote.run(run_of(again, TP2), 2, bad, Plan(0, 14, "SIGTERM", FORWARD))
+    assert stopped.codes == {0: ExitCode.TERMINATED, 1: ExitCode.TERMINATED}, stopped.told()
+    assert zygote.run(run_of(again, TP2), 2).codes == {0: 0, 1: 0}
+    assert figures(again) == found
+
+
+def test_three_in_a_row_rewind_and_leave_their_samples_out_whatever_is_killed_then(
+    zygote: Zygote, run_of: Any, undisturbed: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    bad = Plan(rank=0, at=FORWARD, call=10, until=12, do="nan")
+    start = zygote.run(run_of(folder), 1, bad)
+    assert start.codes == {0: 0}, start.told()
+    longer = undisturbed(1, f"train.max_steps={FAULT_STEPS + 3}", "optim.schedule_steps=24")
+    hashes = [line["batch_hash"] for line in longer]
+    found = figures(folder)
+    assert [line["batch_hash"] for line in found] == hashes[:9] + hashes[12:]
+    assert found[:9] == undisturbed(1)[:9]
+    assert found[-1]["samples"] == (FAULT_STEPS + 3) * 8
+    events = [line for line in ledger(folder) if line["event"] in ("rewind", "rewound")]
+    assert [(line["event"], line["step"]) for line in events] == [("rewind", 12), ("rewound", 12)]
+    assert (events[0]["skip"], events[1]["to"]) == ([9, 12], 8)
+    # Killed between the decision and its end, then once more on the way: the same run.
+    again = tmp_path / "again"
+    kill = Plan(rank=0, at="program.recovery._fill", call=2, do="SIGKILL")
+    assert zygote.run(run_of(again), 1, bad, kill).codes == {0: -9}
+    assert zygote.run(run_of(again), 1, Plan(0, 6, "SIGKILL", FORWARD)).codes == {0: -9}
+    assert zygote.run(run_of(again), 1).codes == {0: 0}
+    assert figures(again) == found
+
+
+def test_run_whose_losses_stay_bad_ends_with_a_code_of_its_own(
+    zygote: Zygote, run_of: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    bad = Plan(rank=0, at=FORWARD, call=10, until=ALWAYS, do="nan")
+    few = ("faults.max_in_a_row=2", "faults.max_rewinds=2")
+    start = zygote.run(run_of(folder, *few), 1, bad)
+    assert start.codes == {0: ExitCode.NUMERICS}, start.told()
+    assert "faults.max_rewinds (2)" in start.told()
+    skips = [line["skip"] for line in ledger(folder) if line["event"] == "rewind"]
+    assert skips == [[9, 11], [8, 13]] or len(skips) == 2
+    assert ledger(folder)[-1]["code"] == ExitCode.NUMERICS
+
+
+# ---------------------------------------------------------------- disks and files
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A run's folder whose checkpoints lie on a disk of 2 MB, which holds one of 1.6 MB."""
+    disk = tmp_path / "run" / "checkpoints"
+    disk.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield tmp_path / "run"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_full_disk_ends_the_run_or_is_told_as_asked_and_it_goes_on_when_there_is_room(
+    zygote: Zygote, run_of: Any, undisturbed: Any, small_disk: Path
+) -> None:
+    start = zygote.run(run_of(small_disk, TP2), 2)
+    assert start.codes == {0: ExitCode.SAVE_FAILED, 1: ExitCode.SAVE_FAILED}, start.told()
+    assert "Step 8 could not be saved" in start.told() and "No space left" in start.told()
+    assert "Traceback" not in start.told() + start.told(1)
+    disk = small_disk / "checkpoints"
+    assert [path.name for path in disk.iterdir()] == ["step-00000004"]
+    start = zygote.run(run_of(small_disk, TP2, "checkpoint.on_failure=continue"), 2)
+    assert start.codes[0] == ExitCode.SAVE_FAILED, start.told()  # the last one was not saved
+    assert figures(small_disk) == undisturbed(2, TP2)
+    subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+    start = zygote.run(run_of(small_disk, TP2), 2)
+    assert start.codes == {0: 0, 1: 0}, start.told()
+    assert figures(small_disk) == undisturbed(2, TP2)
+
+
+@pytest.fixture(scope="module")
+def stopped_run(zygote: Zygote, run_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks with checkpoints at steps 4 and 8."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    zygote.run(
+        run_of(folder, TP2, "checkpoint.async_save=false"), 2, Plan(1, 10, "SIGKILL", FORWARD)
+    )
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000008"]
+    return folder
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    subprocess.run(["cp", "-r", str(folder), str(to)], check=True)
+    return to
+
+
+def test_file_that_one_rank_alone_cannot_read_lets_all_fall_back_together(
+    zygote: Zygote, run_of: Any, undisturbed: Any, stopped_run: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(stopped_run, tmp_path / "run")
+    newest = str(folder / "checkpoints" / "step-00000008")
+    plan = Plan(1, 1, "EACCES", folder=newest, use="read __0_0.*", until=ALWAYS)
+    start = zygote.run(run_of(folder, TP2), 2, plan)
+    assert start.codes == {0: 0, 1: 0}, start.told()
+    told = re.search(r"step-00000008 .*passed over.*", start.told())
+    assert told and "rank 1" in told[0] and "Permission denied" in told[0]
+    assert figures(folder) == undisturbed(2, TP2)
+
+
+def test_without_a_whole_checkpoint_the_run_stops_and_changes_nothing(
+    zygote: Zygote, run_of: Any, stopped_run: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(stopped_run, tmp_path / "run")
+    for step in (4, 8):
+        os.truncate(folder / f"checkpoints/step-{step:08d}/__1_0.distcp", 100)
+    before = sorted(folder.rglob("*"))
+    start = zygote.run(run_of(folder, TP2), 2)
+    assert start.codes == {0: ExitCode.NO_CHECKPOINT, 1: ExitCode.NO_CHECKPOINT}, start.told()
+    for part in ("step-00000004", "step-00000008", "__1_0.distcp"):
+        assert part in start.told()
+    assert [path for path in sorted(folder.rglob("*")) if path.name != "lock"] == before
+
+
+# ---------------------------------------------------------------- clocks and folders
+
+
+def test_time_limit_saves_and_stops_before_it_and_the_run_goes_on(
+    zygote: Zygote, run_of: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    long = f"train.max_steps={ALWAYS}"
+    start = zygote.run(run_of(folder, long, "optim.schedule_steps=24", "run.time_limit=0.1"), 1)
+    assert start.codes == {0: ExitCode.STOPPED}, start.told()
+    events = ledger(folder)
+    assert [event["event"] for event in events[-2:]] == ["save", "stop"]
+    assert events[-1]["reason"] == "stopped"
+
+
+def test_second_run_in_a_folder_is_refused_with_host_process_and_age(
+    command: Any, tmp_path: Path
+) -> None:
+    held = lock.hold(RunFolder(tmp_path / "run"), print)
+    try:
+        done = start_program(command(tmp_path / "run"))
+    finally:
+        held.release()
+    assert done.returncode == ExitCode.LOCKED
+    assert re.search(rf"process {os.getpid()} on \S+, started 0:0\d:\d\d ago", done.stderr)
+    assert len(done.stderr.splitlines()) == 1 and sys.executable not in done.stderr
