@@ -251,7 +251,7 @@ def bring_about(plan: Plan) -> None:
         on_event("os.fsync", (file,))
         fsync(file)
 
-    os.fsync = audited_fsync  # the one change that Python does not audit
+    setattr(os, "fsync", audited_fsync)  # noqa: B010  # the one change that Python does not audit
     sys.addaudithook(on_event)
 
 
