@@ -8,8 +8,10 @@ failed. A fault is brought about inside the fork, by a `Plan`; the program knows
 
 import errno
 import importlib
+import itertools
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -24,22 +26,27 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 DEADLINE = 120  # seconds for a start to end: only a hanging one gets there
-# What changes a file system, as Python's audit events tell before it happens.
-CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+WRITES = os.O_WRONLY | os.O_RDWR
+# What changes a file system, as audit events tell before it happens: where they have the
+# descriptor of the folder that a name lies in.
+CHANGES = {"os.rename": 2, "os.remove": 1, "os.mkdir": 2, "os.rmdir": 1}
+CHANGES |= {"os.truncate": 0, "os.fsync": 0}  # 0: the file itself may be a descriptor
+A_CHANGE = r"(?!read ).*"  # whatever `use_of` tells, but for reading
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A fault: on `rank`, when `function` is called or something is changed below `folder`, …
+    """A fault: on `rank`, when a function is called or a file is used below `folder`, …
 
     Args:
-        at: `package.module.function` or `package.module.Class.method`; `read PATH` for a file to be
-            read whose path has that part; empty for changes.
-        folder: Below which changes to the file system are counted.
-        call: Which call or change it is, counted from 1.
-        until: The last such call, `call` alone by default.
+        call: Which such call or use it is, counted from 1.
         do: `SIGKILL` or another signal to itself, `nan` for a result that is not finite,
-            `PermissionError: text` or `ENOSPC: text` for an exception, before the call.
+            `ENOSPC` or another error of the system, `Name: text` for another exception, before
+            the call; `tell` for a line of output alone.
+        at: `package.module.function` or `package.module.Class.method`; empty for uses of files.
+        folder: Below which uses of files are counted.
+        use: Which ones as `use_of` tells them, a regular expression; any change by default.
+        until: The last such call, `call` alone by default.
     """
 
     rank: int
@@ -47,6 +54,7 @@ class Plan:
     do: str
     at: str = ""
     folder: str = ""
+    use: str = A_CHANGE
     until: int | None = None
 
 
@@ -211,13 +219,13 @@ def ends_of(pids: list[int], alone: bool) -> dict[int, int]:
 
 def bring_about(plan: Plan) -> None:
     """Lets the fault happen when its time comes."""
-    counter = iter(range(1, 2**62))
+    counter = itertools.count(1)
     last = plan.until or plan.call
 
     def now() -> bool:
         return plan.call <= next(counter) <= last
 
-    if plan.at and not plan.at.startswith("read "):
+    if plan.at:
         owner, name = find(plan.at)
         original = getattr(owner, name)
 
@@ -232,31 +240,44 @@ def bring_about(plan: Plan) -> None:
         return
 
     def on_event(event: str, args: tuple[Any, ...]) -> None:
-        if reads(event, args, plan.at) if plan.at else changes(event, args, plan.folder):
-            if not now():
-                return
-            os.write(1, f"fault before {event}\n".encode())
+        told = use_of(event, args, plan.folder)
+        if told is not None and re.fullmatch(plan.use, told) and now():
+            os.write(1, f"fault: {told}\n".encode())
             do(plan.do)
 
+    fsync = os.fsync
+
+    def audited_fsync(file: Any) -> None:
+        on_event("os.fsync", (file,))
+        fsync(file)
+
+    setattr(os, "fsync", audited_fsync)  # noqa: B010  # the one change that Python does not audit
     sys.addaudithook(on_event)
 
 
-def reads(event: str, args: tuple[Any, ...], at: str) -> bool:
-    """Whether an audit event tells that the file of a plan will be read."""
-    if event != "open" or args[2] & (os.O_WRONLY | os.O_RDWR):
-        return False
-    return at.removeprefix("read ") in str(args[0])
+def use_of(event: str, args: tuple[Any, ...], folder: str) -> str | None:
+    """What an audit event tells of a file below a folder, as `write .step/manifest.json`; or None.
 
-
-def changes(event: str, args: tuple[Any, ...], folder: str) -> bool:
-    """Whether an audit event tells of a change below a folder."""
+    Numbers of steps and attempts are left out: the same use is told alike in every start.
+    """
     if event == "open":
         path, _, flags = args
-        return str(path).startswith(folder) and bool(flags & (os.O_WRONLY | os.O_RDWR))
-    if event not in CHANGES:
-        return False
-    # `shutil.rmtree` goes by open folders, and names what is in them alone.
-    return str(args[0]).startswith(folder) or not os.path.isabs(str(args[0]))
+        name, descriptor = ("write" if flags & WRITES else "read"), -1
+    elif event in CHANGES:
+        path, name = args[0], event.removeprefix("os.")
+        # `shutil.rmtree` names what is in an open folder.
+        place = CHANGES[event]
+        descriptor = args[place] if place else -1
+    else:
+        return None
+    if isinstance(path, int):
+        descriptor, path = path, ""
+    if descriptor >= 0:
+        path = os.path.join(os.readlink(f"/proc/self/fd/{descriptor}"), os.fsdecode(path))
+    path = os.path.normpath(os.fsdecode(path))
+    if path != folder and not path.startswith(folder + os.sep):
+        return None
+    return f"{name} {re.sub('-[0-9a-f]{8}', '', os.path.relpath(path, folder))}"
 
 
 def find(name: str) -> tuple[Any, str]:
@@ -278,10 +299,12 @@ def do(what: str) -> None:
     if what.startswith("SIG"):
         os.kill(os.getpid(), signal.Signals[what])
         return
+    if what == "tell":
+        return
+    if hasattr(errno, what):
+        raise OSError(getattr(errno, what), os.strerror(getattr(errno, what)))
     kind, _, text = what.partition(": ")
-    if kind == "PermissionError":
-        raise PermissionError(errno.EACCES, text)
-    raise OSError(getattr(errno, kind), text)
+    raise {"OSError": OSError, "RuntimeError": RuntimeError}[kind](text)
 
 
 if __name__ == "__main__":
