@@ -9,6 +9,7 @@ from torch.distributed import DistNetworkError
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes
 from parallel.parallelize import parallelize
+from parallel.slurm import rendezvous
 from parallel.strategy import MeshStrategy, end_with_main_process, end_with_torchrun
 from program.preflight import LaunchError
 from training.memory import keep_freed_memory
@@ -29,6 +30,8 @@ def launch(
         end_with_main_process()
     elif processes.launcher == "torchrun":
         end_with_torchrun()
+    else:
+        os.environ.update(rendezvous(os.environ))
     if processes.accelerator == "cpu":
         keep_freed_memory()
     plan = partial(parallelize, parallel=parallel, precision=precision)
