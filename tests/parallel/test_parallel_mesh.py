@@ -188,7 +188,9 @@ def test_cuda_without_a_gpu_and_too_many_processes_are_problems(
 def test_one_process_of_a_run_is_the_first() -> None:
     assert is_first_process({})
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        assert [is_first_process({name: str(rank)}) for rank in range(3)] == [True, False, False]
+        started = SRUN if name == "SLURM_PROCID" else {}
+        first = [is_first_process({**started, name: str(rank)}) for rank in range(3)]
+        assert first == [True, False, False]
     # The local rank 0 of the second node is not the first.
     assert not is_first_process({"RANK": "4", "LOCAL_RANK": "0"})
 
