@@ -114,7 +114,9 @@ def test_srun_is_taken_as_it_started() -> None:
 
 @pytest.mark.parametrize("name", ["bash", "interactive"])
 def test_an_interactive_slurm_shell_starts_its_own_processes(name: str) -> None:
-    assert started_processes({**SRUN, "SLURM_JOB_NAME": name}) is None
+    shell = {**SRUN, "SLURM_JOB_NAME": name, "SLURM_STEP_TASKS_PER_NODE": "1"}
+    assert started_processes(shell) is None
+    assert started_processes({**SRUN, "SLURM_JOB_NAME": name}) == Processes("auto", 2, 3, "srun")
 
 
 @pytest.mark.parametrize(
