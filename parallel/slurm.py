@@ -27,7 +27,10 @@ def in_slurm(environment: Mapping[str, str]) -> bool:
 
 def started_by_srun(environment: Mapping[str, str]) -> bool:
     """Whether `srun` started this process; the script of a job is not one of its tasks."""
-    return in_slurm(environment) and "SLURM_STEP_TASKS_PER_NODE" in environment
+    if not {"SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE"} <= environment.keys():
+        return False
+    # A shell that srun has started is one task; several are a run, whatever the job's name.
+    return in_slurm(environment) or sum(tasks_per_node(environment)) > 1
 
 
 def tasks_per_node(environment: Mapping[str, str]) -> list[int]:
@@ -50,7 +53,7 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
     first = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     restarts = int(environment.get("SLURM_RESTART_COUNT", "0"))
-    # Primes: neighbours in any of the three get ports far from each other.
+    # Primes: a job's next step, and its next start, get ports far from this one's.
     port = FIRST_PORT + (job + 3001 * step + 6007 * restarts) % N_PORTS
     return {
         "MASTER_ADDR": environment.get("MASTER_ADDR", first),

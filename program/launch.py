@@ -4,6 +4,7 @@ import os
 from functools import partial
 
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch.distributed import DistNetworkError
 
 from parallel.config import ParallelConfig, PrecisionConfig
@@ -37,11 +38,14 @@ def launch(
     plan = partial(parallelize, parallel=parallel, precision=precision)
     strategy = MeshStrategy(mesh, plan)
     strategy.on_children = watchdog.watch_children
+    # Fabric itself takes the tasks of a job named interactive for shells.
+    environment = SLURMEnvironment() if processes.launcher == "srun" else None
     fabric = Fabric(
         accelerator=processes.accelerator,
         devices=processes.per_node,
         num_nodes=processes.num_nodes,
         strategy=strategy,
+        plugins=environment,
     )
     try:
         fabric.launch()

@@ -114,7 +114,9 @@ def test_srun_is_taken_as_it_started() -> None:
 
 @pytest.mark.parametrize("name", ["bash", "interactive"])
 def test_an_interactive_slurm_shell_starts_its_own_processes(name: str) -> None:
-    assert started_processes({**SRUN, "SLURM_JOB_NAME": name}) is None
+    shell = {**SRUN, "SLURM_JOB_NAME": name, "SLURM_STEP_TASKS_PER_NODE": "1"}
+    assert started_processes(shell) is None
+    assert started_processes({**SRUN, "SLURM_JOB_NAME": name}) == Processes("auto", 2, 3, "srun")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,9 @@ def test_cuda_without_a_gpu_and_too_many_processes_are_problems(
 def test_one_process_of_a_run_is_the_first() -> None:
     assert is_first_process({})
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        assert [is_first_process({name: str(rank)}) for rank in range(3)] == [True, False, False]
+        started = SRUN if name == "SLURM_PROCID" else {}
+        first = [is_first_process({**started, name: str(rank)}) for rank in range(3)]
+        assert first == [True, False, False]
     # The local rank 0 of the second node is not the first.
     assert not is_first_process({"RANK": "4", "LOCAL_RANK": "0"})
 

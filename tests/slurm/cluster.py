@@ -184,6 +184,8 @@ class Cluster:
         """Spares a requeued job the delay after which SLURM starts it again."""
 
         def told() -> bool:
+            if self.job(number)["JobState"] != "PENDING":
+                return False
             command = ("scontrol", "update", f"jobid={number}", "starttime=now")
             return self.run(*command, check=False).returncode == 0
 
