@@ -273,7 +273,7 @@ def parameters(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "wckey": None,
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True, "signal": SIGNAL, **more},
-        "setup": ["trap : TERM"],
+        "setup": ["trap : TERM USR1"],
         "srun_args": [
             *("--open-mode=append", "--kill-on-bad-exit=0", "--wait=60"),
             *([f"--cpus-per-task={cpus}"] if cpus else []),
