@@ -275,7 +275,7 @@ def parameters(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "additional_parameters": {"requeue": True, "signal": SIGNAL, **more},
         "setup": ["trap : TERM USR1"],
         "srun_args": [
-            *("--open-mode=append", "--kill-on-bad-exit=0", "--wait=60"),
+            *("--kill-on-bad-exit=0", "--wait=60"),
             *([f"--cpus-per-task={cpus}"] if cpus else []),
         ],
         "teardown": [f"source {shlex.quote(str(ROOT / 'slurm' / 'requeue.sh'))} $?"],
