@@ -113,8 +113,9 @@ def set_up(
         ),
         reader=VitalsReader(fabric.device.type),
         judge=Judge(config.faults, len(past.rewinds), position.vitals),
+        lock=lock,
     )
-    run.open_logs(changes, lock)
+    run.open_logs(changes)
     watchdog.on_verdict = partial(record_fault, run)
     console.header(*header(config, mesh, processes, dataset, position, changes))
     return run

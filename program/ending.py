@@ -105,6 +105,8 @@ def _exit(run: Run, code: ExitCode) -> NoReturn:
     if run.metrics is not None:
         run.metrics.close()
     run.watchdog.close()
+    if run.lock is not None:
+        run.lock.release()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

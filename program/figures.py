@@ -77,5 +77,5 @@ def write_sample(run: Run) -> None:
         device=run.fabric.device,
         multiple_of=run.mesh.seq_multiple,
     )
-    if run.fabric.is_global_zero:
-        run.folder.append_sample(run.position.step, text)
+    if run.metrics is not None:
+        run.metrics.write_sample(run.position.step, text)

@@ -115,7 +115,7 @@ def _tracker_problems(log: LogConfig) -> list[str]:
     """A tracker that is asked for and not installed."""
     if log.wandb is None:
         return []
-    from training.metrics import tracker_problems
+    from training.tracker import tracker_problems
 
     return tracker_problems(log.wandb)
 

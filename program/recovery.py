@@ -167,7 +167,7 @@ def rewind(run: Run, skip: "Range") -> None:
     run.judge.rewound(position.vitals)
     run.record("rewound", step=reached, to=position.step, **run.clock.spent())
     run.console.note(f"Back at step {position.step}; batches {skip[0]} to {skip[1] - 1} left out.")
-    run.open_metrics()
+    run.go_back()
 
 
 def _agree(run: Run, fields: dict[str, Any]) -> None:

@@ -53,6 +53,7 @@ class Run:
     saver: "Saver"
     reader: "VitalsReader"
     judge: "Judge"
+    lock: "RunLock | None" = None  # rank 0 alone holds it
     ledger: "Ledger | None" = None  # rank 0 alone writes ledger and figures
     metrics: "MetricsLog | None" = None
     trained: bool = False  # the first step of this start is done
@@ -134,15 +135,17 @@ class Run:
             if stops:
                 self.requests.ask(ExitCode.SAVE_FAILED)
 
-    def open_logs(self, changes: Changes, lock: "RunLock | None") -> None:
+    def open_logs(self, changes: Changes) -> None:
         """Writes the configuration and opens ledger and figures, on rank 0."""
         from training.goodput import signs_of_life
         from training.ledger import Ledger
+        from training.metrics import MetricsLog
 
         if not self.fabric.is_global_zero:
             return
         metrics = self.folder.path / "metrics.jsonl"
-        life = signs_of_life(self.folder.ledger, metrics, lock.last_beat if lock else None)
+        last_beat = self.lock.last_beat if self.lock else None
+        life = signs_of_life(self.folder.ledger, metrics, last_beat)
         self.folder.write_config(plain(self.config))
         self.ledger = Ledger(self.folder.ledger, self.console.note)
         self.record(
@@ -153,16 +156,6 @@ class Run:
             allowed=changes.allowed,
             **life,
         )
-        self.open_metrics()
-
-    def open_metrics(self) -> None:
-        """Opens the figures at the run's position, on rank 0: what they tell beyond it is lost."""
-        from training.metrics import MetricsLog
-
-        if not self.fabric.is_global_zero:
-            return
-        if self.metrics is not None:
-            self.metrics.close()
         self.metrics = MetricsLog(
             self.folder.path,
             self.config.log.tensorboard,
@@ -172,6 +165,11 @@ class Run:
             first_step=self.position.step,
             warn=self.console.note,
         )
+
+    def go_back(self) -> None:
+        """Drops what the figures tell beyond the run's position, on rank 0."""
+        if self.metrics is not None:
+            self.metrics.go_back(self.position.step)
 
     def draw(self) -> None:
         """Redraws the loss curve, on rank 0."""

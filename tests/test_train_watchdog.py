@@ -86,7 +86,7 @@ def test_stuck_rank_is_told_before_those_that_wait_for_it_with_the_line_it_stand
     stuck, waiting = told.index("rank 0 (process"), told.index("rank 1 (process")
     assert stuck < waiting
     assert f"rank 0 (process {program.main.pid}" in told and "is stuck in step" in told
-    assert "append_sample" in told[stuck:waiting] and "waits in step" in told[waiting:]
+    assert "write_sample" in told[stuck:waiting] and "waits in step" in told[waiting:]
 
 
 def test_processes_that_never_meet_end_after_the_limit_of_set_up(

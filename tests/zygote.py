@@ -118,6 +118,12 @@ class Zygote:
         self.wait(start)
         return start
 
+    def children(self) -> list[int]:
+        """What it has forked and what lives on."""
+        pid = self._process.pid
+        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [int(child) for child in listed.split()]
+
     def close(self) -> None:
         """Ends it; what it has forked ends with it."""
         self._process.kill()

@@ -109,6 +109,11 @@ class PatientFile:
             append_line(self.path, self._waiting[0], durable=self.durable)
             self._waiting.popleft()
 
+    @property
+    def waiting(self) -> int:
+        """How many lines the file has not taken yet."""
+        return len(self._waiting)
+
     def take_back(self) -> None:
         """Forgets the newest of the lines that were refused."""
         self._waiting.pop()

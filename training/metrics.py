@@ -6,26 +6,28 @@ tokens/s, TFLOP/s and MFU; Fabric's own monitor counts tensor-parallel peers as 
 know recent cards. What to log and when, and what a person sees, is left to the loop and console.
 """
 
-import importlib.util
 import logging
 import os
 import re
 import resource
-import secrets
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training.ledger import append_line, json_line, read_json_lines
+from training.ledger import PatientFile, json_line, read_json_lines
+from training.tracker import Tracker
 
 FIELDS = (
     *("step", "samples", "tokens", "loss", "grad_norm", "lr"),
     *("tokens_per_second", "tflops", "mfu_causal", "mfu_full"),
     *("memory_gib", "step_seconds", "data_seconds", "batch_hash", "val_loss"),
 )
+
+AGAIN_SECONDS = 60.0  # after a failure, before TensorBoard is tried again
 
 # Dense bf16 peaks in TFLOP/s, by the names that torch.cuda.get_device_name gives.
 _PEAK_TFLOPS = (
@@ -106,30 +108,21 @@ class Throughput:
         }
 
 
-def tracker_problems(wandb: str | None) -> list[str]:
-    """What a run should refuse before its launch: a tracker that is asked for, not installed."""
-    spec = importlib.util.find_spec("wandb") if wandb is not None else None
-    # W&B leaves a folder `wandb` where it runs, which Python takes for a package without origin.
-    if wandb is not None and (spec is None or spec.origin is None):
-        return [
-            f"log.wandb ({wandb}) needs the package wandb, which is not installed: "
-            "pip install 'llamesh[wandb]', or set log.wandb=null"
-        ]
-    return []
-
-
 def drop_lost_steps(path: Path, first_step: int) -> int:
     """Remove the lines of steps that will be done again, and torn ones; returns how many steps.
 
     Lines after `first_step` tell of work lost with a kill; at `first_step` 0 nothing is left to
-    keep. The file is rewritten under a temporary name and renamed, so a kill here loses nothing.
+    keep. The end is cut off, or a file of the rest renamed in place: a kill here loses nothing.
     """
     if not path.exists():
         return 0
     records = read_json_lines(path)
     kept = [r for r in records if first_step > 0 and r.get("step", 0) <= first_step]
     text = "".join(json_line(record) + "\n" for record in kept).encode()
-    if text != path.read_bytes():
+    before = path.read_bytes()
+    if before.startswith(text):  # as ever, but for lines torn in the middle; a full disk allows it
+        os.truncate(path, len(text))
+    else:
         temporary = path.with_suffix(".jsonl.tmp")
         with open(temporary, "wb") as file:
             file.write(text)
@@ -143,8 +136,9 @@ class MetricsLog:
     """Writes the figures of a run to its folder and to the trackers asked for; rank 0 only.
 
     `first_step` is the number of steps done when this start begins: what the files hold beyond it
-    is dropped. `wandb` is a W&B project, None for off. No method raises over a disk or a tracker;
-    each kind of failure goes once to `warn`.
+    is dropped. `wandb` is a W&B project, None for off. No method raises over a disk or a tracker,
+    or waits for one; each kind of failure goes once to `warn`. Files are tried again: once the disk
+    has space, lines of figures that waited are written, and TensorBoard goes on.
     """
 
     def __init__(
@@ -162,41 +156,45 @@ class MetricsLog:
         self.run_name = run_name
         self._warn = warn or logging.getLogger(__name__).warning
         self._warned: set[str] = set()
+        self._lines = PatientFile(self.path)
+        self._wants_tensorboard = tensorboard
         self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._tensorboard_again = 0.0  # when to try again
+        self._wandb: Tracker | None = None
+        self.go_back(first_step)
+        if wandb is not None:
+            self._wandb = Tracker(folder, wandb, run_name, run_config, first_step)
+
+    def go_back(self, step: int) -> None:
+        """Drop what the files hold beyond a step: at the start of a run, and for a rewind."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            drop_lost_steps(self.path, first_step)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            drop_lost_steps(self.path, step)
         except OSError as error:
             self._fail("metrics.jsonl", error)
-        if tensorboard:
-            self._open_tensorboard(first_step)
-        if wandb is not None:
-            self._open_wandb(wandb, run_config, first_step)
+        self._close_tensorboard()
+        self._open_tensorboard(step)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log one step. `record` has the fields of `FIELDS` that apply, `step` always."""
         ordered = {key: record[key] for key in FIELDS if key in record}
         ordered.update(record)  # fields outside FIELDS come last
         try:
-            append_line(self.path, json_line(ordered))
+            self._lines.append(json_line(ordered))
         except OSError as error:
             self._fail("metrics.jsonl", error)
-        if self._tensorboard is not None:
-            try:
-                for key, value in ordered.items():
-                    if key != "step" and isinstance(value, int | float):
-                        self._tensorboard.add_scalar(key, value, ordered["step"])
-                self._tensorboard.flush()  # a kill must not cost figures, and errors come up here
-            except Exception as error:
-                self._tensorboard = None
-                self._fail("TensorBoard", error)
+        self._write_tensorboard(ordered)
         if self._wandb is not None:
-            try:
-                self._wandb.log({k: v for k, v in ordered.items() if v is not None})
-            except Exception as error:
-                self._wandb = None
-                self._fail("W&B", error)
+            self._wandb.log(ordered)
+            self._tell_wandb_failure()
+
+    def write_sample(self, step: int, text: str) -> None:
+        """Add generated text to `samples.txt`, under a line that tells its step."""
+        try:
+            with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
+                file.write(f"--- step {step} ---\n{text}\n\n")
+        except OSError as error:
+            self._fail("samples.txt", error)
 
     def draw(self) -> None:
         """Redraw `loss.png` from `metrics.jsonl`; no picture before the first finite loss."""
@@ -207,60 +205,56 @@ class MetricsLog:
 
     def close(self) -> None:
         """Finish the trackers. The log can be closed twice, and needs no closing after a kill."""
-        for name, finish in (
-            ("TensorBoard", self._tensorboard and self._tensorboard.close),
-            ("W&B", self._wandb and self._wandb.finish),
-        ):
-            try:
-                if finish:
-                    finish()
-            except Exception as error:
-                self._fail(name, error)
-        self._tensorboard = self._wandb = None
+        self._wants_tensorboard = False
+        self._close_tensorboard()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._tell_wandb_failure()
+        self._wandb = None
 
-    def _open_tensorboard(self, first_step: int) -> None:
+    def _open_tensorboard(self, step: int) -> None:
+        """Open a file of events; those of other files beyond the step no longer count."""
+        if not self._wants_tensorboard:
+            return
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            purge = first_step + 1 if first_step > 0 else 0
+            purge = step + 1 if step > 0 else 0
             self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
         except Exception as error:
-            self._fail("TensorBoard", error)
+            self._tensorboard_fails(error)
 
-    def _open_wandb(self, project: str, run_config: dict[str, Any], first_step: int) -> None:
-        problems = tracker_problems(project)
-        if problems:
-            self._fail("W&B", problems[0])
+    def _write_tensorboard(self, record: Mapping[str, Any]) -> None:
+        again = not self._lines.waiting and time.monotonic() >= self._tensorboard_again
+        if self._tensorboard is None and again:  # where metrics.jsonl fails, this will too
+            self._open_tensorboard(record["step"] - 1)
+        if self._tensorboard is None:
             return
         try:
-            import wandb
-
-            self._wandb = wandb.init(
-                project=project,
-                name=self.run_name,
-                config=run_config,
-                dir=str(self.folder),
-                id=self._wandb_id(first_step),
-                resume="allow",
-                # Standard output is the console's; half a minute is what a start may wait for.
-                settings=wandb.Settings(
-                    console="off", quiet=True, init_timeout=30, login_timeout=30
-                ),
-            )
-            # Our own step as the axis: W&B's must only grow, ours goes back after a kill.
-            self._wandb.define_metric("*", step_metric="step")
+            for key, value in record.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._tensorboard.add_scalar(key, value, record["step"])
+            self._tensorboard.flush()  # a kill must not cost figures, and errors come up here
         except Exception as error:
-            self._wandb = None
-            self._fail("W&B", error)
+            self._tensorboard_fails(error)
 
-    def _wandb_id(self, first_step: int) -> str:
-        """The W&B run that this run goes on with: kept in the folder, new for a new run."""
-        path = self.folder / "wandb" / "run_id"
-        if first_step > 0 and path.exists():
-            return path.read_text().strip()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4))
-        return path.read_text()
+    def _tensorboard_fails(self, error: Exception) -> None:
+        self._tensorboard = None
+        self._tensorboard_again = time.monotonic() + AGAIN_SECONDS
+        self._fail("TensorBoard", error)
+
+    def _close_tensorboard(self) -> None:
+        try:
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+        except Exception as error:
+            self._fail("TensorBoard", error)
+        self._tensorboard = None
+
+    def _tell_wandb_failure(self) -> None:
+        if self._wandb is not None and (failure := self._wandb.failure()) is not None:
+            self._fail("W&B", failure)
+            self._wandb = None
 
     def _fail(self, what: str, error: object) -> None:
         if what not in self._warned:

@@ -59,20 +59,25 @@ class RunFolder:
         """Text generated as the run goes on."""
         return self.path / "samples.txt"
 
-    def append_sample(self, step: int, text: str) -> None:
-        """Adds generated text under a line that tells its step."""
-        with self.samples.open("a", encoding="utf-8") as file:
-            file.write(f"--- step {step} ---\n{text}\n\n")
-
     def write_config(self, config: dict[str, Any]) -> None:
-        """Writes `config.yaml` whole or not at all, a node's power cut included."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Writes `config.yaml` whole or not at all, a node's power cut included.
+
+        Raises:
+            RunFolderError: it cannot be written.
+        """
         fresh = self.config.with_suffix(".tmp")
-        with fresh.open("w", encoding="utf-8") as file:
-            yaml.safe_dump(config, file, sort_keys=False)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.rename(self.config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with fresh.open("w", encoding="utf-8") as file:
+                yaml.safe_dump(config, file, sort_keys=False)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.rename(self.config)
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.config} cannot be written ({error.strerror}): make room there or set the "
+                "permissions, or name another folder with run.dir=…"
+            ) from None
 
     def step_folder(self, step: int) -> Path:
         """Where the committed checkpoint of a step lies."""

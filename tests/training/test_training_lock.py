@@ -215,6 +215,7 @@ def test_file_removed_between_opening_and_locking_it_is_no_lock(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So does a holder that ends just then; the next run would open another file."""
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", DEADLINE)
     real, path = fcntl.flock, folder.path / "lock"
 
     def flock(descriptor: int, operation: int) -> None:
@@ -225,6 +226,7 @@ def test_file_removed_between_opening_and_locking_it_is_no_lock(
     monkeypatch.setattr(fcntl, "flock", flock)
     mine, _ = taken(folder)
     assert lock._read_holder(path) == mine.own
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0)
     with pytest.raises(LockedError):
         taken(folder)
     mine.release()
@@ -240,8 +242,9 @@ def test_file_removed_between_opening_and_locking_it_is_no_lock(
     ids=["fork and exec", "fork", "subprocess"],
 )
 def test_child_that_outlives_the_holder_does_not_keep_the_folder(
-    folder: RunFolder, start: Start, child: str
+    folder: RunFolder, start: Start, child: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", DEADLINE)  # a child has to come to its first line
     process = start(child)
     take(process)
     listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")

@@ -4,6 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,7 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.ledger import read_json_lines
+from training import metrics, tracker
+from training.ledger import Ledger, read_json_lines
 from training.metrics import (
     FIELDS,
     MetricsLog,
@@ -22,8 +26,8 @@ from training.metrics import (
     peak_flops,
     peak_memory_gib,
     smooth,
-    tracker_problems,
 )
+from training.tracker import tracker_problems
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,7 +90,9 @@ def test_rewrite_that_fails_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, _ = open_log(tmp_path)
-    for step in range(1, 4):
+    log.write(record(1))
+    log.path.write_bytes(log.path.read_bytes() + b'{"torn\n')  # makes a file of the rest necessary
+    for step in range(2, 4):
         log.write(record(step))
     before = log.path.read_bytes()
 
@@ -95,7 +101,7 @@ def test_rewrite_that_fails_leaves_the_old_file(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        again, warnings = open_log(tmp_path, first_step=1)
+        again, warnings = open_log(tmp_path, first_step=2)
     assert again.path.read_bytes() == before
     assert len(warnings) == 1 and "No space left" in warnings[0]
 
@@ -152,6 +158,99 @@ print("pyplot" if "matplotlib.pyplot" in sys.modules else "no pyplot")
     assert steps == list(range(1, len(steps) + 1)) and steps  # whole lines until it was full
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for a megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a small file system, and not everywhere")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# TensorBoard's own thread tells the failure too, which comes up here at the next figures.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_disk_that_was_full_for_a_while_costs_no_line(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "AGAIN_SECONDS", 0)
+    log, warnings = open_log(small_disk / "run", tensorboard=True)
+    ledger = Ledger(small_disk / "run" / "ledger.jsonl", warnings.append)
+    log.write(record(1))
+    ballast = small_disk / "ballast"
+    with pytest.raises(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    # The room that is left in the last pages of the files is used up first.
+    for step in range(2, 100):
+        log.write(record(step))
+        log.write_sample(step, "text" * 40)
+        ledger.append("save", step=step, note="text" * 20)
+    log.draw()
+    log.draw()
+    kinds = [re.split(" in | cannot ", warning)[0] for warning in warnings]
+    expected = ["TensorBoard", "loss.png", "metrics.jsonl", "samples.txt", str(ledger.path)]
+    assert sorted(kinds) == sorted(expected)
+    ballast.unlink()
+    log.write(record(100))
+    log.write_sample(100, "the last text")
+    log.draw()
+    ledger.append("stop")
+    log.close()
+    assert read_json_lines(log.path) == [record(step) for step in range(1, 101)]
+    assert [event.get("step") for event in ledger.read()] == [*range(2, 100), None]
+    assert "the last text" in (small_disk / "run" / "samples.txt").read_text()
+    assert (small_disk / "run" / "loss.png").exists()
+    assert len(warnings) == len(expected)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_read_only_folder_does_not_stop_training(small_disk: Path) -> None:
+    log, warnings = open_log(small_disk, tensorboard=True)
+    log.write(record(1))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=False)
+    if os.statvfs(small_disk).f_flag & os.ST_RDONLY == 0:  # a file is open for writing
+        log.close()
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for step in (2, 3):
+        log.write(record(step))
+        log.write_sample(step, "text")
+        log.draw()
+    told = sorted(warning.split(" in ")[0] for warning in warnings)
+    assert set(told) >= {"loss.png", "metrics.jsonl", "samples.txt"}
+    assert len(told) == len(set(told))
+    assert all("Read-only" in warning for warning in warnings)
+
+
+def test_samples_are_told_under_their_steps(tmp_path: Path) -> None:
+    log, _ = open_log(tmp_path)
+    for step in (5, 10):
+        log.write_sample(step, f"text {step} é")
+    told = (tmp_path / "samples.txt").read_text(encoding="utf-8")
+    assert told == "--- step 5 ---\ntext 5 é\n\n--- step 10 ---\ntext 10 é\n\n"
+
+
+@pytest.mark.parametrize("where", ["init", "log"])
+def test_wandb_that_hangs_keeps_no_step_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    never = threading.Event()
+    fake_wandb(monkeypatch, wait=lambda name: name == where and never.wait())
+    monkeypatch.setattr(tracker, "MAX_WAITING", 3)
+    monkeypatch.setattr(tracker, "FINISH_SECONDS", 0.05)
+    log, warnings = open_log(tmp_path, wandb="project")
+    begin = time.monotonic()
+    for step in range(1, 10):
+        log.write(record(step))
+    log.close()
+    assert time.monotonic() - begin < 5, "something waited"
+    never.set()
+    assert len(warnings) == 1 and "it does not answer" in warnings[0]
+    assert len(read_json_lines(log.path)) == 9
+
+
 def test_unwritable_folder_does_not_stop_training(tmp_path: Path) -> None:
     blocked = tmp_path / "run"
     blocked.write_text("a file where the folder should be")
@@ -174,12 +273,17 @@ def test_missing_wandb_names_the_extra(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(read_json_lines(log.path)) == 1
 
 
-def fake_wandb(monkeypatch: pytest.MonkeyPatch, fail: str | None = None) -> SimpleNamespace:
-    """A stand-in that notes what it is given and can fail in `init`, `log` or `finish`."""
+def fake_wandb(
+    monkeypatch: pytest.MonkeyPatch,
+    fail: str | None = None,
+    wait: Callable[[str], Any] = lambda name: None,
+) -> SimpleNamespace:
+    """A stand-in that notes what it is given; can fail or wait in `init`, `log` or `finish`."""
     seen = SimpleNamespace(init=[], log=[], finish=[])
 
     def note(name: str, value: Any) -> None:
         getattr(seen, name).append(value)
+        wait(name)
         if name == fail:
             raise ConnectionError("no such\nhost")
 

@@ -114,10 +114,3 @@ def test_position_is_that_of_the_newest_checkpoint_that_can_be_read(folder: RunF
     assert folder.newest_position() == {"step": 60, "samples": 120, "data_hash": "new"}
     (folder.step_folder(60) / "manifest.json").write_text("{")
     assert folder.newest_position() == {"step": 50, "samples": 100, "data_hash": "old"}
-
-
-def test_samples_are_appended(folder: RunFolder) -> None:
-    for step in (1, 2):
-        folder.append_sample(step, f"text {step} é")
-    text = folder.samples.read_text(encoding="utf-8")
-    assert text.index("--- step 1 ---\ntext 1 é") < text.index("--- step 2 ---\ntext 2 é")
