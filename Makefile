@@ -1,15 +1,19 @@
 # make train: set up and train the default model. make test: lint, types and all tests.
+# make storm: a run under sixty random kills, some ten minutes.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard *.py) program model parallel data training evaluation bench tests
 
-.PHONY: train test check clean
+.PHONY: train test storm check clean
 
 train: .venv/.installed
 	$(BIN)/python train.py
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+storm: .venv/.installed-dev
+	$(BIN)/python -m pytest tests/faults/test_storm.py -s --storm=60
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check $(SOURCES)

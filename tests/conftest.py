@@ -20,7 +20,7 @@ FIGURES = ("batch_hash", "samples", "tokens", "loss", "grad_norm", "lr")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How hard the storm of tests/faults/test_storm.py is, and which."""
-    parser.addoption("--storm", type=int, default=6, help="kills")
+    parser.addoption("--storm", type=int, default=6, help="strikes")
     parser.addoption("--storm-seed", type=int, default=None, help="the one that was told")
 
 

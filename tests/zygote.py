@@ -96,6 +96,8 @@ class Zygote:
         """
         self._count += 1
         outputs = [self.folder / f"start-{self._count}-rank-{rank}.txt" for rank in range(ranks)]
+        for path in outputs:
+            path.touch()
         order = {
             "arguments": list(arguments),
             "outputs": [str(path) for path in outputs],

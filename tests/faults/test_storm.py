@@ -26,8 +26,8 @@ MESHES = {
     "dp2_tp2": (4, ("parallel.dp_shard=2", "parallel.tp=2")),
 }
 ANY = ["one", "tp2", "dp2"]
-LONG = 20  # kills of a storm that goes over the mesh of four ranks too
-STEPS_A_KILL = 12  # at most; so the run is not over before the storm is
+LONG = 20  # strikes of a storm that goes over the mesh of four ranks too
+STEPS_A_STRIKE = 12  # at most; so the run is not over before the storm is
 SETUP_SECONDS = 1.5  # until a start's first step, about
 STEP_SECONDS = 0.1
 # Rounding of sums in another order: that of a run whose mesh changes is no worse than the distance
@@ -37,28 +37,30 @@ TIMES_THE_SPREAD = 2
 
 @dataclass
 class Storm:
-    """Strikes a run until there were enough kills; counts what it sees."""
+    """Strikes at a run, one start after the other; counts what it sees."""
 
     zygote: Zygote
     chance: random.Random
     folder: Path
     arguments: list[str]
-    kills: int = 0
+    strikes: int = 0
+    kills: int = 0  # a strike may hit several
     starts: int = 0
     lost_steps: int = 0
 
-    def round(self, mesh: str, strikes: bool) -> None:
+    def round(self, mesh: str, struck: bool) -> None:
         """One start of the run, struck or left alone, and what must hold of it."""
         before, saved, begun = self.steps(), self.saved(), len(self.begun())
         ranks, keys = MESHES[mesh]
         start = self.zygote.start([*self.arguments, *keys], ranks, alone=True)
         self.starts += 1
-        victims = self.strike(start, before) if strikes else []
+        victims = self.strike(start, before) if struck else []
         codes = self.zygote.wait(start)
         told = f"on {mesh}, rank {victims} struck: {codes}\n{start.told()}"
-        if strikes:
+        if struck:
             assert [codes[rank] for rank in victims] == [-signal.SIGKILL] * len(victims), told
             assert 0 not in codes, f"a rank has not noticed: {told}"
+            self.strikes += 1
             self.kills += len(victims)
         else:
             assert set(codes) == {0}, told
@@ -70,11 +72,11 @@ class Storm:
     def strike(self, start: Start, before: int) -> list[int]:
         """Kills a rank, or all of them, in set-up or some steps later; tells which."""
         ranks = range(len(start.pids))
-        victims = list(ranks) if self.chance.random() < 0.25 else [self.chance.choice(ranks)]
+        victims = list(ranks) if self.chance.random() < 0.5 else [self.chance.choice(ranks)]
         if self.chance.random() < 0.4:
             time.sleep(self.chance.uniform(0, SETUP_SECONDS))  # the storm's own time
         else:
-            target = self.saved() + self.chance.randint(1, STEPS_A_KILL)
+            target = self.saved() + self.chance.randint(1, STEPS_A_STRIKE)
             self.wait_for(target, start)
             time.sleep(self.chance.uniform(0, STEP_SECONDS))
         for rank in victims:
@@ -115,17 +117,18 @@ def test_run_in_a_storm_of_kills_ends_as_if_undisturbed(
     pytestconfig: pytest.Config,
     meshes: str,
 ) -> None:
-    kills = pytestconfig.getoption("storm")
+    strikes = pytestconfig.getoption("storm")
+    strikes = strikes if meshes == "any" else strikes // 2
     seed = pytestconfig.getoption("storm_seed") or random.SystemRandom().randrange(10**6)
     chance = random.Random(seed)
-    print(f"a storm of {kills} kills, --storm-seed={seed}")
-    steps = STEPS_A_KILL * (kills + 1)
+    print(f"a storm of {strikes} strikes, --storm-seed={seed}")
+    steps = STEPS_A_STRIKE * (strikes + 1)
     more = (f"train.max_steps={steps}", "checkpoint.interval=3")
-    choice = ["tp2"] if meshes == "tp2" else [*ANY, *(["dp2_tp2"] if kills >= LONG else [])]
+    choice = ["tp2"] if meshes == "tp2" else [*ANY, *(["dp2_tp2"] if strikes >= LONG else [])]
     storm = Storm(zygote, chance, tmp_path / "run", run_of(tmp_path / "run", *more))
-    while storm.kills < kills:
-        storm.round(chance.choice(choice), strikes=True)
-    storm.round(chance.choice(choice), strikes=False)
+    while storm.strikes < strikes:
+        storm.round(chance.choice(choice), struck=True)
+    storm.round(chance.choice(choice), struck=False)
 
     found, calm = figures(storm.folder), undisturbed(2, *more, "parallel.tp=2")
     if meshes == "tp2":
@@ -153,14 +156,12 @@ def check_ledger(storm: Storm, steps: int) -> None:
     assert [event["time"] for event in events] == sorted(event["time"] for event in events)
     saves = [event["step"] for event in events if event["event"] == "save"]
     assert set(saves) <= set(range(3, steps + 1, 3)) and saves[-1] == steps
-    for place, event in enumerate(events):
-        if event["event"] in ("start", "save", "fault", "stop"):
-            assert 0 <= event["step"] <= steps, events[place]
     stops = [event["reason"] for event in events if event["event"] == "stop"]
     assert stops[-1:] == ["finished"] and "finished" not in stops[:-1]
     account = events[-1]["goodput"]
     assert account["starts"] == len(storm.begun())
-    assert account["lost_steps"] == storm.lost_steps
+    # From outside a step is seen by its figures, which come last: each start may have one without.
+    assert 0 <= account["lost_steps"] - storm.lost_steps <= storm.starts
     parts = ("productive", "stalled", "lost", "restart", "rest")
     # Each part is rounded to a thousandth.
     assert account["wall"] == pytest.approx(sum(account[part] for part in parts), abs=5e-3)
