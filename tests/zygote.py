@@ -6,6 +6,7 @@ with torchrun's environment, and tells how each ended. Like torchrun it ends the
 failed. A fault is brought about inside the fork, by a `Plan`; the program knows nothing of it.
 """
 
+import atexit
 import errno
 import importlib
 import itertools
@@ -196,6 +197,7 @@ def run_rank(rank: int, size: int, port: int, output: str, order: dict[str, Any]
 
         traceback.print_exc()
         code = 1
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # what Python's own end would do besides is the zygote's
