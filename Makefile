@@ -1,5 +1,5 @@
 # make train: set up and train the default model. make test: lint, types and all tests.
-# make storm: a run under sixty random kills, some ten minutes.
+# make storm: one run under sixty random kills.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard *.py) program model parallel data training evaluation bench tests
@@ -13,7 +13,7 @@ test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 storm: .venv/.installed-dev
-	$(BIN)/python -m pytest tests/faults/test_storm.py -s --storm=60
+	$(BIN)/python -m pytest -s tests/faults/test_storm.py --storm=60
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check $(SOURCES)

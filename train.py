@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -18,6 +20,7 @@ import hydra
 from omegaconf import DictConfig
 
 from parallel.mesh import MeshShape, Processes, is_first_process
+from parallel.slurm import slurm_time_left
 from program.command_line import hydra_arguments
 from program.config import TrainProgram, plain
 from program.ending import end_early, finish, give_up, leave, record_fault
@@ -82,7 +85,7 @@ def set_up(
     first = is_first_process()
     requests = Requests(
         config.run.time_limit,
-        None,  # slurm
+        slurm_time_left(os.environ, time.time()) if first else None,
         config.checkpoint.interval_minutes if first else None,
     )
     requests.catch_signals(early=end_early)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from parallel.config import ParallelConfig
+from parallel.slurm import in_slurm, started_by_srun, tasks_per_node
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 # The axes whose ranks read different samples of a batch.
@@ -83,16 +84,17 @@ def started_processes(environment: Mapping[str, str]) -> Processes | None:
         per_node = int(environment["LOCAL_WORLD_SIZE"])
         nodes = int(environment["WORLD_SIZE"]) // per_node
         return Processes("auto", per_node, nodes, "torchrun")
-    interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    if "SLURM_PROCID" in environment and "SLURM_NTASKS" in environment and not interactive:
-        nodes = int(environment.get("SLURM_NNODES", "1"))
-        return Processes("auto", int(environment["SLURM_NTASKS"]) // nodes, nodes, "srun")
+    if started_by_srun(environment):
+        tasks = tasks_per_node(environment)
+        return Processes("auto", tasks[0], len(tasks), "srun")
     return None
 
 
 def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process will be global rank 0, told before any process group exists."""
-    ranks = (environment.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    # In a job's script, which has it too, it says nothing of the processes started there.
+    slurm = ("SLURM_PROCID",) if started_by_srun(environment) else ()
+    ranks = (environment.get(name) for name in ("RANK", *slurm, "LOCAL_RANK"))
     return int(next((rank for rank in ranks if rank is not None), 0)) == 0
 
 
@@ -109,11 +111,8 @@ def plan_processes(
     started = started_processes(environment)
     if started is not None:
         processes = Processes(accelerator, started.per_node, started.num_nodes, started.launcher)
-        if started.launcher == "srun" and "SLURM_NTASKS_PER_NODE" not in environment:
-            problems.append(
-                f"srun (--ntasks={processes.world_size}) does not say how many tasks run on each "
-                f"node: add --ntasks-per-node={processes.per_node}"
-            )
+        if started.launcher == "srun":
+            problems += _task_problems(environment)
         for key, there in (("devices", started.per_node), ("num_nodes", started.num_nodes)):
             asked = getattr(config, key)
             if asked is not None and asked != there:
@@ -122,6 +121,11 @@ def plan_processes(
                     f"leave parallel.{key} at null, or start {asked}"
                 )
     else:
+        if in_slurm(environment):
+            problems.append(
+                "this is the script of a SLURM job, not one of its tasks: put srun before the "
+                "command (srun python train.py …), as slurm/train.sbatch does"
+            )
         asked_by_mesh = config.dp_replicate * max(config.dp_shard, 1) * config.cp * config.tp
         num_nodes = config.num_nodes or 1
         on_this_machine = gpus if accelerator == "cuda" else max(asked_by_mesh // num_nodes, 1)
@@ -132,6 +136,23 @@ def plan_processes(
             f"use at most {gpus}, or parallel.accelerator=cpu"
         )
     return processes, problems
+
+
+def _task_problems(environment: Mapping[str, str]) -> list[str]:
+    """What is wrong with the tasks that `srun` started."""
+    tasks = tasks_per_node(environment)
+    if len(set(tasks)) > 1:
+        listed = ", ".join(map(str, tasks))
+        return [
+            f"srun started {sum(tasks)} tasks unevenly on {len(tasks)} nodes ({listed}): use "
+            f"--ntasks-per-node with the same number for each, and --nodes"
+        ]
+    if "SLURM_NTASKS_PER_NODE" not in environment:
+        return [
+            f"srun (--ntasks={sum(tasks)}) does not say how many tasks run on each node: add "
+            f"--ntasks-per-node={tasks[0]}"
+        ]
+    return []
 
 
 def _accelerator(config: ParallelConfig) -> tuple[str, int]:

@@ -4,11 +4,13 @@ import os
 from functools import partial
 
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch.distributed import DistNetworkError
 
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes
 from parallel.parallelize import parallelize
+from parallel.slurm import rendezvous
 from parallel.strategy import MeshStrategy, end_with_main_process, end_with_torchrun
 from program.preflight import LaunchError
 from training.memory import keep_freed_memory
@@ -29,16 +31,21 @@ def launch(
         end_with_main_process()
     elif processes.launcher == "torchrun":
         end_with_torchrun()
+    else:
+        os.environ.update(rendezvous(os.environ))
     if processes.accelerator == "cpu":
         keep_freed_memory()
     plan = partial(parallelize, parallel=parallel, precision=precision)
     strategy = MeshStrategy(mesh, plan)
     strategy.on_children = watchdog.watch_children
+    # Fabric itself takes the tasks of a job named interactive for shells.
+    environment = SLURMEnvironment() if processes.launcher == "srun" else None
     fabric = Fabric(
         accelerator=processes.accelerator,
         devices=processes.per_node,
         num_nodes=processes.num_nodes,
         strategy=strategy,
+        plugins=environment,
     )
     try:
         fabric.launch()

@@ -125,6 +125,7 @@ class Run:
             seconds = {"seconds": saved.stall_seconds, "write_seconds": saved.write_seconds}
             seconds = {key: round(value, 3) for key, value in seconds.items()}
             if saved.error is None:
+                self.watchdog.has_saved = True
                 named = {"path": saved.path.name, "bytes": saved.bytes}
                 self.record("save", step=saved.step, **named, **seconds)
                 continue

@@ -94,7 +94,7 @@ def test_processes_that_never_meet_end_after_the_limit_of_set_up(
 ) -> None:
     two_nodes = ["parallel.num_nodes=2", "parallel.dp_shard=2", "watchdog.setup_seconds=10"]
     done = start_program([*command(tmp_path / "run"), *two_nodes])
-    assert done.returncode == ExitCode.PEER
+    assert done.returncode == ExitCode.PEER_EARLY
     assert "in set-up for" in done.stderr and "every node" in done.stderr
     assert len(done.stderr.splitlines()) < 15
 

@@ -32,12 +32,14 @@ BEAT_SECONDS = 1.0  # between two signs of life
 RANKS_A_BEAT = 256  # more ranks than these beat less often: rank 0 reads them all
 SILENT_SECONDS = 60.0  # without a sign of life a process is dead or frozen
 GRACE_SECONDS = 5.0  # for processes to leave by themselves, as they do together
+PAUSE_SECONDS = 5.0  # that this thread did not run: the process did not
 BACKSTOP_SECONDS = 60.0  # beyond its limit, for a process whose Python runs no more
 FRAMES = 12  # of a stack, the innermost
 HOUSE = str(Path(__file__).parent.parent) + os.sep
 
+DEATHS = (ExitCode.PEER, ExitCode.PEER_EARLY)
 # With these all processes leave together: whoever is first is no fault.
-TOGETHER = {code for code in ExitCode if code not in (ExitCode.REFUSED, ExitCode.PEER)}
+TOGETHER = {code for code in ExitCode if code not in (ExitCode.REFUSED, *DEATHS)}
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Watchdog:
             "checkpoint": config.checkpoint_seconds,
         }
         self.silent_seconds = min(SILENT_SECONDS, config.step_seconds or SILENT_SECONDS)
+        self.has_saved = False  # this start of the run, a checkpoint
         self.on_verdict: Callable[[str], None] = lambda told: None
         self._main = threading.main_thread().ident
         self._phase: Phase = "set-up"
@@ -92,9 +95,11 @@ class Watchdog:
         self._suspects = False
         self._children: list[Popen[Any]] = []
         self._rank: int | None = None
+        self._connected = False
         self._last_answer = 0.0
         self._lost: float | None = None
         self._closed = threading.Event()
+        self._let_terminal_stop_us()
         self._arm()
         threading.Thread(target=self._watch, name="llamesh-watchdog", daemon=True).start()
 
@@ -121,6 +126,7 @@ class Watchdog:
         self._tell(0)
         dist.barrier()  # from here on there is a beat of every rank
         self._last_answer = time.monotonic()
+        self._connected = True
         threading.Thread(target=self._talk, name="llamesh-heartbeat", daemon=True).start()
 
     def enter(self, phase: Phase, step: int) -> None:
@@ -156,10 +162,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         """What this process can see alone: its children, rank 0's silence, its own set-up."""
+        last = time.monotonic()
         while not self._closed.wait(BEAT_SECONDS):
+            now = time.monotonic()
+            if now - last > PAUSE_SECONDS:  # all of us were stopped, as by Ctrl-Z: that is no fault
+                self._since += now - last
+                self._last_answer += now - last
+            last = now
             self._look_at_children()
             beat = self._beat(0)
-            if self._rank is None:
+            if not self._connected:
                 if self._is_late(beat):
                     self._end(f"{_late(beat)}\nDid every node start its processes?")
             elif self._lost is not None and time.monotonic() - self._lost > GRACE_SECONDS:
@@ -173,9 +185,12 @@ class Watchdog:
         assert self._rank is not None
         seen: dict[int, tuple[int, float]] = {}
         pause = BEAT_SECONDS * max(1.0, self._size / RANKS_A_BEAT)
-        count = 0
+        count, last = 0, time.monotonic()
         while not self._closed.wait(pause):
             count += 1
+            if time.monotonic() - last > pause + PAUSE_SECONDS:
+                seen.clear()  # and hear everybody anew
+            last = time.monotonic()
             try:
                 self._tell(count)
                 if self._store.check(["verdict"]):
@@ -236,7 +251,7 @@ class Watchdog:
             print(f"The run ends: {told}", file=sys.stderr, flush=True)
             with suppress(Exception):
                 self.on_verdict(told)
-        if self._rank == 0:
+        if self._rank == 0 and self._connected:
             with suppress(Exception):
                 self._store.set("verdict", told)
             time.sleep(3 * BEAT_SECONDS)  # the others read it
@@ -245,7 +260,7 @@ class Watchdog:
                 os.kill(os.getppid(), signal.SIGKILL)
         for child in self._children:
             child.kill()
-        os._exit(ExitCode.PEER)
+        os._exit(ExitCode.PEER if self.has_saved else ExitCode.PEER_EARLY)
 
     def _arm(self) -> None:
         """The last resort, in C: a process whose Python does not run cannot watch itself."""
@@ -254,6 +269,16 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
         else:
             faulthandler.dump_traceback_later(limit + BACKSTOP_SECONDS, exit=True)
+
+    def _let_terminal_stop_us(self) -> None:
+        """Ctrl-Z stops the last resort too, which would end the process as it goes on."""
+
+        def stop(number: int, frame: Any) -> None:
+            faulthandler.cancel_dump_traceback_later()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+        if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
+            signal.signal(signal.SIGTSTP, stop)
 
     def _beat(self, count: int) -> Beat:
         seconds = time.monotonic() - self._since
@@ -271,7 +296,7 @@ class Watchdog:
 
     def _last_place(self, rank: int) -> str:
         """Where a rank was when it last told, if it ever did."""
-        if self._rank is None:
+        if not self._connected:
             return " in set-up"
         try:
             beat = Beat(**json.loads(self._store.get(f"beat/{rank}")))

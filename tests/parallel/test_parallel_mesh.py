@@ -29,7 +29,29 @@ SRUN = {
     "SLURM_NTASKS": "6",
     "SLURM_NNODES": "3",
     "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
 }
+# What a job's script has, before any srun.
+BATCH = {key: value for key, value in SRUN.items() if "STEP" not in key} | {"SLURM_PROCID": "0"}
+
+
+def test_script_of_a_job_is_no_task_and_is_refused_with_the_word_that_it_lacks() -> None:
+    assert started_processes(BATCH) is None
+    _, problems = plan_processes(ParallelConfig(accelerator="cpu"), BATCH)
+    assert len(problems) == 1 and "put srun before" in problems[0]
+
+
+def test_tasks_that_srun_spread_unevenly_are_refused_with_their_numbers() -> None:
+    environment = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2,1"}
+    _, problems = plan_processes(ParallelConfig(accelerator="cpu"), environment)
+    assert len(problems) == 1 and "3 tasks unevenly on 2 nodes (2, 1)" in problems[0]
+
+
+def test_first_process_is_told_by_the_launcher_that_started_it() -> None:
+    assert is_first_process({**SRUN, "SLURM_PROCID": "0"}) and not is_first_process(SRUN)
+    # Children that a run in a script without a number of tasks starts inherit the script's.
+    alone = {key: value for key, value in BATCH.items() if key != "SLURM_NTASKS"}
+    assert is_first_process(alone) and not is_first_process({**alone, "LOCAL_RANK": "1"})
 
 
 def test_srun_without_tasks_per_node_is_refused_with_the_number() -> None:
@@ -92,7 +114,9 @@ def test_srun_is_taken_as_it_started() -> None:
 
 @pytest.mark.parametrize("name", ["bash", "interactive"])
 def test_an_interactive_slurm_shell_starts_its_own_processes(name: str) -> None:
-    assert started_processes({**SRUN, "SLURM_JOB_NAME": name}) is None
+    shell = {**SRUN, "SLURM_JOB_NAME": name, "SLURM_STEP_TASKS_PER_NODE": "1"}
+    assert started_processes(shell) is None
+    assert started_processes({**SRUN, "SLURM_JOB_NAME": name}) == Processes("auto", 2, 3, "srun")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +190,9 @@ def test_cuda_without_a_gpu_and_too_many_processes_are_problems(
 def test_one_process_of_a_run_is_the_first() -> None:
     assert is_first_process({})
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        assert [is_first_process({name: str(rank)}) for rank in range(3)] == [True, False, False]
+        started = SRUN if name == "SLURM_PROCID" else {}
+        first = [is_first_process({**started, name: str(rank)}) for rank in range(3)]
+        assert first == [True, False, False]
     # The local rank 0 of the second node is not the first.
     assert not is_first_process({"RANK": "4", "LOCAL_RANK": "0"})
 

@@ -124,9 +124,7 @@ def _try_to_load(
     problems = []
     try:
         load(folder, model, optimizer)
-    except CheckpointException as error:  # of all ranks, and no Exception
-        return one_line(error)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
         problems.append(f"it cannot be loaded ({one_line(error)})")
     return _agree(problems)
 

@@ -1,0 +1,241 @@
+"""A real SLURM of two nodes on this machine, for as long as the tests need it.
+
+munged, slurmctld and one slurmd for each node, on free ports and in a folder of their own, with
+their own key and configuration (`SLURM_CONF`): a SLURM that the machine may belong to is neither
+used nor disturbed. The nodes are names alone; both are this machine.
+"""
+
+import contextlib
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+NODES = ("n1", "n2")
+TASKS_PER_NODE = 2
+DEADLINE = 120  # seconds for something that takes a few: only what hangs gets there
+
+CONFIGURATION = """
+ClusterName=llamesh
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=1
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdSpoolDir={folder}/spool-%n
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdLogFile={folder}/slurmd-%n.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SwitchType=switch/none
+JobRequeue=1
+ReturnToService=2
+KillWait=30
+SlurmdTimeout=10
+MessageTimeout=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0,sched_min_interval=0
+{nodes}
+PartitionName=batch Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=urgent Nodes=n1,n2 PriorityTier=2 PreemptMode=OFF
+"""
+
+
+def missing_commands() -> list[str]:
+    """Those of SLURM's programs that are not installed here."""
+    return [name for name in COMMANDS if shutil.which(name, path=_path()) is None]
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    """Polls until the condition holds, and returns its value."""
+    end = time.monotonic() + DEADLINE
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited {DEADLINE} s for {what}"
+        time.sleep(0.1)
+    return value
+
+
+class Cluster:
+    """The running SLURM; `environment` is what its commands are called with."""
+
+    def __init__(self) -> None:
+        # Not pytest's folder: the socket's path may have 107 characters, and munged wants every
+        # user to be able to reach it.
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self.folder.chmod(0o755)
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))},
+            "PATH": _path(),
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "MASTER_ADDR": "127.0.0.1",  # the nodes' names are known to SLURM alone
+            "OMP_NUM_THREADS": "1",
+        }
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> None:
+        """Starts every daemon and waits until both nodes are idle."""
+        ports = _free_ports(1 + len(NODES))
+        nodes = "\n".join(
+            f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 "
+            f"Port={port} CPUs={TASKS_PER_NODE} RealMemory=1000 State=UNKNOWN"
+            for name, port in zip(NODES, ports[1:], strict=True)
+        )
+        (self.folder / "slurm.conf").write_text(
+            CONFIGURATION.format(
+                host=socket.gethostname(),
+                controller=ports[0],
+                user=getpass.getuser(),
+                folder=self.folder,
+                nodes=nodes,
+            )
+        )
+        (self.folder / "state").mkdir()
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        files = {"key-file": key.name, "socket": "munge.socket", "pid-file": "munge.pid"}
+        files |= {"log-file": "munge.log", "seed-file": "munge.seed"}
+        paths = [f"--{name}={self.folder / file}" for name, file in files.items()]
+        self._daemon("munged", "--foreground", "--force", *paths)
+        wait_for((self.folder / "munge.socket").exists, "munged")
+        self._daemon("slurmctld", "-D", "-c")
+        for name in NODES:
+            self.start_node(name)
+        wait_for(lambda: self.states() == dict.fromkeys(NODES, "idle"), "two idle nodes")
+
+    def start_node(self, name: str) -> None:
+        """Starts a node's slurmd."""
+        # What runs on the node inherits the variable: so `kill_node` finds it.
+        self._daemon(f"slurmd-{name}", "-D", "-N", name, SLURMD_NODENAME=name)
+
+    def kill_node(self, name: str) -> None:
+        """Takes a node away, as a power cut does: its daemon and everything that runs on it."""
+        daemon = self.daemons.pop(f"slurmd-{name}")
+        for pid in _processes(f"SLURMD_NODENAME={name}", self.folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        daemon.kill()
+        daemon.wait()
+
+    def states(self) -> dict[str, str]:
+        """The state of every node."""
+        done = self.run("sinfo", "-h", "-N", "-p", "batch", "-o", "%N %t", check=False)
+        return dict(line.split() for line in done.stdout.splitlines())
+
+    def run(
+        self, *command: str, check: bool = True, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs one of SLURM's commands from the checkout and waits for it."""
+        done = subprocess.run(
+            command,
+            cwd=Path(__file__).parents[2],
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+        if check:
+            assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def submit(self, *arguments: str) -> str:
+        """`sbatch` with these arguments; returns the job's number."""
+        return self.run("sbatch", "--parsable", *arguments).stdout.strip()
+
+    def job(self, number: str) -> dict[str, str]:
+        """What SLURM knows of a job, by its names."""
+        text = self.run("scontrol", "show", "job", "-o", number).stdout
+        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+    def wait_for_state(self, number: str, *states: str) -> dict[str, str]:
+        """Polls until a job is in one of the states; told what became of it, if it is not."""
+        ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
+
+        def reached() -> dict[str, str] | None:
+            job = self.job(number)
+            # A requeued job passes through such states while its processes are being ended.
+            done = job["JobState"] in ends - {*states} and job["Requeue"] == "0"
+            assert not done, f"job {number} is {job['JobState']}"
+            return job if job["JobState"] in states else None
+
+        return wait_for(reached, f"job {number} to be {' or '.join(states)}")
+
+    def start_requeued(self, number: str) -> None:
+        """Spares a requeued job the delay after which SLURM starts it again."""
+
+        def told() -> bool:
+            if self.job(number)["JobState"] != "PENDING":
+                return False
+            command = ("scontrol", "update", f"jobid={number}", "starttime=now")
+            return self.run(*command, check=False).returncode == 0
+
+        wait_for(told, f"job {number} to be requeued")
+
+    def stop(self) -> None:
+        """Ends every daemon and every process of every job."""
+        for daemon in self.daemons.values():
+            daemon.kill()
+            daemon.wait()
+        for pid in _processes(f"SLURM_CONF={self.folder}/slurm.conf", self.folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _daemon(self, name: str, *arguments: str, **environment: str) -> None:
+        log = (self.folder / f"{name}.out").open("ab")
+        self.daemons[name] = subprocess.Popen(
+            # Linux ends the daemon with the process that started it, whatever ends that.
+            ["setpriv", "--pdeathsig", "KILL", name.partition("-")[0], *arguments],
+            env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        log.close()
+
+
+def _path() -> str:
+    """Where programs are looked for: daemons lie in sbin, which a user's PATH may lack."""
+    return f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _processes(variable: str, folder: Path) -> list[int]:
+    """The processes of this cluster that have a variable in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            environment = (process / "environ").read_bytes().split(b"\0")
+            ours = f"SLURM_CONF={folder}/slurm.conf".encode() in environment
+            if ours and variable.encode() in environment and int(process.name) != os.getpid():
+                found.append(int(process.name))
+    return found

@@ -1,0 +1,110 @@
+"""The real program under a real SLURM of two nodes: trained, requeued, robbed of a node."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import TASKS_PER_NODE, Cluster, missing_commands, wait_for
+from conftest import FAULT_STEPS, ROOT, figures, ledger
+from zygote import Zygote
+
+pytestmark = pytest.mark.skipif(
+    bool(missing_commands()), reason=f"SLURM is not installed: {', '.join(missing_commands())}"
+)
+MESH = ("parallel.tp=2", "parallel.dp_shard=2")
+STANDS = 9  # the text sample of every ninth step goes into a pipe that nobody reads
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster()
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """`slurm/train.sbatch` with its one line changed, to the Python that runs the tests."""
+    text = (ROOT / "slurm/train.sbatch").read_text()
+    line = "source .venv/bin/activate\n"
+    assert text.count(line) == 1
+    path = tmp_path / "train.sbatch"
+    path.write_text(text.replace(line, f"export PATH={Path(sys.executable).parent}:$PATH\n"))
+    return path
+
+
+def steps_of(folder: Path) -> int:
+    """How many steps have figures."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def test_job_goes_on_exactly_after_usr1_and_after_the_loss_of_a_node(
+    cluster: Cluster, zygote: Zygote, run_of: Any, undisturbed: Any, script: Path, tmp_path: Path
+) -> None:
+    sampled = (f"validation.interval={STANDS}", "validation.sample_tokens=1")
+    calm = undisturbed(4, *MESH, *sampled)  # four processes that no SLURM started
+    folder, output = tmp_path / "run", tmp_path / "output.txt"
+    folder.mkdir()
+    os.mkfifo(folder / "samples.txt")
+    job = cluster.submit(
+        *("--nodes=2", f"--ntasks-per-node={TASKS_PER_NODE}", f"--output={output}"),
+        *(str(script), *run_of(folder, *MESH, *sampled)),
+    )
+    wait_for(lambda: steps_of(folder) == STANDS, f"step {STANDS}")
+
+    cluster.run("scancel", "--signal=USR1", job)
+    assert "step 9" in (folder / "samples.txt").read_text()  # which lets the run go on
+    cluster.start_requeued(job)
+    wait_for(lambda: steps_of(folder) == 2 * STANDS, f"step {2 * STANDS}")
+    assert cluster.job(job)["Restarts"] == "1"
+    stop = next(event for event in ledger(folder) if event["event"] == "stop")
+    assert (stop["reason"], stop["step"], stop["code"]) == ("stopped", STANDS + 1, 75)
+
+    cluster.kill_node("n2")
+    cluster.start_node("n2")
+    cluster.start_requeued(job)
+    (folder / "samples.txt").unlink()
+    cluster.wait_for_state(job, "COMPLETED")
+    assert cluster.job(job)["Restarts"] == "2"
+    assert "launched by srun" in output.read_text()
+    assert figures(folder) == calm
+    starts = [event["step"] for event in ledger(folder) if event["event"] == "start"]
+    assert starts == [0, STANDS + 1, 16]
+    assert [len(calm), steps_of(folder)] == [FAULT_STEPS] * 2
+
+
+def test_counts_that_do_not_fit_are_refused_before_anything_is_launched(
+    cluster: Cluster, run_of: Any, tmp_path: Path
+) -> None:
+    def srun(*arguments: str) -> str:
+        command = [*arguments, sys.executable, "train.py", *run_of(tmp_path / "run", *MESH)]
+        done = cluster.run(*command, check=False)
+        assert done.returncode == 1
+        assert done.stderr.count("Not started") == 1 and "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "3 tasks unevenly on 2 nodes (2, 1)" in srun("srun", "-N2", "-n3")
+    told = srun("srun", "-N2", "-n2", "--ntasks-per-node=1")
+    assert "the mesh (" in told and "has 4 places for 2 processes" in told
+    assert "add --ntasks-per-node=2" in srun("srun", "-N2", "-n4")
+    assert not (tmp_path / "run").exists()
+
+
+def test_script_that_forgets_srun_is_refused_with_the_word(
+    cluster: Cluster, run_of: Any, tmp_path: Path
+) -> None:
+    output = tmp_path / "output.txt"
+    command = " ".join([sys.executable, "train.py", *run_of(tmp_path / "run")])
+    job = cluster.submit(
+        *("--nodes=1", "--ntasks-per-node=1", f"--output={output}", "--no-requeue"),
+        f"--wrap={command}",
+    )
+    cluster.wait_for_state(job, "FAILED")
+    assert "put srun before the command" in output.read_text()
