@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import figures, ledger
+from conftest import damages, figures, ledger
 from zygote import DEADLINE, Start, Zygote
 
 MESHES = {
@@ -64,6 +64,7 @@ class Storm:
             self.kills += len(victims)
         else:
             assert set(codes) == {0}, told
+        assert damages(self.folder) == [], told
         if len(self.begun()) > begun:  # it got beyond its set-up
             # A save that nobody had time to write down counts too: what is on the disk does.
             assert self.begun()[begun:] == [saved], told
