@@ -6,6 +6,7 @@ with torchrun's environment, and tells how each ended. Like torchrun it ends the
 failed. A fault is brought about inside the fork, by a `Plan`; the program knows nothing of it.
 """
 
+import atexit
 import errno
 import importlib
 import itertools
@@ -96,6 +97,8 @@ class Zygote:
         """
         self._count += 1
         outputs = [self.folder / f"start-{self._count}-rank-{rank}.txt" for rank in range(ranks)]
+        for path in outputs:
+            path.touch()
         order = {
             "arguments": list(arguments),
             "outputs": [str(path) for path in outputs],
@@ -117,6 +120,12 @@ class Zygote:
         start = self.start(arguments, ranks, *plans, alone=alone)
         self.wait(start)
         return start
+
+    def children(self) -> list[int]:
+        """What it has forked and what lives on."""
+        pid = self._process.pid
+        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [int(child) for child in listed.split()]
 
     def close(self) -> None:
         """Ends it; what it has forked ends with it."""
@@ -188,6 +197,7 @@ def run_rank(rank: int, size: int, port: int, output: str, order: dict[str, Any]
 
         traceback.print_exc()
         code = 1
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # what Python's own end would do besides is the zygote's
