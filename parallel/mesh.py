@@ -113,13 +113,7 @@ def plan_processes(
         processes = Processes(accelerator, started.per_node, started.num_nodes, started.launcher)
         if started.launcher == "srun":
             problems += _task_problems(environment)
-        for key, there in (("devices", started.per_node), ("num_nodes", started.num_nodes)):
-            asked = getattr(config, key)
-            if asked is not None and asked != there:
-                problems.append(
-                    f"parallel.{key} ({asked}) is not what {started.launcher} started ({there}): "
-                    f"leave parallel.{key} at null, or start {asked}"
-                )
+        problems += started_problems(config, started)
     else:
         if in_slurm(environment):
             problems.append(
@@ -136,6 +130,16 @@ def plan_processes(
             f"use at most {gpus}, or parallel.accelerator=cpu"
         )
     return processes, problems
+
+
+def started_problems(config: ParallelConfig, started: Processes) -> list[str]:
+    """Where the processes that a launcher starts are not those that the configuration asks for."""
+    return [
+        f"parallel.{key} ({asked}) is not what {started.launcher} started ({there}): "
+        f"leave parallel.{key} at null, or start {asked}"
+        for key, there in (("devices", started.per_node), ("num_nodes", started.num_nodes))
+        if (asked := getattr(config, key)) is not None and asked != there
+    ]
 
 
 def _task_problems(environment: Mapping[str, str]) -> list[str]:

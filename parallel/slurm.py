@@ -53,8 +53,9 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
     first = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     restarts = int(environment.get("SLURM_RESTART_COUNT", "0"))
-    # Primes: a job's next step, and its next start, get ports far from this one's.
-    port = FIRST_PORT + (job + 3001 * step + 6007 * restarts) % N_PORTS
+    # Three steps of a job and its first seven starts get ports over 500 apart, and so neither these
+    # nor those of its 500 neighbours, a sweep's on one node for instance, meet at the same.
+    port = FIRST_PORT + (job + 4000 * step + 1144 * restarts) % N_PORTS
     return {
         "MASTER_ADDR": environment.get("MASTER_ADDR", first),
         "MASTER_PORT": environment.get("MASTER_PORT", str(port)),

@@ -27,7 +27,8 @@ def hydra_arguments(arguments: list[str], config_name: str) -> list[str]:
     if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
         sys.exit(
             "--multirun is not supported: every process of a run would start the sweep again. "
-            "Start one command for each value, each with its own run.name."
+            "Start one command for each value, each with its own run.name, or on SLURM "
+            "python slurm/sweep.py with the same keys."
         )
     rewritten = []
     for argument in arguments:

@@ -20,8 +20,15 @@ from data.config import DataConfig
 from data.errors import DataError
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes, is_first_process, plan_processes, resolve_mesh
-from program.config import ConfigError, TrainProgram, load_train_config, plain
+from parallel.mesh import (
+    MeshShape,
+    Processes,
+    is_first_process,
+    plan_processes,
+    resolve_mesh,
+    started_problems,
+)
+from program.config import ConfigError, Rule, TrainProgram, load_train_config, plain
 from program.precision import fp8_problems
 from program.rules import (
     batch_problems,
@@ -89,26 +96,62 @@ def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshSha
         processes, problems = plan_processes(parallel)
         mesh, more = resolve_mesh(parallel, processes.world_size)
         problems += device_problems(processes, mesh, parallel, precision, model)
-
-        def of_sizes(train: TrainConfig) -> list[str]:
-            found = model_problems(mesh, parallel, model, train.seq_len)
-            found += batch_problems(mesh, train)
-            return found + fp8_problems(processes.accelerator, mesh, precision, model, train)
-
         if more:
             return problems + more
-        problems += lane_problems(mesh, train, data)
-        return problems + of_every_stage(train, data, of_sizes)
+
+        def of_fp8(train: TrainConfig) -> list[str]:
+            return fp8_problems(processes.accelerator, mesh, precision, model, train)
+
+        problems += _mesh_problems(mesh, parallel, model, train, data)
+        return problems + of_every_stage(train, data, of_fp8)
 
     config = load_train_config(
         composed,
         (("parallel", "precision", "model", "train", "data"), machine_and_mesh),
-        (("checkpoint", "faults"), saving_problems),
-        (("log",), _tracker_problems),
+        *MORE_RULES,
     )
     processes, _ = plan_processes(config.parallel)
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
     return config, processes, mesh
+
+
+def check_for_tasks(composed: DictConfig, per_node: int, num_nodes: int) -> TrainProgram:
+    """The typed configuration of a run whose tasks will start elsewhere, on machines unseen.
+
+    Args:
+        composed: What Hydra composed.
+        per_node: Number of tasks on each node.
+        num_nodes: Number of nodes.
+
+    Raises:
+        ConfigError: every problem of keys, types, rules and mesh at once.
+    """
+
+    def mesh_of_tasks(
+        parallel: ParallelConfig, model: ModelConfig, train: TrainConfig, data: DataConfig
+    ) -> list[str]:
+        tasks = Processes("auto", per_node, num_nodes, "srun")
+        problems = started_problems(parallel, tasks)
+        mesh, more = resolve_mesh(parallel, tasks.world_size)
+        return problems + (more or _mesh_problems(mesh, parallel, model, train, data))
+
+    of_tasks = (("parallel", "model", "train", "data"), mesh_of_tasks)
+    return load_train_config(composed, of_tasks, *MORE_RULES)
+
+
+def _mesh_problems(
+    mesh: MeshShape,
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    train: TrainConfig,
+    data: DataConfig,
+) -> list[str]:
+    """The rules that tie model, batches and data to the mesh, whatever it runs on."""
+
+    def of_sizes(train: TrainConfig) -> list[str]:
+        return model_problems(mesh, parallel, model, train.seq_len) + batch_problems(mesh, train)
+
+    return lane_problems(mesh, train, data) + of_every_stage(train, data, of_sizes)
 
 
 def _tracker_problems(log: LogConfig) -> list[str]:
@@ -118,6 +161,13 @@ def _tracker_problems(log: LogConfig) -> list[str]:
     from training.tracker import tracker_problems
 
     return tracker_problems(log.wandb)
+
+
+# Rules beyond the configuration's own, of which neither mesh nor machine is a part.
+MORE_RULES: tuple[Rule, ...] = (
+    (("checkpoint", "faults"), saving_problems),
+    (("log",), _tracker_problems),
+)
 
 
 def check_folder(config: TrainProgram) -> Changes:
@@ -191,6 +241,14 @@ def prepare_data(config: TrainProgram) -> "Dataset | StreamDataset":
             "run.name"
         )
     return dataset
+
+
+def needs_preparation(config: TrainProgram) -> bool:
+    """Whether the first run with this configuration would prepare its data."""
+    from data.manifest import MANIFEST_FILE
+
+    streams = config.data.stream_lanes is not None
+    return not streams and not (Path(config.data.folder) / MANIFEST_FILE).exists()
 
 
 def _open_stream(config: TrainProgram) -> "StreamDataset":

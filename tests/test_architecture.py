@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "train": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "evaluate": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "prepare": (("data", "program"), CHEAP),
+    "slurm": (("program", "training"), ("submitit", *CHEAP)),
     "bench": (
         (*HOUSE, "train"),
         ("torch", "lightning.fabric", "numpy", "datasets", "tiktoken", *CHEAP),
@@ -70,10 +71,10 @@ class Import:
 
 
 def files() -> list[Path]:
-    """The programs, and the modules of every package."""
+    """The programs, slurm's among them, and the modules of every package."""
     packages = [path.parent for path in ROOT.glob("*/__init__.py")]
     inside = [file for package in packages for file in package.rglob("*.py")]
-    return sorted([*ROOT.glob("*.py"), *inside])
+    return sorted([*ROOT.glob("*.py"), *ROOT.glob("slurm/*.py"), *inside])
 
 
 def package_of(path: Path) -> str:

@@ -145,7 +145,7 @@ def test_values_that_only_a_person_can_give(refused: Callable[..., str]) -> None
 @pytest.mark.parametrize("flag", ["--multirun", "hydra.mode=MULTIRUN"])
 def test_multirun(refused: Callable[..., str], flag: str) -> None:
     message = refused(flag, "experiment=smoke", CPU, "train.max_steps=1,2")
-    line_with(message, "multirun", "run.name")
+    line_with(message, "multirun", "run.name", "slurm/sweep.py")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU to run on")
