@@ -50,6 +50,7 @@ class Beat:
 
 
 def told_silent(beat: Beat, seconds: float) -> str:
+    """What is told of a process that is not heard of."""
     return (
         f"{beat} gives no sign of life for {seconds:.0f} s: dead, frozen or cut off; last seen in "
         f"{beat.work}, here:\n{indented(beat.stack)}"
@@ -57,6 +58,7 @@ def told_silent(beat: Beat, seconds: float) -> str:
 
 
 def told_late(beat: Beat, others: Sequence[Beat] = ()) -> str:
+    """What is told of processes that have been at the same place for too long."""
     also = f" and ranks {', '.join(str(other.rank) for other in others)}" if others else ""
     stands = "waits" if beat.waits else "is stuck"
     return f"{beat}{also} {stands} in {beat.work} for {beat.seconds:.0f} s, here:\n" + indented(
@@ -89,4 +91,5 @@ def _short(path: str) -> str:
 
 
 def indented(lines: Sequence[str]) -> str:
+    """Lines under a sentence."""
     return "\n".join(f"    {line}" for line in lines)
