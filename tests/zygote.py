@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+OFFLINE = Path(__file__).parent / "faults" / "offline"  # a W&B that reaches nobody
 DEADLINE = 120  # seconds for a start to end: only a hanging one gets there
 WRITES = os.O_WRONLY | os.O_RDWR
 # What changes a file system, as audit events tell before it happens: where they have the
@@ -81,7 +82,12 @@ class Zygote:
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+                "PYTHONPATH": str(OFFLINE),
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
