@@ -16,6 +16,8 @@ from program.run import Run
 from training.exit_codes import ExitCode
 from training.run_folder import RunFolderError
 
+LAST_SAVE_SECONDS = 60.0  # for one that is being written while the run gives up
+
 # What a line says of a run that was asked to stop.
 ASKED = {
     ExitCode.INTERRUPTED: "interrupted",
@@ -28,7 +30,11 @@ ASKED = {
 def end_early(code: ExitCode) -> NoReturn:
     """Ends a start that was asked to stop before its first step; one process tells it."""
     if is_first_process():
-        print(f"{ASKED[code].capitalize()} before the first step.", file=sys.stderr, flush=True)
+        print(
+            f"{ASKED[code][0].upper()}{ASKED[code][1:]} before the first step.",
+            file=sys.stderr,
+            flush=True,
+        )
     os._exit(code)
 
 
@@ -50,6 +56,7 @@ def give_up(run: Run, error: Exception) -> NoReturn:
     run.console.stop()
     if isinstance(error, DataError):
         code, told = ExitCode.DATA, str(error)
+        run.saver.finish(LAST_SAVE_SECONDS)  # peers that train on still write their parts
     elif isinstance(error, RunFolderError):
         code, told = error.code, str(error)
     else:

@@ -10,7 +10,11 @@ from program.report import meter
 from program.run import Run
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
+
+    from data.loader import Batch
 
 
 def read_figures(run: Run, tensors: "dict[str, Tensor]", rate: float) -> dict[str, Any]:
@@ -57,7 +61,16 @@ def validate(run: Run) -> float:
         rank=run.data_rank,
         size=run.mesh.dp,
     )
-    return mean_loss(run.model, batches, run.fabric.device, run.strategy.sum_over_data)
+    return mean_loss(
+        run.model, _watched(run, batches), run.fabric.device, run.strategy.sum_over_data
+    )
+
+
+def _watched(run: Run, batches: "list[Batch]") -> "Iterator[Batch]":
+    """The same batches; each has the time of a step."""
+    for batch in batches:
+        run.watchdog.enter("step", run.position.step)
+        yield batch
 
 
 def write_sample(run: Run) -> None:

@@ -70,7 +70,7 @@ def refusals() -> Iterator[None]:
         message, code = f"Not started: {error}", error.code
     except KeyboardInterrupt:
         if is_first_process():
-            print("Interrupted before the first figure.", file=sys.stderr, flush=True)
+            print("Interrupted before the first step.", file=sys.stderr, flush=True)
         os._exit(ExitCode.INTERRUPTED)  # peers may wait for us in a collective call
     else:
         return

@@ -48,7 +48,8 @@ def history(folder: RunFolder) -> History:
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         events = Ledger(folder.ledger).read()
-        ways = [event for event in events if event.get("event") in ("rewind", "rewound")]
+        # A start after a rewind has finished it, before it wrote its line.
+        ways = [event for event in events if event.get("event") in ("rewind", "rewound", "start")]
         unfinished = ways and ways[-1]["event"] == "rewind"
         found[0] = History(rewinds_of(events), ways[-1]["before"] if unfinished else None)
     dist.broadcast_object_list(found)

@@ -20,7 +20,7 @@ FIGURES = ("batch_hash", "samples", "tokens", "loss", "grad_norm", "lr")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How hard the storm of tests/faults/test_storm.py is, and which."""
-    parser.addoption("--storm", type=int, default=6, help="kills")
+    parser.addoption("--storm", type=int, default=6, help="strikes")
     parser.addoption("--storm-seed", type=int, default=None, help="the one that was told")
 
 
@@ -175,3 +175,20 @@ def figures(folder: Path) -> list[dict[str, Any]]:
 def ledger(folder: Path) -> list[dict[str, Any]]:
     """The events of a run."""
     return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
+def damages(folder: Path) -> list[str]:
+    """What is wrong with any of a run's committed checkpoints, whatever was killed when."""
+    from training.checkpoint.files import damage_of, read_manifest
+
+    found = []
+    for committed in (folder / "checkpoints").glob("step-*/COMMITTED"):
+        try:
+            manifest = read_manifest(committed.parent)
+        except ValueError as error:
+            found.append(f"{committed.parent.name}: {error}")
+            continue
+        for name, entry in manifest["files"].items():
+            damage = damage_of(committed.parent / name, entry, manifest["algorithm"])
+            found += [f"{committed.parent.name}: {damage}"] if damage else []
+    return found

@@ -47,7 +47,7 @@ def books(tmp_path: Path, corpus: Path) -> Path:
 
 def test_readme_is_short_and_has_the_commands() -> None:
     assert len(README.splitlines()) < 200
-    for begin in ("make", "python", "torchrun", "srun"):
+    for begin in ("make", "python", "torchrun", "srun", "sbatch"):
         assert commands(begin)
 
 
@@ -61,7 +61,8 @@ def test_make_targets_run_the_programs() -> None:
             check=True,
         ).stdout
         assert "constraints.txt" in shown
-        assert "pytest" in shown if command[1] == "test" else "train.py" in shown
+        target = {"train": "train.py", "test": "pytest", "storm": "test_storm.py --storm="}
+        assert target[command[1]] in shown
 
 
 def test_prepare_and_train_commands_run(books: Path) -> None:
@@ -91,13 +92,15 @@ def test_prepare_and_train_commands_run(books: Path) -> None:
     assert {run.name for run in (books / "runs").iterdir()} == {"smoke", "two", "books"}
 
 
-@pytest.mark.parametrize("begin", ["python", "torchrun", "srun"])
+@pytest.mark.parametrize("begin", ["python", "torchrun", "srun", "sbatch"])
 def test_gpu_commands_pass_the_gate(begin: str) -> None:
     checked = 0
     for command in commands(begin):
-        if "train.py" not in command or small(command):
+        program = "slurm/train.sbatch" if begin == "sbatch" else "train.py"
+        if program not in command or small(command):
             continue
-        overrides = hydra_arguments(command[command.index("train.py") + 1 :], "train")
+        assert (ROOT / program).exists()
+        overrides = hydra_arguments(command[command.index(program) + 1 :], "train")
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = load_train_config(compose("train", overrides))
         nodes = [word for word in command if word.startswith("--nodes=") or "nnodes=" in word]

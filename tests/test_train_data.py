@@ -13,6 +13,8 @@ import pytest
 from conftest import ROOT, read_metrics, start_program
 from processes import DEADLINE, Program, linux, wait_for
 
+from training.exit_codes import ExitCode
+
 # The first stage's 8 × 64 tokens a step until step 12, then the other source joins, then the
 # sequences double, then the batch.
 STAGES = (
@@ -110,9 +112,9 @@ def assert_told_and_mended(
 ) -> None:
     """A run ended with a message about the second source; with its files back it goes on."""
     exit_code, errors = done
-    assert exit_code == 1
+    assert exit_code == ExitCode.DATA
     assert "Traceback" not in errors
-    assert "the same command goes on from step 10" in errors
+    assert "Saved up to step 10; go on with: python train.py " in errors
     assert str(copy / "email") in errors
     shutil.copytree(shards / "email", copy / "email", dirs_exist_ok=True)
     again = start_program(words)

@@ -184,9 +184,10 @@ def test_signal_on_any_rank_lets_all_finish_the_step_save_once_and_leave_with_it
     assert program.main.returncode == CODES[number]
     assert errors == ""
     # Step 9 was taken when the signal came, so it is step 10 that all know of it with.
-    last = told.splitlines()[-2:]
+    last = told.splitlines()[-3:]
     assert last[0].startswith("Stopped after step 10: ")
-    assert last[1].startswith("Saved up to step 10; go on with: python train.py ")
+    assert last[1].startswith("goodput ")
+    assert last[2].startswith("Saved up to step 10; go on with: python train.py ")
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert saved == ["step-00000006", "step-00000010"]
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
@@ -194,7 +195,7 @@ def test_signal_on_any_rank_lets_all_finish_the_step_save_once_and_leave_with_it
     assert ledger[-1]["code"] == CODES[number]
     if number == signal.SIGTERM:  # all leave alike, so one of them shows how the run goes on
         (folder / "samples.txt").unlink()
-        words = shlex.split(last[1].partition("go on with: python ")[2])
+        words = shlex.split(last[2].partition("go on with: python ")[2])
         assert start_program(words).returncode == 0
         reference, _ = pair
         for key in ("batch_hash", "samples", "loss", "grad_norm"):
@@ -211,7 +212,7 @@ def test_run_interrupted_while_it_starts_says_so_in_a_line(command: Any, tmp_pat
     finally:
         program.end()
     assert program.main.returncode == 130
-    assert (told, errors) == ("", "Interrupted before the first figure.\n")
+    assert (told, errors) == ("", "Interrupted before the first step.\n")
 
 
 @linux

@@ -40,7 +40,7 @@ def test_an_index_that_is_damaged_while_nobody_looks_stops_the_run_and_says_what
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     damaged = smoke_run(tmp_path / "run", *words, "checkpoint.interval=5", succeeds=False)
-    assert damaged.returncode == 1
+    assert damaged.returncode == 65
     assert "Traceback" not in damaged.stderr
     assert "the same command goes on from step 10" in damaged.stderr
     (there,) = (tmp_path / "shards").glob("*/pack-128")

@@ -36,7 +36,8 @@ def command(folder: Path) -> Any:
             *("train.py", "experiment=smoke", "data=fineweb_edu", f"data.stream_lanes={LANES}"),
             f"data.sources.fineweb_edu.path={folder}",
             *("data.sources.fineweb_edu.name=null", f"run.dir={run}", f"train.max_steps={STEPS}"),
-            *("checkpoint.interval=5", "validation.interval=null", "validation.samples=0"),
+            *("checkpoint.interval=5", "checkpoint.async_save=false"),
+            *("validation.interval=null", "validation.samples=0"),
             *("parallel.accelerator=cpu", "log.tensorboard=false"),
             *overrides,
         ]

@@ -6,6 +6,7 @@ with torchrun's environment, and tells how each ended. Like torchrun it ends the
 failed. A fault is brought about inside the fork, by a `Plan`; the program knows nothing of it.
 """
 
+import atexit
 import errno
 import importlib
 import itertools
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+OFFLINE = Path(__file__).parent / "faults" / "offline"  # a W&B that reaches nobody
 DEADLINE = 120  # seconds for a start to end: only a hanging one gets there
 WRITES = os.O_WRONLY | os.O_RDWR
 # What changes a file system, as audit events tell before it happens: where they have the
@@ -80,7 +82,12 @@ class Zygote:
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+                "PYTHONPATH": str(OFFLINE),
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -96,6 +103,8 @@ class Zygote:
         """
         self._count += 1
         outputs = [self.folder / f"start-{self._count}-rank-{rank}.txt" for rank in range(ranks)]
+        for path in outputs:
+            path.touch()
         order = {
             "arguments": list(arguments),
             "outputs": [str(path) for path in outputs],
@@ -117,6 +126,12 @@ class Zygote:
         start = self.start(arguments, ranks, *plans, alone=alone)
         self.wait(start)
         return start
+
+    def children(self) -> list[int]:
+        """What it has forked and what lives on."""
+        pid = self._process.pid
+        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [int(child) for child in listed.split()]
 
     def close(self) -> None:
         """Ends it; what it has forked ends with it."""
@@ -188,6 +203,7 @@ def run_rank(rank: int, size: int, port: int, output: str, order: dict[str, Any]
 
         traceback.print_exc()
         code = 1
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # what Python's own end would do besides is the zygote's

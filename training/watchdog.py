@@ -14,19 +14,16 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
 from subprocess import Popen
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from training.config import WatchdogConfig
 from training.exit_codes import ExitCode
-
-Phase = Literal["set-up", "step", "checkpoint"]
+from training.heartbeat import Beat, Phase, indented, stack_of, told_late, told_silent
 
 BEAT_SECONDS = 1.0  # between two signs of life
 RANKS_A_BEAT = 256  # more ranks than these beat less often: rank 0 reads them all
@@ -34,43 +31,10 @@ SILENT_SECONDS = 60.0  # without a sign of life a process is dead or frozen
 GRACE_SECONDS = 5.0  # for processes to leave by themselves, as they do together
 PAUSE_SECONDS = 5.0  # that this thread did not run: the process did not
 BACKSTOP_SECONDS = 60.0  # beyond its limit, for a process whose Python runs no more
-FRAMES = 12  # of a stack, the innermost
-HOUSE = str(Path(__file__).parent.parent) + os.sep
 
 DEATHS = (ExitCode.PEER, ExitCode.PEER_EARLY)
 # With these all processes leave together: whoever is first is no fault.
 TOGETHER = {code for code in ExitCode if code not in (ExitCode.REFUSED, *DEATHS)}
-
-
-@dataclass(frozen=True)
-class Beat:
-    """A sign of life: which process, what it is at, for how long, and where.
-
-    One that `suspects` has lost its connection to another.
-    """
-
-    rank: int
-    host: str
-    pid: int
-    phase: Phase
-    step: int
-    seconds: float
-    count: int
-    suspects: bool
-    stack: list[str]
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} (process {self.pid} on {self.host})"
-
-    @property
-    def work(self) -> str:
-        """What it is at, in words."""
-        return "set-up" if self.phase == "set-up" else f"{self.phase} {self.step}"
-
-    @property
-    def waits(self) -> bool:
-        """Whether it stands inside of torch, as those do that wait for another."""
-        return bool(self.stack) and "torch" in self.stack[-1].split(":")[0].split(os.sep)
 
 
 class Watchdog:
@@ -173,12 +137,12 @@ class Watchdog:
             beat = self._beat(0)
             if not self._connected:
                 if self._is_late(beat):
-                    self._end(f"{_late(beat)}\nDid every node start its processes?")
+                    self._end(f"{told_late(beat)}\nDid every node start its processes?")
             elif self._lost is not None and time.monotonic() - self._lost > GRACE_SECONDS:
                 self._end("rank 0 is gone, and its store with it", self._tells_of_rank_0())
             elif self._rank and time.monotonic() - self._last_answer > self.silent_seconds:
                 told = f"rank 0 gives no sign of life for {self.silent_seconds:.0f} s"
-                self._end(f"{told}; here:\n{_indented(beat.stack)}", self._tells_of_rank_0())
+                self._end(f"{told}; here:\n{indented(beat.stack)}", self._tells_of_rank_0())
 
     def _talk(self) -> None:
         """Tells the store how this process is, and hears what rank 0 makes of all."""
@@ -217,14 +181,14 @@ class Watchdog:
         silent = [b for b in beats if now - seen[b.rank][1] > patience]
         late = [b for b in beats if self._is_late(b)]
         if silent:
-            self._end("\n".join(_silent(beat, now - seen[beat.rank][1]) for beat in silent))
+            self._end("\n".join(told_silent(beat, now - seen[beat.rank][1]) for beat in silent))
         if late:
             # Who waits for another is as late as that one: the odd ones are told first.
             by_place: dict[tuple[str, ...], list[Beat]] = {}
             for beat in beats:
                 by_place.setdefault(tuple(beat.stack), []).append(beat)
             groups = sorted(by_place.values(), key=lambda group: (group[0].waits, len(group)))
-            self._end("\n".join(_late(group[0], group[1:]) for group in groups))
+            self._end("\n".join(told_late(group[0], group[1:]) for group in groups))
 
     def _look_at_children(self) -> None:
         """The main process of a run that starts its own: whether one of them has ended."""
@@ -283,7 +247,7 @@ class Watchdog:
     def _beat(self, count: int) -> Beat:
         seconds = time.monotonic() - self._since
         rank = int(os.environ.get("LOCAL_RANK", 0)) if self._rank is None else self._rank
-        stack = _stack(self._main)
+        stack = stack_of(self._main)
         work = self._phase, self._step, seconds, count, self._suspects, stack
         return Beat(rank, socket.gethostname(), os.getpid(), *work)
 
@@ -302,55 +266,12 @@ class Watchdog:
             beat = Beat(**json.loads(self._store.get(f"beat/{rank}")))
         except Exception:
             return ""
-        return f" in {beat.work}; last seen here:\n{_indented(beat.stack)}"
+        return f" in {beat.work}; last seen here:\n{indented(beat.stack)}"
 
     def _tells_of_rank_0(self) -> bool:
         """One process of each node is enough."""
         local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
         return self._rank == 1 or local_rank == "0"
-
-
-def _silent(beat: Beat, seconds: float) -> str:
-    return (
-        f"{beat} gives no sign of life for {seconds:.0f} s: dead, frozen or cut off; last seen in "
-        f"{beat.work}, here:\n{_indented(beat.stack)}"
-    )
-
-
-def _late(beat: Beat, others: Sequence[Beat] = ()) -> str:
-    also = f" and ranks {', '.join(str(other.rank) for other in others)}" if others else ""
-    stands = "waits" if beat.waits else "is stuck"
-    return f"{beat}{also} {stands} in {beat.work} for {beat.seconds:.0f} s, here:\n" + _indented(
-        beat.stack
-    )
-
-
-def _stack(thread: int | None) -> list[str]:
-    """Where a thread stands, the innermost place last: `file:line function`.
-
-    Of the libraries only that place is told: what matters is which of our lines led there.
-    """
-    frame = sys._current_frames().get(thread or 0)
-    if frame is None:
-        return []
-    *outer, inner = traceback.extract_stack(frame)
-    ours = [each for each in outer if _is_ours(each.filename)][-FRAMES:]
-    return [f"{_short(each.filename)}:{each.lineno} {each.name}" for each in [*ours, inner]]
-
-
-def _is_ours(path: str) -> bool:
-    """Whether a file is the house's, in which an environment may lie too."""
-    return path.startswith(HOUSE) and "site-packages" not in path
-
-
-def _short(path: str) -> str:
-    """A path from the house, or from its package, on."""
-    _, found, rest = path.rpartition(f"site-packages{os.sep}")
-    return rest if found else path.removeprefix(HOUSE)
-
-
-def _indented(lines: Sequence[str]) -> str:
-    return "\n".join(f"    {line}" for line in lines)
 
 
 def _is_child_of_main() -> bool:

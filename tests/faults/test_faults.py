@@ -69,9 +69,12 @@ def test_three_in_a_row_rewind_and_leave_their_samples_out_whatever_is_killed_th
     again = tmp_path / "again"
     kill = Plan(rank=0, at="program.recovery._fill", call=2, do="SIGKILL")
     assert zygote.run(run_of(again), 1, bad, kill).codes == {0: -9}
-    assert zygote.run(run_of(again), 1, Plan(0, 6, "SIGKILL", FORWARD)).codes == {0: -9}
-    assert zygote.run(run_of(again), 1).codes == {0: 0}
+    arguments = run_of(again, "checkpoint.async_save=false")
+    assert zygote.run(arguments, 1, Plan(0, 6, "SIGKILL", FORWARD)).codes == {0: -9}
+    assert zygote.run(arguments, 1).codes == {0: 0}
     assert figures(again) == found
+    starts = [line["step"] for line in ledger(again) if line["event"] == "start"]
+    assert starts == [0, 8, 12]  # what was decided once is done once
 
 
 def test_run_whose_losses_stay_bad_ends_with_a_code_of_its_own(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import figures, ledger
+from conftest import damages, figures, ledger
 from zygote import Plan, Start, Zygote
 
 KILLED = -signal.SIGKILL
@@ -39,6 +39,7 @@ def test_run_killed_in_every_phase_of_saving_and_removing_ends_as_if_undisturbed
         kill = Plan(0, 1, "SIGKILL", folder=str(folder / "checkpoints"), use=re.escape(phase))
         start = zygote.run(run_of(folder, *EVERY_STEP), 1, kill)
         assert start.codes == {0: KILLED}, f"{phase} never came:\n{start.told()}"
+        assert damages(folder) == [], phase
     start = zygote.run(run_of(folder, *EVERY_STEP), 1)
     assert start.codes == {0: 0}, start.told()
     assert figures(folder) == undisturbed(1)
@@ -57,6 +58,7 @@ def test_rank_killed_while_all_save_ends_the_others_and_the_save_before_counts(
         start = zygote.run(arguments, 2, kill, alone=True)
         assert start.codes[victim] == KILLED
         assert start.codes[1 - victim] > 0, start.told(1 - victim)
+        assert damages(folder) == [], phase
     start = zygote.run(arguments, 2)
     assert start.codes == {0: 0, 1: 0}, start.told()
     assert figures(folder) == undisturbed(2, "parallel.tp=2")

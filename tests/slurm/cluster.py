@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
     end = time.monotonic() + DEADLINE
     while not (value := condition()):
         assert time.monotonic() < end, f"waited {DEADLINE} s for {what}"
-        time.sleep(0.1)
+        time.sleep(0.2)
     return value
 
 
@@ -180,16 +181,20 @@ class Cluster:
 
         return wait_for(reached, f"job {number} to be {' or '.join(states)}")
 
-    def start_requeued(self, number: str) -> None:
+    def start_requeued(self, number: str, restarts: int) -> None:
         """Spares a requeued job the delay after which SLURM starts it again."""
 
-        def told() -> bool:
-            if self.job(number)["JobState"] != "PENDING":
-                return False
-            command = ("scontrol", "update", f"jobid={number}", "starttime=now")
-            return self.run(*command, check=False).returncode == 0
+        def runs() -> bool:
+            job = self.job(number)
+            if job["JobState"] == "PENDING" and job.get("Restarts") == str(restarts):
+                # SLURM sets the delay when the old start is quite gone; once it is lifted the
+                # job is left alone, as each change begins its scheduling anew.
+                begin = job.get("EligibleTime", "Unknown")
+                if begin == "Unknown" or datetime.fromisoformat(begin) > datetime.now():
+                    self.run("scontrol", "update", f"jobid={number}", "starttime=now", check=False)
+            return job["JobState"] == "RUNNING" and job.get("Restarts") == str(restarts)
 
-        wait_for(told, f"job {number} to be requeued")
+        wait_for(runs, f"job {number} to run again")
 
     def stop(self) -> None:
         """Ends every daemon and every process of every job."""

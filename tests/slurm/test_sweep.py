@@ -197,7 +197,7 @@ def test_sweep_trains_each_run_in_a_job_that_comes_back_when_it_is_told_to_stop(
     cluster.run("scancel", "--signal=USR1", asked)
     (folders[1] / "samples.txt").read_text()  # which lets the run go on
     (folders[1] / "samples.txt").unlink()
-    cluster.start_requeued(asked)
+    cluster.start_requeued(asked, restarts=1)
     for number, restarts in ((asked, "1"), (calm, "0")):
         assert cluster.wait_for_state(number, "COMPLETED")["Restarts"] == restarts
 

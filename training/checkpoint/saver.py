@@ -132,11 +132,12 @@ class Saver:
             found.append(self._outcomes.get())
         return found
 
-    def finish(self) -> None:
-        """Waits until no save is being written."""
+    def finish(self, seconds: float | None = None) -> None:
+        """Waits until no save is being written, or so long."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(seconds)
+            if not self._thread.is_alive():
+                self._thread = None
 
     def close(self) -> None:
         """Waits for the save that is being written, and gives the memory of the copies back."""

@@ -1,0 +1,142 @@
+"""Files that cannot be written or read are told, and the run comes out as if undisturbed."""
+
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from conftest import FAULT_STEPS, figures, ledger
+from processes import is_running, wait_for
+from zygote import Plan, Zygote
+
+from training.exit_codes import ExitCode
+
+ALWAYS = 10**9
+TP2 = "parallel.tp=2"
+KEEP_ALL = ("checkpoint.interval=2", "checkpoint.keep_last=null")
+
+
+def flip(path: Path) -> None:
+    """Changes one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    """Takes the last byte away."""
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def test_each_file_of_a_checkpoint_flipped_or_cut_is_named_and_all_fall_back_to_the_whole_one(
+    zygote: Zygote, run_of: Callable[..., list[str]], undisturbed: Any, tmp_path: Path
+) -> None:
+    """As many damaged checkpoints as there are files and damages, and one start."""
+    arguments = run_of(tmp_path / "run", *KEEP_ALL, TP2)
+    assert set(zygote.run(arguments, 2).codes.values()) == {0}
+    calm = figures(tmp_path / "run")
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    names = sorted(path.name for path in checkpoints[0].iterdir())
+    assert names == [".metadata", "COMMITTED", "__0_0.distcp", "__1_0.distcp", "manifest.json"]
+    damages = [(name, damage) for name in names for damage in (flip, truncate)]
+    assert len(checkpoints) > len(damages) + 1
+    hurt = list(zip(reversed(checkpoints), damages, strict=False))
+    for checkpoint, (name, damage) in hurt:
+        damage(checkpoint / name)
+
+    start = zygote.run(arguments, 2)
+    assert start.codes == {0: 0, 1: 0}, start.told()
+    told = " ".join(start.told().split())
+    for checkpoint, (name, damage) in hurt:
+        about = re.search(rf"{checkpoint.name} is damaged, [^:]*: .*?(?= step-|$)", told)
+        assert about and re.search(rf"(?<!\S){re.escape(name)}(?!\S)", about[0]), (
+            name,
+            damage,
+            told,
+        )
+        (aside,) = checkpoint.parent.glob(f"{checkpoint.name}.damaged-*")
+        assert (aside / name).exists()
+    begun = [event["step"] for event in ledger(tmp_path / "run") if event["event"] == "start"]
+    assert begun == [0, int(checkpoints[-len(damages) - 1].name[-8:])]
+    assert figures(tmp_path / "run") == calm == undisturbed(2, TP2)
+
+
+def test_full_disk_in_any_phase_of_saving_is_told_and_training_goes_on(
+    zygote: Zygote, run_of: Callable[..., list[str]], undisturbed: Any, tmp_path: Path
+) -> None:
+    """One run: its first save fails at the first change to the disk, its second at the second, …"""
+    every = Plan(0, 1, "tell", folder=str(tmp_path / "calm" / "checkpoints"), until=ALWAYS)
+    start = zygote.run(run_of(tmp_path / "calm", "train.max_steps=1"), 1, every)
+    changes = re.findall(r"^fault: (.+)$", start.told(), re.MULTILINE)
+    needs_room = re.compile(r"(mkdir|write|fsync) \.step(?!/\.metadata\.tmp$)(/\S+)?|rename \.step")
+    phases = [*dict.fromkeys(change for change in changes if needs_room.fullmatch(change))]
+    assert 6 < len(phases) < FAULT_STEPS - 2
+
+    folder = tmp_path / "run"
+    full = [
+        Plan(0, 1, "ENOSPC", folder=str(folder / "checkpoints"), use=re.escape(phase))
+        for phase in phases
+    ]
+    few = ("checkpoint.interval=1", "checkpoint.on_failure=continue", "checkpoint.keep_last=2")
+    start = zygote.run(run_of(folder, *few), 1, *full)
+    assert start.codes == {0: 0}, start.told()
+    failed = [event for event in ledger(folder) if event["event"] == "save_failed"]
+    assert [event["step"] for event in failed] == list(range(1, len(phases) + 1)), start.told()
+    assert all("No space left on device" in event["error"] for event in failed)
+    assert figures(folder) == undisturbed(1)
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == [f"step-{step:08d}" for step in (FAULT_STEPS - 1, FAULT_STEPS)]
+
+
+def test_checkpoints_that_cannot_be_removed_cost_room_and_no_more(
+    zygote: Zygote, run_of: Callable[..., list[str]], undisturbed: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    stays = Plan(
+        *(0, 1, "EACCES"), folder=str(folder / "checkpoints"), use="remove step/.*", until=ALWAYS
+    )
+    start = zygote.run(run_of(folder, "checkpoint.keep_last=1"), 1, stays)
+    assert start.codes == {0: 0}, start.told()
+    assert "cannot be removed (Permission denied)" in " ".join(start.told().split())
+    assert figures(folder) == undisturbed(1)
+
+
+def test_full_logs_and_a_tracker_out_of_reach_are_told_once_and_the_weights_come_out_the_same(
+    zygote: Zygote, run_of: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    calm, full = tmp_path / "calm", tmp_path / "full"
+    assert zygote.run(run_of(calm), 1).codes == {0: 0}
+    logs = r"write (metrics|ledger)\.jsonl|write (loss|tensorboard).*"
+    no_room = Plan(0, 1, "ENOSPC", folder=str(full), use=logs, until=ALWAYS)
+    start = zygote.run(run_of(full, "log.tensorboard=true", "log.wandb=project"), 1, no_room)
+    assert start.codes == {0: 0}, start.told()
+    told = " ".join(start.told().split())
+    for failure in (
+        r"metrics\.jsonl in \S+ fails \(\[Errno 28\]",
+        r"ledger\.jsonl cannot be written \(No space left",
+        r"TensorBoard in \S+ fails \(\[Errno 28\]",
+        r"W&B in \S+ fails \(Run initialization has timed out\)",
+    ):
+        assert len(re.findall(failure, told)) == 1, f"{failure}:\n{told}"
+    last = Path("checkpoints") / f"step-{FAULT_STEPS:08d}" / "__0_0.distcp"
+    assert (full / last).read_bytes() == (calm / last).read_bytes()
+
+
+def test_frozen_rank_ends_the_run_and_it_goes_on_as_if_undisturbed(
+    zygote: Zygote, run_of: Callable[..., list[str]], undisturbed: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    limit = "watchdog.step_seconds=5"
+    freeze = Plan(1, 10, "SIGSTOP", "model.llama.Llama.forward")
+    start = zygote.start(run_of(folder, TP2, limit), 2, freeze, alone=True)
+    wait_for(lambda: not is_running(start.pids[0]), "the end of the rank that is left")
+    os.kill(start.pids[1], signal.SIGKILL)  # as the launcher of a frozen process does
+    assert zygote.wait(start) == [ExitCode.PEER, -signal.SIGKILL], start.told()
+    assert "rank 1 (process" in start.told() and "no sign of life" in start.told()
+    shutil.rmtree(folder / "checkpoints" / "step-00000008")  # and the newest is lost besides
+    start = zygote.run(run_of(folder, TP2), 2)
+    assert start.codes == {0: 0, 1: 0}, start.told()
+    assert figures(folder) == undisturbed(2, TP2)
