@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,19 @@ def test_dry_run_prints_commands_that_train_each_run(
         f"python train.py {' '.join(TINY)} optim.lr={rate} run.name=a-lr_{rate}"
         for rate in ("0.001", "0.002")
     ]
+
+
+def test_sweeps_of_the_documentation_pass_the_gate(
+    sweep: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs/slurm.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.startswith("python slurm/sweep.py")]
+    commands = [shlex.split(line) for line in lines]
+    assert len(commands) == 2
+    for words in commands:
+        code, out, err = in_process(sweep, capsys, "--dry-run", *words[2:])
+        assert code == 0, err
+        assert out.count("python train.py ") in (4, 6)
 
 
 def test_every_problem_of_every_run_is_told_and_of_which(
