@@ -72,6 +72,8 @@ def slurm_time_left(environment: Mapping[str, str], now: float) -> float | None:
     job = environment.get("SLURM_JOB_ID")
     if job is None:
         return None
+    if "SLURM_ARRAY_JOB_ID" in environment:  # whose number, the last task's too, means all tasks
+        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     # Newer SLURMs set it (22.05 does not); the end may have been moved since, so ask first.
     known = environment.get("SLURM_JOB_END_TIME")
     told = float(known) - now if known is not None else None

@@ -3,10 +3,11 @@
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import NODES, TASKS_PER_NODE, Cluster, missing_commands
+from cluster import NODES, TASKS_PER_NODE, Cluster, missing_commands, wait_for
 
 pytestmark = pytest.mark.skipif(
     bool(missing_commands()), reason=f"SLURM is not installed: {', '.join(missing_commands())}"
@@ -56,3 +57,27 @@ def test_tasks_know_their_number_their_meeting_place_and_the_time_left(cluster: 
 def test_uneven_tasks_and_no_time_limit_are_known(cluster: Cluster) -> None:
     for _, tasks, _, left in read_in_tasks(cluster, "-N2", "-n3", "--time=UNLIMITED"):
         assert tasks == [2, 1] and left is None
+
+
+def test_task_of_an_array_knows_its_own_limit_and_goes_back_into_the_queue_alone(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    script = tmp_path / "array.sh"
+    script.write_text(
+        "#!/bin/bash\n"
+        f"srun {sys.executable} -c '{TELL}'\n"
+        # The last task is the one that has the array's number.
+        "if [[ $SLURM_JOB_ID == $SLURM_ARRAY_JOB_ID ]]; then source slurm/requeue.sh 75; fi\n"
+        "sleep 60\n"
+    )
+    array = cluster.submit(
+        *("--array=0-1", "--ntasks-per-node=1", f"--time={MINUTES}", "--requeue"),
+        *(f"--output={tmp_path}/%a.txt", str(script)),
+    )
+    wait_for(lambda: cluster.job(f"{array}_1")["Restarts"] == "1", "the last task to be requeued")
+    first = cluster.job(f"{array}_0")
+    assert (first["JobState"], first["Restarts"]) == ("RUNNING", "0")
+    for task in (0, 1):
+        *_, left = json.loads((tmp_path / f"{task}.txt").read_text().splitlines()[0])
+        assert left is not None and 0 < left <= MINUTES * 60
+    cluster.run("scancel", array)
