@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 OFFLINE = Path(__file__).parent / "faults" / "offline"  # a W&B that reaches nobody
-DEADLINE = 120  # seconds for a start to end: only a hanging one gets there
+DEADLINE = 600  # seconds for a start to end: only a hanging one gets there
 WRITES = os.O_WRONLY | os.O_RDWR
 # What changes a file system, as audit events tell before it happens: where they have the
 # descriptor of the folder that a name lies in.

@@ -28,13 +28,12 @@ MESHES = {
 }
 ANY = ["one", "tp2", "dp2"]
 LONG = 20  # strikes of a storm that goes over the mesh of four ranks too
-STEPS_A_STRIKE = 12  # at most; so the run is not over before the storm is
+STEPS_A_STRIKE = 12  # at most
 SETUP_SECONDS = 1.5  # until a start's first step, about
 STEP_SECONDS = 0.1
 LAUNCHER_SECONDS = 0.3  # until a launcher ends the other ranks of one that was killed, at most
-# Rounding of sums in another order: that of a run whose mesh changes is no worse than the distance
-# between two runs whose meshes differ from the first step on.
-TIMES_THE_SPREAD = 2
+# Two meshes sum in another order: over 732 steps losses differed by 4e-7, in a storm by 7e-7.
+TOLERANCE = 1e-6
 
 
 @dataclass
@@ -129,7 +128,8 @@ def test_run_in_a_storm_of_kills_ends_as_if_undisturbed(
     seed = pytestconfig.getoption("storm_seed") or random.SystemRandom().randrange(10**6)
     chance = random.Random(seed)
     print(f"a storm of {strikes} strikes, --storm-seed={seed}")
-    steps = STEPS_A_STRIKE * (strikes + 1)
+    # A third strikes in set-up, others cost steps: on average each leaves the run 3 steps further.
+    steps = 3 * STEPS_A_STRIKE + STEPS_A_STRIKE * strikes // 2
     more = (f"train.max_steps={steps}", "checkpoint.interval=3")
     choice = ["tp2"] if meshes == "tp2" else [*ANY, *(["dp2_tp2"] if strikes >= LONG else [])]
     storm = Storm(zygote, chance, tmp_path / "run", run_of(tmp_path / "run", *more))
@@ -143,18 +143,13 @@ def test_run_in_a_storm_of_kills_ends_as_if_undisturbed(
     else:
         for key in ("batch_hash", "samples", "tokens", "lr"):
             assert [line[key] for line in found] == [line[key] for line in calm]
-        limit = TIMES_THE_SPREAD * distance(undisturbed(1, *more), calm)
-        assert distance(found, calm) <= limit
+        losses = [line["loss"] for line in calm]
+        assert [line["loss"] for line in found] == pytest.approx(losses, rel=TOLERANCE, abs=0)
     check_ledger(storm, steps)
     names = sorted(path.name for path in (storm.folder / "checkpoints").iterdir())
     assert names == [f"step-{step:08d}" for step in (steps - 3, steps)]
     assert zygote.children() == []
     print(f"{storm.kills} kills, {storm.starts} starts, {storm.lost_steps} steps lost")
-
-
-def distance(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> float:
-    """The greatest difference between the losses of a step."""
-    return max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two, strict=True))
 
 
 def check_ledger(storm: Storm, steps: int) -> None:
