@@ -146,6 +146,7 @@ def evaluate(
         "data_hash": dataset.hash,
         "torch": torch.__version__,
     }
+    watchdog.close()
     if not fabric.is_global_zero:
         return {}
     fresh = checkpoint / ".evaluation.tmp"

@@ -76,6 +76,9 @@ def refusals() -> Iterator[None]:
         return
     if is_first_process():
         print(message, file=sys.stderr, flush=True)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        os._exit(code)  # no orderly end of the group: the others end by themselves
     sys.exit(code)
 
 

@@ -17,7 +17,7 @@ from training.exit_codes import ExitCode
 pytestmark = linux
 
 # Long enough for a step on a loaded machine, short enough to wait for.
-LIMIT = 8
+LIMIT = 12
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ killed, frozen or lost with its machine there is a last place to tell.
 
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -50,7 +51,8 @@ class Watchdog:
             "step": config.step_seconds,
             "checkpoint": config.checkpoint_seconds,
         }
-        self.silent_seconds = min(SILENT_SECONDS, config.step_seconds or SILENT_SECONDS)
+        # Silence is told before lateness: it says more, and a silent process is soon late.
+        self.silent_seconds = min(SILENT_SECONDS, (config.step_seconds or math.inf) / 2)
         self.has_saved = False  # this start of the run, a checkpoint
         self.on_verdict: Callable[[str], None] = lambda told: None
         self._main = threading.main_thread().ident
@@ -65,7 +67,8 @@ class Watchdog:
         self._closed = threading.Event()
         self._let_terminal_stop_us()
         self._arm()
-        threading.Thread(target=self._watch, name="llamesh-watchdog", daemon=True).start()
+        self._threads = [threading.Thread(target=self._watch, name="llamesh-watchdog", daemon=True)]
+        self._threads[0].start()
 
     # ------------------------------------------------------------ what the main thread calls
 
@@ -91,7 +94,9 @@ class Watchdog:
         dist.barrier()  # from here on there is a beat of every rank
         self._last_answer = time.monotonic()
         self._connected = True
-        threading.Thread(target=self._talk, name="llamesh-heartbeat", daemon=True).start()
+        talks = threading.Thread(target=self._talk, name="llamesh-heartbeat", daemon=True)
+        self._threads.append(talks)
+        talks.start()
 
     def enter(self, phase: Phase, step: int) -> None:
         """Another piece of work begins, and its time counts from now."""
@@ -121,6 +126,9 @@ class Watchdog:
         """The process ends by itself: nobody need look after it any more."""
         self._closed.set()
         faulthandler.cancel_dump_traceback_later()
+        for thread in self._threads:  # in the middle of C++ they would not survive Python's end
+            if thread is not threading.current_thread():
+                thread.join(GRACE_SECONDS)
 
     # ------------------------------------------------------------ threads
 

