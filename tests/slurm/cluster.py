@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -190,11 +190,15 @@ class Cluster:
                 self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
             job = self.job(number)
             if job["JobState"] == "PENDING" and job.get("Restarts") == str(restarts):
-                # SLURM sets the delay when the old start is quite gone; once it is lifted the
-                # job is left alone, as each change begins its scheduling anew.
+                # SLURM sets the delay when the old start is quite gone. It is there because the old
+                # start's credential is revoked, and one made in the same second with it: so a few
+                # seconds have to stay of it.
                 begin = job.get("EligibleTime", "Unknown")
-                if begin == "Unknown" or datetime.fromisoformat(begin) > datetime.now():
-                    self.run("scontrol", "update", f"jobid={number}", "starttime=now", check=False)
+                later = datetime.now() + timedelta(seconds=10)
+                if begin != "Unknown" and datetime.fromisoformat(begin) > later:
+                    command = ("scontrol", "update", f"jobid={number}", "starttime=now+4")
+                    self.run(*command, check=False)
+            assert job["JobState"] != "FAILED", job
             return job["JobState"] == "RUNNING" and job.get("Restarts") == str(restarts)
 
         wait_for(runs, f"job {number} to run again")
