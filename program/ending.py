@@ -75,7 +75,7 @@ def give_up(run: Run, error: Exception) -> NoReturn:
 def record_fault(run: Run, told: str) -> None:
     """What the watchdog does before it ends rank 0, in a thread: the run's last words."""
     run.console.stop()
-    run.record("fault", step=run.position.step, told=told, code=int(ExitCode.PEER))
+    run.record("fault", step=run.position.step, told=told, code=int(run.watchdog.exit_code))
     print(_kept(run), file=sys.stderr, flush=True)
 
 

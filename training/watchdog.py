@@ -122,6 +122,11 @@ class Watchdog:
             self._suspects = True
             time.sleep(3 * GRACE_SECONDS)
 
+    @property
+    def exit_code(self) -> ExitCode:
+        """What a verdict ends this process with."""
+        return ExitCode.PEER if self.has_saved else ExitCode.PEER_EARLY
+
     def close(self) -> None:
         """The process ends by itself: nobody need look after it any more."""
         self._closed.set()
@@ -232,7 +237,7 @@ class Watchdog:
                 os.kill(os.getppid(), signal.SIGKILL)
         for child in self._children:
             child.kill()
-        os._exit(ExitCode.PEER if self.has_saved else ExitCode.PEER_EARLY)
+        os._exit(self.exit_code)
 
     def _arm(self) -> None:
         """The last resort, in C: a process whose Python does not run cannot watch itself."""
