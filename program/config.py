@@ -12,7 +12,7 @@ import difflib
 import json
 from collections.abc import Callable
 from types import UnionType
-from typing import Any, Union, cast, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,6 +24,7 @@ from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from program.precision import evaluation_problems, moment_problems
 from program.rules import (
+    convert_problems,
     of_every_stage,
     prepare_problems,
     size_problems,
@@ -107,6 +108,20 @@ class EvaluateProgram:
     precision: PrecisionConfig
 
 
+@dataclasses.dataclass(frozen=True)
+class ConvertProgram:
+    """The whole configuration of `convert.py`; conf/convert.yaml explains its keys."""
+
+    source: str
+    target: str
+    format: Literal["native", "hf", "meta"] | None
+    dtype: Literal["fp32", "bf16", "fp16"] | None
+    parts: int
+    file_gb: float
+    tokenizer: str | None
+    overwrite: bool
+
+
 # A rule that ties sections together: the names of the sections, and what finds the problems.
 Rule = tuple[tuple[str, ...], Callable[..., list[str]]]
 
@@ -146,6 +161,12 @@ def load_prepare_config(composed: DictConfig) -> PrepareProgram:
 def load_evaluate_config(composed: DictConfig) -> EvaluateProgram:
     """The typed configuration of `evaluate.py`; raises as `load_train_config` does."""
     return _load(composed, EvaluateProgram, [(("precision",), evaluation_problems)])
+
+
+def load_convert_config(composed: DictConfig) -> ConvertProgram:
+    """The typed configuration of `convert.py`; raises as `load_train_config` does."""
+    keys = ("format", "parts", "file_gb")
+    return _load(composed, ConvertProgram, [(keys, convert_problems)])
 
 
 def plain(config: Any) -> dict[str, Any]:

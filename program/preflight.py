@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from data.config import DataConfig
 from data.errors import DataError
+from formats.errors import FormatError
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import (
@@ -54,20 +55,20 @@ class LaunchError(RuntimeError):
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
+def refusals(refused: str = "Not started") -> Iterator[None]:
     """Ends the program where it cannot start; only the first process tells why.
 
-    The exit code is 1, or what the folder's error tells; after Ctrl-C 130.
+    `refused` begins the message. The exit code is 1, or what the folder's error tells; after Ctrl-C 130.
     """
     code = ExitCode.REFUSED
     try:
         yield
     except ConfigError as error:
-        message = f"Not started, the configuration has problems:\n{error}"
-    except (DataError, LaunchError) as error:
-        message = f"Not started: {error}"
+        message = f"{refused}, the configuration has problems:\n{error}"
+    except (DataError, FormatError, LaunchError) as error:
+        message = f"{refused}: {error}"
     except RunFolderError as error:
-        message, code = f"Not started: {error}", error.code
+        message, code = f"{refused}: {error}", error.code
     except KeyboardInterrupt:
         if is_first_process():
             print("Interrupted before the first step.", file=sys.stderr, flush=True)

@@ -283,6 +283,20 @@ def _pack_problems(pack: int | list[int] | None) -> list[str]:
     ]
 
 
+def convert_problems(format: str | None, parts: int, file_gb: float) -> list[str]:
+    """The rules of what `convert.py` writes."""
+    found = []
+    if parts < 1:
+        found.append(f"parts ({parts}) is below 1: use 1, or what the model is to be cut into")
+    elif parts > 1 and format != "meta":
+        found.append(
+            f"parts ({parts}) has a meaning for Meta's folders alone: use parts=1, or format=meta"
+        )
+    if not file_gb > 0:
+        found.append(f"file_gb ({file_gb}) is not above 0: use 5")
+    return found
+
+
 def prepare_problems(
     pack: int | list[int] | None,
     verify: bool,

@@ -52,6 +52,11 @@ class HashedFile(io.BufferedWriter):
         return {"bytes": self._bytes, "hash": self._hash.hexdigest()}
 
 
+def fingerprint_of(content: bytes) -> Fingerprint:
+    """Of a file that is in memory."""
+    return {"bytes": len(content), "hash": ALGORITHMS[ALGORITHM](content).hexdigest()}
+
+
 class HashedFiles(FileSystem):
     """DCP's way to the disk, which also remembers the fingerprint of every file it writes."""
 

@@ -9,7 +9,7 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -56,6 +56,7 @@ class Saver:
         config: Whether to save beside the training, what to do when busy, what to keep.
         run_config: The resolved configuration, for those who read a checkpoint later.
         report: Told, in `poll`, of old checkpoints that could not be removed.
+        beside: Small files that travel with every checkpoint, by name.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class Saver:
         config: CheckpointConfig,
         run_config: dict[str, Any],
         report: Callable[[str], None],
+        beside: Mapping[str, bytes] | None = None,
     ) -> None:
         self._folder, self._config, self._run_config = folder, config, run_config
-        self._report = report
+        self._report, self._beside = report, beside
         self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)  # of the main thread
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # of the one that writes
         self._thread: threading.Thread | None = None
@@ -162,7 +164,13 @@ class Saver:
         error, n_bytes = None, 0
         try:
             n_bytes = write_checkpoint(
-                self._folder, state, position, self._run_config, self._group, self._problems.put
+                self._folder,
+                state,
+                position,
+                self._run_config,
+                self._group,
+                self._problems.put,
+                self._beside,
             )
         except SaveFailed as failure:
             error = str(failure)

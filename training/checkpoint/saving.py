@@ -7,7 +7,7 @@ own hidden folder. How it runs beside the training is in `saver`.
 import dataclasses
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from training.checkpoint.files import (
     Fingerprint,
     HashedFiles,
     digest,
+    fingerprint_of,
     sync_folder,
     write_synced,
 )
@@ -63,8 +64,12 @@ def write_checkpoint(
     config: dict[str, Any],
     group: dist.ProcessGroup | None,
     report: Callable[[str], None],
+    beside: Mapping[str, bytes] | None = None,
 ) -> int:
     """The whole protocol, every rank together; returns the bytes written, 0 if it was committed.
+
+    Args:
+        beside: Small files that travel with the weights, by name.
 
     Raises:
         SaveFailed: on every rank, and there is no new checkpoint.
@@ -80,6 +85,7 @@ def write_checkpoint(
         lanes = {lane: place for _, part in gathered for lane, place in (part or {}).items()}
 
         def seal() -> None:
+            files.update(write_beside(fresh, beside or {}))
             write_manifest(fresh, files, position | {"lanes": lanes or None}, config)
             commit(fresh)
             publish(fresh, folder.step_folder(position["step"]))
@@ -129,6 +135,13 @@ def write_shards(
     writer.fs = files = HashedFiles()
     dcp.save(state, storage_writer=writer, process_group=group)
     return files.written
+
+
+def write_beside(fresh: Path, beside: Mapping[str, bytes]) -> dict[str, Fingerprint]:
+    """Writes small files next to the shards, and returns their fingerprints. On rank 0."""
+    for name, content in beside.items():
+        write_synced(fresh / name, content)
+    return {name: fingerprint_of(content) for name, content in beside.items()}
 
 
 def write_manifest(

@@ -1,0 +1,5 @@
+"""What is wrong with a folder of weights."""
+
+
+class FormatError(RuntimeError):
+    """Weights cannot be read or written; the message names the file, the rule and the remedy."""
