@@ -46,7 +46,7 @@ class NativeWeights(Weights):
         manifest: dict[str, Any],
     ) -> None:
         super().__init__(folder, model, stored)
-        self.manifest = manifest
+        self.step, self.config = manifest["position"]["step"], manifest["config"]
 
     def _stored_name(self, name: str) -> str:
         return name
