@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import FormatError
-from model.config import ModelConfig, RopeScaling
+from model.config import ModelConfig
 
 # What Llama 3 has no place for, and the only value with which a folder is one all the same.
 PLAIN = {

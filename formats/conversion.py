@@ -83,7 +83,9 @@ def write(
     if format == "native":
         from formats.native import write_native
 
-        told = tokenizer and {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size}
+        told = None
+        if tokenizer is not None:
+            told = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size}
         write_native(weights, folder, dtype, told, beside)
         return
     if format == "meta":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from formats.configuration import from_hugging_face, read_json
 from formats.errors import FormatError
-from formats.pieces import DTYPES, Piece, StoredTensor, n_bytes, unreadable
+from formats.pieces import DTYPES, Piece, StoredTensor, bytes_of, n_bytes, unreadable
 from formats.rope_pairing import to_halves, to_pairs
 from formats.weights import Weights, check_tensors, parameter_shapes
 
@@ -153,7 +153,7 @@ def write_hugging_face(
             filled = 0
         files[-1].append(name)
         filled, total = filled + size, total + size
-    named = {}
+    named: dict[str, str] = {}
     for place, names in enumerate(files, start=1):
         file_name = f"model-{place:05d}-of-{len(files):05d}.safetensors"
         named |= {hugging_face_name(name): file_name for name in names}
@@ -192,7 +192,7 @@ def _write_values(file: BinaryIO, weights: Weights, name: str, dtype: torch.dtyp
         values = to_halves(slab, head_dim) if turned else slab
         if dtype is not None:
             values = values.to(dtype)
-        file.write(values.contiguous().view(torch.uint8).numpy())
+        file.write(bytes_of(values.contiguous()))
 
 
 def config_dtype(weights: Weights, dtype: torch.dtype | None) -> str:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from formats.configuration import from_meta, to_meta
 from formats.errors import FormatError
-from formats.pieces import Piece, StoredTensor, unreadable
+from formats.pieces import Piece, StoredTensor, bytes_of, unreadable
 from formats.weights import Weights, check_tensors, parameter_shapes
 
 PARAMS = "params.json"
@@ -236,7 +236,7 @@ def _write_part(
     for values in weights.slabs(name, offsets=offsets, sizes=local):
         if dtype is not None:
             values = values.to(dtype)
-        buffer = memoryview(values.contiguous().view(torch.uint8).numpy()).cast("B")
+        buffer = bytes_of(values.contiguous())
         while buffer:
             written = os.pwrite(file, buffer, start)
             buffer, start = buffer[written:], start + written

@@ -72,7 +72,8 @@ class Chunk(Piece):
     def _values(self) -> int:
         try:
             with self.path.open("rb") as file, FakeTensorMode():
-                tensor = torch.load(_Part(file, self.begin, self.length), weights_only=True)
+                part: Any = _Part(file, self.begin, self.length)
+                tensor = torch.load(part, weights_only=True)
         except OSError as error:
             raise unreadable(self.path, error) from None
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -134,7 +135,7 @@ def open_native(folder: Path) -> NativeWeights:
             continue
         chunks = []
         for chunk in entry.chunks:
-            place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]  # type: ignore[index]
+            place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
             path = folder / place.relative_path
             chunks.append(Chunk(chunk.offsets, chunk.sizes, path, place.offset, place.length))
         shape = tuple(entry.size)

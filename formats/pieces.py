@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ class _opened:
 
 def _read_into(file: int, path: Path, target: Tensor, start: int) -> None:
     """Fills a contiguous tensor from a place of the file on."""
-    buffer = memoryview(target.view(torch.uint8).numpy()).cast("B")
+    buffer = bytes_of(target)
     done = 0
     while done < len(buffer):
         try:
@@ -131,6 +132,12 @@ def _read_into(file: int, path: Path, target: Tensor, start: int) -> None:
 def unreadable(path: Path, error: OSError) -> FormatError:
     """What to say of a file that the system does not give."""
     return FormatError(f"{path} cannot be read ({error.strerror}): get it again, or make it so")
+
+
+def bytes_of(values: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, not copied."""
+    array: Any = values.view(torch.uint8).numpy()
+    return memoryview(array).cast("B")
 
 
 def n_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:

@@ -14,7 +14,7 @@ import xxhash
 from torch import Tensor, nn
 
 from formats.errors import FormatError
-from formats.pieces import DTYPES, StoredTensor, n_bytes
+from formats.pieces import DTYPES, StoredTensor, bytes_of, n_bytes
 from model.config import ModelConfig
 from model.init import LocalBlock
 
@@ -171,7 +171,7 @@ def fingerprint(
         if place % size == rank:
             hasher = xxhash.xxh3_128(f"{name} {DTYPES[weights.dtype(name)]} {shape}".encode())
             for slab in weights.slabs(name):
-                hasher.update(slab.view(torch.uint8).numpy())
+                hasher.update(bytes_of(slab))
             own[name] = hasher.hexdigest()
     hashes = {name: digest for part in gather(own) for name, digest in part.items()}
     return xxhash.xxh3_128("".join(hashes[name] for name in weights.shapes).encode()).hexdigest()

@@ -58,7 +58,8 @@ class LaunchError(RuntimeError):
 def refusals(refused: str = "Not started") -> Iterator[None]:
     """Ends the program where it cannot start; only the first process tells why.
 
-    `refused` begins the message. The exit code is 1, or what the folder's error tells; after Ctrl-C 130.
+    The exit code is 1, or what the folder's error tells; after Ctrl-C 130. `refused` begins what
+    is told.
     """
     code = ExitCode.REFUSED
     try:

@@ -54,7 +54,9 @@ class HashedFile(io.BufferedWriter):
 
 def fingerprint_of(content: bytes) -> Fingerprint:
     """Of a file that is in memory."""
-    return {"bytes": len(content), "hash": ALGORITHMS[ALGORITHM](content).hexdigest()}
+    hasher = ALGORITHMS[ALGORITHM]()
+    hasher.update(content)
+    return {"bytes": len(content), "hash": hasher.hexdigest()}
 
 
 class HashedFiles(FileSystem):
