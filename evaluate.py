@@ -1,158 +1,120 @@
-"""Evaluates a checkpoint on its run's held-out text: `python evaluate.py evaluation.checkpoint=…`.
+"""Evaluates weights: `python evaluate.py evaluation.checkpoint=…`.
 
-On any mesh, whatever mesh it was saved on. What is evaluated, on which data and with which model,
-stands in the checkpoint's manifest; the command adds only where and how many at a time.
+Loss, perplexity and bits per byte on held-out text, by source, on any mesh; with `tasks=[…]` named
+benchmarks through lm-eval. The weights are a checkpoint of ours, which tells on which data, or a
+Hugging Face or Meta folder. What is measured goes to `evaluation.json` beside the weights.
 """
 
-import dataclasses
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from data.errors import DataError
-from parallel.mesh import MeshShape, Processes, plan_processes, resolve_mesh
 from program.command_line import hydra_arguments
-from program.config import (
-    ConfigError,
-    EvaluateProgram,
-    TrainProgram,
-    load_evaluate_config,
-    load_train_config,
-)
+from program.config import EvaluateProgram, load_evaluate_config
+from program.evaluation import check_mesh, check_tasks, held_out_of, versions, write_figures
 from program.preflight import refusals
-from program.rules import model_problems
-from training.run_folder import COMMITTED, RunFolderError
 
 if TYPE_CHECKING:
     from data.dataset import Dataset
+    from evaluation.perplexity import Measured
+    from program.loaded import Loaded
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(composed: DictConfig) -> None:
     """Checks, launches, evaluates, tells."""
-    with refusals():
+    with refusals("Not evaluated"):
         config = load_evaluate_config(composed)
-        trained = read_trained_config(Path(config.evaluation.checkpoint))
-        processes, mesh = check_mesh(config, trained)
-        dataset = open_held_out(trained)
-        figures = evaluate(config, trained, processes, mesh, dataset)
-    if figures:
+        check_tasks(config)
+        evaluate(config)
+
+
+def evaluate(config: EvaluateProgram) -> None:
+    """Everything that is asked of the weights; printed, and written beside them.
+
+    Raises:
+        FormatError, DataError, ConfigError: weights, text or mesh are not what they have to be.
+    """
+    from formats.recognition import open_weights
+    from program.loaded import fingerprint_together, load_model, tokenizer_of
+
+    weights = open_weights(Path(config.evaluation.checkpoint))
+    held_out, seq_len = held_out_of(config, weights)
+    tokenizer = tokenizer_of(weights, config.tokenizer) if config.tasks else None
+    parallel, processes, mesh = check_mesh(config, weights.model, seq_len)
+    loaded = load_model(weights, processes, mesh, parallel, config.precision)
+    figures: dict[str, Any] = {
+        "checkpoint": str(weights.folder),
+        "format": weights.format,
+        "step": weights.step,
+        "weights_hash": fingerprint_together(weights),
+        "precision": config.precision.param,
+    }
+    if held_out is not None:
+        figures |= {"data": str(held_out.folder), "data_hash": held_out.hash, "seq_len": seq_len}
+        figures |= describe(measure_held_out(config, loaded, held_out, seq_len))
+    if tokenizer is not None:
+        from evaluation.harness import run_tasks
+
+        from program.evaluation import harness_model
+
+        figures["tasks"] = run_tasks(
+            harness_model(config, loaded, tokenizer),
+            config.tasks,
+            folder=config.task_folder,
+            num_fewshot=config.num_fewshot,
+            limit=config.limit,
+        )
+    figures["versions"] = versions(bool(config.tasks))
+    loaded.watchdog.close()
+    if loaded.fabric.is_global_zero:
+        write_figures(config, figures)
         print(json.dumps(figures, indent=1))
 
 
-def read_trained_config(checkpoint: Path) -> TrainProgram:
-    """The configuration that a checkpoint was trained with.
-
-    Raises:
-        RunFolderError: it is not a committed checkpoint, or its manifest cannot be read.
-    """
-    try:
-        (checkpoint / COMMITTED).stat()
-        values = json.loads((checkpoint / "manifest.json").read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise RunFolderError(
-            f"evaluation.checkpoint ({checkpoint}) is not a committed checkpoint ({error}): "
-            "name a folder like runs/NAME/checkpoints/step-00000100"
-        ) from None
-    return load_train_config(OmegaConf.create(values))
-
-
-def check_mesh(config: EvaluateProgram, trained: TrainProgram) -> tuple[Processes, MeshShape]:
-    """Processes and mesh of this evaluation; raises `ConfigError` with every problem."""
-    processes, problems = plan_processes(config.parallel)
-    mesh, more = resolve_mesh(config.parallel, processes.world_size)
-    # Any number of windows goes: every data rank takes micro-batches of its own.
-    problems += more or model_problems(mesh, config.parallel, trained.model, trained.train.seq_len)
-    if problems:
-        raise ConfigError(problems)
-    return processes, mesh
-
-
-def open_held_out(trained: TrainProgram) -> "Dataset":
-    """The run's dataset; raises `DataError` where it is gone or holds nothing out."""
-    from data.dataset import Dataset
-
-    if trained.data.stream_lanes is not None:
-        raise DataError(
-            f"data.stream_lanes ({trained.data.stream_lanes}) of this checkpoint's run means that "
-            "it was trained straight from a dataset, of which nothing is held out: there is "
-            "nothing to evaluate on; runs on prepared data (data.stream_lanes=null) hold text out"
-        )
-    dataset = Dataset.open(trained.data.folder, document_mask=trained.data.document_mask)
-    seq_len = trained.train.seq_len
-    if not dataset.n_held_out(seq_len):
-        raise DataError(
-            f"data.folder ({trained.data.folder}) holds no held-out window of {seq_len} tokens: "
-            "prepare it with a larger data.validation_fraction"
-        )
-    return dataset
-
-
-def evaluate(
-    config: EvaluateProgram,
-    trained: TrainProgram,
-    processes: Processes,
-    mesh: MeshShape,
-    dataset: "Dataset",
-) -> dict[str, Any]:
-    """Loss in nats a token, perplexity and bits per byte; also written beside the weights."""
+def measure_held_out(
+    config: EvaluateProgram, loaded: "Loaded", dataset: "Dataset", seq_len: int
+) -> "dict[str, Measured]":
+    """The loss on the held-out windows, by source; every rank gets the same."""
     import torch
 
     from data.loader import validation_batches
-    from evaluation.perplexity import bits_per_byte, mean_loss
-    from model.llama import Llama
-    from program.launch import launch
-    from training.checkpoint.files import read_position
-    from training.checkpoint.restoring import find_damage, load
-    from training.config import WatchdogConfig
-    from training.watchdog import Watchdog
+    from evaluation.perplexity import measure
 
-    checkpoint = Path(config.evaluation.checkpoint)
-    watchdog = Watchdog(WatchdogConfig(None, None, None))  # of the processes, not of their time
-    fabric, strategy = launch(processes, mesh, config.parallel, config.precision, watchdog)
-    if damage := find_damage(checkpoint):
-        raise RunFolderError(f"{checkpoint} is damaged: {damage}")
-    with torch.device("meta"):
-        # The kernel of the device that evaluates, not of the one that trained.
-        llama = Llama(dataclasses.replace(trained.model, attention="auto"))
-    model = fabric.setup_module(llama)
-    load(checkpoint, llama)
-    n_windows = dataset.n_held_out(trained.train.seq_len)
-    samples = min(config.evaluation.samples or n_windows, n_windows)
+    evaluation = config.evaluation
+    n_windows = dataset.n_held_out(seq_len)
     batches = validation_batches(
         dataset,
-        samples=samples,
-        seq_len=trained.train.seq_len,
-        micro_batch_size=config.evaluation.micro_batch_size,
-        rank=mesh.data_rank(fabric.global_rank),
-        size=mesh.dp,
+        samples=min(evaluation.samples or n_windows, n_windows),
+        seq_len=seq_len,
+        micro_batch_size=evaluation.micro_batch_size,
+        rank=loaded.data_rank,
+        size=loaded.mesh.dp,
     )
-    loss = mean_loss(model, batches, fabric.device, strategy.sum_over_data)
     lengths = torch.tensor(dataset.tokenizer().byte_lengths())
-    figures = {
-        "checkpoint": str(checkpoint),
-        "step": read_position(checkpoint).step,
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "bits_per_byte": bits_per_byte(
-            loss, batches, lengths, strategy.sum_over_data, fabric.device
-        ),
-        "samples": samples,
-        "data_hash": dataset.hash,
-        "torch": torch.__version__,
-    }
-    watchdog.close()
-    if not fabric.is_global_zero:
-        return {}
-    fresh = checkpoint / ".evaluation.tmp"
-    fresh.write_text(json.dumps(figures, indent=1) + "\n")
-    fresh.rename(checkpoint / "evaluation.json")
-    return figures
+    sum_over_data = loaded.strategy.sum_over_data
+    return measure(loaded.model, batches, loaded.fabric.device, sum_over_data, lengths)
+
+
+def describe(measured: "dict[str, Measured]") -> dict[str, Any]:
+    """Loss in nats a token, perplexity, and bits a byte, over all sources and of each."""
+    from evaluation.perplexity import NOTHING
+
+    def figures(of: "Measured") -> dict[str, Any]:
+        return {
+            "loss": of.loss,
+            "perplexity": of.perplexity,
+            "bits_per_byte": of.bits_per_byte,
+            "targets": of.targets,
+            "bytes": of.n_bytes,
+        }
+
+    whole = figures(sum(measured.values(), NOTHING))
+    return whole | {"sources": {name: figures(of) for name, of in measured.items()}}
 
 
 if __name__ == "__main__":

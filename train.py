@@ -112,7 +112,11 @@ def set_up(
         requests=requests,
         watchdog=watchdog,
         saver=Saver(
-            RunFolder(Path(config.run.dir)), config.checkpoint, plain(config), console.note
+            RunFolder(Path(config.run.dir)),
+            config.checkpoint,
+            plain(config),
+            console.note,
+            beside=dataset.tokenizer().files(),
         ),
         reader=VitalsReader(fabric.device.type),
         judge=Judge(config.faults, len(past.rewinds), position.vitals),

@@ -154,29 +154,32 @@ def deal(
 
 def validation_batches(
     dataset: Dataset, *, samples: int, seq_len: int, micro_batch_size: int, rank: int, size: int
-) -> list[Batch]:
-    """The first validation windows, dealt to the data ranks.
+) -> dict[str, list[Batch]]:
+    """The first validation windows, by source, dealt to the data ranks.
 
-    Windows come in their stored order, one source after the other in turn; fewer than `samples`
+    Windows count in their stored order, one source after the other in turn; fewer than `samples`
     when the split holds fewer. Every rank gets as many batches of the same shape, so that all join
     each collective call; rows that are left over have labels of -100 alone.
     """
-    streams = list(dataset.validation.values())
-    counts = [stream.n_windows(seq_len) for stream in streams]
+    counts = {name: stream.n_windows(seq_len) for name, stream in dataset.validation.items()}
     in_turn = (
-        (stream, index)
-        for index in range(max(counts, default=0))
-        for stream, count in zip(streams, counts, strict=True)
+        (name, index)
+        for index in range(max(counts.values(), default=0))
+        for name, count in counts.items()
         if index < count
     )
-    chosen = list(islice(in_turn, samples))
-    batches = []
-    for first in range(0, len(chosen), micro_batch_size * size):
-        begin = first + micro_batch_size * rank
-        rows = chosen[begin : begin + micro_batch_size]
-        windows = [stream.window(index, seq_len) for stream, index in rows]
-        batch = make_batch(windows, dataset.document_mask, seq_len)
-        batches.append(_pad_rows(batch, micro_batch_size))
+    chosen: dict[str, list[int]] = {name: [] for name, count in counts.items() if count}
+    for name, index in islice(in_turn, samples):
+        chosen[name].append(index)
+    batches: dict[str, list[Batch]] = {name: [] for name, indices in chosen.items() if indices}
+    for name, of_source in batches.items():
+        stream, indices = dataset.validation[name], chosen[name]
+        for first in range(0, len(indices), micro_batch_size * size):
+            begin = first + micro_batch_size * rank
+            rows = indices[begin : begin + micro_batch_size]
+            windows = [stream.window(index, seq_len) for index in rows]
+            batch = make_batch(windows, dataset.document_mask, seq_len)
+            of_source.append(_pad_rows(batch, micro_batch_size))
     return batches
 
 

@@ -79,6 +79,10 @@ class Tokenizer:
             digest.update(b"\0" + part.encode())
         return digest.hexdigest()
 
+    def files(self) -> dict[str, bytes]:
+        """What others need to have this tokenizer, by file name."""
+        return {MODEL_FILE: model_file(self.ranks)}
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, no special token among them."""
         return [token for piece in pieces(text) for token in self.encoding.encode_ordinary(piece)]

@@ -1,7 +1,8 @@
 """Loss on held-out text, the same figure whatever the mesh and the batch size."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,51 +20,73 @@ class Windows(Protocol):
     def labels(self) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a model makes of a text: the summed loss in nats, over how many targets and bytes."""
+
+    nats: float
+    targets: int
+    n_bytes: int
+
+    def __add__(self, other: "Measured") -> "Measured":
+        return Measured(
+            self.nats + other.nats, self.targets + other.targets, self.n_bytes + other.n_bytes
+        )
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood in nats a token.
+
+        Raises:
+            ValueError: there is not one target.
+        """
+        if self.targets == 0:
+            raise ValueError("the held-out windows have no target to predict: use more of them")
+        return self.nats / self.targets
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), or infinity beyond what a float holds."""
+        return math.exp(self.loss) if self.loss < 709 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss in bits a byte of text, which compares across tokenizers."""
+        return self.nats / math.log(2) / self.n_bytes
+
+
+NOTHING = Measured(0.0, 0, 0)
+
+
 @torch.no_grad()
-def mean_loss(
+def measure(
     model: nn.Module,
-    batches: Iterable[Windows],
+    batches: Mapping[str, Iterable[Windows]],
     device: torch.device,
     sum_over_data: Callable[[Tensor], Tensor],
-) -> float:
-    """Mean negative log-likelihood in nats over every target of all ranks' batches.
+    byte_lengths: Tensor | None = None,
+) -> dict[str, Measured]:
+    """The loss over every target of all ranks' batches, by source.
 
     Args:
         model: Called as `model(tokens, positions, labels)`, returns the sum over the targets.
-        batches: This data rank's share, as many batches on each rank.
+        batches: This data rank's share, as many batches of each source on each rank.
         device: Where the model is.
         sum_over_data: Sums a tensor over the data ranks in place.
-
-    Raises:
-        ValueError: there is not one target.
+        byte_lengths: int64 (vocab,), the bytes that each token stands for, 0 for special ones;
+            without it no bytes are counted.
     """
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, targets
-    for batch in batches:
-        labels = batch.labels.to(device)
-        totals[0] += model(batch.tokens.to(device), batch.positions.to(device), labels)
-        totals[1] += (labels >= 0).sum()
-    loss, targets = sum_over_data(totals).tolist()
-    if targets == 0:
-        raise ValueError("the held-out windows have no target to predict: use more of them")
-    return loss / targets
-
-
-def bits_per_byte(
-    loss: float,
-    batches: Iterable[Windows],
-    byte_lengths: Tensor,
-    sum_over_data: Callable[[Tensor], Tensor],
-    device: torch.device,
-) -> float:
-    """Mean loss in nats a token as bits a byte of text, which compares across tokenizers.
-
-    Args:
-        loss: What `mean_loss` returned for these batches.
-        byte_lengths: int64 (vocab,), the bytes that each token stands for; 0 for special ones.
-    """
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # targets, bytes
-    for batch in batches:
-        targets = batch.labels[batch.labels >= 0]
-        totals += torch.tensor([targets.numel(), byte_lengths[targets].sum().item()], device=device)
-    n_targets, n_bytes = sum_over_data(totals).tolist()
-    return loss / math.log(2) * n_targets / n_bytes
+    totals = torch.zeros(len(batches), 3, dtype=torch.float64, device=device)  # (source, figure)
+    for total, of_source in zip(totals, batches.values(), strict=True):
+        for batch in of_source:
+            labels = batch.labels.to(device)
+            total[0] += model(batch.tokens.to(device), batch.positions.to(device), labels)
+            total[1] += (labels >= 0).sum()
+            if byte_lengths is not None:
+                total[2] += byte_lengths[batch.labels[batch.labels >= 0]].sum()
+    return {
+        name: Measured(nats, int(targets), int(n_bytes))
+        for name, (nats, targets, n_bytes) in zip(
+            batches, sum_over_data(totals).tolist(), strict=True
+        )
+    }

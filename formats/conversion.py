@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from data.tokenizer import MODEL_FILE, Tokenizer, model_file
+from data.tokenizer import Tokenizer
 from formats.configuration import generation_config, to_hugging_face
 from formats.errors import FormatError
 from formats.hugging_face import CONFIG, config_dtype, write_hugging_face
@@ -78,8 +78,7 @@ def write(
     file_bytes: int,
 ) -> None:
     """Writes everything into an empty folder."""
-    model_bytes = None if tokenizer is None else model_file(tokenizer.ranks)
-    beside = {} if model_bytes is None else {MODEL_FILE: model_bytes}
+    beside = {} if tokenizer is None else tokenizer.files()
     if format == "native":
         from formats.native import write_native
 

@@ -7,7 +7,8 @@ tensors that are read block by block, so that each rank reads its shard and nobo
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 import xxhash
@@ -32,6 +33,8 @@ class Weights(ABC):
     """Weights on the disk. Opening one has compared names, shapes and files with its config."""
 
     format: Format
+    step: int | None = None  # of the run that saved it
+    config: Mapping[str, Any] = MappingProxyType({})  # of that run, as plain dictionaries
 
     def __init__(
         self, folder: Path, model: ModelConfig, stored: Mapping[str, StoredTensor]

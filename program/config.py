@@ -30,6 +30,7 @@ from program.rules import (
     size_problems,
     stage_problems,
     stream_problems,
+    task_number_problems,
 )
 from training.config import (
     CheckpointConfig,
@@ -104,6 +105,11 @@ class EvaluateProgram:
     """The whole configuration of `evaluate.py`; the rest is the checkpoint's own."""
 
     evaluation: EvaluationConfig
+    tasks: list[str]
+    task_folder: str | None
+    num_fewshot: int | None
+    limit: int | None
+    tokenizer: str | None
     parallel: ParallelConfig
     precision: PrecisionConfig
 
@@ -160,7 +166,9 @@ def load_prepare_config(composed: DictConfig) -> PrepareProgram:
 
 def load_evaluate_config(composed: DictConfig) -> EvaluateProgram:
     """The typed configuration of `evaluate.py`; raises as `load_train_config` does."""
-    return _load(composed, EvaluateProgram, [(("precision",), evaluation_problems)])
+    numbers = ("num_fewshot", "limit")
+    rules: list[Rule] = [(("precision",), evaluation_problems), (numbers, task_number_problems)]
+    return _load(composed, EvaluateProgram, rules)
 
 
 def load_convert_config(composed: DictConfig) -> ConvertProgram:

@@ -50,7 +50,7 @@ def validate(run: Run) -> float:
     """Mean loss over the held-out windows, the same figure on every mesh."""
     from data.dataset import Dataset
     from data.loader import validation_batches
-    from evaluation.perplexity import mean_loss
+    from evaluation.perplexity import NOTHING, measure
 
     assert isinstance(run.dataset, Dataset)  # a stream holds nothing out, and is not validated on
     batches = validation_batches(
@@ -61,9 +61,9 @@ def validate(run: Run) -> float:
         rank=run.data_rank,
         size=run.mesh.dp,
     )
-    return mean_loss(
-        run.model, _watched(run, batches), run.fabric.device, run.strategy.sum_over_data
-    )
+    watched = {name: _watched(run, of_source) for name, of_source in batches.items()}
+    measured = measure(run.model, watched, run.fabric.device, run.strategy.sum_over_data)
+    return sum(measured.values(), NOTHING).loss
 
 
 def _watched(run: Run, batches: "list[Batch]") -> "Iterator[Batch]":

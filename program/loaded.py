@@ -45,18 +45,21 @@ def load_model(
     """Launches the processes and fills each one's shard of the model.
 
     Raises:
-        FormatError: on every rank: one of them cannot read its shard.
+        FormatError: on every rank: the weights are damaged, or one of them cannot read its shard.
         LaunchError: the processes cannot find each other.
     """
     import torch
 
     from model.llama import Llama
     from program.launch import launch
+    from training.checkpoint.restoring import find_damage
     from training.config import WatchdogConfig
     from training.watchdog import Watchdog
 
     watchdog = Watchdog(WatchdogConfig(None, None, None))  # of the processes, not of their time
     fabric, strategy = launch(processes, mesh, parallel, precision, watchdog)
+    if weights.format == "native" and (damage := find_damage(weights.folder)):
+        raise FormatError(f"{weights.folder} is damaged: {damage}")
     with torch.device("meta"):
         llama = Llama(weights.model)
     model = fabric.setup_module(llama)

@@ -30,6 +30,7 @@ from parallel.mesh import (
     started_problems,
 )
 from program.config import ConfigError, Rule, TrainProgram, load_train_config, plain
+from program.initial_weights import check_initial_tokenizer, check_initial_weights
 from program.precision import fp8_problems
 from program.rules import (
     batch_problems,
@@ -180,9 +181,14 @@ def check_folder(config: TrainProgram) -> Changes:
 
     Raises:
         RunFolderError: the run may not go on in its folder.
+        FormatError, ConfigError: the weights that it is to begin from cannot be read, or are those
+            of another model.
     """
     folder = RunFolder(Path(config.run.dir))
-    return folder.check(plain(config), lambda before: with_defaults(before, config))
+    changes = folder.check(plain(config), lambda before: with_defaults(before, config))
+    if config.run.init_from is not None and not folder.committed_steps():
+        check_initial_weights(config.run, config.model)
+    return changes
 
 
 def with_defaults(before: Any, now: Any) -> Any:
@@ -237,6 +243,8 @@ def prepare_data(config: TrainProgram) -> "Dataset | StreamDataset":
     streams = config.data.stream_lanes is not None
     dataset = _open_stream(config) if streams else _prepare(config)
     position = RunFolder(Path(config.run.dir)).newest_position()
+    if position is None and config.run.init_from is not None:
+        check_initial_tokenizer(config, dataset.tokenizer())
     trained_on = position["data_hash"] if position else dataset.hash
     if trained_on != dataset.hash:
         place = "data.sources names" if streams else f"{config.data.folder} holds"

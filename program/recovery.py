@@ -64,6 +64,7 @@ def starting_position(
 
     Raises:
         RunFolderError: there are checkpoints, and none that it may go on from is whole.
+        FormatError: the weights to begin from cannot be read.
     """
     from training.numerics import union
 
@@ -78,7 +79,9 @@ def _fill(
     """Loads the newest whole checkpoint, of step `before` at most, or makes the first weights."""
     import torch.distributed as dist
 
+    from formats.recognition import open_weights
     from parallel.parallelize import initialize_weights
+    from program.loaded import fill_together
     from training.checkpoint.restoring import restore
     from training.checkpoint.retention import remove_beyond
     from training.position import Position
@@ -93,7 +96,10 @@ def _fill(
         position = restore(folder, asked, llama, adamw, note)
     if position is None:
         adamw.state.clear()
-        initialize_weights(llama, config.model, config.run.seed)
+        if config.run.init_from is None:
+            initialize_weights(llama, config.model, config.run.seed)
+        else:
+            fill_together(llama, open_weights(Path(config.run.init_from)))
         position = Position(step=0, samples=0, tokens=0, data_hash=dataset.hash)
     if before is not None and dist.get_rank() == 0:
         for problem in remove_beyond(folder, position.step):

@@ -41,6 +41,8 @@ def header(
     stages = config.stages()
     tokens = stages.first_token(train.max_steps)
     begin = f"from step {position.step}" if position.step else "from scratch"
+    if not position.step and config.run.init_from is not None:
+        begin = f"from the weights of {config.run.init_from}"
     batch_rows = [
         (
             f"from step {stage.first_step + 1}" if place else "batch",

@@ -283,6 +283,16 @@ def _pack_problems(pack: int | list[int] | None) -> list[str]:
     ]
 
 
+def task_number_problems(num_fewshot: int | None, limit: int | None) -> list[str]:
+    """The rules of how benchmarks are run."""
+    found = []
+    if num_fewshot is not None and num_fewshot < 0:
+        found.append(f"num_fewshot ({num_fewshot}) is below 0: use null for what the tasks have")
+    if limit is not None and limit < 1:
+        found.append(f"limit ({limit}) is below 1: use null for all of a task's samples")
+    return found
+
+
 def convert_problems(format: str | None, parts: int, file_gb: float) -> list[str]:
     """The rules of what `convert.py` writes."""
     found = []

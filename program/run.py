@@ -153,6 +153,7 @@ class Run:
             "start",
             step=self.position.step,
             mesh=str(self.mesh),
+            **({} if self.position.step else {"init_from": self.config.run.init_from}),
             changed=changes.free,
             allowed=changes.allowed,
             **life,

@@ -10,7 +10,9 @@ class RunConfig:
     """Name, folder, seed, where to go on from, and when to stop.
 
     `resume`: `auto` goes on from this run's newest good checkpoint, `never` refuses a folder that
-    holds one, and a path goes on from that checkpoint. `allow_changes` names the keys that may
+    holds one, and a path goes on from that checkpoint. `init_from` names weights that a run without
+    checkpoints begins from instead of random ones: a checkpoint, a Hugging Face folder or a Meta
+    folder. `allow_changes` names the keys that may
     differ from the run's last start although they change what is computed. `time_limit`, in
     minutes from the start, is kept by saving and stopping before it; under SLURM the job's own
     limit counts too.
@@ -20,6 +22,7 @@ class RunConfig:
     dir: str
     seed: int = 0
     resume: str = "auto"
+    init_from: str | None = None
     allow_changes: list[str] = field(default_factory=list)
     time_limit: float | None = None
 
@@ -32,6 +35,11 @@ class RunConfig:
             )
         if not 0 <= self.seed < 2**63:
             found.append(f"run.seed ({self.seed}) is not in [0, 2**63): use a smaller number")
+        if self.init_from is not None and self.resume not in ("auto", "never"):
+            found.append(
+                f"run.resume ({self.resume}) goes on from a checkpoint with its optimizer, and "
+                f"run.init_from ({self.init_from}) begins with weights alone: use one of them"
+            )
         if self.time_limit is not None and not 0 < self.time_limit < math.inf:
             found.append(
                 f"run.time_limit ({self.time_limit}) is not above 0: use minutes, or null for none"

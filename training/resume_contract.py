@@ -85,6 +85,7 @@ CONTRACT = (
     ),
     Clause(Kind.KEPT, "optim.optimizer", "what its moments mean", loads=True),
     Clause(Kind.KEPT, "run.seed", "the order of all samples"),
+    Clause(Kind.KEPT, "run.init_from", "the weights that the run began from"),
     Clause(
         Kind.KEPT,
         "train.seq_len train.global_batch_size data.stages",
@@ -159,9 +160,7 @@ def compare(before: dict[str, Any], now: dict[str, Any], samples: int) -> Change
     changes = Changes()
     for key, both in differences(before, now).items():
         clause = clause_of(key) or GONE
-        if clause.kind is Kind.FREE or (
-            key == "data.stages" and _same_past(both[0], both[1], samples)
-        ):
+        if clause.kind is Kind.FREE or _without_effect(key, both, samples):
             changes.free[key] = both
         elif clause.kind is Kind.KEPT:
             changes.kept[key] = both
@@ -170,6 +169,13 @@ def compare(before: dict[str, Any], now: dict[str, Any], samples: int) -> Change
         else:
             changes.asking[key] = both
     return changes
+
+
+def _without_effect(key: str, both: Difference, samples: int) -> bool:
+    """Whether a kept key changes in a way that leaves the run what it is."""
+    if key == "run.init_from":
+        return both[1] is None  # begun it has; the weights may be gone since
+    return key == "data.stages" and _same_past(both[0], both[1], samples)
 
 
 def compare_beginning(before: dict[str, Any], now: dict[str, Any], samples: int) -> Changes:

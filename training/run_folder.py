@@ -193,6 +193,11 @@ class RunFolder:
                 f"run.resume ({checkpoint}) is damaged, its manifest.json tells no position and no "
                 "configuration: use another checkpoint"
             )
+        if "train" not in manifest["config"]:
+            raise RunFolderError(
+                f"run.resume ({checkpoint}) holds weights alone, and no optimizer and position to "
+                f"go on from: begin with them by run.init_from={checkpoint}"
+            )
         step, samples = manifest["position"]["step"], manifest["position"]["samples"]
         if committed_steps and committed_steps[-1] > step:
             raise RunFolderError(

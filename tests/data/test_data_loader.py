@@ -314,16 +314,20 @@ def test_validation_rows_are_dealt_once_and_every_rank_gets_equal_shapes(
         )
         for rank in range(size)
     ]
-    assert {len(batches) for batches in ranks} == {len(ranks[0])}
-    rows = []
-    for group in zip(*ranks, strict=True):
-        for batch in group:
-            assert batch.tokens.shape == (micro, SEQ_LEN)
-            real = (batch.labels != IGNORE).any(dim=1)
-            rows += batch.tokens[real].tolist()
-    order = [(s, i) for i in range(max(counts)) for s in dataset.validation.values()]
-    chosen = [(s, i) for s, i in order if i < s.n_windows(SEQ_LEN)][:samples]
-    assert rows == [s.window(i, SEQ_LEN)[0][:-1].tolist() for s, i in chosen]
+    order = [(name, i) for i in range(max(counts)) for name in dataset.validation]
+    streams = dataset.validation
+    chosen = [(name, i) for name, i in order if i < streams[name].n_windows(SEQ_LEN)][:samples]
+    for name, stream in streams.items():
+        of_ranks = [rank[name] for rank in ranks]
+        assert {len(batches) for batches in of_ranks} == {len(of_ranks[0])}
+        rows = []
+        for group in zip(*of_ranks, strict=True):
+            for batch in group:
+                assert batch.tokens.shape == (micro, SEQ_LEN)
+                real = (batch.labels != IGNORE).any(dim=1)
+                rows += batch.tokens[real].tolist()
+        indices = [i for of, i in chosen if of == name]
+        assert rows == [stream.window(i, SEQ_LEN)[0][:-1].tolist() for i in indices]
 
 
 def test_data_that_does_not_fit_the_model_is_told_all_at_once(folder: Path) -> None:
