@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "train": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "evaluate": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "prepare": (("data", "program"), CHEAP),
-    "convert": (("formats", "program"), CHEAP),
+    "convert": (("formats", "program", "training.memory"), CHEAP),
     "generate": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "slurm": (("program", "training"), ("submitit", *CHEAP)),
     "bench": (
