@@ -131,7 +131,9 @@ def test_a_killed_conversion_leaves_no_target_and_the_next_one_clears_up(tmp_pat
 
 
 def test_what_holds_no_weights_is_told_with_what_would(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="is no folder: name a checkpoint, Hugging Face folder"):
+    with pytest.raises(
+        FormatError, match="is no folder: name one with weights, a checkpoint or a Hugging"
+    ):
         open_weights(tmp_path / "nowhere")
     with pytest.raises(FormatError, match="holds no weights: name a folder with COMMITTED"):
         open_weights(tmp_path)
