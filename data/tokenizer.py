@@ -40,6 +40,7 @@ LLAMA3_NAMES = (
     "<|image|>",
 )
 N_LLAMA3_SPECIALS = 256
+BYTE_RANKS = {bytes([value]): value for value in range(256)}
 MODEL_FILE = "tokenizer.model"
 
 # tiktoken panics on long texts and long runs; Meta's tokenizer cuts at these numbers of characters,
@@ -196,7 +197,7 @@ def ready_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
         DataError: no file, not that format, or another vocabulary than `config.vocab_size`.
     """
     if config.name == "byte":
-        return Tokenizer("byte", {bytes([value]): value for value in range(256)})
+        return Tokenizer("byte", BYTE_RANKS)
     if config.path is not None:
         path = Path(config.path).expanduser()
     elif config.name == "llama3":
@@ -245,7 +246,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"tokenizer.vocab_size ({vocab_size}) is more than this text can fill: "
             f"use at most {len(vocabulary) + N_SPECIALS}, or more text"
         )
-    as_byte = _byte_of_character()
+    as_byte = byte_of_character()
     ranks = {
         bytes(as_byte[character] for character in token): rank for token, rank in vocabulary.items()
     }
@@ -254,15 +255,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def _trained_by_library(texts: Iterable[str], n_ranks: int) -> Any:
     """The library's own tokenizer of at most `n_ranks` tokens."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    trained.pre_tokenizer = library_split()
     trainer = trainers.BpeTrainer(
         vocab_size=n_ranks,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -272,7 +268,19 @@ def _trained_by_library(texts: Iterable[str], n_ranks: int) -> Any:
     return trained
 
 
-def _byte_of_character() -> dict[str, int]:
+def library_split() -> Any:
+    """The split pattern, and then the byte-level alphabet, as the library's pre-tokenizer."""
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def byte_of_character() -> dict[str, int]:
     """The byte behind each printable stand-in of the byte-level alphabet (GPT-2's encoder.py)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(value): value for value in printable}
