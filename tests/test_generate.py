@@ -144,7 +144,8 @@ def test_ctrl_c_in_the_middle_of_a_text_ends_all_processes_in_peace(endless: Pat
         assert said.startswith(AS_IT_STANDS.encode())
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == 130
-        assert process.stderr.read() == b""  # which ends when no process has it open any more
+        told = process.stderr.read()  # which ends when no process has it open any more
+        assert told == b"", told.decode()
 
 
 def test_a_reader_who_leaves_is_no_error(endless: Path) -> None:
