@@ -49,7 +49,7 @@ def run(config: GenerateProgram) -> None:
     from program.loaded import load_model, tokenizer_of
 
     weights = open_weights(Path(config.checkpoint))
-    tokenizer = tokenizer_of(weights, config.tokenizer)
+    tokenizer = tokenizer_of(weights, config.tokenizer_path)
     assert tokenizer is not None
     check_vocabulary(weights, tokenizer)
     prompts = read_prompts(config, tokenizer, weights.model)
