@@ -21,7 +21,6 @@ from program.generation import (
     Completer,
     Prompt,
     check_mesh,
-    check_tokenizer,
     ending_early,
     read_prompts,
     typed_prompts,
@@ -45,18 +44,19 @@ def run(config: GenerateProgram) -> None:
     Raises:
         FormatError, ConfigError: weights, prompts or mesh are not what they have to be.
     """
+    from formats.conversion import check_vocabulary
     from formats.recognition import open_weights
     from program.loaded import load_model, tokenizer_of
 
     weights = open_weights(Path(config.checkpoint))
-    tokenizer = tokenizer_of(weights, config.tokenizer)
+    tokenizer = tokenizer_of(weights, config.tokenizer_path)
     assert tokenizer is not None
-    check_tokenizer(config, tokenizer, weights.model)
+    check_vocabulary(weights, tokenizer)
     prompts = read_prompts(config, tokenizer, weights.model)
     parallel, processes, mesh = check_mesh(config, weights.model)
     loaded = load_model(weights, processes, mesh, parallel, config.precision)
     complete = Completer(config, loaded, tokenizer)
-    with ending_early(loaded.fabric):
+    with ending_early(loaded):
         if prompts is None:
             for prompt in typed_prompts(loaded.fabric, tokenizer, weights.model):
                 stream(complete, prompt, "", tokenizer)

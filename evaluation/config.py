@@ -41,7 +41,7 @@ class GenerationConfig:
     top_k: int | None
     seed: int
     batch_size: int
-    tokenizer: str
+    tokenizer_path: str
 
     def problems(self) -> list[str]:
         """Every broken rule, as messages that name key, value, rule and remedy."""

@@ -109,7 +109,7 @@ class EvaluateProgram:
     task_folder: str | None
     num_fewshot: int | None
     limit: int | None
-    tokenizer: str | None
+    tokenizer_path: str | None
     parallel: ParallelConfig
     precision: PrecisionConfig
 
@@ -124,7 +124,7 @@ class ConvertProgram:
     dtype: Literal["fp32", "bf16", "fp16"] | None
     parts: int
     file_gb: float
-    tokenizer: str | None
+    tokenizer_path: str | None
     overwrite: bool
 
 

@@ -61,18 +61,6 @@ def check_mesh(
     return parallel, processes, mesh
 
 
-def check_tokenizer(config: GenerateProgram, tokenizer: "Tokenizer", model: ModelConfig) -> None:
-    """Whether the model knows every token; raises `ConfigError`."""
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ConfigError(
-            [
-                f"tokenizer ({config.tokenizer}: {tokenizer.name}) has {tokenizer.vocab_size:,} "
-                f"tokens, and the model in {config.checkpoint} knows {model.vocab_size:,} "
-                "(vocab_size): name the model's own with tokenizer=PATH"
-            ]
-        )
-
-
 def read_prompts(
     config: GenerateProgram, tokenizer: "Tokenizer", model: ModelConfig
 ) -> list[Prompt] | None:
@@ -185,9 +173,9 @@ def _typed(tokenizer: "Tokenizer", model: ModelConfig) -> Prompt | None:
 
 
 @contextmanager
-def ending_early(fabric: "Fabric") -> Iterator[None]:
+def ending_early(loaded: "Loaded") -> Iterator[None]:
     """Ends the program where a person stops it or reads no further; the first process decides."""
-    if not fabric.is_global_zero:
+    if not loaded.fabric.is_global_zero:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child ends with the main process
     try:
         yield
@@ -195,6 +183,9 @@ def ending_early(fabric: "Fabric") -> Iterator[None]:
         code = int(ExitCode.INTERRUPTED)
     except BrokenPipeError:
         code = 128 + signal.SIGPIPE
+    except Exception as error:
+        loaded.watchdog.explain(error)  # of a peer that has gone, this process hears before its end
+        raise
     else:
         return
     os._exit(code)  # peers may wait for us in a collective call
