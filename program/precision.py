@@ -78,16 +78,17 @@ def moment_problems(precision: PrecisionConfig, optim: OptimConfig) -> list[str]
 
 def torchao_problems(precision: PrecisionConfig) -> list[str]:
     """A number format that comes from torchao, which is an extra and not installed."""
-    off = {"fp8": "null", "optimizer_state": "bf16 or fp32"}
-    asked = [("fp8", precision.fp8)] if precision.fp8 is not None else []
-    if precision.optimizer_state == "int8":
-        asked.append(("optimizer_state", "int8"))
-    if not asked or importlib.util.find_spec("torchao") is not None:
+    if importlib.util.find_spec("torchao") is not None:
         return []
+    asked: list[tuple[str, str, str]] = []  # key, value, remedy
+    if precision.fp8 is not None:
+        asked.append(("fp8", precision.fp8, "null"))
+    if precision.optimizer_state == "int8":
+        asked.append(("optimizer_state", "int8", "bf16"))
     return [
         f"precision.{key} ({value}) needs the package torchao: install the extra `torchao` "
-        f"(pip install '.[torchao]'), or use precision.{key}={off[key]}"
-        for key, value in asked
+        f"(pip install '.[torchao]'), or use precision.{key}={remedy}"
+        for key, value, remedy in asked
     ]
 
 

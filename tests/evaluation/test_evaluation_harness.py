@@ -6,6 +6,7 @@ answers differ by much more than rounding. Nothing may leave the machine.
 
 import dataclasses
 import json
+import re
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -294,6 +295,44 @@ def test_data_ranks_make_as_many_forwards(
 
     on_data_ranks(2, ask)
     assert calls == [2, 2]
+
+
+def test_a_batch_ends_when_its_texts_have_come_to_a_stop(
+    models: tuple[Llama, LlamaForCausalLM], tokenizer: Tokenizer
+) -> None:
+    """At the first two letters of each, also where they are of two tokens."""
+    lm = ours(models[0], tokenizer)
+
+    def ask(*stops: str) -> list[str]:
+        wish = {"until": list(stops), "max_gen_toks": 40}
+        return lm.generate_until(requests("generate_until", [(text, wish) for text in PROMPTS]))
+
+    free, shapes = ask(), list[tuple[int, ...]]()
+    pairs = [re.search("[a-zA-Z]{2}", text) for text in free]
+    ends = [pair.start() for pair in pairs if pair is not None]
+    assert len(ends) == len(free) and max(ends) < 20
+    handle = models[0].register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    try:
+        found = ask(*{text[end : end + 2] for text, end in zip(free, ends, strict=True)})
+    finally:
+        handle.remove()
+    assert found == [text[:end] for text, end in zip(free, ends, strict=True)]
+    assert len(shapes) < 2 * 25
+
+
+def test_processes_but_the_first_print_nothing(
+    models: tuple[Llama, LlamaForCausalLM],
+    tokenizer: Tokenizer,
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    first = run_tasks(ours(models[0], tokenizer), TASKS, folder=str(folder))
+    assert "loglikelihood, batches" in capfd.readouterr().err
+    other = run_tasks(ours(models[0], tokenizer, is_first=False), TASKS, folder=str(folder))
+    assert capfd.readouterr() == ("", "")
+    for task, scores in first["results"].items():
+        for name, score in scores.items():
+            assert "stderr" in name or other["results"][task][name] == score
 
 
 def test_answers_that_differ_in_their_last_token_cost_one_row_and_no_column_more(
