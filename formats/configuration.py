@@ -18,6 +18,14 @@ PLAIN = {
     "quantization_config": None,
     "sliding_window": None,
 }
+# Multiplier and multiple by which Meta's files tell the width of the feed-forward, by dim.
+PUBLISHED_FFN = {
+    2048: (1.5, 256),
+    3072: (1.0, 256),
+    4096: (1.3, 1024),
+    8192: (1.3, 4096),
+    16384: (1.2, 4096),
+}
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
 
 
@@ -267,11 +275,11 @@ def meta_ffn_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:
 def _meta_ffn_factors(dim: int, ffn_dim: int) -> tuple[float, int]:
     """A multiplier and a multiple with which Meta's formula gives `ffn_dim`.
 
-    The published ones where they do (1.3 with 1,024 for 8B, 1.5 with 256 for 1B), else others.
+    The published ones where they do, else others.
     """
-    for multiplier, multiple_of in ((1.3, 1024), (1.3, 4096), (1.2, 4096), (1.5, 256), (1.0, 256)):
-        if meta_ffn_dim(dim, multiplier, multiple_of) == ffn_dim:
-            return multiplier, multiple_of
+    published = PUBLISHED_FFN.get(dim)
+    if published is not None and meta_ffn_dim(dim, *published) == ffn_dim:
+        return published
     multiple_of = math.gcd(ffn_dim, 256)
     # Amid the numbers that are rounded up to it, so that no last digit matters.
     return (ffn_dim - multiple_of // 2 + 0.5) / int(2 * (4 * dim) / 3), multiple_of

@@ -6,7 +6,9 @@ no position, so that a run can begin with the weights and not go on from them.
 """
 
 import dataclasses
+import errno
 import pickle
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -170,9 +172,14 @@ def write_native(
     )
     writer.fs = files = HashedFiles()
     try:
-        dcp.save(state, storage_writer=writer, planner=_OneByOne(weights), no_dist=True)
+        with warnings.catch_warnings(action="ignore"):  # that no processes are there is meant
+            dcp.save(state, storage_writer=writer, planner=_OneByOne(weights), no_dist=True)
     except CheckpointException as error:  # no Exception, and around what is one
-        raise next(iter(error.failures.values()))[0] from None
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, FormatError | OSError):
+            raise cause from None
+        told = str(cause).splitlines()[0]  # a full disk, which PyTorch notices by its counting
+        raise OSError(errno.EIO, told) from None
     model = dataclasses.asdict(weights.model)
     config = {"model": model, "tokenizer": tokenizer}
     position = dataclasses.asdict(Position(step=0, samples=0, tokens=0, data_hash=""))

@@ -40,9 +40,9 @@ def open_weights(folder: Path) -> Weights:
         return open_native(folder)
     if kind is not None:
         return open_hugging_face(folder) if kind == "hf" else open_meta(folder)
-    told = ", ".join(FORMATS.values())
+    told = " or a ".join(FORMATS.values())
     if not folder.is_dir():
-        raise FormatError(f"{folder} is no folder: name a {told}")
+        raise FormatError(f"{folder} is no folder: name one with weights, a {told}")
     if (checkpoints := _checkpoints_in(folder)) is not None:
         raise FormatError(f"{folder} is a run's folder: name a checkpoint in it, as {checkpoints}")
     raise FormatError(

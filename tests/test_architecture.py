@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HOUSE = {"model", "parallel", "data", "training", "evaluation", "program"}
+HOUSE = {"model", "parallel", "data", "training", "formats", "evaluation", "program"}
 CHEAP = ("hydra", "omegaconf")  # what answers `--help`
 
 # package: what of the house it may import, and which libraries. A dotted name allows itself and
@@ -39,15 +39,26 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("matplotlib", "tensorboard", "wandb", "xxhash"),
         ),
     ),
-    "evaluation": (("model", "data.tokenizer"), ("torch",)),
+    # Our checkpoints are the third format, so it reads and writes them as training does.
+    "formats": (
+        (
+            *("model", "data.tokenizer", "data.config", "data.errors"),
+            *("training.checkpoint.files", "training.checkpoint.saving"),
+            *("training.position", "training.run_folder"),
+        ),
+        ("torch", "safetensors", "tokenizers", "xxhash", "pydantic"),
+    ),
+    "evaluation": (("model", "data.tokenizer"), ("torch", "lm_eval")),
     "program": (
-        ("model", "parallel", "data", "training", "evaluation"),
+        ("model", "parallel", "data", "training", "formats", "evaluation"),
         ("torch", "lightning.fabric", "pydantic", *CHEAP),
     ),
     # The programs.
     "train": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "evaluate": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "prepare": (("data", "program"), CHEAP),
+    "convert": (("formats", "program"), CHEAP),
+    "generate": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "slurm": (("program", "training"), ("submitit", *CHEAP)),
     "bench": (
         (*HOUSE, "train"),

@@ -1,4 +1,4 @@
-"""Real processes of the real `train.py`, forked from one that has imported all of it.
+"""Real processes of the real programs, forked from one that has imported all of them.
 
 Importing torch and lightning takes ten times as long as a start of the smoke model, so a fault test
 of fifty starts needs them imported once: `python zygote.py` imports, forks the ranks of a start
@@ -94,9 +94,14 @@ class Zygote:
         )
 
     def start(
-        self, arguments: Sequence[str], ranks: int, *plans: Plan, alone: bool = False
+        self,
+        arguments: Sequence[str],
+        ranks: int,
+        *plans: Plan,
+        alone: bool = False,
+        program: str = "train.py",
     ) -> Start:
-        """Begins `train.py` with these arguments on so many ranks; returns when they are forked.
+        """Begins a program with these arguments on so many ranks; returns when they are forked.
 
         Args:
             alone: Nobody ends the ranks that are left when one has failed: they must see to it.
@@ -106,6 +111,7 @@ class Zygote:
         for path in outputs:
             path.touch()
         order = {
+            "program": program,
             "arguments": list(arguments),
             "outputs": [str(path) for path in outputs],
             "plans": [asdict(plan) for plan in plans],
@@ -121,9 +127,16 @@ class Zygote:
         start.codes = codes
         return [codes[rank] for rank in sorted(codes)]
 
-    def run(self, arguments: Sequence[str], ranks: int, *plans: Plan, alone: bool = False) -> Start:
+    def run(
+        self,
+        arguments: Sequence[str],
+        ranks: int,
+        *plans: Plan,
+        alone: bool = False,
+        program: str = "train.py",
+    ) -> Start:
         """A start from its beginning to its end."""
-        start = self.start(arguments, ranks, *plans, alone=alone)
+        start = self.start(arguments, ranks, *plans, alone=alone, program=program)
         self.wait(start)
         return start
 
@@ -180,7 +193,7 @@ def fork_ranks(order: dict[str, Any]) -> list[int]:
 
 
 def run_rank(rank: int, size: int, port: int, output: str, order: dict[str, Any]) -> None:
-    """`train.py` in this fork, which ends with it."""
+    """The program in this fork, which ends with it."""
     out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -192,9 +205,9 @@ def run_rank(rank: int, size: int, port: int, output: str, order: dict[str, Any]
     for plan in (Plan(**values) for values in order["plans"]):
         if plan.rank == rank:
             bring_about(plan)
-    sys.argv = ["train.py", *order["arguments"]]
+    sys.argv = [order["program"], *order["arguments"]]
     try:
-        runpy.run_path("train.py", run_name="__main__")
+        runpy.run_path(order["program"], run_name="__main__")
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -1,0 +1,182 @@
+"""Weights that tests make: in memory, in Meta's files, and the plain Llama that they belong to."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from formats.weights import Weights, parameter_shapes
+from model.config import ModelConfig, RopeScaling
+from model.llama import Llama
+
+SMALL = ModelConfig("small", 64, 2, 16, 8, 96, 144, max_seq_len=512)
+SCALED = RopeScaling(factor=8.0, original_max_seq_len=32)
+KINDS = {
+    "plain": SMALL,
+    "scaled": dataclasses.replace(SMALL, rope_scaling=SCALED),
+    "tied": dataclasses.replace(SMALL, rope_scaling=RopeScaling(32.0), tie_embeddings=True),
+}
+SEQ = 48  # beyond the original context of `scaled`
+
+
+class MadeWeights(Weights):
+    """Random weights in memory, large enough for attention to be far from uniform."""
+
+    format = "native"
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(Path("made"), model, {})
+        generator = torch.Generator().manual_seed(0)
+        self.tensors = {
+            name: torch.randn(shape, generator=generator).mul_(0.2).add_(len(shape) == 1).to(dtype)
+            for name, shape in self.shapes.items()
+        }
+
+    def _stored_name(self, name: str) -> str:
+        return name
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        tensor = self.tensors[name]
+        for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+            tensor = tensor.narrow(dim, offset, size)
+        return tensor.contiguous()
+
+
+def whole(weights: Weights, name: str) -> Tensor:
+    """All of one parameter."""
+    shape = weights.shapes[name]
+    return weights.read(name, [0] * len(shape), shape)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def assert_same_weights(one: Weights, other: Weights) -> None:
+    """Bit for bit, and of the same configuration but for its label."""
+    assert dataclasses.replace(one.model, name="") == dataclasses.replace(other.model, name="")
+    assert one.shapes == parameter_shapes(one.model) == other.shapes
+    for name in one.shapes:
+        assert same_bits(whole(one, name), whole(other, name)), name
+
+
+def filled(weights: Weights) -> Llama:
+    """Our model with these weights, in float32."""
+    model = Llama(weights.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(whole(weights, name))
+    return model
+
+
+def tokens_of(model: ModelConfig) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(model.vocab_size, (2, SEQ), generator=generator)  # (batch, seq)
+
+
+def meta_parts(weights: MadeWeights, parts: int) -> list[dict[str, Tensor]]:
+    """What each tensor-parallel part holds, written down from Meta's model by hand."""
+    by_columns = ("wo.weight", "w2.weight")
+    tensors = dict(weights.tensors)
+    tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
+    kv_rows = weights.model.n_kv_heads * weights.model.head_dim
+    found: list[dict[str, Tensor]] = []
+    for part in range(parts):
+        own = {}
+        for name, tensor in tensors.items():
+            if tensor.ndim == 1:
+                own[name] = tensor
+            elif name.endswith(("wk.weight", "wv.weight")) and parts > weights.model.n_kv_heads:
+                # Fewer heads than parts: neighbours hold the same head.
+                head = part * weights.model.n_kv_heads // parts
+                rows = kv_rows // weights.model.n_kv_heads
+                own[name] = tensor[head * rows : (head + 1) * rows].clone()
+            else:
+                dim = 1 if name.endswith(by_columns) else 0
+                own[name] = tensor.chunk(parts, dim)[part].clone()
+        found.append(own)
+    return found
+
+
+def write_meta_by_hand(weights: MadeWeights, folder: Path, parts: int, **params: object) -> None:
+    """A folder as Meta publishes it, made by torch and json alone."""
+    model = weights.model
+    folder.mkdir(parents=True)
+    for part, tensors in enumerate(meta_parts(weights, parts)):
+        torch.save(tensors, folder / f"consolidated.{part:02d}.pth")
+    values = {
+        "dim": model.dim,
+        "n_layers": model.n_layers,
+        "n_heads": model.n_heads,
+        "n_kv_heads": model.n_kv_heads,
+        "vocab_size": model.vocab_size,
+        "ffn_dim_multiplier": 0.5,  # of 170 is 85, the next multiple of 32 is 96
+        "multiple_of": 32,
+        "norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "use_scaled_rope": model.rope_scaling is not None,
+        **params,
+    }
+    (folder / "params.json").write_text(json.dumps(values))
+
+
+def plain_llama(tensors: dict[str, Tensor], model: ModelConfig, tokens: Tensor) -> Tensor:
+    """Logits (batch, seq, vocab) by the formulas alone: complex rotation, scores written out."""
+    head_dim, scaling = model.head_dim, model.rope_scaling
+    frequencies = []
+    for pair in range(head_dim // 2):
+        frequency = model.rope_theta ** (-2 * pair / head_dim)
+        if scaling is not None:
+            wavelength = 2 * math.pi / frequency
+            longest = scaling.original_max_seq_len / scaling.low_freq_factor
+            shortest = scaling.original_max_seq_len / scaling.high_freq_factor
+            if wavelength > longest:
+                frequency /= scaling.factor
+            elif wavelength > shortest:
+                smooth = (scaling.original_max_seq_len / wavelength - scaling.low_freq_factor) / (
+                    scaling.high_freq_factor - scaling.low_freq_factor
+                )
+                frequency = (1 - smooth) * frequency / scaling.factor + smooth * frequency
+        frequencies.append(frequency)
+    places = torch.arange(tokens.shape[1]).double()
+    turns = torch.exp(1j * torch.outer(places, torch.tensor(frequencies).double()))  # (seq, pair)
+
+    def weight(name: str) -> Tensor:
+        return tensors[f"{name}.weight"].double()
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + model.norm_eps).sqrt() * weight(name)
+
+    def rotated(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * turns.unsqueeze(1)).flatten(-2)
+
+    x = weight("tok_embeddings")[tokens]  # (batch, seq, dim)
+    for layer in range(model.n_layers):
+        at = f"layers.{layer}."
+        h = norm(x, f"{at}attention_norm")
+        q, k, v = (
+            (h @ weight(f"{at}attention.{each}").T).unflatten(-1, (-1, head_dim))
+            for each in ("wq", "wk", "wv")
+        )
+        q, k = rotated(q), rotated(k)  # (batch, seq, heads, head_dim)
+        group = model.n_heads // model.n_kv_heads
+        heads = []
+        for head in range(model.n_heads):
+            scores = q[:, :, head] @ k[:, :, head // group].transpose(1, 2) / math.sqrt(head_dim)
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+            shares = scores.masked_fill(later, -math.inf).softmax(-1)  # (batch, seq, keys)
+            heads.append(shares @ v[:, :, head // group])
+        x = x + torch.cat(heads, -1) @ weight(f"{at}attention.wo").T
+        h = norm(x, f"{at}ffn_norm")
+        gate, up = (h @ weight(f"{at}feed_forward.{each}").T for each in ("w1", "w3"))
+        x = x + (gate * gate.sigmoid() * up) @ weight(f"{at}feed_forward.w2").T
+    head = "tok_embeddings" if model.tie_embeddings else "output"
+    return norm(x, "norm") @ weight(head).T

@@ -1,0 +1,177 @@
+"""Continued training: a run begins with weights of any format, on any mesh, or says why not."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import figures, ledger
+from made_weights import SMALL, MadeWeights
+from omegaconf import OmegaConf
+from transformers import LlamaForCausalLM
+from zygote import Plan, Zygote
+
+from data.config import TokenizerConfig
+from data.dataset import Dataset
+from data.loader import TrainLoader
+from data.tokenizer import ready_tokenizer
+from formats.conversion import convert
+from model.config import ModelConfig, RopeScaling
+from program.config import TrainProgram, load_train_config
+
+MODEL = ModelConfig(
+    "weights",
+    64,
+    2,
+    4,
+    2,
+    192,
+    272,
+    rope_scaling=RopeScaling(8.0),
+    tie_embeddings=True,
+    max_seq_len=128,
+)
+SAME = ["model.rope_scaling={factor:8.0}", "data.document_mask=false"]
+SHORT = ["train.max_steps=3", "checkpoint.interval=2"]
+# Sums in another order, as between meshes; of transformers' loss the issue allows as much.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same weights and their tokenizer in each format."""
+    place = tmp_path_factory.mktemp("weights")
+    byte = ready_tokenizer(TokenizerConfig(name="byte", vocab_size=272))
+    for format, parts in (("native", 1), ("hf", 1), ("meta", 2)):
+        convert(MadeWeights(MODEL), byte, place / format, format, parts=parts)  # type: ignore[arg-type]
+    return {format: place / format for format in ("native", "hf", "meta")}
+
+
+@pytest.fixture(scope="module")
+def expected(
+    folders: dict[str, Path], zygote: Zygote, run_of: Any, tmp_path_factory: Any
+) -> tuple[list[dict[str, Any]], float]:
+    """The figures of a run that began with the Hugging Face folder; transformers' first loss."""
+    run = tmp_path_factory.mktemp("expected") / "run"
+    start = zygote.run(run_of(run, *SHORT, *SAME, f"run.init_from={folders['hf']}"), 1)
+    assert start.codes == {0: 0}, start.told()
+    return figures(run), transformers_loss(folders["hf"], run)
+
+
+def transformers_loss(folder: Path, run: Path) -> float:
+    """The mean loss of a run's first batch, by transformers."""
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    config: TrainProgram = load_train_config(OmegaConf.create(values))
+    dataset = Dataset.open(config.data.folder, document_mask=False)
+    loader = TrainLoader(dataset, config.stages(), seed=config.run.seed, rank=0, size=1)
+    (batch,) = loader.step(0).micro_batches
+    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = theirs(batch.tokens).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).item()
+
+
+def test_the_first_loss_is_transformers_own_on_the_same_batch(
+    expected: tuple[list[dict[str, Any]], float],
+) -> None:
+    steps, loss = expected
+    assert steps[0]["loss"] == pytest.approx(loss, rel=TOLERANCE)
+    assert abs(steps[0]["loss"] - steps[1]["loss"]) > 1e-3  # another batch, other weights
+
+
+@pytest.mark.parametrize(
+    ("format", "mesh"),
+    [("hf", "tp"), ("hf", "dp_shard"), ("meta", "tp"), ("meta", "dp_shard"), ("native", "cp")],
+)
+def test_every_format_on_every_axis_begins_the_same_run(
+    format: str,
+    mesh: str,
+    folders: dict[str, Path],
+    expected: tuple[list[dict[str, Any]], float],
+    zygote: Zygote,
+    run_of: Any,
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    begun = f"run.init_from={folders[format]}"
+    start = zygote.run(run_of(run, *SHORT, *SAME, begun, f"parallel.{mesh}=2"), 2)
+    assert start.codes == {0: 0, 1: 0}, start.told()
+    for found, step in zip(figures(run), expected[0], strict=True):
+        assert found["batch_hash"] == step["batch_hash"]
+        assert found["loss"] == pytest.approx(step["loss"], rel=TOLERANCE)
+    if (format, mesh) != ("hf", "tp"):
+        return
+    assert f"from the weights of {folders[format]}" in " ".join(start.told().split())
+    assert ledger(run)[0]["init_from"] == str(folders[format])
+    # A checkpoint of two ranks, whose weights a run begins with, reads as what they are.
+    again = tmp_path / "again"
+    checkpoint = run / "checkpoints" / "step-00000003"
+    assert (checkpoint / "tokenizer.model").exists()
+    branch = zygote.run(run_of(again, *SHORT, *SAME, f"run.init_from={checkpoint}"), 1)
+    assert branch.codes == {0: 0}, branch.told()
+    longer = zygote.run(run_of(run, *SAME, "train.max_steps=4"), 1)
+    assert longer.codes == {0: 0}, longer.told()  # on its own, the weights not asked for
+    assert figures(again)[0]["batch_hash"] == figures(run)[0]["batch_hash"]
+    assert figures(again)[0]["loss"] < figures(run)[0]["loss"]
+    # The same command again goes on from the checkpoint, even where the weights are gone.
+    shutil.copytree(run, tmp_path / "copy")
+    more = [*SAME, "train.max_steps=5"]
+    gone = zygote.run(run_of(tmp_path / "copy", *more, "run.init_from=gone"), 1)
+    assert gone.codes == {0: 1}
+    assert "the weights that the run began from" in gone.told()
+
+
+def refused(zygote: Zygote, arguments: list[str], run: Path) -> str:
+    """What a start says that is refused before it writes anything."""
+    start = zygote.run(arguments, 1)
+    assert start.codes == {0: 1}, start.told()
+    assert not run.exists()
+    return start.told()
+
+
+def test_other_weights_are_refused_with_both_values(
+    folders: dict[str, Path], zygote: Zygote, run_of: Any, tmp_path: Path
+) -> None:
+    run, begun = tmp_path / "run", f"run.init_from={folders['hf']}"
+    other = ["model.n_kv_heads=4", "model.rope_theta=10000", "data.document_mask=false"]
+    told = refused(zygote, run_of(run, begun, *other), run)
+    assert "model.n_kv_heads (4) is not that of the weights in run.init_from" in told
+    assert "which is 2: use model.n_kv_heads=2" in told
+    assert "model.rope_theta (10000.0) is not that of the weights" in told
+    assert "or run.allow_changes=[model.rope_theta] to train them into another function" in told
+    scaling = "{factor:8.0,low_freq_factor:1.0,high_freq_factor:4.0,original_max_seq_len:8192}"
+    assert f"which is {scaling}: use 'model.rope_scaling={scaling}'" in told
+
+    convert(MadeWeights(SMALL), None, tmp_path / "small", "hf")
+    told = refused(zygote, run_of(run, f"run.init_from={tmp_path / 'small'}", *SAME), run)
+    assert "model.vocab_size (272) is not that of the weights" in told
+
+    told = refused(zygote, run_of(run, f"run.init_from={tmp_path / 'nowhere'}", *SAME), run)
+    assert "nowhere is no folder" in told
+    both = [begun, f"run.resume={folders['native']}", *SAME]
+    assert "begins with weights alone: use one of them" in refused(zygote, run_of(run, *both), run)
+    alone = run_of(run, f"run.resume={folders['native']}", *SAME)
+    assert "holds weights alone" in refused(zygote, alone, run)
+
+
+def test_a_changed_function_of_the_same_weights_is_trained_by_consent(
+    folders: dict[str, Path], zygote: Zygote, run_of: Any, tmp_path: Path
+) -> None:
+    consent = "run.allow_changes=[model.rope_scaling,model.rope_theta]"
+    longer = ["model.rope_theta=1000000", "data.document_mask=false", "train.max_steps=1"]
+    arguments = run_of(tmp_path / "run", f"run.init_from={folders['meta']}", consent, *longer)
+    start = zygote.run(arguments, 1)
+    assert start.codes == {0: 0}, start.told()
+
+
+def test_a_rank_that_cannot_read_its_shard_ends_all_with_its_reason(
+    folders: dict[str, Path], zygote: Zygote, run_of: Any, tmp_path: Path
+) -> None:
+    begun = f"run.init_from={folders['hf']}"
+    failing = Plan(rank=1, call=3, do="EIO", at="os.preadv")
+    start = zygote.run(run_of(tmp_path / "run", begun, *SAME, "parallel.tp=2"), 2, failing)
+    assert start.codes == {0: 1, 1: 1}, start.told()
+    assert "cannot be read (Input/output error)" in start.told()
+    assert "(rank 1)" in start.told()
