@@ -124,16 +124,15 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     token, which transformers' converter writes, gives the same ids (tests compare all three), and
     for Llama 3 is twice as long.
     """
-    merges = []
+    merges, none = [], len(ranks)
     for token in sorted(ranks, key=lambda token: ranks[token]):
         parts = [token[place : place + 1] for place in range(len(token))]
         while len(parts) > 2:
-            rank, place = min(
-                (ranks.get(left + right, len(ranks)), place)
-                for place, (left, right) in enumerate(pairwise(parts))
-            )
-            if rank == len(ranks):
+            joined = [ranks.get(left + right, none) for left, right in pairwise(parts)]
+            rank = min(joined)
+            if rank == none:
                 break
+            place = joined.index(rank)
             parts[place : place + 2] = [parts[place] + parts[place + 1]]
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
