@@ -119,10 +119,10 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
     tiktoken joins, again and again, the leftmost of the pairs whose joined bytes have the lowest
     rank. So what becomes of the bytes between two borders of tokens depends on them alone, and a
-    token only ever comes from the two parts that encoding itself comes to last. These are its
-    merge; a token that encoding itself does not come to has none. The list of all splits of each
-    token, which transformers' converter writes, gives the same ids (tests compare all three), and
-    for Llama 3 is twice as long.
+    token only ever comes from the two parts that encoding its own bytes comes to last. These are
+    its merge; where encoding them ends in more parts, as for 588 of Llama 3's tokens, it has none.
+    The list of all splits of each token, which transformers' converter writes, gives the same ids:
+    its other pairs never stand side by side. For Llama 3 it has 280,147 entries, this one 127,156.
     """
     merges, none = [], len(ranks)
     for token in sorted(ranks, key=lambda token: ranks[token]):
