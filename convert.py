@@ -38,7 +38,9 @@ def run(config: ConvertProgram) -> None:
     from formats.target import check_target
     from formats.weights import FORMATS
     from program.loaded import tokenizer_of
+    from training.memory import give_freed_memory_back
 
+    give_freed_memory_back()
     target = Path(config.target)
     check_target(target, config.overwrite)
     weights = open_weights(Path(config.source))
@@ -46,7 +48,7 @@ def run(config: ConvertProgram) -> None:
     begin = time.perf_counter()
     n_bytes = convert(
         weights,
-        tokenizer_of(weights, config.tokenizer),
+        tokenizer_of(weights, config.tokenizer_path),
         target,
         kind,
         dtype=None if config.dtype is None else DTYPE_OF[config.dtype],

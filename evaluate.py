@@ -44,7 +44,7 @@ def evaluate(config: EvaluateProgram) -> None:
 
     weights = open_weights(Path(config.evaluation.checkpoint))
     held_out, seq_len = held_out_of(config, weights)
-    tokenizer = tokenizer_of(weights, config.tokenizer) if config.tasks else None
+    tokenizer = tokenizer_of(weights, config.tokenizer_path) if config.tasks else None
     parallel, processes, mesh = check_mesh(config, weights.model, seq_len)
     loaded = load_model(weights, processes, mesh, parallel, config.precision)
     figures: dict[str, Any] = {

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import hydra
@@ -22,18 +21,17 @@ from omegaconf import DictConfig
 from parallel.mesh import MeshShape, Processes, is_first_process
 from parallel.slurm import slurm_time_left
 from program.command_line import hydra_arguments
-from program.config import TrainProgram, plain
+from program.config import TrainProgram
 from program.ending import end_early, finish, give_up, leave, record_fault
 from program.figures import log, read_figures, validate, write_sample
 from program.preflight import check_config, check_folder, hold_folder, prepare_data, refusals
 from program.recovery import Decision, heed, rewind, starting_position
 from program.report import header
-from program.run import Run
+from program.run import Run, saver_of
 from training.exit_codes import ExitCode
 from training.lock import RunLock
 from training.requests import QUIET, Requests
 from training.resume_contract import Changes
-from training.run_folder import RunFolder
 from training.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -75,7 +73,6 @@ def set_up(
 
     from model.llama import Llama
     from program.launch import launch
-    from training.checkpoint.saver import Saver
     from training.console import Console
     from training.numerics import Judge, VitalsReader
     from training.optimizer import build_optimizer
@@ -111,13 +108,7 @@ def set_up(
         stages=config.stages(),
         requests=requests,
         watchdog=watchdog,
-        saver=Saver(
-            RunFolder(Path(config.run.dir)),
-            config.checkpoint,
-            plain(config),
-            console.note,
-            beside=dataset.tokenizer().files(),
-        ),
+        saver=saver_of(config, dataset, console.note),
         reader=VitalsReader(fabric.device.type),
         judge=Judge(config.faults, len(past.rewinds), position.vitals),
         lock=lock,

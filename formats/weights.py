@@ -25,7 +25,7 @@ FORMATS: dict[str, str] = {
     "hf": "Hugging Face folder",
     "meta": "Meta folder",
 }
-SLAB = 2**26  # bytes of a tensor that are read and passed on at a time
+SLAB = 2**24  # bytes of a tensor that are read and passed on at a time
 TOLD = 8  # problems of one kind in a message
 
 

@@ -10,13 +10,19 @@ from pathlib import Path
 CONF = Path(__file__).parent.parent / "conf"
 
 
-def hydra_arguments(arguments: list[str], config_name: str) -> list[str]:
+def hydra_arguments(
+    arguments: list[str], config_name: str, texts: tuple[str, ...] = ()
+) -> list[str]:
     """Arguments for Hydra in which every `key=value` may also name an unknown key (`++key=value`).
 
     Hydra would stop at the first key that it does not know; so the gate (`program.config`) sees
     them all, together with wrong types and broken rules. Overrides of config groups
     (`model=llama3_8b`) stay as they are. `--help` is answered here: Hydra's own takes a second to
     list its internals.
+
+    Args:
+        texts: Keys whose value is text as it stands, but for `null`: commas, quotes and brackets
+            mean nothing in it.
 
     Raises:
         SystemExit: after `--help`; and for a multirun, which self-launched processes cannot share.
@@ -32,12 +38,22 @@ def hydra_arguments(arguments: list[str], config_name: str) -> list[str]:
         )
     rewritten = []
     for argument in arguments:
-        key, equals, _ = argument.partition("=")
+        key, equals, value = argument.partition("=")
         plain_key = equals and re.fullmatch(r"[\w.-]+", key)
         if plain_key and not key.startswith("hydra.") and not (CONF / key).is_dir():
-            argument = f"++{argument}"
+            if key in texts and value != "null":
+                value = quoted(value)
+            argument = f"++{key}={value}"
         rewritten.append(argument)
     return rewritten
+
+
+def quoted(text: str) -> str:
+    """The text as a quoted value of Hydra's grammar, which OmegaConf then leaves as it is."""
+    # Backslashes count before what they escape, and before the closing quote: there, two for each.
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    text = re.sub(r'(\\*)(")', r"\1\1\\\2", text)
+    return '"' + re.sub(r"(\\+)\Z", r"\1\1", text) + '"'
 
 
 def help_text(config_name: str) -> str:

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.config import DataConfig, TokenizerConfig
 from data.stages import Stages, plan_stages
-from evaluation.config import EvaluationConfig
+from evaluation.config import EvaluationConfig, GenerationConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from program.precision import evaluation_problems, moment_problems
@@ -109,7 +109,7 @@ class EvaluateProgram:
     task_folder: str | None
     num_fewshot: int | None
     limit: int | None
-    tokenizer: str | None
+    tokenizer_path: str | None
     parallel: ParallelConfig
     precision: PrecisionConfig
 
@@ -124,8 +124,16 @@ class ConvertProgram:
     dtype: Literal["fp32", "bf16", "fp16"] | None
     parts: int
     file_gb: float
-    tokenizer: str | None
+    tokenizer_path: str | None
     overwrite: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateProgram(GenerationConfig):
+    """The whole configuration of `generate.py`."""
+
+    parallel: ParallelConfig
+    precision: PrecisionConfig
 
 
 # A rule that ties sections together: the names of the sections, and what finds the problems.
@@ -175,6 +183,13 @@ def load_convert_config(composed: DictConfig) -> ConvertProgram:
     """The typed configuration of `convert.py`; raises as `load_train_config` does."""
     keys = ("format", "parts", "file_gb")
     return _load(composed, ConvertProgram, [(keys, convert_problems)])
+
+
+def load_generate_config(composed: DictConfig) -> GenerateProgram:
+    """The typed configuration of `generate.py`; raises as `load_train_config` does."""
+    keys = tuple(field.name for field in dataclasses.fields(GenerationConfig))
+    own: Rule = (keys, lambda *values: GenerationConfig(*values).problems())
+    return _load(composed, GenerateProgram, [own, (("precision",), evaluation_problems)])
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -16,7 +16,10 @@ from program.rules import model_problems
 
 if TYPE_CHECKING:
     from data.dataset import Dataset
+    from data.tokenizer import Tokenizer
+    from evaluation.language_model import LlameshModel
     from formats.weights import Weights
+    from program.loaded import Loaded
 
 LONGEST_WINDOW = 2048  # tokens, where neither a run nor a key tells
 FIGURES = "evaluation.json"
@@ -108,6 +111,35 @@ def check_mesh(
     if problems:
         raise ConfigError(problems)
     return parallel, processes, mesh
+
+
+def harness_model(
+    config: EvaluateProgram, loaded: "Loaded", tokenizer: "Tokenizer"
+) -> "LlameshModel":
+    """The model as lm-eval asks it; every process has one, and deals with its share."""
+    import torch.distributed as dist
+
+    from evaluation.language_model import LlameshModel
+    from formats.tokenizers import stop_ids
+    from parallel.agreement import MeshAgreement
+
+    def gather(own: list[Any]) -> list[list[Any]]:
+        shares: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, own)
+        return shares[:: loaded.mesh.peers]  # peers have the same
+
+    return LlameshModel(
+        loaded.model,
+        tokenizer,
+        device=loaded.fabric.device,
+        batch_size=config.evaluation.micro_batch_size,
+        stop=stop_ids(tokenizer),
+        data_rank=loaded.data_rank,
+        data_size=loaded.mesh.dp,
+        gather=gather,
+        agree=MeshAgreement(loaded.strategy.device_mesh, loaded.fabric.device),
+        is_first=loaded.fabric.is_global_zero,
+    )
 
 
 def versions(harness: bool) -> dict[str, str]:

@@ -126,7 +126,7 @@ def tokenizer_of(weights: "Weights", choice: str | None = "auto") -> "Tokenizer 
     if found is None:
         raise FormatError(
             f"{weights.folder if choice == 'auto' else choice} holds no tokenizer.model and no "
-            "tokenizer.json: name one with tokenizer=PATH, or tokenizer=null to do without"
+            "tokenizer.json: name one by tokenizer_path=PATH, or do without by tokenizer_path=null"
         )
     return found
 

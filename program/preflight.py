@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from data.config import DataConfig
 from data.errors import DataError
+from evaluation.errors import TaskError
 from formats.errors import FormatError
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
@@ -67,7 +68,7 @@ def refusals(refused: str = "Not started") -> Iterator[None]:
         yield
     except ConfigError as error:
         message = f"{refused}, the configuration has problems:\n{error}"
-    except (DataError, FormatError, LaunchError) as error:
+    except (DataError, FormatError, LaunchError, TaskError) as error:
         message = f"{refused}: {error}"
     except RunFolderError as error:
         message, code = f"{refused}: {error}", error.code

@@ -1,6 +1,6 @@
 """One start of a run: everything that the loop in `train.py` works with."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -200,3 +200,13 @@ class Run:
         """Writes an event to the ledger, on rank 0."""
         if self.ledger is not None:
             self.ledger.append(event, **fields)
+
+
+def saver_of(
+    config: TrainProgram, dataset: "Dataset | StreamDataset", note: Callable[[str], None]
+) -> "Saver":
+    """What saves the checkpoints of a run, each with the tokenizer of its data."""
+    from training.checkpoint.saver import Saver
+
+    folder, beside = RunFolder(Path(config.run.dir)), dataset.tokenizer().files()
+    return Saver(folder, config.checkpoint, plain(config), note, beside)

@@ -178,5 +178,5 @@ def plain_llama(tensors: dict[str, Tensor], model: ModelConfig, tokens: Tensor) 
         h = norm(x, f"{at}ffn_norm")
         gate, up = (h @ weight(f"{at}feed_forward.{each}").T for each in ("w1", "w3"))
         x = x + (gate * gate.sigmoid() * up) @ weight(f"{at}feed_forward.w2").T
-    head = "tok_embeddings" if model.tie_embeddings else "output"
-    return norm(x, "norm") @ weight(head).T
+    last = "tok_embeddings" if model.tie_embeddings else "output"
+    return norm(x, "norm") @ weight(last).T

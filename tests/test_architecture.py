@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "train": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "evaluate": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "prepare": (("data", "program"), CHEAP),
-    "convert": (("formats", "program"), CHEAP),
+    "convert": (("formats", "program", "training.memory"), CHEAP),
     "generate": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "slurm": (("program", "training"), ("submitit", *CHEAP)),
     "bench": (
@@ -210,7 +210,7 @@ def test_files_and_functions_have_a_size_that_one_reads_with_pleasure(path: Path
             assert length <= MAX_FUNCTION, f"{path}:{node.lineno} {node.name} has {length} lines"
 
 
-@pytest.mark.parametrize("program", ["train.py", "prepare.py", "evaluate.py"])
+@pytest.mark.parametrize("program", ["train.py", "prepare.py", "evaluate.py", "generate.py"])
 def test_help_takes_less_than_a_second_and_loads_nothing_heavy(program: str) -> None:
     """Measured in seconds of processor time: others on the machine hardly change those."""
     process = subprocess.Popen(

@@ -58,9 +58,10 @@ def test_transformers_loads_it_with_equal_logits_and_rewrites_what_we_read(
 ) -> None:
     made = MadeWeights(KINDS[kind])
     convert(made, None, tmp_path / "hf", "hf", file_bytes=FILE_BYTES)
-    theirs, told = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", dtype="auto", output_loading_info=True
     )
+    theirs, told = loaded
     assert not any(told.values())
     assert theirs.dtype == torch.float32
     tokens = tokens_of(made.model)
@@ -91,7 +92,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("formats")
     for format in ("native", "hf", "meta"):
         parts = 4 if format == "meta" else 1
-        convert(MadeWeights(SMALL), None, place / format, format, parts=parts)  # type: ignore[arg-type]
+        convert(MadeWeights(SMALL), None, place / format, format, parts=parts)
     return {format: place / format for format in ("native", "hf", "meta")}
 
 
@@ -113,7 +114,7 @@ def test_any_block_is_that_of_the_whole(folders: dict[str, Path], data: st.DataO
 def test_a_cast_rounds_as_torch_does(tmp_path: Path) -> None:
     made = MadeWeights(SMALL)
     for format in ("native", "hf", "meta"):
-        convert(made, None, tmp_path / format, format, dtype=torch.bfloat16)  # type: ignore[arg-type]
+        convert(made, None, tmp_path / format, format, dtype=torch.bfloat16)
         found = open_weights(tmp_path / format)
         for name, tensor in made.tensors.items():
             assert same_bits(whole(found, name), tensor.bfloat16())
@@ -159,6 +160,11 @@ def change_json(name: str, **changes: object) -> Callable[[Path], None]:
     return spoil
 
 
+def remove_weights(folder: Path) -> None:
+    for path in [*parts_of(folder), *folder.glob("*.index.json")]:
+        path.unlink()
+
+
 def name_a_missing_tensor(folder: Path) -> None:
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -166,7 +172,7 @@ def name_a_missing_tensor(folder: Path) -> None:
     path.write_text(json.dumps(index))
 
 
-EMBEDDING, QUERY = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, "model-00002-of-.* is damaged"),
     "a part missing": (lambda f: parts_of(f)[1].unlink(), "model-00002-of-.* does not exist"),
@@ -190,7 +196,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         "has dtype F64: use weights in F32, BF16 or F16",
     ),
     "no weights": (
-        lambda f: [path.unlink() for path in [*parts_of(f), *f.glob("*.index.json")]],
+        remove_weights,
         "holds neither model.safetensors nor model.safetensors.index.json",
     ),
     "mistral": (
@@ -233,10 +239,11 @@ def test_the_configuration_of_every_published_model_is_transformers_own(tmp_path
         path.parent.mkdir()
         path.write_text(json.dumps(to_hugging_face(model, "bfloat16", 1, [2, 3])))
         config = LlamaConfig.from_pretrained(path.parent)
-        assert config.rope_parameters["rope_theta"] == model.rope_theta
+        rope: Any = config.rope_parameters
+        assert rope["rope_theta"] == model.rope_theta
         assert (config.bos_token_id, config.eos_token_id) == (1, [2, 3])
         scaling = model.rope_scaling
-        assert config.rope_parameters["rope_type"] == ("llama3" if scaling else "default")
+        assert rope["rope_type"] == ("llama3" if scaling else "default")
         LlamaForCausalLM(config)  # it is complete
         config.save_pretrained(tmp_path / kind / "theirs")
         ours = from_hugging_face(tmp_path / kind / "theirs" / "config.json")

@@ -32,7 +32,7 @@ from model.config import ModelConfig
 
 CONF = Path(__file__).parent.parent.parent / "conf" / "model"
 # What a published file leaves untold and a small model has otherwise.
-UNTOLD = {"context_length": SMALL.max_seq_len}
+UNTOLD: dict[str, object] = {"context_length": SMALL.max_seq_len}
 
 
 def params_of(model: ModelConfig) -> dict[str, object]:

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from model.config import ModelConfig, RopeScaling
 
-FILES = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[1] / "conf" / "model").glob("*.yaml"))
 
 
 def read(path: Path) -> ModelConfig:
