@@ -42,11 +42,8 @@ def task_problems(tasks: Sequence[str], folder: str | None) -> list[str]:
         ]
     if folder is not None and not Path(folder).is_dir():
         return [f"task_folder ({folder}) is not a folder: name the one that your task files are in"]
-    return [
-        _unknown(name, _manager(folder, tuple(tasks)).all_tasks)
-        for name in tasks
-        if not _named(name, folder, tasks)
-    ]
+    manager = _manager(tasks, folder)
+    return [_unknown(each, manager.all_tasks) for each in tasks if not _named(each, manager)]
 
 
 def run_tasks(
@@ -104,9 +101,10 @@ def _load(tasks: Sequence[str], folder: str | None, num_fewshot: int | None) -> 
     # What tasks draw is what they draw in lm-eval's own program.
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
-    names = sorted({name for asked in tasks for name in _named(asked, folder, tasks)})
+    manager = _manager(tasks, folder)
+    names = {name: None for asked in tasks for name in _named(asked, manager)}  # each once
     try:
-        loaded = _manager(folder, tuple(tasks)).load(names)
+        loaded = manager.load([*names])
     except Exception as error:  # of the network, a file, a task's own code: anything
         raise TaskError(
             f"tasks ({', '.join(tasks)}) cannot be loaded ({type(error).__name__}: {error}): "
@@ -126,26 +124,31 @@ def _load(tasks: Sequence[str], folder: str | None, num_fewshot: int | None) -> 
     return loaded
 
 
-@cache
-def _manager(folder: str | None, tasks: tuple[str, ...]) -> Any:
+def _manager(tasks: Sequence[str], folder: str | None) -> Any:
     """lm-eval's index of tasks: of the folder alone where it has all, as lm-eval's takes seconds.
 
     A group of the folder may hold tasks of lm-eval, so it does not count.
     """
-    from lm_eval.tasks import TaskManager
-
     if folder is not None:
-        own = TaskManager(include_path=folder, include_defaults=False)
+        own = _index(folder, include_defaults=False)
         if set(tasks) <= set(own.all_subtasks):
             return own
-    return TaskManager(include_path=folder)
+    return _index(folder, include_defaults=True)
 
 
-def _named(asked: str, folder: str | None, tasks: Sequence[str]) -> list[str]:
+@cache
+def _index(folder: str | None, include_defaults: bool) -> Any:
+    """The tasks of a folder, and of lm-eval."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder, include_defaults=include_defaults)
+
+
+def _named(asked: str, manager: Any) -> list[str]:
     """The names that one entry of `tasks` stands for; none where it is unknown."""
     if asked.endswith(".yaml") and Path(asked).is_file():
         return [asked]
-    return list(_manager(folder, tuple(tasks)).match_tasks([asked]))
+    return list(manager.match_tasks([asked]))
 
 
 def _unknown(asked: str, known: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from data.stages import Stages, plan_stages
 from evaluation.config import EvaluationConfig, GenerationConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
-from program.precision import evaluation_problems, moment_problems
+from program.precision import evaluation_problems, moment_problems, torchao_problems
 from program.rules import (
     convert_problems,
     of_every_stage,
@@ -161,6 +161,7 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> TrainProgram:
         ),
         (("data", "tokenizer", "validation"), stream_problems),
         (("precision", "optim"), moment_problems),
+        (("precision",), torchao_problems),
         *more_rules,
     ]
     return _load(composed, TrainProgram, rules)

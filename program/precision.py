@@ -1,5 +1,7 @@
 """The rules that tie the number formats to machine, mesh, model and optimizer."""
 
+import importlib.util
+
 from model.config import ModelConfig
 from parallel.config import PrecisionConfig
 from parallel.mesh import MeshShape
@@ -71,6 +73,21 @@ def moment_problems(precision: PrecisionConfig, optim: OptimConfig) -> list[str]
     return [
         f"optim.betas ({optim.betas}) change the second moment by less than a bf16 number can tell "
         f"when the second is above {MAX_BETA2_BF16:.3f}: use precision.optimizer_state=fp32 or int8"
+    ]
+
+
+def torchao_problems(precision: PrecisionConfig) -> list[str]:
+    """A number format that comes from torchao, which is an extra and not installed."""
+    off = {"fp8": "null", "optimizer_state": "bf16 or fp32"}
+    asked = [("fp8", precision.fp8)] if precision.fp8 is not None else []
+    if precision.optimizer_state == "int8":
+        asked.append(("optimizer_state", "int8"))
+    if not asked or importlib.util.find_spec("torchao") is not None:
+        return []
+    return [
+        f"precision.{key} ({value}) needs the package torchao: install the extra `torchao` "
+        f"(pip install '.[torchao]'), or use precision.{key}={off[key]}"
+        for key, value in asked
     ]
 
 

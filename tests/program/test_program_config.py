@@ -1,6 +1,7 @@
 """The gate: what a person typed becomes typed dataclasses, or all of its problems at once."""
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,21 @@ def test_rules_between_sections_name_both_values() -> None:
 
 
 # ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_what_torchao_does_names_the_extra_where_it_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    formats = ("precision.fp8=rowwise", "precision.optimizer_state=int8")
+    if installed:
+        load(*formats)
+        return
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    load("precision.optimizer_state=bf16")
+    found = problems(*formats)
+    assert [problem.split()[0] for problem in found] == [each.split("=")[0] for each in formats]
+    assert all("pip install '.[torchao]'" in problem for problem in found)
 
 
 def test_hydra_arguments_let_unknown_keys_through_and_groups_be() -> None:
