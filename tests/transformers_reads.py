@@ -7,6 +7,7 @@ WINDOWS.pt holds tokens and labels, each (batch, seq), labels of -100 where ther
 
 import json
 import sys
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def main() -> None:
     """Logits to a file; loss and a greedy text to stdout."""
     folder, windows, prompt, logits_file = sys.argv[1:]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens, labels = torch.load(windows, weights_only=True)
     with torch.no_grad():
