@@ -20,7 +20,7 @@ def checkpoint(smoke_run: Smoke, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return run / "checkpoints" / "step-00000010"
 
 
-def evaluate(checkpoint: Path, *overrides: str) -> CompletedProcess[str]:
+def evaluate(checkpoint: Path, *overrides: str, ranks: int = 1) -> CompletedProcess[str]:
     """Runs the program on CPU."""
     return start_program(
         [
@@ -28,19 +28,19 @@ def evaluate(checkpoint: Path, *overrides: str) -> CompletedProcess[str]:
             f"evaluation.checkpoint={checkpoint}",
             "parallel.accelerator=cpu",
             *overrides,
-        ]
+        ],
+        ranks=ranks,
     )
 
 
 def test_loss_is_the_runs_own_and_no_mesh_or_batch_size_changes_it(checkpoint: Path) -> None:
     trained = read_metrics(checkpoint.parent.parent)[-1]["val_loss"]
-    variants: list[list[str]] = [
-        [],
-        ["evaluation.micro_batch_size=3"],
-        ["parallel.tp=2"],
-    ]
-    for overrides in variants:
-        done = evaluate(checkpoint, "evaluation.samples=8", *overrides)
+    for overrides, ranks in (
+        ([], 1),
+        (["evaluation.micro_batch_size=3"], 1),
+        (["parallel.tp=2"], 2),
+    ):
+        done = evaluate(checkpoint, "evaluation.samples=8", *overrides, ranks=ranks)
         assert done.returncode == 0, done.stderr
         figures = json.loads(done.stdout)
         assert figures == json.loads((checkpoint / "evaluation.json").read_text())
@@ -66,7 +66,7 @@ def test_damage_is_told_once_whatever_the_number_of_processes(checkpoint: Path) 
     whole = (checkpoint / "manifest.json").read_bytes()
     (checkpoint / "manifest.json").write_bytes(whole + b"\n")
     try:
-        done = evaluate(checkpoint, "parallel.tp=2")
+        done = evaluate(checkpoint, "parallel.tp=2", ranks=2)
     finally:
         (checkpoint / "manifest.json").write_bytes(whole)
     assert done.returncode != 0
