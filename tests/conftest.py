@@ -69,6 +69,7 @@ def start_program(
     Args:
         ranks: How many processes run it, as torchrun would start them.
     """
+    assert arguments[0].endswith(".py"), "options of Python itself need start_python"
     # One thread a process: two tests run at a time, and results must not hang on the machine.
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     return zygotes.shared().run_program(arguments, cwd, variables, ranks)
