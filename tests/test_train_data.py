@@ -155,7 +155,7 @@ def test_shards_that_vanish_while_the_run_trains_stop_it_and_it_says_what_is_kep
     os.mkfifo(folder / "samples.txt")
     words = command(folder, f"data.folder={copy}", "data.prefetch=1")
     samples = ("validation.interval=9", "validation.sample_tokens=1")
-    start = zygote.start([*words[1:], *samples], 1, apart=True)
+    start = zygote.start([*words[1:], *samples], 1, typed=True)
     wait_for(partial(has_done, folder, 9), "step 9")
     shutil.rmtree(copy / "email")
     with open(folder / "samples.txt", encoding="utf-8") as pipe:

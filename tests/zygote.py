@@ -87,16 +87,16 @@ class Zygote:
         ranks: int,
         *plans: Plan,
         alone: bool = False,
-        apart: bool = False,
+        typed: bool = False,
     ) -> Start:
         """Begins `train.py` with these arguments on so many ranks; returns when they are forked.
 
         Args:
             alone: Nobody ends the ranks that are left when one has failed: they must see to it.
-            apart: Standard error is kept apart.
+            typed: The one rank is started as a person does, its standard error kept apart.
         """
-        order = {"plans": [asdict(plan) for plan in plans], "alone": alone, "launched": True}
-        return self._begin(["train.py", *arguments], ranks, apart, **order)
+        order = {"plans": [asdict(plan) for plan in plans], "alone": alone, "launched": not typed}
+        return self._begin(["train.py", *arguments], ranks, apart=typed, **order)
 
     def wait(self, start: Start) -> list[int]:
         """How each rank ended, as `subprocess` has it: an exit code, or minus a signal."""
