@@ -15,7 +15,14 @@ from omegaconf import DictConfig
 
 from program.command_line import hydra_arguments
 from program.config import EvaluateProgram, load_evaluate_config
-from program.evaluation import check_mesh, check_tasks, held_out_of, versions, write_figures
+from program.evaluation import (
+    check_mesh,
+    check_tasks,
+    held_out_of,
+    number_format,
+    versions,
+    write_figures,
+)
 from program.preflight import refusals
 
 if TYPE_CHECKING:
@@ -52,14 +59,13 @@ def evaluate(config: EvaluateProgram) -> None:
         "format": weights.format,
         "step": weights.step,
         "weights_hash": fingerprint_together(weights),
-        "precision": config.precision.param,
+        "precision": number_format(config, loaded),
     }
     if held_out is not None:
         figures |= {"data": str(held_out.folder), "data_hash": held_out.hash, "seq_len": seq_len}
         figures |= describe(measure_held_out(config, loaded, held_out, seq_len))
     if tokenizer is not None:
         from evaluation.harness import run_tasks
-
         from program.evaluation import harness_model
 
         figures["tasks"] = run_tasks(

@@ -142,6 +142,14 @@ def harness_model(
     )
 
 
+def number_format(config: EvaluateProgram, loaded: "Loaded") -> str:
+    """In which numbers the model computes: `float32` or `bfloat16`."""
+    from parallel.data_parallel import mixed_precision
+
+    policy = mixed_precision(config.precision, loaded.fabric.device.type)
+    return str(policy.param_dtype).removeprefix("torch.")
+
+
 def versions(harness: bool) -> dict[str, str]:
     """The versions of what measured."""
     names = ["torch", "llamesh", *(["lm_eval"] if harness else [])]

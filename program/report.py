@@ -126,8 +126,10 @@ def summary(
 
     folder = config.run.dir
     checkpoint = f"{folder}/checkpoints/step-{position.step:08d}"
-    program = str(Path(sys.argv[0]).with_name("evaluate.py"))
-    evaluation = f"python {program} evaluation.checkpoint={shlex.quote(checkpoint)}"
+    evaluate, generate = (
+        Path(sys.argv[0]).with_name(f"{name}.py") for name in ("evaluate", "generate")
+    )
+    named = f"checkpoint={shlex.quote(checkpoint)}"
     rows = [("tokens", f"{compact(position.tokens)} in {position.step} steps")]
     for name, key in (("training loss", "loss"), ("validation loss", "val_loss")):
         if key in figures:
@@ -142,7 +144,12 @@ def summary(
     further = [word for word in words if not word.startswith("train.max_steps=")]
     commands = [
         ("resume, should it be stopped", start_again(processes)),
-        *([("evaluate", evaluation)] if config.data.stream_lanes is None else []),  # holds text out
+        *(
+            [("evaluate", f"python {evaluate} evaluation.{named}")]
+            if config.data.stream_lanes is None
+            else []
+        ),  # holds text out
+        ("let it write", f"python {generate} {named}"),
         ("go further", _started(processes, [*further, f"train.max_steps={2 * position.step}"])),
     ]
     if config.log.tensorboard:

@@ -94,6 +94,7 @@ def test_loss_is_the_runs_own_and_no_mesh_batch_size_or_format_changes_it(
     hashes = {figures["weights_hash"] for figures in found}
     assert hashes == {fingerprint(open_weights(checkpoint))}
     assert [whole["format"], whole["step"], found[-1]["format"]] == ["native", 10, "hf"]
+    assert whole["precision"] == "float32"
     assert whole["versions"].keys() == {"torch", "llamesh"}
     # By source: together they are the whole, in targets and in nats.
     sources = whole["sources"]
