@@ -182,7 +182,7 @@ def read_tokenizer(path: Path, name: str) -> Tokenizer:
             f"tokenizer.path ({path}) is not a tokenizer.model file ({error}): "
             "each line must be a base64 token, a space and its rank"
         ) from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+    if sorted(ranks.values()) != list(range(len(ranks))) or not BYTE_RANKS.keys() <= ranks.keys():
         raise DataError(
             f"tokenizer.path ({path}) is damaged: its {len(ranks)} ranks do not count from 0 on "
             "over 256 bytes and more: get the file again"

@@ -1,15 +1,17 @@
 """What tests share: a small corpus made on the spot, and the real programs as real processes."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zygote as zygotes
 from zygote import Zygote
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +49,33 @@ def data_overrides(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     ]
 
 
+def pytest_sessionfinish() -> None:
+    """Ends what programs were forked from."""
+    if zygotes.shared.cache_info().currsize:
+        zygotes.shared().close()
+
+
 def start_program(
+    arguments: list[str],
+    cwd: Path = ROOT,
+    environment: dict[str, str] | None = None,
+    ranks: int = 1,
+) -> subprocess.CompletedProcess[str]:
+    """Runs `python ARGUMENTS` in a process of its own, and waits for it.
+
+    Its libraries are imported already: see `zygote`. Where the start itself is what a test is
+    about, there is `start_python`.
+
+    Args:
+        ranks: How many processes run it, as torchrun would start them.
+    """
+    assert arguments[0].endswith(".py"), "options of Python itself need start_python"
+    # One thread a process: two tests run at a time, and results must not hang on the machine.
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    return zygotes.shared().run_program(arguments, cwd, variables, ranks)
+
+
+def start_python(
     arguments: list[str],
     cwd: Path = ROOT,
     timeout: float = 240,
@@ -57,7 +85,6 @@ def start_program(
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
-        # One thread a process: two tests run at a time, and results must not hang on the machine.
         env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         capture_output=True,
         text=True,
@@ -66,9 +93,19 @@ def start_program(
     )
 
 
+def places(overrides: Sequence[str]) -> int:
+    """How many processes a mesh has, from the words of a command."""
+    words = [override.split("=") for override in overrides if override.startswith("parallel.")]
+    axes = ("parallel.dp_replicate", "parallel.dp_shard", "parallel.cp", "parallel.tp")
+    return math.prod(int(value) for key, value in words if key in axes)
+
+
 @pytest.fixture(scope="session")
 def smoke_run(data_overrides: list[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`smoke_run(folder, "parallel.tp=2", …)` trains the smoke model into a folder on CPU."""
+    """`smoke_run(folder, "parallel.tp=2", …)` trains the smoke model into a folder on CPU.
+
+    A mesh of several processes has them from torchrun, so to speak.
+    """
 
     def run(
         folder: Path, *overrides: str, succeeds: bool = True
@@ -82,7 +119,8 @@ def smoke_run(data_overrides: list[str]) -> Callable[..., subprocess.CompletedPr
                 "parallel.accelerator=cpu",
                 "log.tensorboard=false",
                 *overrides,
-            ]
+            ],
+            ranks=places(overrides),
         )
         if succeeds:
             assert done.returncode == 0, done.stdout + done.stderr
@@ -117,12 +155,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    zygote = Zygote(tmp_path_factory.mktemp("zygote"))
-    try:
-        yield zygote
-    finally:
-        zygote.close()
+def zygote() -> Zygote:
+    return zygotes.shared()
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("torch", "safetensors", "tokenizers", "xxhash", "pydantic"),
     ),
-    "evaluation": (("model", "data.tokenizer"), ("torch", "lm_eval")),
+    "evaluation": (("model", "data.tokenizer"), ("torch", "numpy", "lm_eval", "tqdm")),
     "program": (
         ("model", "parallel", "data", "training", "formats", "evaluation"),
         ("torch", "lightning.fabric", "pydantic", *CHEAP),

@@ -1,74 +1,220 @@
-"""`evaluate.py` on a checkpoint of the smoke model: the run's own figure, on any mesh."""
+"""`evaluate.py`: the run's own figure on any mesh, of any format, by source, and benchmarks."""
 
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
-from conftest import read_metrics, start_program
+import yaml
+from conftest import read_metrics
+from zygote import Start, Zygote
 
-Smoke = Callable[..., CompletedProcess[str]]
+from data.config import TokenizerConfig
+from data.tokenizer import ready_tokenizer
+from formats.conversion import convert
+from formats.recognition import open_weights
+from formats.weights import fingerprint
+
+TWO_SOURCES = ["data.sources.again.format=text", "data.sources.again.weight=0.5"]
+Evaluate = Callable[..., Start]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(smoke_run: Smoke, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The last checkpoint of ten steps of the smoke model."""
-    run = tmp_path_factory.mktemp("evaluate") / "run"
-    smoke_run(run, "train.max_steps=10")
+def checkpoint(
+    zygote: Zygote, run_of: Any, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The last checkpoint of ten steps on text and, a second source, a part of it."""
+    place = tmp_path_factory.mktemp("evaluate")
+    run = place / "run"
+    sources = [
+        *TWO_SOURCES,
+        f"data.sources.again.path={corpus}/email-*.txt",
+        f"data.folder={place / 'shards'}",
+        "data.validation_fraction=0.4",
+        "data.name=two",
+    ]
+    steps = ["train.max_steps=10", "checkpoint.interval=null", "validation.samples=9"]
+    start = zygote.run(run_of(run, *sources, *steps), 1)
+    assert start.codes == {0: 0}, start.told()
     return run / "checkpoints" / "step-00000010"
 
 
-def evaluate(checkpoint: Path, *overrides: str) -> CompletedProcess[str]:
-    """Runs the program on CPU."""
-    return start_program(
-        [
-            "evaluate.py",
-            f"evaluation.checkpoint={checkpoint}",
-            "parallel.accelerator=cpu",
-            *overrides,
-        ]
-    )
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    byte = ready_tokenizer(TokenizerConfig(name="byte", vocab_size=272))
+    convert(open_weights(checkpoint), byte, folder, "hf")
+    return folder
 
 
-def test_loss_is_the_runs_own_and_no_mesh_or_batch_size_changes_it(checkpoint: Path) -> None:
+@pytest.fixture(scope="module")
+def evaluate(zygote: Zygote) -> Evaluate:
+    """`evaluate(folder, "key=value", …, ranks=2)` runs the program to its end."""
+
+    def run(folder: Path, *overrides: str, ranks: int = 1) -> Start:
+        named = [f"evaluation.checkpoint={folder}", "parallel.accelerator=cpu"]
+        return zygote.run([*named, *overrides], ranks, program="evaluate.py")
+
+    return run
+
+
+def figures_of(start: Start, folder: Path) -> Any:
+    """What was printed, which is what was written."""
+    assert set(start.codes.values()) == {0}, start.told()
+    figures = json.loads((folder / "evaluation.json").read_text())
+    assert start.told().endswith(json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def test_loss_is_the_runs_own_and_no_mesh_batch_size_or_format_changes_it(
+    checkpoint: Path, exported: Path, evaluate: Evaluate
+) -> None:
     trained = read_metrics(checkpoint.parent.parent)[-1]["val_loss"]
-    variants: list[list[str]] = [
-        [],
-        ["evaluation.micro_batch_size=3"],
-        ["parallel.tp=2"],
+    shards = json.loads((checkpoint / "manifest.json").read_text())["config"]["data"]["folder"]
+    foreign = [f"evaluation.data={shards}", "evaluation.seq_len=64"]
+    variants: list[tuple[Path, list[str], int]] = [
+        (checkpoint, [], 1),
+        (checkpoint, ["evaluation.micro_batch_size=3"], 1),
+        (checkpoint, ["parallel.tp=2"], 2),
+        (checkpoint, ["parallel.dp_shard=2", "evaluation.micro_batch_size=2"], 2),
+        (exported, foreign, 1),
     ]
-    for overrides in variants:
-        done = evaluate(checkpoint, "evaluation.samples=8", *overrides)
-        assert done.returncode == 0, done.stderr
-        figures = json.loads(done.stdout)
-        assert figures == json.loads((checkpoint / "evaluation.json").read_text())
+    found = []
+    for folder, overrides, ranks in variants:
+        start = evaluate(folder, "evaluation.samples=9", *overrides, ranks=ranks)
+        figures = figures_of(start, folder)
         # Other cuts and meshes sum in another order: a few roundings of float32.
         assert figures["loss"] == pytest.approx(trained, rel=1e-6)
         assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+        found.append(figures)
+    whole = found[0]
+    hashes = {figures["weights_hash"] for figures in found}
+    assert hashes == {fingerprint(open_weights(checkpoint))}
+    assert [whole["format"], whole["step"], found[-1]["format"]] == ["native", 10, "hf"]
+    assert whole["versions"].keys() == {"torch", "llamesh"}
+    # By source: together they are the whole, in targets and in nats.
+    sources = whole["sources"]
+    assert sources.keys() == {"text", "again"}
+    assert sum(of["targets"] for of in sources.values()) == whole["targets"]
+    nats = sum(of["loss"] * of["targets"] for of in sources.values())
+    assert nats == pytest.approx(whole["loss"] * whole["targets"])
+    assert sources["text"]["loss"] != sources["again"]["loss"]
+    for of in (whole, *sources.values()):
         # One token is one byte, but for the end of a document, which is predicted and has none.
-        per_byte = figures["loss"] / math.log(2)
-        assert per_byte <= figures["bits_per_byte"] < 1.05 * per_byte
+        per_byte = of["loss"] / math.log(2)
+        assert per_byte <= of["bits_per_byte"] < 1.05 * per_byte
 
 
-def test_bad_checkpoints_are_refused_with_a_remedy(checkpoint: Path, tmp_path: Path) -> None:
-    missing = evaluate(tmp_path / "step-00000001")
-    assert missing.returncode != 0
-    assert "is not a committed checkpoint" in missing.stderr
-    assert "Traceback" not in missing.stderr
-    mesh = evaluate(checkpoint, "parallel.tp=3")
-    assert mesh.returncode != 0
-    assert "parallel.tp (3) does not divide model.n_heads (4): use 1, 2 or 4" in mesh.stderr
+def test_bad_input_is_refused_with_a_remedy(
+    checkpoint: Path, exported: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    def refused(folder: Path, *overrides: str, ranks: int = 1) -> str:
+        start = evaluate(folder, *overrides, ranks=ranks)
+        assert 1 in start.codes.values() and 0 not in start.codes.values(), start.told()
+        assert start.told().startswith("Not evaluated") and "Traceback" not in start.told()
+        return start.told()
+
+    assert "is no folder: name one with weights" in refused(tmp_path / "step-00000001")
+    mesh = refused(checkpoint, "parallel.tp=3", ranks=3)
+    assert "parallel.tp (3) does not divide model.n_heads (4): use 1, 2 or 4" in mesh
+    assert "set evaluation.data to a prepared folder" in refused(exported)
+    long = refused(checkpoint, "evaluation.seq_len=1000000")
+    assert "holds no held-out window of 1000000 tokens" in long
+    numbers = refused(checkpoint, "evaluation.samples=0", "limit=0", "num_fewshot=-1")
+    assert "evaluation.samples (0) is below 1" in numbers
+    assert "limit (0) is below 1" in numbers and "num_fewshot (-1) is below 0" in numbers
+    assert "cannot be written" in refused(
+        checkpoint, "evaluation.samples=1", f"evaluation.output={tmp_path / 'none' / 'e.json'}"
+    )
 
 
-def test_damage_is_told_once_whatever_the_number_of_processes(checkpoint: Path) -> None:
+def test_damage_is_told_once_whatever_the_number_of_processes(
+    checkpoint: Path, evaluate: Evaluate
+) -> None:
     whole = (checkpoint / "manifest.json").read_bytes()
     (checkpoint / "manifest.json").write_bytes(whole + b"\n")
     try:
-        done = evaluate(checkpoint, "parallel.tp=2")
+        start = evaluate(checkpoint, "parallel.tp=2", ranks=2)
     finally:
         (checkpoint / "manifest.json").write_bytes(whole)
-    assert done.returncode != 0
-    assert done.stderr.count("manifest.json has another SHA-256") == 1
-    assert "Traceback" not in done.stderr
+    assert 1 in start.codes.values()
+    told = start.told(0) + start.told(1)
+    assert told.count("manifest.json has another SHA-256") == 1
+    assert "Traceback" not in told
+
+
+def test_scores_of_local_tasks_are_those_of_lm_evals_own_hf_model(
+    exported: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    """Of multiple choice and of perplexity, on two processes that share the model."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    write_tasks(tmp_path)
+    start = evaluate(
+        exported,
+        *("tasks=[choice,text]", f"task_folder={tmp_path}", "parallel.tp=2"),
+        "evaluation.micro_batch_size=3",
+        ranks=2,
+    )
+    assert start.codes == {0: 0, 1: 0}, start.told()
+    figures = json.loads((exported / "evaluation.json").read_text())
+    assert "loss" not in figures  # of no held-out text, as none was named
+    assert figures["versions"].keys() == {"torch", "llamesh", "lm_eval"}
+    theirs = HFLM(
+        pretrained=AutoModelForCausalLM.from_pretrained(exported),
+        tokenizer=AutoTokenizer.from_pretrained(exported),
+    )
+    expected: Any = simple_evaluate(
+        model=theirs,
+        tasks=["choice", "text"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+    )
+    results = figures["tasks"]["results"]
+    for task, metrics in (("choice", ["acc", "acc_norm"]), ("text", ["word_perplexity"])):
+        for metric in metrics:
+            score = expected["results"][task][f"{metric},none"]
+            assert results[task][f"{metric},none"] == pytest.approx(score, rel=1e-5)
+    assert 0 < results["choice"]["acc,none"] < 1
+
+
+def write_tasks(folder: Path) -> None:
+    """A task of multiple choice and one of perplexity, with their data."""
+    questions = [
+        {"q": text, "options": ["self", " return", "zq"], "gold": place % 3}
+        for place, text in enumerate(["def f(", "    ", "import ", "class A", "x =", "#", "if a:"])
+    ]
+    texts = [{"text": "import json\n\n\ndef f(x):\n    return x\n" * n} for n in (1, 2, 5)]
+    common = {"dataset_path": "json", "test_split": "test", "metadata": {"version": 1.0}}
+    tasks: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+        "choice": (
+            questions,
+            {
+                "output_type": "multiple_choice",
+                "doc_to_text": "{{q}}",
+                "doc_to_choice": "{{options}}",
+                "doc_to_target": "{{gold}}",
+                "metric_list": [{"metric": name} for name in ("acc", "acc_norm")],
+            },
+        ),
+        "text": (
+            texts,
+            {
+                "output_type": "loglikelihood_rolling",
+                "doc_to_text": "",
+                "doc_to_target": "{{text}}",
+                "metric_list": [{"metric": "word_perplexity"}],
+            },
+        ),
+    }
+    for name, (samples, task) in tasks.items():
+        data = folder / f"{name}.jsonl"
+        data.write_text("\n".join(json.dumps(sample) for sample in samples))
+        files = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
+        whole = {"task": name, "dataset_kwargs": files, **common, **task}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(whole))

@@ -3,15 +3,15 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, read_metrics, start_program
-from processes import DEADLINE, Program, linux, wait_for
+from conftest import read_metrics, start_program
+from processes import linux, wait_for
+from zygote import Zygote
 
 from training.exit_codes import ExitCode
 
@@ -75,7 +75,7 @@ def test_stages_change_weights_length_and_batch_at_their_samples(undisturbed: Pa
 
 @linux
 def test_killed_twice_and_spread_otherwise_the_run_takes_the_same_samples(
-    command: Any, undisturbed: Path, tmp_path: Path
+    command: Any, undisturbed: Path, zygote: Zygote, tmp_path: Path
 ) -> None:
     """Each start on another mesh, with other threads and read-ahead; kills in two stages."""
     folder = tmp_path / "run"
@@ -83,13 +83,7 @@ def test_killed_twice_and_spread_otherwise_the_run_takes_the_same_samples(
         (14, ("parallel.dp_shard=2", "data.loader_threads=3", "data.prefetch=1")),
         (31, ("parallel.tp=2", "train.micro_batch_size=2", "data.prefetch=7")),
     ):
-        program = Program(command(folder, *overrides))
-        try:
-            wait_for(partial(has_done, folder, last), f"step {last}")
-            program.main.kill()
-            program.wait_for_child()
-        finally:
-            program.end()
+        kill_after(last, folder, zygote, command(folder, *overrides))
     done = start_program(command(folder, "data.verify_reads=false"))
     assert done.returncode == 0, done.stderr
     found, expected = read_metrics(folder), read_metrics(undisturbed)
@@ -98,6 +92,17 @@ def test_killed_twice_and_spread_otherwise_the_run_takes_the_same_samples(
     # Meshes sum in other orders: rounding of 1e-7 a sum, grown over the steps.
     losses = [line["loss"] for line in expected]
     assert [line["loss"] for line in found] == pytest.approx(losses, rel=1e-6, abs=0)
+
+
+def kill_after(step: int, folder: Path, zygote: Zygote, words: list[str]) -> None:
+    """Starts a run on two processes and kills both when it has told the figures of a step."""
+    start = zygote.start(words[1:], 2)
+    try:
+        wait_for(partial(has_done, folder, step), f"step {step}")
+    finally:
+        for pid in start.pids:
+            os.kill(pid, signal.SIGKILL)
+    assert zygote.wait(start) == [-signal.SIGKILL] * 2, start.told()
 
 
 def has_done(folder: Path, step: int) -> bool:
@@ -141,7 +146,7 @@ def test_a_flipped_byte_in_a_shard_stops_the_run_and_says_what_is_kept(
 
 @linux
 def test_shards_that_vanish_while_the_run_trains_stop_it_and_it_says_what_is_kept(
-    command: Any, undisturbed: Path, shards: Path, tmp_path: Path
+    command: Any, undisturbed: Path, shards: Path, zygote: Zygote, tmp_path: Path
 ) -> None:
     """The run stands still at step 9, in a pipe that nobody reads, until the files are gone."""
     copy, folder = tmp_path / "shards", tmp_path / "run"
@@ -150,19 +155,14 @@ def test_shards_that_vanish_while_the_run_trains_stop_it_and_it_says_what_is_kep
     os.mkfifo(folder / "samples.txt")
     words = command(folder, f"data.folder={copy}", "data.prefetch=1")
     samples = ("validation.interval=9", "validation.sample_tokens=1")
-    program = subprocess.Popen(
-        [sys.executable, *words, *samples], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        wait_for(partial(has_done, folder, 9), "step 9")
-        shutil.rmtree(copy / "email")
-        with open(folder / "samples.txt", encoding="utf-8") as pipe:
-            pipe.read()
-        _, errors = program.communicate(timeout=DEADLINE)
-    finally:
-        program.kill()
+    start = zygote.start([*words[1:], *samples], 1, typed=True)
+    wait_for(partial(has_done, folder, 9), "step 9")
+    shutil.rmtree(copy / "email")
+    with open(folder / "samples.txt", encoding="utf-8") as pipe:
+        pipe.read()
+    (code,) = zygote.wait(start)
     (folder / "samples.txt").unlink()
-    assert_told_and_mended((program.returncode, errors), words, copy, shards, undisturbed)
+    assert_told_and_mended((code, start.told_as_error()), words, copy, shards, undisturbed)
 
 
 def test_a_run_that_begins_with_a_checkpoint_of_other_data_goes_on_with_its_own(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import STEPS, read_metrics, start_program
+from conftest import STEPS, read_metrics, start_program, start_python
 from processes import DEADLINE, Program, linux, standing_still
 
 # Two meshes sum in another order; rounding of 1e-7 a sum grows with the steps (issue: 2e-7 seen).
@@ -25,14 +25,14 @@ Completed = subprocess.CompletedProcess[str]
 def alone(command: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Completed]:
     """The run on one process: its folder, and what the program printed."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    return folder, start_program(command(folder))
+    return folder, start_python(command(folder))
 
 
 @pytest.fixture(scope="module")
 def pair(command: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Completed]:
     """The run on two processes that the program starts itself."""
     folder = tmp_path_factory.mktemp("pairs") / "run"
-    return folder, start_program([*command(folder), "parallel.tp=2"])
+    return folder, start_python([*command(folder), "parallel.tp=2"])
 
 
 def curve(folder: Path, key: str) -> list[Any]:
@@ -77,7 +77,7 @@ def test_torchrun_trains_as_the_program_s_own_launch_does(
 ) -> None:
     folder = tmp_path / "run"
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
-    done = start_program([*launcher, *command(folder), "parallel.tp=2"])
+    done = start_python([*launcher, *command(folder), "parallel.tp=2"])
     assert done.returncode == 0, done.stderr
     assert "launched by torchrun" in done.stdout
     assert steps_told(done) == list(range(1, STEPS + 1))
@@ -151,7 +151,7 @@ def test_killed_run_goes_on_from_the_newest_checkpoint_bit_for_bit(
     program.wait_for_child()
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000006"]
     (folder / "samples.txt").unlink()
-    done = start_program([*command(folder), "parallel.tp=2"])
+    done = start_program([*command(folder), "parallel.tp=2"], ranks=2)
     assert done.returncode == 0, done.stderr
     assert steps_told(done) == list(range(7, STEPS + 1))
     reference, _ = pair
@@ -196,7 +196,7 @@ def test_signal_on_any_rank_lets_all_finish_the_step_save_once_and_leave_with_it
     if number == signal.SIGTERM:  # all leave alike, so one of them shows how the run goes on
         (folder / "samples.txt").unlink()
         words = shlex.split(last[2].partition("go on with: python ")[2])
-        assert start_program(words).returncode == 0
+        assert start_program(words, ranks=2).returncode == 0
         reference, _ = pair
         for key in ("batch_hash", "samples", "loss", "grad_norm"):
             assert curve(folder, key) == curve(reference, key)

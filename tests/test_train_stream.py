@@ -1,14 +1,14 @@
 """Training straight from a dataset: stopped and spread otherwise, the samples stay the same."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import read_metrics, start_program
-from processes import Program, linux, wait_for
-from test_train_data import has_done
+from processes import linux
+from test_train_data import kill_after
+from zygote import Zygote
 
 STEPS = 30
 LANES = 4
@@ -63,21 +63,15 @@ def lanes_of(run: Path, step: int) -> dict[str, list[int]]:
 
 @linux
 def test_killed_twice_and_spread_otherwise_the_run_takes_the_same_samples(
-    command: Any, undisturbed: Path, tmp_path: Path
+    command: Any, undisturbed: Path, zygote: Zygote, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     for last, overrides in (
         (11, ("parallel.dp_shard=2", "data.loader_threads=2", "data.prefetch=1")),
         (22, ("parallel.tp=2", "train.micro_batch_size=2", "data.prefetch=7")),
     ):
-        program = Program(command(run, *overrides))
-        try:
-            wait_for(partial(has_done, run, last), f"step {last}")
-            program.main.kill()
-            program.wait_for_child()
-        finally:
-            program.end()
-    done = start_program(command(run, "parallel.dp_shard=2", "parallel.tp=2"))
+        kill_after(last, run, zygote, command(run, *overrides))
+    done = start_program(command(run, "parallel.dp_shard=2", "parallel.tp=2"), ranks=4)
     assert done.returncode == 0, done.stderr
     found, expected = read_metrics(run), read_metrics(undisturbed)
     for key in ("step", "samples", "tokens", "batch_hash"):

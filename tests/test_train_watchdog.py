@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import start_program
+from conftest import start_python
 from processes import DEADLINE, Program, is_running, linux, standing_still
 
 from training.exit_codes import ExitCode
@@ -93,7 +93,7 @@ def test_processes_that_never_meet_end_after_the_limit_of_set_up(
     command: Any, tmp_path: Path
 ) -> None:
     two_nodes = ["parallel.num_nodes=2", "parallel.dp_shard=2", "watchdog.setup_seconds=10"]
-    done = start_program([*command(tmp_path / "run"), *two_nodes])
+    done = start_python([*command(tmp_path / "run"), *two_nodes])
     assert done.returncode == ExitCode.PEER_EARLY
     assert "in set-up for" in done.stderr and "every node" in done.stderr
     assert len(done.stderr.splitlines()) < 15
@@ -102,7 +102,7 @@ def test_processes_that_never_meet_end_after_the_limit_of_set_up(
 def test_port_that_another_program_has_is_told_in_a_line(command: Any, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        done = start_program(
+        done = start_python(
             [*command(tmp_path / "run"), "parallel.tp=2"], environment={"MASTER_PORT": str(port)}
         )
     assert done.returncode == ExitCode.REFUSED

@@ -206,6 +206,12 @@ def test_bad_tokenizer_files_are_told(trained: Tokenizer, tmp_path: Path) -> Non
     path.write_bytes(b"".join(lines[:300] + lines[301:]))
     with pytest.raises(DataError, match="is damaged"):
         read_tokenizer(path, "bpe")
+    without_a_byte = {
+        token if token != b"z" else b"zzzz": trained.ranks[token] for token in trained.ranks
+    }
+    path.write_bytes(model_file(without_a_byte))
+    with pytest.raises(DataError, match="is damaged"):
+        read_tokenizer(path, "bpe")
     path.write_bytes(b"".join(lines))
     with pytest.raises(DataError, match=r"tokenizer\.vocab_size \(512\).*use 600"):
         load_tokenizer(TokenizerConfig("bpe", 512), tmp_path)

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import read_metrics, start_program
+from conftest import read_metrics, start_python
 from distributed import on_ranks
 from small_run import OPTIM, Case, batch, build, share, whole
 from torch import Tensor
@@ -209,7 +209,7 @@ def test_a_run_without_8_bits_imports_no_torchao(data_overrides: list[str], tmp_
     overrides = [f"run.dir={tmp_path}", "parallel.accelerator=cpu", "train.max_steps=1"]
     for state, imported in (("bf16", False), ("int8", True)):
         more = [f"precision.optimizer_state={state}", f"run.dir={tmp_path / state}"]
-        done = start_program([*command, *overrides, *more])
+        done = start_python([*command, *overrides, *more])
         assert done.returncode == 0, done.stderr
         assert ("torchao" in done.stderr) == imported
         assert "Failed to load" not in done.stderr  # kernels for other machines

@@ -1,0 +1,168 @@
+"""A model trained here goes out with `convert.py`, and others make of it what we make of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, start_program
+from made_weights import assert_same_weights, filled
+from zygote import Zygote
+
+from data.dataset import Dataset
+from data.loader import validation_batches
+from formats.recognition import open_weights
+from formats.weights import fingerprint
+
+PROMPT = "def encode(self, "
+SAMPLES = 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(zygote: Zygote, run_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved by two ranks; documents do not end attention, as transformers knows none."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    steps = ["train.max_steps=12", "checkpoint.interval=null", "data.document_mask=false"]
+    start = zygote.run(run_of(run, *steps, "optim.lr=1e-2", "parallel.tp=2"), 2)
+    assert start.codes == {0: 0, 1: 0}, start.told()
+    return run / "checkpoints" / "step-00000012"
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint as a Hugging Face folder, by the program."""
+    target = tmp_path_factory.mktemp("exported") / "hf"
+    done = start_program(["convert.py", f"source={checkpoint}", f"target={target}"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{target}: Hugging Face folder, 0.00")
+    assert done.stderr == ""
+    return target
+
+
+@pytest.fixture(scope="module")
+def told(exported: Path, checkpoint: Path, tmp_path_factory: Any) -> tuple[dict[str, Any], Any]:
+    """What transformers tells of the folder; the tokens that it saw, and its logits."""
+    place = tmp_path_factory.mktemp("told")
+    config = json.loads((checkpoint / "manifest.json").read_text())["config"]
+    dataset = Dataset.open(config["data"]["folder"], document_mask=False)
+    windows = validation_batches(
+        dataset, samples=SAMPLES, seq_len=64, micro_batch_size=SAMPLES, rank=0, size=1
+    )
+    (batch,) = windows["text"]
+    torch.save((batch.tokens, batch.labels), place / "windows.pt")
+    script = [sys.executable, str(ROOT / "tests" / "transformers_reads.py"), str(exported)]
+    done = subprocess.run(
+        [*script, str(place / "windows.pt"), PROMPT, str(place / "logits.pt")],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    logits = torch.load(place / "logits.pt", weights_only=True)
+    return json.loads(done.stdout), (batch.tokens, logits)
+
+
+def test_transformers_computes_the_same_logits(checkpoint: Path, told: Any) -> None:
+    answer, (tokens, expected) = told
+    assert answer["dtype"] == "torch.float32"
+    with torch.no_grad():
+        logits = filled(open_weights(checkpoint))(tokens)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert expected.std() > 0.5  # it has learned something to differ in
+
+
+def test_the_loss_on_the_same_text_is_the_same_whichever_the_format(
+    checkpoint: Path, exported: Path, told: Any, zygote: Zygote
+) -> None:
+    hashes = set()
+    for folder, mesh in ((checkpoint, "tp"), (exported, "dp_shard")):
+        data = json.loads((checkpoint / "manifest.json").read_text())["config"]["data"]["folder"]
+        more = [] if folder == checkpoint else [f"evaluation.data={data}", "evaluation.seq_len=64"]
+        start = zygote.run(
+            [
+                *(f"evaluation.checkpoint={folder}", f"evaluation.samples={SAMPLES}", *more),
+                *("parallel.accelerator=cpu", f"parallel.{mesh}=2"),
+            ],
+            2,
+            program="evaluate.py",
+        )
+        assert start.codes == {0: 0, 1: 0}, start.told()
+        figures = json.loads((folder / "evaluation.json").read_text())
+        hashes.add(figures["weights_hash"])
+        if folder == checkpoint:
+            # A window of a foreign folder ends attention at documents, as ours do by default.
+            assert figures["loss"] == pytest.approx(told[0]["loss"], rel=1e-6)
+    assert hashes == {fingerprint(open_weights(checkpoint))}
+
+
+def test_the_greedy_text_is_the_same(checkpoint: Path, told: Any) -> None:
+    done = start_program(
+        [
+            *("generate.py", f"checkpoint={checkpoint}", f"prompt={PROMPT}", "temperature=0"),
+            *("max_new_tokens=40", "parallel.accelerator=cpu"),
+        ]
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == told[0]["text"] + "\n"
+    assert len(told[0]["text"]) > len(PROMPT)
+    assert "tokens/s" in done.stderr
+
+
+def test_there_and_back_through_the_program_is_bit_for_bit(
+    checkpoint: Path, exported: Path, zygote: Zygote, tmp_path: Path
+) -> None:
+    for source, target, format in (
+        (exported, "native", "native"),
+        (tmp_path / "native", "meta", "meta"),
+        (tmp_path / "meta", "hf", "hf"),
+    ):
+        parts = ["parts=2"] if format == "meta" else []
+        arguments = [f"source={source}", f"target={tmp_path / target}", f"format={format}", *parts]
+        start = zygote.run(arguments, 1, program="convert.py")
+        assert start.codes == {0: 0}, start.told()
+        assert_same_weights(open_weights(tmp_path / target), open_weights(checkpoint))
+    tokenizer = (checkpoint / "tokenizer.model").read_bytes()
+    assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == tokenizer
+    assert (tmp_path / "native" / "tokenizer.model").read_bytes() == tokenizer
+    for path in exported.iterdir():
+        if path.name != "evaluation.json":
+            assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_bad_input_is_told_and_nothing_is_written(
+    checkpoint: Path, exported: Path, zygote: Zygote, tmp_path: Path
+) -> None:
+    def refused(*arguments: str) -> str:
+        start = zygote.run([*arguments], 1, program="convert.py")
+        assert start.codes == {0: 1}, start.told()
+        assert list(tmp_path.iterdir()) == []
+        told = start.told()
+        assert told.startswith("Not converted") and "Traceback" not in told
+        return told
+
+    out = f"target={tmp_path / 'out'}"
+    found = refused(f"source={checkpoint}", out, "parts=2", "file_gb=0", "formt=hf", "dtype=int8")
+    assert "formt is not a key: did you mean format?" in found
+    assert "parts (2) has a meaning for Meta's folders alone" in found
+    assert "file_gb (0.0) is not above 0" in found
+    assert "dtype ('int8') has the wrong type or choice" in found
+    assert "source has no value" in refused(out)
+    assert "is no folder" in refused("source=nowhere", out)
+    parts = refused(f"source={checkpoint}", out, "format=meta", "parts=3")
+    assert "parts (3) does not divide model.n_heads (4)" in parts and "use 1 or 2" in parts
+    run = checkpoint.parent.parent
+    assert f"name a checkpoint in it, as {checkpoint}" in refused(f"source={run}", out)
+    exists = refused(f"source={checkpoint}", f"target={exported}")
+    assert "exists, and nothing is written over it" in exists
+    llama3 = refused(f"source={checkpoint}", out, f"tokenizer_path={_llama3()}")
+    assert "the tokenizer's 128256 tokens are more than the model's vocab_size (272)" in llama3
+
+
+def _llama3() -> Path:
+    import llama_models
+
+    return Path(llama_models.__path__[0]) / "llama3" / "tokenizer.model"
