@@ -59,7 +59,6 @@ def evaluate(config: EvaluateProgram) -> None:
         figures |= describe(measure_held_out(config, loaded, held_out, seq_len))
     if tokenizer is not None:
         from evaluation.harness import run_tasks
-
         from program.evaluation import harness_model
 
         figures["tasks"] = run_tasks(
