@@ -56,7 +56,7 @@ class TargetScores(nn.Module):
     def _is_likeliest(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """(rows, vocab), (rows) -> (rows) bool; of equally likely ones the lowest id counts."""
         values, places = logits.max(dim=-1)  # (rows)
-        highest = values.float()
+        highest = values.to(torch.float32, copy=True)
         self.vocabulary.maximum_(highest)
         # An id is exact in float32, whose negative makes the maximum the lowest of them.
         lowest = -(places + self.vocabulary.first).float()

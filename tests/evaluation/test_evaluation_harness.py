@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from lm_eval.api.instance import Instance
+from lm_eval.models.utils import postprocess_generated_text as cut_at_stops
 from model_configs import FILES
 from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -40,11 +41,11 @@ QUESTIONS = [
     ("Two and two make ", ["four", " five", "4"], 0),
     ("", ["Once upon a time", "xq"], 1),
     ("ein Bär läuft über", [" die Straße", " – 😀", " die Straßen"], 2),
-    ("word " * 60, ["end", "start of another"], 1),
+    ("some words " * 60, ["end", "start of another"], 1),
     ("<|begin_of_text|>In the beginning", [" was", " were <|end_of_text|>"], 0),
 ]
-TEXTS = ["A short text.", "naïve – 😀\n\n", "A long text of many words. " * 12, "x"]
-PROMPTS = ["def add(a, b):", "Once upon", "", "long " * 50, "Liste: ä,"]
+TEXTS = ["A short text.", "naïve – 😀\n\n", "A long text of many words. " * 30, "x"]
+PROMPTS = ["def add(a, b):", "Once upon", "", "long ago " * 50, "Liste: ä,"]
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,11 @@ def numbers(answers: list[tuple[float, bool]]) -> list[float]:
 
 
 # ---------------------------------------------------------------- against lm-eval's own
+
+
+def test_there_are_texts_that_the_context_does_not_hold(tokenizer: Tokenizer) -> None:
+    for texts in ([text for text, _, _ in QUESTIONS], TEXTS, PROMPTS):
+        assert max(len(tokenizer.encode(text)) for text in texts) > CONTEXT + 1
 
 
 def test_answers_equal_those_of_the_hf_model(
@@ -309,14 +315,14 @@ def test_a_batch_ends_when_its_texts_have_come_to_a_stop(
 
     free, shapes = ask(), list[tuple[int, ...]]()
     pairs = [re.search("[a-zA-Z]{2}", text) for text in free]
-    ends = [pair.start() for pair in pairs if pair is not None]
-    assert len(ends) == len(free) and max(ends) < 20
+    stops = sorted({pair.group() for pair in pairs if pair is not None})
+    expected = [cut_at_stops(text, stops, None) for text in free]
+    assert all(len(text) < 20 for text in expected)
     handle = models[0].register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     try:
-        found = ask(*{text[end : end + 2] for text, end in zip(free, ends, strict=True)})
+        assert ask(*stops) == expected
     finally:
         handle.remove()
-    assert found == [text[:end] for text, end in zip(free, ends, strict=True)]
     assert len(shapes) < 2 * 25
 
 
