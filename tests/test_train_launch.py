@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 from conftest import STEPS, read_metrics, start_program, start_python
-from processes import DEADLINE, Program, linux, standing_still
+from processes import DEADLINE, Program, linux, standing_still, wait_for
+from test_train_data import has_done
+from zygote import Zygote, read
 
 # Two meshes sum in another order; rounding of 1e-7 a sum grows with the steps (issue: 2e-7 seen).
 TOLERANCE = 1e-6
@@ -159,47 +161,71 @@ def test_killed_run_goes_on_from_the_newest_checkpoint_bit_for_bit(
         assert curve(folder, key) == curve(reference, key)
 
 
-# Whom a person or a scheduler may send what: the main process, another rank, all of them.
-SIGNALS = {
-    "SIGTERM to rank 1": (signal.SIGTERM, lambda program: [program.child]),
-    "SIGUSR1 to rank 0": (signal.SIGUSR1, lambda program: [program.main.pid]),
-    "SIGINT twice to all": (signal.SIGINT, lambda program: [program.main.pid, program.child] * 2),
-}
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGINT: 130}
 
 
-@linux
-@pytest.mark.parametrize("case", SIGNALS)
-def test_signal_on_any_rank_lets_all_finish_the_step_save_once_and_leave_with_its_code(
-    command: Any, pair: tuple[Path, Completed], standing: tuple[Path, Program], case: str
-) -> None:
-    folder, program = standing
-    number, receivers = SIGNALS[case]
-    for process in receivers(program):
-        os.kill(process, number)
-    with (folder / "samples.txt").open() as pipe:  # what the run waits for
-        assert "step 9" in pipe.read()
-    told, errors = program.main.communicate(timeout=DEADLINE)
-    program.wait_for_child()
-    assert program.main.returncode == CODES[number]
-    assert errors == ""
+def assert_saved_once_and_left(folder: Path, number: signal.Signals, told: str) -> list[str]:
+    """A run that got a signal in step 9 left in good order; returns the command that goes on."""
     # Step 9 was taken when the signal came, so it is step 10 that all know of it with.
     last = told.splitlines()[-3:]
     assert last[0].startswith("Stopped after step 10: ")
     assert last[1].startswith("goodput ")
-    assert last[2].startswith("Saved up to step 10; go on with: python train.py ")
+    assert last[2].startswith("Saved up to step 10; go on with: ")
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert saved == ["step-00000006", "step-00000010"]
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     assert [(line["event"], line["step"]) for line in ledger][-2:] == [("save", 10), ("stop", 10)]
     assert ledger[-1]["code"] == CODES[number]
-    if number == signal.SIGTERM:  # all leave alike, so one of them shows how the run goes on
-        (folder / "samples.txt").unlink()
-        words = shlex.split(last[2].partition("go on with: python ")[2])
-        assert start_program(words, ranks=2).returncode == 0
-        reference, _ = pair
-        for key in ("batch_hash", "samples", "loss", "grad_norm"):
-            assert curve(folder, key) == curve(reference, key)
+    return shlex.split(last[2].partition("go on with: ")[2])
+
+
+@linux
+def test_interrupt_to_all_lets_them_finish_the_step_save_once_and_leave_with_its_code(
+    command: Any, pair: tuple[Path, Completed], standing: tuple[Path, Program]
+) -> None:
+    """Ctrl-C reaches every process of a terminal, here twice."""
+    folder, program = standing
+    for process in [program.main.pid, program.child] * 2:
+        os.kill(process, signal.SIGINT)
+    let_go_on(folder)
+    told, errors = program.main.communicate(timeout=DEADLINE)
+    program.wait_for_child()
+    assert program.main.returncode == CODES[signal.SIGINT]
+    assert errors == ""
+    python, *words = assert_saved_once_and_left(folder, signal.SIGINT, told)
+    assert python == "python"
+    (folder / "samples.txt").unlink()
+    assert start_program(words, ranks=2).returncode == 0
+    reference, _ = pair
+    for key in ("batch_hash", "samples", "loss", "grad_norm"):
+        assert curve(folder, key) == curve(reference, key)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)], ids=["SIGTERM", "SIGUSR1"]
+)
+def test_signal_on_any_rank_lets_all_finish_the_step_save_once_and_leave_with_its_code(
+    command: Any, zygote: Zygote, tmp_path: Path, number: signal.Signals, rank: int
+) -> None:
+    """What a scheduler sends to one; no launcher ends the other."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    os.mkfifo(folder / "samples.txt")
+    start = zygote.start([*command(folder)[1:], "parallel.tp=2"], 2, alone=True)
+    wait_for(lambda: has_done(folder, 9), "step 9")
+    os.kill(start.pids[rank], number)
+    let_go_on(folder)
+    assert zygote.wait(start) == [CODES[number]] * 2, start.told()
+    assert [read(path) for path in start.errors] == ["", ""]
+    assert read(start.outputs[1]) == ""
+    assert_saved_once_and_left(folder, number, start.told())
+
+
+def let_go_on(folder: Path) -> None:
+    """Reads the pipe that a run which stands still waits for."""
+    with (folder / "samples.txt").open() as pipe:
+        assert "step 9" in pipe.read()
 
 
 @linux

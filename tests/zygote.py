@@ -55,12 +55,8 @@ class Start:
     codes: dict[int, int] = field(default_factory=dict)
 
     def told(self, rank: int = 0) -> str:
-        """What a rank printed."""
-        return self.outputs[rank].read_text(encoding="utf-8", errors="replace")
-
-    def told_as_error(self, rank: int = 0) -> str:
-        """What a rank printed on standard error, where that is kept apart."""
-        return self.errors[rank].read_text(encoding="utf-8", errors="replace")
+        """What a rank printed: on standard output, then on standard error."""
+        return read(self.outputs[rank]) + read(self.errors[rank])
 
 
 class Zygote:
@@ -96,7 +92,7 @@ class Zygote:
 
         Args:
             alone: Nobody ends the ranks that are left when one has failed: they must see to it.
-            typed: The one rank is started as a person does, its standard error kept apart.
+            typed: The one rank is started as a person does it.
         """
         order = {"plans": [asdict(plan) for plan in plans], "alone": alone, "launched": not typed}
         return self._begin([program, *arguments], ranks, apart=typed, **order)
@@ -125,10 +121,9 @@ class Zygote:
     ) -> subprocess.CompletedProcess[str]:
         """`python WORDS` from its beginning to its end; `ranks` of it as torchrun starts them."""
         order = {"cwd": str(cwd), "environment": dict(environment), "launched": ranks > 1}
-        start = self._begin(words, ranks, apart=True, **order)
+        start = self._begin(words, ranks, **order)
         codes = self.wait(start)
-        out = "".join(start.told(rank) for rank in range(ranks))
-        errors = "".join(start.told_as_error(rank) for rank in range(ranks))
+        out, errors = "".join(map(read, start.outputs)), "".join(map(read, start.errors))
         code = next((code for code in codes if code), 0)
         return subprocess.CompletedProcess(list(words), code, out, errors)
 
@@ -144,12 +139,14 @@ class Zygote:
         self._process.communicate()
         self._folder.cleanup()
 
-    def _begin(self, words: Sequence[str], ranks: int, apart: bool, **order: Any) -> Start:
+    def _begin(self, words: Sequence[str], ranks: int, **order: Any) -> Start:
         """Asks for the processes of a start."""
         self._count += 1
         stem = f"{self._folder.name}/start-{self._count}-rank"
         outputs = [Path(f"{stem}-{rank}.txt") for rank in range(ranks)]
-        errors = [path.with_suffix(".error.txt") for path in outputs] if apart else outputs
+        errors = [path.with_suffix(".error.txt") for path in outputs]
+        for path in (*outputs, *errors):
+            path.touch()
         files = list(zip(map(str, outputs), map(str, errors), strict=True))
         assert self._process.stdin is not None
         order = {"words": list(words), "files": files, **order}
@@ -161,6 +158,11 @@ class Zygote:
         line = self._process.stdout.readline()
         assert line, "the zygote has died"
         return json.loads(line)
+
+
+def read(path: Path) -> str:
+    """What a process has printed into a file, whatever it was."""
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 @cache
