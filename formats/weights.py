@@ -18,6 +18,7 @@ from formats.errors import FormatError
 from formats.pieces import DTYPES, StoredTensor, bytes_of, n_bytes
 from model.config import ModelConfig
 from model.init import LocalBlock
+from model.llama import Llama
 
 Format = Literal["native", "hf", "meta"]
 FORMATS: dict[str, str] = {
@@ -86,26 +87,10 @@ class Weights(ABC):
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter, as `Llama.named_parameters` has them, in that order."""
-    kv_width = model.n_kv_heads * model.head_dim
-    block = {
-        "attention.wq": (model.dim, model.dim),
-        "attention.wk": (kv_width, model.dim),
-        "attention.wv": (kv_width, model.dim),
-        "attention.wo": (model.dim, model.dim),
-        "feed_forward.w1": (model.ffn_dim, model.dim),
-        "feed_forward.w2": (model.dim, model.ffn_dim),
-        "feed_forward.w3": (model.ffn_dim, model.dim),
-        "attention_norm": (model.dim,),
-        "ffn_norm": (model.dim,),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (model.vocab_size, model.dim)}
-    for layer in range(model.n_layers):
-        shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in block.items()}
-    shapes["norm.weight"] = (model.dim,)
-    if not model.tie_embeddings:
-        shapes["output.weight"] = (model.vocab_size, model.dim)
-    return shapes
+    """Name and shape of every parameter, in the model's order; a tied head is none."""
+    with torch.device("meta"):
+        llama = Llama(model)
+    return {name: tuple(parameter.shape) for name, parameter in llama.named_parameters()}
 
 
 def check_tensors(

@@ -61,6 +61,12 @@ def held_out_of(config: EvaluateProgram, weights: "Weights") -> "tuple[Dataset |
     if evaluation.data is None and (folder is None or data.get("stream_lanes") is not None):
         if config.tasks:
             return None, seq_len
+        if folder is not None:
+            raise DataError(
+                f"data.stream_lanes ({data['stream_lanes']}) of this checkpoint's run means that "
+                "it was trained straight from a dataset, of which nothing is held out: there is "
+                "nothing to evaluate on. Set evaluation.data to a prepared folder, or name tasks"
+            )
         raise DataError(
             f"{weights.folder} tells of no text that was held out: set evaluation.data to a "
             "prepared folder (like shards/stdlib-bpe, made by prepare.py), or name tasks"

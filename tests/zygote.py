@@ -147,6 +147,8 @@ class Zygote:
         errors = [path.with_suffix(".error.txt") for path in outputs]
         for path in (*outputs, *errors):
             path.touch()
+        for path in (*outputs, *errors):
+            path.touch()  # who reads at once finds it
         files = list(zip(map(str, outputs), map(str, errors), strict=True))
         assert self._process.stdin is not None
         order = {"words": list(words), "files": files, **order}

@@ -40,7 +40,8 @@ def test_each_file_of_a_checkpoint_flipped_or_cut_is_named_and_all_fall_back_to_
     calm = figures(tmp_path / "run")
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     names = sorted(path.name for path in checkpoints[0].iterdir())
-    assert names == [".metadata", "COMMITTED", "__0_0.distcp", "__1_0.distcp", "manifest.json"]
+    shards = ["__0_0.distcp", "__1_0.distcp"]
+    assert names == [".metadata", "COMMITTED", *shards, "manifest.json", "tokenizer.model"]
     damages = [(name, damage) for name in names for damage in (flip, truncate)]
     assert len(checkpoints) > len(damages) + 1
     hurt = list(zip(reversed(checkpoints), damages, strict=False))

@@ -111,7 +111,7 @@ convert(Waiting(SMALL), None, Path({target!r}), "hf")
 def test_a_killed_conversion_leaves_no_target_and_the_next_one_clears_up(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent.parent
     target = tmp_path / "out"
-    code = SLOW.format(paths=[str(root), str(Path(__file__).parent)], target=str(target))
+    code = SLOW.format(paths=[str(root), str(root / "tests")], target=str(target))
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
