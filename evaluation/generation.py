@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -182,14 +183,13 @@ def drawn(scores: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
         least = scores.topk(sampling.top_k, dim=-1).values[:, -1:]  # (batch, 1)
         scores = scores.masked_fill(scores < least, -torch.inf)
-    # Stable: of equally likely tokens the lower id comes first, on every device.
-    scores, order = scores.sort(dim=-1, descending=True, stable=True)
-    cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)  # (batch, vocab)
-    within = scores > -torch.inf
     if sampling.top_p is not None:
+        # Stable: of equally likely tokens the lower id comes first, on every device.
+        ranked, order = scores.sort(dim=-1, descending=True, stable=True)
+        reached = ranked.double().softmax(dim=-1).cumsum(dim=-1)  # (batch, vocab)
         # What comes before a kept token does not reach top_p; the likeliest one is always kept.
-        within[:, 1:] &= cumulative[:, :-1] < sampling.top_p
-    last = within.sum(dim=-1, keepdim=True) - 1  # (batch, 1)
-    target = uniform.unsqueeze(1) * cumulative.gather(1, last)
-    place = (cumulative <= target).sum(dim=-1, keepdim=True).minimum(last)  # (batch, 1)
-    return order.gather(1, place).squeeze(1)
+        beyond = F.pad(reached[:, :-1] >= sampling.top_p, (1, 0))
+        scores = scores.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
+    cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)  # (batch, vocab)
+    cumulative = cumulative / cumulative[:, -1:]  # so that the last is 1, above every number drawn
+    return (cumulative <= uniform.unsqueeze(1)).sum(dim=-1)

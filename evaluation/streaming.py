@@ -22,9 +22,7 @@ class TextStream:
 
     def end(self) -> str:
         """What is left where the last character is not whole."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+        return self._decoder.decode(b"", final=True)
 
 
 def text_of(tokenizer: Tokenizer, tokens: list[int]) -> str:

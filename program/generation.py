@@ -163,6 +163,8 @@ def _typed(tokenizer: "Tokenizer", model: ModelConfig) -> Prompt | None:
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.buffer.readline()
         if not line:
+            if sys.stdin.isatty():
+                print(file=sys.stderr)  # after the `> `
             return None
         prompt = encode(line.decode(errors="surrogateescape").rstrip("\r\n"), tokenizer)
         problem = problem_of(prompt, model)
