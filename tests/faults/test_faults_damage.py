@@ -16,7 +16,7 @@ from training.exit_codes import ExitCode
 
 ALWAYS = 10**9
 TP2 = "parallel.tp=2"
-KEEP_ALL = ("checkpoint.interval=2", "checkpoint.keep_last=null")
+KEEP_ALL = ("checkpoint.interval=1", "checkpoint.keep_last=null")
 
 
 def flip(path: Path) -> None:
