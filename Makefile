@@ -10,7 +10,7 @@ train: .venv/.installed
 	$(BIN)/python train.py
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 storm: .venv/.installed-dev
 	$(BIN)/python -m pytest -s tests/faults/test_storm.py --storm=60

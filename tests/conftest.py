@@ -17,6 +17,14 @@ from zygote import Zygote
 ROOT = Path(__file__).parent.parent
 STEPS = 16  # of the short run
 FAULT_STEPS = 24  # of the run that faults befall
+# The files that take half a minute and more, the longest first.
+LONGEST = (
+    *("test_parallel_grid", "test_train_launch", "test_slurm", "test_train_watchdog"),
+    *("test_parallel_optimizer_state", "test_faults", "test_storm", "test_train_mesh"),
+    *("test_parallel_activation_checkpoint", "test_train_stream", "test_faults_phases"),
+    *("test_train_data", "test_data_preparation_pool", "test_data_preparation_resume"),
+    *("test_faults_damage", "test_sweep", "test_readme"),
+)
 FIGURES = ("batch_hash", "samples", "tokens", "loss", "grad_norm", "lr")
 
 
@@ -47,6 +55,12 @@ def data_overrides(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> li
         f"data.folder={tmp_path_factory.mktemp('shards') / 'corpus'}",
         "data.validation_fraction=0.2",
     ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the longest files: each is one worker's, and the last one has no other beside."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_sessionfinish() -> None:
