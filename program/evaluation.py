@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,8 +159,11 @@ def number_format(config: EvaluateProgram, loaded: "Loaded") -> str:
 
 def versions(harness: bool) -> dict[str, str]:
     """The versions of what measured."""
-    names = ["torch", "llamesh", *(["lm_eval"] if harness else [])]
-    return {name: version(name) for name in names}
+    found = {}
+    for name in ("torch", "llamesh", *(["lm_eval"] if harness else [])):
+        with suppress(PackageNotFoundError):  # a checkout that was never installed runs too
+            found[name] = version(name)
+    return found
 
 
 def write_figures(config: EvaluateProgram, figures: dict[str, Any]) -> None:
