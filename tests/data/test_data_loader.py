@@ -272,7 +272,16 @@ def loader_threads() -> list[threading.Thread]:
 
 
 def test_threads_end_with_their_iterator_and_errors_reach_the_reader(folder: Path) -> None:
-    steps = loader(folder, threads=3, prefetch=3).steps(0)
+    together = loader(folder, threads=3, prefetch=3)
+    meeting, alone = threading.Barrier(3, timeout=60), together.step
+
+    def met(number: int) -> StepBatches:
+        if number < 3:
+            meeting.wait()  # a quick step would leave its thread for the next one
+        return alone(number)
+
+    together.step = met  # type: ignore
+    steps = together.steps(0)
     next(steps)
     assert len(loader_threads()) == 3
     steps.close()
