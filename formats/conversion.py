@@ -41,8 +41,8 @@ def convert(
 
     Raises:
         FormatError: the target exists, does not fit the disk, cannot be written, or cannot be cut
-            into so many parts; the tokenizer has more tokens than the model; a file of the source
-            cannot be read.
+            into so many parts; the tokenizer has more tokens than the model; the source is damaged
+            or cannot be read.
     """
     check_target(target, overwrite)
     if format == "meta" and (problem := parts_problem(parts, weights)):
@@ -50,6 +50,8 @@ def convert(
     check_vocabulary(weights, tokenizer)
     sizes = [n_bytes(shape, dtype or weights.dtype(name)) for name, shape in weights.shapes.items()]
     check_room(target, sum(sizes))
+    if damage := weights.damage():
+        raise FormatError(f"{weights.folder} is damaged: {damage}. Use another checkpoint")
     with fresh_folder(target, overwrite) as folder:
         write(weights, tokenizer, folder, format, dtype, parts, file_bytes)
     return sum(path.stat().st_size for path in target.iterdir())

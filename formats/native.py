@@ -28,7 +28,7 @@ from formats.errors import FormatError
 from formats.pieces import Piece, StoredTensor, unreadable
 from formats.weights import Weights, check_tensors, parameter_shapes
 from model.config import ModelConfig
-from training.checkpoint.files import HashedFiles, read_manifest
+from training.checkpoint.files import HashedFiles, damage_of, read_manifest
 from training.checkpoint.saving import commit, write_beside, write_manifest
 from training.position import Position
 
@@ -49,9 +49,18 @@ class NativeWeights(Weights):
     ) -> None:
         super().__init__(folder, model, stored)
         self.step, self.config = manifest["position"]["step"], manifest["config"]
+        self.files, self.algorithm = manifest["files"], manifest["algorithm"]
 
     def _stored_name(self, name: str) -> str:
         return name
+
+    def damage(self) -> str | None:
+        """As `Weights.damage`: reads every file, by this process alone."""
+        found = (
+            damage_of(self.folder / name, entry, self.algorithm)
+            for name, entry in self.files.items()
+        )
+        return next((told for told in found if told is not None), None)
 
 
 class Chunk(Piece):

@@ -19,12 +19,7 @@ def recognise(folder: Path) -> Format | None:
         return "native"
     if PARAMS in names and any(PART.fullmatch(name) for name in names):
         return "meta"
-    if CONFIG in names and names & {INDEX, SINGLE}:
-        return "hf"
-    # One with a file missing is told which.
-    if CONFIG in names:
-        return "hf"
-    return "meta" if any(PART.fullmatch(name) for name in names) else None
+    return "hf" if CONFIG in names and names & {INDEX, SINGLE} else None
 
 
 def open_weights(folder: Path) -> Weights:
@@ -33,7 +28,7 @@ def open_weights(folder: Path) -> Weights:
     Raises:
         FormatError: it has no format of ours, is incomplete or damaged.
     """
-    kind = recognise(folder)
+    kind = recognise(folder) or _incomplete(folder)
     if kind == "native":
         from formats.native import open_native
 
@@ -50,6 +45,13 @@ def open_weights(folder: Path) -> Weights:
         "config.json and safetensors (Hugging Face), or with params.json and consolidated.00.pth "
         "(Meta)"
     )
+
+
+def _incomplete(folder: Path) -> Format | None:
+    """The format of a folder that lacks files, so that its reader can tell which."""
+    if (folder / CONFIG).exists():
+        return "hf"
+    return "meta" if any(folder.glob("consolidated.*.pth")) else None
 
 
 def _checkpoints_in(folder: Path) -> Path | None:

@@ -47,6 +47,10 @@ class Weights(ABC):
     def _stored_name(self, name: str) -> str:
         """The name of a parameter in the files."""
 
+    def damage(self) -> str | None:
+        """What differs from what was written, where the folder holds hashes; None for nothing."""
+        return None
+
     def dtype(self, name: str) -> torch.dtype:
         """The format of a parameter's numbers in the files."""
         return self.stored[self._stored_name(name)].dtype

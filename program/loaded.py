@@ -52,14 +52,11 @@ def load_model(
 
     from model.llama import Llama
     from program.launch import launch
-    from training.checkpoint.restoring import find_damage
     from training.config import WatchdogConfig
     from training.watchdog import Watchdog
 
     watchdog = Watchdog(WatchdogConfig(None, None, None))  # of the processes, not of their time
     fabric, strategy = launch(processes, mesh, parallel, precision, watchdog)
-    if weights.format == "native" and (damage := find_damage(weights.folder)):
-        raise FormatError(f"{weights.folder} is damaged: {damage}")
     with torch.device("meta"):
         llama = Llama(weights.model)
     model = fabric.setup_module(llama)
@@ -69,15 +66,20 @@ def load_model(
 
 
 def fill_together(llama: Any, weights: "Weights") -> None:
-    """Gives every rank its shard; all of them raise where one cannot read its own.
+    """Gives every rank its shard of whole weights; all raise where one cannot read its own.
 
     Raises:
-        FormatError: a file cannot be read; the message names the ranks.
+        FormatError: a checkpoint is not as it was saved, or a file cannot be read; the message
+            names the ranks.
     """
     import torch.distributed as dist
 
     from formats.weights import fill
     from parallel.parallelize import local_block
+    from training.checkpoint.restoring import find_damage
+
+    if weights.format == "native" and (damage := find_damage(weights.folder)):
+        raise FormatError(f"{weights.folder} is damaged: {damage}")
 
     problem = None
     try:

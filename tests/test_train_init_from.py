@@ -123,6 +123,19 @@ def test_every_format_on_every_axis_begins_the_same_run(
     assert "the weights that the run began from" in gone.told()
 
 
+def test_a_flipped_bit_of_a_checkpoint_begins_no_run(
+    folders: dict[str, Path], zygote: Zygote, run_of: Any, tmp_path: Path
+) -> None:
+    source = shutil.copytree(folders["native"], tmp_path / "source")
+    largest = max(source.iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    start = zygote.run(run_of(tmp_path / "run", f"run.init_from={source}", *SAME), 1)
+    assert start.codes == {0: 1}, start.told()
+    assert f"is damaged: {largest.name} has another hash" in start.told()
+
+
 def refused(zygote: Zygote, arguments: list[str], run: Path) -> str:
     """What a start says that is refused before it writes anything."""
     start = zygote.run(arguments, 1)

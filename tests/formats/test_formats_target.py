@@ -35,12 +35,25 @@ def test_a_target_is_replaced_only_when_asked_and_only_if_it_is_weights(
     shutil.rmtree(target)
     target.mkdir()
     (target / "thesis.tex").write_text("all of it")
+    (target / "config.json").write_text("{}")  # which many a folder has
     with pytest.raises(FormatError, match="holds no weights, and overwrite=true replaces weights"):
         convert(made, None, target, format, overwrite=True)
     assert (target / "thesis.tex").exists()
     (tmp_path / "link").symlink_to(target)
     with pytest.raises(FormatError, match="is a file or a link"):
         convert(made, None, tmp_path / "link", format, overwrite=True)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_flipped_bit_of_a_checkpoint_goes_nowhere(format: Format, tmp_path: Path) -> None:
+    convert(MadeWeights(SMALL), None, tmp_path / "source", "native")
+    largest = max((tmp_path / "source").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(FormatError, match=f"is damaged: {largest.name} has another hash"):
+        convert(open_weights(tmp_path / "source"), None, tmp_path / "out", format)
+    assert os.listdir(tmp_path) == ["source"]
 
 
 class FailingWeights(MadeWeights):
