@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HOUSE = {"model", "parallel", "data", "training", "formats", "evaluation", "program"}
+HOUSE = {"model", "parallel", "data", "training", "formats", "evaluation", "planning", "program"}
 CHEAP = ("hydra", "omegaconf")  # what answers `--help`
 
 # package: what of the house it may import, and which libraries. A dotted name allows itself and
@@ -49,8 +49,12 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("torch", "safetensors", "tokenizers", "xxhash", "pydantic"),
     ),
     "evaluation": (("model", "data.tokenizer"), ("torch", "numpy", "lm_eval", "tqdm")),
+    "planning": (
+        ("model", "parallel"),
+        ("torch", "lightning.fabric", "matplotlib", "yaml", "rich"),
+    ),
     "program": (
-        ("model", "parallel", "data", "training", "formats", "evaluation"),
+        ("model", "parallel", "data", "training", "formats", "evaluation", "planning"),
         ("torch", "lightning.fabric", "pydantic", *CHEAP),
     ),
     # The programs.
@@ -58,6 +62,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "evaluate": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "prepare": (("data", "program"), CHEAP),
     "convert": (("formats", "program", "training.memory"), CHEAP),
+    "plan": (("parallel", "planning", "program"), CHEAP),
     "generate": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "slurm": (("program", "training"), ("submitit", *CHEAP)),
     "bench": (

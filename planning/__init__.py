@@ -1,0 +1,1 @@
+"""What a training run will hold, send and take, told before anything is launched."""
