@@ -174,7 +174,9 @@ def of_device(processes: Processes = CPU, mesh: MeshShape | None = None, **wante
         own = {key: value for key, value in wanted.items() if hasattr(section, key)}
         sections[number] = replace(section, **own)  # type: ignore[type-var]
     parallel, precision, model = sections
-    found = device_problems(processes, mesh or MeshShape(1, 1, 1, 1), parallel, precision, model)  # type: ignore[arg-type]
+    found = device_problems(
+        processes.accelerator, mesh or MeshShape(1, 1, 1, 1), parallel, precision, model
+    )  # type: ignore[arg-type]
     return "\n".join(found)
 
 
