@@ -83,11 +83,14 @@ def kept_by_block(job: Job, checkpoint: str | float | None = None) -> int:
         return block_input(job)
     out = tokens * (width * p + model.n_heads // tp * FLOAT32)
     if mode == "selective":
-        products = tokens * (width + 2 * kv_width + 2 * model.dim + 2 * ffn) * p
+        # The result of the last product is what comes next: only a compiler sees it unneeded.
+        results = model.dim * (1 if job.parallel.compile else 2)
+        products = tokens * (width + 2 * kv_width + results + 2 * ffn) * p
         sums = 2 * block_input(job) if tp > 1 else 0
         return block_input(job) + products + sums + out
     normed = 2 * tokens * model.dim * p  # inputs of attention and feed-forward, whole
-    return 2 * _kept_by_norm(job) + normed + _attention(job) + 4 * tokens * ffn * p
+    inside = 3 if job.parallel.compile else 4  # a compiler computes silu again
+    return 2 * _kept_by_norm(job) + normed + _attention(job) + inside * tokens * ffn * p
 
 
 def recomputed_by_block(job: Job) -> int:
@@ -100,6 +103,8 @@ def recomputed_by_block(job: Job) -> int:
     if mode == "full":
         return whole
     width, kv_width = model.dim // tp, model.n_kv_heads * model.head_dim // tp
+    if job.parallel.compile:  # piece by piece, as it is needed
+        return tokens * (model.ffn_dim // tp + model.dim) * p
     # What was kept comes back as it is; what only led to it is let go once it was read.
     values = 0 if job.mesh.cp > 1 else kv_width
     kept = tokens * (width + values + 2 * model.ffn_dim // tp) * p

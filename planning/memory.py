@@ -102,7 +102,9 @@ class _Step:
         self.kept_blocks = 0 if reshard else layers
         if reshard is None and self.shards > 1:
             self.kept_blocks = 1
-        self.accumulates = job.micro_batches > 1
+        several = job.micro_batches > 1
+        self.accumulates = several and job.parallel.reduce_gradients == "step"
+        self.accumulates_shards = several and not self.accumulates
 
     def _owned(self, matrices: list[tuple[int, int]]) -> int:
         """Elements of the shards of the first rank, which has the most of each."""
@@ -121,7 +123,9 @@ class _Step:
         return int(2 * (moment * (self.elements - self.vectors) + FLOAT32 * self.vectors))
 
     def _gradients(self, blocks: int) -> int:
-        """Reduced shards of so many blocks."""
+        """Reduced shards of so many blocks, or of all where those of earlier micro-batches are."""
+        if self.accumulates_shards:
+            return self.job.model.n_layers * self.block.shard + self.root.shard
         return blocks * self.block.shard
 
     def _accumulated(self, blocks: int, root: bool = True) -> int:
@@ -159,6 +163,7 @@ class _Step:
             gathered += self.block.gathered(job)  # the last all-gather's result is freed late
         return self._memory(
             "head",
+            gradients=self._gradients(0),
             activations=self._activations(model.n_layers) + kept_by_head(job),
             gathered=gathered + self.head_weight + self._accumulated(model.n_layers),
             logits=logits,
@@ -239,6 +244,6 @@ class _Step:
         narrow = job.precision.optimizer_state != "fp32"
         return self._memory(
             "update",
-            gradients=self._gradients(layers) + self.root.shard,
+            gradients=layers * self.block.shard + self.root.shard,
             temporary=2 * min(piece, largest) * FLOAT32 if narrow else 0,
         )
