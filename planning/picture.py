@@ -5,7 +5,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from planning.plan import GIB, PARTS, Plan
+from planning.memory import Memory
+from planning.plan import GIB, PARTS
 
 # At rest in blues, what comes and goes in warm colours.
 COLOURS = {
@@ -19,7 +20,7 @@ COLOURS = {
 }
 
 
-def draw_memory(bars: Sequence[tuple[str, Plan]], image: Path, title: str) -> None:
+def draw_memory(bars: Sequence[tuple[str, Memory]], room: int, image: Path, title: str) -> None:
     """Draws a bar of GiB for each plan, under its name; written beside and renamed.
 
     Raises:
@@ -36,28 +37,28 @@ def draw_memory(bars: Sequence[tuple[str, Plan]], image: Path, title: str) -> No
     axes = figure.add_subplot()
     left = [0.0] * len(bars)
     for part in PARTS:
-        sizes = [getattr(plan.memory, part) / GIB for _, plan in bars]
+        sizes = [getattr(memory, part) / GIB for _, memory in bars]
         if any(sizes):
             axes.barh(range(len(bars)), sizes, left=left, color=COLOURS[part], label=part)
             left = [before + size for before, size in zip(left, sizes, strict=True)]
     for place, size in enumerate(left):
         axes.annotate(f"{size:.1f}", (size, place), (4, 0), textcoords="offset points", va="center")
-    room = max(plan.capacity for _, plan in bars) / GIB
-    axes.axvline(room, color="#252525", linestyle="--", linewidth=1.2)
+    limit = room / GIB
+    axes.axvline(limit, color="#252525", linestyle="--", linewidth=1.2)
     axes.annotate(
-        f"room: {room:.1f}",
-        (room, 1),
-        (-4, -4),
+        f"room: {limit:.1f}",
+        (limit, 1),
+        (0, 2),
         xycoords=("data", "axes fraction"),
         textcoords="offset points",
-        ha="right",
-        va="top",
+        ha="center",
+        va="bottom",
     )
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], parse_math=False)
     axes.invert_yaxis()
-    axes.set_title(title, loc="left", fontweight="bold", parse_math=False)
+    axes.set_title(title, loc="left", fontweight="bold", pad=18, parse_math=False)
     axes.set_xlabel("memory of a rank at its fullest (GiB)")
-    axes.set_xlim(0, 1.12 * max(*left, room))
+    axes.set_xlim(0, 1.12 * max(*left, limit))
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

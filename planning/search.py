@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Literal
 
 from parallel.config import ParallelConfig
@@ -18,8 +19,11 @@ from planning.memory import Memory, step_memory
 from planning.plan import GIB, PARTS, RunPlan, capacity, plan_run
 
 Kept = Literal["none", "full", "selective"] | float
+Reduction = Literal["step", "micro_batch"]
 KEPT: tuple[Kept, ...] = ("none", "selective", "full")
 """Choices of `parallel.activation_checkpoint`, the fastest first."""
+REDUCTIONS: tuple[Reduction, ...] = ("step", "micro_batch")
+"""Choices of `parallel.reduce_gradients`, the one that sends less first."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Choice:
     micro_batch_size: int | None
     activation_checkpoint: Kept
     reshard_after_forward: bool | None
+    reduce_gradients: Reduction
 
     def parallel(self, given: ParallelConfig) -> ParallelConfig:
         """The configuration with this choice in it."""
@@ -42,6 +47,7 @@ class Choice:
             tp=mesh.tp,
             activation_checkpoint=self.activation_checkpoint,
             reshard_after_forward=self.reshard_after_forward,
+            reduce_gradients=self.reduce_gradients,
         )
 
     @property
@@ -58,6 +64,7 @@ class Choice:
             f"train.micro_batch_size={size}",
             f"parallel.activation_checkpoint={self.activation_checkpoint}",
             f"parallel.reshard_after_forward={self.reshard}",
+            f"parallel.reduce_gradients={self.reduce_gradients}",
         )
 
 
@@ -121,10 +128,11 @@ def choices(mesh: MeshShape, question: Question) -> Iterator[Choice]:
     given = question.parallel.activation_checkpoint
     kept = KEPT if given in KEPT else (given, *KEPT)
     reshards = (None, True, False) if mesh.dp_shard * mesh.cp > 1 else (None,)
-    for size in divisors(question.share(mesh)):
-        for recomputed in kept:
-            for reshard in reshards:
-                yield Choice(mesh, size, recomputed, reshard)
+    share, sums = question.share(mesh), mesh.dp * mesh.cp > 1
+    for size in divisors(share):
+        reductions = REDUCTIONS if size < share and sums else REDUCTIONS[:1]
+        for recomputed, reshard, reduction in product(kept, reshards, reductions):
+            yield Choice(mesh, size, recomputed, reshard, reduction)
 
 
 def search(question: Question, devices: int, hardware: Hardware, keep: int = 10) -> Found:
@@ -205,6 +213,7 @@ def remedy(question: Question, given: Choice, room: Callable[[Job], int]) -> Cho
                 choice.activation_checkpoint != given.activation_checkpoint,
                 _rank(choice.activation_checkpoint),
                 choice.reshard_after_forward != given.reshard_after_forward,
+                choice.reduce_gradients != given.reduce_gradients,
                 -(choice.micro_batch_size or 0),
             ),
         )
@@ -234,10 +243,12 @@ def fewest_devices(
     """The smallest number of devices on which something fits, and what; None where no number does.
 
     Above one node whole nodes count. Of each mesh the most frugal choices are tried: replicas save
-    no memory, and nothing takes less than one sequence at a time, or the whole share at once, with
-    all recomputed and weights freed early.
+    no memory, and nothing takes less than the whole share at once, or one sequence at a time, with
+    all recomputed, weights freed early and gradients reduced at once.
     """
-    stages = [job for job, _ in question.jobs(Choice(MeshShape(1, 1, 1, 1), 1, "full", None))]
+    stages = [
+        job for job, _ in question.jobs(Choice(MeshShape(1, 1, 1, 1), 1, "full", None, "step"))
+    ]
     shards = divisors(math.gcd(*(job.global_batch_size for job in stages)))
     cps = divisors(math.gcd(*(job.seq_len for job in stages)))
     wider = [
@@ -251,8 +262,13 @@ def fewest_devices(
         if question.mesh_problems(mesh):
             continue
         reshard = True if mesh.dp_shard * mesh.cp > 1 else None
-        for size in sorted({1, question.share(mesh)}):
-            choice = Choice(mesh, size, "full", reshard)
+        frugal: tuple[tuple[int, Reduction], ...] = (
+            (question.share(mesh), "step"),
+            (1, "step"),
+            (1, "micro_batch"),
+        )
+        for size, reduction in frugal:
+            choice = Choice(mesh, size, "full", reshard, reduction)
             if not question.choice_problems(choice):
                 job, memory = fullest(question.jobs(choice))
                 if memory.peak <= room(job):

@@ -13,7 +13,8 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from planning.plan import Plan, RunPlan, capacity, plan_run
+from planning.memory import Memory
+from planning.plan import RunPlan, capacity, plan_run
 from planning.search import Choice, Question, fewest_devices, remedy, search
 from program.command_line import CONF
 from program.plan_program import PlanProgram
@@ -44,7 +45,12 @@ def answer_plan(config: PlanProgram) -> bool:
         told = _would_fit(config, asked, choice, plan)
         console.note(told)
         record["remedy"] = told
-    _write(console, config, record, list(zip(stage_names(plan), plan.stages, strict=True)))
+    bars = [
+        (" ".join([*name.split(), tier]), memory)
+        for name, stage in zip(stage_names(plan), plan.stages, strict=True)
+        for tier, memory in stage.tiers.items()
+    ]
+    _write(console, config, record, bars, plan.fullest.capacity)
     return plan.fits
 
 
@@ -66,8 +72,9 @@ def answer_search(config: PlanProgram) -> bool:
         told = _fewest(config, asked, config.n_devices)
         console.note(told)
         record["remedy"] = told
-    bars = [(f"{place}.", plan.fullest) for place, (_, plan) in enumerate(found.best, start=1)]
-    _write(console, config, record, bars)
+    bars = [(str(place), plan.fullest.memory) for place, (_, plan) in enumerate(found.best, 1)]
+    room = found.best[0][1].fullest.capacity if found.best else 0
+    _write(console, config, record, bars, room)
     return bool(found.best)
 
 
@@ -120,7 +127,11 @@ def _fewest(config: PlanProgram, asked: Question, more_than: int) -> str:
 
 
 def _write(
-    console: Console, config: PlanProgram, record: dict[str, Any], bars: Sequence[tuple[str, Plan]]
+    console: Console,
+    config: PlanProgram,
+    record: dict[str, Any],
+    bars: Sequence[tuple[str, Memory]],
+    room: int,
 ) -> None:
     """plan.json, and the picture beside it."""
     if config.output is None:
@@ -134,7 +145,7 @@ def _write(
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
-        draw_memory(bars, picture, f"{config.model.name} on {config.hardware.name}")
+        draw_memory(bars, room, picture, f"{config.model.name} on {config.hardware.name}")
     except OSError as error:
         sys.exit(f"output ({config.output}) cannot be written: {error}; use another, or null")
     console.note(f"{path} and {picture} hold this.")

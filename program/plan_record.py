@@ -40,6 +40,7 @@ def stage_record(plan: Plan) -> dict[str, Any]:
         "micro_batch_size": job.micro_batch_size,
         "micro_batches": job.micro_batches,
         "activation_checkpoint": job.parallel.activation_checkpoint,
+        "reduce_gradients": job.parallel.reduce_gradients,
         "reshard_after_forward": job.parallel.reshard_after_forward,
         "tokens": plan.tokens,
         "fits": plan.fits,

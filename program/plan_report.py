@@ -106,7 +106,17 @@ def tell_search(
     if found.best:
         console.table(
             f"The best {len(found.best)}",
-            ["", "mesh", "micro-batch", "recomputed", "resharded", "GiB", "tokens/s", "limited by"],
+            [
+                "",
+                "mesh",
+                "micro-batch",
+                "recomputed",
+                "resharded",
+                "reduced",
+                "GiB",
+                "tokens/s",
+                "limited by",
+            ],
             [
                 [
                     f"{place}.",
@@ -114,6 +124,7 @@ def tell_search(
                     str(choice.micro_batch_size),
                     str(choice.activation_checkpoint),
                     choice.reshard,
+                    choice.reduce_gradients,
                     gib(plan.fullest.memory.peak),
                     f"{plan.tokens_per_second:,.0f}",
                     plan.stages[0].limit,

@@ -41,6 +41,7 @@ def given_choice(config: TrainProgram, mesh: MeshShape) -> Choice:
         config.train.micro_batch_size,
         parallel.activation_checkpoint,
         parallel.reshard_after_forward,
+        parallel.reduce_gradients,
     )
 
 

@@ -115,10 +115,10 @@ def test_the_command_line_beats_an_experiment() -> None:
     assert load("experiment=smoke", "train.max_steps=3").train.max_steps == 3
 
 
-@pytest.mark.parametrize("group", ["model", "data", "tokenizer", "experiment"])
+@pytest.mark.parametrize("group", ["model", "data", "tokenizer", "experiment", "hardware"])
 def test_every_group_of_files_is_tested_here(group: str) -> None:
     groups = sorted(path.name for path in CONF.iterdir() if path.is_dir())
-    assert group in groups and len(groups) == 4
+    assert group in groups and len(groups) == 5
 
 
 # ---------------------------------------------------------------- what is wrong
