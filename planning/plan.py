@@ -45,7 +45,6 @@ class Plan:
     hardware: Hardware
     memory: Memory
     capacity: int
-    traffic: Sequence[Collective]
     time: StepTime
     tokens: int | None
     analytic: Memory | None = None
@@ -107,6 +106,11 @@ class Plan:
         return f"{most} ({times[most] / self.time.total:.0%} of a step)"
 
     @property
+    def traffic(self) -> list[Collective]:
+        """What a rank sends in a step."""
+        return self.job.traffic()
+
+    @property
     def exposed(self) -> dict[str, float]:
         """Seconds of a step in which an axis communicates and nothing is computed."""
         return dict(self.time.exposed)
@@ -148,7 +152,6 @@ def make_plan(
         hardware=hardware,
         memory=memory or step_memory(job),
         capacity=capacity(job, hardware),
-        traffic=job.traffic(),
         time=step_time(job, hardware),
         tokens=tokens,
         analytic=step_memory(job) if memory is not None else None,

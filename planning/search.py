@@ -103,10 +103,10 @@ class Found:
     fitting: int = 0
     reasons: dict[str, Reason] = field(default_factory=dict)
 
-    def refuse(self, why: str, count: int, example: str) -> None:
-        """Counts choices under their reason."""
+    def refuse(self, why: str, example: str) -> None:
+        """Counts a choice under its reason."""
         reason = self.reasons.setdefault(why, Reason(0, example))
-        reason.count += count
+        reason.count += 1
 
 
 def meshes(devices: int) -> Iterator[MeshShape]:
@@ -142,12 +142,12 @@ def search(question: Question, devices: int, hardware: Hardware, keep: int = 10)
     for mesh in meshes(devices):
         if problems := question.mesh_problems(mesh):
             found.candidates += 1
-            found.refuse(f"the rules: {_without_numbers(problems[0])}", 1, f"{mesh}: {problems[0]}")
+            found.refuse(f"the rules: {_without_numbers(problems[0])}", f"{mesh}: {problems[0]}")
             continue
         for choice in choices(mesh, question):
             found.candidates += 1
             if problems := question.choice_problems(choice):
-                found.refuse(f"the rules: {_without_numbers(problems[0])}", 1, problems[0])
+                found.refuse(f"the rules: {_without_numbers(problems[0])}", problems[0])
                 continue
             jobs = question.jobs(choice)
             job, memory = fullest(jobs)
@@ -165,9 +165,11 @@ def search(question: Question, devices: int, hardware: Hardware, keep: int = 10)
         )
     )
     found.fitting, found.best = len(fitting), fitting[:keep]
-    for choice, plan in fitting[keep:]:
+    if slower := fitting[keep:]:
+        choice, plan = slower[0]
         speed = f"{plan.tokens_per_second:,.0f} tokens/s, {plan.fullest.limit}"
-        found.refuse("fits, and is slower", 1, f"{' '.join(choice.overrides)}: {speed}")
+        example = f"{' '.join(choice.overrides)}: {speed}"
+        found.reasons["fits, and is slower"] = Reason(len(slower), example)
     return found
 
 
@@ -177,11 +179,11 @@ def fullest(jobs: Sequence[tuple[Job, int | None]]) -> tuple[Job, Memory]:
     return max(of_stages, key=lambda pair: pair[1].peak)
 
 
-def _too_full(choice: Choice, memory: Memory, room: int) -> tuple[str, int, str]:
+def _too_full(choice: Choice, memory: Memory, room: int) -> tuple[str, str]:
     """The reason of a choice that does not fit."""
     part = max(PARTS, key=lambda part: getattr(memory, part))
     needs = f"needs {memory.peak / GIB:.1f} GiB of {room / GIB:.1f}"
-    return f"does not fit, for its {part}", 1, f"{' '.join(choice.overrides)}: {needs}"
+    return f"does not fit, for its {part}", f"{' '.join(choice.overrides)}: {needs}"
 
 
 def _without_numbers(problem: str) -> str:

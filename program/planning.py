@@ -28,7 +28,7 @@ from training.config import TrainConfig
 LOCAL = "local"
 """The hardware file that `plan.py calibrate=true` writes of this machine."""
 PROCESS_GIB = 0.4
-"""A process on CPU with all its libraries and no tensor: `python -m bench.plan_search` tells it."""
+"""Of a process on CPU with its libraries and no tensor, measured by `bench.plan_search`."""
 CONTEXT_GIB = 0.5
 """What CUDA keeps for itself on a GPU that no hardware file knows."""
 
