@@ -24,6 +24,7 @@ from program.command_line import hydra_arguments
 from program.config import TrainProgram
 from program.ending import end_early, finish, give_up, leave, record_fault
 from program.figures import log, read_figures, validate, write_sample
+from program.planning import check_plan, tell_plan
 from program.preflight import check_config, check_folder, hold_folder, prepare_data, refusals
 from program.recovery import Decision, heed, rewind, starting_position
 from program.report import header
@@ -50,8 +51,10 @@ def main(composed: DictConfig) -> None:
     with refusals():
         config, processes, mesh = check_config(composed)
         changes = check_folder(config)
+        verdict = check_plan(config, processes, mesh)
         dataset = prepare_data(config)
         lock = hold_folder(config)
+        tell_plan(verdict)
         run = set_up(config, processes, mesh, dataset, changes, lock)
     try:
         train(run)

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+FP8_MULTIPLE = 16
+"""Of every width of a factor in 8 bits, and of the tokens that a weight's gradient sums over."""
+
 
 @dataclass(frozen=True)
 class ParallelConfig:

@@ -16,7 +16,6 @@ Recipe = Literal["tensorwise", "rowwise"]
 
 # The least compute capability of an NVIDIA GPU whose tensor cores have the scaled product.
 CAPABILITY = {"tensorwise": (8, 9), "rowwise": (9, 0)}
-MULTIPLE = 16  # of every width of a factor, and of the tokens that a weight's gradient sums over
 
 
 def apply_float8(model: Llama, recipe: Recipe, emulate: bool = False) -> None:

@@ -10,9 +10,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-RIDERS = 6
-"""Scalars that travel with the squares in a step of training: the loss and five requests."""
-
 
 @torch.no_grad()
 def clip_grad_norm(

@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.config import ModelConfig
 from model.llama import Llama
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.gradients import RIDERS, clip_grad_norm
+from parallel.gradients import clip_grad_norm
 from parallel.mesh import AXES, MeshShape
 from parallel.parallelize import parallelize
 from parallel.strategy import MeshStrategy
-from parallel.traffic import Collective, Kind, Step
+from parallel.traffic import RIDERS, Collective, Kind, Step
 
 # Operation: (kind, which argument holds the whole tensor; None: the result does).
 _COLLECTIVES: dict[str, tuple[Kind, int | None]] = {

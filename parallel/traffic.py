@@ -19,12 +19,13 @@ from typing import Literal
 
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
-from parallel.gradients import RIDERS
 from parallel.mesh import DATA_AXES, MeshShape
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 
 FLOAT32, INT64 = 4, 8  # bytes
+RIDERS = 6
+"""Scalars that travel with the norm's squares in a step: the loss and five requests."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from data.stages import Stages, plan_stages
 from evaluation.config import EvaluationConfig, GenerationConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
-from program.precision import evaluation_problems, moment_problems, torchao_problems
+from program.precision import evaluation_problems, moment_problems
 from program.rules import (
     convert_problems,
     of_every_stage,
@@ -140,8 +140,10 @@ class GenerateProgram(GenerationConfig):
 Rule = tuple[tuple[str, ...], Callable[..., list[str]]]
 
 
-def load_train_config(composed: DictConfig, *more_rules: Rule) -> TrainProgram:
-    """The typed configuration of `train.py`.
+def load_train_config(
+    composed: DictConfig, *more_rules: Rule, program: type[TrainProgram] = TrainProgram
+) -> TrainProgram:
+    """The typed configuration of `train.py`, or of a `program` that has more keys.
 
     Args:
         composed: What Hydra composed.
@@ -161,10 +163,9 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> TrainProgram:
         ),
         (("data", "tokenizer", "validation"), stream_problems),
         (("precision", "optim"), moment_problems),
-        (("precision",), torchao_problems),
         *more_rules,
     ]
-    return _load(composed, TrainProgram, rules)
+    return cast(TrainProgram, _load(composed, program, rules))
 
 
 def load_prepare_config(composed: DictConfig) -> PrepareProgram:

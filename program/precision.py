@@ -3,7 +3,7 @@
 import importlib.util
 
 from model.config import ModelConfig
-from parallel.config import PrecisionConfig
+from parallel.config import FP8_MULTIPLE, PrecisionConfig
 from parallel.mesh import MeshShape
 from training.config import OptimConfig, TrainConfig
 
@@ -30,7 +30,7 @@ def fp8_problems(
         ]
     import torch
 
-    from parallel.float8 import CAPABILITY, MULTIPLE, lacking_capability
+    from parallel.float8 import CAPABILITY, lacking_capability
 
     found = []
     capability = lacking_capability(recipe) if torch.cuda.is_available() else None
@@ -43,25 +43,36 @@ def fp8_problems(
             f"precision.fp8 ({recipe}) needs GPUs of compute capability {least[0]}.{least[1]}, and "
             f"these have {capability[0]}.{capability[1]}: use {remedy}"
         )
+    return found + fp8_size_problems(mesh, precision, model, train)
+
+
+def fp8_size_problems(
+    mesh: MeshShape, precision: PrecisionConfig, model: ModelConfig, train: TrainConfig
+) -> list[str]:
+    """The sizes that fp8 products cannot take, on whatever device."""
+    recipe = precision.fp8
+    if recipe is None:
+        return []
+    found = []
     widths = {
         "model.dim": model.dim,
         "model.n_kv_heads × head_dim": model.n_kv_heads * model.head_dim,
         "model.ffn_dim": model.ffn_dim,
     }
     for key, width in widths.items():
-        if width % mesh.tp == 0 and width // mesh.tp % MULTIPLE:
+        if width % mesh.tp == 0 and width // mesh.tp % FP8_MULTIPLE:
             found.append(
-                f"precision.fp8 ({recipe}) needs widths that are multiples of {MULTIPLE}, and "
+                f"precision.fp8 ({recipe}) needs widths that are multiples of {FP8_MULTIPLE}, and "
                 f"{key} ({width}) over parallel.tp ({mesh.tp}) is {width // mesh.tp}: use a "
-                f"multiple of {MULTIPLE * mesh.tp}, or precision.fp8=null"
+                f"multiple of {FP8_MULTIPLE * mesh.tp}, or precision.fp8=null"
             )
     micro_batch_size = train.micro_batch_size or train.global_batch_size // mesh.dp
-    if micro_batch_size * train.seq_len // mesh.cp % MULTIPLE:
+    if micro_batch_size * train.seq_len // mesh.cp % FP8_MULTIPLE:
         found.append(
-            f"precision.fp8 ({recipe}) needs micro-batches of a multiple of {MULTIPLE} tokens, and "
-            f"a rank's have {micro_batch_size} × train.seq_len ({train.seq_len}) / parallel.cp "
-            f"({mesh.cp}): use a "
-            f"train.seq_len that is a multiple of {MULTIPLE * mesh.cp}, or precision.fp8=null"
+            f"precision.fp8 ({recipe}) needs micro-batches of a multiple of {FP8_MULTIPLE} tokens, "
+            f"and a rank's have {micro_batch_size} × train.seq_len ({train.seq_len}) / parallel.cp "
+            f"({mesh.cp}): use a train.seq_len that is a multiple of {FP8_MULTIPLE * mesh.cp}, or "
+            "precision.fp8=null"
         )
     return found
 

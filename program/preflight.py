@@ -32,7 +32,7 @@ from parallel.mesh import (
 )
 from program.config import ConfigError, Rule, TrainProgram, load_train_config, plain
 from program.initial_weights import check_initial_tokenizer, check_initial_weights
-from program.precision import fp8_problems
+from program.precision import fp8_problems, torchao_problems
 from program.rules import (
     batch_problems,
     device_problems,
@@ -102,14 +102,14 @@ def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshSha
     ) -> list[str]:
         processes, problems = plan_processes(parallel)
         mesh, more = resolve_mesh(parallel, processes.world_size)
-        problems += device_problems(processes, mesh, parallel, precision, model)
+        problems += device_problems(processes.accelerator, mesh, parallel, precision, model)
         if more:
             return problems + more
 
         def of_fp8(train: TrainConfig) -> list[str]:
             return fp8_problems(processes.accelerator, mesh, precision, model, train)
 
-        problems += _mesh_problems(mesh, parallel, model, train, data)
+        problems += mesh_problems(mesh, parallel, model, train, data)
         return problems + of_every_stage(train, data, of_fp8)
 
     config = load_train_config(
@@ -140,13 +140,13 @@ def check_for_tasks(composed: DictConfig, per_node: int, num_nodes: int) -> Trai
         tasks = Processes("auto", per_node, num_nodes, "srun")
         problems = started_problems(parallel, tasks)
         mesh, more = resolve_mesh(parallel, tasks.world_size)
-        return problems + (more or _mesh_problems(mesh, parallel, model, train, data))
+        return problems + (more or mesh_problems(mesh, parallel, model, train, data))
 
     of_tasks = (("parallel", "model", "train", "data"), mesh_of_tasks)
     return load_train_config(composed, of_tasks, *MORE_RULES)
 
 
-def _mesh_problems(
+def mesh_problems(
     mesh: MeshShape,
     parallel: ParallelConfig,
     model: ModelConfig,
@@ -174,6 +174,7 @@ def _tracker_problems(log: LogConfig) -> list[str]:
 MORE_RULES: tuple[Rule, ...] = (
     (("checkpoint", "faults"), saving_problems),
     (("log",), _tracker_problems),
+    (("precision",), torchao_problems),
 )
 
 

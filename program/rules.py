@@ -12,7 +12,7 @@ from data.config import DataConfig, TokenizerConfig
 from data.stages import plan_stages
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape
 from training.config import CheckpointConfig, FaultsConfig, TrainConfig, ValidationConfig
 
 MAX_PACK = 2**24  # tokens; far beyond any context, far below what would fill the memory
@@ -51,15 +51,19 @@ def model_problems(
 
 
 def device_problems(
-    processes: Processes,
+    accelerator: str,
     mesh: MeshShape,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
     model: ModelConfig,
+    hopper: Callable[[], bool] | None = None,
 ) -> list[str]:
-    """What the device, the precision or an axis lacks for what is asked."""
+    """What the device, the precision or an axis lacks for what is asked.
+
+    `hopper` tells whether the GPU is one, or newer; by default this machine's is asked.
+    """
     found = []
-    on_gpu = processes.accelerator == "cuda"
+    on_gpu = accelerator == "cuda"
     if model.attention in ("flex", "varlen") and not on_gpu:
         found.append(
             f"model.attention ({model.attention}) has no backward on CPU: "
@@ -79,7 +83,7 @@ def device_problems(
         off = "parallel.async_tp=false"
         for lacks, reason, remedy in (
             (
-                not _has_hopper(on_gpu),
+                not (on_gpu and (hopper or _has_hopper)()),
                 "needs the symmetric memory of NVIDIA GPUs from Hopper on",
                 off,
             ),
@@ -104,10 +108,8 @@ def device_problems(
     return found
 
 
-def _has_hopper(on_gpu: bool) -> bool:
+def _has_hopper() -> bool:
     """Whether there is a GPU, of compute capability 9.0 or above."""
-    if not on_gpu:
-        return False
     import torch
 
     # parallel.accelerator=cuda does not make a GPU be there; `plan_processes` tells of that.

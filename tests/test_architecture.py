@@ -215,7 +215,9 @@ def test_files_and_functions_have_a_size_that_one_reads_with_pleasure(path: Path
             assert length <= MAX_FUNCTION, f"{path}:{node.lineno} {node.name} has {length} lines"
 
 
-@pytest.mark.parametrize("program", ["train.py", "prepare.py", "evaluate.py", "generate.py"])
+@pytest.mark.parametrize(
+    "program", ["train.py", "prepare.py", "evaluate.py", "generate.py", "plan.py"]
+)
 def test_help_takes_less_than_a_second_and_loads_nothing_heavy(program: str) -> None:
     """Measured in seconds of processor time: others on the machine hardly change those."""
     process = subprocess.Popen(

@@ -15,7 +15,8 @@ class RunConfig:
     folder. `allow_changes` names the keys that may
     differ from the run's last start although they change what is computed. `time_limit`, in
     minutes from the start, is kept by saving and stopping before it; under SLURM the job's own
-    limit counts too.
+    limit counts too. `plan_check` says what becomes of a run whose ranks would need more memory
+    than they have: it is refused, or begun with a warning.
     """
 
     name: str
@@ -25,6 +26,7 @@ class RunConfig:
     init_from: str | None = None
     allow_changes: list[str] = field(default_factory=list)
     time_limit: float | None = None
+    plan_check: Literal["refuse", "warn", "off"] = "refuse"
 
     def problems(self) -> list[str]:
         """Every broken rule, as messages that name key, value, rule and remedy."""

@@ -87,6 +87,19 @@ class Console:
         heading = Text(_clean(title), style="bold")
         self._print_rich(Panel(grid, title=heading, title_align="left", box=ROUNDED, expand=False))
 
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Aligned columns under a title; the first column is text, the others are numbers."""
+        if self._rich is None or not self.enabled:
+            for line in _table_lines(title, columns, rows):
+                self._print(line)
+            return
+        table = Table(title=Text(_clean(title), style="bold"), title_justify="left", box=ROUNDED)
+        for place, name in enumerate(columns):
+            table.add_column(Text(_clean(name)), justify="right" if place else "left", style="")
+        for row in rows:
+            table.add_row(*(Text(_clean(value)) for value in row))
+        self._print_rich(table)
+
     def start(self, first_step: int, max_steps: int) -> None:
         """Begin to show progress, `first_step` of `max_steps` steps being done."""
         self.stop()
@@ -214,7 +227,7 @@ class Console:
         except (OSError, ValueError):  # a closed pipe or file
             self._give_up()
 
-    def _print_rich(self, content: Panel | Text | str, soft_wrap: bool = False) -> None:
+    def _print_rich(self, content: Panel | Table | Text | str, soft_wrap: bool = False) -> None:
         assert self._rich is not None, "only on a terminal"
         try:
             self._rich.print(content, soft_wrap=soft_wrap)
@@ -250,6 +263,20 @@ def _wrap(text: str, width: int, indent: str) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def _table_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A title, names of columns and rows as aligned lines, and an empty one."""
+    cells = [[_clean(value) for value in row] for row in (columns, *rows)]
+    widths = [max(len(row[place]) for row in cells) for place in range(len(columns))]
+    lines = [_clean(title)]
+    for row in cells:
+        first, *others = (
+            f"{value:{'>' if place else '<'}{width}}"
+            for place, (value, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join([f"  {first}", *others]).rstrip())
+    return [*lines, ""]
 
 
 def _row_lines(rows: Sequence[tuple[str, str]], width: int) -> list[str]:

@@ -42,7 +42,7 @@ class Clause:
 CONTRACT = (
     # How the run is computed, kept, watched and told: the samples and the function stay.
     Clause(Kind.FREE, "run.name run.dir run.resume", "where the run lies and goes on from"),
-    Clause(Kind.FREE, "run.allow_changes run.time_limit", "terms of one start"),
+    Clause(Kind.FREE, "run.allow_changes run.time_limit run.plan_check", "terms of one start"),
     Clause(Kind.FREE, "model.name data.name", "a label"),
     Clause(Kind.FREE, "model.attention", "the kernel that computes the same attention"),
     Clause(Kind.FREE, "model.max_seq_len", "a bound on sequences, nothing is computed from it"),

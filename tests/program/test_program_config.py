@@ -19,6 +19,7 @@ from program.config import (
     load_train_config,
     plain,
 )
+from program.preflight import MORE_RULES
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,10 +116,10 @@ def test_the_command_line_beats_an_experiment() -> None:
     assert load("experiment=smoke", "train.max_steps=3").train.max_steps == 3
 
 
-@pytest.mark.parametrize("group", ["model", "data", "tokenizer", "experiment"])
+@pytest.mark.parametrize("group", ["model", "data", "tokenizer", "experiment", "hardware"])
 def test_every_group_of_files_is_tested_here(group: str) -> None:
     groups = sorted(path.name for path in CONF.iterdir() if path.is_dir())
-    assert group in groups and len(groups) == 4
+    assert group in groups and len(groups) == 5
 
 
 # ---------------------------------------------------------------- what is wrong
@@ -257,12 +258,21 @@ def test_what_torchao_does_names_the_extra_where_it_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
     formats = ("precision.fp8=rowwise", "precision.optimizer_state=int8")
+
+    def found_in(*words: str) -> list[str]:
+        config = load(*words)  # which is planned wherever it is to run
+        return [
+            problem
+            for names, rule in MORE_RULES
+            for problem in rule(*(getattr(config, name) for name in names))
+        ]
+
     if installed:
-        load(*formats)
+        assert found_in(*formats) == []
         return
     monkeypatch.setitem(sys.modules, "torchao", None)
-    load("precision.optimizer_state=bf16")
-    found = problems(*formats)
+    assert found_in("precision.optimizer_state=bf16") == []
+    found = found_in(*formats)
     assert [problem.split()[0] for problem in found] == [each.split("=")[0] for each in formats]
     assert all("pip install '.[torchao]'" in problem for problem in found)
 
@@ -307,7 +317,8 @@ def test_help_names_every_key_of_the_file_and_every_choice_of_its_groups() -> No
             assert f"  {section}:" in text
             assert all(f"    {key}:" in text for key in own[section])
     for group in (path for path in CONF.iterdir() if path.is_dir()):
-        assert f"  {group.name}={' | '.join(files(group.name))}" in text
+        listed = f"  {group.name}={' | '.join(files(group.name))}"
+        assert listed in (help_text("plan") if group.name == "hardware" else text)
     assert "hydra" not in text and "defaults:" not in text.replace("their defaults:", "")
 
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -169,12 +170,14 @@ def test_a_stage_begins_with_a_step() -> None:
 
 def of_device(processes: Processes = CPU, mesh: MeshShape | None = None, **wanted: object) -> str:
     """The problems of a device, joined; `wanted` are fields of any section."""
-    sections = [PARALLEL, PrecisionConfig(), MODEL]
+    sections: list[Any] = [PARALLEL, PrecisionConfig(), MODEL]
     for number, section in enumerate(sections):
         own = {key: value for key, value in wanted.items() if hasattr(section, key)}
-        sections[number] = replace(section, **own)  # type: ignore[type-var]
+        sections[number] = replace(section, **own)
     parallel, precision, model = sections
-    found = device_problems(processes, mesh or MeshShape(1, 1, 1, 1), parallel, precision, model)  # type: ignore[arg-type]
+    found = device_problems(
+        processes.accelerator, mesh or MeshShape(1, 1, 1, 1), parallel, precision, model
+    )
     return "\n".join(found)
 
 

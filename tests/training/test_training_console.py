@@ -241,3 +241,15 @@ def test_duration_reads_back(seconds: int) -> None:
 def test_long_durations_are_days() -> None:
     assert duration(4 * 86400 + 4 * 3600 + 59) == "4d 04h"
     assert duration(None) == "-"
+
+
+def test_a_table_is_aligned_with_numbers_to_the_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(console: Console) -> None:
+        console.table("Sizes", ["what", "GiB"], [["weights", "3.70"], ["all\x1b[31m", "123.45"]])
+
+    title, names, weights, everything, empty = plain(run).splitlines()
+    assert (title, empty) == ("Sizes", "")
+    assert len(names) == len(weights) == len(everything)
+    assert weights.startswith("  weights ") and everything.startswith("  all\\x1b[31m ")
+    shown = [line for line in shown_lines(terminal(run, monkeypatch)) if "│" in line]
+    assert len({line.rindex("│") for line in shown}) == 1 and "123.45 │" in shown[-1]
