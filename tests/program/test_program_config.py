@@ -106,6 +106,8 @@ def test_every_experiment_composes_and_beats_the_defaults(experiment: str) -> No
     def holds(mine: Any, theirs: Any) -> bool:
         if isinstance(mine, dict):
             return all(holds(value, theirs[key]) for key, value in mine.items())
+        if isinstance(mine, list):
+            return len(mine) == len(theirs) and all(map(holds, mine, theirs))
         return (isinstance(mine, str) and "${" in mine) or mine == theirs
 
     assert holds(given, plain(config))
