@@ -23,7 +23,7 @@ from parallel.slurm import slurm_time_left
 from program.command_line import hydra_arguments
 from program.config import TrainProgram
 from program.ending import end_early, finish, give_up, leave, record_fault
-from program.figures import log, read_figures, validate, write_sample
+from program.figures import log, profiled, read_figures, validate, write_sample
 from program.preflight import check_config, check_folder, hold_folder, prepare_data, refusals
 from program.recovery import Decision, heed, rewind, starting_position
 from program.report import header
@@ -130,7 +130,7 @@ def train(run: Run) -> None:
         step = run.position.step + 1
         saves = is_due(config.checkpoint.interval, step, config)
         validates = is_due(config.validation.interval, step, config)
-        with clock.step():
+        with profiled(run, step), clock.step():
             with clock.data():
                 batch = next(batches)
             rate = learning_rate(step - 1, config.optim)
