@@ -118,7 +118,9 @@ class CrossEntropySum(nn.Module):
             # From float32: where the model is sure of the target, its probability rounds to 1.
             at_target = (target.exp() / total - 1).to(logits.dtype).unsqueeze(-1)
             at_place = torch.where(here.unsqueeze(-1), at_target, logits.gather(-1, place))
-            logits.scatter_(-1, place, at_place)
+            # Not scatter_, which on CPU copies all 16-bit logits to float32 and back.
+            rows = torch.arange(len(logits), device=logits.device)
+            logits.index_put_((rows, place.squeeze(-1)), at_place.squeeze(-1))
         return torch.where(wanted, total.log() - target, 0.0)
 
 

@@ -34,6 +34,9 @@ class ParallelConfig:
     # Free a block's gathered weights between its forward and its backward. null: where sharded,
     # but for the last block.
     reshard_after_forward: bool | None = None
+    # How often gradients are summed over the data ranks: once a "step", until when each rank holds
+    # them whole, or with each "micro_batch", so that it holds its shard alone.
+    reduce_gradients: Literal["step", "micro_batch"] = "step"
 
     def problems(self) -> list[str]:
         """Every broken rule, as messages that name key, value, rule and remedy."""

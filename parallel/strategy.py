@@ -63,12 +63,19 @@ class MeshStrategy(ModelParallelStrategy):
     Args:
         shape: Size of each axis; their product is the number of processes.
         parallelize: Applies the plan to a model on the meta device, in place.
+        reduce_gradients: `parallel.reduce_gradients`.
     """
 
-    def __init__(self, shape: MeshShape, parallelize: Callable[[Any, DeviceMesh], Any]) -> None:
+    def __init__(
+        self,
+        shape: MeshShape,
+        parallelize: Callable[[Any, DeviceMesh], Any],
+        reduce_gradients: str = "step",
+    ) -> None:
         super().__init__(parallelize_fn=parallelize)
         self.shape = shape
-        self._backward_sync_control = _LastMicroBatchSync()
+        self.micro_batch_sync = MicroBatchSync(shards=reduce_gradients == "micro_batch")
+        self._backward_sync_control = self.micro_batch_sync
         self.on_children: Callable[[list[subprocess.Popen[Any]]], None] = lambda children: None
 
     def _configure_launcher(self) -> None:
@@ -123,21 +130,31 @@ class MeshStrategy(ModelParallelStrategy):
         return values
 
 
-class _LastMicroBatchSync(_BackwardSyncControl):
+class MicroBatchSync(_BackwardSyncControl):
     """`fabric.no_backward_sync` for FSDP2.
 
     Gradients stay unsharded on each rank while it is enabled; the first backward without it sums
     them all over the data ranks, so that a step has one reduction however many micro-batches it
     has. Fabric's own control leaves synchronisation off after an exit with `enabled=False`.
+
+    Args:
+        shards: Gradients are sharded all the same, and only replicas wait for the last micro-batch.
     """
+
+    def __init__(self, shards: bool) -> None:
+        super().__init__()
+        self.shards = shards
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         return self._without_sync(module) if enabled else nullcontext()
 
     @contextmanager
     def _without_sync(self, module: Any) -> Iterator[None]:
-        module.set_requires_gradient_sync(False)
+        switch = (
+            module.set_requires_all_reduce if self.shards else module.set_requires_gradient_sync
+        )
+        switch(False)
         try:
             yield
         finally:
-            module.set_requires_gradient_sync(True)
+            switch(True)

@@ -5,11 +5,21 @@ column-wise products, then row-wise ones, so that a block needs one gather and o
 attention and one around the feed-forward. The loss is computed on shards of the vocabulary.
 """
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -50,7 +60,7 @@ def apply_tensor_parallel(
         model,
         mesh,
         {
-            "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
+            "tok_embeddings": _VocabParallelEmbedding(between),
             "norm": norm(),
             "output": ColwiseParallel(
                 input_layouts=between,
@@ -91,6 +101,37 @@ class _ReplicatedNorm(SequenceParallel):
     def __init__(self) -> None:
         super().__init__()
         self.sequence_sharding = (Replicate(),)  # type: ignore[assignment]
+
+
+class _VocabParallelEmbedding(ParallelStyle):
+    """Each rank looks up the tokens of its part of the vocabulary; the parts are summed.
+
+    Not DTensor's own way, in whose backward every rank makes a gradient of the whole vocabulary.
+
+    Args:
+        layout: Of the result (batch, seq, dim).
+    """
+
+    def __init__(self, layout: Placement) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, nn.Embedding)
+        module.weight = nn.Parameter(distribute_tensor(module.weight, device_mesh, [Shard(0)]))
+        module.forward = partial(self._look_up, module, device_mesh)  # type: ignore[method-assign]
+        return module
+
+    def _look_up(self, module: nn.Embedding, mesh: DeviceMesh, tokens: Tensor) -> Tensor:
+        """(batch, seq) -> (batch, seq, dim) in the layout, local."""
+        assert isinstance(module.weight, DTensor)
+        weight = module.weight.to_local()  # (local vocab, dim)
+        row = tokens - mesh.get_local_rank() * len(weight)
+        elsewhere = (row < 0) | (row >= len(weight))  # (batch, seq)
+        part = F.embedding(row.masked_fill(elsewhere, 0), weight)  # (batch, seq, dim)
+        part = part.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        whole = DTensor.from_local(part, mesh, [Partial()], run_check=False)
+        return whole.redistribute(placements=[self.layout]).to_local()
 
 
 class VocabParallelCrossEntropySum(CrossEntropySum):

@@ -123,7 +123,7 @@ def traced_step(
     with fake_processes(shape.world_size):
         mesh = init_device_mesh("cpu", shape.sizes, mesh_dim_names=AXES)
         plan = partial(parallelize, parallel=eager, precision=precision)
-        strategy = MeshStrategy(shape, plan)
+        strategy = MeshStrategy(shape, plan, parallel.reduce_gradients)
         strategy._device_mesh = mesh  # what its set-up does, which launches processes as well
         with torch.device("meta"):
             llama = Llama(config)
@@ -141,6 +141,6 @@ def _run(llama: Any, strategy: MeshStrategy, step: Step) -> None:
     n_targets, _ = strategy.sum_over_data(torch.empty(2, dtype=torch.int64))
     tokens = torch.empty(step.micro_batch_size, step.seq_len, dtype=torch.int64)  # (batch, seq)
     for place in range(1, step.micro_batches + 1):
-        llama.set_requires_gradient_sync(place == step.micro_batches)
-        (llama(tokens, tokens, tokens) / n_targets).backward()
+        with strategy.micro_batch_sync.no_backward_sync(llama, place < step.micro_batches):
+            (llama(tokens, tokens, tokens) / n_targets).backward()
     clip_grad_norm(llama, max_norm=1.0, riders=torch.empty(RIDERS))

@@ -87,6 +87,12 @@ class _Plan:
         """Bytes of the activations between two blocks, (batch, local seq of cp, dim)."""
         return self.tokens * self.model.dim * self.step.param_bytes
 
+    @property
+    def reductions(self) -> int:
+        """How often in a step gradients are summed over the shards."""
+        every = self.parallel.reduce_gradients == "micro_batch"
+        return self.step.micro_batches if every else 1
+
     def over(
         self, axes: Iterable[str], kind: Kind, count: int, payload: int, part: str
     ) -> Collective:
@@ -140,8 +146,9 @@ def _weights(plan: _Plan) -> list[Collective]:
     """FSDP2: groups are each block and the root; a group is one tensor, padded to equal shards.
 
     A micro-batch gathers each group in the forward, and in the backward again the blocks that were
-    freed, by default all but the last. The last micro-batch sums the gradients: a reduce-scatter of
-    each group, and with replicas an all-reduce of the shard that it leaves.
+    freed, by default all but the last. The last micro-batch, or each, sums the gradients: a
+    reduce-scatter of each group; the last all-reduces what it leaves of it where there are
+    replicas.
     """
     mesh, step, sharded = plan.mesh, plan.step, ("dp_shard", "cp")
     ranks = mesh.dp_shard * mesh.cp
@@ -159,9 +166,10 @@ def _weights(plan: _Plan) -> list[Collective]:
     for count, size, again in groups:
         gathers = step.micro_batches * (count + again)
         weights, gradients = size * step.param_bytes, size * step.reduce_bytes
+        sums = count * plan.reductions
         found += [
             plan.over(sharded, "all_gather", gathers, gathers * weights, "weights"),
-            plan.over(sharded, "reduce_scatter", count, count * gradients, "gradients"),
+            plan.over(sharded, "reduce_scatter", sums, sums * gradients, "gradients"),
             plan.over(
                 ["dp_replicate"], "all_reduce", count, count * gradients // ranks, "gradients"
             ),
@@ -172,13 +180,13 @@ def _weights(plan: _Plan) -> list[Collective]:
 def _norm_gradients(plan: _Plan) -> list[Collective]:
     """The weights of the norms are whole on every tp rank, their gradients are parts of a sum.
 
-    Once a step, a vector of dim for each norm: in the sum's format where several micro-batches have
-    been added up in it, in the activations' where there is one. Without sequence parallelism the
-    last norm's gradient comes from a sum and is whole already.
+    With each sum of gradients, a vector of dim for each norm: in the sum's format where several
+    micro-batches have been added up in it, in the activations' where there is one. Without
+    sequence parallelism the last norm's gradient comes from a sum and is whole already.
     """
     step = plan.step
-    element = step.reduce_bytes if step.micro_batches > 1 else step.param_bytes
-    norms = 2 * plan.model.n_layers + plan.parallel.sequence_parallel
+    element = step.reduce_bytes if step.micro_batches > plan.reductions else step.param_bytes
+    norms = (2 * plan.model.n_layers + plan.parallel.sequence_parallel) * plan.reductions
     return [plan.over(["tp"], "all_reduce", norms, norms * plan.model.dim * element, "gradients")]
 
 

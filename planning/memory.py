@@ -1,12 +1,27 @@
 """What a rank holds at the fullest moment of a step, in closed form.
 
-Integers alone, microseconds a call. Each formula counts what `parallelize`, FSDP2 and autograd make
-a rank keep; a test holds it against the traced tier, which follows the tensors themselves.
+Integers alone, some microseconds a call. Each function counts what `parallelize`, FSDP2 and
+autograd make a rank keep at one moment of a step; the fullest moment is the answer. A test holds
+the sum against the traced tier, which follows the tensors themselves. What a block keeps for its
+backward is in `planning.activations`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from planning.activations import (
+    backward_buffers,
+    block_input,
+    inputs,
+    kept_by_block,
+    kept_by_head,
+    recomputed_by_block,
+)
 from planning.job import Job
+
+FLOAT32 = 4
+CPU_BLOCK, DEVICE_BLOCK = 2**18, 2**23  # `model.loss.BLOCK`: elements in float32 at once
+MOMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + FLOAT32 / 256}  # one of two, of a matrix
+CPU_PIECE, DEVICE_PIECE = 2**16, 2**25  # elements of moments that are widened at once
 
 
 @dataclass(frozen=True)
@@ -30,32 +45,205 @@ class Memory:
     @property
     def peak(self) -> int:
         """All of them."""
-        return (
-            self.parameters
-            + self.gradients
-            + self.optimizer
-            + self.activations
-            + self.gathered
-            + self.logits
-            + self.temporary
-        )
+        return sum(getattr(self, field.name) for field in fields(self) if field.name != "moment")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What FSDP2 gathers and reduces together: a block, or what lies around the blocks."""
+
+    elements: int  # of this rank's tp peer's part, padded to equal shards
+    shards: int
+
+    def gathered(self, job: Job) -> int:
+        """Bytes in the format of forward and backward."""
+        return self.elements * job.param_bytes
+
+    def to_reduce(self, job: Job) -> int:
+        """Bytes in the format of the gradients' sum, all shards together."""
+        return self.elements * job.reduce_bytes
+
+    @property
+    def shard(self) -> int:
+        """Bytes of the rank's own part in float32."""
+        return self.elements // self.shards * FLOAT32
 
 
 def step_memory(job: Job) -> Memory:
-    """The closed forms of all parts; exact figures are still to come."""
-    from model.flops import parameter_count
+    """The fullest of a step's moments, of its last micro-batch where there are several."""
+    step = _Step(job)
+    last = job.model.n_layers - 1
+    moments = [step.head(), step.block_backward(0), step.root_backward(), step.update()]
+    if last:
+        moments += [step.block_backward(1), step.block_backward(last)]
+    return max(moments, key=lambda memory: memory.peak)
 
-    ranks = job.mesh.dp_shard * job.mesh.cp * job.mesh.tp
-    local = parameter_count(job.model) // ranks
-    moments = {"fp32": 8, "bf16": 4, "int8": 2}[job.precision.optimizer_state]
-    token = 34 * job.model.dim // job.mesh.tp * job.param_bytes // 2
-    return Memory(
-        parameters=4 * local,
-        gradients=4 * local,
-        optimizer=moments * local,
-        activations=job.local_tokens * token * job.model.n_layers,
-        gathered=2 * parameter_count(job.model) // job.model.n_layers * job.param_bytes,
-        logits=min(job.step.head_chunk, job.local_tokens) * job.model.vocab_size * job.param_bytes,
-        temporary=0,
-        moment="head",
-    )
+
+class _Step:
+    """The moments of a step."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        model, mesh = job.model, job.mesh
+        self.shards = mesh.dp_shard * mesh.cp
+        dim, tp = model.dim, mesh.tp
+        ffn, kv = model.ffn_dim // tp, model.n_kv_heads * model.head_dim // tp
+        attention = [(dim // tp, dim), (kv, dim), (kv, dim), (dim, dim // tp)]
+        block = [*attention, (ffn, dim), (ffn, dim), (dim, ffn), (dim, 1), (dim, 1)]
+        embeddings = [(model.vocab_size // tp, dim)] * (1 if model.tie_embeddings else 2)
+        self.block, self.root = self._group(block), self._group([*embeddings, (dim, 1)])
+        self.head_weight = model.vocab_size // tp * dim * job.param_bytes
+        self.ffn_weight = dim * ffn * job.param_bytes
+        layers = model.n_layers
+        self.elements = self._owned(block) * layers + self._owned([*embeddings, (dim, 1)])
+        self.vectors = (2 * layers + 1) * -(-dim // self.shards)
+        reshard = job.parallel.reshard_after_forward
+        # Blocks whose weights stay gathered between forward and backward.
+        self.kept_blocks = 0 if reshard else layers
+        if reshard is None and self.shards > 1:
+            self.kept_blocks = 1
+        several = job.micro_batches > 1
+        self.accumulates = several and job.parallel.reduce_gradients == "step"
+        self.accumulates_shards = several and not self.accumulates
+
+    def _owned(self, matrices: list[tuple[int, int]]) -> int:
+        """Elements of the shards of the first rank, which has the most of each."""
+        return sum(-(-rows // self.shards) * columns for rows, columns in matrices)
+
+    def _group(self, matrices: list[tuple[int, int]]) -> _Group:
+        return _Group(self._owned(matrices) * self.shards, self.shards)
+
+    # ------------------------------------------------------------ at rest
+
+    def _parameters(self) -> int:
+        return self.elements * FLOAT32
+
+    def _optimizer(self) -> int:
+        moment = MOMENT_BYTES[self.job.precision.optimizer_state]
+        return int(2 * (moment * (self.elements - self.vectors) + FLOAT32 * self.vectors))
+
+    def _gradients(self, blocks: int) -> int:
+        """Reduced shards of so many blocks, or of all where those of earlier micro-batches are."""
+        if self.accumulates_shards:
+            return self.job.model.n_layers * self.block.shard + self.root.shard
+        return blocks * self.block.shard
+
+    def _accumulated(self, blocks: int, root: bool = True) -> int:
+        """Sums over the micro-batches before, of blocks and root, that are not reduced yet."""
+        if not self.accumulates:
+            return 0
+        found = blocks * self.block.to_reduce(self.job)
+        return found + (self.root.to_reduce(self.job) if root else 0)
+
+    def _memory(self, moment: str, **parts: int) -> Memory:
+        rest = dict.fromkeys(("gradients", "activations", "gathered", "logits", "temporary"), 0)
+        return Memory(
+            parameters=self._parameters(),
+            optimizer=self._optimizer(),
+            moment=moment,
+            **(rest | parts),
+        )
+
+    # ------------------------------------------------------------ moments
+
+    def head(self) -> Memory:
+        """A chunk of the head: every block's activations are there."""
+        job, model = self.job, self.job.model
+        rows = min(job.step.head_chunk, job.local_tokens)
+        vocab = model.vocab_size // job.mesh.tp
+        logits = rows * vocab * job.param_bytes
+        seen = vocab
+        if job.mesh.tp > 1 and not job.parallel.loss_parallel:
+            seen = model.vocab_size
+            logits += 2 * rows * seen * job.param_bytes
+        block = CPU_BLOCK if job.accelerator == "cpu" else DEVICE_BLOCK
+        in_float32 = 0 if job.parallel.compile else min(max(1, block // seen), rows) * seen
+        gathered = self.root.gathered(job) + self.kept_blocks * self.block.gathered(job)
+        if self.shards > 1:
+            gathered += self.block.gathered(job)  # the last all-gather's result is freed late
+        return self._memory(
+            "head",
+            gradients=self._gradients(0),
+            activations=self._activations(model.n_layers) + kept_by_head(job),
+            gathered=gathered + self.head_weight + self._accumulated(model.n_layers),
+            logits=logits,
+            temporary=job.local_tokens * model.dim * job.param_bytes + in_float32 * FLOAT32,
+        )
+
+    def _activations(self, blocks: int) -> int:
+        return inputs(self.job) + blocks * kept_by_block(self.job)
+
+    def block_backward(self, done: int) -> Memory:
+        """The backward of a block with `done` blocks behind it, in the middle or at its end."""
+        job, layers = self.job, self.job.model.n_layers
+        gathered = self.root.gathered(job) + self.head_weight
+        weights = self.block.gathered(job)
+        ahead = layers - done - 1  # blocks whose backward is still to come
+        kept = self.kept_blocks - done if self.kept_blocks == layers else 0
+        gathered += max(kept, 1) * weights
+        if self.shards > 1 and ahead and not kept > 1:
+            gathered += weights  # prefetched
+        if done:
+            gathered += self.block.to_reduce(job)  # of the block before, until this one's is there
+        accumulated = self._accumulated(layers - done)
+        rest = {"gradients": self._gradients(done)}
+        middle = self._memory(
+            "backward",
+            activations=self._activations(layers - done) + recomputed_by_block(job),
+            gathered=gathered + accumulated + self.ffn_weight,
+            temporary=backward_buffers(job),
+            **rest,
+        )
+        end = self._memory(
+            "reduction",
+            activations=self._activations(ahead) + block_input(job),
+            gathered=gathered + accumulated + weights,
+            temporary=2 * block_input(job),
+            **rest,
+        )
+        reduced = self._memory(
+            "reduction",
+            activations=self._activations(ahead),
+            gathered=gathered - weights + self._reduction(self.block, accumulated, done > 0),
+            temporary=block_input(job),
+            **rest,
+        )
+        return max(middle, end, reduced, key=lambda memory: memory.peak)
+
+    def _reduction(self, group: _Group, accumulated: int, old: bool) -> int:
+        """Gradients of a group before and after they are reduced, above `accumulated` ones."""
+        job = self.job
+        before = 0 if self.accumulates else group.gathered(job)
+        buffers = group.to_reduce(job) - (self.block.to_reduce(job) if old else 0)
+        return accumulated + before + buffers + group.to_reduce(job) // self.shards
+
+    def root_backward(self) -> Memory:
+        """The sum of the gradients of embedding, head and last norm, when all else is done."""
+        job, layers = self.job, self.job.model.n_layers
+        accumulated = self._accumulated(0)
+        before = self._memory(
+            "reduction",
+            gradients=self._gradients(layers),
+            gathered=2 * self.root.gathered(job) + self.block.to_reduce(job) + accumulated,
+            activations=inputs(job),
+            temporary=block_input(job),
+        )
+        after = self._memory(
+            "reduction",
+            gradients=self._gradients(layers),
+            gathered=self._reduction(self.root, accumulated, old=False),
+            activations=inputs(job),
+        )
+        return max(before, after, key=lambda memory: memory.peak)
+
+    def update(self) -> Memory:
+        """The optimizer's step: all gradients are there, and moments in few bits are widened."""
+        job, layers = self.job, self.job.model.n_layers
+        piece = CPU_PIECE if job.accelerator == "cpu" else DEVICE_PIECE
+        largest = max(self.root.elements, self.block.elements) // self.shards
+        narrow = job.precision.optimizer_state != "fp32"
+        return self._memory(
+            "update",
+            gradients=layers * self.block.shard + self.root.shard,
+            temporary=2 * min(piece, largest) * FLOAT32 if narrow else 0,
+        )

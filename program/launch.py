@@ -36,7 +36,7 @@ def launch(
     if processes.accelerator == "cpu":
         keep_freed_memory()
     plan = partial(parallelize, parallel=parallel, precision=precision)
-    strategy = MeshStrategy(mesh, plan)
+    strategy = MeshStrategy(mesh, plan, parallel.reduce_gradients)
     strategy.on_children = watchdog.watch_children
     # Fabric itself takes the tasks of a job named interactive for shells.
     environment = SLURMEnvironment() if processes.launcher == "srun" else None

@@ -48,6 +48,7 @@ class Case:
     activation_checkpoint: Any = "none"
     compile: bool = False
     reshard_after_forward: bool | None = None
+    reduce_gradients: Any = "step"
 
     @property
     def mesh(self) -> MeshShape:
@@ -69,6 +70,7 @@ class Case:
             activation_checkpoint=self.activation_checkpoint,
             compile=self.compile,
             reshard_after_forward=self.reshard_after_forward,
+            reduce_gradients=self.reduce_gradients,
         )
 
 
@@ -104,7 +106,7 @@ def build(case: Case) -> SimpleNamespace:
     """As `train.set_up` does, without data and folder."""
     config = model_config(case.tied, case.n_layers)
     plan = partial(parallelize, parallel=case.parallel, precision=PrecisionConfig(param=case.param))
-    strategy = MeshStrategy(case.mesh, plan)
+    strategy = MeshStrategy(case.mesh, plan, case.reduce_gradients)
     fabric = Fabric(accelerator="cpu", devices=case.world, strategy=strategy)
     fabric.launch()
     with torch.device("meta"):

@@ -42,8 +42,9 @@ class Watch(TorchDispatchMode):
 def held_and_sent() -> dict[str, Any]:
     """On dp_shard=2: reductions of a step by its number of micro-batches, and after each exit."""
     run = build(Case(dp=2, n_layers=2))
+    each = build(Case(dp=2, n_layers=2, reduce_gradients="micro_batch"))
 
-    def reductions(n_micro: int) -> int:
+    def reductions(n_micro: int, run: Any = run) -> int:
         with Watch() as watch:
             train_step(cast(Any, run), share(batch(0), run.data_rank, 2, n_micro), OPTIM.lr)
         return watch.reduce_scatters
@@ -60,6 +61,7 @@ def held_and_sent() -> dict[str, Any]:
     return {
         "one": reductions(1),
         "six": reductions(6),
+        "each_of_six": reductions(6, each),
         "with": reductions_after(enabled=True),
         "without": reductions_after(enabled=False),
         "groups": len(run.llama.layers) + 1,
@@ -74,6 +76,10 @@ def sent() -> dict[str, Any]:
 def test_a_step_reduces_once_however_many_micro_batches_it_has(sent: dict[str, Any]) -> None:
     """One reduce-scatter for each block and one for what lies around them."""
     assert sent["one"] == sent["six"] == sent["groups"]
+
+
+def test_a_step_reduces_with_each_micro_batch_where_that_is_asked_for(sent: dict[str, Any]) -> None:
+    assert sent["each_of_six"] == 6 * sent["groups"]
 
 
 def test_synchronisation_is_on_after_no_backward_sync(sent: dict[str, Any]) -> None:

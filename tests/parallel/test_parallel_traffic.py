@@ -63,6 +63,8 @@ CHANGES: list[dict[str, Any]] = [
     {"activation_checkpoint": "selective", "sequence_parallel": False, "micro_batches": 2},
     {"micro_batches": 3},
     {"micro_batches": 3, "reshard_after_forward": False},
+    {"micro_batches": 3, "reduce_gradients": "micro_batch"},
+    {"micro_batches": 3, "reduce_gradients": "micro_batch", "param": "fp32"},
     {"seq_len": 4608},  # the head takes several chunks, the last one is a part of one
     {"seq_len": 4608, "loss_parallel": False},
     {"tie_embeddings": True},

@@ -36,6 +36,7 @@ CASES = [
     Case(dp=3, tp=2, tied=True),
     Case(cp=2, tp=2, tied=True, sequence_parallel=False, loss_parallel=False, n_layers=2),
     Case(dp_replicate=2, dp=2, tied=True, n_layers=2, n_micro=1, reshard_after_forward=True),
+    Case(dp_replicate=2, dp=2, tied=True, n_layers=2, n_micro=3, reduce_gradients="micro_batch"),
     Case(dp_replicate=2, cp=2, tied=True, n_layers=2, activation_checkpoint="full"),
 ]
 

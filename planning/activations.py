@@ -1,0 +1,118 @@
+"""What the forward keeps for the backward, and what a block's backward needs besides, in bytes.
+
+Counted tensor by tensor as autograd saves them (eager), or as the compiler's partition keeps them;
+(batch, seq) are those of a micro-batch, local to the rank.
+"""
+
+from planning.job import Job
+
+FLOAT32, INT64 = 4, 8
+
+
+def block_input(job: Job) -> int:
+    """The hidden states between two blocks, local along seq under sequence parallelism."""
+    return _between(job) * job.model.dim * job.param_bytes
+
+
+def _between(job: Job) -> int:
+    """Tokens of a rank between the tensor-parallel products."""
+    return job.local_tokens // (job.mesh.tp if _cut(job) else 1)
+
+
+def _cut(job: Job) -> bool:
+    """Whether tensor-parallel peers share out the tokens between the products."""
+    return job.mesh.tp > 1 and job.parallel.sequence_parallel
+
+
+def inputs(job: Job) -> int:
+    """Of a whole forward: tokens, positions, labels, RoPE's tables, the mask."""
+    whole = job.micro_batch_size * job.seq_len
+    integers = 3 * whole * INT64
+    if job.mesh.cp > 1:
+        integers += 3 * job.local_tokens * INT64
+    rows = job.local_tokens if job.document_mask else job.local_tokens // job.micro_batch_size
+    tables = rows * job.model.head_dim * FLOAT32
+    return integers + tables + _mask_elements(job)
+
+
+def _mask_elements(job: Job) -> int:
+    """Elements of the dense mask, where there is one: (batch or 1, local seq, seq)."""
+    if job.accelerator == "cuda" or not (job.document_mask or job.mesh.cp > 1):
+        return 0
+    rows = job.local_tokens if job.document_mask else job.local_tokens // job.micro_batch_size
+    return rows * job.seq_len
+
+
+def kept_by_head(job: Job) -> int:
+    """The last norm's, and the head's input, whole on each rank and where it is cut as well."""
+    normed = job.local_tokens * job.model.dim * job.param_bytes
+    return _kept_by_norm(job) + normed + (block_input(job) if _cut(job) else 0)
+
+
+def _kept_by_norm(job: Job) -> int:
+    """Of an RMSNorm: its input, and where it is not one fused kernel its steps in float32."""
+    elements, roots = _between(job) * job.model.dim, _between(job) * FLOAT32
+    if job.accelerator == "cuda" or job.parallel.compile:
+        return block_input(job) + roots
+    # The input, widened where it has fewer bits, and the input over its root.
+    return 2 * elements * FLOAT32 + roots
+
+
+def _attention(job: Job) -> int:
+    """Queries, keys, values, result and logarithms of sums, as the kernel saves them."""
+    model, tp = job.model, job.mesh.tp
+    tokens, p = job.local_tokens, job.param_bytes
+    heads = model.n_heads // tp
+    width, kv_width = model.dim // tp, model.n_kv_heads * model.head_dim // tp
+    keys = tokens * job.mesh.cp
+    mask = _mask_elements(job) * p
+    return 2 * tokens * width * p + 2 * keys * kv_width * p + tokens * heads * FLOAT32 + mask
+
+
+def kept_by_block(job: Job, checkpoint: str | float | None = None) -> int:
+    """Of one block, until its backward.
+
+    Args:
+        checkpoint: In the place of the job's own `activation_checkpoint`.
+    """
+    mode = job.parallel.activation_checkpoint if checkpoint is None else checkpoint
+    model, tp, tokens, p = job.model, job.mesh.tp, job.local_tokens, job.param_bytes
+    width, kv_width = model.dim // tp, model.n_kv_heads * model.head_dim // tp
+    ffn = model.ffn_dim // tp
+    if mode == "full":
+        return block_input(job)
+    out = tokens * (width * p + model.n_heads // tp * FLOAT32)
+    if mode == "selective":
+        # The result of the last product is what comes next: only a compiler sees it unneeded.
+        results = model.dim * (1 if job.parallel.compile else 2)
+        products = tokens * (width + 2 * kv_width + results + 2 * ffn) * p
+        sums = 2 * block_input(job) if tp > 1 else 0
+        return block_input(job) + products + sums + out
+    normed = 2 * tokens * model.dim * p  # inputs of attention and feed-forward, whole
+    inside = 3 if job.parallel.compile else 4  # a compiler computes silu again
+    return 2 * _kept_by_norm(job) + normed + _attention(job) + inside * tokens * ffn * p
+
+
+def recomputed_by_block(job: Job) -> int:
+    """What recomputation brings back of a block, all at once."""
+    mode = job.parallel.activation_checkpoint
+    if mode not in ("full", "selective"):
+        return 0
+    model, tp, tokens, p = job.model, job.mesh.tp, job.local_tokens, job.param_bytes
+    whole = kept_by_block(job, "none")
+    if mode == "full":
+        return whole
+    width, kv_width = model.dim // tp, model.n_kv_heads * model.head_dim // tp
+    if job.parallel.compile:  # piece by piece, as it is needed
+        return tokens * (model.ffn_dim // tp + model.dim) * p
+    # What was kept comes back as it is; what only led to it is let go once it was read.
+    values = 0 if job.mesh.cp > 1 else kv_width
+    kept = tokens * (width + values + 2 * model.ffn_dim // tp) * p
+    read = tokens * (width + kv_width + model.dim) * p + (block_input(job) if tp > 1 else 0)
+    return whole - kept - read - tokens * model.n_heads // tp * FLOAT32
+
+
+def backward_buffers(job: Job) -> int:
+    """In the middle of a block's feed-forward: gradients, less what has been let go."""
+    ffn = job.model.ffn_dim // job.mesh.tp
+    return 2 * job.local_tokens * ffn * job.param_bytes + block_input(job)
