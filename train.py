@@ -126,6 +126,7 @@ def train(run: Run) -> None:
     clock = run.clock
     run.console.start(run.position.step, config.train.max_steps)
     run.requests.begin()
+    run.garbage.begin()
     while run.position.step < config.train.max_steps:
         step = run.position.step + 1
         saves = is_due(config.checkpoint.interval, step, config)
@@ -156,11 +157,13 @@ def train(run: Run) -> None:
             if validates:
                 write_sample(run)
                 run.draw()
+            run.garbage.after(step)
         if saves or decision.save:
             save(run, wait=step == config.train.max_steps)
         if decision.stop is not None:
             stop(run, decision)
     batches.close()
+    run.garbage.end()
     if run.unsaved:
         leave(run, ExitCode.SAVE_FAILED)
     run.console.stop()
