@@ -23,7 +23,7 @@ from parallel.slurm import slurm_time_left
 from program.command_line import hydra_arguments
 from program.config import TrainProgram
 from program.ending import end_early, finish, give_up, leave, record_fault
-from program.figures import log, read_figures, validate, write_sample
+from program.figures import log, profiled, read_figures, validate, write_sample
 from program.planning import check_plan, tell_plan
 from program.preflight import check_config, check_folder, hold_folder, prepare_data, refusals
 from program.recovery import Decision, heed, rewind, starting_position
@@ -129,11 +129,12 @@ def train(run: Run) -> None:
     clock = run.clock
     run.console.start(run.position.step, config.train.max_steps)
     run.requests.begin()
+    run.garbage.begin()
     while run.position.step < config.train.max_steps:
         step = run.position.step + 1
         saves = is_due(config.checkpoint.interval, step, config)
         validates = is_due(config.validation.interval, step, config)
-        with clock.step():
+        with profiled(run, step), clock.step():
             with clock.data():
                 batch = next(batches)
             rate = learning_rate(step - 1, config.optim)
@@ -159,11 +160,13 @@ def train(run: Run) -> None:
             if validates:
                 write_sample(run)
                 run.draw()
+            run.garbage.after(step)
         if saves or decision.save:
             save(run, wait=step == config.train.max_steps)
         if decision.stop is not None:
             stop(run, decision)
     batches.close()
+    run.garbage.end()
     if run.unsaved:
         leave(run, ExitCode.SAVE_FAILED)
     run.console.stop()

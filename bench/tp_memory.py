@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from bench.measurement import write
-from bench.memory_tracker import MemoryTracker
+from planning.tracker import MemoryTracker
 from model.config import ModelConfig
 from model.llama import FeedForward, Llama
 from parallel.config import ParallelConfig, PrecisionConfig

@@ -70,7 +70,9 @@ class AttentionKernel:
         if choice == "varlen" and key_places is None and positions is not None:
             return _documents(begins, places)
         if choice == "sdpa":
-            return document_mask(begins, places, keys)
+            # As the kernel adds it to the scores: of booleans each layer would make this anew.
+            seen = document_mask(begins, places, keys)
+            return torch.zeros((), dtype=like.dtype, device=like.device).where(seen, -torch.inf)
         return block_mask(begins, places, keys)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:

@@ -64,6 +64,7 @@ class CrossEntropySum(nn.Module):
     def __init__(self, chunk: int = CHUNK) -> None:
         super().__init__()
         self.chunk = chunk
+        self.block = BLOCK
         self.vocabulary = Vocabulary()
         self.compiled = False
         self.sum_exponentials = sum_exponentials
@@ -96,7 +97,7 @@ class CrossEntropySum(nn.Module):
         """
         vocab = logits.shape[-1]
         # A compiled stage holds nothing in float32.
-        block = len(logits) if self.compiled else max(1, BLOCK[logits.device.type] // vocab)
+        block = len(logits) if self.compiled else max(1, self.block[logits.device.type] // vocab)
         place = labels - self.vocabulary.first
         here = (place >= 0) & (place < vocab)  # never where the label is IGNORE
         place = place.clamp(0, vocab - 1).unsqueeze(-1)  # (rows, 1)

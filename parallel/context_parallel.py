@@ -85,6 +85,7 @@ class _GatheringKernel(AttentionKernel):
 
     def __init__(self, kernel: AttentionKernel, context: _Context) -> None:
         super().__init__(kernel.choice)
+        self.kernel = kernel
         self.context = context
 
     def mask(
@@ -97,14 +98,14 @@ class _GatheringKernel(AttentionKernel):
         assert places is not None and key_places is None
         seq = len(places) * self.context.size
         keys = self.context.places(seq, places.device).flatten()  # (seq,)
-        return super().mask(positions, places, like, keys)
+        return self.kernel.mask(positions, places, like, keys)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         local = torch.stack([k, v])  # (2, batch, local seq, kv_heads, head_dim)
         gathered = _all_gather(local, 0, self.context.group)  # (cp * 2, batch, local seq, …)
         gathered = gathered.unflatten(0, (self.context.size, 2))  # (cp, 2, batch, local seq, …)
         k, v = gathered.movedim(0, 2).flatten(2, 3)  # each (batch, seq, kv_heads, head_dim)
-        return super().__call__(q, k, v, mask)
+        return self.kernel(q, k, v, mask)
 
 
 class _SumOverContext(torch.autograd.Function):

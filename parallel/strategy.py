@@ -125,8 +125,8 @@ class MeshStrategy(ModelParallelStrategy):
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over the ranks that read different samples, in place; returns it."""
         for axis in DATA_AXES:
-            if self.device_mesh[axis].size() > 1:
-                torch.distributed.all_reduce(values, group=self.device_mesh[axis].get_group())
+            if getattr(self.shape, axis) > 1:
+                torch.distributed.all_reduce(values, group=self.device_mesh.get_group(axis))
         return values
 
 

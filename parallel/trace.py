@@ -5,7 +5,7 @@ the collectives of whatever runs inside it, a real step included; `traced_step` 
 what `train_step` does, on rank 0, and returns them. The closed forms are in `parallel.traffic`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -119,7 +119,33 @@ def traced_step(
     `step` gives number and size of the micro-batches; number formats are those of `precision`. What
     runs is not compiled: PyTorch's compiler refuses to run where operations are watched.
     """
+    with (
+        traced_model(config, shape, parallel, precision) as (llama, strategy),
+        Recorder(shape) as recorder,
+    ):
+        materialise(llama)
+        _run(llama, strategy, step)
+    return recorder.collectives
+
+
+@contextmanager
+def traced_model(
+    config: ModelConfig,
+    shape: MeshShape,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    prepare: Callable[[Llama], None] = lambda llama: None,
+) -> Iterator[tuple[Any, MeshStrategy]]:
+    """The model under its plan, on the meta device; what is made inside is fake.
+
+    Not compiled. Its weights come by `materialise`, under whatever is to see them come.
+
+    Args:
+        prepare: Called with the model before the plan is applied to it.
+    """
     eager = replace(parallel, compile=False, async_tp=False)
+    if isinstance(eager.activation_checkpoint, float):  # which the compiler alone can keep
+        eager = replace(eager, activation_checkpoint="none")
     with fake_processes(shape.world_size):
         mesh = init_device_mesh("cpu", shape.sizes, mesh_dim_names=AXES)
         plan = partial(parallelize, parallel=eager, precision=precision)
@@ -127,13 +153,17 @@ def traced_step(
         strategy._device_mesh = mesh  # what its set-up does, which launches processes as well
         with torch.device("meta"):
             llama = Llama(config)
+        prepare(llama)
         # The plan outside of the fake mode, in which no mesh can be sliced; the memory inside it.
         plan(llama, mesh)
-        with FakeTensorMode(allow_non_fake_inputs=True), Recorder(shape) as recorder:
-            llama.to_empty(device="cpu")
-            llama.tie_weights()
-            _run(llama, strategy, step)
-    return recorder.collectives
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield llama, strategy
+
+
+def materialise(llama: Any) -> None:
+    """Gives a sharded model its weights, uninitialised."""
+    llama.to_empty(device="cpu")
+    llama.tie_weights()
 
 
 def _run(llama: Any, strategy: MeshStrategy, step: Step) -> None:

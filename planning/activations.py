@@ -32,7 +32,7 @@ def inputs(job: Job) -> int:
         integers += 3 * job.local_tokens * INT64
     rows = job.local_tokens if job.document_mask else job.local_tokens // job.micro_batch_size
     tables = rows * job.model.head_dim * FLOAT32
-    return integers + tables + _mask_elements(job)
+    return integers + tables + _mask_elements(job) * job.param_bytes
 
 
 def _mask_elements(job: Job) -> int:
@@ -65,8 +65,7 @@ def _attention(job: Job) -> int:
     heads = model.n_heads // tp
     width, kv_width = model.dim // tp, model.n_kv_heads * model.head_dim // tp
     keys = tokens * job.mesh.cp
-    mask = _mask_elements(job) * p
-    return 2 * tokens * width * p + 2 * keys * kv_width * p + tokens * heads * FLOAT32 + mask
+    return 2 * tokens * width * p + 2 * keys * kv_width * p + tokens * heads * FLOAT32
 
 
 def kept_by_block(job: Job, checkpoint: str | float | None = None) -> int:

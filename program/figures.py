@@ -3,6 +3,7 @@
 Each of these waits for the device, so the loop calls them on the steps that are logged alone.
 """
 
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from data.stages import Stage
@@ -32,6 +33,33 @@ def read_figures(run: Run, tensors: "dict[str, Tensor]", rate: float) -> dict[st
         "lr": rate,
         "batch_hash": f"{tensors['batch_hash'].item() % 2**32:08x}",
     } | compiled
+
+
+def profiled(run: Run, step: int) -> AbstractContextManager[None]:
+    """To be around a step: looks into it where `log.profile` lists it, on rank 0."""
+    if step not in (run.config.log.profile or ()) or not run.fabric.is_global_zero:
+        return nullcontext()
+    return _profiled(run, step)
+
+
+@contextmanager
+def _profiled(run: Run, step: int) -> "Iterator[None]":
+    """Around a step that is looked into; afterwards writes and tells what was seen."""
+    from training.profile import StepProfile
+
+    profile = StepProfile(run.fabric.device)
+    run.clock.around_data = profile.data
+    with profile.record():
+        yield
+    run.clock.around_data = nullcontext
+    folder = run.folder.profile_folder(step)
+    with run.clock.stall():
+        try:
+            table = profile.write(folder).table()
+            run.console.note(f"Step {step} with its profile, in {folder}:\n{table}")
+        except Exception as error:  # no disk stops the training for a profile
+            reason = " ".join(str(error).split())
+            run.console.note(f"The profile of step {step} cannot be written: {reason}")
 
 
 def log(run: Run, figures: dict[str, Any], stage: Stage) -> None:

@@ -170,11 +170,23 @@ def _tracker_problems(log: LogConfig) -> list[str]:
     return tracker_problems(log.wandb)
 
 
+def _profile_problems(log: LogConfig, train: TrainConfig) -> list[str]:
+    """Steps to look into that the run does not get to."""
+    beyond = [step for step in log.profile or [] if step > train.max_steps]
+    if not beyond:
+        return []
+    return [
+        f"log.profile ({log.profile}) names steps after the last, train.max_steps "
+        f"({train.max_steps}): use steps up to {train.max_steps}"
+    ]
+
+
 # Rules beyond the configuration's own, of which neither mesh nor machine is a part.
 MORE_RULES: tuple[Rule, ...] = (
     (("checkpoint", "faults"), saving_problems),
     (("log",), _tracker_problems),
     (("precision",), torchao_problems),
+    (("log", "train"), _profile_problems),
 )
 
 

@@ -11,6 +11,7 @@ from parallel.mesh import MeshShape, Processes
 from program.config import TrainProgram, plain
 from training.clock import Clock
 from training.exit_codes import ExitCode
+from training.garbage import GarbageCollector
 from training.resume_contract import Changes
 from training.run_folder import RunFolder
 
@@ -59,6 +60,7 @@ class Run:
     trained: bool = False  # the first step of this start is done
     unsaved: bool = False  # the last save failed
     clock: Clock = field(default_factory=Clock)
+    garbage: GarbageCollector = field(default_factory=GarbageCollector)
     last_figures: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -1,21 +1,23 @@
 """Where the time of a run's steps goes, and that of what lies between them."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 
 class Clock:
     """Adds up the seconds of steps, of the waits for data inside them, and of stalls between them.
 
     Steps are read for the figures and begin afresh with each reading (`read`); the sums over all
-    that this start of a run has spent (`spent`) are for the ledger.
+    that this start of a run has spent (`spent`) are for the ledger. `around_data` is entered with
+    each wait for data, which a profile marks.
     """
 
     def __init__(self) -> None:
         self.steps, self.seconds, self.data_seconds = 0, 0.0, 0.0
         self._began = time.perf_counter()
         self._productive = self._stalled = 0.0
+        self.around_data: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -31,7 +33,8 @@ class Clock:
     def data(self) -> Iterator[None]:
         """Around the wait for data, inside a step."""
         begin = time.perf_counter()
-        yield
+        with self.around_data():
+            yield
         self.data_seconds += time.perf_counter() - begin
 
     @contextmanager

@@ -242,14 +242,25 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """A line of figures every `interval` steps; `wandb` is a project's name or null."""
+    """A line of figures every `interval` steps; `wandb` is a project's name or null.
+
+    `profile` lists the steps that are looked into: a profiler trace, a memory snapshot on GPUs, and
+    a table of where the time went, in the run's folder.
+    """
 
     interval: int = 10
     tensorboard: bool = True
     wandb: str | None = None
+    profile: list[int] | None = None
 
     def problems(self) -> list[str]:
         """Every broken rule, as messages that name key, value, rule and remedy."""
+        found = []
         if self.interval < 1:
-            return [f"log.interval ({self.interval}) is below 1: use at least 1"]
-        return []
+            found.append(f"log.interval ({self.interval}) is below 1: use at least 1")
+        if self.profile is not None and (not self.profile or min(self.profile) < 1):
+            found.append(
+                f"log.profile ({self.profile}) lists no steps, which count from 1: use for example "
+                "[20,21], or null to look into none"
+            )
+        return found

@@ -59,6 +59,10 @@ class RunFolder:
         """Text generated as the run goes on."""
         return self.path / "samples.txt"
 
+    def profile_folder(self, step: int) -> Path:
+        """Where what `log.profile` saw of a step lies."""
+        return self.path / "profile" / f"step-{step:08d}"
+
     def write_config(self, config: dict[str, Any]) -> None:
         """Writes `config.yaml` whole or not at all, a node's power cut included.
 

@@ -151,7 +151,8 @@ def test_masks_of_some_queries_are_rows_of_the_whole_mask(packed: bool, seq: int
         local = None if positions is None else positions[:, own]
         q = torch.zeros(2, len(own), HEADS, HEAD_DIM)
         mask = AttentionKernel("sdpa").mask(local, own, q, key_places=keys)
-        assert isinstance(mask, Tensor) and torch.equal(mask, expected)
+        assert isinstance(mask, Tensor) and torch.equal(mask == 0, expected)
+        assert (mask[~expected] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("seq", [SEQ, 256])

@@ -102,12 +102,12 @@ def share(whole: Batch, rank: int, size: int, n_micro: int) -> StepBatches:
     return StepBatches(pieces, int((own.labels != IGNORE).sum()), digest=rank + 1)
 
 
-def build(case: Case) -> SimpleNamespace:
+def build(case: Case, accelerator: str = "cpu") -> SimpleNamespace:
     """As `train.set_up` does, without data and folder."""
     config = model_config(case.tied, case.n_layers)
     plan = partial(parallelize, parallel=case.parallel, precision=PrecisionConfig(param=case.param))
     strategy = MeshStrategy(case.mesh, plan, case.reduce_gradients)
-    fabric = Fabric(accelerator="cpu", devices=case.world, strategy=strategy)
+    fabric = Fabric(accelerator=accelerator, devices=case.world, strategy=strategy)
     fabric.launch()
     with torch.device("meta"):
         llama = Llama(config)

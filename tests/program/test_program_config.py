@@ -19,7 +19,7 @@ from program.config import (
     load_train_config,
     plain,
 )
-from program.preflight import MORE_RULES
+from program.preflight import MORE_RULES, check_for_tasks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,6 +107,8 @@ def test_every_experiment_composes_and_beats_the_defaults(experiment: str) -> No
     def holds(mine: Any, theirs: Any) -> bool:
         if isinstance(mine, dict):
             return all(holds(value, theirs[key]) for key, value in mine.items())
+        if isinstance(mine, list):
+            return len(mine) == len(theirs) and all(map(holds, mine, theirs))
         return (isinstance(mine, str) and "${" in mine) or mine == theirs
 
     assert holds(given, plain(config))
@@ -248,6 +250,18 @@ def test_rules_between_sections_name_both_values() -> None:
     [problem] = problems("model.vocab_size=100")
     assert "model.vocab_size (100)" in problem and "tokenizer.vocab_size (4096)" in problem
     assert problem.endswith("use model.vocab_size=4096")
+
+
+@pytest.mark.parametrize(
+    ("steps", "rule"),
+    [("[]", "lists no steps"), ("[0,3]", "lists no steps"), ("[160,161]", "train.max_steps (160)")],
+)
+def test_steps_to_look_into_are_steps_of_the_run(steps: str, rule: str) -> None:
+    words = hydra_arguments([f"log.profile={steps}"], "train")
+    with pytest.raises(ConfigError) as error:
+        check_for_tasks(compose("train", words), per_node=1, num_nodes=1)
+    (problem,) = error.value.problems
+    assert problem.startswith(f"log.profile ({steps.replace(',', ', ')}) ") and rule in problem
 
 
 # ---------------------------------------------------------------- the command line

@@ -2,11 +2,13 @@
 
 A dispatch mode sees every local operation and keeps weak references to the storages of their
 results: what is alive after an operation, at the size that it has then, is what is held. DTensors
-count with their local shards; the fake tensors on which DTensor tries out shapes do not count.
-What a kernel needs inside itself, and what was made before the tracker came, stays unseen.
+count with their local shards; fake tensors count where all tensors are fake, else they are those on
+which DTensor tries out shapes. What a kernel needs inside itself, and what was made before the
+tracker came, stays unseen.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,14 +32,20 @@ COLLECTIVES = ("c10d", "_c10d_functional")  # libraries of operations
 class MemoryTracker(TorchDispatchMode):
     """Bytes held, by category, at the peak of each phase.
 
+    Args:
+        made_in: What a tensor that nobody owns is called, by the phase that made it; a phase that
+            is not in it names its tensors itself.
+        fake: Whether the tensors to count are fake ones.
+
     Attributes:
-        phase: A key of `MADE_IN`, set by whoever runs the step.
+        phase: Set by whoever runs the step.
         model, optimizer: Set once they are there; who owns a tensor then decides what it is.
         peaks: By phase, what was held when it was most, in bytes by category.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, made_in: Mapping[str, str] = MADE_IN, fake: bool = False) -> None:
         super().__init__()
+        self.made_in, self.fake = made_in, fake
         self.phase = "setup"
         self.model: torch.nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -67,21 +75,21 @@ class MemoryTracker(TorchDispatchMode):
         owned = self._owned()
         held: Counter[str] = Counter()
         for storage, category in self._made.items():
-            held[owned.get(storage.data_ptr(), category)] += storage.nbytes()
+            held[owned.get(storage._cdata, category)] += storage.nbytes()
         return dict(held)
 
     def _note(self, storage: torch.UntypedStorage, collective: bool) -> None:
         """Counts a storage from now on."""
-        if storage.device.type == "meta":  # that of a fake tensor, too
+        if (storage.device.type == "meta") != self.fake:  # a fake tensor's is on meta
             return
         if collective:
             self._made[storage] = "collectives"
         elif storage not in self._made:
-            self._made[storage] = MADE_IN[self.phase]
+            self._made[storage] = self.made_in.get(self.phase, self.phase)
 
     @torch.no_grad()
     def _owned(self) -> dict[int, str]:
-        """Addresses of what model and optimizer own, and what each of them is."""
+        """The storages that model and optimizer own, and what each of them is."""
         owned: dict[int, str] = {}
         if self.model is None or self.optimizer is None:
             return owned
@@ -98,7 +106,8 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _own(owned: dict[int, str], tensor: Tensor | None, category: str) -> None:
-    """Enters where the data of a tensor, or of its local shard, begin."""
+    """Enters the storage of a tensor, or of its local shard."""
     if tensor is not None:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        owned[local.untyped_storage().data_ptr()] = category
+        # Not `to_local`, a view that goes through every mode.
+        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        owned[local.untyped_storage()._cdata] = category

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bench.memory_tracker import MemoryTracker
+from planning.tracker import MemoryTracker
 
 FLOAT = 4  # bytes
 

@@ -1,0 +1,207 @@
+"""What a rank holds at the fullest moment of a step, followed tensor by tensor on fake tensors.
+
+The real `parallelize`, FSDP2 and autograd run for rank 0 in a process group that is not there, two
+steps, of which the second counts. Nothing is compiled: where the job is, or where the device has a
+fused kernel that CPUs lack, an operation that keeps what that one keeps stands in its place. Deep
+models are traced at two depths; each moment of a step lies on a straight line through the two.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from model.attention import AttentionKernel, Mask
+from model.llama import FeedForward, Llama, RMSNorm
+from model.loss import BLOCK
+from parallel.gradients import RIDERS, clip_grad_norm
+from parallel.trace import materialise, traced_model
+from planning.job import Job
+from planning.memory import Memory
+from planning.moments import FakeAdamW
+from planning.tracker import MemoryTracker
+
+DEPTHS = (4, 6)  # first, second, last but one and last block differ from those between them
+
+# Category of the tracker: field of `Memory`. Others are temporary.
+_FIELDS = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "forward": "activations",
+    "inputs": "activations",
+    "gathered_weights": "gathered",
+    "gathered_gradients": "gathered",
+    "collectives": "gathered",
+    "logits": "logits",
+}
+
+Peaks = dict[str, dict[str, float]]
+
+
+def traced_memory(job: Job) -> Memory:
+    """The fullest moment of a step of the job on rank 0; takes seconds."""
+    layers = job.model.n_layers
+    if layers <= DEPTHS[-1]:
+        return _fullest(job, _peaks(job))
+    shallow, deep = (
+        _peaks(dataclasses.replace(job, model=dataclasses.replace(job.model, n_layers=depth)))
+        for depth in DEPTHS
+    )
+    share = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+    peaks = {}
+    for moment, before in shallow.items():
+        held = deep[moment]
+        names = held.keys() | before.keys()
+        line = {name: (before.get(name, 0), held.get(name, 0)) for name in names}
+        peaks[moment] = {name: a + share * (b - a) for name, (a, b) in line.items()}
+    return _fullest(job, peaks)
+
+
+def _fullest(job: Job, peaks: Peaks) -> Memory:
+    """The moment at which most is held."""
+    rows = min(job.step.head_chunk, job.local_tokens)
+    vocab = job.model.vocab_size // (job.mesh.tp if job.parallel.loss_parallel else 1)
+    logits = rows * vocab * job.param_bytes
+    moment, held = max(peaks.items(), key=lambda item: sum(item[1].values()))
+    parts = {field.name: 0 for field in dataclasses.fields(Memory) if field.name != "moment"}
+    held = dict(held)
+    held["logits"] = min(logits, held.get("head", 0))
+    held["head"] = held.get("head", 0) - held["logits"]
+    for category, size in held.items():
+        parts[_FIELDS.get(category, "temporary")] += round(size)
+    return Memory(**parts, moment=moment)
+
+
+def _peaks(job: Job) -> Peaks:
+    """Bytes by category at the fullest instant of each moment of the second step."""
+    tracker = MemoryTracker({}, fake=True)
+    precision = dataclasses.replace(job.precision, fp8=None)
+    prepare = partial(_prepare, job)
+    with (
+        traced_model(job.model, job.mesh, job.parallel, precision, prepare) as (llama, strategy),
+        tracker,
+    ):
+        materialise(llama)
+        if job.accelerator == "cuda" or job.parallel.compile:
+            _as_fused(llama, job)
+        _name_moments(llama, tracker)
+        optimizer = FakeAdamW(llama, job.precision.optimizer_state, job.accelerator)
+        tracker.model, tracker.optimizer = llama, cast(Any, optimizer)
+        for _ in range(2):
+            tracker.peaks.clear()
+            _step(llama, strategy, optimizer, tracker, job)
+    return cast(Peaks, dict(tracker.peaks))
+
+
+def _step(
+    llama: Any, strategy: Any, optimizer: FakeAdamW, tracker: MemoryTracker, job: Job
+) -> None:
+    """As `train_step` does, on unknown tokens; of many micro-batches two are enough."""
+    micro_batches = min(job.micro_batches, 2)
+    for place in range(1, micro_batches + 1):
+        tracker.phase = "inputs"
+        tokens = torch.empty(job.micro_batch_size, job.seq_len, dtype=torch.int64)  # (batch, seq)
+        positions = torch.empty_like(tokens) if job.document_mask else None
+        labels = torch.empty_like(tokens)
+        tracker.phase = "forward"
+        with strategy.micro_batch_sync.no_backward_sync(llama, place < micro_batches):
+            loss = llama(tokens, positions, labels)  # the hooks name what follows
+            loss.backward()
+        del loss
+    tracker.phase = "update"
+    clip_grad_norm(llama, max_norm=1.0, riders=torch.empty(RIDERS))
+    optimizer.step()
+    for parameter in llama.parameters():
+        parameter.grad = None
+
+
+def _name_moments(llama: Llama, tracker: MemoryTracker) -> None:
+    """Tells the tracker when the head begins, and when the backward comes to another block."""
+    last = len(llama.layers) - 1
+    names = {-1: "embedding", 0: "first block", 1: "second block"}
+    names |= {last: "last block", last - 1: "last block but one"}
+
+    def begin(moment: str) -> None:
+        tracker.phase = moment
+
+    llama.loss.register_forward_pre_hook(lambda *_: begin("head"))
+    llama.loss.register_forward_hook(lambda *_: begin(names[last]))
+    for place, block in enumerate(llama.layers):
+        before = names.get(place - 1, "a block")
+
+        def hook(_: Any, arguments: tuple[Tensor, ...], before: str = before) -> None:
+            if arguments[0].requires_grad:  # its gradient is the last of this block's backward
+                arguments[0].register_hook(lambda _: begin(before))
+
+        block.register_forward_pre_hook(hook)
+
+
+# ---------------------------------------------------------------- in the place of what is fused
+
+
+def _prepare(job: Job, llama: Llama) -> None:
+    """The attention of a GPU, of which every kernel keeps the same and none a mask."""
+    if job.accelerator == "cuda":
+        llama.kernel = _MasklessKernel("sdpa")
+        for block in llama.layers:
+            cast(Any, block).attention.kernel = llama.kernel
+
+
+class _MasklessKernel(AttentionKernel):
+    """Plain causal attention, which keeps queries, keys, values, result and sums."""
+
+    def mask(self, *_: Any, **__: Any) -> Mask:
+        return None
+
+
+def _as_fused(llama: Any, job: Job) -> None:
+    """One operation each for what is one kernel on a GPU, or where it is compiled."""
+    llama.loss.block = {"cpu": BLOCK[job.accelerator]}
+    for module in llama.modules():
+        if isinstance(module, RMSNorm):
+            setattr(module, "forward", partial(_norm, module))  # noqa: B010
+        elif job.parallel.compile and isinstance(module, FeedForward):
+            setattr(module, "forward", partial(_feed_forward, module))  # noqa: B010
+    if job.parallel.compile:
+        llama.loss.compiled = True
+        llama.loss.sum_exponentials = lambda logits, maximum: maximum.clone()
+        llama.loss.exponentiate_ = lambda logits, maximum, factor: None
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    return cast(Tensor, _FusedNorm.apply(x, module.weight))
+
+
+def _feed_forward(module: Any, x: Tensor) -> Tensor:
+    return module.w2(_FusedSwiGLU.apply(module.w1(x), module.w3(x)))
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Keeps its input, the weight, and a root for each token; what it computes is meaningless."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x[..., :1].float())
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        _, weight, _ = ctx.saved_tensors
+        return grad * weight, torch.empty_like(weight)
+
+
+class _FusedSwiGLU(torch.autograd.Function):
+    """Keeps its two inputs: silu is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return gate * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return grad * up, grad * gate

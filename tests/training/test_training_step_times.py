@@ -1,0 +1,205 @@
+"""The table of a step's time: each instant in one row, given to the work that was done then."""
+
+import gzip
+import json
+import random
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from program.figures import profiled
+from training.config import LogConfig
+from training.step_times import (
+    ATTENTION,
+    COMMUNICATION,
+    DATA,
+    ELEMENTWISE,
+    HOST,
+    MATRIX,
+    OPTIMIZER,
+    ROWS,
+    STEP,
+    WAIT,
+    Span,
+    StepTimes,
+    partition,
+    read_step_times,
+    step_times,
+)
+
+MAIN, OTHER = 1, 2  # threads
+
+
+def event(name: str, begin: int, end: int, thread: int = MAIN, **more: Any) -> dict[str, Any]:
+    """Something of a trace that lasted, in microseconds."""
+    cat = more.pop("cat", "cpu_op")
+    lasting = {"ph": "X", "name": name, "cat": cat, "ts": begin, "dur": end - begin}
+    return lasting | {"tid": thread, "args": more}
+
+
+def marked(name: str, begin: int, end: int, thread: int = MAIN) -> dict[str, Any]:
+    return event(name, begin, end, thread, cat="user_annotation")
+
+
+def microseconds(times: StepTimes) -> dict[str, int]:
+    """Every row that is not zero."""
+    assert list(times.rows) == list(ROWS)
+    return {name: round(1e6 * seconds) for name, seconds in times.rows.items() if seconds}
+
+
+def test_each_instant_belongs_to_the_first_layer_that_covers_it() -> None:
+    draw = random.Random(0)
+    for _ in range(50):
+        begin, end = 10, 60
+        layers = [
+            [
+                Span(first, first + draw.randrange(12))
+                for first in draw.sample(range(80), draw.randrange(6))
+            ]
+            for _ in range(4)
+        ] + [[Span(begin, end)]]
+        expected = [0] * len(layers)
+        for instant in range(begin, end):
+            covers = [any(s.begin <= instant < s.end for s in spans) for spans in layers]
+            expected[covers.index(True)] += 1
+        assert partition(Span(begin, end), layers) == expected
+
+
+def test_on_cpu_operators_count_for_the_time_in_which_no_other_runs_inside_them() -> None:
+    times = step_times(
+        [
+            marked(STEP, 0, 1000),
+            marked(DATA, 0, 100),
+            event("aten::empty", 90, 100),  # of the loader: still waiting for data
+            event("aten::linear", 100, 300),
+            event("aten::addmm", 120, 290),
+            event("aten::copy_", 130, 140),  # inside the product
+            event("aten::_scaled_dot_product_attention_math", 300, 400),
+            event("aten::bmm", 310, 350),
+            event("aten::mul", 400, 450),
+            event("## Call CompiledFxGraph fabc ##", 450, 520),
+            event("aten::mm", 460, 480),
+            marked("Optimizer.step#AdamW.step", 600, 700),
+            event("aten::_fused_adamw_", 620, 690),
+            event("aten::mm", 0, 1000, OTHER),  # another thread's
+            event("aten::mul", 1000, 1100),  # after the step
+        ]
+    )
+    assert microseconds(times) == {
+        MATRIX: 170 + 20,
+        ATTENTION: 100,
+        ELEMENTWISE: 50 + 50,
+        OPTIMIZER: 70,
+        WAIT: 100,
+        HOST: 1000 - 190 - 100 - 100 - 70 - 100,
+    }
+
+
+def test_on_cpu_communication_is_exposed_where_nothing_is_computed() -> None:
+    times = step_times(
+        [
+            marked(STEP, 0, 1000),
+            event("aten::mm", 0, 300),
+            marked("gloo:all_gather", 100, 500, OTHER),  # 200 behind the product, 200 waited for
+            event("FSDP::pre_forward", 300, 600, cat="user_annotation"),
+            event("c10d::allreduce_", 700, 800),
+            event("aten::copy_", 720, 750),
+        ]
+    )
+    assert microseconds(times) == {
+        MATRIX: 300,
+        ELEMENTWISE: 30,
+        COMMUNICATION: 200 + 70,
+        HOST: 100 + 300 - 100 + 100,
+    }
+    assert times.communication == pytest.approx(470e-6)
+    assert "communication hidden         0.2 ms" in times.table()
+
+
+def kernel(name: str, begin: int, end: int, stream: int = 7, **more: Any) -> dict[str, Any]:
+    return event(name, begin, end, stream, cat="kernel", **more)
+
+
+def test_on_gpus_kernels_count_and_communication_is_exposed_where_none_runs() -> None:
+    external = {"External id": 3}
+    times = step_times(
+        [
+            marked(STEP, 100, 900, 7) | {"cat": "gpu_user_annotation"},
+            marked(STEP, 0, 1000),
+            marked(DATA, 0, 50),
+            event("aten::mm", 60, 990),  # the host's time is not the device's
+            event("aten::mm", 60, 70, **external),
+            marked("Optimizer.step#AdamW.step", 80, 90),
+            event("cudaLaunchKernel", 85, 86, cat="cuda_runtime", correlation=5),
+            kernel("some_kernel_without_a_name_to_know", 100, 200, **external),
+            kernel("nvjet_tst_128x256_64x4", 200, 300),
+            kernel("void cutlass::device_kernel<flash::FlashAttnFwdSm90>", 300, 400),
+            kernel("triton_poi_fused__scaled_dot_product_flash_attention_mul_0", 400, 450),
+            kernel("ncclDevKernel_AllGather_RING_LL", 350, 500, stream=8),
+            kernel("void at::native::multi_tensor_apply_kernel", 600, 640, correlation=5),
+            event("Memcpy HtoD (Pinned -> Device)", 50, 60, 9, cat="gpu_memcpy"),
+        ]
+    )
+    assert microseconds(times) == {
+        MATRIX: 200,
+        ATTENTION: 100,
+        ELEMENTWISE: 50 + 10,
+        OPTIMIZER: 40,
+        COMMUNICATION: 50,
+        WAIT: 50,
+        HOST: 1000 - 200 - 100 - 60 - 40 - 50 - 50,
+    }
+    assert times.communication == pytest.approx(150e-6)
+
+
+def test_memory_is_what_the_step_held_more_than_at_its_beginning() -> None:
+    def memory(at: int, change: int, device: int = 0) -> dict[str, Any]:
+        args = {"Bytes": change, "Device Type": device}
+        return {"ph": "i", "name": "[memory]", "ts": at, "args": args}
+
+    before, other_device = memory(-5, 900), memory(30, 800, device=1)
+    changes = [memory(10, 100), memory(20, 50), memory(30, -120), memory(40, 60)]
+    step = marked(STEP, 0, 100)
+    assert step_times([step, before, other_device, *changes]).allocated == 150
+
+
+# ---------------------------------------------------------------- in a run
+
+
+def test_a_step_that_is_not_asked_for_and_other_ranks_have_nothing_around_them() -> None:
+    def run(first: bool, profile: list[int] | None) -> Any:
+        config = SimpleNamespace(log=LogConfig(profile=profile))
+        return SimpleNamespace(config=config, fabric=SimpleNamespace(is_global_zero=first))
+
+    for around in (
+        profiled(run(True, None), 3),
+        profiled(run(True, [2, 4]), 3),
+        profiled(run(False, [3]), 3),
+    ):
+        assert isinstance(around, nullcontext)
+
+
+def test_a_run_writes_trace_and_table_of_the_steps_asked_for(
+    smoke_run: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = smoke_run(run, "log.profile=[2,4]", "train.max_steps=5", "validation.samples=0")
+    folders = sorted((run / "profile").iterdir())
+    assert [folder.name for folder in folders] == ["step-00000002", "step-00000004"]
+    for folder in folders:
+        trace = folder / "trace.json.gz"
+        times = read_step_times(trace)
+        # A sum of sorted differences of one clock: rounding of floats alone, of 1e12 microseconds.
+        assert sum(times.rows.values()) == pytest.approx(times.total, rel=1e-3)
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        steps = [each for each in events if each["name"] == STEP]
+        assert [each["dur"] / 1e6 for each in steps] == [pytest.approx(times.total)]
+        # One process: matrix products, attention, the update and the wait for data are all there.
+        for row in (MATRIX, ATTENTION, ELEMENTWISE, OPTIMIZER, WAIT, HOST):
+            assert times.rows[row] > 0, row
+        table = (folder / "time.txt").read_text()
+        assert table == times.table() + "\n" and table in done.stdout + "\n"
+        assert times.allocated > 0
