@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from planning.memory import Memory
+from parallel.mesh import AXES
 from planning.plan import DAY, GIB, PARTS, Plan, RunPlan, step_parts
 from planning.search import Found
 from program.plan_program import PlanProgram
@@ -25,13 +25,19 @@ def tell_plan(console: Console, config: PlanProgram, plan: RunPlan) -> None:
             ("recomputed", str(job.parallel.activation_checkpoint)),
         ],
     )
+    held = [
+        (" ".join([*name.split(), tier]), memory, stage.capacity)
+        for name, stage in zip(names, plan.stages, strict=True)
+        for tier, memory in stage.tiers.items()
+    ]
     console.table(
         "Memory of a rank at its fullest, GiB",
-        ["", *PARTS, "peak", "of"],
+        ["", *(name for name, _, _ in held)],
         [
-            _memory_row(" ".join([*name.split(), tier, memory.moment]), memory, stage.capacity)
-            for name, stage in zip(names, plan.stages, strict=True)
-            for tier, memory in stage.tiers.items()
+            *([part, *(gib(getattr(memory, part)) for _, memory, _ in held)] for part in PARTS),
+            ["peak", *(gib(memory.peak) for _, memory, _ in held)],
+            ["of", *(gib(room) for _, _, room in held)],
+            ["in", *(memory.moment for _, memory, _ in held)],
         ],
     )
     full = plan.fullest
@@ -64,12 +70,6 @@ def _batch(plan: Plan) -> str:
         f"{job.global_batch_size} sequences of {job.seq_len} tokens a step; a data rank takes "
         f"{job.micro_batches} × {job.micro_batch_size} of them"
     )
-
-
-def _memory_row(name: str, memory: Memory, room: int) -> list[str]:
-    """A row of the table of memory."""
-    parts = [gib(getattr(memory, part)) for part in PARTS]
-    return [name, *parts, gib(memory.peak), gib(room)]
 
 
 def _answer_rows(config: PlanProgram, plan: RunPlan) -> list[tuple[str, str]]:
@@ -106,28 +106,17 @@ def tell_search(
     if found.best:
         console.table(
             f"The best {len(found.best)}",
-            [
-                "",
-                "mesh",
-                "micro-batch",
-                "recomputed",
-                "resharded",
-                "reduced",
-                "GiB",
-                "tokens/s",
-                "limited by",
-            ],
+            ["", *AXES, "micro-batch", "recomputed", "resharded", "reduced", "GiB", "tokens/s"],
             [
                 [
-                    f"{place}.",
-                    str(choice.mesh),
+                    str(place),
+                    *map(str, choice.mesh.sizes),
                     str(choice.micro_batch_size),
                     str(choice.activation_checkpoint),
                     choice.reshard,
                     choice.reduce_gradients,
                     gib(plan.fullest.memory.peak),
                     f"{plan.tokens_per_second:,.0f}",
-                    plan.stages[0].limit,
                 ]
                 for place, (choice, plan) in enumerate(found.best, start=1)
             ],

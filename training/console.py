@@ -89,16 +89,13 @@ class Console:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Aligned columns under a title; the first column is text, the others are numbers."""
+        first, *lines = _table_lines(title, columns, rows)
         if self._rich is None or not self.enabled:
-            for line in _table_lines(title, columns, rows):
-                self._print(line)
-            return
-        table = Table(title=Text(_clean(title), style="bold"), title_justify="left", box=ROUNDED)
-        for place, name in enumerate(columns):
-            table.add_column(Text(_clean(name)), justify="right" if place else "left", style="")
-        for row in rows:
-            table.add_row(*(Text(_clean(value)) for value in row))
-        self._print_rich(table)
+            self._print(first)
+        else:
+            self._print_rich(Text(first, style="bold"), soft_wrap=True)
+        for line in lines:
+            self._print(line)
 
     def start(self, first_step: int, max_steps: int) -> None:
         """Begin to show progress, `first_step` of `max_steps` steps being done."""
@@ -227,7 +224,7 @@ class Console:
         except (OSError, ValueError):  # a closed pipe or file
             self._give_up()
 
-    def _print_rich(self, content: Panel | Table | Text | str, soft_wrap: bool = False) -> None:
+    def _print_rich(self, content: Panel | Text | str, soft_wrap: bool = False) -> None:
         assert self._rich is not None, "only on a terminal"
         try:
             self._rich.print(content, soft_wrap=soft_wrap)

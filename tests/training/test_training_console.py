@@ -251,5 +251,5 @@ def test_a_table_is_aligned_with_numbers_to_the_right(monkeypatch: pytest.Monkey
     assert (title, empty) == ("Sizes", "")
     assert len(names) == len(weights) == len(everything)
     assert weights.startswith("  weights ") and everything.startswith("  all\\x1b[31m ")
-    shown = [line for line in shown_lines(terminal(run, monkeypatch)) if "│" in line]
-    assert len({line.rindex("│") for line in shown}) == 1 and "123.45 │" in shown[-1]
+    shown = shown_lines(terminal(run, monkeypatch))
+    assert [line for line in shown if line] == [title, names, weights, everything]
