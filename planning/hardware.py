@@ -1,8 +1,8 @@
 """A device and its links, as the planner sees them: the contents of conf/hardware/*.yaml.
 
-Every figure has a unit in its name. A peak is the data sheet's, without structured sparsity; what is
-achieved comes from measurements of the operation alone, never from a training step that the planner
-is held against. Calibration writes the same file. Imports nothing heavy.
+Every figure has a unit in its name. A peak is the data sheet's, without structured sparsity; what
+is achieved comes from measurements of the operation alone, never from a training step that the
+planner is held against. Calibration writes the same file. Imports nothing heavy.
 """
 
 import dataclasses
