@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "evaluation": (("model", "data.tokenizer"), ("torch", "numpy", "lm_eval", "tqdm")),
     "planning": (
         ("model", "parallel"),
-        ("torch", "lightning.fabric", "matplotlib", "yaml", "rich"),
+        ("torch", "lightning.fabric", "matplotlib", "yaml", "rich", "pydantic"),
     ),
     "program": (
         ("model", "parallel", "data", "training", "formats", "evaluation", "planning"),
