@@ -25,6 +25,7 @@ from planning.search import (
     REDUCTIONS,
     Choice,
     Question,
+    choices,
     divisors,
     fewest_devices,
     meshes,
@@ -211,6 +212,7 @@ def test_rates_are_those_that_a_run_would_log() -> None:
         (MeshShape(1, 2, 2, 2), "dp_shard+cp", "inside a node"),
         (MeshShape(1, 2, 4, 2), "dp_shard+cp", "between nodes"),
         (MeshShape(1, 2, 4, 2), "cp", "inside a node"),
+        (MeshShape(1, 1, 2, 8), "cp", "between nodes"),
         (MeshShape(2, 4, 1, 1), "dp_replicate", "inside a node"),
         (MeshShape(4, 4, 1, 1), "dp_replicate", "between nodes"),
         (MeshShape(4, 4, 1, 1), "dp_replicate+dp_shard", "between nodes"),
@@ -280,8 +282,15 @@ def test_search_finds_the_fastest_of_all_that_train_would_take() -> None:
             speeds[choice] = plan.tokens_per_second
     fastest, best = found.best[0]
     assert best.tokens_per_second == speeds[fastest] == max(speeds.values())
-    # What has no effect is not chosen: resharding by one rank, reducing in pieces what is one.
-    assert 100 < found.fitting < len(speeds)
+    # What has no effect is not tried: resharding on one shard, reducing one micro-batch apart.
+    telling = [
+        choice
+        for choice in speeds
+        if (choice.reshard_after_forward is None or choice.mesh.dp_shard * choice.mesh.cp > 1)
+        and (choice.reduce_gradients == "step" or choice.mesh.dp * choice.mesh.cp > 1)
+        and (choice.reduce_gradients == "step" or choice.micro_batch_size != 8 // choice.mesh.dp)
+    ]
+    assert found.fitting == len(telling) < len(speeds)
 
 
 def test_the_words_of_a_search_make_train_do_what_was_planned() -> None:
@@ -361,9 +370,12 @@ def test_what_would_fit_is_the_nearest_choice_that_does() -> None:
     smaller = remedied(whole * 0.9)
     assert smaller is not None and peak(smaller) <= whole * 0.9
     assert smaller.mesh == given.mesh and smaller.activation_checkpoint == "none"
-    recomputed = remedied(30)
-    assert recomputed is not None and peak(recomputed) <= 30
-    assert recomputed.mesh == given.mesh and recomputed.activation_checkpoint != "none"
+    on_same = list(choices(given.mesh, asked))
+    least = min(peak(each) for each in on_same if each.activation_checkpoint == "selective")
+    assert least < min(peak(each) for each in on_same if each.activation_checkpoint == "none")
+    recomputed = remedied(least)  # where full recomputation would do with larger micro-batches
+    assert recomputed is not None and peak(recomputed) <= least
+    assert recomputed.mesh == given.mesh and recomputed.activation_checkpoint == "selective"
     assert remedied(1) is None
 
 
