@@ -24,13 +24,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from bench.measurement import write
-from planning.tracker import MemoryTracker
 from model.config import ModelConfig
 from model.llama import FeedForward, Llama
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
 from parallel.parallelize import initialize_weights, parallelize
 from parallel.strategy import MeshStrategy
+from planning.tracker import MemoryTracker
 from training.config import OptimConfig
 from training.optimizer import build_optimizer
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from model.attention import AttentionKernel, Mask
 from model.llama import FeedForward, Llama, RMSNorm
 from model.loss import BLOCK
-from parallel.gradients import RIDERS, clip_grad_norm
+from parallel.gradients import clip_grad_norm
 from parallel.trace import materialise, traced_model
+from parallel.traffic import RIDERS
 from planning.job import Job
 from planning.memory import Memory
 from planning.moments import FakeAdamW

@@ -49,10 +49,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("torch", "safetensors", "tokenizers", "xxhash", "pydantic"),
     ),
     "evaluation": (("model", "data.tokenizer"), ("torch", "numpy", "lm_eval", "tqdm")),
-    "planning": (
-        ("model", "parallel"),
-        ("torch", "lightning.fabric", "matplotlib", "yaml", "rich", "pydantic"),
-    ),
+    "planning": (("model", "parallel"), ("torch", "matplotlib", "yaml", "pydantic")),
     "program": (
         ("model", "parallel", "data", "training", "formats", "evaluation", "planning"),
         ("torch", "lightning.fabric", "pydantic", *CHEAP),

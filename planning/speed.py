@@ -1,0 +1,207 @@
+"""How long a step takes, in closed form: what is computed, what is passed over, what is waited for.
+
+Products take what a large product's rate gives them, or the time to read and write their matrices;
+other operations their bytes over the bandwidth of a copy; collectives what their ring sends
+(Patarasuk and Yuan 2009) over the slower link that they cross. FSDP2 gathers and sums beside the
+computation, tensor and context parallelism wait. docs/planning.md tells how well this holds.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from parallel.mesh import AXES
+from parallel.traffic import Collective
+from planning.hardware import Hardware
+from planning.job import Job
+
+IN_STEP = 0.80
+"""Share of a large product's rate that products keep inside a step, where clocks fall and waves of
+blocks do not fill the device: fitted to published runs that the back-tests leave out."""
+
+BESIDE = 0.10
+"""Share of the time of a collective that runs beside the computation by which it slows it."""
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step: computing, waiting, updating.
+
+    `elementwise` is all that moves bytes and multiplies little: norms, RoPE, SiLU, casts, the
+    softmax, FSDP2's copies. `exposed` are the parts of `communication`, by axis.
+    """
+
+    matrix: float
+    attention: float
+    elementwise: float
+    optimizer: float
+    communication: float
+    exposed: dict[str, float]
+
+    @property
+    def compute(self) -> float:
+        """Forward and backward."""
+        return self.matrix + self.attention + self.elementwise
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        return self.compute + self.optimizer + self.communication
+
+
+def step_time(job: Job, hardware: Hardware) -> StepTime:
+    """The parts of a step of the job."""
+    rank = _Rank(job, hardware)
+    micro = job.micro_batches
+    matrix, attention = micro * rank.matrix(), micro * rank.attention()
+    elementwise = micro * rank.elementwise()
+    exposed = rank.exposed(job.traffic(), matrix + attention + elementwise)
+    return StepTime(
+        matrix=matrix,
+        attention=attention,
+        elementwise=elementwise,
+        optimizer=rank.optimizer(),
+        communication=sum(exposed.values()),
+        exposed=exposed,
+    )
+
+
+class _Rank:
+    """One rank's share of the hardware, and of the model."""
+
+    def __init__(self, job: Job, hardware: Hardware) -> None:
+        self.job, self.hardware = job, hardware
+        model, mesh = job.model, job.mesh
+        tp = mesh.tp
+        self.width, self.kv = model.dim // tp, model.n_kv_heads * model.head_dim // tp
+        self.ffn, self.vocab = model.ffn_dim // tp, model.vocab_size // tp
+        self.tokens = job.local_tokens
+        self.between = self.tokens // tp if job.parallel.sequence_parallel else self.tokens
+        self.shards = mesh.dp_shard * mesh.cp
+        on_cpu = job.accelerator == "cpu"
+        self.sharing = min(mesh.world_size, hardware.devices_per_node) if on_cpu else 1
+        self.in_step = 1.0 if on_cpu else IN_STEP
+        self.bandwidth = hardware.bandwidth_gb_s * 1e9 / self.sharing
+        block = model.dim * (2 * self.width + 2 * self.kv + 3 * self.ffn)
+        self.elements = model.n_layers * block + 2 * self.vocab * model.dim
+
+    # ------------------------------------------------------------ of a micro-batch
+
+    def recomputed(self) -> tuple[float, float]:
+        """Shares of a block's forward that are repeated: of products and kernels, of the rest."""
+        mode = self.job.parallel.activation_checkpoint
+        if isinstance(mode, float):
+            return 1 - mode, 1 - mode
+        return {"none": (0.0, 0.0), "selective": (0.0, 1.0), "full": (1.0, 1.0)}[mode]
+
+    def product(self, m: int, k: int, n: int, precision: str) -> float:
+        """Seconds of (m, k) x (k, n)."""
+        size = {"fp32": 4, "bf16": 2, "fp8": 1}[precision]
+        rate = self.hardware.matrix_tflops[precision] * 1e12 * self.in_step / self.sharing
+        moved = size * (m * k + k * n) + self.job.param_bytes * m * n
+        return max(2 * m * k * n / rate, moved / self.bandwidth)
+
+    def matrix(self) -> float:
+        """Products of forward and backward, two for each of the forward's, and recomputed ones."""
+        model, job = self.job.model, self.job
+        inside = "fp8" if job.precision.fp8 is not None else job.precision.param
+        shapes = [
+            (model.dim, self.width),
+            (model.dim, self.kv),
+            (model.dim, self.kv),
+            (self.width, model.dim),
+            (model.dim, self.ffn),
+            (model.dim, self.ffn),
+            (self.ffn, model.dim),
+        ]
+        block = sum(self.product(self.tokens, k, n, inside) for k, n in shapes)
+        head = self.product(self.tokens, model.dim, self.vocab, job.precision.param)
+        return model.n_layers * block * (3 + self.recomputed()[0]) + 3 * head
+
+    def attention(self) -> float:
+        """The kernel, of which a third is the forward; a causal mask halves the work."""
+        model, job = self.job.model, self.job
+        rate = self.hardware.attention_tflops[job.precision.param] * 1e12 / self.sharing
+        heads = model.n_heads // job.mesh.tp
+        flops = 6 * self.tokens * heads * model.head_dim * job.seq_len
+        return model.n_layers * flops / rate * (1 + self.recomputed()[0] / 3)
+
+    def elementwise(self) -> float:
+        """Bytes read and written outside of products, over the bandwidth."""
+        job, model = self.job, self.job.model
+        p, dim = job.param_bytes, model.dim
+        rope = self.tokens * (self.width + self.kv)
+        hidden, ffn = self.between * dim, self.tokens * self.ffn
+        logits = self.tokens * self.vocab
+        if job.parallel.compile:  # one pass over what is read and what is written
+            forward = p * (8 * hidden + 2 * rope + 3 * ffn)
+            backward = p * (20 * hidden + 2 * rope + 6 * ffn)
+            head = (3 * p + 2) * logits
+        else:  # an operation, a pass; RoPE in float32
+            forward = p * (10 * hidden + 5 * ffn) + (40 + 2 * p) * rope
+            backward = p * (21 * hidden + 9 * ffn) + (40 + 2 * p) * rope
+            head = (4 * p + 40) * logits
+        if job.precision.fp8 is not None:  # each operand is read for its scale, read, and written
+            operands = 3 * (4 * self.tokens * dim + 3 * ffn)
+            backward += operands * (2 * p + 1)
+        moved = model.n_layers * (forward * (1 + self.recomputed()[1]) + backward) + head
+        return (moved + self.weights()) / self.bandwidth
+
+    def weights(self) -> float:
+        """Bytes of FSDP2's copies: cast and gathered, twice copied out; gradients copied in."""
+        p, reduce = self.job.param_bytes, self.job.reduce_bytes
+        return self.elements * ((FLOAT32 + p) / self.shards + 4 * p + p + reduce)
+
+    # ------------------------------------------------------------ of a step
+
+    def optimizer(self) -> float:
+        """AdamW and clipping, over this rank's shards."""
+        moments = {"fp32": 16, "bf16": 8 + 24, "int8": 4 + 40}[self.job.precision.optimizer_state]
+        clipping, update = 3 * FLOAT32, 3 * FLOAT32 + moments
+        return self.elements / self.shards * (clipping + update) / self.bandwidth
+
+    def exposed(self, traffic: Iterable[Collective], compute: float) -> dict[str, float]:
+        """Seconds that nothing is computed in, by axis.
+
+        What FSDP2 sends hides behind the computation: what remains is what exceeds it, the first
+        gather and the last sum, and by how much the two disturb each other.
+        """
+        beside: dict[str, float] = defaultdict(float)
+        waited: dict[str, float] = defaultdict(float)
+        overlaps = self.job.accelerator == "cuda"
+        for each in traffic:
+            seconds = self.collective(each)
+            hidden = overlaps and each.part in ("weights", "gradients") and each.axis != "tp"
+            (beside if hidden else waited)[each.axis] += seconds
+        if self.job.parallel.async_tp and "tp" in waited:
+            waited["tp"] /= 2  # the products that feed a scatter and follow a gather hide it
+        together = sum(beside.values())
+        if together:
+            ends = 1 / (self.job.model.n_layers * self.job.micro_batches)
+            left = max(together - compute, together * ends) + BESIDE * min(together, compute)
+            for axis, seconds in beside.items():
+                waited[axis] += left * seconds / together
+        return dict(waited)
+
+    def collective(self, each: Collective) -> float:
+        """Seconds of `count` collectives together."""
+        reach, inside = self._span(each.axis)
+        hardware = self.hardware
+        speed, latency = hardware.link_gb_s, hardware.link_latency_us
+        if reach > hardware.devices_per_node:
+            # A ring for every adapter of the group's ranks in a node.
+            speed, latency = min(speed, hardware.network_gb_s * inside), hardware.network_latency_us
+        return float(each.sent) / (speed * 1e9) + each.count * latency * 1e-6
+
+    def _span(self, axis: str) -> tuple[int, int]:
+        """From first to last rank of a group that spans these axes, and its ranks in a node."""
+        spanned = axis.split("+")
+        stride, reach, inside = 1, 1, 1
+        for name, size in zip(reversed(AXES), reversed(self.job.mesh.sizes), strict=True):
+            if name in spanned:
+                reach = stride * size
+                inside *= max(min(size, self.hardware.devices_per_node // stride), 1)
+            stride *= size
+        return reach, inside
