@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from planning.search import (
     REDUCTIONS,
     Choice,
     Question,
+    choices,
     divisors,
     fewest_devices,
     meshes,
@@ -210,6 +212,7 @@ def test_rates_are_those_that_a_run_would_log() -> None:
         (MeshShape(1, 2, 2, 2), "dp_shard+cp", "inside a node"),
         (MeshShape(1, 2, 4, 2), "dp_shard+cp", "between nodes"),
         (MeshShape(1, 2, 4, 2), "cp", "inside a node"),
+        (MeshShape(1, 1, 2, 8), "cp", "between nodes"),
         (MeshShape(2, 4, 1, 1), "dp_replicate", "inside a node"),
         (MeshShape(4, 4, 1, 1), "dp_replicate", "between nodes"),
         (MeshShape(4, 4, 1, 1), "dp_replicate+dp_shard", "between nodes"),
@@ -229,6 +232,20 @@ def test_an_axis_stays_inside_a_node_where_its_ranks_do(
     spread = any(len({int(rank) // 8 for rank in group}) > 1 for group in groups)
     assert link(axis, job, config.hardware) == where
     assert spread == (where == "between nodes")
+
+
+def test_the_room_of_a_rank_is_what_tensors_can_have() -> None:
+    """A GPU's without what is reserved; on CPU the ranks of a node share its memory."""
+
+    def room(name: str, ranks: int, **given: float) -> float:
+        config = planned(f"hardware={name}", f"devices={ranks}", "train.global_batch_size=64")
+        hardware = replace(config.hardware, **given)  # type: ignore[arg-type]
+        [(job, _)] = question(config).jobs(given_choice(config, config.mesh))
+        return capacity(job, hardware) / GIB
+
+    sizes = {"memory_gib": 80.0, "reserved_gib": 3.0, "devices_per_node": 4}
+    assert [room("h100", ranks, **sizes) for ranks in (1, 4, 8)] == [77, 77, 77]
+    assert [room("cpu", ranks, **sizes) for ranks in (1, 4, 8)] == [77, 17, 17]
 
 
 def test_the_limit_is_the_largest_part() -> None:
@@ -265,8 +282,15 @@ def test_search_finds_the_fastest_of_all_that_train_would_take() -> None:
             speeds[choice] = plan.tokens_per_second
     fastest, best = found.best[0]
     assert best.tokens_per_second == speeds[fastest] == max(speeds.values())
-    # What has no effect is not chosen: resharding by one rank, reducing in pieces what is one.
-    assert 100 < found.fitting < len(speeds)
+    # What has no effect is not tried: resharding on one shard, reducing one micro-batch apart.
+    telling = [
+        choice
+        for choice in speeds
+        if (choice.reshard_after_forward is None or choice.mesh.dp_shard * choice.mesh.cp > 1)
+        and (choice.reduce_gradients == "step" or choice.mesh.dp * choice.mesh.cp > 1)
+        and (choice.reduce_gradients == "step" or choice.micro_batch_size != 8 // choice.mesh.dp)
+    ]
+    assert found.fitting == len(telling) < len(speeds)
 
 
 def test_the_words_of_a_search_make_train_do_what_was_planned() -> None:
@@ -346,9 +370,12 @@ def test_what_would_fit_is_the_nearest_choice_that_does() -> None:
     smaller = remedied(whole * 0.9)
     assert smaller is not None and peak(smaller) <= whole * 0.9
     assert smaller.mesh == given.mesh and smaller.activation_checkpoint == "none"
-    recomputed = remedied(30)
-    assert recomputed is not None and peak(recomputed) <= 30
-    assert recomputed.mesh == given.mesh and recomputed.activation_checkpoint != "none"
+    on_same = list(choices(given.mesh, asked))
+    least = min(peak(each) for each in on_same if each.activation_checkpoint == "selective")
+    assert least < min(peak(each) for each in on_same if each.activation_checkpoint == "none")
+    recomputed = remedied(least)  # where full recomputation would do with larger micro-batches
+    assert recomputed is not None and peak(recomputed) <= least
+    assert recomputed.mesh == given.mesh and recomputed.activation_checkpoint == "selective"
     assert remedied(1) is None
 
 
@@ -401,6 +428,28 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.Mo
     shared = check_plan(config, Processes("cpu", 2, 1, "self"), MeshShape(1, 2, 1, 1))
     assert told is not None and "of 15.60 GiB a rank" in told
     assert shared is not None and "of 7.60 GiB a rank" in shared
+
+
+def test_on_a_gpu_its_own_memory_counts_and_a_known_card_has_a_speed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = trained(*LLAMA_8B, "parallel.activation_checkpoint=full")
+    processes, mesh = Processes("cuda", 8, 1, "torchrun"), MeshShape(1, 8, 1, 1)
+
+    def verdict(name: str, gib: int) -> str | None:
+        card = SimpleNamespace(name=name, total_memory=gib * GIB)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+        return check_plan(config, processes, mesh)
+
+    known = verdict("NVIDIA H100 80GB HBM3", 80)
+    reserved = load_hardware("h100").reserved_gib
+    assert known is not None and f"of {80 - reserved:.2f} GiB a rank" in known
+    speed = plans_of(planned(*LLAMA_8B, "parallel.activation_checkpoint=full"))[0]
+    assert known.endswith(f"about {speed.tokens_per_second:,.0f} tokens/s")
+    unknown = verdict("Some Card", 80)
+    assert unknown is not None and "of 79.50 GiB" in unknown and "tokens/s" not in unknown
+    with pytest.raises(ConfigError, match="the run does not fit"):
+        verdict("Some Card", 12)
 
 
 def test_train_refuses_what_cannot_fit_and_tells_its_verdict(
