@@ -5,7 +5,8 @@
 Each case is a run of `train.py`'s own steps on one, two or four processes: eager and compiled, both
 precisions, every axis. The truth is neither our tracker's nor made of our formulas: the C library
 and PyTorch's CPU allocator tell what they have given out. The claim: both tiers are within 5% of
-the fullest moment of the third step, on the fullest rank.
+the fullest moment of the third step, on the fullest rank. Compiled steps cannot be traced, only
+what stands in their place: there the claim is the closed forms' alone.
 """
 
 import ctypes
@@ -86,7 +87,8 @@ def main() -> None:
         return
     names = sys.argv[1:] or list(CASES)
     figures = {name: compare(name) for name in names}
-    errors = [abs(each[tier]) for each in figures.values() for tier in ("analytic", "traced")]
+    errors = [abs(each["analytic"]) for each in figures.values()]
+    errors += [abs(each["traced"]) for name, each in figures.items() if "compiled" not in name]
     for name, each in figures.items():
         print(
             f"{name:<16}{each['allocated_mb']:>9.2f} MB  analytic {each['analytic']:+6.1%}  "

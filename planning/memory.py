@@ -14,6 +14,7 @@ from planning.activations import (
     inputs,
     kept_by_block,
     kept_by_head,
+    last_norm_backward,
     recomputed_by_block,
 )
 from planning.job import Job
@@ -74,6 +75,8 @@ def step_memory(job: Job) -> Memory:
     step = _Step(job)
     last = job.model.n_layers - 1
     moments = [step.head(), step.block_backward(0), step.root_backward(), step.update()]
+    if job.accelerator == "cpu":
+        moments.append(step.last_norm_backward())
     if last:
         moments += [step.block_backward(1), step.block_backward(last)]
     return max(moments, key=lambda memory: memory.peak)
@@ -172,6 +175,19 @@ class _Step:
 
     def _activations(self, blocks: int) -> int:
         return inputs(self.job) + blocks * kept_by_block(self.job)
+
+    def last_norm_backward(self) -> Memory:
+        """Behind the head and before the blocks, where a norm is many operations."""
+        job, layers = self.job, self.job.model.n_layers
+        left, steps = last_norm_backward(job)
+        gathered = self.root.gathered(job) + self.kept_blocks * self.block.gathered(job)
+        return self._memory(
+            "backward",
+            gradients=self._gradients(0),
+            activations=self._activations(layers) + left,
+            gathered=gathered + self.head_weight + self._accumulated(layers),
+            temporary=steps,
+        )
 
     def block_backward(self, done: int) -> Memory:
         """The backward of a block with `done` blocks behind it, in the middle or at its end."""

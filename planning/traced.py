@@ -163,7 +163,8 @@ def _as_fused(llama: Any, job: Job) -> None:
     llama.loss.block = {"cpu": BLOCK[job.accelerator]}
     for module in llama.modules():
         if isinstance(module, RMSNorm):
-            setattr(module, "forward", partial(_norm, module))  # noqa: B010
+            if job.accelerator == "cuda" or module is not llama.norm:  # which is not compiled
+                setattr(module, "forward", partial(_norm, module))  # noqa: B010
         elif job.parallel.compile and isinstance(module, FeedForward):
             setattr(module, "forward", partial(_feed_forward, module))  # noqa: B010
     if job.parallel.compile:
