@@ -203,3 +203,12 @@ def test_a_run_writes_trace_and_table_of_the_steps_asked_for(
         table = (folder / "time.txt").read_text()
         assert table == times.table() + "\n" and table in done.stdout + "\n"
         assert times.allocated > 0
+
+
+def test_a_profile_that_cannot_be_written_is_told_and_stops_nothing(
+    smoke_run: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "profile").touch()  # where the folder would be
+    done = smoke_run(tmp_path, "log.profile=[1]", "train.max_steps=2", "validation.samples=0")
+    assert "The profile of step 1 cannot be written: " in done.stdout
+    assert (tmp_path / "checkpoints" / "step-00000002" / "COMMITTED").exists()
