@@ -1,4 +1,4 @@
-"""Every recipe of conf/experiment passes train.py's own checks on the machines that it is for."""
+"""Every recipe of conf/experiment passes train.py's own checks, and fits the machines it is for."""
 
 from collections.abc import Iterator
 
@@ -7,8 +7,11 @@ from hydra import compose, initialize_config_dir
 
 from model.flops import parameter_count
 from parallel.mesh import resolve_mesh
+from planning.hardware import load_hardware
+from planning.plan import RunPlan, plan_run
 from program.command_line import CONF, hydra_arguments
 from program.config import TrainProgram
+from program.planning import Asked, given_choice
 from program.preflight import check_for_tasks
 
 # recipe: devices a node, nodes, hardware.
@@ -35,11 +38,21 @@ def _hydra() -> Iterator[None]:
         yield
 
 
-def load(recipe: str) -> TrainProgram:
+def load(recipe: str, *overrides: str) -> TrainProgram:
     """As its tasks would on the machines that it is for."""
     per_node, nodes, _ = MACHINES[recipe]
-    words = hydra_arguments([f"experiment={recipe}"], "train")
+    words = hydra_arguments([f"experiment={recipe}", *overrides], "train")
     return check_for_tasks(compose("train", words), per_node, nodes)
+
+
+def planned(recipe: str, *overrides: str) -> RunPlan:
+    """What plan.py says of a recipe on its machines, all stages."""
+    per_node, nodes, name = MACHINES[recipe]
+    config, hardware = load(recipe, *overrides), load_hardware(name)
+    mesh, _ = resolve_mesh(config.parallel, per_node * nodes)
+    tokens = config.stages().first_token(config.train.max_steps)
+    question = Asked(config, hardware.accelerator, tokens).question()
+    return plan_run(question.jobs(given_choice(config, mesh)), hardware)
 
 
 def test_every_recipe_has_its_machines() -> None:
@@ -62,6 +75,39 @@ def test_a_recipe_passes_the_checks_on_its_machines(recipe: str) -> None:
     size = recipe.rpartition("_")[2].removesuffix("b")
     if size.isdigit():
         assert round(parameter_count(config.model) / 1e9) == pytest.approx(int(size), abs=1)
+
+
+@pytest.mark.parametrize("recipe", MACHINES)
+def test_every_stage_of_a_recipe_fits_its_machines(recipe: str) -> None:
+    plan = planned(recipe)
+    assert len(plan.stages) == (len(BATCHES) if recipe in RATES else 1)
+    assert plan.fits, f"{plan.fullest.memory.peak} of {plan.fullest.capacity} bytes"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "without"),
+    [
+        ("h200_8b", "precision.optimizer_state=bf16"),
+        ("h200_8b", "precision.optimizer_state=fp32"),
+        ("h100x8_8b", "parallel.activation_checkpoint=none"),
+        ("h100x8_8b", "parallel.reduce_gradients=step"),
+        ("h100x256_70b", "parallel.reduce_gradients=step"),
+        ("h100x512_405b", "parallel.activation_checkpoint=selective"),
+    ],
+)
+def test_what_a_recipe_gives_as_the_reason_to_fit_is_one(recipe: str, without: str) -> None:
+    assert not planned(recipe, without).fits
+
+
+@pytest.mark.parametrize(
+    ("recipe", "other"),
+    [
+        ("h100x256_70b", ("parallel.tp=8", "parallel.dp_shard=32")),
+        ("h100x512_405b", ("parallel.tp=8", "parallel.dp_shard=64", "train.micro_batch_size=8")),
+    ],
+)
+def test_eight_tensor_parallel_ranks_would_be_slower(recipe: str, other: tuple[str, ...]) -> None:
+    assert planned(recipe, *other).tokens_per_second < planned(recipe).tokens_per_second
 
 
 @pytest.mark.parametrize("recipe", RATES)
