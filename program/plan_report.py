@@ -30,24 +30,29 @@ def tell_plan(console: Console, config: PlanProgram, plan: RunPlan) -> None:
         for name, stage in zip(names, plan.stages, strict=True)
         for tier, memory in stage.tiers.items()
     ]
+    unit, size = _unit(max(memory.peak for _, memory, _ in held))
     console.table(
-        "Memory of a rank at its fullest, GiB",
+        f"Memory of a rank at its fullest, {unit}",
         ["", *(name for name, _, _ in held)],
         [
-            *([part, *(gib(getattr(memory, part)) for _, memory, _ in held)] for part in PARTS),
-            ["peak", *(gib(memory.peak) for _, memory, _ in held)],
-            ["of", *(gib(room) for _, _, room in held)],
+            *(
+                [part, *(f"{getattr(memory, part) / size:,.2f}" for _, memory, _ in held)]
+                for part in PARTS
+            ),
+            ["peak", *(f"{memory.peak / size:,.2f}" for _, memory, _ in held)],
+            ["of", *(f"{room / size:,.2f}" for _, _, room in held)],
             ["in", *(memory.moment for _, memory, _ in held)],
         ],
     )
     full = plan.fullest
     links = full.links()
     if full.traffic:
+        unit, size = _unit(max(sent for *_, sent in full.by_axis()))
         console.table(
             "Sent by a rank in a step",
-            ["axis", "link", "what", "for", "times", "GiB"],
+            ["axis", "link", "what", "for", "times", unit],
             [
-                [axis, links[axis], kind, part, f"{count:,}", f"{sent / GIB:.3f}"]
+                [axis, links[axis], kind, part, f"{count:,}", f"{sent / size:,.3f}"]
                 for axis, kind, part, count, sent in full.by_axis()
             ],
         )
@@ -171,6 +176,11 @@ def _long(days: float) -> str:
         return f"{days:,.1f} days"
     hours = days * 24
     return f"{hours:.1f} hours" if hours >= 2 else f"{days * DAY:.1f} seconds"
+
+
+def _unit(largest: float) -> tuple[str, int]:
+    """GiB, or MiB where there is less than one, and its bytes."""
+    return ("GiB", GIB) if largest >= GIB else ("MiB", 2**20)
 
 
 def gib(size: int) -> str:

@@ -399,6 +399,12 @@ def test_the_program_tells_writes_and_draws(tmp_path: Path) -> None:
     fits = [*words, "parallel.activation_checkpoint=full", "train.micro_batch_size=1"]
     done = start_program([str(ROOT / "plan.py"), *fits, "output=null", "search=true"], cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
+    small = ["experiment=smoke", "hardware=cpu", "trace=true", "output=t.json"]
+    traced = start_program([str(ROOT / "plan.py"), *small], cwd=tmp_path)
+    assert traced.returncode == 0 and "traced" in traced.stdout, traced.stderr
+    [stage] = json.loads((tmp_path / "t.json").read_text())["stages"]
+    peaks = [stage["memory"][tier]["peak"] for tier in ("analytic", "traced")]
+    assert f"{peaks[1] / 2**20:.2f}" in traced.stdout  # how near they are is told elsewhere
     line = next(line for line in done.stdout.splitlines() if "python train.py" in line)
     pasted = trained(*line.split()[2:])  # as a person pastes it
     assert pasted.train.global_batch_size == 64 and pasted.model.name == "llama3_8b"
@@ -435,6 +441,7 @@ def test_on_a_gpu_its_own_memory_counts_and_a_known_card_has_a_speed(
 ) -> None:
     config = trained(*LLAMA_8B, "parallel.activation_checkpoint=full")
     processes, mesh = Processes("cuda", 8, 1, "torchrun"), MeshShape(1, 8, 1, 1)
+    monkeypatch.setattr(planning, "LOCAL", "never measured")
 
     def verdict(name: str, gib: int) -> str | None:
         card = SimpleNamespace(name=name, total_memory=gib * GIB)
