@@ -1,0 +1,118 @@
+"""Is the mesh that the planner finds best the best? Every mesh of four processes, on this CPU.
+
+    python -m bench.planned_speed [rounds]
+
+This machine is calibrated first; then `train.py` runs on each mesh in turn, and again, so that a
+machine whose speed drifts disturbs all alike. The claim: the measured step of the mesh that the
+planner puts first is within 5% of the shortest measured. Beside it, each step as planned.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+
+from bench.measurement import spread, write
+from parallel.mesh import AXES, MeshShape, plan_processes, resolve_mesh
+from planning.calibration import calibrate
+from planning.job import Job
+from planning.search import meshes
+from planning.speed import step_time
+from program.command_line import CONF
+from program.config import load_train_config
+from program.planning import Asked, given_choice
+from program.preflight import MORE_RULES, prepare_data
+
+ROOT = Path(__file__).parent.parent
+PROCESSES, ROUNDS, STEPS, WARM_UP = 4, 3, 9, 3
+TOLERANCE = 0.05
+MODEL = (
+    *("tokenizer=byte", "model.dim=256", "model.n_layers=6", "model.n_heads=8"),
+    *("model.n_kv_heads=4", "model.ffn_dim=704", "model.vocab_size=4096"),
+    *("train.seq_len=256", "train.global_batch_size=16", f"train.max_steps={STEPS}"),
+    *("parallel.accelerator=cpu", "log.tensorboard=false", "log.interval=1"),
+    *("validation.samples=0", "validation.sample_tokens=0", "checkpoint.interval=null"),
+)
+
+
+def main() -> None:
+    """Measures and writes `bench/results/planned_speed.json`."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        prepare_data(load_train_config(compose("train", [*MODEL, "validation.samples=0"])))
+    hardware = calibrate()
+    grid = [mesh for mesh in meshes(PROCESSES) if not problems(mesh)]
+    seconds: dict[MeshShape, list[float]] = {mesh: [] for mesh in grid}
+    for turn in range(rounds):
+        for mesh in grid if turn % 2 == 0 else grid[::-1]:
+            seconds[mesh] += measured(mesh)
+    planned = {mesh: step_time(job_of(mesh), hardware) for mesh in grid}
+    rows: dict[str, Any] = {}
+    for mesh in sorted(grid, key=lambda mesh: statistics.median(seconds[mesh])):
+        time, found = planned[mesh], spread(seconds[mesh])
+        rows[str(mesh)] = {
+            "measured": found,
+            "planned": time.total,
+            "error": time.total / found["median"] - 1,
+        }
+        print(f"{mesh!s:<30}{found['median']:>8.3f} s measured{time.total:>8.3f} s planned")
+    first = min(grid, key=lambda mesh: planned[mesh].total)
+    best = min(statistics.median(each) for each in seconds.values())
+    over_best = statistics.median(seconds[first]) / best - 1
+    write(
+        Path(__file__).stem,
+        {"first": str(first), "over_best": over_best, "rows": rows},
+    )
+    assert over_best <= TOLERANCE, over_best
+
+
+def overrides(mesh: MeshShape) -> list[str]:
+    """The words that ask for a mesh."""
+    return [f"parallel.{axis}={size}" for axis, size in zip(AXES, mesh.sizes, strict=True)]
+
+
+def problems(mesh: MeshShape) -> list[str]:
+    """What the configuration has against a mesh."""
+    return asked(mesh)[0].mesh_problems(mesh)
+
+
+def asked(mesh: MeshShape) -> tuple[Asked, Any]:
+    """The configuration on a mesh, as the planner takes it."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = load_train_config(compose("train", [*MODEL, *overrides(mesh)]), *MORE_RULES)
+    tokens = config.stages().first_token(config.train.max_steps)
+    return Asked(config, "cpu", tokens), config
+
+
+def job_of(mesh: MeshShape) -> Job:
+    """A step on a mesh."""
+    question, config = asked(mesh)
+    processes, _ = plan_processes(config.parallel, {})
+    resolved, _ = resolve_mesh(config.parallel, processes.world_size)
+    return question.jobs(given_choice(config, resolved))[0][0]
+
+
+def measured(mesh: MeshShape) -> list[float]:
+    """Seconds of each step of a run, without the first ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*MODEL, *overrides(mesh), f"run.dir={folder}/run"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            [sys.executable, "train.py", *words],
+            cwd=ROOT,
+            env=environment,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step_seconds"] for line in lines][WARM_UP:]
+
+
+if __name__ == "__main__":
+    main()
