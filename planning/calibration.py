@@ -90,7 +90,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _device(kind: str) -> tuple[Hardware | None, str, dict[str, float] | None, float, int]:
-    """What is known of the device, its name, its peaks, its memory in GiB, how many there are."""
+    """What is known of the device, its name, peaks and memory in GiB, and how many there are."""
     if kind == "cuda":
         properties = torch.cuda.get_device_properties(0)
         known = hardware_of(properties.name)
