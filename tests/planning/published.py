@@ -66,12 +66,12 @@ class Row:
     def job(self) -> Job:
         """What the planner plans."""
         mesh, choices = MeshShape(*self.mesh), dict(self.choices)
-        fp8 = choices.pop("fp8", None)
+        fp8, state = choices.pop("fp8", None), choices.pop("optimizer_state", "fp32")
         return Job(
             model=self.model,
             mesh=mesh,
             parallel=ParallelConfig(**choices),
-            precision=PrecisionConfig("bf16", "fp32", "fp32", fp8),
+            precision=PrecisionConfig("bf16", "fp32", state, fp8),
             accelerator="cuda",
             seq_len=self.seq_len,
             global_batch_size=self.local * self.micro * mesh.dp,
@@ -86,6 +86,7 @@ COMPILED: dict[str, Any] = {"compile": True}
 # torchtitan keeps every other product, and attention.
 SELECTIVE: dict[str, Any] = {"activation_checkpoint": 0.5, "compile": True}
 FP8: dict[str, Any] = {"fp8": "tensorwise"}
+BF16_MOMENTS: dict[str, Any] = {"optimizer_state": "bf16"}
 MPT_1B, MPT_3B, MPT_7B = mpt(2048, 24, 16), mpt(2560, 32, 20), mpt(4096, 32, 32)
 
 FITTED = [
@@ -159,8 +160,8 @@ TESTED = [
     Row("MosaicML 3B, 8,192", TRITON, MPT_3B, EIGHT, 8192, 3, 6, 16578, {}),
     Row(
         "llmq 1.5B, one H100",
-        *(CUDNN, qwen(1536, 28, 12, 2, 8960, True), (1, 1, 1, 1), 1024, 16, 16, 59000),
-        COMPILED,
+        *(CUDNN, qwen(1536, 28, 12, 2, 8960, True), (1, 1, 1, 1), 1024, 32, 16, 59000),
+        COMPILED | BF16_MOMENTS,
     ),
     Row(
         "llmq 3B",
@@ -169,9 +170,9 @@ TESTED = [
         (1, 1, 1, 1),
         1024,
         16,
-        16,
+        32,
         31000,
-        COMPILED,
+        COMPILED | BF16_MOMENTS,
     ),
     Row(
         "llmq 7B",
@@ -179,9 +180,9 @@ TESTED = [
         qwen(3584, 28, 28, 4, 18944, False),
         (1, 1, 1, 1),
         1024,
-        16,
-        16,
+        4,
+        128,
         14000,
-        COMPILED,
+        COMPILED | BF16_MOMENTS,
     ),
 ]
