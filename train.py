@@ -197,10 +197,11 @@ def train_step(
     fabric, model, optimizer = run.fabric, run.model, run.optimizer
     n_targets, batch_hash = run.strategy.sum_over_data(fabric.to_device(batches.counts))
     shares = []
-    for place, micro_batch in enumerate(batches.micro_batches, start=1):
+    pieces = zip(batches.micro_batches, batches.n_documents, strict=True)
+    for place, (micro_batch, n_documents) in enumerate(pieces, start=1):
         tokens, positions, labels = fabric.to_device(micro_batch)
         with fabric.no_backward_sync(model, enabled=place < len(batches.micro_batches)):
-            share = model(tokens, positions, labels) / n_targets
+            share = model(tokens, positions, labels, n_documents=n_documents) / n_targets
             fabric.backward(share)
         shares.append(share.detach())
     # Peers that read the same samples have the same loss: of each the part that makes one whole.

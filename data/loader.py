@@ -36,14 +36,16 @@ class Batch(NamedTuple):
 class StepBatches(NamedTuple):
     """What one data rank computes in one step.
 
-    `n_targets` counts this rank's labels that are not -100. `digest` is a sum over its samples:
-    added up over the data ranks it is the same on every mesh, and another one when a sample is
-    lost, doubled or changed. `number` is the batch's place in the order, from 0. `lanes` tells
-    where this rank's lanes are after the step, when the samples come straight from a dataset
-    (`data.stream`).
+    `n_documents` tells for each micro-batch how many documents it has at most, a row's first one
+    counted in any case. `n_targets` counts this rank's labels that are not -100. `digest` is a sum
+    over its samples: added up over the data ranks it is the same on every mesh, and another one
+    when a sample is lost, doubled or changed. `number` is the batch's place in the order, from 0.
+    `lanes` tells where this rank's lanes are after the step, when the samples come straight from a
+    dataset (`data.stream`).
     """
 
     micro_batches: list[Batch]
+    n_documents: list[int]
     n_targets: int
     digest: int
     number: int = 0
@@ -142,14 +144,17 @@ def deal(
     pin_memory: bool = False,
 ) -> StepBatches:
     """A rank's windows of a step, (tokens (seq + 1,), document starts), as micro-batches."""
-    micro_batches = [
-        make_batch(windows[i : i + micro_batch_size], document_mask, pin_memory=pin_memory)
-        for i in range(0, len(windows), micro_batch_size)
-    ]
+    pieces = [windows[i : i + micro_batch_size] for i in range(0, len(windows), micro_batch_size)]
+    micro_batches = [make_batch(piece, document_mask, pin_memory=pin_memory) for piece in pieces]
+    n_documents = [len(piece) for piece in pieces]
+    if document_mask:
+        n_documents = [
+            len(piece) + sum(int((starts > 0).sum()) for _, starts in piece) for piece in pieces
+        ]
     n_targets = sum(len(tokens) - 1 for tokens, _ in windows)
     if document_mask:
         n_targets -= sum(int((starts > 0).sum()) for _, starts in windows)
-    return StepBatches(micro_batches, n_targets, digest)
+    return StepBatches(micro_batches, n_documents, n_targets, digest)
 
 
 def validation_batches(

@@ -100,6 +100,7 @@ class _CachingKernel(AttentionKernel):
         places: Tensor | None,
         like: Tensor,
         key_places: Tensor | None = None,
+        n_documents: int | None = None,
     ) -> Mask:
         assert places is None and key_places is None
         return self.rows.advance(positions)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128  # queries or keys of a tile of FlexAttention's block mask
+DOCUMENTS = 16  # the number of documents is rounded up to a multiple of it
 
 
 class Documents(NamedTuple):
@@ -48,6 +49,7 @@ class AttentionKernel:
         places: Tensor | None,
         like: Tensor,
         key_places: Tensor | None = None,
+        n_documents: int | None = None,
     ) -> Mask:
         """Who may look at whom: oneself and what came before, in the same document.
 
@@ -58,6 +60,8 @@ class AttentionKernel:
             places: (seq,) where in the whole sequence each query lies; None: 0, 1, …
             like: A tensor of the device and dtype of the queries.
             key_places: (keys,) the same for the keys; None: the queries' own.
+            n_documents: No more begin in all rows, a row's first one counted in any case. None:
+                where their number is needed it is asked of the device, and waited for.
         """
         if positions is None and places is None:
             return None
@@ -69,7 +73,7 @@ class AttentionKernel:
         keys = places if key_places is None else key_places
         choice = self._choose(like) if self.choice == "auto" else self.choice
         if choice == "varlen" and key_places is None and positions is not None:
-            return _documents(begins, places)
+            return _documents(begins, places, n_documents)
         if choice == "sdpa":
             # As the kernel adds it to the scores: of booleans each layer would make this anew.
             seen = document_mask(begins, places, keys)
@@ -161,12 +165,18 @@ def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
     return counts.unsqueeze(1), indices.unsqueeze(1)
 
 
-def _documents(begins: Tensor, places: Tensor) -> Documents:
-    """Borders of the documents of whole rows; waits for the device once, to learn how many."""
+def _documents(begins: Tensor, places: Tensor, n_documents: int | None) -> Documents:
+    """Borders of the documents of whole rows; those that are missing to a bound are empty."""
     starts = begins == places  # (batch or 1, seq)
     starts[:, 0] = True  # a row that starts in the middle of a document
-    borders = torch.nonzero(starts.flatten()).squeeze(1)  # (documents,)
-    return Documents(F.pad(borders, (0, 1), value=starts.numel()).int(), begins.shape[1])
+    ends, whole = starts.numel(), starts.flatten()
+    if n_documents is None:
+        borders = torch.nonzero(whole).squeeze(1)  # (documents,)
+    else:
+        # Sizes that come again and again are compiled once.
+        bound = -(-n_documents // DOCUMENTS) * DOCUMENTS
+        borders = torch.nonzero_static(whole, size=bound, fill_value=ends).squeeze(1)
+    return Documents(F.pad(borders, (0, 1), value=ends).int(), begins.shape[1])
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Documents) -> Tensor:

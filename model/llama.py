@@ -136,6 +136,7 @@ class Llama(nn.Module):
         positions: Tensor | None = None,
         labels: Tensor | None = None,
         places: Tensor | None = None,
+        n_documents: int | None = None,
     ) -> Tensor:
         """Run the model.
 
@@ -147,13 +148,15 @@ class Llama(nn.Module):
                 where there is none.
             places: (seq,) integers, where in the whole sequence these columns lie. None: they are
                 the whole sequence, in order.
+            n_documents: No more begin in these rows. None: a kernel that needs to know asks the
+                device, and the host waits.
 
         Returns:
             Logits (batch, seq, vocab) without labels; with labels the float32 scalar sum of the
             negative log-likelihoods of all targets, in nats.
         """
         x = self.tok_embeddings(tokens)  # (batch, seq, dim)
-        mask = self.kernel.mask(positions, places, like=x)
+        mask = self.kernel.mask(positions, places, like=x, n_documents=n_documents)
         if positions is None:
             whole = torch.arange(tokens.shape[1], device=tokens.device)
             positions = (whole if places is None else places).unsqueeze(0)  # (1, seq)

@@ -57,6 +57,7 @@ class _Context:
         """From the arguments of `Llama.forward` on whole sequences to those on local ones."""
         names = ("tokens", "positions", "labels")
         whole = dict(zip(names, arguments, strict=False)) | named
+        whole.pop("n_documents", None)  # no kernel for parts of documents asks for it
         seq = whole["tokens"].shape[1]
         own = self.places(seq, whole["tokens"].device)[self.rank]  # (local seq,)
         local = {
@@ -94,6 +95,7 @@ class _GatheringKernel(AttentionKernel):
         places: Tensor | None,
         like: Tensor,
         key_places: Tensor | None = None,
+        n_documents: int | None = None,
     ) -> Mask:
         assert places is not None and key_places is None
         seq = len(places) * self.context.size

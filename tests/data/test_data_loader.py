@@ -93,6 +93,9 @@ def test_ranks_and_micro_batches_only_deal_out_the_one_process_batch(
         assert sum(part.digest for part in parts) == whole.digest
         assert sum(part.n_targets for part in parts) == whole.n_targets
         assert whole.n_targets == int((joined(whole)[2] != IGNORE).sum())
+        for part in (whole, *parts):  # a bound for what attention has to keep apart
+            begun = [int((batch.positions == 0).sum()) for batch in part.micro_batches]
+            assert all(n >= found for n, found in zip(part.n_documents, begun, strict=True))
 
 
 def test_digest_changes_with_the_step_and_with_any_token(folder: Path) -> None:

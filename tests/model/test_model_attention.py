@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from model.attention import AttentionKernel, Documents, block_mask, document_mask
+from model.attention import DOCUMENTS, AttentionKernel, Documents, block_mask, document_mask
 
 LENGTHS = (13, 1, 29, 5, 130, 100)  # of the documents in a row; tiles of 128 cut two of them
 SEQ, HEADS, HEAD_DIM = sum(LENGTHS), 6, 16
@@ -117,9 +117,10 @@ def test_kernels_agree_in_bf16_on_packed_batches(choice: str) -> None:
         torch.testing.assert_close(own.double(), other.double(), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("bound", [None, 0, 5])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_varlen_gets_every_document_of_every_row(
-    monkeypatch: pytest.MonkeyPatch, grouped: bool
+    monkeypatch: pytest.MonkeyPatch, grouped: bool, bound: int | None
 ) -> None:
     """The kernel itself runs on CUDA alone: in its place the same sum, document by document.
 
@@ -136,18 +137,23 @@ def test_varlen_gets_every_document_of_every_row(
         assert named == {"window_size": (-1, 0)} and borders.dtype == torch.int32
         assert rest[1] == rest[2] >= int(borders.diff().max())
         pieces = []
+        assert (borders.diff() >= 0).all()
         for a, b in itertools.pairwise(borders.tolist()):
             own = [t[a:b].transpose(0, 1) for t in (q, k, v)]  # each (heads, tokens, head_dim)
             pieces.append(F.scaled_dot_product_attention(own[0], own[1], own[2], is_causal=True))
         return torch.cat(pieces, dim=1).transpose(0, 1)
 
-    kernel_of = {False: by_document, True: with_groups}
+    kernel_of: dict[bool, Any] = {False: by_document, True: with_groups}
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel_of[grouped])
     positions = packed_positions()
     q, k, v = inputs(2)
     kernel = AttentionKernel("varlen")
-    mask = kernel.mask(positions, None, like=q)
+    # A row's first document may have begun before it.
+    begun = int((positions == 0).sum()) + int((positions[:, 0] > 0).sum())
+    n_documents = None if bound is None else begun + bound
+    mask = kernel.mask(positions, None, like=q, n_documents=n_documents)
     assert isinstance(mask, Documents)
+    assert len(mask.borders) == (begun + 1 if bound is None else DOCUMENTS + 1)  # others are empty
     expected = written_out(q, k, v, whole_mask(positions))
     torch.testing.assert_close(kernel(q, k, v, mask).double(), expected, rtol=0, atol=1e-5)
 

@@ -99,7 +99,8 @@ def share(whole: Batch, rank: int, size: int, n_micro: int) -> StepBatches:
     own = Batch(*(field[rank * rows : (rank + 1) * rows] for field in whole))
     pieces = [Batch(*fields) for fields in zip(*(f.chunk(n_micro) for f in own), strict=True)]
     assert len(pieces) == n_micro
-    return StepBatches(pieces, int((own.labels != IGNORE).sum()), digest=rank + 1)
+    n_documents = [int((piece.positions == 0).sum()) for piece in pieces]
+    return StepBatches(pieces, n_documents, int((own.labels != IGNORE).sum()), digest=rank + 1)
 
 
 def build(case: Case, accelerator: str = "cpu") -> SimpleNamespace:

@@ -14,6 +14,7 @@ from small_run import OPTIM, Case, batch, build, share
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
+from model.attention import AttentionKernel
 from program.command_line import CONF, hydra_arguments
 from program.preflight import check_config, prepare_data
 from training import garbage
@@ -62,6 +63,15 @@ def take_steps_without_waits(cases: list[Case]) -> None:
     for case in cases:
         for state in STATES if case is cases[0] else STATES[:1]:
             take_steps(case, state, no_waits)
+
+
+def test_documents_are_told_apart_without_waiting_for_the_device() -> None:
+    """The way of GPUs, where their number came with the batch."""
+    positions = batch(0).positions
+    with NoWaits():
+        AttentionKernel("varlen").mask(positions, None, positions, n_documents=positions.numel())
+        with pytest.raises(AssertionError, match="waits for the device"):
+            AttentionKernel("varlen").mask(positions, None, positions)
 
 
 def collections_of_a_run(words: list[str]) -> dict[str, Any]:
