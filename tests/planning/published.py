@@ -132,6 +132,32 @@ FITTED = [
     ),
 ]
 
+FURTHER = [
+    # The rest of what the same two reports of torchtitan measured, pipelines aside, taken in once
+    # everything above was settled.
+    Row(
+        "torchtitan 8B, 64 H200", H200, LLAMA_8B, (1, 64, 1, 1), 8192, 2, 1, 10753, SELECTIVE | FP8
+    ),
+    Row(
+        "torchtitan 70B, fp8, 256 H100",
+        *(LIMITED, LLAMA_70B, (1, 32, 1, 8), 8192, 16, 1, 829),
+        FULL | COMPILED | FP8,
+    ),
+    Row(
+        "  async TP",
+        *(LIMITED, LLAMA_70B, (1, 32, 1, 8), 8192, 16, 1, 876),
+        FULL | COMPILED | FP8 | {"async_tp": True},
+    ),
+    *(
+        Row(
+            f"torchtitan 8B, {seq_len:,}, cp={cp}",
+            *(LIMITED, LLAMA_8B, (1, 8 // cp, cp, 1), seq_len, 1, 1, published),
+            FULL | COMPILED | FP8,
+        )
+        for seq_len, cp, published in ((65536, 2, 2540), (131072, 4, 1071), (262144, 8, 548))
+    ),
+]
+
 TESTED = [
     Row("NeMo 8B, 8 H100", CUDNN, LLAMA_8B, EIGHT, 8192, 1, 1, 10682, COMPILED),
     Row("  fp8", CUDNN, LLAMA_8B, EIGHT, 8192, 1, 1, 14048, COMPILED | FP8),
