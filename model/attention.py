@@ -7,7 +7,8 @@ the mask, which is made once a forward and shared by all layers. Projections and
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -174,16 +175,14 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Documents) -> Tensor:
 
     group = q.shape[2] // k.shape[2]
     borders, longest = mask
-    out: Any = varlen_attn(
-        q.flatten(0, 1),  # (batch * seq, heads, head_dim)
-        k.flatten(0, 1).repeat_interleave(group, dim=1),
-        v.flatten(0, 1).repeat_interleave(group, dim=1),
-        borders,
-        borders,
-        longest,
-        longest,
-        window_size=(-1, 0),  # causal
-    )
+    named: dict[str, Any] = {"window_size": (-1, 0)}  # causal
+    if group > 1 and "enable_gqa" in signature(varlen_attn).parameters:
+        named["enable_gqa"] = True
+    elif group > 1:  # older versions of PyTorch
+        k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
+    # Each (batch * seq, heads, head_dim); heads of k and v may be fewer.
+    flat = [t.flatten(0, 1) for t in (q, k, v)]
+    out: Any = cast(Any, varlen_attn)(*flat, borders, borders, longest, longest, **named)
     return out.unflatten(0, q.shape[:2])
 
 

@@ -156,7 +156,7 @@ def _bandwidth(kind: str, elements: int, seconds: float) -> float:
 
 
 def _link(kind: str, payload: int, seconds: float) -> tuple[float, float] | None:
-    """GB/s that a rank sends in an all-gather, and microseconds of one of nothing."""
+    """GB/s of a rank in an all-gather, on CPU of all ranks, and microseconds of one of nothing."""
     ranks = torch.cuda.device_count() if kind == "cuda" else 2
     if ranks < 2:
         return None
@@ -164,6 +164,8 @@ def _link(kind: str, payload: int, seconds: float) -> tuple[float, float] | None
         spawn(_gather, args=(ranks, kind, payload, seconds, folder), nprocs=ranks)
         large, small = map(float, (Path(folder) / "seconds").read_text().split())
     sent = 4 * payload * (ranks - 1) / ranks
+    if kind == "cpu":  # which all of them share
+        sent *= ranks
     return sent / max(large - small, 1e-9) / 1e9, small * 1e6
 
 

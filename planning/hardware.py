@@ -31,7 +31,7 @@ class Hardware:
             forward and backward together, counted as `model.flops` counts.
         bandwidth_gb_s: Achieved by a copy, bytes read and written together.
         link_gb_s, link_latency_us: Of a rank's link inside the node, one direction, achieved by
-            collectives, and what a collective takes however small it is.
+            collectives (on `cpu` of all ranks together), and what a collective takes at least.
         network_gb_s, network_latency_us: The same between nodes.
         price_per_hour: Of a device, in whatever currency; null where nobody said.
         names: Pattern of the names under which torch.cuda knows it.

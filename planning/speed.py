@@ -116,16 +116,23 @@ class _Rank:
             (model.dim, self.ffn),
             (self.ffn, model.dim),
         ]
-        block = sum(self.product(self.tokens, k, n, inside) for k, n in shapes)
+        products = [self.product(self.tokens, k, n, inside) for k, n in shapes]
+        again = sum(products[:-1])  # nothing that follows the last one is needed
+        block = 3 * sum(products) + self.recomputed()[0] * again
         head = self.product(self.tokens, model.dim, self.vocab, job.precision.param)
-        return model.n_layers * block * (3 + self.recomputed()[0]) + 3 * head
+        return model.n_layers * block + 3 * head
 
     def attention(self) -> float:
-        """The kernel, of which a third is the forward; a causal mask halves the work."""
+        """The kernel, of which a third is the forward; half the work where it skips what is masked.
+
+        On CPU it does so where rows are plainly causal, and not under a mask of documents.
+        """
         model, job = self.job.model, self.job
         rate = self.hardware.attention_tflops[job.precision.param] * 1e12 / self.sharing
         heads = model.n_heads // job.mesh.tp
         flops = 6 * self.tokens * heads * model.head_dim * job.seq_len
+        if job.accelerator == "cpu" and (job.document_mask or job.mesh.cp > 1):
+            flops *= 2
         return model.n_layers * flops / rate * (1 + self.recomputed()[0] / 3)
 
     def elementwise(self) -> float:
@@ -193,7 +200,8 @@ class _Rank:
         if reach > hardware.devices_per_node:
             # A ring for every adapter of the group's ranks in a node.
             speed, latency = min(speed, hardware.network_gb_s * inside), hardware.network_latency_us
-        return float(each.sent) / (speed * 1e9) + each.count * latency * 1e-6
+        sending = float(each.sent) * self.sharing / (speed * 1e9)
+        return sending + each.count * latency * 1e-6
 
     def _span(self, axis: str) -> tuple[int, int]:
         """From first to last rank of a group that spans these axes, and its ranks in a node."""

@@ -117,8 +117,20 @@ def test_kernels_agree_in_bf16_on_packed_batches(choice: str) -> None:
         torch.testing.assert_close(own.double(), other.double(), rtol=0.05, atol=0.05)
 
 
-def test_varlen_gets_every_document_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel itself runs on CUDA alone: in its place the same sum, document by document."""
+@pytest.mark.parametrize("grouped", [False, True])
+def test_varlen_gets_every_document_of_every_row(
+    monkeypatch: pytest.MonkeyPatch, grouped: bool
+) -> None:
+    """The kernel itself runs on CUDA alone: in its place the same sum, document by document.
+
+    Newer versions of it take fewer heads of keys and values than of queries.
+    """
+
+    def with_groups(q: Tensor, k: Tensor, v: Tensor, *rest: Any, enable_gqa: bool, **named: Any):  # type: ignore[no-untyped-def]
+        group = q.shape[1] // k.shape[1]
+        assert enable_gqa and group > 1
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+        return by_document(q, k, v, *rest, **named)
 
     def by_document(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, *rest: Any, **named: Any):  # type: ignore[no-untyped-def]
         assert named == {"window_size": (-1, 0)} and borders.dtype == torch.int32
@@ -129,7 +141,8 @@ def test_varlen_gets_every_document_of_every_row(monkeypatch: pytest.MonkeyPatch
             pieces.append(F.scaled_dot_product_attention(own[0], own[1], own[2], is_causal=True))
         return torch.cat(pieces, dim=1).transpose(0, 1)
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_document)
+    kernel_of = {False: by_document, True: with_groups}
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel_of[grouped])
     positions = packed_positions()
     q, k, v = inputs(2)
     kernel = AttentionKernel("varlen")
