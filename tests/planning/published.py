@@ -1,9 +1,8 @@
 """Published runs, as the planner takes them: what was trained, on what, by which software.
 
-Speeds are tokens/s of a device. `FITTED` are those that `planning.speed.IN_STEP` was chosen by, and
-`TESTED` and `FURTHER` those that it has
-never seen. What another software does in another way is a parameter of
-the row: its attention kernel, its head, and what it recomputes.
+Speeds are tokens/s of a device. `FITTED` are those that `planning.speed.IN_STEP` was chosen by,
+`TESTED` and `FURTHER` those that it has never seen. What another software does in another way is a
+parameter of the row: its attention kernel, its head, and what it recomputes.
 """
 
 from dataclasses import dataclass, replace
