@@ -114,7 +114,13 @@ def load_hardware(name_or_path: str) -> Hardware:
 
 
 def hardware_of(device_name: str) -> Hardware | None:
-    """The hardware that torch.cuda calls by that name; None for cards that no file describes."""
+    """The hardware that torch.cuda calls by that name.
+
+    None for cards that no file describes, and for a slice of a card (MIG): its rates are not the
+    card's.
+    """
+    if " MIG " in f"{device_name} ":
+        return None
     for name in known_hardware():
         hardware = load_hardware(name)
         if hardware.names is not None and re.search(hardware.names, device_name):

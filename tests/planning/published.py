@@ -1,8 +1,8 @@
 """Published runs, as the planner takes them: what was trained, on what, by which software.
 
-Speeds are tokens/s of a device. `FITTED` are those that `planning.speed.IN_STEP` was chosen by, and
-`TESTED` those that it has never seen. What another software does in another way is a parameter of
-the row: its attention kernel, its head, and what it recomputes.
+Speeds are tokens/s of a device. `FITTED` are those that `planning.speed.IN_STEP` was chosen by,
+`TESTED` and `FURTHER` those that it has never seen. What another software does in another way is a
+parameter of the row: its attention kernel, its head, and what it recomputes.
 """
 
 from dataclasses import dataclass, replace
@@ -130,6 +130,32 @@ FITTED = [
         "torchtitan 8B, 32,768, fp8",
         *(LIMITED, LLAMA_8B, EIGHT, 32768, 1, 1, 3890),
         FULL | COMPILED | FP8,
+    ),
+]
+
+FURTHER = [
+    # The rest of what the same two reports of torchtitan measured, pipelines aside. Found later:
+    # nothing was chosen by them either.
+    Row(
+        "torchtitan 8B, 64 H200", H200, LLAMA_8B, (1, 64, 1, 1), 8192, 2, 1, 10753, SELECTIVE | FP8
+    ),
+    Row(
+        "torchtitan 70B, fp8, 256 H100",
+        *(LIMITED, LLAMA_70B, (1, 32, 1, 8), 8192, 16, 1, 829),
+        FULL | COMPILED | FP8,
+    ),
+    Row(
+        "  async TP",
+        *(LIMITED, LLAMA_70B, (1, 32, 1, 8), 8192, 16, 1, 876),
+        FULL | COMPILED | FP8 | {"async_tp": True},
+    ),
+    *(
+        Row(
+            f"torchtitan 8B, {seq_len:,}, cp={cp}",
+            *(LIMITED, LLAMA_8B, (1, 8 // cp, cp, 1), seq_len, 1, 1, published),
+            FULL | COMPILED | FP8,
+        )
+        for seq_len, cp, published in ((65536, 2, 2540), (131072, 4, 1071), (262144, 8, 548))
     ),
 ]
 
