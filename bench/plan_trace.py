@@ -2,7 +2,7 @@
 
     python -m bench.plan_trace
 
-The claims: less than 30 s and 1 GB on two cores; and the closed forms are within 5% of what it finds.
+The claims: less than 30 s and 1 GB on two cores; the closed forms are within 5% of what it finds.
 """
 
 import json

@@ -22,15 +22,14 @@ class GarbageCollector:
         gc.disable()
 
     def after(self, step: int) -> None:
-        """Collects after this start's first step, and then after every `EVERY`-th of the run."""
+        """Collects after every `EVERY`-th step of the run what was made since the first one."""
         if not self._frozen:
-            gc.collect()
-            gc.freeze()  # what the set-up and compiling made stays; it need not be looked at again
+            # What set-up and compiling made stays, garbage too: it need not be looked at again.
+            gc.freeze()
             self._frozen = True
         elif step % EVERY == 0:
             gc.collect()
 
     def end(self) -> None:
-        """The collector is Python's own again."""
-        gc.unfreeze()
+        """The collector is Python's own again, but for what is frozen."""
         gc.enable()

@@ -134,7 +134,7 @@ def test_no_garbage_is_collected_within_a_step_and_on_all_ranks_after_the_same_o
 ) -> None:
     for rank in found:
         assert rank["inside"] == 0
-        assert sorted({*rank["after"]} - {0}) == [1, 3, 6]  # the first, and every third
+        assert sorted({*rank["after"]} - {0}) == [3, 6]  # every third
 
 
 def test_a_step_leaves_no_tensor_to_the_collector(found: Any) -> None:
@@ -143,7 +143,8 @@ def test_a_step_leaves_no_tensor_to_the_collector(found: Any) -> None:
 
 
 def test_after_a_run_the_collector_is_pythons_own(found: Any) -> None:
-    assert [(rank["enabled"], rank["frozen"]) for rank in found] == [(True, 0), (True, 0)]
+    # But for what was there after the first step, which nobody looks at again.
+    assert all(rank["enabled"] and rank["frozen"] > 100_000 for rank in found)
 
 
 @pytest.mark.parametrize("wait", ["item", "nonzero", "tolist", "bool"])
