@@ -3,7 +3,7 @@
     python -m bench.plan_search
 
 The claims: a thousand candidates take less than 2 s, and `train.py`'s verdict less than 50 ms
-beside its imports. Also told is what a process holds with all its libraries and no tensor, which
+beside its imports. Also told is what a process holds with its libraries and no tensor, which
 `program.planning.PROCESS_GIB` leaves out of a rank's room on CPU.
 """
 

@@ -130,14 +130,14 @@ def totals(collectives: Iterable[Collective]) -> dict[tuple[str, Kind], tuple[in
 # ---------------------------------------------------------------- weights and their gradients
 
 
-def _block_matrices(model: ModelConfig, tp: int) -> list[tuple[int, int]]:
+def block_matrices(model: ModelConfig, tp: int) -> list[tuple[int, int]]:
     """Rows and columns of a block's parameters, cut over tp: norms whole, wo and w2 by columns."""
     dim, ffn, kv = model.dim, model.ffn_dim // tp, model.n_kv_heads * model.head_dim // tp
     attention = [(dim // tp, dim), (kv, dim), (kv, dim), (dim, dim // tp)]
     return [*attention, (ffn, dim), (ffn, dim), (dim, ffn), (dim, 1), (dim, 1)]
 
 
-def _root_matrices(model: ModelConfig, tp: int) -> list[tuple[int, int]]:
+def root_matrices(model: ModelConfig, tp: int) -> list[tuple[int, int]]:
     """Rows and columns of what lies around the blocks: embedding, head unless tied, last norm."""
     embeddings = 1 if model.tie_embeddings else 2
     return [(model.vocab_size // tp, model.dim)] * embeddings + [(model.dim, 1)]
@@ -160,8 +160,8 @@ def _weights(plan: _Plan) -> list[Collective]:
     layers, reshard = plan.model.n_layers, plan.parallel.reshard_after_forward
     freed = layers - 1 if reshard is None else layers * reshard
     groups = [  # (how many, elements of each, how many are gathered again)
-        (layers, elements(_block_matrices(plan.model, mesh.tp)), freed),
-        (1, elements(_root_matrices(plan.model, mesh.tp)), 0),
+        (layers, elements(block_matrices(plan.model, mesh.tp)), freed),
+        (1, elements(root_matrices(plan.model, mesh.tp)), 0),
     ]
     found = []
     for count, size, again in groups:

@@ -30,8 +30,7 @@ def inputs(job: Job) -> int:
     integers = 3 * whole * INT64
     if job.mesh.cp > 1:
         integers += 3 * job.local_tokens * INT64
-    rows = job.local_tokens if job.document_mask else job.local_tokens // job.micro_batch_size
-    tables = rows * job.model.head_dim * FLOAT32
+    tables = _rows(job) * job.model.head_dim * FLOAT32
     return integers + tables + _mask_elements(job) * job.param_bytes
 
 
@@ -39,8 +38,12 @@ def _mask_elements(job: Job) -> int:
     """Elements of the dense mask, where there is one: (batch or 1, local seq, seq)."""
     if job.accelerator == "cuda" or not (job.document_mask or job.mesh.cp > 1):
         return 0
-    rows = job.local_tokens if job.document_mask else job.local_tokens // job.micro_batch_size
-    return rows * job.seq_len
+    return _rows(job) * job.seq_len
+
+
+def _rows(job: Job) -> int:
+    """(batch, local seq) where documents make each sample differ, else (1, local seq)."""
+    return job.local_tokens // (1 if job.document_mask else job.micro_batch_size)
 
 
 def kept_by_head(job: Job) -> int:
@@ -85,6 +88,9 @@ def kept_by_block(job: Job, checkpoint: str | float | None = None) -> int:
     model, tp, tokens, p = job.model, job.mesh.tp, job.local_tokens, job.param_bytes
     width, kv_width = model.dim // tp, model.n_kv_heads * model.head_dim // tp
     ffn = model.ffn_dim // tp
+    if isinstance(mode, float):  # the compiler's budget, between all recomputed and nothing
+        least, most = kept_by_block(job, "full"), kept_by_block(job, "none")
+        return least + round(mode * (most - least))
     if mode == "full":
         return block_input(job)
     out = tokens * (width * p + model.n_heads // tp * FLOAT32)
@@ -103,16 +109,19 @@ def kept_by_block(job: Job, checkpoint: str | float | None = None) -> int:
 def recomputed_by_block(job: Job) -> int:
     """What recomputation brings back of a block, all at once."""
     mode = job.parallel.activation_checkpoint
-    if mode not in ("full", "selective"):
+    if mode == "none":
         return 0
     model, tp, tokens, p = job.model, job.mesh.tp, job.local_tokens, job.param_bytes
+    # A compiled backward holds two hidden states more, by `bench.planned_memory`.
+    more = 2 * block_input(job) if job.parallel.compile else 0
     whole = kept_by_block(job, "none")
+    if isinstance(mode, float):
+        return round((1 - mode) * (whole + more))
     if mode == "full":
-        # A compiled backward holds two hidden states more, by `bench.planned_memory`.
-        return whole + (2 * block_input(job) if job.parallel.compile else 0)
+        return whole + more
     width, kv_width = model.dim // tp, model.n_kv_heads * model.head_dim // tp
     if job.parallel.compile:  # piece by piece, as it is needed
-        return tokens * (model.ffn_dim // tp + model.dim) * p + 2 * block_input(job)
+        return tokens * (model.ffn_dim // tp + model.dim) * p + more
     # What was kept comes back as it is; what only led to it is let go once it was read.
     values = 0 if job.mesh.cp > 1 else kv_width
     kept = tokens * (width + values + 2 * model.ffn_dim // tp) * p

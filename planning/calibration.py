@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from planning.hardware import Hardware, hardware_of
+from planning.hardware import PROCESS_GIB, Hardware, hardware_of
 
 SECONDS = 1.5  # of each measurement
 WARM_UP, LEAST = 2, 3  # operations before, and that are timed
@@ -31,7 +31,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "cuda": {"product": 8192, "copy": 2**28, "attention": (2, 32, 4096, 128), "payload": 2**26},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RESERVED_GIB = {"cpu": 0.4, "cuda": 4.0}
+RESERVED_GIB = {"cpu": PROCESS_GIB, "cuda": 4.0}
 PROCESSES = 64  # that may share a machine without a GPU
 UNKNOWN_LINK = (20.0, 20.0)  # GB/s and microseconds: PCI Express, a fast network
 

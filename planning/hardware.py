@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 FOLDER = Path(__file__).parent.parent / "conf" / "hardware"
-PRECISIONS = ("fp32", "bf16", "fp8")
+PROCESS_GIB = 0.45
+"""Of a process on CPU with its libraries and no tensor: what `bench.plan_search` finds."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ backward is in `planning.activations`.
 
 from dataclasses import dataclass, fields
 
+from parallel.traffic import block_matrices, root_matrices
 from planning.activations import (
     backward_buffers,
     block_input,
@@ -20,9 +21,10 @@ from planning.activations import (
 from planning.job import Job
 
 FLOAT32 = 4
-CPU_BLOCK, DEVICE_BLOCK = 2**18, 2**23  # `model.loss.BLOCK`: elements in float32 at once
-MOMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + FLOAT32 / 256}  # one of two, of a matrix
-CPU_PIECE, DEVICE_PIECE = 2**16, 2**25  # elements of moments that are widened at once
+HEAD_BLOCK = {"cpu": 2**18, "cuda": 2**23}  # `model.loss.BLOCK`: elements in float32 at once
+MOMENT_BLOCK = 256  # 8-bit values that share a float32 scale
+MOMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + FLOAT32 / MOMENT_BLOCK}  # of a matrix's element
+MOMENT_PIECE = {"cpu": 2**16, "cuda": 2**25}  # values of a narrow moment that are widened at once
 
 
 @dataclass(frozen=True)
@@ -89,16 +91,12 @@ class _Step:
         self.job = job
         model, mesh = job.model, job.mesh
         self.shards = mesh.dp_shard * mesh.cp
-        dim, tp = model.dim, mesh.tp
-        ffn, kv = model.ffn_dim // tp, model.n_kv_heads * model.head_dim // tp
-        attention = [(dim // tp, dim), (kv, dim), (kv, dim), (dim, dim // tp)]
-        block = [*attention, (ffn, dim), (ffn, dim), (dim, ffn), (dim, 1), (dim, 1)]
-        embeddings = [(model.vocab_size // tp, dim)] * (1 if model.tie_embeddings else 2)
-        self.block, self.root = self._group(block), self._group([*embeddings, (dim, 1)])
+        dim, tp, layers = model.dim, mesh.tp, model.n_layers
+        block, root = block_matrices(model, tp), root_matrices(model, tp)
+        self.block, self.root = self._group(block), self._group(root)
         self.head_weight = model.vocab_size // tp * dim * job.param_bytes
-        self.ffn_weight = dim * ffn * job.param_bytes
-        layers = model.n_layers
-        self.elements = self._owned(block) * layers + self._owned([*embeddings, (dim, 1)])
+        self.ffn_weight = dim * model.ffn_dim // tp * job.param_bytes
+        self.elements = self._owned(block) * layers + self._owned(root)
         self.vectors = (2 * layers + 1) * -(-dim // self.shards)
         reshard = job.parallel.reshard_after_forward
         # Blocks whose weights stay gathered between forward and backward.
@@ -131,12 +129,11 @@ class _Step:
             return self.job.model.n_layers * self.block.shard + self.root.shard
         return blocks * self.block.shard
 
-    def _accumulated(self, blocks: int, root: bool = True) -> int:
+    def _accumulated(self, blocks: int) -> int:
         """Sums over the micro-batches before, of blocks and root, that are not reduced yet."""
         if not self.accumulates:
             return 0
-        found = blocks * self.block.to_reduce(self.job)
-        return found + (self.root.to_reduce(self.job) if root else 0)
+        return blocks * self.block.to_reduce(self.job) + self.root.to_reduce(self.job)
 
     def _memory(self, moment: str, **parts: int) -> Memory:
         rest = dict.fromkeys(("gradients", "activations", "gathered", "logits", "temporary"), 0)
@@ -159,7 +156,7 @@ class _Step:
         if job.mesh.tp > 1 and not job.parallel.loss_parallel:
             seen = model.vocab_size
             logits += 2 * rows * seen * job.param_bytes
-        block = CPU_BLOCK if job.accelerator == "cpu" else DEVICE_BLOCK
+        block = HEAD_BLOCK[job.accelerator]
         in_float32 = 0 if job.parallel.compile else min(max(1, block // seen), rows) * seen
         gathered = self.root.gathered(job) + self.kept_blocks * self.block.gathered(job)
         if self.shards > 1:
@@ -255,7 +252,7 @@ class _Step:
     def update(self) -> Memory:
         """The optimizer's step: all gradients are there, and moments in few bits are widened."""
         job, layers = self.job, self.job.model.n_layers
-        piece = CPU_PIECE if job.accelerator == "cpu" else DEVICE_PIECE
+        piece = MOMENT_PIECE[job.accelerator]
         largest = max(self.root.elements, self.block.elements) // self.shards
         narrow = job.precision.optimizer_state != "fp32"
         return self._memory(

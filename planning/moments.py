@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-BLOCK = 256  # 8-bit values that share a float32 scale
-PIECE = {"cpu": 2**16, "cuda": 2**25}  # values of a narrow moment that are widened at once
+from planning.memory import MOMENT_BLOCK, MOMENT_PIECE
 
 
 class FakeAdamW:
@@ -22,7 +21,7 @@ class FakeAdamW:
 
     def __init__(self, model: nn.Module, state: str, accelerator: str) -> None:
         self.param_groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
-        self.format, self.piece = state, PIECE[accelerator]
+        self.format, self.piece = state, MOMENT_PIECE[accelerator]
         self.state: dict[Tensor, dict[str, Tensor]] = {}
 
     def step(self) -> None:
@@ -42,8 +41,8 @@ class FakeAdamW:
         found = {}
         for name in ("exp_avg", "exp_avg_sq"):
             if self.format == "int8" and local.ndim >= 2:
-                blocks = -(-local.numel() // BLOCK)
-                found[name] = torch.empty(blocks, BLOCK, dtype=torch.uint8)
+                blocks = -(-local.numel() // MOMENT_BLOCK)
+                found[name] = torch.empty(blocks, MOMENT_BLOCK, dtype=torch.uint8)
                 found[f"{name} scales"] = torch.empty(blocks)
             else:
                 narrow = self.format == "bf16" and local.ndim >= 2

@@ -14,7 +14,7 @@ from parallel.traffic import Collective
 from planning.hardware import Hardware
 from planning.job import Job
 from planning.memory import Memory, step_memory
-from planning.speed import StepTime, step_time
+from planning.speed import StepTime, span, step_time
 
 GIB = 2**30
 DAY = 86_400  # seconds
@@ -132,14 +132,7 @@ class Plan:
 
 def link(axis: str, job: Job, hardware: Hardware) -> str:
     """`inside` a node or `between` nodes: neighbours in rank share a node, tp innermost."""
-    spanned = axis.split("+")
-    reach = 1  # ranks from the first to the last of a group, up to its outermost axis
-    for name, size in (("tp", job.mesh.tp), ("cp", job.mesh.cp), ("dp_shard", job.mesh.dp_shard)):
-        reach *= size
-        if name == spanned[0]:
-            break
-    else:
-        reach = job.mesh.world_size
+    reach, _ = span(axis, job.mesh, hardware.devices_per_node)
     return "inside a node" if reach <= hardware.devices_per_node else "between nodes"
 
 
@@ -204,7 +197,7 @@ class RunPlan:
     @property
     def tokens_per_second(self) -> float:
         """Of the whole mesh, over all stages."""
-        if self.seconds and self.tokens:
+        if len(self.stages) > 1 and self.seconds and self.tokens:
             return self.tokens / self.seconds
         return self.stages[0].tokens_per_second
 

@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from parallel.mesh import AXES
-from parallel.traffic import Collective
+from parallel.mesh import AXES, MeshShape
+from parallel.traffic import Collective, block_matrices, root_matrices
 from planning.hardware import Hardware
 from planning.job import Job
 
@@ -84,8 +84,8 @@ class _Rank:
         self.sharing = min(mesh.world_size, hardware.devices_per_node) if on_cpu else 1
         self.in_step = 1.0 if on_cpu else IN_STEP
         self.bandwidth = hardware.bandwidth_gb_s * 1e9 / self.sharing
-        block = model.dim * (2 * self.width + 2 * self.kv + 3 * self.ffn)
-        self.elements = model.n_layers * block + 2 * self.vocab * model.dim
+        block, root = block_matrices(model, tp), root_matrices(model, tp)
+        self.elements = model.n_layers * _elements(block) + _elements(root)
 
     # ------------------------------------------------------------ of a micro-batch
 
@@ -194,7 +194,7 @@ class _Rank:
 
     def collective(self, each: Collective) -> float:
         """Seconds of `count` collectives together."""
-        reach, inside = self._span(each.axis)
+        reach, inside = span(each.axis, self.job.mesh, self.hardware.devices_per_node)
         hardware = self.hardware
         speed, latency = hardware.link_gb_s, hardware.link_latency_us
         if reach > hardware.devices_per_node:
@@ -203,13 +203,22 @@ class _Rank:
         sending = float(each.sent) * self.sharing / (speed * 1e9)
         return sending + each.count * latency * 1e-6
 
-    def _span(self, axis: str) -> tuple[int, int]:
-        """From first to last rank of a group that spans these axes, and its ranks in a node."""
-        spanned = axis.split("+")
-        stride, reach, inside = 1, 1, 1
-        for name, size in zip(reversed(AXES), reversed(self.job.mesh.sizes), strict=True):
-            if name in spanned:
-                reach = stride * size
-                inside *= max(min(size, self.hardware.devices_per_node // stride), 1)
-            stride *= size
-        return reach, inside
+
+def span(axis: str, mesh: MeshShape, devices_per_node: int) -> tuple[int, int]:
+    """From first to last rank of a group that spans these axes, and how many of it a node has.
+
+    Neighbours in rank share a node, tp innermost.
+    """
+    spanned = axis.split("+")
+    stride, reach, inside = 1, 1, 1
+    for name, size in zip(reversed(AXES), reversed(mesh.sizes), strict=True):
+        if name in spanned:
+            reach = stride * size
+            inside *= max(min(size, devices_per_node // stride), 1)
+        stride *= size
+    return reach, inside
+
+
+def _elements(matrices: list[tuple[int, int]]) -> int:
+    """Of all of them, by rows and columns."""
+    return sum(rows * columns for rows, columns in matrices)

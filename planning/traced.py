@@ -36,6 +36,7 @@ _FIELDS = {
     "gathered_weights": "gathered",
     "gathered_gradients": "gathered",
     "collectives": "gathered",
+    "unreduced": "gathered",
     "logits": "logits",
 }
 
@@ -78,7 +79,8 @@ def _fullest(job: Job, peaks: Peaks) -> Memory:
 
 def _peaks(job: Job) -> Peaks:
     """Bytes by category at the fullest instant of each moment of the second step."""
-    tracker = MemoryTracker({}, fake=True)
+    # What tensor and context parallelism receive are activations; FSDP2 has the other library.
+    tracker = MemoryTracker({}, fake=True, collectives=("c10d",))
     precision = dataclasses.replace(job.precision, fp8=None)
     prepare = partial(_prepare, job)
     with (
@@ -112,6 +114,9 @@ def _step(
             loss = llama(tokens, positions, labels)  # the hooks name what follows
             loss.backward()
         del loss
+        if place < micro_batches:
+            # What is left of it are its gradients, whole until the last one's are reduced.
+            tracker.rename("unreduced")
     tracker.phase = "update"
     clip_grad_norm(llama, max_norm=1.0, riders=torch.empty(RIDERS))
     optimizer.step()

@@ -36,6 +36,7 @@ class MemoryTracker(TorchDispatchMode):
         made_in: What a tensor that nobody owns is called, by the phase that made it; a phase that
             is not in it names its tensors itself.
         fake: Whether the tensors to count are fake ones.
+        collectives: Libraries of operations whose results are named collectives.
 
     Attributes:
         phase: Set by whoever runs the step.
@@ -43,9 +44,14 @@ class MemoryTracker(TorchDispatchMode):
         peaks: By phase, what was held when it was most, in bytes by category.
     """
 
-    def __init__(self, made_in: Mapping[str, str] = MADE_IN, fake: bool = False) -> None:
+    def __init__(
+        self,
+        made_in: Mapping[str, str] = MADE_IN,
+        fake: bool = False,
+        collectives: tuple[str, ...] = COLLECTIVES,
+    ) -> None:
         super().__init__()
-        self.made_in, self.fake = made_in, fake
+        self.made_in, self.fake, self.collectives = made_in, fake, collectives
         self.phase = "setup"
         self.model: torch.nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -56,7 +62,7 @@ class MemoryTracker(TorchDispatchMode):
         if any(issubclass(kind, (DTensor, AsyncCollectiveTensor)) for kind in types):
             return NotImplemented  # they turn it into local operations, which come here
         out = func(*args, **(kwargs or {}))
-        collective = func.namespace in COLLECTIVES
+        collective = func.namespace in self.collectives
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor):
                 self._note(tensor.untyped_storage(), collective)
@@ -64,6 +70,11 @@ class MemoryTracker(TorchDispatchMode):
         if peak is None or self.total() > sum(peak.values()):
             self.peaks[self.phase] = self.held()
         return out
+
+    def rename(self, category: str) -> None:
+        """From now on what nobody owns of all that is alive is of this category."""
+        for storage in self._made:
+            self._made[storage] = category
 
     def total(self) -> int:
         """Bytes held now."""

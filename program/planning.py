@@ -14,7 +14,7 @@ from data.stages import plan_stages
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, is_first_process
-from planning.hardware import Hardware, hardware_of, load_hardware
+from planning.hardware import PROCESS_GIB, Hardware, hardware_of, load_hardware
 from planning.job import Job, resolved_precision
 from planning.memory import Memory
 from planning.plan import GIB, PARTS, plan_run
@@ -27,8 +27,6 @@ from training.config import TrainConfig
 
 LOCAL = "local"
 """The hardware file that `plan.py calibrate=true` writes of this machine."""
-PROCESS_GIB = 0.4
-"""Of a process on CPU with its libraries and no tensor, measured by `bench.plan_search`."""
 CONTEXT_GIB = 0.5
 """What CUDA keeps for itself on a GPU that no hardware file knows."""
 

@@ -143,6 +143,9 @@ def test_everything_wrong_is_told_at_once_with_its_remedy() -> None:
     assert any("hardwar is not a key: did you mean hardware?" in each for each in found)
     assert any(each.startswith("devices (0) is below 1: use at least 1") for each in found)
     assert any(each.startswith("tokens (0) is below 1: use") for each in found)
+    budget = ("parallel.activation_checkpoint=0.5", "parallel.compile=true")
+    assert any(each.startswith("trace (true)") for each in problems("trace=true", *budget))
+    planned("trace=false", *budget)
     assert any("parallel.accelerator (cpu) is not that of hardware h100" in each for each in found)
 
 
@@ -432,8 +435,8 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.Mo
     monkeypatch.setattr(planning, "machine_memory", lambda: 2**34)
     [told] = [check_plan(config, ONE, MeshShape(1, 1, 1, 1))]
     shared = check_plan(config, Processes("cpu", 2, 1, "self"), MeshShape(1, 2, 1, 1))
-    assert told is not None and "of 15.60 GiB a rank" in told
-    assert shared is not None and "of 7.60 GiB a rank" in shared
+    assert told is not None and "of 15.55 GiB a rank" in told
+    assert shared is not None and "of 7.55 GiB a rank" in shared
 
 
 def test_on_a_gpu_its_own_memory_counts_and_a_known_card_has_a_speed(

@@ -15,6 +15,7 @@ import planning.memory
 import planning.moments
 import training.optimizer
 from model.config import ModelConfig
+from model.flops import parameter_count
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
 from planning.job import HEAD_CHUNK, Job
@@ -91,16 +92,30 @@ def test_a_deep_model_lies_on_the_line_through_two_shallow_ones() -> None:
     assert line.peak == pytest.approx(whole.peak, rel=1e-3)  # a block's padding is rounded
 
 
+def test_gradients_that_wait_for_the_last_micro_batch_are_told_as_gathered() -> None:
+    """Both tiers; they are what keeps large models from several micro-batches."""
+    job = job_of("cuda", (1, 8, 1, 1), {"micro_batches": 3, "seq_len": 32})
+    whole = parameter_count(job.model) * 4  # bytes, float32
+    for memory in (traced_memory(job), step_memory(job)):
+        assert memory.gathered >= whole > memory.activations
+
+
+def test_a_budget_of_the_compiler_lies_between_all_recomputed_and_nothing() -> None:
+    def of(checkpoint: str | float) -> int:
+        changes = {"activation_checkpoint": checkpoint, "compile": True}
+        return step_memory(job_of("cuda", (1, 2, 1, 1), changes)).peak
+
+    budgets = [of(share) for share in (0.0, 0.25, 0.5, 1.0)]
+    assert budgets == sorted(budgets) and len({*budgets}) == 4
+    assert (budgets[0], budgets[-1]) == (of("full"), of("none"))
+
+
 def test_what_the_planner_knows_of_others_is_what_they_say() -> None:
     assert HEAD_CHUNK == model.loss.CHUNK
-    assert (
-        model.loss.BLOCK["cpu"],
-        model.loss.BLOCK["cuda"],
-    ) == (planning.memory.CPU_BLOCK, planning.memory.DEVICE_BLOCK)
+    assert planning.memory.HEAD_BLOCK == model.loss.BLOCK
     pieces = (training.optimizer._PIECE_CPU, training.optimizer._PIECE_DEVICE)
-    assert pieces == (planning.memory.CPU_PIECE, planning.memory.DEVICE_PIECE)
-    assert tuple(planning.moments.PIECE.values()) == pieces
-    assert planning.moments.BLOCK == BLOCK
+    assert tuple(planning.memory.MOMENT_PIECE.values()) == pieces
+    assert planning.memory.MOMENT_BLOCK == BLOCK
 
 
 @pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
