@@ -45,7 +45,8 @@ def calibrate(seconds: float = SECONDS) -> Hardware:
     kind: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     known, name, peak, memory, devices = _device(kind)
     sizes = SIZES[kind]
-    matrix = {key: _matrix(kind, dtype, sizes, seconds) for key, dtype in DTYPES.items()}
+    n = sizes["product"]
+    matrix = {key: matrix_tflops(kind, dtype, n, seconds) for key, dtype in DTYPES.items()}
     attention = {key: _attention(kind, dtype, sizes, seconds) for key, dtype in DTYPES.items()}
     if known is not None and "fp8" in known.matrix_tflops:  # in proportion to what the card does
         for own, theirs in ((matrix, known.matrix_tflops), (attention, known.attention_tflops)):
@@ -121,9 +122,8 @@ def _median_seconds(kind: str, operation: Callable[[], object], seconds: float) 
     return statistics.median(taken)
 
 
-def _matrix(kind: str, dtype: torch.dtype, sizes: dict[str, Any], seconds: float) -> float:
-    """TFLOP/s of a square product."""
-    n = sizes["product"]
+def matrix_tflops(kind: str, dtype: torch.dtype, n: int, seconds: float) -> float:
+    """TFLOP/s of a product of (n, n) matrices, repeated for so long."""
     a, b = (torch.randn(n, n, device=kind).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * n**3 / _median_seconds(kind, lambda: torch.mm(a, b, out=out), seconds) / 1e12
