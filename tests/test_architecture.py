@@ -64,7 +64,11 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "slurm": (("program", "training"), ("submitit", *CHEAP)),
     "bench": (
         (*HOUSE, "train"),
-        ("torch", "lightning.fabric", "numpy", "datasets", "tiktoken", *CHEAP),
+        (
+            *("torch", "lightning.fabric", "numpy", "datasets", "tiktoken"),
+            *("transformers", "litgpt"),
+            *CHEAP,
+        ),
     ),
 }
 # package: what it never touches, not even for types.
