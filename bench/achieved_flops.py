@@ -2,18 +2,16 @@
 
     python -m bench.achieved_flops
 
-`train.py`'s own steps of a model of 60M parameters; before each, a large product of the same dtype.
+`train.py`'s own steps of a model of 49M parameters; before each, a large product of the same dtype.
 The FLOPs are those of `model.flops`, causal. The aim: at least 65% where the CPU has tiles for bf16
 (AMX), compiled; what other CPUs keep is told.
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,16 @@ from hydra import compose, initialize_config_dir
 
 from bench.measurement import spread, write
 from model.flops import flops_per_token, parameter_count
+from planning.calibration import matrix_tflops
 from program.command_line import CONF
 from program.preflight import check_config, prepare_data
 from train import set_up, train_step
 from training.resume_contract import Changes
 
-WARM_UP, STEPS, SIZE = 2, 9, 2048
+WARM_UP, STEPS, SIZE, PRODUCT_SECONDS = 2, 9, 2048, 0.1
 AIM = 0.65
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SIXTY = (
+MODEL = (
     *("model.dim=640", "model.n_layers=10", "model.n_heads=10", "model.n_kv_heads=5"),
     *("model.ffn_dim=1792", "model.max_seq_len=512", "train.seq_len=512"),
     *("train.global_batch_size=4", "data.document_mask=false", "parallel.accelerator=cpu"),
@@ -61,23 +60,22 @@ def main() -> None:
 def measure(dtype: str, compiled: str) -> dict[str, Any]:
     """TFLOP/s of steps and of products that take turns, and the share of each pair."""
     with initialize_config_dir(str(CONF), version_base="1.3"), tempfile.TemporaryDirectory() as run:
-        words = [*SIXTY, f"run.dir={run}", f"precision.param={dtype}"]
+        words = [*MODEL, f"run.dir={run}", f"precision.param={dtype}"]
         words.append(f"parallel.compile={compiled}")
         config, processes, mesh = check_config(compose("train", words))
         dataset = prepare_data(config)
         trained = set_up(config, processes, mesh, dataset, Changes())
-        a, b = (torch.randn(SIZE, SIZE).to(DTYPES[dtype]) for _ in range(2))
         tokens = config.train.global_batch_size * config.train.seq_len
         of_step = flops_per_token(config.model, config.train.seq_len, causal=True) * tokens
         rates: dict[str, list[float]] = {"step": [], "product": []}
         for number, batch in zip(range(WARM_UP + STEPS), trained.batches(), strict=False):
-            product = 2 * SIZE**3 / seconds(lambda: torch.mm(a, b))
+            product = matrix_tflops("cpu", DTYPES[dtype], SIZE, PRODUCT_SECONDS)
             begin = time.perf_counter()
             train_step(trained, batch, config.optim.lr)
-            step = of_step / (time.perf_counter() - begin)
+            step = of_step / (time.perf_counter() - begin) / 1e12
             if number >= WARM_UP:
-                rates["step"].append(step / 1e12)
-                rates["product"].append(product / 1e12)
+                rates["step"].append(step)
+                rates["product"].append(product)
     pairs = zip(rates["step"], rates["product"], strict=True)
     return {
         "parameters": parameter_count(config.model),
@@ -85,16 +83,6 @@ def measure(dtype: str, compiled: str) -> dict[str, Any]:
         "product_tflops": spread(rates["product"]),
         "share": spread([step / product for step, product in pairs]),
     }
-
-
-def seconds(operation: Callable[[], object], repeats: int = 5) -> float:
-    """Median time of an operation."""
-    taken = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        operation()
-        taken.append(time.perf_counter() - begin)
-    return statistics.median(taken)
 
 
 if __name__ == "__main__":
