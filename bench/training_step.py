@@ -55,6 +55,7 @@ COMMON = (
 WARM_UP = 3
 ROUNDS = {"12M": 20, "60M": 10}
 CASES = ["_".join(parts) for parts in product(SIZES, ("eager", "compiled"), ("fp32", "bf16"))]
+MORE_CASES = ["_".join(parts) for parts in product(SIZES, ("eager", "compiled"), ("bf16_true",))]
 # Shares of the largest logit, and of the loss, that may differ. In float32 sums are taken in
 # another order (measured 1e-6 and 1e-7); in bf16, whose values are up to 0.8% apart, each rounds at
 # other places (measured 1e-2 and 7e-5), and without float32 litgpt's loss is itself one of them.
@@ -98,6 +99,8 @@ def main() -> None:
         print(f"{name} is not installed, and not measured. To get it: {PEERS[name]}", flush=True)
     overrides = [word for word in sys.argv[1:] if "=" in word]
     words = [word for word in sys.argv[1:] if "=" not in word]
+    if unknown := set(words) - {*CASES, *MORE_CASES}:
+        sys.exit(f"not a case: {', '.join(unknown)}. Use {', '.join([*CASES, *MORE_CASES])}")
     found = {}
     for case in words or CASES:
         with tempfile.NamedTemporaryFile() as file:  # a process each: nothing is compiled yet
