@@ -15,6 +15,7 @@ from parallel.parallelize import parallelize
 from parallel.trace import fake_processes
 
 
+@torch._inductor.config.patch(_micro_pipeline_tp=False)  # monkeypatch would leave it deleted
 def test_async_tp_is_on_where_asked_and_for_the_tensor_parallel_group_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -22,7 +23,6 @@ def test_async_tp_is_on_where_asked_and_for_the_tensor_parallel_group_alone(
     enabled: list[str] = []
     name = "torch.distributed._symmetric_memory.enable_symm_mem_for_group"
     monkeypatch.setattr(name, enabled.append)
-    monkeypatch.setattr(torch._inductor.config, "_micro_pipeline_tp", False)
     for async_tp in (False, True):
         case = Case(dp=2, tp=2, compile=True)
         parallel = replace(case.parallel, async_tp=async_tp)
