@@ -105,8 +105,9 @@ def test_loss_is_the_runs_own_and_no_mesh_batch_size_or_format_changes_it(
     assert sources["text"]["loss"] != sources["again"]["loss"]
     for of in (whole, *sources.values()):
         # One token is one byte, but for the end of a document, which is predicted and has none.
-        per_byte = of["loss"] / math.log(2)
-        assert per_byte <= of["bits_per_byte"] < 1.05 * per_byte
+        assert of["bytes"] <= of["targets"] < 1.05 * of["bytes"]
+        bits = of["loss"] * of["targets"] / math.log(2)
+        assert of["bits_per_byte"] == pytest.approx(bits / of["bytes"], rel=1e-12)  # float64
 
 
 def test_bad_input_is_refused_with_a_remedy(
