@@ -9,7 +9,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
     from data.dataset import Dataset
     from data.stream import StreamDataset
 
+TELLING_SECONDS = 5.0
+"""How long the others wait at most for the first process to tell why none of them can start."""
+
 
 class LaunchError(RuntimeError):
     """The processes of a run could not find each other."""
@@ -82,8 +86,22 @@ def refusals(refused: str = "Not started") -> Iterator[None]:
         print(message, file=sys.stderr, flush=True)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
+        _await_words(distributed)
         os._exit(code)  # no orderly end of the group: the others end by themselves
     sys.exit(code)
+
+
+def _await_words(distributed: Any) -> None:
+    """Returns when the first process has told why, or is gone.
+
+    torchrun and srun end all processes when one has failed: it must not be one that says nothing.
+    """
+    with suppress(Exception):  # the store ends with the first process
+        store = distributed.distributed_c10d._get_default_store()
+        if is_first_process():
+            store.set("told", "")
+        else:
+            store.wait(["told"], timedelta(seconds=TELLING_SECONDS))
 
 
 def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshShape]:
