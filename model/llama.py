@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.attention import AttentionKernel, Mask
 from model.config import ModelConfig
 from model.loss import CrossEntropySum
-from model.rope import apply_rope, rope_frequencies, rope_tables
+from model.rope import apply_rope, rope_frequencies, rope_rotations
 
 
 class RMSNorm(nn.Module):
@@ -48,14 +48,14 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, kv_width, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
+    def forward(self, x: Tensor, rotations: Tensor, mask: Mask) -> Tensor:
         """(batch, seq, dim) -> the same; the other arguments as in `TransformerBlock`."""
         batch, seq, _ = x.shape
         # The number of heads is what is left, so that sharded projections yield local heads.
         q = self.wq(x).view(batch, seq, -1, self.head_dim)  # (batch, seq, heads, head_dim)
         k = self.wk(x).view(batch, seq, -1, self.head_dim)  # (batch, seq, kv_heads, head_dim)
         v = self.wv(x).view(batch, seq, -1, self.head_dim)  # (batch, seq, kv_heads, head_dim)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k = apply_rope(q, rotations), apply_rope(k, rotations)
         out = self.kernel(q, k, v, mask)  # (batch, seq, heads, head_dim)
         return self.wo(out.flatten(2))  # (batch, seq, dim)
 
@@ -84,18 +84,18 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
+    def forward(self, x: Tensor, rotations: Tensor, mask: Mask) -> Tensor:
         """One layer.
 
         Args:
             x: (batch, seq, dim).
-            cos, sin: (batch or 1, seq, head_dim/2) float32 from `rope_tables`; a precision policy
-                must not cast them.
+            rotations: (batch or 1, seq, head_dim/2, 2) float32 from `rope_rotations`; a precision
+                policy must not cast them.
             mask: From the attention kernel.
 
         Returns: (batch, seq, dim).
         """
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask)
+        x = x + self.attention(self.attention_norm(x), rotations, mask)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -160,9 +160,9 @@ class Llama(nn.Module):
         if positions is None:
             whole = torch.arange(tokens.shape[1], device=tokens.device)
             positions = (whole if places is None else places).unsqueeze(0)  # (1, seq)
-        cos, sin = rope_tables(positions, rope_frequencies(self.config, tokens.device))
+        rotations = rope_rotations(positions, rope_frequencies(self.config, tokens.device))
         for block in self.layers:
-            x = block(x, cos, sin, mask)  # (batch, seq, dim)
+            x = block(x, rotations, mask)  # (batch, seq, dim)
         x = self.norm(x)  # (batch, seq, dim)
         if labels is None:
             return self.output(x)  # (batch, seq, vocab)

@@ -1,6 +1,6 @@
 """Rotary position embedding, in real arithmetic and in float32.
 
-Tables are computed from the positions in each forward and never stored: no length limit, nothing
+Rotations are computed from the positions in each forward and never stored: no length limit, nothing
 that a cast to bfloat16 could spoil, nothing for the meta device to forget. Pairs are Meta's,
 elements 2i and 2i+1 of a head; Hugging Face pairs i with i + head_dim/2 and permutes wq and wk.
 """
@@ -33,27 +33,32 @@ def rope_frequencies(config: ModelConfig, device: torch.device | str | None = No
     return (1 - keep) * frequencies / scaling.factor + keep * frequencies
 
 
-def rope_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def rope_rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
     """Cosine and sine of each position's angles, once a forward, shared by all layers.
 
     Args:
         positions: (batch, seq) integers, or (1, seq) where all rows agree.
         frequencies: (head_dim/2,) float32, radians per token.
 
-    Returns: cos and sin, each (batch, seq, head_dim/2) float32.
+    Returns: (batch, seq, head_dim/2, 2) float32, the cosine first.
     """
     angles = positions.unsqueeze(-1).float() * frequencies  # (batch, seq, head_dim/2)
-    return angles.cos(), angles.sin()
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
     """Turn each pair (2i, 2i+1) of x by its position's angle; float32 inside, x's dtype outside.
 
     Args:
         x: (batch, seq, heads, head_dim), heads may be local.
-        cos, sin: (batch or 1, seq, head_dim/2).
+        rotations: (batch or 1, seq, head_dim/2, 2).
     """
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # (batch, seq, 1, head_dim/2)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (batch, seq, heads, head_dim/2)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    rotations = rotations.unsqueeze(2)  # (batch, seq, 1, head_dim/2, 2)
+    pairs = x.float().unflatten(-1, (-1, 2))  # (batch, seq, heads, head_dim/2, 2)
+    if torch.compiler.is_compiling():  # Inductor has no complex numbers
+        (cos, sin), (even, odd) = rotations.unbind(-1), pairs.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:  # the same in one kernel instead of six
+        turned = torch.view_as_complex(pairs) * torch.view_as_complex(rotations)
+        turned = torch.view_as_real(turned)  # (batch, seq, heads, head_dim/2, 2)
     return turned.flatten(-2).to(x.dtype)  # (batch, seq, heads, head_dim)

@@ -97,6 +97,6 @@ def mixed_precision(config: PrecisionConfig, device_type: str) -> MixedPrecision
     return MixedPrecisionPolicy(
         param_dtype=_DTYPES[param],
         reduce_dtype=_DTYPES[reduce],
-        # The only floating-point inputs are RoPE's tables, which must stay in float32.
+        # The only floating-point inputs are RoPE's rotations, which must stay in float32.
         cast_forward_inputs=False,
     )

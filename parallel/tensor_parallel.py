@@ -75,7 +75,7 @@ def apply_tensor_parallel(
             mesh,
             {
                 "attention_norm": norm(),
-                "attention": gathered_input(other_inputs=3),  # cos, sin, mask
+                "attention": gathered_input(other_inputs=2),  # rotations, mask
                 "attention.wq": ColwiseParallel(),
                 "attention.wk": ColwiseParallel(),
                 "attention.wv": ColwiseParallel(),

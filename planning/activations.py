@@ -25,13 +25,13 @@ def _cut(job: Job) -> bool:
 
 
 def inputs(job: Job) -> int:
-    """Of a whole forward: tokens, positions, labels, RoPE's tables, the mask."""
+    """Of a whole forward: tokens, positions, labels, RoPE's rotations, the mask."""
     whole = job.micro_batch_size * job.seq_len
     integers = 3 * whole * INT64
     if job.mesh.cp > 1:
         integers += 3 * job.local_tokens * INT64
-    tables = _rows(job) * job.model.head_dim * FLOAT32
-    return integers + tables + _mask_elements(job) * job.param_bytes
+    rotations = _rows(job) * job.model.head_dim * FLOAT32
+    return integers + rotations + _mask_elements(job) * job.param_bytes
 
 
 def _mask_elements(job: Job) -> int:

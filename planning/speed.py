@@ -146,9 +146,10 @@ class _Rank:
             forward = p * (8 * hidden + 2 * rope + 3 * ffn)
             backward = p * (20 * hidden + 2 * rope + 6 * ffn)
             head = (3 * p + 2) * logits
-        else:  # an operation, a pass; RoPE in float32
-            forward = p * (10 * hidden + 5 * ffn) + (40 + 2 * p) * rope
-            backward = p * (21 * hidden + 9 * ffn) + (40 + 2 * p) * rope
+        else:  # an operation, a pass; RoPE's is in float32, with casts around it
+            turned = (8 if p == 4 else 16 + 2 * p) * rope
+            forward = p * (10 * hidden + 5 * ffn) + turned
+            backward = p * (21 * hidden + 9 * ffn) + turned
             head = (4 * p + 40) * logits
         if job.precision.fp8 is not None:  # each operand is read for its scale, read, and written
             operands = 3 * (4 * self.tokens * dim + 3 * ffn)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.llama import Llama
 from model.loss import IGNORE
-from model.rope import apply_rope, rope_frequencies, rope_tables
+from model.rope import apply_rope, rope_frequencies, rope_rotations
 
 CONFIG = ModelConfig(
     name="small",
@@ -174,21 +174,35 @@ def test_rope_turns_pairs_by_position_times_frequency() -> None:
     """Against multiplication by e^(i·angle) in float64: Meta's definition, adjacent elements."""
     positions = torch.tensor([[0, 1, 2, 0, 90]])
     frequencies = rope_frequencies(CONFIG)
-    cos, sin = rope_tables(positions, frequencies)
+    rotations = rope_rotations(positions, frequencies)
     x = torch.randn(1, 5, 4, CONFIG.head_dim, generator=torch.Generator().manual_seed(5))
     angles = positions.double().unsqueeze(-1) * frequencies.double()  # (1, seq, head_dim/2)
     pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
     turned = pairs * torch.polar(torch.ones_like(angles), angles).unsqueeze(2)
     expected = torch.view_as_real(turned).flatten(-2)
     # An angle of 90 in float32 is off by 4e-6 at the most.
-    torch.testing.assert_close(apply_rope(x, cos, sin).double(), expected, rtol=0, atol=2e-5)
-    assert cos.dtype == sin.dtype == torch.float32
+    torch.testing.assert_close(apply_rope(x, rotations).double(), expected, rtol=0, atol=2e-5)
+    assert rotations.dtype == torch.float32
+
+
+def test_rope_and_its_gradient_are_the_same_compiled() -> None:
+    rotations = rope_rotations(torch.arange(50).unsqueeze(0), rope_frequencies(CONFIG))
+    x, weights = torch.randn(
+        2, 2, 50, 3, CONFIG.head_dim, generator=torch.Generator().manual_seed(7)
+    )
+    x.requires_grad_()
+    found = []
+    for rotate in (apply_rope, torch.compile(apply_rope, fullgraph=True)):
+        turned = rotate(x, rotations)
+        found.append((turned, *torch.autograd.grad(turned, x, weights)))
+    # Each element is a sum of two products of numbers below 6, rounded in another order.
+    torch.testing.assert_close(*found, rtol=0, atol=12 * 2**-23)
 
 
 def test_rope_of_bfloat16_rounds_once_at_the_end() -> None:
-    cos, sin = rope_tables(torch.arange(50).unsqueeze(0), rope_frequencies(CONFIG))
+    rotations = rope_rotations(torch.arange(50).unsqueeze(0), rope_frequencies(CONFIG))
     x = torch.randn(2, 50, 4, CONFIG.head_dim, generator=torch.Generator().manual_seed(6))
     x = x.bfloat16()
-    turned = apply_rope(x, cos, sin)
+    turned = apply_rope(x, rotations)
     assert turned.dtype == torch.bfloat16
-    assert torch.equal(turned, apply_rope(x.float(), cos, sin).bfloat16())
+    assert torch.equal(turned, apply_rope(x.float(), rotations).bfloat16())

@@ -115,7 +115,7 @@ def dtypes() -> dict[str, Any]:
     seen: dict[str, Any] = {}
 
     def block_inputs(_: Any, inputs: Any) -> None:
-        seen["x"], seen["cos"], seen["sin"] = (each.dtype for each in inputs[:3])
+        seen["x"], seen["rotations"] = (each.dtype for each in inputs[:2])
 
     def weight(name: str, module: Any, _: Any) -> None:
         seen[name] = module.weight.dtype
@@ -150,7 +150,7 @@ def test_bf16_policy_computes_in_bf16_and_keeps_masters_gradients_and_rope_in_fl
         seen = found["seen"]
         assert {seen[name] for name in found["names"]} == {torch.bfloat16}
         assert seen["x"] == torch.bfloat16
-        assert (seen["cos"], seen["sin"]) == (torch.float32, torch.float32)
+        assert seen["rotations"] == torch.float32
         assert found["loss"] == torch.float32
         assert found["master"] == found["gradients"] == {torch.float32}
         # bf16 has 8 bits: 0.4% an element, less in a mean over many; equal would be no bf16.
