@@ -24,12 +24,12 @@ IGNORE = -100  # the label that no loss is computed for
 class Batch(NamedTuple):
     """One micro-batch; each int64 (micro_batch, seq).
 
-    `positions` count from 0 at the window's start and at each document's beginning; `labels` are
-    the next tokens, -100 where the next token begins another document.
+    `positions` count from 0 at the window's start and at each document's beginning; None: each row
+    is one document. `labels` are the next tokens, -100 where the next one begins another document.
     """
 
     tokens: torch.Tensor
-    positions: torch.Tensor
+    positions: torch.Tensor | None
     labels: torch.Tensor
 
 
@@ -198,27 +198,32 @@ def make_batch(
     if seq_len is None:
         seq_len = len(windows[0][0]) - 1
     shape = (len(windows), seq_len)
-    batch = Batch(*(torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory) for _ in range(3)))
-    tokens, positions, labels = (part.numpy() for part in batch)
-    counting = np.arange(seq_len)
-    for row, (window, starts) in enumerate(windows):
+    parts = [torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory) for _ in Batch._fields]
+    tokens, positions, labels = (part.numpy() for part in parts)
+    for row, (window, _) in enumerate(windows):
         tokens[row] = window[:-1]
         labels[row] = window[1:]
+    if not document_mask:
+        return Batch(*parts)._replace(positions=None)
+    counting = np.arange(seq_len)
+    for row, (_, starts) in enumerate(windows):
         positions[row] = counting
-        inside = starts[starts > 0] if document_mask else starts[:0]
+        inside = starts[starts > 0]
         labels[row, inside - 1] = IGNORE
         begins = inside[inside < seq_len]
         # From each document's beginning on its place is taken off.
         lengths = np.diff(begins, append=seq_len)
         positions[row, seq_len - lengths.sum() :] -= np.repeat(begins, lengths)
-    return batch
+    return Batch(*parts)
 
 
 def _pad_rows(batch: Batch, n_rows: int) -> Batch:
     """The batch with rows added that have no label, up to `n_rows`."""
     missing, seq_len = n_rows - len(batch.tokens), batch.tokens.shape[1]
     tokens = torch.zeros(missing, seq_len, dtype=torch.int64)
-    positions = torch.arange(seq_len).expand(missing, seq_len)
     labels = torch.full((missing, seq_len), IGNORE)
-    padding = Batch(tokens, positions, labels)
-    return Batch(*(torch.cat(parts) for parts in zip(batch, padding, strict=True)))
+    positions = batch.positions
+    if positions is not None:
+        counting = torch.arange(seq_len).expand(missing, seq_len)
+        positions = torch.cat([positions, counting])
+    return Batch(torch.cat([batch.tokens, tokens]), positions, torch.cat([batch.labels, labels]))

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 
 class Windows(Protocol):
-    """A batch of windows, each field (micro_batch, seq) int64."""
+    """A batch of windows, each field (micro_batch, seq) int64; no positions: one document a row."""
 
     @property
     def tokens(self) -> Tensor: ...
     @property
-    def positions(self) -> Tensor: ...
+    def positions(self) -> Tensor | None: ...
     @property
     def labels(self) -> Tensor: ...
 
@@ -79,8 +79,10 @@ def measure(
     totals = torch.zeros(len(batches), 3, dtype=torch.float64, device=device)  # (source, figure)
     for total, of_source in zip(totals, batches.values(), strict=True):
         for batch in of_source:
-            labels = batch.labels.to(device)
-            total[0] += model(batch.tokens.to(device), batch.positions.to(device), labels)
+            labels, positions = batch.labels.to(device), batch.positions
+            if positions is not None:
+                positions = positions.to(device)
+            total[0] += model(batch.tokens.to(device), positions, labels)
             total[1] += (labels >= 0).sum()
             if byte_lengths is not None:
                 total[2] += byte_lengths[batch.labels[batch.labels >= 0]].sum()

@@ -78,7 +78,11 @@ def model_config(tied: bool, n_layers: int) -> ModelConfig:
     return ModelConfig("small", 40, n_layers, 4, 2, 52, VOCAB, tie_embeddings=tied)
 
 
-def batch(step: int) -> Batch:
+Whole = tuple[Tensor, Tensor, Tensor]
+"""Tokens, positions and labels of a global batch, each (batch, seq)."""
+
+
+def batch(step: int) -> Whole:
     """Packed documents; the first samples have many targets, the last ones hardly any."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, VOCAB, (BATCH, SEQ), generator=generator)
@@ -90,17 +94,19 @@ def batch(step: int) -> Batch:
         labels[row, cut - 1] = IGNORE
         labels[row, SEQ - row :] = IGNORE
     labels[-2] = IGNORE  # a whole micro-batch without a target on some meshes
-    return Batch(tokens, positions, labels)
+    return tokens, positions, labels
 
 
-def share(whole: Batch, rank: int, size: int, n_micro: int) -> StepBatches:
+def share(whole: Whole, rank: int, size: int, n_micro: int) -> StepBatches:
     """What one data rank computes."""
     rows = BATCH // size
-    own = Batch(*(field[rank * rows : (rank + 1) * rows] for field in whole))
-    pieces = [Batch(*fields) for fields in zip(*(f.chunk(n_micro) for f in own), strict=True)]
+    own = [field[rank * rows : (rank + 1) * rows] for field in whole]
+    pieces = list(zip(*(field.chunk(n_micro) for field in own), strict=True))
     assert len(pieces) == n_micro
-    n_documents = [int((piece.positions == 0).sum()) for piece in pieces]
-    return StepBatches(pieces, n_documents, int((own.labels != IGNORE).sum()), digest=rank + 1)
+    n_documents = [int((positions == 0).sum()) for _, positions, _ in pieces]
+    micro_batches = [Batch(*fields) for fields in pieces]
+    n_targets = int((own[2] != IGNORE).sum())
+    return StepBatches(micro_batches, n_documents, n_targets, digest=rank + 1)
 
 
 def build(case: Case, accelerator: str = "cpu") -> SimpleNamespace:

@@ -67,7 +67,7 @@ def take_steps_without_waits(cases: list[Case]) -> None:
 
 def test_documents_are_told_apart_without_waiting_for_the_device() -> None:
     """The way of GPUs, where their number came with the batch."""
-    positions = batch(0).positions
+    _, positions, _ = batch(0)
     with NoWaits():
         AttentionKernel("varlen").mask(positions, None, positions, n_documents=positions.numel())
         with pytest.raises(AssertionError, match="waits for the device"):
