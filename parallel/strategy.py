@@ -22,6 +22,7 @@ from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from parallel.data_parallel import stay_gathered
 from parallel.gradients import clip_grad_norm
 from parallel.launcher import Launcher
 from parallel.mesh import AXES, DATA_AXES, MeshShape
@@ -135,7 +136,8 @@ class MicroBatchSync(_BackwardSyncControl):
 
     Gradients stay unsharded on each rank while it is enabled; the first backward without it sums
     them all over the data ranks, so that a step has one reduction however many micro-batches it
-    has. Fabric's own control leaves synchronisation off after an exit with `enabled=False`.
+    has. Weights that stay gathered between forward and backward stay so for the next micro-batch.
+    Fabric's own control leaves synchronisation off after an exit with `enabled=False`.
 
     Args:
         shards: Gradients are sharded all the same, and only replicas wait for the last micro-batch.
@@ -154,7 +156,9 @@ class MicroBatchSync(_BackwardSyncControl):
             module.set_requires_all_reduce if self.shards else module.set_requires_gradient_sync
         )
         switch(False)
+        stay_gathered(module, True)
         try:
             yield
         finally:
             switch(True)
+            stay_gathered(module, False)

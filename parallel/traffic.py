@@ -146,10 +146,10 @@ def root_matrices(model: ModelConfig, tp: int) -> list[tuple[int, int]]:
 def _weights(plan: _Plan) -> list[Collective]:
     """FSDP2: groups are each block and the root; a group is one tensor, padded to equal shards.
 
-    A micro-batch gathers each group in the forward, and in the backward again the blocks that were
-    freed, by default all but the last. The last micro-batch, or each, sums the gradients: a
-    reduce-scatter of each group; the last all-reduces what it leaves of it where there are
-    replicas.
+    A micro-batch gathers the blocks that are freed in between, by default all but the last, in its
+    forward and in its backward; what stays gathered is gathered once a step. The last micro-batch,
+    or each, sums the gradients: a reduce-scatter of each group; the last all-reduces what it leaves
+    of it where there are replicas.
     """
     mesh, step, sharded = plan.mesh, plan.step, ("dp_shard", "cp")
     ranks = mesh.dp_shard * mesh.cp
@@ -158,14 +158,14 @@ def _weights(plan: _Plan) -> list[Collective]:
         return sum(-(-rows // ranks) * ranks * columns for rows, columns in matrices)
 
     layers, reshard = plan.model.n_layers, plan.parallel.reshard_after_forward
-    freed = layers - 1 if reshard is None else layers * reshard
-    groups = [  # (how many, elements of each, how many are gathered again)
-        (layers, elements(block_matrices(plan.model, mesh.tp)), freed),
+    again = layers - 1 if reshard is None else layers * reshard
+    groups = [  # (how many, elements of each, how many are freed in between)
+        (layers, elements(block_matrices(plan.model, mesh.tp)), again),
         (1, elements(root_matrices(plan.model, mesh.tp)), 0),
     ]
     found = []
-    for count, size, again in groups:
-        gathers = step.micro_batches * (count + again)
+    for count, size, freed in groups:
+        gathers = 2 * step.micro_batches * freed + count - freed
         weights, gradients = size * step.param_bytes, size * step.reduce_bytes
         sums = count * plan.reductions
         found += [

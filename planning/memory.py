@@ -103,6 +103,8 @@ class _Step:
         self.kept_blocks = 0 if reshard else layers
         if reshard is None and self.shards > 1:
             self.kept_blocks = 1
+        # What a block's sum of gradients leaves behind; one shard's is the gradients themselves.
+        self.reduced = self.block.to_reduce(job) if self.shards > 1 else 0
         several = job.micro_batches > 1
         self.accumulates = several and job.parallel.reduce_gradients == "step"
         self.accumulates_shards = several and not self.accumulates
@@ -197,7 +199,7 @@ class _Step:
         if self.shards > 1 and ahead and not kept > 1:
             gathered += weights  # prefetched
         if done:
-            gathered += self.block.to_reduce(job)  # of the block before, until this one's is there
+            gathered += self.reduced  # of the block before, until this one's is there
         accumulated = self._accumulated(layers - done)
         rest = {"gradients": self._gradients(done)}
         middle = self._memory(
@@ -227,8 +229,10 @@ class _Step:
         """Gradients of a group before and after they are reduced, above `accumulated` ones."""
         job = self.job
         before = 0 if self.accumulates else group.gathered(job)
-        buffers = group.to_reduce(job) - (self.block.to_reduce(job) if old else 0)
-        return accumulated + before + buffers + group.to_reduce(job) // self.shards
+        buffers = group.to_reduce(job) - (self.reduced if old else 0)
+        if self.shards > 1 or job.mesh.dp_replicate > 1:  # else input and result are one
+            buffers += group.to_reduce(job) // self.shards
+        return accumulated + before + buffers
 
     def root_backward(self) -> Memory:
         """The sum of the gradients of embedding, head and last norm, when all else is done."""
@@ -237,7 +241,7 @@ class _Step:
         before = self._memory(
             "reduction",
             gradients=self._gradients(layers),
-            gathered=2 * self.root.gathered(job) + self.block.to_reduce(job) + accumulated,
+            gathered=2 * self.root.gathered(job) + self.reduced + accumulated,
             activations=inputs(job),
             temporary=block_input(job),
         )

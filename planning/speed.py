@@ -158,9 +158,15 @@ class _Rank:
         return (moved + self.weights()) / self.bandwidth
 
     def weights(self) -> float:
-        """Bytes of FSDP2's copies: cast and gathered, twice copied out; gradients copied in."""
+        """Bytes of FSDP2's copies: cast and gathered, twice copied out; gradients copied in.
+
+        One shard is cast and copied, once a step, as what stays gathered is gathered once.
+        """
         p, reduce = self.job.param_bytes, self.job.reduce_bytes
-        return self.elements * ((FLOAT32 + p) / self.shards + 4 * p + p + reduce)
+        gathers = (FLOAT32 + p) / self.shards + (4 if self.shards > 1 else 2) * p
+        if self.shards == 1 or self.job.parallel.reshard_after_forward is False:
+            gathers /= self.job.micro_batches
+        return self.elements * (gathers + p + reduce)
 
     # ------------------------------------------------------------ of a step
 

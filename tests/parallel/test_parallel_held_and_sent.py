@@ -88,6 +88,43 @@ def test_synchronisation_is_on_after_no_backward_sync(sent: dict[str, Any]) -> N
     assert sent["without"] == (groups, groups)
 
 
+class Copies(TorchDispatchMode):
+    """Counts copies of whole groups of gradients, and casts of weights, by numbers of elements."""
+
+    def __init__(self, groups: set[int], weight: int) -> None:
+        super().__init__()
+        self.groups, self.weight = groups, weight
+        self.of_groups = self.casts = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        if func is torch.ops.aten.copy_.default and args[0].numel() in self.groups:
+            self.of_groups += args[0] is not args[1]
+        if func is torch.ops.aten._to_copy.default and args[0].numel() == self.weight:
+            self.casts += kwargs["dtype"] == torch.bfloat16
+        return func(*args, **(kwargs or {}))
+
+
+def copies_of_one_shard() -> tuple[int, int, int]:
+    """In a step of three micro-batches: copies of gradients, casts of some weights, how many."""
+    run = build(Case(param="bf16", n_layers=2))
+    block = run.llama.layers[0]
+    weight = block.feed_forward.w1.weight.numel()
+    weights = [p for p in run.llama.parameters() if p.numel() == weight]
+    in_blocks = sum(p.numel() for p in block.parameters())
+    around = sum(p.numel() for p in run.llama.parameters()) - 2 * in_blocks
+    with Copies({in_blocks, around}, weight) as copies:
+        train_step(cast(Any, run), share(batch(0), run.data_rank, 1, 3), OPTIM.lr)
+    return copies.of_groups, copies.casts, len(weights)
+
+
+def test_one_shard_is_cast_once_a_step_and_its_gradients_are_not_copied() -> None:
+    of_groups, casts, weights = on_ranks(1, copies_of_one_shard)[0]
+    assert of_groups == 0
+    assert casts == weights > 1
+
+
 def logits_held(loss_parallel: bool) -> dict[int, int]:
     """By vocab, the most rows of logits in forward and backward, on dp_shard=2 × tp=2."""
     run = build(Case(dp=2, tp=2, loss_parallel=loss_parallel))

@@ -38,6 +38,8 @@ CASES = [
     Case(dp_replicate=2, dp=2, tied=True, n_layers=2, n_micro=1, reshard_after_forward=True),
     Case(dp_replicate=2, dp=2, tied=True, n_layers=2, n_micro=3, reduce_gradients="micro_batch"),
     Case(dp_replicate=2, cp=2, tied=True, n_layers=2, activation_checkpoint="full"),
+    Case(dp_replicate=2, n_layers=2, n_micro=3, reduce_gradients="micro_batch"),
+    Case(dp=2, n_layers=2, n_micro=3, reshard_after_forward=False),
 ]
 
 

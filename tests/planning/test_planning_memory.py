@@ -45,6 +45,8 @@ GRID: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ),
     ("cuda", (1, 2, 2, 2), {"sequence_parallel": False, "reshard_after_forward": True}),
     ("cuda", (1, 1, 1, 1), {"optimizer_state": "int8", "compile": True, "seq_len": 32}),
+    ("cuda", (1, 1, 1, 1), {"seq_len": 32}),
+    ("cuda", (2, 1, 1, 1), {"micro_batches": 3, "seq_len": 32}),
     ("cuda", (1, 4, 1, 1), {"reshard_after_forward": False, "n_layers": 5, "seq_len": 128}),
 ]
 
