@@ -51,7 +51,7 @@ def transformers_llama(model: Llama) -> nn.Module:
     config.use_cache = False  # as its Trainer sets it
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     theirs.load_state_dict(transformers_weights(model))
-    return theirs
+    return theirs.train()
 
 
 def litgpt_llama(model: Llama) -> nn.Module:
@@ -82,7 +82,14 @@ def litgpt_llama(model: Llama) -> nn.Module:
     theirs, weights = GPT(config), dict[str, Tensor]()
     copy_weights_hf_llama(config, {}, weights, dict(transformers_weights(model)))
     theirs.load_state_dict(weights)
-    return theirs
+    return theirs.train()
+
+
+MODELS: dict[str, Callable[[Llama], Any]] = {
+    "ours": lambda model: model,
+    "transformers": transformers_llama,
+    "litgpt": litgpt_llama,
+}
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -115,12 +122,6 @@ LOSSES: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
     "transformers": transformers_loss,
     "litgpt": litgpt_loss,
 }
-
-
-def models(bare: Llama) -> dict[str, Any]:
-    """Our model, and with the same weights those of the peers that are installed."""
-    made = {"transformers": transformers_llama, "litgpt": litgpt_llama}
-    return {"ours": bare, **{name: made[name](bare).train() for name in installed()}}
 
 
 @dataclass

@@ -2,37 +2,42 @@
 
     python -m bench.training_step [case … [key=value …]]
 
-Batches, sdpa (causal, no documents), AdamW, its groups and clipping are the same too; logits and
-losses are compared before anything is timed. Ours is `train.py`'s step. bf16 is what one runs, on
-float32 weights: ours under FSDP2's policy, theirs under autocast, whose residual stream is float32;
-in `bf16_true` all is bf16 and ours a plain loop. With words nothing is written, nothing asked for.
+Batches, sdpa (causal, no documents), AdamW, its groups and clipping are the same too. Ours is
+`train.py`'s step. In bf16 ours has FSDP2's policy, they autocast, whose residual stream is float32;
+in `bf16_true` all is bf16, ours a plain loop. `training.memory` sets a whole process's allocator,
+so each has a process; `kept` is a peer with that setting too. With words nothing is written.
 """
 
-import json
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from itertools import islice, product
+from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from bench.measurement import spread, write
-from bench.peers import PEERS, Loop, installed, logits_of, models
-from data.loader import StepBatches
+from bench.peers import MODELS, PEERS, Loop, installed, logits_of
+from bench.turns import Remote
+from data.dataset import Dataset
+from data.loader import StepBatches, TrainLoader
 from model.flops import parameter_count
 from model.init import initialize
 from model.llama import Llama
+from parallel.mesh import MeshShape, Processes
 from program.command_line import CONF
+from program.config import TrainProgram
 from program.preflight import check_config, prepare_data
 from program.run import Run
 from train import set_up, train_step
+from training.memory import keep_freed_memory
 from training.resume_contract import Changes
 
 AIMS = {"transformers": 1.05, "litgpt": 1.0}
@@ -62,16 +67,8 @@ MORE_CASES = ["_".join(parts) for parts in product(SIZES, ("eager", "compiled"),
 # The weights are compared before, by float32's logits.
 LOGITS = {"fp32": 1e-5, "bf16": 3e-2, "bf16_true": 3e-2}
 LOSSES = {"fp32": 1e-5, "bf16": 1e-3, "bf16_true": 5e-3}
-
-
-class Contender(Protocol):
-    """Who takes its turn."""
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """(batch, seq) -> (batch, seq, vocab)."""
-
-    def step(self, batches: StepBatches) -> Tensor:
-        """One step; returns the mean loss."""
+KEPT = "+kept memory"  # behind the name of a peer that has our allocator setting
+REST = 0.05  # seconds between turns: OpenMP's threads spin for some 7 ms before they sleep
 
 
 @dataclass
@@ -89,12 +86,54 @@ class OurRun:
         return train_step(self.run, batches, self.run.config.optim.lr)["vitals"][0]
 
 
+class Contender:
+    """One that takes its turns, in a process of its own (`bench.turns`).
+
+    Args:
+        name: `ours` or a peer's; with `KEPT` the peer has our allocator setting.
+        dtype: `fp32`, `bf16` or `bf16_true`.
+        checked: What `check_config` returns.
+    """
+
+    def __init__(
+        self, name: str, dtype: str, checked: tuple[TrainProgram, Processes, MeshShape]
+    ) -> None:
+        self.name, self.dtype, self.checked = name.removesuffix(KEPT), dtype, checked
+        if name == "ours" or name.endswith(KEPT):
+            keep_freed_memory()  # as `train.py` does on CPU
+        config = checked[0]
+        bare = Llama(config.model)
+        initialize(bare, config.model, config.run.seed)
+        self.model = MODELS[self.name](bare)
+
+    def bare_logits(self, tokens: Tensor) -> Tensor:
+        """(batch, seq) -> (batch, seq, vocab) of the float32 model, before `trained` has it."""
+        with torch.no_grad():
+            return logits_of(self.model, tokens)
+
+    @cached_property
+    def trained(self) -> OurRun | Loop:
+        """What trains the model."""
+        config, processes, mesh = self.checked
+        if self.name == "ours" and self.dtype != "bf16_true":
+            return OurRun(set_up(config, processes, mesh, prepare_data(config), Changes()))
+        compiled = config.parallel.compile
+        return Loop.of(self.name, self.model, config.optim, self.dtype, compiled)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(batch, seq) -> (batch, seq, vocab); compiled code is compared by its losses instead."""
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            return self.trained.logits(tokens)
+
+    def step(self, batches: StepBatches) -> tuple[float, Tensor]:
+        """Seconds of a step, and its mean loss."""
+        begin = time.perf_counter()
+        loss = self.trained.step(batches)
+        return time.perf_counter() - begin, loss
+
+
 def main() -> None:
-    """Measures and writes `bench/results/training_step.json`; with `--case`, is one case."""
-    if sys.argv[1:2] == ["--case"]:
-        case, answer, *overrides = sys.argv[2:]
-        Path(answer).write_text(json.dumps(measure(case, overrides)))
-        return
+    """Measures and writes `bench/results/training_step.json`."""
     for name in PEERS.keys() - installed():
         print(f"{name} is not installed, and not measured. To get it: {PEERS[name]}", flush=True)
     overrides = [word for word in sys.argv[1:] if "=" in word]
@@ -103,10 +142,7 @@ def main() -> None:
         sys.exit(f"not a case: {', '.join(unknown)}. Use {', '.join([*CASES, *MORE_CASES])}")
     found = {}
     for case in words or CASES:
-        with tempfile.NamedTemporaryFile() as file:  # a process each: nothing is compiled yet
-            command = [sys.executable, "-m", "bench.training_step", "--case", case, file.name]
-            subprocess.run([*command, *overrides], check=True)
-            found[case] = json.loads(Path(file.name).read_text())
+        found[case] = measure(case, overrides)
         print("\n".join(table({case: found[case]})), flush=True)
     if words:
         return
@@ -124,51 +160,46 @@ def main() -> None:
 def measure(case: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Seconds a step of each, who take turns in rotating order, and the ratios round by round."""
     size, mode, dtype = case.split("_", 2)
-    with initialize_config_dir(str(CONF), version_base="1.3"), tempfile.TemporaryDirectory() as run:
+    names = ["ours", *(peer + kept for peer in installed() for kept in ("", KEPT))]
+    with tempfile.TemporaryDirectory() as run, ExitStack() as stack:
         words = [*SIZES[size], *COMMON, f"run.dir={run}", *overrides]
         words.append(f"precision.param={dtype.partition('_')[0]}")
         words.append(f"parallel.compile={str(mode == 'compiled').lower()}")
-        config, processes, mesh = check_config(compose("train", words))
-        trained = set_up(config, processes, mesh, prepare_data(config), Changes())
-        batches = [plainly_causal(b) for b in islice(trained.batches(), WARM_UP + ROUNDS[size])]
-        bare = Llama(config.model)
-        initialize(bare, config.model, config.run.seed)
-        of_all = models(bare)
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            checked = check_config(compose("train", words))
+        batches = first_batches(checked[0], WARM_UP + ROUNDS[size])
         tokens = batches[0].micro_batches[0].tokens
-        with torch.no_grad():
-            logits = {name: logits_of(model, tokens) for name, model in of_all.items()}
-        compare(logits, LOGITS["fp32"])
-        contenders: dict[str, Contender] = {
-            name: Loop.of(name, model, config.optim, dtype, mode == "compiled")
-            for name, model in of_all.items()
+        contenders = {
+            name: stack.enter_context(closing(Remote(name, Contender, name, dtype, checked)))
+            for name in names
         }
-        if dtype != "bf16_true":
-            contenders["ours"] = OurRun(trained)
-        # The compiled code is compared by its losses.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            logits = {name: each.logits(tokens) for name, each in contenders.items()}
-        compare(logits, LOGITS[dtype])
+        for method, tolerance in (("bare_logits", LOGITS["fp32"]), ("logits", LOGITS[dtype])):
+            logits = {name: each.ask(method, tokens) for name, each in contenders.items()}
+            compare(logits, tolerance)
         seconds = race(contenders, batches, LOSSES[dtype])
+    ratios = {
+        name: spread([a / b for a, b in zip(taken, seconds["ours"], strict=True)])
+        for name, taken in seconds.items()
+    }
     return {
-        "parameters": parameter_count(config.model),
+        "parameters": parameter_count(checked[0].model),
         "tokens": tokens.numel(),
         "seconds": {name: spread(taken) for name, taken in seconds.items()},
-        "ratio": {
-            name: spread([a / b for a, b in zip(taken, seconds["ours"], strict=True)])
-            for name, taken in seconds.items()
-            if name != "ours"
-        },
+        "ratio": {peer: ratios[peer] for peer in installed()},
+        "ratio_kept": {peer: ratios[peer + KEPT] for peer in installed()},
     }
 
 
-def plainly_causal(batches: StepBatches) -> StepBatches:
-    """Without positions: one document a row, so that no mask is written out, as with the peers."""
-    plain: Any = [batch._replace(positions=None) for batch in batches.micro_batches]  # type: ignore[arg-type]
-    return batches._replace(micro_batches=plain)
+def first_batches(config: TrainProgram, count: int) -> list[StepBatches]:
+    """Those that a run of this configuration begins with."""
+    dataset = prepare_data(config)
+    assert isinstance(dataset, Dataset), "the bench reads prepared data"
+    loader = TrainLoader(dataset, config.stages(), seed=config.run.seed, rank=0, size=1)
+    return [loader.step(number) for number in range(count)]
 
 
 def race(
-    contenders: dict[str, Contender], batches: Sequence[StepBatches], tolerance: float
+    contenders: dict[str, Remote], batches: Sequence[StepBatches], tolerance: float
 ) -> dict[str, list[float]]:
     """Seconds of each one's steps after the warm-up, in which the losses are compared."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -177,10 +208,10 @@ def race(
         first = number % len(names)
         losses = {}
         for name in names[first:] + names[:first]:
-            begin = time.perf_counter()
-            losses[name] = contenders[name].step(batch)
+            taken, losses[name] = contenders[name].ask("step", batch)
             if number >= WARM_UP:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(taken)
+            time.sleep(REST)
         if number < WARM_UP:
             compare(losses, tolerance)
     return seconds
@@ -195,17 +226,21 @@ def compare(results: dict[str, Tensor], tolerance: float) -> None:
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    """A line a case: median milliseconds, and how many times ours each peer's are."""
+    """A line a case: median milliseconds, how many times ours each peer's are, and when kept."""
     lines = []
     for case, figures in found.items():
         ours = figures["seconds"]["ours"]["median"]
         line = f"{case:<20} ours {1e3 * ours:7.1f} ms"
         for name, ratio in figures["ratio"].items():
-            median = figures["seconds"][name]["median"]
-            line += f"   {name} {1e3 * median:7.1f} ms, {ratio['median']:.3f} times"
-            line += f" ({ratio['quartile_1']:.3f}, {ratio['quartile_3']:.3f})"
+            median, kept = figures["seconds"][name]["median"], figures["ratio_kept"][name]
+            line += f"   {name} {1e3 * median:7.1f} ms, {times(ratio)}, kept {times(kept)}"
         lines.append(line)
     return lines
+
+
+def times(ratio: dict[str, float]) -> str:
+    """A ratio's median and quartiles."""
+    return f"{ratio['median']:.3f} times ({ratio['quartile_1']:.3f}, {ratio['quartile_3']:.3f})"
 
 
 if __name__ == "__main__":
