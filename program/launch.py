@@ -1,5 +1,6 @@
 """Starts the processes of a program: Fabric on our mesh. Heavy: import it inside a function."""
 
+import faulthandler
 import os
 from functools import partial
 
@@ -27,6 +28,7 @@ def launch(
 ) -> tuple[Fabric, MeshStrategy]:
     """Every process of the mesh returns from here, in one process group, looked after."""
     quieten()
+    faulthandler.enable()  # what a crash outside of Python interrupted is told
     if processes.launcher == "self":
         end_with_main_process()
     elif processes.launcher == "torchrun":

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from data.dataset import Dataset
     from data.stream import StreamDataset
 
-TELLING_SECONDS = 5.0
+TELLING_SECONDS = 15.0
 """How long the others wait at most for the first process to tell why none of them can start."""
 
 
@@ -88,6 +89,8 @@ def refusals(refused: str = "Not started") -> Iterator[None]:
     if distributed is not None and distributed.is_initialized():
         _await_words(distributed)
         os._exit(code)  # no orderly end of the group: the others end by themselves
+    if not is_first_process():
+        time.sleep(TELLING_SECONDS)  # ended before, if the first one finds the same
     sys.exit(code)
 
 

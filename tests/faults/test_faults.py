@@ -49,6 +49,16 @@ def test_updates_that_are_not_finite_on_one_rank_are_skipped_on_all_and_told(
     assert figures(again) == found
 
 
+def test_a_crash_outside_of_python_is_told_with_the_place_it_interrupted(
+    zygote: Zygote, run_of: Any, tmp_path: Path
+) -> None:
+    crash = Plan(rank=0, call=6, do="SIGSEGV", at=FORWARD)
+    start = zygote.run(run_of(tmp_path / "run"), 1, crash)
+    assert start.codes == {0: -11}
+    assert "Fatal Python error: Segmentation fault" in start.told()
+    assert re.search(r'File ".*train.py", line \d+ in train_step', start.told())
+
+
 def test_three_in_a_row_rewind_and_leave_their_samples_out_whatever_is_killed_then(
     zygote: Zygote, run_of: Any, undisturbed: Any, tmp_path: Path
 ) -> None:

@@ -3,15 +3,17 @@
 import os
 from pathlib import Path
 
+import pytest
 from zygote import Zygote
 
 LATE = """
-import os, time
-import torch.distributed
+import os, sys, time
 from data.errors import DataError
 from program.preflight import refusals
 
-torch.distributed.init_process_group("gloo")
+if sys.argv[1:] == ["together"]:
+    import torch.distributed
+    torch.distributed.init_process_group("gloo")
 with refusals():
     if os.environ["RANK"] == "0":
         time.sleep(1.0)
@@ -19,12 +21,13 @@ with refusals():
 """
 
 
+@pytest.mark.parametrize("words", [[], ["together"]])
 def test_the_first_process_tells_even_when_another_is_sooner(
-    zygote: Zygote, tmp_path: Path
+    zygote: Zygote, tmp_path: Path, words: list[str]
 ) -> None:
-    """Like torchrun, what starts them ends all at once when one has failed."""
+    """Before and after they have met; what starts them ends all at once when one has failed."""
     program = tmp_path / "late.py"
     program.write_text(LATE)
-    done = zygote.run_program([str(program)], tmp_path, os.environ, ranks=2)
+    done = zygote.run_program([str(program), *words], tmp_path, os.environ, ranks=2)
     assert done.returncode == 1
     assert done.stderr == "Not started: the shard is gone\n"
