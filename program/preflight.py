@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from data.dataset import Dataset
     from data.stream import StreamDataset
 
-TELLING_SECONDS = 15.0
+TELLING_SECONDS = 10.0
 """How long the others wait at most for the first process to tell why none of them can start."""
 
 
