@@ -2,10 +2,9 @@
 
 glibc hands large freed blocks back to the kernel, until it has seen one of their size freed. A
 training step frees and allocates the same activations every time: 14,000 page faults a step of the
-default model; without them, and in huge pages, it takes 0.87 of the time
-(`python -m bench.page_faults`). A conversion
-allocates blocks of many sizes once, and kept they fragment: it ended with as much memory as it had
-converted.
+default model; without them, and in huge pages, it takes 0.87 of the time (`bench.page_faults`).
+A conversion allocates blocks of many sizes once, and kept they fragment: it ended with as much
+memory as it had converted.
 """
 
 import ctypes
