@@ -7,6 +7,7 @@ finds out later (a full disk, a dead peer) is not here.
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -90,7 +91,8 @@ def refusals(refused: str = "Not started") -> Iterator[None]:
         _await_words(distributed)
         os._exit(code)  # no orderly end of the group: the others end by themselves
     if not is_first_process():
-        time.sleep(TELLING_SECONDS)  # ended before, if the first one finds the same
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # when the first one has told
+        time.sleep(TELLING_SECONDS)
     sys.exit(code)
 
 
