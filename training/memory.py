@@ -9,6 +9,7 @@ memory as it had converted.
 
 import ctypes
 import os
+import resource
 from pathlib import Path
 
 # From glibc's malloc.h: blocks up to the first come from the heap, trimmed beyond the second.
@@ -21,7 +22,7 @@ _COUNTED = "2"  # the kernel counts memory when it is asked for, not when it is 
 def keep_freed_memory() -> bool:
     """Asks the C library to keep what is freed; False where it has no such setting."""
     kept = _set(_M_MMAP_THRESHOLD, _LARGEST) and _set(_M_TRIM_THRESHOLD, _NEVER)
-    if kept and Path("/proc/sys/vm/overcommit_memory").read_text().strip() != _COUNTED:
+    if kept and not _untouched_memory_counts():
         _use_huge_pages()
     return kept
 
@@ -34,6 +35,13 @@ def give_freed_memory_back() -> bool:
 def _set(setting: int, value: int) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and mallopt(setting, value) == 1
+
+
+def _untouched_memory_counts() -> bool:
+    """Whether memory that was asked for and never touched is missing elsewhere."""
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    limited = any(limit != resource.RLIM_INFINITY for limit in limits)
+    return limited or Path("/proc/sys/vm/overcommit_memory").read_text().strip() == _COUNTED
 
 
 def _use_huge_pages() -> None:

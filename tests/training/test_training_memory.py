@@ -23,6 +23,8 @@ def flags(address):
         elif inside and line.startswith("VmFlags:"):
             return line.split()[1:]
 
+if sys.argv[2:]:
+    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]), resource.RLIM_INFINITY))
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 sizes = [40, 70, 50]  # MiB; glibc learns a size up to 32 by itself
@@ -35,8 +37,8 @@ print(json.dumps({"huge": huge, "faults": faults() - before}))
 """
 
 
-def in_a_process(word: str) -> dict[str, int]:
-    done = start_python(["-c", PROGRAM, word])
+def in_a_process(*words: str) -> dict[str, int]:
+    done = start_python(["-c", PROGRAM, *words])
     assert done.returncode == 0, done.stderr
     told: dict[str, int] = json.loads(done.stdout)
     return told
@@ -55,3 +57,8 @@ def test_memory_that_a_training_frees_is_there_when_it_is_asked_for_again() -> N
 def test_the_heap_of_a_training_may_be_mapped_in_huge_pages() -> None:
     assert in_a_process("kept")["huge"]
     assert not in_a_process("returned")["huge"]
+
+
+def test_where_address_space_is_limited_the_heap_takes_none_that_it_does_not_need() -> None:
+    found = in_a_process("kept", str(2**36))  # 64 GiB: everything fits, and yet it is a limit
+    assert not found["huge"] and found["faults"] < 100
