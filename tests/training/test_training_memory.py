@@ -60,5 +60,4 @@ def test_the_heap_of_a_training_may_be_mapped_in_huge_pages() -> None:
 
 
 def test_where_address_space_is_limited_the_heap_takes_none_that_it_does_not_need() -> None:
-    found = in_a_process("kept", str(2**36))  # 64 GiB: everything fits, and yet it is a limit
-    assert not found["huge"] and found["faults"] < 100
+    assert not in_a_process("kept", str(2**36))["huge"]  # all fits into 64 GiB, a limit even so
