@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from program.command_line import hydra_arguments
 from program.config import ConvertProgram, load_convert_config
-from program.preflight import refusals
+from program.refusals import refusals
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="convert")

@@ -23,7 +23,7 @@ from program.evaluation import (
     versions,
     write_figures,
 )
-from program.preflight import refusals
+from program.refusals import refusals
 
 if TYPE_CHECKING:
     from data.dataset import Dataset

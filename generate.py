@@ -25,7 +25,7 @@ from program.generation import (
     read_prompts,
     typed_prompts,
 )
-from program.preflight import refusals
+from program.refusals import refusals
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer

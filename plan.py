@@ -11,7 +11,7 @@ import hydra
 from omegaconf import DictConfig
 
 from program.plan_program import PlanProgram, load_plan_config, plan_arguments
-from program.preflight import refusals
+from program.refusals import refusals
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="plan")

@@ -25,8 +25,9 @@ from program.config import TrainProgram
 from program.ending import end_early, finish, give_up, leave, record_fault
 from program.figures import log, profiled, read_figures, validate, write_sample
 from program.planning import check_plan, tell_plan
-from program.preflight import check_config, check_folder, hold_folder, prepare_data, refusals
+from program.preflight import check_config, check_folder, hold_folder, prepare_data
 from program.recovery import Decision, heed, rewind, starting_position
+from program.refusals import refusals
 from program.report import header
 from program.run import Run, saver_of
 from training.exit_codes import ExitCode

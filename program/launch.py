@@ -13,7 +13,7 @@ from parallel.mesh import MeshShape, Processes
 from parallel.parallelize import parallelize
 from parallel.slurm import rendezvous
 from parallel.strategy import MeshStrategy, end_with_main_process, end_with_torchrun
-from program.preflight import LaunchError
+from program.refusals import LaunchError
 from training.memory import keep_freed_memory
 from training.quiet import quieten
 from training.watchdog import Watchdog

@@ -6,13 +6,6 @@ finds out later (a full disk, a dead peer) is not here.
 
 import dataclasses
 import json
-import os
-import signal
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +14,6 @@ from omegaconf import DictConfig
 
 from data.config import DataConfig
 from data.errors import DataError
-from evaluation.errors import TaskError
-from formats.errors import FormatError
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import (
@@ -33,7 +24,7 @@ from parallel.mesh import (
     resolve_mesh,
     started_problems,
 )
-from program.config import ConfigError, Rule, TrainProgram, load_train_config, plain
+from program.config import Rule, TrainProgram, load_train_config, plain
 from program.initial_weights import check_initial_tokenizer, check_initial_weights
 from program.precision import fp8_problems, torchao_problems
 from program.rules import (
@@ -45,7 +36,6 @@ from program.rules import (
     saving_problems,
 )
 from training.config import LogConfig, TrainConfig
-from training.exit_codes import ExitCode
 from training.lock import RunLock, hold
 from training.resume_contract import Changes
 from training.run_folder import RunFolder, RunFolderError
@@ -53,60 +43,6 @@ from training.run_folder import RunFolder, RunFolderError
 if TYPE_CHECKING:
     from data.dataset import Dataset
     from data.stream import StreamDataset
-
-TELLING_SECONDS = 10.0
-"""How long the others wait at most for the first process to tell why none of them can start."""
-
-
-class LaunchError(RuntimeError):
-    """The processes of a run could not find each other."""
-
-
-@contextmanager
-def refusals(refused: str = "Not started") -> Iterator[None]:
-    """Ends the program where it cannot start; only the first process tells why.
-
-    The exit code is 1, or what the folder's error tells; after Ctrl-C 130. `refused` begins what
-    is told.
-    """
-    code = ExitCode.REFUSED
-    try:
-        yield
-    except ConfigError as error:
-        message = f"{refused}, the configuration has problems:\n{error}"
-    except (DataError, FormatError, LaunchError, TaskError) as error:
-        message = f"{refused}: {error}"
-    except RunFolderError as error:
-        message, code = f"{refused}: {error}", error.code
-    except KeyboardInterrupt:
-        if is_first_process():
-            print("Interrupted before the first step.", file=sys.stderr, flush=True)
-        os._exit(ExitCode.INTERRUPTED)  # peers may wait for us in a collective call
-    else:
-        return
-    if is_first_process():
-        print(message, file=sys.stderr, flush=True)
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
-        _await_words(distributed)
-        os._exit(code)  # no orderly end of the group: the others end by themselves
-    if not is_first_process():
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # when the first one has told
-        time.sleep(TELLING_SECONDS)
-    sys.exit(code)
-
-
-def _await_words(distributed: Any) -> None:
-    """Returns when the first process has told why, or is gone.
-
-    torchrun and srun end all processes when one has failed: it must not be one that says nothing.
-    """
-    with suppress(Exception):  # the store ends with the first process
-        store = distributed.distributed_c10d._get_default_store()
-        if is_first_process():
-            store.set("told", "")
-        else:
-            store.wait(["told"], timedelta(seconds=TELLING_SECONDS))
 
 
 def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshShape]:
