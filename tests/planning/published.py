@@ -83,8 +83,9 @@ class Row:
 EIGHT = (1, 8, 1, 1)
 FULL: dict[str, Any] = {"activation_checkpoint": "full"}
 COMPILED: dict[str, Any] = {"compile": True}
-# torchtitan keeps every other product, and attention.
-SELECTIVE: dict[str, Any] = {"activation_checkpoint": 0.5, "compile": True}
+# torchtitan keeps every other product, and attention; compiled or not.
+HALF: dict[str, Any] = {"activation_checkpoint": 0.5}
+SELECTIVE = HALF | COMPILED
 FP8: dict[str, Any] = {"fp8": "tensorwise"}
 BF16_MOMENTS: dict[str, Any] = {"optimizer_state": "bf16"}
 MPT_1B, MPT_3B, MPT_7B = mpt(2048, 24, 16), mpt(2560, 32, 20), mpt(4096, 32, 32)
@@ -113,17 +114,9 @@ FITTED = [
         FULL,
     ),
     # torchtitan, docs/performance.md of 2024 (64 × A100) and the other tables of 2024-12.
-    Row(
-        "torchtitan 8B, 64 A100",
-        *(A100, LLAMA_8B, (1, 64, 1, 1), 8192, 1, 1, 2973),
-        {"activation_checkpoint": "selective"},
-    ),
+    Row("torchtitan 8B, 64 A100", A100, LLAMA_8B, (1, 64, 1, 1), 8192, 1, 1, 2973, HALF),
     Row("torchtitan 70B, 64 A100", A100, LLAMA_70B, (1, 64, 1, 1), 8192, 1, 1, 331, FULL),
-    Row(
-        "torchtitan 8B, 128 H100",
-        *(LIMITED, LLAMA_8B, (1, 128, 1, 1), 8192, 2, 1, 5605),
-        {"activation_checkpoint": "selective"},
-    ),
+    Row("torchtitan 8B, 128 H100", LIMITED, LLAMA_8B, (1, 128, 1, 1), 8192, 2, 1, 5605, HALF),
     Row("  compiled", LIMITED, LLAMA_8B, (1, 128, 1, 1), 8192, 2, 1, 6514, SELECTIVE),
     Row("  and fp8", LIMITED, LLAMA_8B, (1, 128, 1, 1), 8192, 2, 1, 8380, SELECTIVE | FP8),
     Row(
@@ -162,11 +155,7 @@ FURTHER = [
 TESTED = [
     Row("NeMo 8B, 8 H100", CUDNN, LLAMA_8B, EIGHT, 8192, 1, 1, 10682, COMPILED),
     Row("  fp8", CUDNN, LLAMA_8B, EIGHT, 8192, 1, 1, 14048, COMPILED | FP8),
-    Row(
-        "torchtitan 8B, 8 H100",
-        *(LIMITED, LLAMA_8B, EIGHT, 8192, 2, 1, 5762),
-        {"activation_checkpoint": "selective"},
-    ),
+    Row("torchtitan 8B, 8 H100", LIMITED, LLAMA_8B, EIGHT, 8192, 2, 1, 5762, HALF),
     Row("  compiled", LIMITED, LLAMA_8B, EIGHT, 8192, 2, 1, 6667, SELECTIVE),
     Row("  and fp8", LIMITED, LLAMA_8B, EIGHT, 8192, 2, 1, 8532, SELECTIVE | FP8),
     Row(
