@@ -27,7 +27,7 @@ SECONDS = 1.5  # of each measurement
 WARM_UP, LEAST = 2, 3  # operations before, and that are timed
 # Rows and widths of a product, elements of a copy, (batch, heads, seq, head_dim).
 SIZES: dict[str, dict[str, Any]] = {
-    "cpu": {"product": 1024, "copy": 2**24, "attention": (2, 8, 1024, 64), "payload": 2**22},
+    "cpu": {"product": 1024, "copy": 2**24, "attention": (4, 8, 512, 64), "payload": 2**22},
     "cuda": {"product": 8192, "copy": 2**28, "attention": (2, 32, 4096, 128), "payload": 2**26},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
