@@ -21,5 +21,7 @@ def quieten() -> None:
         warnings.simplefilter("ignore", category)
     # Fabric says so on every machine that has SLURM installed, cluster or not.
     warnings.filterwarnings("ignore", message="The `srun` command is available")
+    # One process reads and writes checkpoints without collectives.
+    warnings.filterwarnings("ignore", message="torch.distributed is (disabled, )?unavailable or")
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         warnings.simplefilter("ignore")

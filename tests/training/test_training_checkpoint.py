@@ -111,6 +111,22 @@ def test_loading_gives_back_parameters_moments_steps_and_position(tmp_path: Path
     assert json.loads((target / "manifest.json").read_text())["config"] == {"a": {"b": 1}}
 
 
+def test_one_process_sends_its_plan_to_nobody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A collective of what describes a large model slows each later step on CPU."""
+
+    def sent(*_: Any, **__: Any) -> None:
+        raise AssertionError("an object was sent")
+
+    for name in ("gather_object", "all_gather_object", "scatter_object_list"):
+        monkeypatch.setattr(dist, name, sent)
+    model, optimizer = small()
+    written = saving.write_shards(saving.tensors_of(model, optimizer), tmp_path / "one", None)
+    assert written.keys() == {"__0_0.distcp", ".metadata"}
+    load(tmp_path / "one", model, optimizer)
+
+
 def test_places_of_lanes_come_back_and_older_checkpoints_have_none(folder: RunFolder) -> None:
     assert read_position(folder.step_folder(12)).lanes is None
     lanes = {"0": [0, 1, 17, 300], "1": [2, 0, 0, 0]}

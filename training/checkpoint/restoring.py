@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from training.checkpoint.files import damage_of, read_manifest
-from training.checkpoint.saving import one_line, tensors_of
+from training.checkpoint.saving import is_alone, one_line, tensors_of
 from training.exit_codes import ExitCode
 from training.position import Position
 from training.run_folder import RunFolder, RunFolderError
@@ -104,7 +104,8 @@ def load(
     groups = [] if optimizer is None else optimizer.param_groups
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     state = tensors_of(model, optimizer)
-    dcp_load(state, storage_reader=dcp.FileSystemReader(folder))
+    # Alone without a collective, as in saving.
+    dcp_load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=is_alone())
     set_state_dict(
         model,
         optimizer if optimizer is not None else (),
