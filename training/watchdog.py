@@ -272,14 +272,14 @@ class Watchdog:
         return limit is not None and beat.seconds > limit
 
     def _last_place(self, rank: int) -> str:
-        """Where a rank was when it last told, if it ever did."""
+        """Where a rank was when it last told, up to a beat before its end, if it ever did."""
         if not self._connected:
             return " in set-up"
         try:
             beat = Beat(**json.loads(self._store.get(f"beat/{rank}")))
         except Exception:
             return ""
-        return f" in {beat.work}; last seen here:\n{indented(beat.stack)}"
+        return f"; last seen in {beat.work}, here:\n{indented(beat.stack)}"
 
     def _tells_of_rank_0(self) -> bool:
         """One process of each node is enough."""
