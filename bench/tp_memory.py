@@ -215,7 +215,7 @@ def llama_table(llama: dict[int, Peaks]) -> str:
             f"\nLlama, dim {LLAMA.dim}, {LLAMA.n_layers} layers, vocab {LLAMA.vocab_size}, "
             f"{LLAMA_BATCH} x {LLAMA_SEQ} tokens, float32: MB of a process",
             *table(rows, 1e6, 2),
-            "Gathered weights: FSDP2's copy of the weights, though its axis has one rank here.",
+            "Gathered weights: FSDP2's copy, though its axis has one rank; one process has none.",
             "Not cut: the norms' weights; of the activations, the gathered inputs of the products,",
             f"two in a layer and that of the head, {gathered:.1f} MB by their shapes.",
         ]

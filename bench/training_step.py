@@ -3,9 +3,9 @@
     python -m bench.training_step [case … [key=value …]]
 
 Batches, sdpa (causal, no documents), AdamW, its groups and clipping are the same too. Ours is
-`train.py`'s step. In bf16 ours has FSDP2's policy, they autocast, whose residual stream is float32;
-in `bf16_true` all is bf16, ours a plain loop. `training.memory` sets a whole process's allocator,
-so each has a process; `kept` is a peer with that setting too. With words nothing is written.
+`train.py`'s step. In bf16 ours has one copy of the weights a step, they autocast, whose residual
+stream is float32; in `bf16_true` all is bf16, ours a plain loop. `training.memory` sets a whole
+process's allocator: each has one; `kept` is a peer with that setting too. Words: nothing written.
 """
 
 import sys

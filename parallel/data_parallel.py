@@ -1,9 +1,9 @@
-"""The data axes: FSDP2, with mixed precision by its policy, at every size including one.
+"""The data axes: FSDP2, with mixed precision by its policy, for more than one process.
 
 Weights are sharded over `dp_shard` and `cp` taken together, whose ranks hold different tokens, and
-copied over `dp_replicate` (HSDP). Every parameter becomes a DTensor on one mesh whatever the sizes,
-so that clipping, the optimizer and checkpoints know a single case. Gradients are summed, not
-averaged: the loss is already divided by the number of targets in the whole global batch.
+copied over `dp_replicate` (HSDP). Every parameter becomes a DTensor on one mesh whatever the sizes.
+Gradients are summed, not averaged: the loss is already divided by the number of targets in the
+whole global batch. What a process alone does is in `parallel.mixed_precision`.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from model.llama import Llama
 from parallel.config import PrecisionConfig
+from parallel.mixed_precision import keep_copies
 
 _KEPT = "llamesh_kept_gathered"  # a block's or the model's attribute
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -66,14 +67,25 @@ def apply_data_parallel(
         _prefetch(blocks)
 
 
-def stay_gathered(model: nn.Module, stay: bool) -> None:
-    """Whether weights that stay gathered until a backward stay so behind it, for a next forward.
+def hold_gradients(model: nn.Module, hold: bool, replicas_only: bool) -> None:
+    """Whether a backward leaves its gradients to a later one to sum over the ranks.
 
-    As long as no weight changes, between micro-batches, that saves a gather of each, and the cast.
+    Weights that stay gathered until a backward then stay so behind it, for a next forward: as long
+    as no weight changes, between micro-batches, that saves a gather of each, and the cast.
+
+    Args:
+        replicas_only: Gradients are summed over the shards all the same.
     """
+    keep_copies(model, hold)
+    if not isinstance(model, FSDPModule):
+        return
+    if replicas_only:
+        model.set_requires_all_reduce(not hold)
+    else:
+        model.set_requires_gradient_sync(not hold)
     for module in model.modules():
         if isinstance(module, FSDPModule) and vars(module)[_KEPT]:
-            module.set_reshard_after_backward(not stay, recurse=False)
+            module.set_reshard_after_backward(not hold, recurse=False)
 
 
 def _prefetch(blocks: list[FSDPModule]) -> None:

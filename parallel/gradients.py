@@ -4,8 +4,6 @@ The sum that it needs goes over all processes, once a step: what else all of the
 the step travels with it.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
@@ -25,7 +23,7 @@ def clip_grad_norm(
     whichever axes shard it.
 
     Args:
-        model: Every parameter a DTensor; those without a gradient are left out.
+        model: Every parameter a DTensor, or all plain; those without a gradient are left out.
         max_norm: Infinity leaves the gradients as they are.
         riders: (n), this process's shares of other sums.
 
@@ -34,8 +32,8 @@ def clip_grad_norm(
         float64 on CPU and float32 on CUDA; both the same on every rank. Where the norm is not
         finite, neither are the gradients, scaled or not: the step is to be skipped.
     """
-    gradients = [cast(DTensor, p.grad) for p in model.parameters() if p.grad is not None]
-    local = [gradient.to_local() for gradient in gradients]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     if local[0].device.type == "cpu":
         precise, norms = torch.float64, [precise_norm(shard) for shard in local]
     else:  # adds in a tree
@@ -64,8 +62,10 @@ def precise_norm(shard: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.cat(norms), dtype=torch.float64)
 
 
-def _copies(gradient: DTensor) -> int:
+def _copies(gradient: Tensor) -> int:
     """How many ranks hold the same shard of a gradient."""
+    if not isinstance(gradient, DTensor):
+        return 1
     sizes = zip(gradient.placements, gradient.device_mesh.shape, strict=True)
     held = 1
     for placement, size in sizes:

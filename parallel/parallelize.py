@@ -20,6 +20,7 @@ from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.context_parallel import apply_context_parallel
 from parallel.data_parallel import apply_data_parallel, mixed_precision
 from parallel.float8 import apply_float8
+from parallel.mixed_precision import apply_mixed_precision
 from parallel.tensor_parallel import apply_tensor_parallel
 
 
@@ -53,12 +54,11 @@ def parallelize(
         apply_async_tensor_parallel(mesh["tp"])
     if parallel.compile:
         apply_compile(model, memory_budget=kept if isinstance(kept, float) else 1.0)
-    apply_data_parallel(
-        model,
-        mesh,
-        mixed_precision(precision, mesh.device_type),
-        reshard_after_forward=parallel.reshard_after_forward,
-    )
+    formats = mixed_precision(precision, mesh.device_type)
+    if mesh.size() == 1:
+        apply_mixed_precision(model, formats.param_dtype or torch.float32)
+    else:
+        apply_data_parallel(model, mesh, formats, parallel.reshard_after_forward)
     return model
 
 
@@ -69,7 +69,8 @@ def initialize_weights(model: Llama, config: ModelConfig, seed: int) -> None:
 
 def local_block(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """A parameter's local shard, and where it lies in the global tensor."""
-    assert isinstance(parameter, DTensor)
+    if not isinstance(parameter, DTensor):
+        return parameter, (0,) * parameter.dim()
     _, offsets = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )

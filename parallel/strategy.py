@@ -22,7 +22,7 @@ from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel.data_parallel import stay_gathered
+from parallel.data_parallel import hold_gradients
 from parallel.gradients import clip_grad_norm
 from parallel.launcher import Launcher
 from parallel.mesh import AXES, DATA_AXES, MeshShape
@@ -152,13 +152,8 @@ class MicroBatchSync(_BackwardSyncControl):
 
     @contextmanager
     def _without_sync(self, module: Any) -> Iterator[None]:
-        switch = (
-            module.set_requires_all_reduce if self.shards else module.set_requires_gradient_sync
-        )
-        switch(False)
-        stay_gathered(module, True)
+        hold_gradients(module, True, self.shards)
         try:
             yield
         finally:
-            switch(True)
-            stay_gathered(module, False)
+            hold_gradients(module, False, self.shards)

@@ -32,8 +32,9 @@ class Memory:
     """Bytes of one rank at the moment of a step at which it holds most, by what they are for.
 
     `parameters`, `gradients` and `optimizer` are the rank's shards, at rest; `activations` what the
-    forward keeps for the backward; `gathered` the weights that FSDP2 has gathered, and gradients
-    before they are reduced; `logits` the head's chunk; `temporary` the rest. `moment` names it.
+    forward keeps for the backward; `gathered` the weights that FSDP2 has gathered, or one process's
+    copies in the format of forward and backward, and gradients before they are reduced or handed
+    over; `logits` the head's chunk; `temporary` the rest. `moment` names it.
     """
 
     parameters: int
@@ -74,7 +75,7 @@ class _Group:
 
 def step_memory(job: Job) -> Memory:
     """The fullest of a step's moments, of its last micro-batch where there are several."""
-    step = _Step(job)
+    step = _Step(job) if job.mesh.world_size > 1 else _StepAlone(job)
     last = job.model.n_layers - 1
     moments = [step.head(), step.block_backward(0), step.root_backward(), step.update()]
     if job.accelerator == "cpu":
@@ -94,7 +95,8 @@ class _Step:
         dim, tp, layers = model.dim, mesh.tp, model.n_layers
         block, root = block_matrices(model, tp), root_matrices(model, tp)
         self.block, self.root = self._group(block), self._group(root)
-        self.head_weight = model.vocab_size // tp * dim * job.param_bytes
+        self.head_elements = model.vocab_size // tp * dim
+        self.head_weight = self.head_elements * job.param_bytes
         self.ffn_weight = dim * model.ffn_dim // tp * job.param_bytes
         self.elements = self._owned(block) * layers + self._owned(root)
         self.vectors = (2 * layers + 1) * -(-dim // self.shards)
@@ -160,17 +162,26 @@ class _Step:
             logits += 2 * rows * seen * job.param_bytes
         block = HEAD_BLOCK[job.accelerator]
         in_float32 = 0 if job.parallel.compile else min(max(1, block // seen), rows) * seen
-        gathered = self.root.gathered(job) + self.kept_blocks * self.block.gathered(job)
-        if self.shards > 1:
-            gathered += self.block.gathered(job)  # the last all-gather's result is freed late
         return self._memory(
             "head",
-            gradients=self._gradients(0),
             activations=self._activations(model.n_layers) + kept_by_head(job),
-            gathered=gathered + self.head_weight + self._accumulated(model.n_layers),
             logits=logits,
             temporary=job.local_tokens * model.dim * job.param_bytes + in_float32 * FLOAT32,
+            **self._at_head(),
         )
+
+    def _at_head(self) -> dict[str, int]:
+        """Weights and gradients while the head is computed; the last all-gather is freed late."""
+        late = self.block.gathered(self.job) if self.shards > 1 else 0
+        behind = self._behind_head()
+        return behind | {"gathered": behind["gathered"] + late}
+
+    def _behind_head(self) -> dict[str, int]:
+        """Weights and gradients before the backward of the blocks."""
+        job = self.job
+        gathered = self.root.gathered(job) + self.kept_blocks * self.block.gathered(job)
+        gathered += self.head_weight + self._accumulated(job.model.n_layers)
+        return {"gradients": self._gradients(0), "gathered": gathered}
 
     def _activations(self, blocks: int) -> int:
         return inputs(self.job) + blocks * kept_by_block(self.job)
@@ -179,13 +190,11 @@ class _Step:
         """Behind the head and before the blocks, where a norm is many operations."""
         job, layers = self.job, self.job.model.n_layers
         left, steps = last_norm_backward(job)
-        gathered = self.root.gathered(job) + self.kept_blocks * self.block.gathered(job)
         return self._memory(
             "backward",
-            gradients=self._gradients(0),
             activations=self._activations(layers) + left,
-            gathered=gathered + self.head_weight + self._accumulated(layers),
             temporary=steps,
+            **self._behind_head(),
         )
 
     def block_backward(self, done: int) -> Memory:
@@ -264,3 +273,78 @@ class _Step:
             gradients=layers * self.block.shard + self.root.shard,
             temporary=2 * min(piece, largest) * FLOAT32 if narrow else 0,
         )
+
+
+class _StepAlone(_Step):
+    """Of one process, which gathers and reduces nothing: each gradient goes to its weight at once.
+
+    Where forward and backward are in fewer bits, weights have copies until their gradients come.
+    """
+
+    def _held(self, blocks: int, head: bool = False, moving: int = 0) -> dict[str, int]:
+        """Gradients that are there, and copies of the weights whose gradients are still to come.
+
+        Args:
+            blocks: Those whose gradients are still to come; the embedding's is.
+            head: Whether the head's is.
+            moving: Bytes of gradients on their way.
+        """
+        job = self.job
+        waiting = blocks * self.block.elements + self.head_elements
+        if head and not job.model.tie_embeddings:
+            waiting += self.head_elements
+        there = self.elements - (0 if job.micro_batches > 1 else waiting)
+        copies = waiting * job.param_bytes if job.param_bytes < FLOAT32 else 0
+        return {"gradients": there * FLOAT32, "gathered": copies + moving}
+
+    def _handed_over(self) -> int:
+        """The largest gradient, head's or embedding's, on its way and as its weight gets it."""
+        widens = self.job.param_bytes < FLOAT32 and self.job.micro_batches == 1
+        return self.head_weight + widens * self.head_elements * FLOAT32
+
+    def head(self) -> Memory:
+        """Its logits, or what becomes of its gradient when the loss is done."""
+        job, layers = self.job, self.job.model.n_layers
+        behind = self._memory(
+            "head",
+            activations=self._activations(layers) + kept_by_head(job),
+            **self._held(layers, head=True, moving=self._handed_over()),
+        )
+        logits = super().head()
+        return logits if job.model.tie_embeddings else max(logits, behind, key=lambda m: m.peak)
+
+    def _at_head(self) -> dict[str, int]:
+        return self._held(self.job.model.n_layers, head=True, moving=self.head_weight)
+
+    def _behind_head(self) -> dict[str, int]:
+        """Where the two ends are one weight, what the head makes of its gradient waits."""
+        tied = self.job.model.tie_embeddings
+        return self._held(self.job.model.n_layers, moving=self.head_weight if tied else 0)
+
+    def block_backward(self, done: int) -> Memory:
+        job, ahead = self.job, self.job.model.n_layers - done - 1
+        tied = self.head_weight if job.model.tie_embeddings else 0
+        middle = self._memory(
+            "backward",
+            activations=self._activations(ahead + 1) + recomputed_by_block(job),
+            temporary=backward_buffers(job),
+            **self._held(ahead + 1, moving=tied + self.ffn_weight),
+        )
+        end = self._memory(
+            "backward",
+            activations=self._activations(ahead) + block_input(job),
+            temporary=2 * block_input(job),
+            **self._held(ahead, moving=tied),
+        )
+        return max(middle, end, key=lambda memory: memory.peak)
+
+    def root_backward(self) -> Memory:
+        """The embedding's gradient when all else is done; to a tied one the head's is added."""
+        made = self._memory(
+            "backward",
+            activations=inputs(self.job),
+            temporary=block_input(self.job),
+            **self._held(0, moving=(3 if self.job.model.tie_embeddings else 1) * self.head_weight),
+        )
+        handed_over = self._memory("backward", **self._held(0, moving=self._handed_over()))
+        return max(made, handed_over, key=lambda memory: memory.peak)

@@ -30,7 +30,7 @@ class StepTime:
     """Seconds of a step: computing, waiting, updating.
 
     `elementwise` is all that moves bytes and multiplies little: norms, RoPE, SiLU, casts, the
-    softmax, FSDP2's copies. `exposed` are the parts of `communication`, by axis.
+    softmax, copies of weights. `exposed` are the parts of `communication`, by axis.
     """
 
     matrix: float
@@ -160,9 +160,14 @@ class _Rank:
     def weights(self) -> float:
         """Bytes of FSDP2's copies: cast and gathered, twice copied out; gradients copied in.
 
-        One shard is cast and copied, once a step, as what stays gathered is gathered once.
+        One shard is cast and copied, once a step, as what stays gathered is gathered once. One
+        process casts weights and gradients where formats differ, and adds up its micro-batches'.
         """
         p, reduce = self.job.param_bytes, self.job.reduce_bytes
+        if self.job.mesh.world_size == 1:
+            micro = self.job.micro_batches
+            casts = (FLOAT32 + p) / micro + p + FLOAT32 if p < FLOAT32 else 0
+            return self.elements * (casts + (micro - 1) / micro * 2 * FLOAT32)
         gathers = (FLOAT32 + p) / self.shards + (4 if self.shards > 1 else 2) * p
         if self.shards == 1 or self.job.parallel.reshard_after_forward is False:
             gathers /= self.job.micro_batches

@@ -210,6 +210,8 @@ def _adamw(
         eps=group["eps"],
         maximize=False,
     )
+    # The fused kernel does not say that it wrote; `parallel.mixed_precision` looks for it.
+    torch.autograd.graph.increment_version(weights)
 
 
 def _local(tensor: Tensor | None) -> Tensor:

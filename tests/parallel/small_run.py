@@ -4,6 +4,7 @@ Dims that neither 3 nor 3·2 divides make the shards uneven; packed documents, m
 rank with few targets make the batch so.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from data.loader import Batch, StepBatches
 from model.config import ModelConfig
@@ -78,6 +81,9 @@ def model_config(tied: bool, n_layers: int) -> ModelConfig:
     return ModelConfig("small", 40, n_layers, 4, 2, 52, VOCAB, tie_embeddings=tied)
 
 
+Plan = Callable[[Llama, DeviceMesh], Llama]
+"""What is applied to a model on the meta device."""
+
 Whole = tuple[Tensor, Tensor, Tensor]
 """Tokens, positions and labels of a global batch, each (batch, seq)."""
 
@@ -109,10 +115,11 @@ def share(whole: Whole, rank: int, size: int, n_micro: int) -> StepBatches:
     return StepBatches(micro_batches, n_documents, n_targets, digest=rank + 1)
 
 
-def build(case: Case, accelerator: str = "cpu") -> SimpleNamespace:
-    """As `train.set_up` does, without data and folder."""
+def build(case: Case, accelerator: str = "cpu", plan: Plan | None = None) -> SimpleNamespace:
+    """As `train.set_up` does, without data and folder; with another `plan` than the case's."""
     config = model_config(case.tied, case.n_layers)
-    plan = partial(parallelize, parallel=case.parallel, precision=PrecisionConfig(param=case.param))
+    precision = PrecisionConfig(param=case.param)
+    plan = plan or partial(parallelize, parallel=case.parallel, precision=precision)
     strategy = MeshStrategy(case.mesh, plan, case.reduce_gradients)
     fabric = Fabric(accelerator=accelerator, devices=case.world, strategy=strategy)
     fabric.launch()
@@ -135,4 +142,6 @@ def build(case: Case, accelerator: str = "cpu") -> SimpleNamespace:
 
 
 def whole(tensor: Any) -> Tensor:
-    return tensor.detach().full_tensor().clone()
+    """A copy of all of it, on every rank."""
+    found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return found.detach().clone()

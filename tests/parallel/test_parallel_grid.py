@@ -58,7 +58,7 @@ def train(run: Any, case: Case, steps: range) -> list[tuple[float, float]]:
 
 
 def tensors_of(run: Any) -> dict[str, Any]:
-    """Every parameter and both Adam moments, each a DTensor."""
+    """Every parameter and both Adam moments."""
     found = {}
     for name, parameter in run.llama.named_parameters():
         found[name] = parameter
@@ -91,7 +91,7 @@ def load_and_go_on(folder: Path, chosen: dict[str, Case]) -> dict[str, Any]:
         differing = []
         for source in [*(other for other in SIZES if other != before), before]:
             for tensor in tensors_of(run).values():
-                tensor.detach().to_local().fill_(torch.nan)
+                local_block(tensor.detach())[0].fill_(torch.nan)
             load(RunFolder(folder / source).step_folder(MIDDLE), run.llama, run.adamw)
             expected = torch.load(folder / source / "state.pt")
             differing += [
@@ -104,7 +104,7 @@ def load_and_go_on(folder: Path, chosen: dict[str, Case]) -> dict[str, Any]:
 
 
 def holds_its_part(tensor: Any, expected: Tensor) -> bool:
-    """Whether a DTensor's local shard is, bit for bit, that part of the whole."""
+    """Whether a tensor's local shard is, bit for bit, that part of the whole."""
     local, offsets = local_block(tensor.detach())
     for dim, (offset, size) in enumerate(zip(offsets, local.shape, strict=True)):
         expected = expected.narrow(dim, offset, size)

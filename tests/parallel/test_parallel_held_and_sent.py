@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.init import initialize
 from model.llama import Llama
+from parallel.parallelize import local_block
 from train import train_step
 
 CHUNK = 45  # tokens of which the loss holds logits; above dim, the rows of the weight transposed
@@ -108,19 +109,24 @@ class Copies(TorchDispatchMode):
 
 def copies_of_one_shard() -> tuple[int, int, int]:
     """In a step of three micro-batches: copies of gradients, casts of some weights, how many."""
-    run = build(Case(param="bf16", n_layers=2))
+    run = build(Case(tp=2, param="bf16", n_layers=2))
     block = run.llama.layers[0]
-    weight = block.feed_forward.w1.weight.numel()
-    weights = [p for p in run.llama.parameters() if p.numel() == weight]
-    in_blocks = sum(p.numel() for p in block.parameters())
-    around = sum(p.numel() for p in run.llama.parameters()) - 2 * in_blocks
+    weight = size(block.feed_forward.w1.weight)
+    weights = [p for p in run.llama.parameters() if size(p) == weight]
+    in_blocks = sum(size(p) for p in block.parameters())
+    around = sum(size(p) for p in run.llama.parameters()) - 2 * in_blocks
     with Copies({in_blocks, around}, weight) as copies:
         train_step(cast(Any, run), share(batch(0), run.data_rank, 1, 3), OPTIM.lr)
     return copies.of_groups, copies.casts, len(weights)
 
 
+def size(parameter: Tensor) -> int:
+    """Elements of a parameter's local shard."""
+    return local_block(parameter)[0].numel()
+
+
 def test_one_shard_is_cast_once_a_step_and_its_gradients_are_not_copied() -> None:
-    of_groups, casts, weights = on_ranks(1, copies_of_one_shard)[0]
+    of_groups, casts, weights = on_ranks(2, copies_of_one_shard)[0]
     assert of_groups == 0
     assert casts == weights > 1
 

@@ -15,6 +15,7 @@ from small_run import OPTIM, Case, batch, build, share
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from parallel.parallelize import local_block
 from train import train_step
 from training.optimizer import StateFormat, build_optimizer
 
@@ -62,7 +63,7 @@ def run_with(case: Case, state: StateFormat) -> Any:
 
 def shards(run: Any) -> list[Tensor]:
     """Copies of everything that a step changes, as this rank holds it."""
-    found = [parameter.to_local() for parameter in run.llama.parameters()]
+    found = [local_block(parameter)[0] for parameter in run.llama.parameters()]
     for state in run.adamw.state_dict()["state"].values():
         found += [v.to_local() if isinstance(v, DTensor) else v for v in state.values()]
     return [tensor.detach().clone() for tensor in found]

@@ -32,6 +32,8 @@ PARALLEL = {key for key in ParallelConfig.__dataclass_fields__}
 GRID: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ("cpu", (1, 1, 1, 1), {}),
     ("cpu", (1, 1, 1, 1), {"activation_checkpoint": "selective", "document_mask": False}),
+    ("cpu", (1, 1, 1, 1), {"param": "bf16", "seq_len": 16}),
+    ("cpu", (1, 1, 1, 1), {"seq_len": 16, "tie_embeddings": True}),
     ("cpu", (1, 2, 1, 1), {"param": "bf16"}),
     ("cpu", (1, 2, 1, 2), {"loss_parallel": False, "tie_embeddings": True}),
     ("cpu", (1, 1, 2, 1), {"activation_checkpoint": "full", "compile": True}),
@@ -46,6 +48,8 @@ GRID: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ("cuda", (1, 2, 2, 2), {"sequence_parallel": False, "reshard_after_forward": True}),
     ("cuda", (1, 1, 1, 1), {"optimizer_state": "int8", "compile": True, "seq_len": 32}),
     ("cuda", (1, 1, 1, 1), {"seq_len": 32}),
+    ("cuda", (1, 1, 1, 1), {"seq_len": 32, "micro_batches": 3, "tie_embeddings": True}),
+    ("cuda", (1, 1, 1, 1), {"activation_checkpoint": "full", "compile": True}),
     ("cuda", (2, 1, 1, 1), {"micro_batches": 3, "seq_len": 32}),
     ("cuda", (1, 4, 1, 1), {"reshard_after_forward": False, "n_layers": 5, "seq_len": 128}),
 ]

@@ -43,7 +43,7 @@ def restore(
     Args:
         folder: The run's.
         resume: `auto` or `never` for the run's own checkpoints, or a checkpoint's path.
-        model: Parameters as DTensors, on any mesh.
+        model: On any mesh.
         optimizer: Over the parameters of `model`.
         report: Called on every rank with a sentence for each checkpoint passed over.
         before: The highest step to go back to, for a rewind; None to go on from the newest.

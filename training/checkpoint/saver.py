@@ -87,7 +87,7 @@ class Saver:
         """Begins a save; returns when training may go on, and `poll` tells what became of it.
 
         Args:
-            model: Parameters as DTensors.
+            model: On any mesh.
             optimizer: Over the parameters of `model`.
             position: What has been done.
             wait: Whether to return only when it is committed or has failed.

@@ -1,0 +1,169 @@
+"""One process without FSDP2: the same weights bit for bit, from copies that live while needed."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from distributed import on_ranks
+from small_run import OPTIM, SEED, STEPS, Case, batch, build, share
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.llama import Llama
+from parallel.activation_checkpoint import apply_activation_checkpoint
+from parallel.compilation import apply_compile
+from parallel.config import PrecisionConfig
+from parallel.data_parallel import apply_data_parallel, mixed_precision
+from parallel.parallelize import initialize_weights, local_block
+from train import train_step
+from training.checkpoint.restoring import load
+from training.checkpoint.saving import save
+from training.optimizer import build_optimizer
+from training.position import Position
+from training.run_folder import RunFolder
+
+CASES = {
+    "fp32": Case(n_layers=2),
+    "fp32-micro3-tied": Case(n_layers=2, n_micro=3, tied=True),
+    "bf16": Case(n_layers=2, n_micro=1, param="bf16"),
+    "bf16-micro3-tied": Case(n_layers=2, n_micro=3, param="bf16", tied=True),
+    "bf16-full": Case(n_layers=2, param="bf16", activation_checkpoint="full"),
+    "bf16-selective": Case(n_layers=2, param="bf16", activation_checkpoint="selective"),
+    "bf16-compiled": Case(n_layers=2, param="bf16", compile=True),
+}
+
+
+def sharded(model: Llama, mesh: DeviceMesh, case: Case) -> Llama:
+    """The plan with FSDP2 around the one shard."""
+    if case.activation_checkpoint != "none":
+        apply_activation_checkpoint(model, case.activation_checkpoint)
+    if case.compile:
+        apply_compile(model)
+    formats = mixed_precision(PrecisionConfig(param=case.param), "cpu")
+    apply_data_parallel(model, mesh, formats, None)
+    return model
+
+
+def differing(cases: dict[str, Case]) -> dict[str, list[str]]:
+    """What some steps leave different from what FSDP2 leaves, by case."""
+    found = {}
+    for name, case in cases.items():
+        ends = []
+        for plan in (None, partial(sharded, case=case)):
+            run = build(case, plan=plan)
+            end: dict[str, Tensor] = {}
+            for step in range(STEPS):
+                batches = share(batch(step), 0, 1, case.n_micro)
+                end[f"vitals {step}"] = train_step(cast(Any, run), batches, OPTIM.lr)["vitals"]
+            for key, parameter in run.llama.named_parameters():
+                state = run.adamw.state[parameter]
+                end |= {key: parameter, f"{key} moment": state["exp_avg"]}
+            ends.append({key: local_block(tensor.detach())[0] for key, tensor in end.items()})
+        own, reference = ends
+        assert own.keys() == reference.keys()
+        found[name] = [key for key in own if not torch.equal(own[key], reference[key])]
+    return found
+
+
+def test_steps_are_those_of_fsdp2_bit_for_bit() -> None:
+    assert on_ranks(1, differing, CASES)[0] == {name: [] for name in CASES}
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each tensor is the source of a copy into another format."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._foreach_copy_.default:
+            self.sources += [source.data_ptr() for source in args[1]]
+        return func(*args, **(kwargs or {}))
+
+
+def lives_of_copies() -> dict[str, Any]:
+    """Formats and memory of what the modules hold, at moments of a step of two micro-batches."""
+    run = build(Case(n_layers=2, param="bf16", tied=True))
+    llama, masters = run.llama, list(run.llama.parameters())
+    found: dict[str, Any] = {"masters": len(masters)}
+    seen: list[nn.Parameter] = []
+
+    def look(*_: Any) -> None:
+        seen[:] = llama.parameters()
+
+    def state() -> tuple[set[int], bool]:
+        """Bytes of the copies, by their number of elements; whether the masters are back."""
+        held = {p.untyped_storage().nbytes() // p.numel() for p in seen}
+        return held, all(a is b for a, b in zip(llama.parameters(), masters, strict=True))
+
+    llama.loss.register_forward_pre_hook(look)
+    first, last = share(batch(0), 0, 1, 2).micro_batches
+    with Casts() as casts:
+        with run.fabric.no_backward_sync(run.model, enabled=True):
+            loss = run.model(*first)
+            found["forward"] = {p.dtype for p in seen}, state()
+            run.fabric.backward(loss)
+            found["first"] = state()
+        run.fabric.backward(run.model(*last))
+        found["last"] = state()
+    found["casts"] = sorted(casts.sources) == sorted(p.data_ptr() for p in masters)
+    found["gradients"] = {p.grad.dtype for p in masters if p.grad is not None}
+    return found
+
+
+def test_copies_are_made_once_a_step_and_give_their_memory_back_with_the_last_gradients() -> None:
+    found = on_ranks(1, lives_of_copies)[0]
+    assert found["forward"] == ({torch.bfloat16}, ({2}, False))
+    assert found["first"] == ({2}, True)
+    assert found["last"] == ({0}, True)
+    assert found["casts"] and found["masters"] == 20  # nine a block, two around: no copy is twice
+    assert found["gradients"] == {torch.float32}
+
+
+def unseen_writes(folder: Path) -> list[str]:
+    """After which way of writing to the weights a forward still computes with those before."""
+    case = Case(n_layers=2, param="bf16")
+    run, fresh = build(case), build(case)
+    tokens, positions, labels = share(batch(0), 0, 1, 1).micro_batches[0]
+    save(RunFolder(folder), run.llama, run.adamw, Position(1, 0, 0, "of the test"), {})
+    narrow = build_optimizer(run.llama, OPTIM, "int8")
+
+    def logits(llama: Llama) -> Tensor:
+        with torch.no_grad():
+            return llama(tokens, positions)
+
+    writes = {
+        "optimizer": run.adamw.step,
+        "restoring": lambda: load(RunFolder(folder).step_folder(1), run.llama, run.adamw),
+        "8-bit optimizer": narrow.step,
+        "initial weights": lambda: initialize_weights(run.llama, run.llama.config, SEED + 1),
+    }
+    found = []
+    for name, write in writes.items():
+        run.fabric.backward(run.model(tokens, positions, labels))
+        before = logits(run.llama)  # there are copies now
+        write()
+        fresh.llama.load_state_dict(run.llama.state_dict())
+        after = logits(run.llama)
+        if torch.equal(before, after) or not torch.equal(after, logits(fresh.llama)):
+            found.append(name)
+    return found
+
+
+def test_whoever_writes_to_the_weights_the_next_forward_knows(tmp_path: Path) -> None:
+    assert on_ranks(1, unseen_writes, tmp_path)[0] == []
+
+
+def parameters_after_failure() -> set[torch.dtype]:
+    run = build(Case(param="bf16"))
+    with torch.no_grad(), pytest.raises(IndexError):
+        run.model(torch.full((1, 4), run.llama.config.vocab_size))
+    return {parameter.dtype for parameter in run.llama.parameters()}
+
+
+def test_a_forward_that_fails_leaves_the_parameters_as_they_were() -> None:
+    assert on_ranks(1, parameters_after_failure)[0] == {torch.float32}
