@@ -49,7 +49,9 @@ def test_killed_rank_is_named_with_signal_and_last_place_and_the_ledger_has_it(
     first, *rest = told.splitlines()
     assert f"rank 1 (process {program.child} on {socket.gethostname()})" in first
     # A rank tells where it is once a beat, and since the last one it may have gone some steps on.
-    assert re.search(r"was killed by SIGKILL; last seen in (set-up|step \d+|checkpoint 6), here:$", first)
+    assert re.search(
+        r"was killed by SIGKILL; last seen in (set-up|step \d+|checkpoint 6), here:$", first
+    )
     assert any("train.py:" in line for line in rest)
     assert rest[-1].startswith("Saved up to step 6; go on with: python train.py ")
     assert len(told.splitlines()) < 15
