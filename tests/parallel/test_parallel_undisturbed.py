@@ -65,6 +65,10 @@ def take_steps_without_waits(cases: list[Case]) -> None:
             take_steps(case, state, no_waits)
 
 
+def test_a_process_alone_waits_for_nothing() -> None:
+    on_ranks(1, take_steps_without_waits, [Case(param="bf16"), Case(n_micro=1)])
+
+
 def test_documents_are_told_apart_without_waiting_for_the_device() -> None:
     """The way of GPUs, where their number came with the batch."""
     _, positions, _ = batch(0)
