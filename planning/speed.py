@@ -165,9 +165,10 @@ class _Rank:
         """
         p, reduce = self.job.param_bytes, self.job.reduce_bytes
         if self.job.mesh.world_size == 1:
-            micro = self.job.micro_batches
-            casts = (FLOAT32 + p) / micro + p + FLOAT32 if p < FLOAT32 else 0
-            return self.elements * (casts + (micro - 1) / micro * 2 * FLOAT32)
+            first = 1 / self.job.micro_batches  # whose gradients are added to nothing
+            if p == FLOAT32:
+                return self.elements * 3 * FLOAT32 * (1 - first)
+            return self.elements * ((FLOAT32 + p) * first + p + FLOAT32 + FLOAT32 * (1 - first))
         gathers = (FLOAT32 + p) / self.shards + (4 if self.shards > 1 else 2) * p
         if self.shards == 1 or self.job.parallel.reshard_after_forward is False:
             gathers /= self.job.micro_batches
