@@ -1,13 +1,14 @@
 """One process without FSDP2: the same weights bit for bit, from copies that live while needed."""
 
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
 from distributed import on_ranks
-from small_run import OPTIM, SEED, STEPS, Case, batch, build, share
+from small_run import BATCH, OPTIM, SEED, SEQ, STEPS, Case, batch, build, share
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +19,9 @@ from parallel.compilation import apply_compile
 from parallel.config import PrecisionConfig
 from parallel.data_parallel import apply_data_parallel, mixed_precision
 from parallel.parallelize import initialize_weights, local_block
+from planning.hardware import load_hardware
+from planning.job import Job
+from planning.speed import _Rank
 from train import train_step
 from training.checkpoint.restoring import load
 from training.checkpoint.saving import save
@@ -167,3 +171,54 @@ def parameters_after_failure() -> set[torch.dtype]:
 
 def test_a_forward_that_fails_leaves_the_parameters_as_they_were() -> None:
     assert on_ranks(1, parameters_after_failure)[0] == {torch.float32}
+
+
+class Moved(TorchDispatchMode):
+    """Adds up the bytes that casts and sums of matrices of weights or gradients read and write."""
+
+    def __init__(self, sizes: set[int]) -> None:
+        super().__init__()
+        self.sizes, self.bytes = sizes, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._foreach_copy_.default:
+            self.bytes += sum(t.nbytes for part in args[:2] for t in part)
+        elif func is torch.ops.aten._to_copy.default and args[0].numel() in self.sizes:
+            self.bytes += args[0].nbytes + out.nbytes
+        elif func is torch.ops.aten.add_.Tensor and args[0].numel() in self.sizes:
+            self.bytes += 2 * args[0].nbytes + args[1].nbytes
+        return out
+
+
+def moved_and_planned() -> list[tuple[float, float]]:
+    """Bytes of a step by the operations that are seen, and by the closed form of speed."""
+    found = []
+    params: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
+    for param, n_micro in product(params, (1, 3)):
+        case = Case(param=param, n_micro=n_micro, n_layers=2)
+        run = build(case)
+        batches = share(batch(0), 0, 1, n_micro)
+        with Moved({p.numel() for p in run.llama.parameters() if p.dim() == 2}) as moved:
+            for place, (tokens, positions, labels) in enumerate(batches.micro_batches, start=1):
+                with run.fabric.no_backward_sync(run.model, enabled=place < n_micro):
+                    run.fabric.backward(run.model(tokens, positions, labels))
+        job = Job(
+            model=run.llama.config,
+            mesh=case.mesh,
+            parallel=case.parallel,
+            precision=PrecisionConfig(param, "fp32"),
+            accelerator="cpu",
+            seq_len=SEQ,
+            global_batch_size=BATCH,
+            micro_batch_size=BATCH // n_micro,
+        )
+        # The form is of a micro-batch.
+        planned = n_micro * _Rank(job, load_hardware("cpu")).weights()
+        found.append((moved.bytes, planned))
+    return found
+
+
+def test_planned_bytes_of_casts_and_sums_are_those_of_a_step() -> None:
+    for moved, planned in on_ranks(1, moved_and_planned)[0]:
+        assert moved == pytest.approx(planned, rel=0.02)  # vectors' gradients are left out
