@@ -7,6 +7,7 @@ Counted tensor by tensor as autograd saves them (eager), or as the compiler's pa
 from planning.job import Job
 
 FLOAT32, INT64 = 4, 8
+HALF = 0.5  # no such budget can be filled without both of the feed-forward's first products
 
 
 def block_input(job: Job) -> int:
@@ -88,9 +89,8 @@ def kept_by_block(job: Job, checkpoint: str | float | None = None) -> int:
     model, tp, tokens, p = job.model, job.mesh.tp, job.local_tokens, job.param_bytes
     width, kv_width = model.dim // tp, model.n_kv_heads * model.head_dim // tp
     ffn = model.ffn_dim // tp
-    if isinstance(mode, float):  # the compiler's budget, between all recomputed and nothing
-        least, most = kept_by_block(job, "full"), kept_by_block(job, "none")
-        return least + round(mode * (most - least))
+    if isinstance(mode, float):
+        return _kept_within(job, mode)
     if mode == "full":
         return block_input(job)
     out = tokens * (width * p + model.n_heads // tp * FLOAT32)
@@ -106,27 +106,53 @@ def kept_by_block(job: Job, checkpoint: str | float | None = None) -> int:
     return norms + normed + _attention(job) + inside * tokens * ffn * p
 
 
+def _kept_within(job: Job, budget: float) -> int:
+    """Of one block, where the compiler may keep a share of what it would like to keep.
+
+    It fills its budget with results of products (which of them is a knapsack's choice, and not
+    counted here), and above all of them, which `selective` keeps, it has nothing more to fill it
+    with until it may keep everything (`choose_saved_values_set` in torch/_functorch/partitioners.py).
+    """
+    least, most = kept_by_block(job, "full"), kept_by_block(job, "none")
+    if budget == 1:
+        return most
+    return min(least + round(budget * (most - least)), kept_by_block(job, "selective"))
+
+
 def recomputed_by_block(job: Job) -> int:
-    """What recomputation brings back of a block, all at once."""
+    """What recomputation brings back of a block until its feed-forward's backward is at work."""
     mode = job.parallel.activation_checkpoint
-    if mode == "none":
+    if mode in ("none", 1.0):
         return 0
-    model, tp, tokens, p = job.model, job.mesh.tp, job.local_tokens, job.param_bytes
-    # A compiled backward holds two hidden states more, by `bench.planned_memory`.
-    more = 2 * block_input(job) if job.parallel.compile else 0
     whole = kept_by_block(job, "none")
-    if isinstance(mode, float):
-        return round((1 - mode) * (whole + more))
+    if job.parallel.compile:
+        return _recomputed_by_compiler(job, whole - block_input(job))
     if mode == "full":
-        return whole + more
+        # The block's input is there already, but where a norm keeps it widened.
+        widened = job.accelerator == "cpu" and job.param_bytes < FLOAT32
+        return whole - (0 if widened else block_input(job))
+    model, tp, tokens, p = job.model, job.mesh.tp, job.local_tokens, job.param_bytes
     width, kv_width = model.dim // tp, model.n_kv_heads * model.head_dim // tp
-    if job.parallel.compile:  # piece by piece, as it is needed
-        return tokens * (model.ffn_dim // tp + model.dim) * p + more
     # What was kept comes back as it is; what only led to it is let go once it was read.
     values = 0 if job.mesh.cp > 1 else kv_width
     kept = tokens * (width + values + 2 * model.ffn_dim // tp) * p
     read = tokens * (width + kv_width + model.dim) * p + (block_input(job) if tp > 1 else 0)
     return whole - kept - read - tokens * model.n_heads // tp * FLOAT32
+
+
+def _recomputed_by_compiler(job: Job, whole: int) -> int:
+    """The same where one kernel makes the input of the last product anew, with the gradients.
+
+    Args:
+        whole: All that a block's forward would keep, but for its input.
+    """
+    mode = job.parallel.activation_checkpoint
+    again = job.local_tokens * job.model.ffn_dim // job.mesh.tp * job.param_bytes
+    if mode == "full":
+        return whole + again  # which is not let go before the gradients are made
+    if mode == "selective" or mode >= HALF:
+        return 2 * again  # and the rest when it is needed
+    return whole + again - (_kept_within(job, mode) - block_input(job))
 
 
 def backward_buffers(job: Job) -> int:

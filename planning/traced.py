@@ -19,6 +19,7 @@ from model.loss import BLOCK
 from parallel.gradients import clip_grad_norm
 from parallel.trace import materialise, traced_model
 from parallel.traffic import RIDERS
+from planning.activations import kept_by_block
 from planning.job import Job
 from planning.memory import Memory
 from planning.moments import FakeAdamW
@@ -45,21 +46,42 @@ Peaks = dict[str, dict[str, float]]
 
 def traced_memory(job: Job) -> Memory:
     """The fullest moment of a step of the job on rank 0; takes seconds."""
+    budget = job.parallel.activation_checkpoint
+    if not isinstance(budget, float):
+        return _fullest(job, _deep_peaks(job))
+    # The compiler's choice is between the two ends of it.
+    ends = [_recomputing(job, mode) for mode in ("full", "none")]
+    least, kept, most = (kept_by_block(each) for each in (ends[0], job, ends[1]))
+    share = (kept - least) / (most - least)
+    return _fullest(job, _on_line(*(_deep_peaks(end) for end in ends), share))
+
+
+def _recomputing(job: Job, mode: str) -> Job:
+    parallel = dataclasses.replace(job.parallel, activation_checkpoint=mode)
+    return dataclasses.replace(job, parallel=parallel)
+
+
+def _deep_peaks(job: Job) -> Peaks:
+    """As `_peaks`; more layers than have to be traced follow from two depths."""
     layers = job.model.n_layers
     if layers <= DEPTHS[-1]:
-        return _fullest(job, _peaks(job))
+        return _peaks(job)
     shallow, deep = (
         _peaks(dataclasses.replace(job, model=dataclasses.replace(job.model, n_layers=depth)))
         for depth in DEPTHS
     )
-    share = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+    return _on_line(shallow, deep, (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+
+
+def _on_line(first: Peaks, second: Peaks, share: float) -> Peaks:
+    """Each moment's bytes on the line through both: at the first for a share of 0."""
     peaks = {}
-    for moment, before in shallow.items():
-        held = deep[moment]
+    for moment, before in first.items():
+        held = second[moment]
         names = held.keys() | before.keys()
         line = {name: (before.get(name, 0), held.get(name, 0)) for name in names}
         peaks[moment] = {name: a + share * (b - a) for name, (a, b) in line.items()}
-    return _fullest(job, peaks)
+    return peaks
 
 
 def _fullest(job: Job, peaks: Peaks) -> Memory:
@@ -171,7 +193,8 @@ def _as_fused(llama: Any, job: Job) -> None:
             if job.accelerator == "cuda" or module is not llama.norm:  # which is not compiled
                 setattr(module, "forward", partial(_norm, module))  # noqa: B010
         elif job.parallel.compile and isinstance(module, FeedForward):
-            setattr(module, "forward", partial(_feed_forward, module))  # noqa: B010
+            again = job.parallel.activation_checkpoint == "full"
+            setattr(module, "forward", partial(_feed_forward, module, again))  # noqa: B010
     if job.parallel.compile:
         llama.loss.compiled = True
         llama.loss.sum_exponentials = lambda logits, maximum: maximum.clone()
@@ -182,8 +205,8 @@ def _norm(module: Any, x: Tensor) -> Tensor:
     return cast(Tensor, _FusedNorm.apply(x, module.weight))
 
 
-def _feed_forward(module: Any, x: Tensor) -> Tensor:
-    return module.w2(_FusedSwiGLU.apply(module.w1(x), module.w3(x)))
+def _feed_forward(module: Any, again: bool, x: Tensor) -> Tensor:
+    return module.w2(_FusedSwiGLU.apply(module.w1(x), module.w3(x), again))
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -201,14 +224,21 @@ class _FusedNorm(torch.autograd.Function):
 
 
 class _FusedSwiGLU(torch.autograd.Function):
-    """Keeps its two inputs: silu is computed again."""
+    """Keeps its two inputs: silu is computed again.
+
+    Where all is recomputed, the compiler makes the result anew in the kernel of the gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, again: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
+        ctx.again = again
         return gate * up
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        return grad * up, grad * gate
+        product = gate * up if ctx.again else None
+        gradients = grad * up, grad * gate
+        del product  # only now
+        return *gradients, None
