@@ -111,7 +111,7 @@ def _kept_within(job: Job, budget: float) -> int:
 
     It fills its budget with results of products (which of them is a knapsack's choice, and not
     counted here), and above all of them, which `selective` keeps, it has nothing more to fill it
-    with until it may keep everything (`choose_saved_values_set` in torch/_functorch/partitioners.py).
+    with until it may keep everything (torch/_functorch/partitioners.py: `choose_saved_values_set`).
     """
     least, most = kept_by_block(job, "full"), kept_by_block(job, "none")
     if budget == 1:
