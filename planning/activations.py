@@ -124,9 +124,9 @@ def recomputed_by_block(job: Job) -> int:
     mode = job.parallel.activation_checkpoint
     if mode in ("none", 1.0):
         return 0
-    whole = kept_by_block(job, "none")
     if job.parallel.compile:
-        return _recomputed_by_compiler(job, whole - block_input(job))
+        return _recomputed_by_compiler(job)
+    whole = kept_by_block(job, "none")
     if mode == "full":
         # The block's input is there already, but where a norm keeps it widened.
         widened = job.accelerator == "cpu" and job.param_bytes < FLOAT32
@@ -140,19 +140,14 @@ def recomputed_by_block(job: Job) -> int:
     return whole - kept - read - tokens * model.n_heads // tp * FLOAT32
 
 
-def _recomputed_by_compiler(job: Job, whole: int) -> int:
-    """The same where one kernel makes the input of the last product anew, with the gradients.
-
-    Args:
-        whole: All that a block's forward would keep, but for its input.
-    """
+def _recomputed_by_compiler(job: Job) -> int:
+    """The same where one kernel makes the input of the last product anew, with the gradients."""
     mode = job.parallel.activation_checkpoint
     again = job.local_tokens * job.model.ffn_dim // job.mesh.tp * job.param_bytes
-    if mode == "full":
-        return whole + again  # which is not let go before the gradients are made
-    if mode == "selective" or mode >= HALF:
+    if mode == "selective" or (isinstance(mode, float) and mode >= HALF):
         return 2 * again  # and the rest when it is needed
-    return whole + again - (_kept_within(job, mode) - block_input(job))
+    # All that leads there, and what is not let go before the gradients are made.
+    return kept_by_block(job, "none") - kept_by_block(job) + again
 
 
 def backward_buffers(job: Job) -> int:

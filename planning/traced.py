@@ -8,7 +8,7 @@ models are traced at two depths; each moment of a step lies on a straight line t
 
 import dataclasses
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -50,13 +50,13 @@ def traced_memory(job: Job) -> Memory:
     if not isinstance(budget, float):
         return _fullest(job, _deep_peaks(job))
     # The compiler's choice is between the two ends of it.
-    ends = [_recomputing(job, mode) for mode in ("full", "none")]
-    least, kept, most = (kept_by_block(each) for each in (ends[0], job, ends[1]))
+    full, none = _recomputing(job, "full"), _recomputing(job, "none")
+    least, kept, most = (kept_by_block(each) for each in (full, job, none))
     share = (kept - least) / (most - least)
-    return _fullest(job, _on_line(*(_deep_peaks(end) for end in ends), share))
+    return _fullest(job, _on_line(_deep_peaks(full), _deep_peaks(none), share))
 
 
-def _recomputing(job: Job, mode: str) -> Job:
+def _recomputing(job: Job, mode: Literal["full", "none"]) -> Job:
     parallel = dataclasses.replace(job.parallel, activation_checkpoint=mode)
     return dataclasses.replace(job, parallel=parallel)
 
