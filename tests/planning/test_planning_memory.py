@@ -1,7 +1,8 @@
 """The closed forms of memory agree with the traced tier, over a grid of what changes them.
 
-Within 5%, by the issue that asked for them; where a single moment decides they agree to a tenth of
-that. What both take from elsewhere, as constants, is held against its owner.
+Within 3%: what small buffers of one moment make of a model as small as this one, least where blocks
+decide. Within 5% where a compiler recomputes a part, which the traced tier does all at once.
+What both take from elsewhere, as constants, is held against its owner.
 """
 
 from dataclasses import replace
@@ -24,7 +25,7 @@ from planning.traced import traced_memory
 from training.config import OptimConfig
 from training.moments import BLOCK
 
-TOLERANCE = 0.05
+TOLERANCE, IN_PART = 0.03, 0.05
 MODEL = ModelConfig("small", 128, 4, 8, 4, 352, 1024)
 PARALLEL = {key for key in ParallelConfig.__dataclass_fields__}
 
@@ -38,6 +39,7 @@ GRID: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ("cpu", (1, 2, 1, 2), {"loss_parallel": False, "tie_embeddings": True}),
     ("cpu", (1, 1, 1, 1), {"activation_checkpoint": "full"}),
     ("cpu", (1, 1, 1, 2), {"activation_checkpoint": "full", "param": "bf16"}),
+    ("cpu", (1, 1, 1, 1), {"activation_checkpoint": "full", "compile": True}),
     ("cpu", (1, 1, 1, 1), {"activation_checkpoint": "selective", "compile": True}),
     ("cpu", (1, 1, 2, 1), {"activation_checkpoint": "full", "compile": True}),
     ("cuda", (1, 4, 1, 1), {"activation_checkpoint": 0.5, "compile": True}),
@@ -85,7 +87,8 @@ def test_closed_forms_are_what_a_traced_step_holds(
 ) -> None:
     job = job_of(accelerator, sizes, changes)
     traced, analytic = traced_memory(job), step_memory(job)
-    assert analytic.peak == pytest.approx(traced.peak, rel=TOLERANCE)
+    in_part = job.parallel.compile and job.parallel.activation_checkpoint not in ("none", "full")
+    assert analytic.peak == pytest.approx(traced.peak, rel=IN_PART if in_part else TOLERANCE)
     assert analytic.parameters == traced.parameters
     assert analytic.optimizer == pytest.approx(traced.optimizer, rel=1e-3)  # blocks of 256 values
 
