@@ -131,9 +131,10 @@ def test_frozen_rank_ends_the_run_and_it_goes_on_as_if_undisturbed(
     zygote: Zygote, run_of: Callable[..., list[str]], undisturbed: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    limit = "watchdog.step_seconds=5"
+    # Saved before the next step begins: in the background it might never be, with one rank frozen.
+    options = ("watchdog.step_seconds=5", "checkpoint.async_save=false")
     freeze = Plan(1, 10, "SIGSTOP", "model.llama.Llama.forward")
-    start = zygote.start(run_of(folder, TP2, limit), 2, freeze, alone=True)
+    start = zygote.start(run_of(folder, TP2, *options), 2, freeze, alone=True)
     wait_for(lambda: not is_running(start.pids[0]), "the end of the rank that is left")
     os.kill(start.pids[1], signal.SIGKILL)  # as the launcher of a frozen process does
     assert zygote.wait(start) == [ExitCode.PEER, -signal.SIGKILL], start.told()
