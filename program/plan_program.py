@@ -86,7 +86,6 @@ def load_plan_config(composed: DictConfig) -> PlanProgram:
     """
     rules: tuple[Rule, ...] = (
         (("devices", "tokens"), _number_problems),
-        (("trace", "parallel"), _trace_problems),
         (("parallel", "precision", "hardware"), _hardware_problems),
         (SECTIONS, _mesh_problems),
         (("checkpoint", "faults"), saving_problems),
@@ -106,16 +105,6 @@ def _number_problems(devices: int | None, tokens: int | None) -> list[str]:
             "train.max_steps steps"
         )
     return found
-
-
-def _trace_problems(trace: bool, parallel: ParallelConfig) -> list[str]:
-    kept = parallel.activation_checkpoint
-    if not trace or isinstance(kept, str):
-        return []
-    return [
-        f"trace (true) cannot follow parallel.activation_checkpoint ({kept}), which the compiler "
-        "decides: use trace=false, or none, selective or full"
-    ]
 
 
 def _hardware_problems(
