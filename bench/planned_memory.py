@@ -101,7 +101,7 @@ def main() -> None:
     errors += [abs(each["traced"]) for name, each in figures.items() if name not in IN_PART]
     for name, each in figures.items():
         print(
-            f"{name:<16}{each['allocated_mb']:>9.2f} MB  analytic {each['analytic']:+6.1%}  "
+            f"{name:<20}{each['allocated_mb']:>9.2f} MB  analytic {each['analytic']:+6.1%}  "
             f"traced {each['traced']:+6.1%}  {each['moment']}"
         )
     if names == list(CASES):

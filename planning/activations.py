@@ -7,7 +7,7 @@ Counted tensor by tensor as autograd saves them (eager), or as the compiler's pa
 from planning.job import Job
 
 FLOAT32, INT64 = 4, 8
-HALF = 0.5  # no such budget can be filled without both of the feed-forward's first products
+HALF = 0.5  # of a budget from here on the feed-forward's first products are a part, both
 
 
 def block_input(job: Job) -> int:

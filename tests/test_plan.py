@@ -400,6 +400,7 @@ def test_the_program_tells_writes_and_draws(tmp_path: Path) -> None:
     done = start_program([str(ROOT / "plan.py"), *fits, "output=null", "search=true"], cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     small = ["experiment=smoke", "hardware=cpu", "trace=true", "output=t.json"]
+    small += ["parallel.compile=true", "parallel.activation_checkpoint=0.5"]
     traced = start_program([str(ROOT / "plan.py"), *small], cwd=tmp_path)
     assert traced.returncode == 0 and "traced" in traced.stdout, traced.stderr
     [stage] = json.loads((tmp_path / "t.json").read_text())["stages"]
