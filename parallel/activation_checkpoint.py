@@ -16,6 +16,7 @@ from torch.utils.checkpoint import (
 )
 
 from model.llama import Llama
+from parallel import products
 
 aten = torch.ops.aten
 _KEPT = {
@@ -23,6 +24,7 @@ _KEPT = {
     aten.addmm.default,
     aten.bmm.default,
     aten._scaled_mm.default,
+    products.OPERATION,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,

@@ -1,9 +1,9 @@
 """The plan: what is applied to a model on a mesh, in one fixed order.
 
-The number format of the products is set on whole matrices; tensor parallelism cuts these, context
-parallelism the sequences; then comes what a block keeps for its backward, then its compilation, and
-FSDP shards what is left of each matrix. An axis has a file of its own; here is only the order. The
-model knows nothing of it.
+The products' number format, or their library, is set on whole matrices; tensor parallelism cuts
+these, context parallelism the sequences; then comes what a block keeps for its backward, then its
+compilation, and FSDP shards what is left of each matrix. An axis has a file of its own; here is
+only the order. The model knows nothing of it.
 """
 
 import torch
@@ -21,6 +21,7 @@ from parallel.context_parallel import apply_context_parallel
 from parallel.data_parallel import apply_data_parallel, mixed_precision
 from parallel.float8 import apply_float8
 from parallel.mixed_precision import apply_mixed_precision
+from parallel.products import apply_onednn_products, multiplies_by_onednn
 from parallel.tensor_parallel import apply_tensor_parallel
 
 
@@ -35,6 +36,8 @@ def parallelize(
     """
     if precision.fp8 is not None:
         apply_float8(model, precision.fp8)
+    elif multiplies_by_onednn(mesh, parallel, precision):
+        apply_onednn_products(model)
     if mesh["tp"].size() > 1:
         apply_tensor_parallel(
             model,
