@@ -158,21 +158,36 @@ class _Rank:
         return (moved + self.weights()) / self.bandwidth
 
     def weights(self) -> float:
-        """Bytes of FSDP2's copies: cast and gathered, twice copied out; gradients copied in.
+        """Bytes of FSDP2's copies: cast and gathered, twice copied out; gradients summed.
 
         One shard is cast and copied, once a step, as what stays gathered is gathered once. One
-        process casts weights and gradients where formats differ, and adds up its micro-batches'.
+        process casts weights where formats differ.
         """
-        p, reduce = self.job.param_bytes, self.job.reduce_bytes
+        p, first = self.job.param_bytes, 1 / self.job.micro_batches
         if self.job.mesh.world_size == 1:
-            first = 1 / self.job.micro_batches  # whose gradients are added to nothing
-            if p == FLOAT32:
-                return self.elements * 3 * FLOAT32 * (1 - first)
-            return self.elements * ((FLOAT32 + p) * first + p + FLOAT32 + FLOAT32 * (1 - first))
+            cast = 0 if p == FLOAT32 else (FLOAT32 + p) * first
+            return self.elements * (cast + self.sums())
         gathers = (FLOAT32 + p) / self.shards + (4 if self.shards > 1 else 2) * p
         if self.shards == 1 or self.job.parallel.reshard_after_forward is False:
-            gathers /= self.job.micro_batches
-        return self.elements * (gathers + p + reduce)
+            gathers *= first
+        return self.elements * (gathers + self.sums())
+
+    def sums(self) -> float:
+        """Bytes that the gradients of an element move from a backward to the step's sum.
+
+        The first are cast where formats differ, the next added to them. FSDP2 copies that sum into
+        the buffer it reduces; or what each micro-batch has, whose shards are added then.
+        """
+        p, first = self.job.param_bytes, 1 / self.job.micro_batches
+        alone = self.job.mesh.world_size == 1
+        reduce = FLOAT32 if alone else self.job.reduce_bytes
+        if not alone and self.job.parallel.reduce_gradients == "micro_batch":
+            return p + reduce + 3 * FLOAT32 / self.shards * (1 - first)
+        if not alone and first == 1:
+            return p + reduce
+        cast = 0 if p == reduce else p + reduce
+        copied = 0 if alone else 2 * reduce
+        return (cast + copied) * first + (p + 2 * reduce) * (1 - first)
 
     # ------------------------------------------------------------ of a step
 

@@ -1,9 +1,9 @@
 """One process without FSDP2: the same weights bit for bit, from copies that live while needed."""
 
+from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -176,49 +176,61 @@ def test_a_forward_that_fails_leaves_the_parameters_as_they_were() -> None:
 class Moved(TorchDispatchMode):
     """Adds up the bytes that casts and sums of matrices of weights or gradients read and write."""
 
-    def __init__(self, sizes: set[int]) -> None:
+    def __init__(self, sizes: set[int], gathers: bool) -> None:
         super().__init__()
-        self.sizes, self.bytes = sizes, 0
+        self.sizes, self.gathers, self.bytes = sizes, gathers, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._foreach_copy_.default:
+        if func is torch.ops.aten._foreach_copy_.default and self.gathers:
             self.bytes += sum(t.nbytes for part in args[:2] for t in part)
         elif func is torch.ops.aten._to_copy.default and args[0].numel() in self.sizes:
             self.bytes += args[0].nbytes + out.nbytes
+        elif func is torch.ops.fsdp.chunk_cat.default:  # into the buffer that is reduced
+            self.bytes += sum(t.nbytes for t in args[0]) + kwargs["out"].nbytes
         elif func is torch.ops.aten.add_.Tensor and args[0].numel() in self.sizes:
             self.bytes += 2 * args[0].nbytes + args[1].nbytes
         return out
 
 
-def moved_and_planned() -> list[tuple[float, float]]:
-    """Bytes of a step by the operations that are seen, and by the closed form of speed."""
+def moved_and_planned(cases: list[Case]) -> list[tuple[float, float]]:
+    """Bytes of a step by the operations that are seen, and by the closed form of speed.
+
+    On a mesh, of gradients alone: what FSDP2 gathers is moved in other ways too.
+    """
     found = []
-    params: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
-    for param, n_micro in product(params, (1, 3)):
-        case = Case(param=param, n_micro=n_micro, n_layers=2)
+    for case in cases:
         run = build(case)
-        batches = share(batch(0), 0, 1, n_micro)
-        with Moved({p.numel() for p in run.llama.parameters() if p.dim() == 2}) as moved:
+        matrices = [p for p in run.llama.parameters() if p.dim() == 2]
+        sizes = {each.numel() for p in matrices for each in (p, local_block(p)[0])}
+        batches = share(batch(0), run.data_rank, case.mesh.dp, case.n_micro)
+        with Moved(sizes, gathers=case.world == 1) as moved:
             for place, (tokens, positions, labels) in enumerate(batches.micro_batches, start=1):
-                with run.fabric.no_backward_sync(run.model, enabled=place < n_micro):
+                with run.fabric.no_backward_sync(run.model, enabled=place < case.n_micro):
                     run.fabric.backward(run.model(tokens, positions, labels))
         job = Job(
             model=run.llama.config,
             mesh=case.mesh,
             parallel=case.parallel,
-            precision=PrecisionConfig(param, "fp32"),
+            precision=PrecisionConfig(case.param, "fp32"),
             accelerator="cpu",
             seq_len=SEQ,
             global_batch_size=BATCH,
-            micro_batch_size=BATCH // n_micro,
+            micro_batch_size=BATCH // case.mesh.dp // case.n_micro,
         )
-        # The form is of a micro-batch.
-        planned = n_micro * _Rank(job, load_hardware("cpu")).weights()
-        found.append((moved.bytes, planned))
+        rank = _Rank(job, load_hardware("cpu"))
+        form = rank.weights() if case.world == 1 else rank.elements * rank.sums()
+        found.append((moved.bytes, case.n_micro * form))  # the form is of a micro-batch
     return found
 
 
-def test_planned_bytes_of_casts_and_sums_are_those_of_a_step() -> None:
-    for moved, planned in on_ranks(1, moved_and_planned)[0]:
+MOVING = [Case(param=param, n_micro=n, n_layers=2) for param in ("fp32", "bf16") for n in (1, 3)]
+
+
+@pytest.mark.parametrize("reduce_gradients", ["alone", "step", "micro_batch"])
+def test_planned_bytes_of_casts_and_sums_are_those_of_a_step(reduce_gradients: str) -> None:
+    cases = MOVING
+    if reduce_gradients != "alone":
+        cases = [replace(each, dp=2, reduce_gradients=reduce_gradients) for each in MOVING]
+    for moved, planned in on_ranks(cases[0].world, moved_and_planned, cases)[0]:
         assert moved == pytest.approx(planned, rel=0.02)  # vectors' gradients are left out
