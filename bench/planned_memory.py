@@ -63,6 +63,10 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
         1,
         ("parallel.compile=true", "parallel.activation_checkpoint=selective"),
     ),
+    "compiled_selective_tp": (
+        2,
+        ("parallel.tp=2", "parallel.compile=true", "parallel.activation_checkpoint=selective"),
+    ),
     "compiled_half": (1, ("parallel.compile=true", "parallel.activation_checkpoint=0.5")),
     "compiled_bf16_full": (
         1,

@@ -56,6 +56,9 @@ def apply_activation_checkpoint(model: Llama, mode: str) -> None:
 
 
 def _policy(_: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    """What to keep of one operation."""
-    kept = operation in _KEPT or "varlen_attn" in str(operation)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if keeps(operation) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def keeps(operation: Any) -> bool:
+    """Whether `selective` keeps the results of an operation."""
+    return operation in _KEPT or "varlen_attn" in str(operation)

@@ -24,7 +24,11 @@ def apply_compile(model: Llama, memory_budget: float = 1.0) -> None:
         memory_budget: The share of the activations that may be kept for the backward, between 0
             (recompute all) and 1 (what is fastest); the compiler chooses which.
     """
-    torch._functorch.config.activation_memory_budget = memory_budget  # of this process, for good
+    config = torch._functorch.config  # of this process, for good
+    config.activation_memory_budget = memory_budget
+    if hasattr(config, "unsafe_treat_script_objects_as_zero_size"):  # from PyTorch 2.13 on
+        # Tensor parallelism's process groups, which hold nothing that is kept for a backward.
+        config.unsafe_treat_script_objects_as_zero_size = True
     model.tok_embeddings.register_forward_hook(_awaited)
     for block in model.layers:
         block.forward = torch.compile(block.forward, fullgraph=True)

@@ -12,14 +12,20 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model.attention import AttentionKernel, Mask
 from model.llama import FeedForward, Llama, RMSNorm
 from model.loss import BLOCK
+from parallel.activation_checkpoint import keeps
 from parallel.gradients import clip_grad_norm
 from parallel.trace import materialise, traced_model
 from parallel.traffic import RIDERS
-from planning.activations import kept_by_block
+from planning.activations import HALF, kept_by_block
 from planning.job import Job
 from planning.memory import Memory
 from planning.moments import FakeAdamW
@@ -49,14 +55,23 @@ def traced_memory(job: Job) -> Memory:
     budget = job.parallel.activation_checkpoint
     if not isinstance(budget, float):
         return _fullest(job, _deep_peaks(job))
-    # The compiler's choice is between the two ends of it.
+    if budget >= HALF:  # what is recomputed comes back as where more of it is kept
+        more = _recomputing(job, "none" if budget == 1 else "selective")
+        share = kept_by_block(job) / kept_by_block(more)
+        peaks = {
+            moment: {
+                name: size * (share if name == "forward" else 1) for name, size in held.items()
+            }
+            for moment, held in _deep_peaks(more).items()
+        }
+        return _fullest(job, peaks)
     full, none = _recomputing(job, "full"), _recomputing(job, "none")
     least, kept, most = (kept_by_block(each) for each in (full, job, none))
     share = (kept - least) / (most - least)
     return _fullest(job, _on_line(_deep_peaks(full), _deep_peaks(none), share))
 
 
-def _recomputing(job: Job, mode: Literal["full", "none"]) -> Job:
+def _recomputing(job: Job, mode: Literal["full", "selective", "none"]) -> Job:
     parallel = dataclasses.replace(job.parallel, activation_checkpoint=mode)
     return dataclasses.replace(job, parallel=parallel)
 
@@ -104,14 +119,20 @@ def _peaks(job: Job) -> Peaks:
     # What tensor and context parallelism receive are activations; FSDP2 has the other library.
     tracker = MemoryTracker({}, fake=True, collectives=("c10d",))
     precision = dataclasses.replace(job.precision, fp8=None)
+    parallel, lazily = job.parallel, _recomputes_lazily(job)
+    if lazily:
+        parallel = dataclasses.replace(parallel, activation_checkpoint="none")
     prepare = partial(_prepare, job)
     with (
-        traced_model(job.model, job.mesh, job.parallel, precision, prepare) as (llama, strategy),
+        traced_model(job.model, job.mesh, parallel, precision, prepare) as (llama, strategy),
         tracker,
     ):
         materialise(llama)
         if job.accelerator == "cuda" or job.parallel.compile:
             _as_fused(llama, job)
+        if lazily:
+            for block in llama.layers:
+                setattr(block, "forward", partial(_forward_lazily, block.forward))  # noqa: B010
         _name_moments(llama, tracker)
         optimizer = FakeAdamW(llama, job.precision.optimizer_state, job.accelerator)
         tracker.model, tracker.optimizer = llama, cast(Any, optimizer)
@@ -193,7 +214,7 @@ def _as_fused(llama: Any, job: Job) -> None:
             if job.accelerator == "cuda" or module is not llama.norm:  # which is not compiled
                 setattr(module, "forward", partial(_norm, module))  # noqa: B010
         elif job.parallel.compile and isinstance(module, FeedForward):
-            again = job.parallel.activation_checkpoint == "full"
+            again = job.parallel.activation_checkpoint == "full" or _recomputes_lazily(job)
             setattr(module, "forward", partial(_feed_forward, module, again))  # noqa: B010
     if job.parallel.compile:
         llama.loss.compiled = True
@@ -226,7 +247,7 @@ class _FusedNorm(torch.autograd.Function):
 class _FusedSwiGLU(torch.autograd.Function):
     """Keeps its two inputs: silu is computed again.
 
-    Where all is recomputed, the compiler makes the result anew in the kernel of the gradients.
+    Where it is not kept, the compiler makes the result anew in the kernel of the gradients.
     """
 
     @staticmethod
@@ -242,3 +263,62 @@ class _FusedSwiGLU(torch.autograd.Function):
         gradients = grad * up, grad * gate
         del product  # only now
         return *gradients, None
+
+
+# ---------------------------------------------------------------- what a compiler recomputes
+
+
+def _recomputes_lazily(job: Job) -> bool:
+    """Whether a compiler recomputes what is no product's result, each tensor when it is needed."""
+    return job.parallel.compile and job.parallel.activation_checkpoint == "selective"
+
+
+def _forward_lazily(forward: Any, *arguments: Any) -> Tensor:
+    """Of a block whose backward makes anew what `_Kept` has not kept."""
+    kept = _Kept()
+    with kept, saved_tensors_hooks(kept.pack, _unpacked):
+        out = forward(*arguments)
+    kept.results.pop()  # the last product's, which nothing is made from
+    return cast(Tensor, out)
+
+
+class _Kept(TorchDispatchMode):
+    """Holds the results of products and of attention until the block's backward has ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[Any] = []
+        self.others: set[int] = set()  # storages of what else was made
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, (DTensor, AsyncCollectiveTensor)) for kind in types):
+            return NotImplemented  # they turn it into local operations, which come here
+        out = func(*args, **(kwargs or {}))
+        if keeps(func):
+            self.results.append(out)
+            self.others -= _storages(out)  # one that is gone may have had the same address
+        else:
+            self.others |= _storages(out) - _storages((args, kwargs))  # of views nothing
+        return out
+
+    def pack(self, saved: Tensor) -> Any:
+        """What is saved for the backward, or how to make something of its size."""
+        if not _storages(saved) & self.others:
+            return saved
+        local = saved.to_local() if isinstance(saved, DTensor) else saved
+        made = partial(torch.empty_strided, local.shape, local.stride(), dtype=local.dtype)
+        return self, made, (saved._spec if isinstance(saved, DTensor) else None)
+
+
+def _storages(tree: Any) -> set[int]:
+    tensors = [each for each in tree_leaves(tree) if isinstance(each, Tensor)]
+    local = [each._local_tensor if isinstance(each, DTensor) else each for each in tensors]
+    local = [each.elem if isinstance(each, AsyncCollectiveTensor) else each for each in local]
+    return {each.untyped_storage()._cdata for each in local}
+
+
+def _unpacked(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    _, made, spec = packed
+    return made() if spec is None else DTensor(made(), spec, requires_grad=False)

@@ -88,8 +88,9 @@ def test_losses_do_not_change(measured: Any) -> None:
         assert loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_full_checkpointing_compiles_under_tensor_parallelism() -> None:
-    cases = [Case(tp=2), Case(tp=2, activation_checkpoint="full", compile=True)]
+@pytest.mark.parametrize("kept", ["full", "selective", 0.5])
+def test_checkpointing_compiles_under_tensor_parallelism(kept: Any) -> None:
+    cases = [Case(tp=2), Case(tp=2, activation_checkpoint=kept, compile=True)]
     (expected, plain_peak), (loss, peak) = on_ranks(2, measure, cases)[0]
     assert loss == pytest.approx(expected, rel=1e-6)
     assert peak < 0.9 * plain_peak
