@@ -1,29 +1,27 @@
-"""What the planner says a step holds, against what real processes hold, counted by the allocator.
+"""What the planner says a step holds, against what real processes hold, counted by malloc.
 
     python -m bench.planned_memory [case …]
 
 Each case is a run of `train.py`'s own steps on one, two or four processes: eager and compiled, both
-precisions, every axis. The truth is neither our tracker's nor made of our formulas: the C library
-and PyTorch's CPU allocator tell what they have given out. The claim: both tiers are within 5% of
-the fullest moment of the third step, on the fullest rank. Compiled steps cannot be traced, only
-what stands in their place: where the compiler recomputes a part, the claim is the closed forms'.
+precisions, every axis. The truth is neither our tracker's nor made of our formulas: it is what
+malloc has given out, counted in its place. The claim: both tiers are within 5% of the fullest
+moment of the third step, on the fullest rank. Compiled steps are traced by what stands in for them.
 """
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
 from torch.distributed.tensor import DTensor
-from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measurement import write
 from parallel.mesh import plan_processes, resolve_mesh
@@ -39,8 +37,6 @@ from train import set_up, train_step
 from training.resume_contract import Changes
 
 TOLERANCE = 0.05
-IN_PART = ("compiled_selective", "compiled_half")  # recomputed
-LAST_STEP = "the last step"
 SMALL = (
     *("tokenizer=byte", "model.dim=256", "model.n_layers=4", "model.n_heads=8"),
     *("model.n_kv_heads=4", "model.ffn_dim=704", "model.vocab_size=2048"),
@@ -63,15 +59,33 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
         1,
         ("parallel.compile=true", "parallel.activation_checkpoint=selective"),
     ),
-    "compiled_selective_tp": (
-        2,
-        ("parallel.tp=2", "parallel.compile=true", "parallel.activation_checkpoint=selective"),
-    ),
     "compiled_half": (1, ("parallel.compile=true", "parallel.activation_checkpoint=0.5")),
     "compiled_bf16_full": (
         1,
         ("parallel.compile=true", "parallel.activation_checkpoint=full", "precision.param=bf16"),
     ),
+    "compiled_tp": (2, ("parallel.compile=true", "parallel.tp=2")),
+    "compiled_tp_full": (
+        2,
+        ("parallel.compile=true", "parallel.activation_checkpoint=full", "parallel.tp=2"),
+    ),
+    "compiled_tp_selective": (
+        2,
+        ("parallel.compile=true", "parallel.activation_checkpoint=selective", "parallel.tp=2"),
+    ),
+    "compiled_tp_half": (
+        2,
+        ("parallel.compile=true", "parallel.activation_checkpoint=0.5", "parallel.tp=2"),
+    ),
+    "compiled_cp_selective": (
+        2,
+        ("parallel.compile=true", "parallel.activation_checkpoint=selective", "parallel.cp=2"),
+    ),
+    "compiled_cp_half": (
+        2,
+        ("parallel.compile=true", "parallel.activation_checkpoint=0.5", "parallel.cp=2"),
+    ),
+    "compiled_dp_shard": (2, ("parallel.compile=true", "parallel.dp_shard=2")),
     "dp_shard": (2, ("parallel.dp_shard=2",)),
     "dp_shard_micro": (2, ("parallel.dp_shard=2", "train.micro_batch_size=2")),
     "dp_shard_each": (
@@ -101,8 +115,7 @@ def main() -> None:
         return
     names = sys.argv[1:] or list(CASES)
     figures = {name: compare(name) for name in names}
-    errors = [abs(each["analytic"]) for each in figures.values()]
-    errors += [abs(each["traced"]) for name, each in figures.items() if name not in IN_PART]
+    errors = [abs(each[tier]) for each in figures.values() for tier in ("analytic", "traced")]
     for name, each in figures.items():
         print(
             f"{name:<20}{each['allocated_mb']:>9.2f} MB  analytic {each['analytic']:+6.1%}  "
@@ -144,7 +157,10 @@ def run(name: str) -> list[int]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={processes}", "-m", "bench.planned_memory"]
         subprocess.run(
-            [*command, "--rank", name, folder], cwd=Path(__file__).parent.parent, check=True
+            [*command, "--rank", name, folder],
+            cwd=Path(__file__).parent.parent,
+            env=os.environ | {"LD_PRELOAD": str(counting_malloc(Path(folder)))},
+            check=True,
         )
         return [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
 
@@ -163,62 +179,28 @@ def measure(name: str, folder: Path) -> None:
             train_step(trained, batch, config.optim.lr)
             yield trained
 
-    count = by_allocator if config.parallel.compile else by_c_library
-    trained, most = count(steps())
+    trained, most = most_held(steps())
     (folder / f"{trained.fabric.global_rank}.json").write_text(json.dumps(most))
     trained.fabric.barrier()
 
 
-# ---------------------------------------------------------------- two ways to count
+def most_held(steps: Iterator[Run]) -> tuple[Run, int]:
+    """Most bytes that malloc has given out at once in the third step.
 
-
-def by_allocator(steps: Iterator[Run]) -> tuple[Run, int]:
-    """Most bytes in the third step by the notes of PyTorch's CPU allocator, from the start on.
-
-    It misses blocks that a thread of a process group gives back: for one process alone.
+    Without what is no tensor, which is what is in use between two steps above weights and moments.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        next(steps), next(steps)
-        with record_function(LAST_STEP):
-            trained = next(steps)
-    events = cast(Any, profiler).profiler.kineto_results.events()
-    (last,) = [event for event in events if event.name() == LAST_STEP]
-    notes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
-    held, most = 0, 0
-    for moment, change in sorted(notes):
-        held += change
-        if last.start_ns() <= moment <= last.end_ns():
-            most = max(most, held)
-    return trained, most
-
-
-def by_c_library(steps: Iterator[Run]) -> tuple[Run, int]:
-    """Most bytes that malloc has given out after any operation of the third step.
-
-    Of every thread, gloo's too; without what is no tensor, which is what is in use between two
-    steps above weights and moments. No mode may watch compiled code: for eager steps alone.
-    """
+    counted = ctypes.CDLL(None)
+    for function in (counted.counted_now, counted.counted_most):
+        function.restype = ctypes.c_size_t
     next(steps), next(steps)
-    with _Watch() as watch:
-        trained = next(steps)
+    counted.counted_forget()
+    trained = next(steps)
+    most, now = counted.counted_most(), counted.counted_now()
     moments = [m for state in trained.optimizer.optimizer.state.values() for m in state.values()]
     parts = [vars(m).values() if not isinstance(m, torch.Tensor) else [m] for m in moments]
     tensors = [*trained.model.parameters(), *chain.from_iterable(parts)]
     at_rest = sum(local_bytes(each) for each in tensors if isinstance(each, torch.Tensor))
-    return trained, watch.most - (in_use() - at_rest)
-
-
-class _Watch(TorchDispatchMode):
-    """Asks malloc after each operation."""
-
-    most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # DTensor turns it into local operations, which come here
-        out = func(*args, **(kwargs or {}))
-        self.most = max(self.most, in_use())
-        return out
+    return trained, most - (now - at_rest)
 
 
 def local_bytes(tensor: torch.Tensor) -> int:
@@ -226,26 +208,60 @@ def local_bytes(tensor: torch.Tensor) -> int:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
 
 
-class _MallocInfo(ctypes.Structure):
-    """glibc's `struct mallinfo2`."""
+def counting_malloc(folder: Path) -> Path:
+    """Compiles a library that counts what malloc gives out, to be loaded before all others.
 
-    _fields_: ClassVar[Any] = [
-        (name, ctypes.c_size_t)
-        for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks"),
-            *("uordblks", "fordblks", "keepcost"),
-        )
-    ]
-
-
-_mallinfo2 = ctypes.CDLL(None).mallinfo2
-_mallinfo2.restype = _MallocInfo
+    In each thread, compiled code's and gloo's too, and inside of operations.
+    """
+    library = folder / "counting.so"
+    command = ["cc", "-shared", "-fPIC", "-O2", "-x", "c", "-", "-o", str(library)]
+    subprocess.run(command, input=_COUNTING, text=True, check=True)
+    return library
 
 
-def in_use() -> int:
-    """Bytes that malloc has given out and not taken back."""
-    info = _mallinfo2()
-    return int(info.uordblks + info.hblkhd)
+_COUNTING = """
+#include <errno.h>
+#include <malloc.h>
+#include <stdatomic.h>
+#include <stddef.h>
+
+void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
+void *__libc_memalign(size_t, size_t), __libc_free(void *);
+
+static atomic_size_t now, most;
+size_t counted_now(void) { return now; }
+size_t counted_most(void) { return most; }
+void counted_forget(void) { most = now; }
+
+static void *given(void *block) {
+    size_t size = malloc_usable_size(block), held = atomic_fetch_add(&now, size) + size;
+    size_t before = most;
+    while (held > before && !atomic_compare_exchange_weak(&most, &before, held));
+    return block;
+}
+
+void free(void *block) {
+    atomic_fetch_sub(&now, malloc_usable_size(block));
+    __libc_free(block);
+}
+
+void *malloc(size_t size) { return given(__libc_malloc(size)); }
+void *calloc(size_t count, size_t size) { return given(__libc_calloc(count, size)); }
+void *memalign(size_t alignment, size_t size) { return given(__libc_memalign(alignment, size)); }
+void *aligned_alloc(size_t alignment, size_t size) { return memalign(alignment, size); }
+
+int posix_memalign(void **block, size_t alignment, size_t size) {
+    *block = memalign(alignment, size);
+    return *block ? 0 : ENOMEM;
+}
+
+void *realloc(void *block, size_t size) {
+    size_t before = malloc_usable_size(block);
+    void *moved = __libc_realloc(block, size);
+    if (moved || !size) atomic_fetch_sub(&now, before);
+    return moved ? given(moved) : moved;
+}
+"""
 
 
 if __name__ == "__main__":

@@ -17,10 +17,15 @@ def block_input(job: Job) -> int:
 
 def _between(job: Job) -> int:
     """Tokens of a rank between the tensor-parallel products."""
-    return job.local_tokens // (job.mesh.tp if _cut(job) else 1)
+    return job.local_tokens // (job.mesh.tp if cuts_tokens(job) else 1)
 
 
-def _cut(job: Job) -> bool:
+def whole_hidden(job: Job) -> int:
+    """The hidden states where they enter tensor-parallel products, on each of its ranks."""
+    return job.local_tokens * job.model.dim * job.param_bytes
+
+
+def cuts_tokens(job: Job) -> bool:
     """Whether tensor-parallel peers share out the tokens between the products."""
     return job.mesh.tp > 1 and job.parallel.sequence_parallel
 
@@ -49,9 +54,8 @@ def _rows(job: Job) -> int:
 
 def kept_by_head(job: Job) -> int:
     """The last norm's, and the head's input, whole on each rank and where it is cut as well."""
-    normed = job.local_tokens * job.model.dim * job.param_bytes
-    cut = block_input(job) if _cut(job) else 0
-    return _kept_by_norm(job, compiled=False) + normed + cut
+    cut = block_input(job) if cuts_tokens(job) else 0
+    return _kept_by_norm(job, compiled=False) + whole_hidden(job) + cut
 
 
 def last_norm_backward(job: Job) -> tuple[int, int]:
@@ -95,11 +99,13 @@ def kept_by_block(job: Job, checkpoint: str | float | None = None) -> int:
         return block_input(job)
     out = tokens * (width * p + model.n_heads // tp * FLOAT32)
     if mode == "selective":
-        # The result of the last product is what comes next: only a compiler sees it unneeded.
-        results = model.dim * (1 if job.parallel.compile else 2)
-        products = tokens * (width + 2 * kv_width + results + 2 * ffn) * p
-        sums = 2 * block_input(job) if tp > 1 else 0
-        return block_input(job) + products + sums + out
+        products = tokens * (width + 2 * kv_width + 2 * ffn) * p
+        # What goes back into the hidden states: compiled, of the first the sum over tp, and of the
+        # last nothing, since it is what comes next.
+        results = block_input(job)
+        if not job.parallel.compile:
+            results = 2 * (tokens * model.dim * p + (block_input(job) if tp > 1 else 0))
+        return block_input(job) + products + results + out
     normed = 2 * tokens * model.dim * p  # inputs of attention and feed-forward, whole
     inside = 3 if job.parallel.compile else 4  # a compiler computes silu again
     norms = 2 * _kept_by_norm(job, job.parallel.compile)
@@ -112,11 +118,18 @@ def _kept_within(job: Job, budget: float) -> int:
     It fills its budget with results of products (which of them is a knapsack's choice, and not
     counted here), and above all of them, which `selective` keeps, it has nothing more to fill it
     with until it may keep everything (torch/_functorch/partitioners.py: `choose_saved_values_set`).
+    What it has received it keeps besides, unless it keeps nothing.
     """
     least, most = kept_by_block(job, "full"), kept_by_block(job, "none")
-    if budget == 1:
-        return most
-    return min(least + round(budget * (most - least)), kept_by_block(job, "selective"))
+    if budget in (0, 1):
+        return most if budget else least
+    gathered = 2 * whole_hidden(job) if cuts_tokens(job) else 0
+    if job.mesh.cp > 1:
+        kv_width = job.model.n_kv_heads * job.model.head_dim // job.mesh.tp
+        gathered += 2 * job.local_tokens * job.mesh.cp * kv_width * job.param_bytes
+    summed = block_input(job) if job.mesh.tp > 1 else 0
+    kept = least + gathered + summed + round(budget * (most - least))
+    return min(kept, kept_by_block(job, "selective") + gathered)
 
 
 def recomputed_by_block(job: Job) -> int:
@@ -144,10 +157,12 @@ def _recomputed_by_compiler(job: Job) -> int:
     """The same where one kernel makes the input of the last product anew, with the gradients."""
     mode = job.parallel.activation_checkpoint
     again = job.local_tokens * job.model.ffn_dim // job.mesh.tp * job.param_bytes
+    # Meanwhile the gradient of the last product's result waits, gathered where tokens are cut.
+    waiting = whole_hidden(job) if cuts_tokens(job) else 0
     if mode == "selective" or (isinstance(mode, float) and mode >= HALF):
-        return 2 * again  # and the rest when it is needed
+        return 2 * again + waiting  # and the rest when it is needed
     # All that leads there, and what is not let go before the gradients are made.
-    return kept_by_block(job, "none") - kept_by_block(job) + again
+    return kept_by_block(job, "none") - kept_by_block(job) + again + waiting
 
 
 def backward_buffers(job: Job) -> int:

@@ -12,9 +12,9 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,7 +25,7 @@ from parallel.activation_checkpoint import keeps
 from parallel.gradients import clip_grad_norm
 from parallel.trace import materialise, traced_model
 from parallel.traffic import RIDERS
-from planning.activations import HALF, kept_by_block
+from planning.activations import HALF, cuts_tokens, kept_by_block, whole_hidden
 from planning.job import Job
 from planning.memory import Memory
 from planning.moments import FakeAdamW
@@ -55,15 +55,14 @@ def traced_memory(job: Job) -> Memory:
     budget = job.parallel.activation_checkpoint
     if not isinstance(budget, float):
         return _fullest(job, _deep_peaks(job))
-    if budget >= HALF:  # what is recomputed comes back as where more of it is kept
+    if budget >= HALF:  # what is recomputed comes back as where all products are kept
         more = _recomputing(job, "none" if budget == 1 else "selective")
-        share = kept_by_block(job) / kept_by_block(more)
-        peaks = {
-            moment: {
-                name: size * (share if name == "forward" else 1) for name, size in held.items()
-            }
-            for moment, held in _deep_peaks(more).items()
-        }
+        peaks = _deep_peaks(more)
+        change = job.model.n_layers * (kept_by_block(job) - kept_by_block(more))
+        all_kept = peaks["head"]["forward"]
+        for held in peaks.values():
+            alive = held.get("forward", 0)
+            held["forward"] = alive + change * min(alive / all_kept, 1)
         return _fullest(job, peaks)
     full, none = _recomputing(job, "full"), _recomputing(job, "none")
     least, kept, most = (kept_by_block(each) for each in (full, job, none))
@@ -214,8 +213,9 @@ def _as_fused(llama: Any, job: Job) -> None:
             if job.accelerator == "cuda" or module is not llama.norm:  # which is not compiled
                 setattr(module, "forward", partial(_norm, module))  # noqa: B010
         elif job.parallel.compile and isinstance(module, FeedForward):
-            again = job.parallel.activation_checkpoint == "full" or _recomputes_lazily(job)
-            setattr(module, "forward", partial(_feed_forward, module, again))  # noqa: B010
+            again = job.parallel.activation_checkpoint != "none"
+            waiting = whole_hidden(job) if again and cuts_tokens(job) else 0
+            setattr(module, "forward", partial(_feed_forward, module, again, waiting))  # noqa: B010
     if job.parallel.compile:
         llama.loss.compiled = True
         llama.loss.sum_exponentials = lambda logits, maximum: maximum.clone()
@@ -226,8 +226,8 @@ def _norm(module: Any, x: Tensor) -> Tensor:
     return cast(Tensor, _FusedNorm.apply(x, module.weight))
 
 
-def _feed_forward(module: Any, again: bool, x: Tensor) -> Tensor:
-    return module.w2(_FusedSwiGLU.apply(module.w1(x), module.w3(x), again))
+def _feed_forward(module: Any, again: bool, waiting: int, x: Tensor) -> Tensor:
+    return module.w2(_FusedSwiGLU.apply(module.w1(x), module.w3(x), again, waiting))
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -247,22 +247,24 @@ class _FusedNorm(torch.autograd.Function):
 class _FusedSwiGLU(torch.autograd.Function):
     """Keeps its two inputs: silu is computed again.
 
-    Where it is not kept, the compiler makes the result anew in the kernel of the gradients.
+    Where it is not kept, the compiler makes the result anew in the kernel of the gradients, and so
+    long the bytes wait that the result's product needs for the gradient of its weight.
     """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, again: bool) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, again: bool, waiting: int) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.again = again
+        ctx.again, ctx.waiting = again, waiting
         return gate * up
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         gate, up = ctx.saved_tensors
+        waiting = torch.empty(ctx.waiting, dtype=torch.uint8)
         product = gate * up if ctx.again else None
         gradients = grad * up, grad * gate
-        del product  # only now
-        return *gradients, None
+        del product, waiting  # only now
+        return *gradients, None, None
 
 
 # ---------------------------------------------------------------- what a compiler recomputes
@@ -295,6 +297,8 @@ class _Kept(TorchDispatchMode):
             return NotImplemented  # they turn it into local operations, which come here
         out = func(*args, **(kwargs or {}))
         if keeps(func):
+            if func.namespace == "_c10d_functional":
+                self.results.pop()  # tensor parallelism's sum is in the place of the rank's part
             self.results.append(out)
             self.others -= _storages(out)  # one that is gone may have had the same address
         else:

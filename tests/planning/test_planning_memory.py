@@ -46,6 +46,8 @@ GRID: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ("cuda", (1, 2, 1, 2), {"activation_checkpoint": 0.25, "compile": True}),
     ("cuda", (1, 2, 1, 1), {"activation_checkpoint": 0.75, "compile": True, "param": "bf16"}),
     ("cuda", (1, 1, 2, 1), {"activation_checkpoint": "selective", "compile": True}),
+    ("cuda", (1, 1, 1, 2), {"activation_checkpoint": "selective", "compile": True}),
+    ("cuda", (1, 1, 2, 2), {"activation_checkpoint": 0.5, "compile": True}),
     ("cuda", (1, 8, 1, 1), {"activation_checkpoint": "selective"}),
     ("cuda", (1, 64, 1, 4), {"compile": True}),
     ("cuda", (2, 2, 1, 2), {"activation_checkpoint": "full", "micro_batches": 3, "seq_len": 64}),
