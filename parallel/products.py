@@ -25,7 +25,7 @@ def apply_onednn_products(model: Llama) -> None:
     Their weights have to be whole in the forward: no DTensors.
     """
     for layer in model.layers.modules():
-        if isinstance(layer, nn.Linear):
+        if type(layer) is nn.Linear:  # and not one that multiplies in another way already
             layer.__class__ = _Linear
 
 
