@@ -2,7 +2,7 @@
 
 Of a layer, oneDNN computes the output and the gradient of the input faster than MKL, which is made
 for another maker's CPUs. The gradient of the weight, both of whose factors lie crosswise in memory,
-stays with MKL, which is faster there (measured: `python -m bench.cpu_products`). In bf16 PyTorch
+stays with MKL, mostly faster there (measured: `python -m bench.cpu_products`). In bf16 PyTorch
 calls oneDNN by itself. PyTorch's operation is wrapped as one of our own: its compiler takes the
 other for a product with a constant.
 """

@@ -247,8 +247,8 @@ class _FusedNorm(torch.autograd.Function):
 class _FusedSwiGLU(torch.autograd.Function):
     """Keeps its two inputs: silu is computed again.
 
-    Where it is not kept, the compiler makes the result anew in the kernel of the gradients, and so
-    long the bytes wait that the result's product needs for the gradient of its weight.
+    Where it is not kept, the compiler makes the result anew in the kernel of the gradients. Until
+    then `waiting` bytes more are held: the gradient that it is multiplied with for the weight's.
     """
 
     @staticmethod

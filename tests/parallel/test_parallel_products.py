@@ -85,8 +85,8 @@ def test_a_plan_takes_them_for_whole_float32_weights_where_mkl_is_slower(
         with torch.device("meta"):
             llama = Llama(model_config(tied=False, n_layers=1))
         parallelize(llama, mesh, case.parallel, PrecisionConfig(param=case.param))
-    feed_forward: Any = llama.layers[0]
-    assert isinstance(feed_forward.feed_forward.w1, products._Linear) == expected
+    block: Any = llama.layers[0]
+    assert isinstance(block.feed_forward.w1, products._Linear) == expected
     assert not isinstance(llama.output, products._Linear)
 
 

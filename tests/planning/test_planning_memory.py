@@ -1,8 +1,7 @@
 """The closed forms of memory agree with the traced tier, over a grid of what changes them.
 
-Within 3%: what small buffers of one moment make of a model as small as this one, least where blocks
-decide.
-What both take from elsewhere, as constants, is held against its owner.
+Within 3%: what small buffers of one moment make of a model as small as this one, and least where
+blocks decide. What both take from elsewhere, as constants, is held against its owner.
 """
 
 from dataclasses import replace
