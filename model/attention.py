@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from model.attention_backward import SHORTEST, attention, multiplies_in_bf16
+
 BLOCK = 128  # queries or keys of a tile of FlexAttention's block mask
 DOCUMENTS = 16  # the number of documents is rounded up to a multiple of it
 
@@ -37,11 +39,13 @@ class AttentionKernel:
         choice: `sdpa` runs everywhere, on a dense mask where there are documents. `flex` skips the
             tiles that no query sees; it has no backward on CPU. `varlen` is FlashAttention on
             sequences of any length; on CUDA, in 16 bits. `auto` takes `sdpa` on CPU and wherever
-            rows are plainly causal, else `varlen` where it runs, else `flex`.
+            rows are plainly causal, else `varlen` where it runs, else `flex`; in bf16 on CPU with
+            a backward of our own.
     """
 
     def __init__(self, choice: str) -> None:
         self.choice = choice
+        self.bf16_products = choice == "auto" and multiplies_in_bf16()
 
     def mask(
         self,
@@ -94,7 +98,12 @@ class AttentionKernel:
         if isinstance(mask, Documents):
             return _varlen(q, k, v, mask)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (batch, heads, seq, …)
-        out = _flex(q, k, v, mask) if isinstance(mask, BlockMask) else _sdpa(q, k, v, mask)
+        if isinstance(mask, BlockMask):
+            out = _flex(q, k, v, mask)
+        elif self.bf16_products and _is_for_own_backward(q):
+            out = attention(q, k, v, mask)
+        else:
+            out = _sdpa(q, k, v, mask)
         return out.transpose(1, 2)  # (batch, seq, heads, head_dim)
 
     @staticmethod
@@ -206,6 +215,11 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
 def _compiled_flex() -> Any:
     """FlexAttention as a fused kernel; uncompiled it would write out the scores."""
     return torch.compile(flex_attention, dynamic=False)
+
+
+def _is_for_own_backward(q: Tensor) -> bool:
+    """Whether `attention` is the faster one, where a CPU multiplies in bf16."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] >= SHORTEST
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -15,24 +15,8 @@ from torch import Tensor, nn
 from model.attention import AttentionKernel, Mask
 from model.config import ModelConfig
 from model.loss import CrossEntropySum
+from model.norm import RMSNorm
 from model.rope import apply_rope, rope_frequencies, rope_rotations
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight (arXiv:1910.07467), float32 inside, x's dtype outside."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def reset_parameters(self) -> None:
-        """All ones; frameworks that materialise the meta device ask each module for this."""
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, seq, dim) -> the same."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):

@@ -31,6 +31,7 @@ from torch.distributed.tensor.parallel import (
 
 from model.llama import Llama
 from model.loss import CrossEntropySum, Vocabulary
+from model.norm import RMSNorm
 
 
 def apply_tensor_parallel(
@@ -47,9 +48,6 @@ def apply_tensor_parallel(
     """
     between = Shard(1) if sequence_parallel else Replicate()  # of (batch, seq, dim)
 
-    def norm() -> ParallelStyle:
-        return SequenceParallel() if sequence_parallel else _ReplicatedNorm()
-
     def gathered_input(other_inputs: int = 0) -> ParallelStyle:
         plain = (None,) * other_inputs
         return PrepareModuleInput(
@@ -61,7 +59,7 @@ def apply_tensor_parallel(
         mesh,
         {
             "tok_embeddings": _VocabParallelEmbedding(between),
-            "norm": norm(),
+            "norm": _Norm(between),
             "output": ColwiseParallel(
                 input_layouts=between,
                 output_layouts=Shard(-1) if loss_parallel else Replicate(),
@@ -74,13 +72,13 @@ def apply_tensor_parallel(
             block,
             mesh,
             {
-                "attention_norm": norm(),
+                "attention_norm": _Norm(between),
                 "attention": gathered_input(other_inputs=2),  # rotations, mask
                 "attention.wq": ColwiseParallel(),
                 "attention.wk": ColwiseParallel(),
                 "attention.wv": ColwiseParallel(),
                 "attention.wo": RowwiseParallel(output_layouts=between),
-                "ffn_norm": norm(),
+                "ffn_norm": _Norm(between),
                 "feed_forward": gathered_input(),
                 "feed_forward.w1": ColwiseParallel(),
                 "feed_forward.w3": ColwiseParallel(),
@@ -95,12 +93,21 @@ def apply_tensor_parallel(
     )
 
 
-class _ReplicatedNorm(SequenceParallel):
-    """A norm on whole activations whose weight is a DTensor, as clipping and saving expect."""
+class _Norm(SequenceParallel):
+    """A norm whose weight is a DTensor, as clipping and saving expect.
 
-    def __init__(self) -> None:
+    Args:
+        layout: Of what it reads and writes.
+    """
+
+    def __init__(self, layout: Placement) -> None:
         super().__init__()
-        self.sequence_sharding = (Replicate(),)  # type: ignore[assignment]
+        self.sequence_sharding = (layout,)  # type: ignore[assignment]
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, RMSNorm)
+        module.function = F.rms_norm  # which DTensors know
+        return super()._apply(module, device_mesh)
 
 
 class _VocabParallelEmbedding(ParallelStyle):

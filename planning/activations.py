@@ -64,10 +64,15 @@ def last_norm_backward(job: Job) -> tuple[int, int]:
     return elements, 5 * elements
 
 
+def many_operations(job: Job) -> bool:
+    """Whether a norm that is not compiled is such, and not one kernel or function: of DTensors."""
+    return job.accelerator == "cpu" and job.mesh.tp > 1
+
+
 def _kept_by_norm(job: Job, compiled: bool) -> int:
-    """Of an RMSNorm: its input, and where it is not one fused kernel its steps in float32."""
+    """Of an RMSNorm: its input, and where it is many operations their results in float32."""
     elements, roots = _between(job) * job.model.dim, _between(job) * FLOAT32
-    if job.accelerator == "cuda" or compiled:
+    if compiled or not many_operations(job):
         return block_input(job) + roots
     # The input, widened where it has fewer bits, and the input over its root.
     return 2 * elements * FLOAT32 + roots
@@ -142,7 +147,7 @@ def recomputed_by_block(job: Job) -> int:
     whole = kept_by_block(job, "none")
     if mode == "full":
         # The block's input is there already, but where a norm keeps it widened.
-        widened = job.accelerator == "cpu" and job.param_bytes < FLOAT32
+        widened = many_operations(job) and job.param_bytes < FLOAT32
         return whole - (0 if widened else block_input(job))
     model, tp, tokens, p = job.model, job.mesh.tp, job.local_tokens, job.param_bytes
     width, kv_width = model.dim // tp, model.n_kv_heads * model.head_dim // tp

@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+from model.attention import AttentionKernel
 from planning.hardware import PROCESS_GIB, Hardware, hardware_of
 
 SECONDS = 1.5  # of each measurement
@@ -133,12 +133,13 @@ def _attention(kind: str, dtype: torch.dtype, sizes: dict[str, Any], seconds: fl
     """TFLOP/s of causal attention, forward and backward, as `model.flops` counts them."""
     batch, heads, seq, head_dim = sizes["attention"]
     q, k, v = (
-        torch.randn(batch, heads, seq, head_dim, device=kind, dtype=dtype, requires_grad=True)
+        torch.randn(batch, seq, heads, head_dim, device=kind, dtype=dtype, requires_grad=True)
         for _ in range(3)
     )
+    kernel = AttentionKernel("auto")
 
     def both() -> None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = kernel(q, k, v, None)
         torch.autograd.grad(out.sum(), (q, k, v))
 
     return 6 * batch * heads * head_dim * seq**2 / _median_seconds(kind, both, seconds) / 1e12

@@ -16,6 +16,7 @@ from planning.activations import (
     kept_by_block,
     kept_by_head,
     last_norm_backward,
+    many_operations,
     recomputed_by_block,
 )
 from planning.job import Job
@@ -78,7 +79,7 @@ def step_memory(job: Job) -> Memory:
     step = _Step(job) if job.mesh.world_size > 1 else _StepAlone(job)
     last = job.model.n_layers - 1
     moments = [step.head(), step.block_backward(0), step.root_backward(), step.update()]
-    if job.accelerator == "cpu":
+    if many_operations(job):
         moments.append(step.last_norm_backward())
     if last:
         moments += [step.block_backward(1), step.block_backward(last)]
@@ -188,11 +189,10 @@ class _Step:
 
     def last_norm_backward(self) -> Memory:
         """Behind the head and before the blocks, where a norm is many operations."""
-        job, layers = self.job, self.job.model.n_layers
-        left, steps = last_norm_backward(job)
+        left, steps = last_norm_backward(self.job)
         return self._memory(
             "backward",
-            activations=self._activations(layers) + left,
+            activations=self._activations(self.job.model.n_layers) + left,
             temporary=steps,
             **self._behind_head(),
         )

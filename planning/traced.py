@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.attention import AttentionKernel, Mask
-from model.llama import FeedForward, Llama, RMSNorm
+from model.llama import FeedForward, Llama
 from model.loss import BLOCK
+from model.norm import RMSNorm
 from parallel.activation_checkpoint import keeps
 from parallel.gradients import clip_grad_norm
 from parallel.trace import materialise, traced_model
