@@ -59,9 +59,13 @@ def kept_by_head(job: Job) -> int:
 
 
 def last_norm_backward(job: Job) -> tuple[int, int]:
-    """What is left of `kept_by_head`, and the steps in float32 of a norm that is not one kernel."""
+    """What is left of `kept_by_head`, and the last norm's steps in float32."""
     elements = _between(job) * job.model.dim * FLOAT32
-    return elements, 5 * elements
+    if many_operations(job):
+        return elements, 5 * elements
+    # Its input, its gradient and the result; where these have fewer bits, all three wide as well.
+    wide = elements if job.param_bytes == FLOAT32 else block_input(job) + 3 * elements
+    return block_input(job), block_input(job) + wide
 
 
 def many_operations(job: Job) -> bool:

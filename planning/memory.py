@@ -16,7 +16,6 @@ from planning.activations import (
     kept_by_block,
     kept_by_head,
     last_norm_backward,
-    many_operations,
     recomputed_by_block,
 )
 from planning.job import Job
@@ -79,7 +78,7 @@ def step_memory(job: Job) -> Memory:
     step = _Step(job) if job.mesh.world_size > 1 else _StepAlone(job)
     last = job.model.n_layers - 1
     moments = [step.head(), step.block_backward(0), step.root_backward(), step.update()]
-    if many_operations(job):
+    if job.accelerator == "cpu":
         moments.append(step.last_norm_backward())
     if last:
         moments += [step.block_backward(1), step.block_backward(last)]
@@ -188,7 +187,7 @@ class _Step:
         return inputs(self.job) + blocks * kept_by_block(self.job)
 
     def last_norm_backward(self) -> Memory:
-        """Behind the head and before the blocks, where a norm is many operations."""
+        """Behind the head and before the blocks, where no kernel takes a norm's steps in one."""
         left, steps = last_norm_backward(self.job)
         return self._memory(
             "backward",

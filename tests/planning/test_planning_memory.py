@@ -37,6 +37,7 @@ GRID: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ("cpu", (1, 2, 1, 1), {"param": "bf16"}),
     ("cpu", (1, 2, 1, 2), {"loss_parallel": False, "tie_embeddings": True}),
     ("cpu", (1, 1, 1, 1), {"activation_checkpoint": "full"}),
+    ("cpu", (1, 1, 1, 1), {"activation_checkpoint": "full", "param": "bf16"}),
     ("cpu", (1, 1, 1, 2), {"activation_checkpoint": "full", "param": "bf16"}),
     ("cpu", (1, 1, 1, 1), {"activation_checkpoint": "full", "compile": True}),
     ("cpu", (1, 1, 1, 1), {"activation_checkpoint": "selective", "compile": True}),
