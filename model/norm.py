@@ -1,6 +1,6 @@
 """RMSNorm (arXiv:1910.07467): float32 inside, its input's dtype outside.
 
-PyTorch has one kernel for it on CUDA, and its compiler makes one. Left on a CPU are nine passes
+PyTorch has one kernel for it on CUDA, and its compiler makes one. Left on a CPU are many passes
 over the hidden states, two of which are kept for the backward: as one function it takes fewer and
 keeps none but its input. Tensors that know where they lie (DTensors) take PyTorch's way.
 """
