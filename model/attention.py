@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from model.attention_backward import SHORTEST, attention, multiplies_in_bf16
+from model.attention_backward import attention, is_faster, multiplies_in_bf16
 
 BLOCK = 128  # queries or keys of a tile of FlexAttention's block mask
 DOCUMENTS = 16  # the number of documents is rounded up to a multiple of it
@@ -100,7 +100,7 @@ class AttentionKernel:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (batch, heads, seq, …)
         if isinstance(mask, BlockMask):
             out = _flex(q, k, v, mask)
-        elif self.bf16_products and _is_for_own_backward(q):
+        elif self.bf16_products and is_faster(q):
             out = attention(q, k, v, mask)
         else:
             out = _sdpa(q, k, v, mask)
@@ -215,11 +215,6 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
 def _compiled_flex() -> Any:
     """FlexAttention as a fused kernel; uncompiled it would write out the scores."""
     return torch.compile(flex_attention, dynamic=False)
-
-
-def _is_for_own_backward(q: Tensor) -> bool:
-    """Whether `attention` is the faster one, where a CPU multiplies in bf16."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] >= SHORTEST
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

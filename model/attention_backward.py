@@ -31,14 +31,19 @@ def multiplies_in_bf16() -> bool:
     return units and torch.backends.mkldnn.is_available()
 
 
+def is_faster(q: Tensor) -> bool:
+    """Than the kernel's, on such a CPU, of queries (batch, heads, seq, head_dim)."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] >= SHORTEST
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """PyTorch's scaled_dot_product_attention in bf16 on CPU, with this backward.
 
     Args:
         q: (batch, heads, seq, head_dim).
         k, v: (batch, kv_heads, keys, head_dim).
-        mask: (batch or 1, 1, seq, keys), added to the scores. None: causal, and keys is seq. Where
-            it is, no query may see later keys in any case.
+        mask: (batch or 1, 1, seq, keys), added to the scores. None: causal, and keys is seq. With
+            as many keys as queries, it has to hide from each query the keys behind it.
 
     Returns: (batch, heads, seq, head_dim).
     """

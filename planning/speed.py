@@ -125,7 +125,8 @@ class _Rank:
     def attention(self) -> float:
         """The kernel, of which a third is the forward; half the work where it skips what is masked.
 
-        On CPU it does so where rows are plainly causal, and not under a mask of documents.
+        On CPU it does so where rows are plainly causal, and not under a mask of documents (our own
+        backward in bf16 does, which is not counted).
         """
         model, job = self.job.model, self.job
         rate = self.hardware.attention_tflops[job.precision.param] * 1e12 / self.sharing

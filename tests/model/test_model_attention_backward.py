@@ -3,6 +3,8 @@
 Judged by float64, in which both are off by some thousandths: each rounds to bf16, at other places.
 """
 
+from typing import Literal
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model import attention_backward
 from model.attention import AttentionKernel
 from model.attention_backward import ROWS, attention
+from model.config import ModelConfig
+from model.init import initialize
+from model.llama import Llama
+from parallel.activation_checkpoint import apply_activation_checkpoint
 
 BATCH, HEADS, HEAD_DIM, SEQ = 2, 4, 32, 2 * ROWS + 44  # the last block is a shorter one
 OPERATION = torch.ops.llamesh.attention_backward.default
@@ -27,7 +33,7 @@ def inputs(
     """Queries, keys, values, and a gradient of the result.
 
     Args:
-        common: A share of itself that each value has in common with all others.
+        common: What each value, and each element of the gradient, has in common with all others.
         sharp: The larger, the surer a query is of its key.
     """
     torch.manual_seed(7)
@@ -68,16 +74,21 @@ def error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
 
 @pytest.mark.parametrize("kind", ["causal", "documents", "part of the keys"])
 @pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("scores", [1, attention_backward.SCORES])  # a head at a time, or all
 @pytest.mark.parametrize(("common", "sharp"), [(0.0, 1.0), (4.0, 1.0), (0.0, 3.0)])
 def test_gradients_are_as_close_as_the_kernel_s_own(
-    kind: str, kv_heads: int, common: float, sharp: float, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    kv_heads: int,
+    scores: int,
+    common: float,
+    sharp: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mask = masks(kind)
     keys = SEQ if mask is None else mask.shape[-1]
     q, k, v, gradient = inputs(kv_heads, keys, common, sharp)
     leaves = (q, k, v)
-    # A head or two at a time.
-    monkeypatch.setattr(attention_backward, "SCORES", 2 * ROWS * keys * HEADS // kv_heads)
+    monkeypatch.setattr(attention_backward, "SCORES", scores)
 
     out = attention(q, k, v, mask)
     found = torch.autograd.grad(out, leaves, gradient)
@@ -110,7 +121,7 @@ def test_what_the_compiler_is_told_of_it_is_what_it_does(kind: str) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_it_gives_the_same(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.attention.SHORTEST", 1)
+    monkeypatch.setattr(attention_backward, "SHORTEST", 1)
     kernel = AttentionKernel("auto")
     mask = masks("documents" if packed else "causal")
     q, k, v, gradient = (each.transpose(1, 2) for each in inputs(2, SEQ))
@@ -134,18 +145,47 @@ class Counted(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("choice", "dtype", "seq", "expected"),
+    ("choice", "dtype", "seq", "units", "expected"),
     [
-        ("auto", torch.bfloat16, 512, 1),
-        ("auto", torch.bfloat16, 511, 0),
-        ("auto", torch.float32, 512, 0),
-        ("sdpa", torch.bfloat16, 512, 0),
+        ("auto", torch.bfloat16, 512, True, 1),
+        ("auto", torch.bfloat16, 511, True, 0),
+        ("auto", torch.float32, 512, True, 0),
+        ("auto", torch.bfloat16, 512, False, 0),
+        ("sdpa", torch.bfloat16, 512, True, 0),
     ],
 )
-def test_auto_takes_it_for_long_rows_in_bf16(
-    choice: str, dtype: torch.dtype, seq: int, expected: int
+def test_auto_takes_it_for_long_rows_in_bf16_where_the_cpu_multiplies_in_it(
+    choice: str,
+    dtype: torch.dtype,
+    seq: int,
+    units: bool,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("model.attention.multiplies_in_bf16", lambda: units)
     q, k, v = (torch.randn(1, seq, 2, 16, dtype=dtype, requires_grad=True) for _ in range(3))
     with Counted() as counted:
         AttentionKernel(choice)(q, k, v, None).sum().backward()
     assert counted.count == expected
+
+
+@pytest.mark.parametrize("kept", ["full", "selective"])
+def test_recomputing_blocks_get_the_same_gradients(
+    kept: Literal["full", "selective"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_backward, "SHORTEST", 1)
+    config = ModelConfig("small", 64, 2, 4, 2, 128, 256)
+
+    def gradients(recomputes: bool) -> list[Tensor]:
+        model = Llama(config)
+        initialize(model, config, seed=3)
+        if recomputes:
+            apply_activation_checkpoint(model, kept)
+        tokens = torch.arange(2 * SEQ).view(2, SEQ) % 256
+        with Counted() as counted:
+            model.bfloat16()(tokens, labels=tokens).backward()
+        assert counted.count == config.n_layers
+        return [each.grad for each in model.parameters() if each.grad is not None]
+
+    for own, other in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(own, other)
