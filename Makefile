@@ -2,7 +2,7 @@
 # make storm: one run under sixty random kills.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(wildcard *.py) program model parallel planning data training formats evaluation slurm bench tests
+SOURCES := $(wildcard *.py) model data parallel resilience checkpoint formats evaluation training planning cli slurm bench tests
 
 .PHONY: train test storm check clean
 

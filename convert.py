@@ -14,9 +14,9 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from program.command_line import hydra_arguments
-from program.config import ConvertProgram, load_convert_config
-from program.refusals import refusals
+from cli.arguments import hydra_arguments
+from cli.config import ConvertProgram, load_convert_config
+from cli.errors import refusals
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="convert")
@@ -37,8 +37,8 @@ def run(config: ConvertProgram) -> None:
     from formats.recognition import open_weights
     from formats.target import check_target
     from formats.weights import FORMATS
-    from program.loaded import tokenizer_of
-    from training.memory import give_freed_memory_back
+    from evaluation.inference import tokenizer_of
+    from parallel.host_memory import give_freed_memory_back
 
     give_freed_memory_back()
     target = Path(config.target)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from program.command_line import hydra_arguments
-from program.config import EvaluateProgram, load_evaluate_config
-from program.evaluation import (
+from cli.arguments import hydra_arguments
+from cli.config import EvaluateProgram, load_evaluate_config
+from evaluation.setup import (
     check_mesh,
     check_tasks,
     held_out_of,
@@ -23,12 +23,12 @@ from program.evaluation import (
     versions,
     write_figures,
 )
-from program.refusals import refusals
+from cli.errors import refusals
 
 if TYPE_CHECKING:
     from data.dataset import Dataset
     from evaluation.perplexity import Measured
-    from program.loaded import Loaded
+    from evaluation.inference import Loaded
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
@@ -47,7 +47,7 @@ def evaluate(config: EvaluateProgram) -> None:
         FormatError, DataError, ConfigError: weights, text or mesh are not what they have to be.
     """
     from formats.recognition import open_weights
-    from program.loaded import fingerprint_together, load_model, tokenizer_of
+    from evaluation.inference import fingerprint_together, load_model, tokenizer_of
 
     weights = open_weights(Path(config.evaluation.checkpoint))
     held_out, seq_len = held_out_of(config, weights)
@@ -66,7 +66,7 @@ def evaluate(config: EvaluateProgram) -> None:
         figures |= describe(measure_held_out(config, loaded, held_out, seq_len))
     if tokenizer is not None:
         from evaluation.harness import run_tasks
-        from program.evaluation import harness_model
+        from evaluation.setup import harness_model
 
         figures["tasks"] = run_tasks(
             harness_model(config, loaded, tokenizer),

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from program.command_line import hydra_arguments
-from program.config import GenerateProgram, load_generate_config
-from program.generation import (
+from cli.arguments import hydra_arguments
+from cli.config import GenerateProgram, load_generate_config
+from evaluation.prompts import (
     Completer,
     Prompt,
     check_mesh,
@@ -25,7 +25,7 @@ from program.generation import (
     read_prompts,
     typed_prompts,
 )
-from program.refusals import refusals
+from cli.errors import refusals
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def run(config: GenerateProgram) -> None:
     """
     from formats.conversion import check_vocabulary
     from formats.recognition import open_weights
-    from program.loaded import load_model, tokenizer_of
+    from evaluation.inference import load_model, tokenizer_of
 
     weights = open_weights(Path(config.checkpoint))
     tokenizer = tokenizer_of(weights, config.tokenizer_path)

@@ -10,8 +10,8 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from program.plan_program import PlanProgram, load_plan_config, plan_arguments
-from program.refusals import refusals
+from planning.config import PlanProgram, load_plan_config, plan_arguments
+from cli.errors import refusals
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="plan")
@@ -21,7 +21,7 @@ def main(composed: DictConfig) -> None:
         config = load_plan_config(composed)
         # Imported here, so that `--help` and a wrong configuration answer at once.
         if config.calibrate:
-            from program.plan_answer import measure_machine
+            from planning.answer import measure_machine
 
             measure_machine()
             return
@@ -31,7 +31,7 @@ def main(composed: DictConfig) -> None:
 
 def answer(config: PlanProgram) -> bool:
     """Tells all that is asked; returns whether the run fits, or under a search any run."""
-    from program.plan_answer import answer_plan, answer_search
+    from planning.answer import answer_plan, answer_search
 
     return answer_search(config) if config.search else answer_plan(config)
 

@@ -15,8 +15,8 @@ import hydra
 from omegaconf import DictConfig
 
 from data.errors import DataError
-from program.command_line import hydra_arguments
-from program.config import ConfigError, PrepareProgram, load_prepare_config
+from cli.arguments import hydra_arguments
+from cli.config import ConfigError, PrepareProgram, load_prepare_config
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare")
@@ -26,7 +26,7 @@ def main(composed: DictConfig) -> None:
         config = load_prepare_config(composed)
         # Imported here, so that `--help` and a wrong configuration answer at once.
         if config.inspect is not None:
-            from program.inspection import inspect
+            from training.inspection import inspect
 
             inspect(config)
         elif config.verify:

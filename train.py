@@ -20,20 +20,20 @@ from omegaconf import DictConfig
 
 from parallel.mesh import MeshShape, Processes, is_first_process
 from parallel.slurm import slurm_time_left
-from program.command_line import hydra_arguments
-from program.config import TrainProgram
-from program.ending import end_early, finish, give_up, leave, record_fault
-from program.figures import log, profiled, read_figures, validate, write_sample
-from program.planning import check_plan, tell_plan
-from program.preflight import check_config, check_folder, hold_folder, prepare_data
-from program.recovery import Decision, heed, rewind, starting_position
-from program.refusals import refusals
-from program.report import header
-from program.run import Run, saver_of
-from training.exit_codes import ExitCode
-from training.lock import RunLock
-from training.requests import QUIET, Requests
-from training.resume_contract import Changes
+from cli.arguments import hydra_arguments
+from cli.config import TrainProgram
+from training.shutdown import end_early, finish, give_up, leave, record_fault
+from training.step_metrics import log, profiled, read_figures, validate, write_sample
+from planning.fit_check import check_plan, tell_plan
+from training.preflight import check_config, check_folder, hold_folder, prepare_data
+from training.recovery import Decision, heed, rewind, starting_position
+from cli.errors import refusals
+from training.run_summary import header
+from training.run import Run, saver_of
+from resilience.exit_codes import ExitCode
+from resilience.lock import RunLock
+from resilience.signals import QUIET, Requests
+from training.resume_policy import Changes
 from training.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -76,11 +76,11 @@ def set_up(
     import torch
 
     from model.llama import Llama
-    from program.launch import launch
+    from parallel.launch import launch
     from training.console import Console
-    from training.numerics import Judge, VitalsReader
+    from resilience.loss_monitor import Judge, VitalsReader
     from training.optimizer import build_optimizer
-    from training.watchdog import Watchdog
+    from resilience.watchdog import Watchdog
 
     watchdog = Watchdog(config.watchdog)
     first = is_first_process()
@@ -193,7 +193,7 @@ def train_step(
     import torch
 
     from parallel.gradients import clip_grad_norm
-    from training.numerics import not_finite
+    from resilience.loss_monitor import not_finite
 
     fabric, model, optimizer = run.fabric, run.model, run.optimizer
     n_targets, batch_hash = run.strategy.sum_over_data(fabric.to_device(batches.counts))

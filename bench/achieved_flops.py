@@ -21,10 +21,10 @@ from hydra import compose, initialize_config_dir
 from bench.measurement import spread, write
 from model.flops import flops_per_token, parameter_count
 from planning.calibration import matrix_tflops
-from program.command_line import CONF
-from program.preflight import check_config, prepare_data
+from cli.arguments import CONF
+from training.preflight import check_config, prepare_data
 from train import set_up, train_step
-from training.resume_contract import Changes
+from training.resume_policy import Changes
 
 WARM_UP, STEPS, SIZE, PRODUCT_SECONDS = 2, 9, 2048, 0.1
 AIM = 0.65

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measurement import spread, write
-from model.attention_backward import attention
+from model.kernels.attention_backward import attention
 
 # (batch, heads, kv_heads, seq, head_dim)
 SHAPES = ((4, 6, 2, 512, 64), (4, 10, 5, 512, 64), (2, 8, 8, 1024, 64), (1, 8, 2, 2048, 128))

@@ -1,4 +1,4 @@
-"""float32 products of a layer by oneDNN beside MKL's: why `parallel.products` is there.
+"""float32 products of a layer by oneDNN beside MKL's: why `model.kernels.onednn_linear` is there.
 
     python -m bench.cpu_products
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measurement import spread, write
-from parallel.products import linear
+from model.kernels.onednn_linear import linear
 
 TOKENS, ROUNDS, WARM_UP = 2048, 40, 3
 LAYERS = ((384, 384), (384, 1024), (1024, 384), (640, 640), (640, 1792), (1792, 640), (2048, 2048))

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.measurement import spread, write
-from program.command_line import CONF
+from cli.arguments import CONF
 
 PAIRS, STEPS, INTERVAL = 7, 24, 10
 COMMON = [

@@ -19,12 +19,12 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 
 from bench.measurement import write
-from program.command_line import CONF, hydra_arguments
-from program.preflight import check_config, prepare_data
-from program.run import Run
+from cli.arguments import CONF, hydra_arguments
+from training.preflight import check_config, prepare_data
+from training.run import Run
 from train import set_up, train_step
 from training import garbage
-from training.resume_contract import Changes
+from training.resume_policy import Changes
 
 WORDS = ("experiment=smoke", "model.n_layers=16", "parallel.accelerator=cpu")
 STEPS = 100  # of each kind

@@ -34,14 +34,14 @@ from planning.hardware import hardware_of, load_hardware
 from planning.memory import step_memory
 from planning.plan import GIB
 from planning.speed import step_time
-from program.command_line import CONF, hydra_arguments
-from program.config import ConfigError, TrainProgram
-from program.planning import Asked, check_plan, given_choice, this_machine
-from program.preflight import check_config, prepare_data
-from program.report import meter
+from cli.arguments import CONF, hydra_arguments
+from cli.config import ConfigError, TrainProgram
+from planning.fit_check import Asked, check_plan, given_choice, this_machine
+from training.preflight import check_config, prepare_data
+from training.run_summary import meter
 from train import set_up, train_step
 from training.metrics import peak_memory_gib
-from training.resume_contract import Changes
+from training.resume_policy import Changes
 from training.schedule import learning_rate
 
 CASES: dict[str, tuple[str, ...]] = {
@@ -74,7 +74,7 @@ FIGURES = (
     *("product_tflops", "share"),
 )
 # What every case imports; of the reduced ones, once for all.
-IMPORTED = ["train", "program.launch", "training.checkpoint.restoring", "training.metrics"]
+IMPORTED = ["train", "parallel.launch", "checkpoint.restore", "training.metrics"]
 
 
 def main() -> None:
@@ -209,7 +209,7 @@ def fp8_on_cpu() -> Iterator[None]:
     """Past the rule that refuses it: torchao rounds the factors and multiplies in float32."""
     emulated = partial(apply_float8, emulate=True)
     with (
-        patch("program.preflight.fp8_problems", lambda *_: []),
+        patch("training.preflight.fp8_problems", lambda *_: []),
         patch("parallel.parallelize.apply_float8", emulated),
     ):
         yield

@@ -1,4 +1,4 @@
-"""What `training.memory` saves: page faults and time of a step on CPU, with and without it.
+"""What `parallel.host_memory` saves: page faults and time of a step on CPU, with and without it.
 
     python -m bench.page_faults
 
@@ -19,9 +19,9 @@ from hydra import compose, initialize_config_dir
 from bench.measurement import spread, write
 from model.init import initialize
 from model.llama import Llama
-from program.command_line import CONF
-from program.config import load_train_config
-from training.memory import keep_freed_memory
+from cli.arguments import CONF
+from cli.config import load_train_config
+from parallel.host_memory import keep_freed_memory
 from training.optimizer import build_optimizer
 
 PAIRS, WARM_UP, STEPS = 3, 4, 12

@@ -4,7 +4,7 @@
 
 The claims: a thousand candidates take less than 2 s, and `train.py`'s verdict less than 50 ms
 beside its imports. Also told is what a process holds with its libraries and no tensor, which
-`program.planning.PROCESS_GIB` leaves out of a rank's room on CPU.
+`planning.fit_check.PROCESS_GIB` leaves out of a rank's room on CPU.
 """
 
 import subprocess
@@ -17,9 +17,9 @@ from hydra import compose, initialize_config_dir
 from bench.measurement import spread, write
 from parallel.mesh import plan_processes, resolve_mesh
 from planning.search import search
-from program.command_line import CONF
-from program.plan_program import load_plan_config, plan_arguments
-from program.planning import Asked, check_plan
+from cli.arguments import CONF
+from planning.config import load_plan_config, plan_arguments
+from planning.fit_check import Asked, check_plan
 
 ROOT = Path(__file__).parent.parent
 REPEATS = 7
@@ -31,8 +31,8 @@ CASES = {
 # What a rank has imported when its model is built.
 LIBRARIES = """
 import lightning.fabric, torch, torch.utils.tensorboard, train
-import data.loader, model.llama, program.launch, training.checkpoint.saver, training.console
-import training.numerics, training.optimizer, training.watchdog
+import data.loader, model.llama, parallel.launch, checkpoint.saver, training.console
+import resilience.loss_monitor, training.optimizer, resilience.watchdog
 print(int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**30)
 """
 

@@ -19,8 +19,8 @@ from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
 from planning.job import Job
 from planning.memory import step_memory
-from program.command_line import CONF
-from program.config import load_train_config
+from cli.arguments import CONF
+from cli.config import load_train_config
 
 RUNS = 3
 SECONDS, GB, TOLERANCE = 30, 1.0, 0.05

@@ -28,13 +28,13 @@ from parallel.mesh import plan_processes, resolve_mesh
 from planning.job import Job
 from planning.memory import step_memory
 from planning.traced import traced_memory
-from program.command_line import CONF
-from program.config import load_train_config
-from program.planning import Asked, given_choice
-from program.preflight import MORE_RULES, check_config, prepare_data
-from program.run import Run
+from cli.arguments import CONF
+from cli.config import load_train_config
+from planning.fit_check import Asked, given_choice
+from training.preflight import MORE_RULES, check_config, prepare_data
+from training.run import Run
 from train import set_up, train_step
-from training.resume_contract import Changes
+from training.resume_policy import Changes
 
 TOLERANCE = 0.05
 SMALL = (

@@ -24,10 +24,10 @@ from planning.calibration import calibrate
 from planning.job import Job
 from planning.search import meshes
 from planning.speed import step_time
-from program.command_line import CONF
-from program.config import load_train_config
-from program.planning import Asked, given_choice
-from program.preflight import MORE_RULES, prepare_data
+from cli.arguments import CONF
+from cli.config import load_train_config
+from planning.fit_check import Asked, given_choice
+from training.preflight import MORE_RULES, prepare_data
 
 ROOT = Path(__file__).parent.parent
 PROCESSES, ROUNDS, STEPS, WARM_UP = 4, 3, 9, 3

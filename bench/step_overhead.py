@@ -19,12 +19,12 @@ from bench.measurement import spread, write
 from data.loader import StepBatches
 from model.init import initialize
 from model.llama import Llama
-from program.command_line import CONF
-from program.preflight import check_config, prepare_data
-from program.run import Run
+from cli.arguments import CONF
+from training.preflight import check_config, prepare_data
+from training.run import Run
 from train import set_up, train_step
 from training.optimizer import build_optimizer
-from training.resume_contract import Changes
+from training.resume_policy import Changes
 
 WARM_UP, PAIRS = 5, 60
 

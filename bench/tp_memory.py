@@ -30,7 +30,7 @@ from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
 from parallel.parallelize import initialize_weights, parallelize
 from parallel.strategy import MeshStrategy
-from planning.tracker import MemoryTracker
+from planning.memory_tracker import MemoryTracker
 from training.config import OptimConfig
 from training.optimizer import build_optimizer
 

@@ -4,7 +4,7 @@
 
 Batches, sdpa (causal, no documents), AdamW, its groups and clipping are the same too. Ours is
 `train.py`'s step. In bf16 ours has one copy of the weights a step, they autocast, whose residual
-stream is float32; in `bf16_true` all is bf16, ours a plain loop. `training.memory` sets a whole
+stream is float32; in `bf16_true` all is bf16, ours a plain loop. `parallel.host_memory` sets a whole
 process's allocator: each has one; `kept` is a peer with that setting too. Words: nothing written.
 """
 
@@ -32,13 +32,13 @@ from model.flops import parameter_count
 from model.init import initialize
 from model.llama import Llama
 from parallel.mesh import MeshShape, Processes
-from program.command_line import CONF
-from program.config import TrainProgram
-from program.preflight import check_config, prepare_data
-from program.run import Run
+from cli.arguments import CONF
+from cli.config import TrainProgram
+from training.preflight import check_config, prepare_data
+from training.run import Run
 from train import set_up, train_step
-from training.memory import keep_freed_memory
-from training.resume_contract import Changes
+from parallel.host_memory import keep_freed_memory
+from training.resume_policy import Changes
 
 AIMS = {"transformers": 1.05, "litgpt": 1.0}
 SIZES: dict[str, tuple[str, ...]] = {  # heads of 64

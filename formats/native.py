@@ -28,9 +28,9 @@ from formats.errors import FormatError
 from formats.pieces import Piece, StoredTensor, unreadable
 from formats.weights import Weights, check_tensors, parameter_shapes
 from model.config import ModelConfig
-from training.checkpoint.files import HashedFiles, damage_of, read_manifest
-from training.checkpoint.saving import commit, write_beside, write_manifest
-from training.position import Position
+from checkpoint.files import HashedFiles, damage_of, read_manifest
+from checkpoint.saving import commit, write_beside, write_manifest
+from checkpoint.position import Position
 
 PREFIX = "model."  # of the weights' names in the files, beside the optimizer's
 

@@ -6,7 +6,7 @@ from formats.errors import FormatError
 from formats.hugging_face import CONFIG, INDEX, SINGLE, open_hugging_face
 from formats.meta import PARAMS, PART, open_meta
 from formats.weights import FORMATS, Format, Weights
-from training.run_folder import COMMITTED
+from resilience.run_folder import COMMITTED
 
 
 def recognise(folder: Path) -> Format | None:

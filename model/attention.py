@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from model.attention_backward import attention, is_faster, multiplies_in_bf16
+from model.kernels.attention_backward import attention, is_faster, multiplies_in_bf16
 
 BLOCK = 128  # queries or keys of a tile of FlexAttention's block mask
 DOCUMENTS = 16  # the number of documents is rounded up to a multiple of it

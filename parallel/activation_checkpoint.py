@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
 )
 
 from model.llama import Llama
-from parallel import products
+from model.kernels import onednn_linear as products
 
 aten = torch.ops.aten
 _KEPT = {

@@ -1,7 +1,7 @@
 """Fabric's launcher of local processes, without its supervision.
 
 Fabric kills the main process without a word when a child has died, up to five seconds later. Here
-whoever launches gets the children, and looks after them (`training.watchdog`).
+whoever launches gets the children, and looks after them (`resilience.watchdog`).
 """
 
 import subprocess

@@ -21,7 +21,7 @@ from parallel.context_parallel import apply_context_parallel
 from parallel.data_parallel import apply_data_parallel, mixed_precision
 from parallel.float8 import apply_float8
 from parallel.mixed_precision import apply_mixed_precision
-from parallel.products import apply_onednn_products, multiplies_by_onednn
+from model.kernels.onednn_linear import apply_onednn_products, multiplies_by_onednn
 from parallel.tensor_parallel import apply_tensor_parallel
 
 

@@ -3,7 +3,7 @@
 Fabric launches the processes, sets up their group and wraps model and optimizer. Its own
 `ModelParallelStrategy` knows two axes; `MeshStrategy` owns all of ours, and says what a gradient
 synchronisation and a global norm are on them. What the plan does to the model is not here but in
-`parallelize`; checkpoints are not Fabric's but `training.checkpoint`'s.
+`parallelize`; checkpoints are not Fabric's but `checkpoint`'s.
 """
 
 import ctypes

@@ -30,7 +30,7 @@ from planning.activations import HALF, cuts_tokens, kept_by_block, whole_hidden
 from planning.job import Job
 from planning.memory import Memory
 from planning.moments import FakeAdamW
-from planning.tracker import MemoryTracker
+from planning.memory_tracker import MemoryTracker
 
 DEPTHS = (4, 6)  # first, second, last but one and last block differ from those between them
 

@@ -32,11 +32,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa:
 from hydra.errors import HydraException  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from program.command_line import CONF, hydra_arguments  # noqa: E402
-from program.config import ConfigError, TrainProgram  # noqa: E402
-from program.preflight import check_folder, check_for_tasks, needs_preparation  # noqa: E402
-from training.exit_codes import ExitCode  # noqa: E402
-from training.run_folder import RunFolderError  # noqa: E402
+from cli.arguments import CONF, hydra_arguments  # noqa: E402
+from cli.config import ConfigError, TrainProgram  # noqa: E402
+from training.preflight import check_folder, check_for_tasks, needs_preparation  # noqa: E402
+from resilience.exit_codes import ExitCode  # noqa: E402
+from resilience.run_folder import RunFolderError  # noqa: E402
 
 SHOWN = 3  # runs that have a problem, of those that have it
 # Options of sbatch that most clusters ask for; --sbatch takes any other.

@@ -227,7 +227,7 @@ def ledger(folder: Path) -> list[dict[str, Any]]:
 
 def damages(folder: Path) -> list[str]:
     """What is wrong with any of a run's committed checkpoints, whatever was killed when."""
-    from training.checkpoint.files import damage_of, read_manifest
+    from checkpoint.files import damage_of, read_manifest
 
     found = []
     for committed in (folder / "checkpoints").glob("step-*/COMMITTED"):

@@ -43,8 +43,8 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "formats": (
         (
             *("model", "data.tokenizer", "data.config", "data.errors"),
-            *("training.checkpoint.files", "training.checkpoint.saving"),
-            *("training.position", "training.run_folder"),
+            *("checkpoint.files", "checkpoint.saving"),
+            *("checkpoint.position", "resilience.run_folder"),
         ),
         ("torch", "safetensors", "tokenizers", "xxhash", "pydantic"),
     ),
@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "train": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "evaluate": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "prepare": (("data", "program"), CHEAP),
-    "convert": (("formats", "program", "training.memory"), CHEAP),
+    "convert": (("formats", "program", "parallel.host_memory"), CHEAP),
     "plan": (("parallel", "planning", "program"), CHEAP),
     "generate": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
     "slurm": (("program", "training"), ("submitit", *CHEAP)),

@@ -32,11 +32,11 @@ from planning.search import (
     remedy,
     search,
 )
-from program import planning
-from program.command_line import CONF, hydra_arguments
-from program.config import ConfigError, TrainProgram, load_train_config
-from program.plan_program import PlanProgram, load_plan_config, plan_arguments
-from program.planning import Asked, check_plan, given_choice, machine_memory, planned_problems
+from planning import fit_check as planning
+from cli.arguments import CONF, hydra_arguments
+from cli.config import ConfigError, TrainProgram, load_train_config
+from planning.config import PlanProgram, load_plan_config, plan_arguments
+from planning.fit_check import Asked, check_plan, given_choice, machine_memory, planned_problems
 from training.metrics import Throughput
 
 REAL = ("data=fineweb_edu", "tokenizer=llama3", "train.seq_len=8192")

@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.dataset import Dataset
 from data.loader import TrainLoader
-from program.command_line import CONF, hydra_arguments
-from program.config import load_train_config, plain
-from training.run_folder import RunFolder
+from cli.arguments import CONF, hydra_arguments
+from cli.config import load_train_config, plain
+from resilience.run_folder import RunFolder
 
 STAGES = "data.stages=[{from_sample:32,seq_len:128},{from_sample:64,global_batch_size:4}]"
 

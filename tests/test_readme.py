@@ -11,9 +11,9 @@ from conftest import ROOT, start_program
 from hydra import compose, initialize_config_dir
 
 from parallel.mesh import resolve_mesh
-from program.command_line import CONF, hydra_arguments
-from program.config import load_train_config
-from program.rules import batch_problems, model_problems
+from cli.arguments import CONF, hydra_arguments
+from cli.config import load_train_config
+from training.config_rules import batch_problems, model_problems
 
 SHORTER = "runs/smoke/checkpoints/step-00000002"
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,10 +9,10 @@ from model.flops import parameter_count
 from parallel.mesh import resolve_mesh
 from planning.hardware import load_hardware
 from planning.plan import RunPlan, plan_run
-from program.command_line import CONF, hydra_arguments
-from program.config import TrainProgram
-from program.planning import Asked, given_choice
-from program.preflight import check_for_tasks
+from cli.arguments import CONF, hydra_arguments
+from cli.config import TrainProgram
+from planning.fit_check import Asked, given_choice
+from training.preflight import check_for_tasks
 
 # recipe: devices a node, nodes, hardware.
 MACHINES = {

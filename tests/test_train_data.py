@@ -13,7 +13,7 @@ from conftest import read_metrics, start_program
 from processes import linux, wait_for
 from zygote import Zygote, read
 
-from training.exit_codes import ExitCode
+from resilience.exit_codes import ExitCode
 
 # The first stage's 8 × 64 tokens a step until step 12, then the other source joins, then the
 # sequences double, then the batch.

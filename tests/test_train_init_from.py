@@ -19,7 +19,7 @@ from data.loader import TrainLoader
 from data.tokenizer import ready_tokenizer
 from formats.conversion import convert
 from model.config import ModelConfig, RopeScaling
-from program.config import TrainProgram, load_train_config
+from cli.config import TrainProgram, load_train_config
 
 MODEL = ModelConfig(
     "weights",

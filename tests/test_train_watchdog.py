@@ -13,7 +13,7 @@ import pytest
 from conftest import start_python
 from processes import DEADLINE, Program, is_running, linux, standing_still
 
-from training.exit_codes import ExitCode
+from resilience.exit_codes import ExitCode
 
 pytestmark = linux
 

@@ -36,12 +36,12 @@ DEADLINE = 600  # seconds for a start to end: only a hanging one gets there
 IMPORTED = (
     *("train", "evaluate", "prepare", "convert", "generate"),
     *("torch", "lightning.fabric", "torch.distributed.checkpoint"),
-    *("model.llama", "parallel.parallelize", "program.launch", "data.stream"),
+    *("model.llama", "parallel.parallelize", "parallel.launch", "data.stream"),
     *("pydantic.main", "pydantic.dataclasses", "torch.utils.tensorboard"),
-    *("training.checkpoint.restoring", "training.checkpoint.saver", "training.console"),
-    *("training.metrics", "training.numerics", "training.optimizer", "training.watchdog"),
-    *("evaluation.perplexity", "evaluation.sampling", "program.inspection", "data.prepare"),
-    *("formats.conversion", "formats.native", "evaluation.generation", "program.loaded"),
+    *("checkpoint.restore", "checkpoint.saver", "training.console"),
+    *("training.metrics", "resilience.loss_monitor", "training.optimizer", "resilience.watchdog"),
+    *("evaluation.perplexity", "evaluation.sampling", "training.inspection", "data.prepare"),
+    *("formats.conversion", "formats.native", "evaluation.generation", "evaluation.inference"),
 )
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from training.ledger import PatientFile, json_line, read_json_lines
-from training.tracker import Tracker
+from resilience.event_log import PatientFile, json_line, read_json_lines
+from training.wandb_logger import Tracker
 
 FIELDS = (
     *("step", "samples", "tokens", "loss", "grad_norm", "lr"),

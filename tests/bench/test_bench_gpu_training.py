@@ -12,8 +12,8 @@ from bench.gpu_training import AIMS, CASES, FIGURES, MICRO_BATCHES, compared, co
 from parallel.mesh import resolve_mesh
 from planning.hardware import load_hardware
 from planning.plan import plan_run
-from program.planning import Asked, given_choice
-from program.preflight import check_for_tasks
+from planning.fit_check import Asked, given_choice
+from training.preflight import check_for_tasks
 
 TOKENS = MICRO_BATCHES * 2 * 64  # of a reduced step
 RESULTS = measurement.FOLDER / "gpu_training.json"
@@ -81,7 +81,7 @@ def test_in_full_it_passes_the_rules_and_fits_an_h200(case: str) -> None:
 def test_a_case_that_does_not_fit_is_skipped_with_the_planners_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("program.planning.this_machine", lambda _: (None, 2**20))
+    monkeypatch.setattr("planning.fit_check.this_machine", lambda _: (None, 2**20))
     found = gpu_training.measure("1b", True, [f"data.folder={tmp_path}"])
     assert list(found) == ["skipped"] and "does not fit" in found["skipped"]
 

@@ -12,9 +12,9 @@ import pytest
 from conftest import FAULT_STEPS, ROOT, figures, ledger, start_program
 from zygote import Plan, Zygote
 
-from training import lock
-from training.exit_codes import ExitCode
-from training.run_folder import RunFolder
+from resilience import lock
+from resilience.exit_codes import ExitCode
+from resilience.run_folder import RunFolder
 
 FORWARD = "model.llama.Llama.forward"  # once a step on each rank, as the run is here
 ALWAYS = 10**9
@@ -77,7 +77,7 @@ def test_three_in_a_row_rewind_and_leave_their_samples_out_whatever_is_killed_th
     assert (events[0]["skip"], events[1]["to"]) == ([9, 12], 8)
     # Killed between the decision and its end, then once more on the way: the same run.
     again = tmp_path / "again"
-    kill = Plan(rank=0, at="program.recovery._fill", call=2, do="SIGKILL")
+    kill = Plan(rank=0, at="training.recovery._fill", call=2, do="SIGKILL")
     assert zygote.run(run_of(again), 1, bad, kill).codes == {0: -9}
     arguments = run_of(again, "checkpoint.async_save=false")
     assert zygote.run(arguments, 1, Plan(0, 6, "SIGKILL", FORWARD)).codes == {0: -9}

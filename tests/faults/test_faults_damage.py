@@ -12,7 +12,7 @@ from conftest import FAULT_STEPS, figures, ledger
 from processes import is_running, wait_for
 from zygote import Plan, Zygote
 
-from training.exit_codes import ExitCode
+from resilience.exit_codes import ExitCode
 
 ALWAYS = 10**9
 TP2 = "parallel.tp=2"

@@ -7,7 +7,7 @@ from small_run import VOCAB, Case, build
 from torch import Tensor
 
 from evaluation.generation import Completion, Sampling, generate
-from parallel.agreement import MeshAgreement
+from evaluation.generation_sync import MeshAgreement
 
 # The logits are large, so that attention is far from uniform.
 SAMPLING = [Sampling(), Sampling(temperature=40.0, top_k=20, top_p=0.9, seed=3)]

@@ -20,10 +20,10 @@ from torch._dynamo.utils import counters
 from parallel.compilation import compiled_graphs
 from parallel.parallelize import local_block
 from train import train_step
-from training.checkpoint.restoring import load
-from training.checkpoint.saving import save
-from training.position import Position
-from training.run_folder import RunFolder
+from checkpoint.restore import load
+from checkpoint.saving import save
+from checkpoint.position import Position
+from resilience.run_folder import RunFolder
 
 STEPS, MIDDLE = 20, 10
 # dp_replicate, dp_shard, cp, tp

@@ -23,11 +23,11 @@ from planning.hardware import load_hardware
 from planning.job import Job
 from planning.speed import _Rank
 from train import train_step
-from training.checkpoint.restoring import load
-from training.checkpoint.saving import save
+from checkpoint.restore import load
+from checkpoint.saving import save
 from training.optimizer import build_optimizer
-from training.position import Position
-from training.run_folder import RunFolder
+from checkpoint.position import Position
+from resilience.run_folder import RunFolder
 
 CASES = {
     "fp32": Case(n_layers=2),

@@ -15,11 +15,11 @@ from small_run import OPTIM, Case, batch, build, share, whole
 from torch import Tensor
 
 from train import train_step
-from training.checkpoint.restoring import load
-from training.checkpoint.saving import save
+from checkpoint.restore import load
+from checkpoint.saving import save
 from training.optimizer import StateFormat, build_optimizer
-from training.position import Position
-from training.run_folder import RunFolder
+from checkpoint.position import Position
+from resilience.run_folder import RunFolder
 
 FORMATS: tuple[StateFormat, ...] = ("fp32", "bf16", "int8")
 ONE, DP2, TP2 = Case(), Case(dp=2), Case(tp=2)

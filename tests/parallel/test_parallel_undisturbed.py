@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from model.attention import AttentionKernel
-from program.command_line import CONF, hydra_arguments
-from program.preflight import check_config, prepare_data
+from cli.arguments import CONF, hydra_arguments
+from training.preflight import check_config, prepare_data
 from training import garbage
 from training.optimizer import StateFormat, build_optimizer
-from training.resume_contract import Changes
+from training.resume_policy import Changes
 
 STATES: tuple[StateFormat, ...] = ("fp32", "bf16", "int8")
 STEPS, EVERY = 7, 3

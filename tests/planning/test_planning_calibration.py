@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from parallel.mesh import MeshShape, Processes
 from planning import calibration
 from planning.hardware import load_hardware
-from program.command_line import CONF
-from program.config import load_train_config
-from program.plan_answer import measure_machine
-from program.planning import check_plan
+from cli.arguments import CONF
+from cli.config import load_train_config
+from planning.answer import measure_machine
+from planning.fit_check import check_plan
 
 
 def test_a_rate_is_the_work_that_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_this_machine_is_measured_and_planned_with(
 
     calibrate = calibration.calibrate
     monkeypatch.setattr(calibration, "calibrate", briefly)
-    monkeypatch.setattr("program.plan_answer.CONF", tmp_path)
+    monkeypatch.setattr("planning.answer.CONF", tmp_path)
     monkeypatch.setattr("planning.hardware.FOLDER", tmp_path / "hardware")
     measure_machine()
 

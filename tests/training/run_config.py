@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from program.command_line import CONF
-from program.config import TrainProgram, load_train_config, plain
-from training.run_folder import COMMITTED, RunFolder
+from cli.arguments import CONF
+from cli.config import TrainProgram, load_train_config, plain
+from resilience.run_folder import COMMITTED, RunFolder
 
 
 def default() -> TrainProgram:

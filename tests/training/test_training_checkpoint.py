@@ -14,14 +14,16 @@ import torch.distributed as dist
 import xxhash
 from torch import nn
 
-from training.checkpoint import retention, saving
-from training.checkpoint.files import damage_of, read_position
-from training.checkpoint.restoring import NoCheckpoint, find_damage, load, restore
-from training.checkpoint.saving import SaveFailed, save
+from checkpoint import retention
+
+from checkpoint import saving
+from checkpoint.files import damage_of, read_position
+from checkpoint.restore import NoCheckpoint, find_damage, load, restore
+from checkpoint.saving import SaveFailed, save
 from training.config import OptimConfig
 from training.optimizer import build_optimizer
-from training.position import Position
-from training.run_folder import COMMITTED, RunFolder
+from checkpoint.position import Position
+from resilience.run_folder import COMMITTED, RunFolder
 
 FILES = ["__0_0.distcp", ".metadata", "manifest.json", COMMITTED]
 

@@ -16,8 +16,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training import metrics, tracker
-from training.ledger import Ledger, read_json_lines
+from training import wandb_logger as tracker
+
+from training import metrics
+from resilience.event_log import Ledger, read_json_lines
 from training.metrics import (
     FIELDS,
     MetricsLog,
@@ -27,7 +29,7 @@ from training.metrics import (
     peak_memory_gib,
     smooth,
 )
-from training.tracker import tracker_problems
+from training.wandb_logger import tracker_problems
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ import torch
 from model.config import ModelConfig
 from model.llama import Llama
 from parallel.config import PrecisionConfig
-from program.precision import MAX_BETA2_BF16, moment_problems
+from training.precision_rules import MAX_BETA2_BF16, moment_problems
 from training.config import OptimConfig
 from training.optimizer import AdamW, StateFormat, build_optimizer
 

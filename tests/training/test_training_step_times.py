@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from program.figures import profiled
+from training.step_metrics import profiled
 from training.config import LogConfig
 from training.step_times import (
     ATTENTION,

@@ -1,0 +1,1 @@
+"""Command line, help, configuration loading and user-facing errors."""

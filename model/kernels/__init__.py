@@ -1,0 +1,1 @@
+"""CPU kernels: oneDNN linear layers, attention backward."""

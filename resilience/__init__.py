@@ -1,0 +1,1 @@
+"""Run folder, lock, event log, signals, watchdog, loss monitor and goodput."""

@@ -1,0 +1,115 @@
+"""What fp8 needs of GPU, model and batch: refused with key, value, rule and remedy."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from parallel.config import PrecisionConfig
+from parallel.mesh import MeshShape
+from training.precision_rules import evaluation_problems, fp8_problems
+from training.config import TrainConfig
+
+MODEL = ModelConfig("some", dim=64, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=50)
+TRAIN = TrainConfig(max_steps=1, global_batch_size=4, seq_len=32)
+ONE = MeshShape(1, 1, 1, 1)
+
+
+@pytest.fixture
+def gpus_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`gpus_of((8, 0))`: as if the machine had GPUs of that compute capability."""
+
+    def pretend(capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+    return pretend
+
+
+def problems(
+    recipe: Any = "tensorwise",
+    mesh: MeshShape = ONE,
+    model: ModelConfig = MODEL,
+    train: TrainConfig = TRAIN,
+    accelerator: str = "cuda",
+) -> list[str]:
+    return fp8_problems(accelerator, mesh, PrecisionConfig(fp8=recipe), model, train)
+
+
+def test_without_fp8_nothing_is_asked() -> None:
+    odd = replace(TRAIN, seq_len=7)
+    assert problems(None, train=odd, accelerator="cpu") == []
+    assert evaluation_problems(PrecisionConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability", "said"),
+    [
+        ("tensorwise", (8, 0), ("8.9", "8.0", "use precision.fp8=null")),
+        ("tensorwise", (8, 9), None),
+        ("tensorwise", (9, 0), None),
+        ("rowwise", (8, 0), ("9.0", "8.0", "use precision.fp8=null")),
+        ("rowwise", (8, 9), ("9.0", "8.9", "use precision.fp8=tensorwise or")),
+        ("rowwise", (9, 0), None),
+        ("rowwise", (10, 0), None),
+    ],
+)
+def test_a_gpu_that_lacks_the_products(
+    gpus_of: Any, recipe: str, capability: tuple[int, int], said: tuple[str, ...] | None
+) -> None:
+    gpus_of(capability)
+    found = problems(recipe)
+    assert len(found) == (said is not None)
+    for part in (f"precision.fp8 ({recipe})", *(said or ())):
+        assert all(part in problem for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("key", "model", "tp", "remedy"),
+    [
+        ("model.dim (72)", replace(MODEL, dim=72, n_heads=9, n_kv_heads=6), 1, "multiple of 16"),
+        ("model.ffn_dim (100)", replace(MODEL, ffn_dim=100), 1, "multiple of 16"),
+        ("model.ffn_dim (80) over parallel.tp (2) is 40", replace(MODEL, ffn_dim=80), 2, "of 32"),
+        ("model.n_kv_heads × head_dim (16)", replace(MODEL, n_kv_heads=1), 1, None),
+        ("model.n_kv_heads × head_dim (8)", replace(MODEL, n_heads=8, n_kv_heads=1), 1, "of 16"),
+        ("model.n_kv_heads × head_dim (48)", replace(MODEL, n_heads=4, n_kv_heads=3), 3, None),
+    ],
+)
+def test_widths_that_are_no_multiple_of_16_on_a_rank(
+    gpus_of: Any, key: str, model: ModelConfig, tp: int, remedy: str | None
+) -> None:
+    gpus_of((9, 0))
+    found = [problem for problem in problems(mesh=MeshShape(1, 1, 1, tp), model=model)]
+    told = [problem for problem in found if key in problem]
+    assert len(told) == (remedy is not None), found
+    assert all(str(remedy) in problem and "precision.fp8=null" in problem for problem in told)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch_size", "seq_len", "cp", "fits"),
+    [(1, 32, 1, True), (1, 40, 1, False), (2, 40, 1, True), (None, 20, 1, True), (1, 48, 2, False)],
+)
+def test_micro_batches_that_are_no_multiple_of_16_tokens(
+    gpus_of: Any, micro_batch_size: int | None, seq_len: int, cp: int, fits: bool
+) -> None:
+    gpus_of((9, 0))
+    train = replace(TRAIN, micro_batch_size=micro_batch_size, seq_len=seq_len)
+    found = problems(mesh=MeshShape(1, 1, cp, 1), train=train)
+    assert len(found) == (not fits)
+    for problem in found:
+        assert f"train.seq_len ({seq_len})" in problem
+        assert f"multiple of {16 * cp}" in problem and "precision.fp8=null" in problem
+
+
+def test_fp8_with_fp32_parameters() -> None:
+    for param, refused in (("auto", False), ("bf16", False), ("fp32", True)):
+        found = PrecisionConfig(param=param, fp8="rowwise").problems()  # type: ignore[arg-type]
+        assert len(found) == refused
+        assert all("precision.param=bf16" in problem for problem in found)
+
+
+def test_evaluation_computes_without_fp8() -> None:
+    [problem] = evaluation_problems(PrecisionConfig(fp8="rowwise"))
+    assert problem == "precision.fp8 (rowwise) is for training alone: use precision.fp8=null"

@@ -1,0 +1,419 @@
+"""The resume contract: each key has its terms, and a start is told all that it may not change."""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import pytest
+from hydra import compose, initialize_config_dir
+from run_config import CONFIG, changed, commit, default, leaves, other, value_at
+
+from cli.arguments import CONF, hydra_arguments
+from cli.config import TrainProgram, load_train_config, plain
+from training.preflight import with_defaults
+from training.resume_policy import CONTRACT, Changes, Kind, clause_of, compare
+from resilience.run_folder import RunFolder, RunFolderError
+
+SAMPLES = 128  # taken by the newest checkpoint of `folder`: whole batches of the default size
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """A run that was started with the default configuration, and has checkpoints."""
+    folder = RunFolder(tmp_path / "run")
+    folder.write_config(CONFIG)
+    commit(folder, 5)
+    commit(folder, 60, samples=SAMPLES)
+    return folder
+
+
+def refused(folder: RunFolder, config: dict[str, Any]) -> str:
+    """What a start is told, after a check that nothing was written."""
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    with pytest.raises(RunFolderError) as error:
+        folder.check(config)
+    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
+    return str(error.value)
+
+
+def lines(message: str) -> list[str]:
+    return [line.strip() for line in message.splitlines()]
+
+
+def kind(key: str) -> Kind | None:
+    clause = clause_of(key)
+    return clause.kind if clause else None
+
+
+# ---------------------------------------------------------------- the table
+
+
+def schema_keys(schema: Any, prefix: str = "") -> list[str]:
+    """Every key that a configuration can hold; `some` stands for a name that a person gives."""
+    found = []
+    for name, annotation in get_type_hints(schema).items():
+        members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+        inner = next(filter(dataclasses.is_dataclass, (annotation, *members)), None)
+        if get_origin(annotation) is dict:
+            found.append(f"{prefix}{name}.some")
+            found += schema_keys(get_args(annotation)[1], f"{prefix}{name}.some.")
+        elif inner is not None:
+            found += [f"{prefix}{name}"] if members else []  # or null
+            found += schema_keys(inner, f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}")
+    return found
+
+
+KEYS = schema_keys(TrainProgram)
+
+
+def test_every_key_of_the_configuration_has_its_terms() -> None:
+    assert {"run.seed", "data.sources.some.weight", "model.rope_scaling.factor"} <= set(KEYS)
+    assert [key for key in KEYS if clause_of(key) is None] == []
+
+
+def test_no_key_gets_terms_by_chance() -> None:
+    """A key added to what decides the run has none until somebody has thought about it."""
+    sections = ("model", "precision", "data", "tokenizer", "train", "optim", "run")
+    assert [clause_of(f"{section}.new") for section in sections] == [None] * len(sections)
+
+
+def test_every_pattern_is_there_once_and_meets_a_key() -> None:
+    patterns = [pattern for clause in CONTRACT for pattern in clause.keys.split()]
+    assert len(set(patterns)) == len(patterns)
+    met = [f"{key}.".replace(".some.", ".*.") for key in KEYS]
+    assert [one for one in patterns if not any(key.startswith(f"{one}.") for key in met)] == []
+
+
+@pytest.mark.parametrize(
+    ("expected", "keys"),
+    [
+        (Kind.FREE, "parallel.tp parallel.dp_shard train.micro_batch_size data.workers optim.lr"),
+        (Kind.FREE, "checkpoint.interval validation.interval log.interval run.time_limit"),
+        (Kind.KEPT, "model.dim model.n_layers model.n_kv_heads model.ffn_dim model.vocab_size"),
+        (Kind.KEPT, "run.seed data.sources.web data.sources.web.path data.sources.web.weight"),
+        (Kind.KEPT, "data.validation_fraction tokenizer.name tokenizer.vocab_size train.seq_len"),
+    ],
+)
+def test_the_terms_are_those_that_were_promised(expected: Kind, keys: str) -> None:
+    assert {key: kind(key) for key in keys.split()} == dict.fromkeys(keys.split(), expected)
+
+
+def test_the_most_specific_pattern_decides() -> None:
+    """A weight is of a source, and all the same a matter of the order, as the batch size is."""
+    assert clause_of("data.sources.web.path") == clause_of("data.sources")
+    weight, size = clause_of("data.sources.web.weight"), clause_of("train.seq_len")
+    assert weight and size and weight.why == size.why
+
+
+# ---------------------------------------------------------------- one change
+
+
+REQUESTS = ("run.resume", "run.allow_changes")  # another value asks for something else to be done
+
+
+@pytest.mark.parametrize(
+    "key", [key for key in leaves(CONFIG) if kind(key) is Kind.FREE and key not in REQUESTS]
+)
+def test_a_free_key_changes_and_is_told(folder: RunFolder, key: str) -> None:
+    difference = {key: [value_at(CONFIG, key), other(key)]}
+    assert folder.check(changed(key, other(key))) == Changes(free=difference)
+
+
+@pytest.mark.parametrize("key", [key for key in leaves(CONFIG) if kind(key) is Kind.KEPT])
+def test_a_kept_key_is_refused_with_both_values_whatever_is_allowed(
+    folder: RunFolder, key: str
+) -> None:
+    config = changed(key, other(key))
+    told = f"  {key}: {value_at(CONFIG, key)!r} -> {other(key)!r} (decides "
+    message = refused(folder, config)
+    assert told in message and "run.name=" in message and "run.allow_changes" not in message
+    message = refused(folder, changed("run.allow_changes", [key], of=config))
+    assert f"run.allow_changes names {key}, which no run changes" in message
+
+
+def as_typed(message: str, key: str) -> Any:
+    """The value that a message tells to type for a key, read as the program reads it."""
+    [word] = [word for word in shlex.split(message) if word.startswith(f"{key}=")]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("train", hydra_arguments([word], "train"))
+    return value_at(plain(load_train_config(composed)), key)
+
+
+@pytest.mark.parametrize("key", [key for key in leaves(CONFIG) if kind(key) is Kind.ASKS])
+def test_what_a_key_asks_for_when_typed_as_told_lets_it_change_once_and_for_all(
+    folder: RunFolder, key: str
+) -> None:
+    config = changed(key, other(key))
+    message = refused(folder, config)
+    difference = [value_at(CONFIG, key), other(key)]
+    assert f"  {key}: {difference[0]!r} -> {difference[1]!r} (decides " in message
+    allowed = changed("run.allow_changes", as_typed(message, "run.allow_changes"), of=config)
+    changes = folder.check(allowed)
+    assert changes.allowed == {key: difference} and set(changes.free) == {"run.allow_changes"}
+    folder.write_config(allowed)  # as a start does, before it trains
+    assert folder.check(allowed) == Changes()  # requeued
+    assert set(folder.check(config).free) == {"run.allow_changes"}
+
+
+# ---------------------------------------------------------------- many changes at once
+
+
+def test_every_difference_is_told_at_once_by_its_terms(folder: RunFolder) -> None:
+    config = changed(
+        *("model.dim", 64, "run.seed", 9, "optim.lr", 1.0, "train.max_grad_norm", 2.0),
+        *("optim.eps", 1e-6, "data.document_mask", False),
+        *("run.allow_changes", ["data.document_mask", "optim.lr"]),
+    )
+    kept, rest = refused(folder, config).split("Changed only by consent:")
+    asking, may = rest.split("Changed too, as they may be:")
+    assert "Never changed within a run:" in kept and "run.name=" in kept
+    told = {
+        name: {line.split(":")[0] for line in lines(part)} & set(leaves(CONFIG))
+        for name, part in (("kept", kept), ("asking", asking), ("may", may))
+    }
+    assert told == {
+        "kept": {"run.seed", "model.dim"},
+        "asking": {"train.max_grad_norm", "optim.eps"},
+        "may": {"data.document_mask", "optim.lr", "run.allow_changes"},
+    }
+    # What was allowed stays so when the remedy is typed in its place.
+    names = as_typed(asking, "run.allow_changes")
+    config = changed(
+        *("model.dim", CONFIG["model"]["dim"], "run.seed", 0, "run.allow_changes", names), of=config
+    )
+    allowed = {"train.max_grad_norm", "optim.eps", "data.document_mask"}
+    assert set(folder.check(config).allowed) == allowed
+    assert len(folder.check(config).rows()) == len(allowed) + len(("lr", "allow_changes"))
+
+
+def test_another_set_of_sources_is_refused(folder: RunFolder) -> None:
+    more = changed("data.sources.more", {"format": "text", "path": "books"})
+    assert "data.sources.more: None -> {" in refused(folder, more)
+
+
+def test_what_a_key_is_a_part_of_can_be_allowed(folder: RunFolder) -> None:
+    factor = "model.rope_scaling.factor"
+    config = changed(factor, 8.0, "run.allow_changes", ["model.rope_scaling"])
+    assert set(folder.check(config).allowed) == {factor}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("optim.weigth_decay", "did you mean optim.weight_decay?"),
+        ("optim", "is not a key"),
+        ("parallel.new", "is not a key"),
+        ("xyz", "name keys, like"),
+    ],
+)
+def test_allowing_what_is_no_key_is_refused(tmp_path: Path, name: str, said: str) -> None:
+    """At the very first start: a misspelt name would else be met at a later one, unattended."""
+    message = refused(RunFolder(tmp_path), changed("run.allow_changes", ["optim.eps", name]))
+    assert message.startswith(f"run.allow_changes names {name}, ") and said in message
+
+
+# ---------------------------------------------------------------- stages
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "allowed"),
+    [
+        (None, [{"from_sample": SAMPLES, "seq_len": 512}], True),
+        (None, [{"from_sample": SAMPLES - 1, "seq_len": 512}], False),
+        ([{"from_sample": 80, "seq_len": 512}], None, False),
+        ([{"from_sample": 160, "seq_len": 512}], None, True),
+        (
+            [{"from_sample": 80, "seq_len": 512}, {"from_sample": 160, "seq_len": 1024}],
+            [{"from_sample": 80, "seq_len": 512}, {"from_sample": SAMPLES, "seq_len": 2048}],
+            True,
+        ),
+        ([{"from_sample": 80, "seq_len": 512}], [{"from_sample": 80, "seq_len": 256}], False),
+        (
+            [{"from_sample": 80, "micro_batch_size": 4}],
+            [{"from_sample": 80, "micro_batch_size": 2}],  # as train.micro_batch_size may
+            True,
+        ),
+        ([{"from_sample": 80, "micro_batch_size": 4}], None, False),
+        ([{"from_sampel": 80}], None, False),  # a damaged file
+    ],
+)
+def test_stages_may_change_where_no_sample_has_been_taken(
+    folder: RunFolder, before: Any, now: Any, allowed: bool
+) -> None:
+    folder.write_config(changed("data.stages", before))
+    if allowed:
+        changes = folder.check(changed("data.stages", now))
+        assert changes == Changes(free={"data.stages": [before, now]})
+    else:
+        assert "data.stages: " in refused(folder, changed("data.stages", now))
+
+
+def test_sizes_and_weights_may_change_by_the_stage_that_is_told(folder: RunFolder) -> None:
+    config = changed(
+        *("train.seq_len", 128, "train.global_batch_size", 4, "data.sources.stdlib.weight", 2.0)
+    )
+    message = refused(folder, config)
+    [stage] = as_typed(message, "data.stages")
+    wanted = {"seq_len": 128, "global_batch_size": 4, "weights": {"stdlib": 2.0}}
+    assert stage == {"from_sample": SAMPLES, "micro_batch_size": None, **wanted}
+    assert folder.check(changed("data.stages", [stage])).kept == {}
+    # Beside stages that there are, only a person can place it.
+    config = changed("data.stages", [{"from_sample": 500, "seq_len": 64}], of=config)
+    assert f"{{from_sample:{SAMPLES},global_batch_size:4," in refused(folder, config)
+    assert "data.stages=" not in refused(folder, config)
+
+
+# ---------------------------------------------------------------- other versions
+
+
+def without(config: Any, names: set[str]) -> Any:
+    """A configuration without the keys of these names, wherever they are."""
+    if isinstance(config, list):
+        return [without(one, names) for one in config]
+    if not isinstance(config, dict):
+        return config
+    return {key: without(value, names) for key, value in config.items() if key not in names}
+
+
+def test_keys_added_since_are_no_change_at_their_defaults() -> None:
+    typed = default()
+    stages = [{"from_sample": 64, "seq_len": 128}]
+    typed = dataclasses.replace(
+        typed,
+        data=load_train_config_with_stages(stages),
+        checkpoint=dataclasses.replace(typed.checkpoint, when_busy="skip"),
+        optim=dataclasses.replace(typed.optim, weight_decay=0.3),
+    )
+    now = plain(typed)
+    added = {"faults", "watchdog", "when_busy", "allow_changes", "streaming", "weight_decay"}
+    old = without(now, added | {"micro_batch_size", "rope_scaling"})
+    assert len(leaves(old)) < len(leaves(now)) - len(added)
+    filled = with_defaults(old, typed)
+    changes = compare(filled, now, samples=SAMPLES)
+    # Those that are elsewhere than at their default did change.
+    assert changes.free == {"checkpoint.when_busy": ["wait", "skip"]}
+    assert changes.asking == {
+        "optim.weight_decay": [0.1, 0.3],
+        "model.rope_scaling": [None, now["model"]["rope_scaling"]],
+    }
+    assert changes.kept == changes.allowed == {}
+    assert with_defaults(now, typed) == now
+
+
+def load_train_config_with_stages(stages: list[dict[str, int]]) -> Any:
+    """The default's data, with stages."""
+    typed = ",".join(
+        "{" + ",".join(f"{key}:{value}" for key, value in stage.items()) + "}" for stage in stages
+    )
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        words = hydra_arguments([f"data.stages=[{typed}]"], "train")
+        return load_train_config(compose("train", words)).data
+
+
+def test_a_key_that_is_gone_asks_once_unless_it_was_off(folder: RunFolder) -> None:
+    folder.write_config(changed("optim.nesterov", True, "optim.ema", None, "log.comet", "project"))
+    assert "optim.nesterov: True -> None (decides something" in refused(folder, CONFIG)
+    allowed = changed("run.allow_changes", ["optim.nesterov"])
+    changes = folder.check(allowed)
+    assert changes.allowed == {"optim.nesterov": [True, None]}
+    assert set(changes.free) == {"log.comet", "run.allow_changes"}
+    folder.write_config(allowed)
+    assert folder.check(allowed) == Changes()  # requeued, where no file holds the key any more
+
+
+def test_where_the_configuration_is_lost_that_of_the_newest_checkpoint_counts(
+    folder: RunFolder,
+) -> None:
+    folder.config.unlink()
+    commit(folder, 70, changed("run.seed", 3))
+    commit(folder, 80)
+    (folder.step_folder(80) / "manifest.json").write_text("{")
+    assert "run.seed: 3 -> 0" in refused(folder, CONFIG)
+    assert folder.check(changed("run.seed", 3)) == Changes()
+
+
+# ---------------------------------------------------------------- another run's checkpoint
+
+
+@pytest.fixture
+def new(tmp_path: Path) -> RunFolder:
+    """The folder of a run that has not begun."""
+    return RunFolder(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [key for key in leaves(CONFIG) if key not in REQUESTS],
+)
+def test_a_beginning_asks_only_what_the_tensors_and_the_place_mean(
+    folder: RunFolder, new: RunFolder, key: str
+) -> None:
+    clause = clause_of(key)
+    assert clause is not None
+    checkpoint = str(folder.step_folder(60))
+    config = changed("run.resume", checkpoint, key, other(key))
+    if not clause.loads:
+        assert new.check(config).free[key] == [value_at(CONFIG, key), other(key)]
+        return
+    message = refused(new, config)
+    assert message.startswith(f"run.resume ({checkpoint}) does not fit")
+    assert f"  {key}: {value_at(CONFIG, key)!r} -> {other(key)!r} (decides {clause.why})" in message
+
+
+def test_a_beginning_takes_other_sizes_from_its_first_sample_on(
+    folder: RunFolder, new: RunFolder
+) -> None:
+    config = changed("run.resume", str(folder.step_folder(60)), "train.global_batch_size", 4)
+    stages = as_typed(refused(new, config), "data.stages")
+    config["train"], config["data"]["stages"] = CONFIG["train"], stages
+    assert new.check(config).free["data.stages"] == [None, stages]
+
+
+def test_the_command_that_began_a_run_goes_on_with_it(folder: RunFolder, new: RunFolder) -> None:
+    """A job that is requeued gives the same command again."""
+    checkpoint = folder.step_folder(5)
+    config = changed("run.resume", str(checkpoint), "run.seed", 7)
+    new.check(config)
+    new.write_config(config)
+    assert new.resume_from(str(checkpoint)) == str(checkpoint)  # killed before its first save
+    new.check(config)
+    commit(new, 10, config)
+    assert new.resume_from(str(checkpoint)) == "auto"
+    assert new.check(config) == Changes()
+    assert "run.seed: 7 -> 8" in refused(new, changed("run.seed", 8, of=config))
+    # Another checkpoint than the one that it began with is not taken for it.
+    further = changed("run.resume", str(commit(folder, 7)), of=config)
+    assert "lies before step 10" in refused(new, further)
+    # One that lies ahead is taken, as it was asked for.
+    ahead = str(folder.step_folder(60))
+    new.write_config(changed("run.resume", ahead, of=config))
+    assert new.resume_from(ahead) == ahead
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        *("{", "[]", "", '{"position": {"step": 5, "samples": 10}}'),
+        '{"position": {"step": "5", "samples": 10}, "config": {}}',
+        '{"position": {"step": 5}, "config": {}}',
+        '{"position": 5, "config": {}}',
+    ],
+)
+def test_a_damaged_manifest_is_told(folder: RunFolder, new: RunFolder, manifest: str) -> None:
+    checkpoint = folder.step_folder(5)
+    (checkpoint / "manifest.json").write_text(manifest)
+    message = refused(new, changed("run.resume", str(checkpoint)))
+    assert lines(message) == [message]
+    assert f"run.resume ({checkpoint}) is damaged" in message and "another checkpoint" in message
+
+
+def test_what_is_recorded_is_json(folder: RunFolder) -> None:
+    config = changed("optim.betas", [0.8, 0.9], "run.allow_changes", ["optim.betas"])
+    changes = folder.check(config)
+    for recorded in (changes.free, changes.allowed):
+        assert json.loads(json.dumps(recorded)) == recorded
