@@ -15,29 +15,29 @@ import hydra
 from omegaconf import DictConfig
 
 from cli.arguments import hydra_arguments
-from cli.config import ConvertProgram, load_convert_config
-from cli.errors import refusals
+from cli.config import ConvertJobConfig, load_convert_config
+from cli.errors import exit_on_user_error
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="convert")
 def main(composed: DictConfig) -> None:
     """Checks the configuration, opens the source, writes the target."""
-    with refusals("Not converted"):
+    with exit_on_user_error("Not converted"):
         run(load_convert_config(composed))
 
 
-def run(config: ConvertProgram) -> None:
+def run(config: ConvertJobConfig) -> None:
     """Converts, and tells what it did.
 
     Raises:
         FormatError: the source cannot be read, or the target not be written; nothing is left of it.
     """
+    from evaluation.inference import tokenizer_of
     from formats.conversion import convert
     from formats.pieces import DTYPE_OF
     from formats.recognition import open_weights
     from formats.target import check_target
     from formats.weights import FORMATS
-    from evaluation.inference import tokenizer_of
     from parallel.host_memory import give_freed_memory_back
 
     give_freed_memory_back()

@@ -14,7 +14,8 @@ import hydra
 from omegaconf import DictConfig
 
 from cli.arguments import hydra_arguments
-from cli.config import EvaluateProgram, load_evaluate_config
+from cli.config import EvaluateJobConfig, load_evaluate_config
+from cli.errors import exit_on_user_error
 from evaluation.setup import (
     check_mesh,
     check_tasks,
@@ -23,31 +24,30 @@ from evaluation.setup import (
     versions,
     write_figures,
 )
-from cli.errors import refusals
 
 if TYPE_CHECKING:
     from data.dataset import Dataset
+    from evaluation.inference import InferenceContext
     from evaluation.perplexity import Measured
-    from evaluation.inference import Loaded
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(composed: DictConfig) -> None:
     """Checks, launches, evaluates, tells."""
-    with refusals("Not evaluated"):
+    with exit_on_user_error("Not evaluated"):
         config = load_evaluate_config(composed)
         check_tasks(config)
         evaluate(config)
 
 
-def evaluate(config: EvaluateProgram) -> None:
+def evaluate(config: EvaluateJobConfig) -> None:
     """Everything that is asked of the weights; printed, and written beside them.
 
     Raises:
         FormatError, DataError, ConfigError: weights, text or mesh are not what they have to be.
     """
-    from formats.recognition import open_weights
     from evaluation.inference import fingerprint_together, load_model, tokenizer_of
+    from formats.recognition import open_weights
 
     weights = open_weights(Path(config.evaluation.checkpoint))
     held_out, seq_len = held_out_of(config, weights)
@@ -83,7 +83,7 @@ def evaluate(config: EvaluateProgram) -> None:
 
 
 def measure_held_out(
-    config: EvaluateProgram, loaded: "Loaded", dataset: "Dataset", seq_len: int
+    config: EvaluateJobConfig, loaded: "InferenceContext", dataset: "Dataset", seq_len: int
 ) -> "dict[str, Measured]":
     """The loss on the held-out windows, by source; every rank gets the same."""
     import torch

@@ -16,7 +16,8 @@ import hydra
 from omegaconf import DictConfig
 
 from cli.arguments import hydra_arguments
-from cli.config import GenerateProgram, load_generate_config
+from cli.config import GenerateJobConfig, load_generate_config
+from cli.errors import exit_on_user_error
 from evaluation.prompts import (
     Completer,
     Prompt,
@@ -25,7 +26,6 @@ from evaluation.prompts import (
     read_prompts,
     typed_prompts,
 )
-from cli.errors import refusals
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(composed: DictConfig) -> None:
     """Checks, launches, generates."""
-    with refusals("Nothing is generated"):
+    with exit_on_user_error("Nothing is generated"):
         run(load_generate_config(composed))
 
 
-def run(config: GenerateProgram) -> None:
+def run(config: GenerateJobConfig) -> None:
     """Completes every prompt, and tells how fast.
 
     Raises:
         FormatError, ConfigError: weights, prompts or mesh are not what they have to be.
     """
+    from evaluation.inference import load_model, tokenizer_of
     from formats.conversion import check_vocabulary
     from formats.recognition import open_weights
-    from evaluation.inference import load_model, tokenizer_of
 
     weights = open_weights(Path(config.checkpoint))
     tokenizer = tokenizer_of(weights, config.tokenizer_path)

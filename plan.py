@@ -10,14 +10,14 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from planning.config import PlanProgram, load_plan_config, plan_arguments
-from cli.errors import refusals
+from cli.errors import exit_on_user_error
+from planning.config import PlanJobConfig, load_plan_config, plan_arguments
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="plan")
 def main(composed: DictConfig) -> None:
     """Checks, plans, tells."""
-    with refusals("Not planned"):
+    with exit_on_user_error("Not planned"):
         config = load_plan_config(composed)
         # Imported here, so that `--help` and a wrong configuration answer at once.
         if config.calibrate:
@@ -29,7 +29,7 @@ def main(composed: DictConfig) -> None:
     sys.exit(not fits)
 
 
-def answer(config: PlanProgram) -> bool:
+def answer(config: PlanJobConfig) -> bool:
     """Tells all that is asked; returns whether the run fits, or under a search any run."""
     from planning.answer import answer_plan, answer_search
 

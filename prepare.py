@@ -14,9 +14,9 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from data.errors import DataError
 from cli.arguments import hydra_arguments
-from cli.config import ConfigError, PrepareProgram, load_prepare_config
+from cli.config import ConfigError, PrepareJobConfig, load_prepare_config
+from data.errors import DataError
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare")
@@ -44,7 +44,7 @@ def main(composed: DictConfig) -> None:
         sys.exit(130)
 
 
-def prepare_and_pack(config: PrepareProgram) -> None:
+def prepare_and_pack(config: PrepareJobConfig) -> None:
     """Prepares, packs where that is asked, and tells what the folder holds."""
     from data.packing import pack
     from data.prepare import prepare

@@ -18,23 +18,23 @@ from typing import TYPE_CHECKING, NoReturn
 import hydra
 from omegaconf import DictConfig
 
+from cli.arguments import hydra_arguments
+from cli.config import JobConfig
+from cli.errors import exit_on_user_error
 from parallel.mesh import MeshShape, Processes, is_first_process
 from parallel.slurm import slurm_time_left
-from cli.arguments import hydra_arguments
-from cli.config import TrainProgram
-from training.shutdown import end_early, finish, give_up, leave, record_fault
-from training.step_metrics import log, profiled, read_figures, validate, write_sample
-from planning.fit_check import check_plan, tell_plan
-from training.preflight import check_config, check_folder, hold_folder, prepare_data
-from training.recovery import Decision, heed, rewind, starting_position
-from cli.errors import refusals
-from training.run_summary import header
-from training.run import Run, saver_of
+from planning.fit_check import check_plan, print_fit_check
 from resilience.exit_codes import ExitCode
 from resilience.lock import RunLock
 from resilience.signals import QUIET, Requests
+from training.preflight import acquire_run_lock, check_config, check_folder, prepare_data
+from training.recovery import Decision, check_step, rewind, starting_position
 from training.resume_policy import Changes
+from training.run import Run, saver_of
+from training.run_summary import header
 from training.schedule import learning_rate
+from training.shutdown import abort, end_early, finish, record_fault, stop_run
+from training.step_metrics import log, profiled, read_figures, validate, write_sample
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,23 +49,23 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(composed: DictConfig) -> None:
     """Checks, launches, trains."""
-    with refusals():
+    with exit_on_user_error():
         config, processes, mesh = check_config(composed)
         changes = check_folder(config)
         verdict = check_plan(config, processes, mesh)
         dataset = prepare_data(config)
-        lock = hold_folder(config)
-        tell_plan(verdict)
+        lock = acquire_run_lock(config)
+        print_fit_check(verdict)
         run = set_up(config, processes, mesh, dataset, changes, lock)
     try:
         train(run)
     except Exception as error:
-        give_up(run, error)
+        abort(run, error)
     finish(run)
 
 
 def set_up(
-    config: TrainProgram,
+    config: JobConfig,
     processes: Processes,
     mesh: MeshShape,
     dataset: Dataset | StreamDataset,
@@ -77,10 +77,10 @@ def set_up(
 
     from model.llama import Llama
     from parallel.launch import launch
-    from training.console import Console
-    from resilience.loss_monitor import Judge, VitalsReader
-    from training.optimizer import build_optimizer
+    from resilience.loss_monitor import AsyncStatsReader, LossMonitor
     from resilience.watchdog import Watchdog
+    from training.console import Console
+    from training.optimizer import build_optimizer
 
     watchdog = Watchdog(config.watchdog)
     first = is_first_process()
@@ -113,8 +113,8 @@ def set_up(
         requests=requests,
         watchdog=watchdog,
         saver=saver_of(config, dataset, console.note),
-        reader=VitalsReader(fabric.device.type),
-        judge=Judge(config.faults, len(past.rewinds), position.vitals),
+        reader=AsyncStatsReader(fabric.device.type),
+        monitor=LossMonitor(config.faults, len(past.rewinds), position.vitals),
         lock=lock,
     )
     run.open_logs(changes)
@@ -147,7 +147,7 @@ def train(run: Run) -> None:
             figures = read_figures(run, tensors, rate) if logs else {}
         run.watchdog.enter("step", step + 1)
         run.tell_progress()
-        decision = heed(run, batch.number, tensors["vitals"], saves)
+        decision = check_step(run, batch.number, tensors["vitals"], saves)
         if decision.rewind is not None:
             batches.close()
             rewind(run, decision.rewind)
@@ -169,7 +169,7 @@ def train(run: Run) -> None:
     batches.close()
     run.garbage.end()
     if run.unsaved:
-        leave(run, ExitCode.SAVE_FAILED)
+        stop_run(run, ExitCode.SAVE_FAILED)
     run.console.stop()
 
 
@@ -206,7 +206,7 @@ def train_step(
             fabric.backward(share)
         shares.append(share.detach())
     # Peers that read the same samples have the same loss: of each the part that makes one whole.
-    own = torch.stack(shares).sum(dtype=torch.float64) / run.strategy.shape.peers
+    own = torch.stack(shares).sum(dtype=torch.float64) / run.strategy.shape.ranks_per_sample
     asked = fabric.to_device(torch.tensor(requests))
     max_norm = run.config.train.max_grad_norm or math.inf
     norm, (loss, *asking) = clip_grad_norm(model, max_norm, torch.cat([own.view(1), asked]))
@@ -222,7 +222,7 @@ def train_step(
 # ---------------------------------------------------------------- around the loop
 
 
-def is_due(interval: int | None, step: int, config: TrainProgram) -> bool:
+def is_due(interval: int | None, step: int, config: JobConfig) -> bool:
     """Whether something that happens every `interval` steps, and at the end, happens now."""
     return step == config.train.max_steps or (interval is not None and step % interval == 0)
 
@@ -231,19 +231,19 @@ def save(run: Run, wait: bool = False) -> None:
     """Saves a checkpoint of this position: in the background, unless it is the last one."""
     run.tell_progress(now=True)
     with run.clock.stall(), run.watchdog.during("checkpoint", run.position.step):
-        position = dataclasses.replace(run.position, vitals=run.judge.remembered)
+        position = dataclasses.replace(run.position, vitals=run.monitor.state_dict())
         run.saver.save(run.model.module, run.optimizer.optimizer, position, wait)
         if wait:
             run.saver.finish()
-    run.hear_of_saves()
+    run.poll_checkpoints()
 
 
 def stop(run: Run, decision: Decision) -> NoReturn:
     """Ends the run after this step, on every rank: saved, unless its losses are what is wrong."""
     assert decision.stop is not None
-    if decision.stop != ExitCode.NUMERICS:
+    if decision.stop != ExitCode.DIVERGED:
         save(run, wait=True)
-    leave(run, ExitCode.SAVE_FAILED if run.unsaved else decision.stop, decision.why)
+    stop_run(run, ExitCode.SAVE_FAILED if run.unsaved else decision.stop, decision.why)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from bench.measurement import spread, write
+from cli.arguments import CONF
 from model.flops import flops_per_token, parameter_count
 from planning.calibration import matrix_tflops
-from cli.arguments import CONF
-from training.preflight import check_config, prepare_data
 from train import set_up, train_step
+from training.preflight import check_config, prepare_data
 from training.resume_policy import Changes
 
 WARM_UP, STEPS, SIZE, PRODUCT_SECONDS = 2, 9, 2048, 0.1

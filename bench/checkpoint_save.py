@@ -23,11 +23,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from bench.measurement import spread, write
+from checkpoint.position import Position
 from checkpoint.saver import Saver
+from resilience.run_folder import RunFolder
 from training.config import CheckpointConfig, OptimConfig
 from training.optimizer import build_optimizer
-from checkpoint.position import Position
-from resilience.run_folder import RunFolder
 
 PROCESSES, ROUNDS = 2, 9
 DIM, LAYERS = 2048, 24  # 24 matrices of 2048 × 2048, with two moments each: 1.2 GB

@@ -32,11 +32,11 @@ def main() -> None:
             ]
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
             lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
-        first.append(lines[0]["data_seconds"])
+        first.append(lines[0]["data_wait_seconds"])
         before, waited, seconds = 1, 0.0, 0.0
         for line in lines[1:]:  # each tells the means since the line before it
             steps = line["step"] - before
-            waited += steps * line["data_seconds"]
+            waited += steps * line["data_wait_seconds"]
             seconds += steps * line["step_seconds"]
             before = line["step"]
         shares.append(waited / seconds)

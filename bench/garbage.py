@@ -20,11 +20,11 @@ from hydra import compose, initialize_config_dir
 
 from bench.measurement import write
 from cli.arguments import CONF, hydra_arguments
-from training.preflight import check_config, prepare_data
-from training.run import Run
 from train import set_up, train_step
 from training import garbage
+from training.preflight import check_config, prepare_data
 from training.resume_policy import Changes
+from training.run import Run
 
 WORDS = ("experiment=smoke", "model.n_layers=16", "parallel.accelerator=cpu")
 STEPS = 100  # of each kind

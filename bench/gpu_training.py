@@ -27,21 +27,21 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from bench.measurement import spread, write
+from cli.arguments import CONF, hydra_arguments
+from cli.config import ConfigError, JobConfig
 from parallel.float8 import apply_float8
 from parallel.mesh import MeshShape, Processes
 from planning.calibration import SIZES, matrix_tflops
+from planning.fit_check import PlanRequest, check_plan, given_choice, this_machine
 from planning.hardware import hardware_of, load_hardware
 from planning.memory import step_memory
 from planning.plan import GIB
 from planning.speed import step_time
-from cli.arguments import CONF, hydra_arguments
-from cli.config import ConfigError, TrainProgram
-from planning.fit_check import Asked, check_plan, given_choice, this_machine
-from training.preflight import check_config, prepare_data
-from training.run_summary import meter
 from train import set_up, train_step
 from training.metrics import peak_memory_gib
+from training.preflight import check_config, prepare_data
 from training.resume_policy import Changes
+from training.run_summary import meter
 from training.schedule import learning_rate
 
 CASES: dict[str, tuple[str, ...]] = {
@@ -148,7 +148,7 @@ def measure(case: str, reduced: bool, words: list[str]) -> dict[str, Any]:
     return found | beside_plan(config, processes, mesh, found)
 
 
-def measured(config: TrainProgram, processes: Processes, mesh: MeshShape) -> dict[str, Any]:
+def measured(config: JobConfig, processes: Processes, mesh: MeshShape) -> dict[str, Any]:
     """Speed of steps and of large products that take turns, and the memory of the steps."""
     run = set_up(config, processes, mesh, prepare_data(config), Changes())
     device, tokens = run.fabric.device, config.train.global_batch_size * config.train.seq_len
@@ -182,23 +182,26 @@ def measured(config: TrainProgram, processes: Processes, mesh: MeshShape) -> dic
         "fp8": config.precision.fp8,
         # No MFU under fp8, and where no peak is known.
         **{name: None if None in found else spread(found) for name, found in columns.items()},
-        "memory_gib": peak_memory_gib(device),
+        "peak_memory_gib": peak_memory_gib(device),
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB if on_gpu else None,
     }
 
 
 def beside_plan(
-    config: TrainProgram, processes: Processes, mesh: MeshShape, found: dict[str, Any]
+    config: JobConfig, processes: Processes, mesh: MeshShape, found: dict[str, Any]
 ) -> dict[str, Any]:
     """What the planner says of the same step, and by how much it is off; on CPU of an H200."""
     on_gpu = processes.accelerator == "cuda"
     hardware = this_machine(processes)[0] if on_gpu else load_hardware("h200")
     tokens = config.train.global_batch_size * config.train.seq_len
-    job, _ = Asked(config, processes.accelerator, tokens).jobs(given_choice(config, mesh))[0]
-    planned = {"memory_gib": step_memory(job).peak / GIB}
+    job, _ = PlanRequest(config, processes.accelerator, tokens).jobs(given_choice(config, mesh))[0]
+    planned = {"peak_memory_gib": step_memory(job).peak / GIB}
     if hardware is not None:
         planned["step_seconds"] = step_time(job, hardware).total
-    actual = {"memory_gib": found["memory_gib"], "step_seconds": found["step_seconds"]["median"]}
+    actual = {
+        "peak_memory_gib": found["peak_memory_gib"],
+        "step_seconds": found["step_seconds"]["median"],
+    }
     errors = {name: value / actual[name] - 1 for name, value in planned.items()}
     name = hardware.name if hardware is not None else None
     return {"planned": planned, "plan_error": errors, "planned_hardware": name}
@@ -209,7 +212,7 @@ def fp8_on_cpu() -> Iterator[None]:
     """Past the rule that refuses it: torchao rounds the factors and multiplies in float32."""
     emulated = partial(apply_float8, emulate=True)
     with (
-        patch("training.preflight.fp8_problems", lambda *_: []),
+        patch("training.preflight.fp8_errors", lambda *_: []),
         patch("parallel.parallelize.apply_float8", emulated),
     ):
         yield

@@ -17,10 +17,10 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from bench.measurement import spread, write
-from model.init import initialize
-from model.llama import Llama
 from cli.arguments import CONF
 from cli.config import load_train_config
+from model.init import initialize
+from model.llama import Llama
 from parallel.host_memory import keep_freed_memory
 from training.optimizer import build_optimizer
 

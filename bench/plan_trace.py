@@ -15,12 +15,12 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 from bench.measurement import write
+from cli.arguments import CONF
+from cli.config import load_train_config
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
 from planning.job import Job
 from planning.memory import step_memory
-from cli.arguments import CONF
-from cli.config import load_train_config
 
 RUNS = 3
 SECONDS, GB, TOLERANCE = 30, 1.0, 0.05

@@ -24,17 +24,17 @@ from hydra import compose, initialize_config_dir
 from torch.distributed.tensor import DTensor
 
 from bench.measurement import write
+from cli.arguments import CONF
+from cli.config import load_train_config
 from parallel.mesh import plan_processes, resolve_mesh
+from planning.fit_check import PlanRequest, given_choice
 from planning.job import Job
 from planning.memory import step_memory
 from planning.traced import traced_memory
-from cli.arguments import CONF
-from cli.config import load_train_config
-from planning.fit_check import Asked, given_choice
-from training.preflight import MORE_RULES, check_config, prepare_data
-from training.run import Run
 from train import set_up, train_step
+from training.preflight import MORE_RULES, check_config, prepare_data
 from training.resume_policy import Changes
+from training.run import Run
 
 TOLERANCE = 0.05
 SMALL = (
@@ -146,7 +146,7 @@ def planned_job(name: str) -> Job:
         config = load_train_config(compose("train", [*SMALL, *CASES[name][1]]), *MORE_RULES)
     processes, _ = plan_processes(config.parallel, {})
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
-    asked = Asked(config, "cpu", config.stages().first_token(config.train.max_steps))
+    asked = PlanRequest(config, "cpu", config.stages().first_token(config.train.max_steps))
     return asked.jobs(given_choice(config, mesh))[0][0]
 
 

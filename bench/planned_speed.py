@@ -19,14 +19,14 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 
 from bench.measurement import spread, write
+from cli.arguments import CONF
+from cli.config import load_train_config
 from parallel.mesh import AXES, MeshShape, plan_processes, resolve_mesh
 from planning.calibration import calibrate
+from planning.fit_check import PlanRequest, given_choice
 from planning.job import Job
 from planning.search import meshes
 from planning.speed import step_time
-from cli.arguments import CONF
-from cli.config import load_train_config
-from planning.fit_check import Asked, given_choice
 from training.preflight import MORE_RULES, prepare_data
 
 ROOT = Path(__file__).parent.parent
@@ -79,15 +79,15 @@ def overrides(mesh: MeshShape) -> list[str]:
 
 def problems(mesh: MeshShape) -> list[str]:
     """What the configuration has against a mesh."""
-    return asked(mesh)[0].mesh_problems(mesh)
+    return asked(mesh)[0].mesh_errors(mesh)
 
 
-def asked(mesh: MeshShape) -> tuple[Asked, Any]:
+def asked(mesh: MeshShape) -> tuple[PlanRequest, Any]:
     """The configuration on a mesh, as the planner takes it."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = load_train_config(compose("train", [*MODEL, *overrides(mesh)]), *MORE_RULES)
     tokens = config.stages().first_token(config.train.max_steps)
-    return Asked(config, "cpu", tokens), config
+    return PlanRequest(config, "cpu", tokens), config
 
 
 def job_of(mesh: MeshShape) -> Job:

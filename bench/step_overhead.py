@@ -16,15 +16,15 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from bench.measurement import spread, write
+from cli.arguments import CONF
 from data.loader import StepBatches
 from model.init import initialize
 from model.llama import Llama
-from cli.arguments import CONF
-from training.preflight import check_config, prepare_data
-from training.run import Run
 from train import set_up, train_step
 from training.optimizer import build_optimizer
+from training.preflight import check_config, prepare_data
 from training.resume_policy import Changes
+from training.run import Run
 
 WARM_UP, PAIRS = 5, 60
 

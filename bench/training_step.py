@@ -24,21 +24,21 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from bench.measurement import spread, write
-from bench.peers import MODELS, PEERS, Loop, installed, logits_of
+from bench.ranks_per_sample import MODELS, PEERS, Loop, installed, logits_of
 from bench.turns import Remote
+from cli.arguments import CONF
+from cli.config import JobConfig
 from data.dataset import Dataset
 from data.loader import StepBatches, TrainLoader
 from model.flops import parameter_count
 from model.init import initialize
 from model.llama import Llama
-from parallel.mesh import MeshShape, Processes
-from cli.arguments import CONF
-from cli.config import TrainProgram
-from training.preflight import check_config, prepare_data
-from training.run import Run
-from train import set_up, train_step
 from parallel.host_memory import keep_freed_memory
+from parallel.mesh import MeshShape, Processes
+from train import set_up, train_step
+from training.preflight import check_config, prepare_data
 from training.resume_policy import Changes
+from training.run import Run
 
 AIMS = {"transformers": 1.05, "litgpt": 1.0}
 SIZES: dict[str, tuple[str, ...]] = {  # heads of 64
@@ -96,7 +96,7 @@ class Contender:
     """
 
     def __init__(
-        self, name: str, dtype: str, checked: tuple[TrainProgram, Processes, MeshShape]
+        self, name: str, dtype: str, checked: tuple[JobConfig, Processes, MeshShape]
     ) -> None:
         self.name, self.dtype, self.checked = name.removesuffix(KEPT), dtype, checked
         if name == "ours" or name.endswith(KEPT):
@@ -190,7 +190,7 @@ def measure(case: str, overrides: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def first_batches(config: TrainProgram, count: int) -> list[StepBatches]:
+def first_batches(config: JobConfig, count: int) -> list[StepBatches]:
     """Those that a run of this configuration begins with."""
     dataset = prepare_data(config)
     assert isinstance(dataset, Dataset), "the bench reads prepared data"

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.state_dict import set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from checkpoint.files import damage_of, read_manifest
+from checkpoint.position import Position
 from checkpoint.saving import is_alone, one_line, tensors_of
 from resilience.exit_codes import ExitCode
-from checkpoint.position import Position
 from resilience.run_folder import RunFolder, RunFolderError
 
 

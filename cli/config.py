@@ -22,16 +22,6 @@ from data.stages import Stages, plan_stages
 from evaluation.config import EvaluationConfig, GenerationConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
-from training.precision_rules import evaluation_problems, moment_problems
-from training.config_rules import (
-    convert_problems,
-    of_every_stage,
-    prepare_problems,
-    size_problems,
-    stage_problems,
-    stream_problems,
-    task_number_problems,
-)
 from training.config import (
     CheckpointConfig,
     FaultsConfig,
@@ -42,6 +32,16 @@ from training.config import (
     ValidationConfig,
     WatchdogConfig,
 )
+from training.config_rules import (
+    convert_errors,
+    of_every_stage,
+    prepare_errors,
+    size_errors,
+    stage_errors,
+    stream_errors,
+    task_number_errors,
+)
+from training.precision_rules import evaluation_errors, moment_errors
 
 
 class ConfigError(ValueError):
@@ -53,7 +53,7 @@ class ConfigError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainProgram:
+class JobConfig:
     """The whole configuration of `train.py`."""
 
     run: RunConfig
@@ -71,7 +71,7 @@ class TrainProgram:
     log: LogConfig
 
     def stages(self) -> Stages:
-        """The stages of the run; `stage_problems` has refused those that do not fit the steps."""
+        """The stages of the run; `stage_errors` has refused those that do not fit the steps."""
         return plan_stages(
             self.data,
             seq_len=self.train.seq_len,
@@ -81,7 +81,7 @@ class TrainProgram:
 
 
 @dataclasses.dataclass(frozen=True)
-class PrepareProgram:
+class PrepareJobConfig:
     """The whole configuration of `prepare.py`; conf/prepare.yaml explains its own keys."""
 
     data: DataConfig
@@ -101,7 +101,7 @@ class PrepareProgram:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateProgram:
+class EvaluateJobConfig:
     """The whole configuration of `evaluate.py`; the rest is the checkpoint's own."""
 
     evaluation: EvaluationConfig
@@ -115,7 +115,7 @@ class EvaluateProgram:
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvertProgram:
+class ConvertJobConfig:
     """The whole configuration of `convert.py`; conf/convert.yaml explains its keys."""
 
     source: str
@@ -129,7 +129,7 @@ class ConvertProgram:
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateProgram(GenerationConfig):
+class GenerateJobConfig(GenerationConfig):
     """The whole configuration of `generate.py`."""
 
     parallel: ParallelConfig
@@ -141,8 +141,8 @@ Rule = tuple[tuple[str, ...], Callable[..., list[str]]]
 
 
 def load_train_config(
-    composed: DictConfig, *more_rules: Rule, program: type[TrainProgram] = TrainProgram
-) -> TrainProgram:
+    composed: DictConfig, *more_rules: Rule, program: type[JobConfig] = JobConfig
+) -> JobConfig:
     """The typed configuration of `train.py`, or of a `program` that has more keys.
 
     Args:
@@ -154,44 +154,44 @@ def load_train_config(
         ConfigError: unknown keys, missing values, wrong types and broken rules, all at once.
     """
     rules: list[Rule] = [
-        (("train", "data"), stage_problems),
+        (("train", "data"), stage_errors),
         (
             ("train", "data", "model", "tokenizer"),
             lambda train, data, model, tokenizer: of_every_stage(
-                train, data, lambda sizes: size_problems(sizes, model, tokenizer)
+                train, data, lambda sizes: size_errors(sizes, model, tokenizer)
             ),
         ),
-        (("data", "tokenizer", "validation"), stream_problems),
-        (("precision", "optim"), moment_problems),
+        (("data", "tokenizer", "validation"), stream_errors),
+        (("precision", "optim"), moment_errors),
         *more_rules,
     ]
-    return cast(TrainProgram, _load(composed, program, rules))
+    return cast(JobConfig, _load(composed, program, rules))
 
 
-def load_prepare_config(composed: DictConfig) -> PrepareProgram:
+def load_prepare_config(composed: DictConfig) -> PrepareJobConfig:
     """The typed configuration of `prepare.py`; raises as `load_train_config` does."""
     keys = ("pack", "verify", "inspect", "sample", "seq_len", "seed")
-    return _load(composed, PrepareProgram, [(keys, prepare_problems)])
+    return _load(composed, PrepareJobConfig, [(keys, prepare_errors)])
 
 
-def load_evaluate_config(composed: DictConfig) -> EvaluateProgram:
+def load_evaluate_config(composed: DictConfig) -> EvaluateJobConfig:
     """The typed configuration of `evaluate.py`; raises as `load_train_config` does."""
     numbers = ("num_fewshot", "limit")
-    rules: list[Rule] = [(("precision",), evaluation_problems), (numbers, task_number_problems)]
-    return _load(composed, EvaluateProgram, rules)
+    rules: list[Rule] = [(("precision",), evaluation_errors), (numbers, task_number_errors)]
+    return _load(composed, EvaluateJobConfig, rules)
 
 
-def load_convert_config(composed: DictConfig) -> ConvertProgram:
+def load_convert_config(composed: DictConfig) -> ConvertJobConfig:
     """The typed configuration of `convert.py`; raises as `load_train_config` does."""
     keys = ("format", "parts", "file_gb")
-    return _load(composed, ConvertProgram, [(keys, convert_problems)])
+    return _load(composed, ConvertJobConfig, [(keys, convert_errors)])
 
 
-def load_generate_config(composed: DictConfig) -> GenerateProgram:
+def load_generate_config(composed: DictConfig) -> GenerateJobConfig:
     """The typed configuration of `generate.py`; raises as `load_train_config` does."""
     keys = tuple(field.name for field in dataclasses.fields(GenerationConfig))
     own: Rule = (keys, lambda *values: GenerationConfig(*values).problems())
-    return _load(composed, GenerateProgram, [own, (("precision",), evaluation_problems)])
+    return _load(composed, GenerateJobConfig, [own, (("precision",), evaluation_errors)])
 
 
 def plain(config: Any) -> dict[str, Any]:

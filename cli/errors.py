@@ -9,11 +9,11 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
+from cli.config import ConfigError
 from data.errors import DataError
 from evaluation.errors import TaskError
 from formats.errors import FormatError
 from parallel.mesh import is_first_process
-from cli.config import ConfigError
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolderError
 
@@ -28,13 +28,13 @@ class LaunchError(RuntimeError):
 
 
 @contextmanager
-def refusals(refused: str = "Not started") -> Iterator[None]:
+def exit_on_user_error(refused: str = "Not started") -> Iterator[None]:
     """Ends the program where it cannot start; only the first process tells why.
 
     The exit code is 1, or what the folder's error tells; after Ctrl-C 130. `refused` begins what
     is told.
     """
-    code = ExitCode.REFUSED
+    code = ExitCode.USER_ERROR
     try:
         yield
     except ConfigError as error:

@@ -122,7 +122,7 @@ class DataConfig:
     What is read: `document_mask` stops attention and labels at a document's end; `packing` puts
     whole documents into windows instead of cutting where a window ends; `shuffle_block_tokens`
     keeps reads near each other, in blocks of that size; `stages` change weights, length or batch
-    size from a sample on. `stream_lanes` trains straight from the one source, without shards.
+    size from a sample on. `stream_shards` trains straight from the one source, without shards.
     How fast: `loader_threads` read `prefetch` steps ahead; `verify_reads` compares checksums.
     """
 
@@ -137,7 +137,7 @@ class DataConfig:
     packing: Literal["best_fit"] | None = None
     shuffle_block_tokens: int | None = None
     stages: list[StageConfig] | None = None
-    stream_lanes: int | None = None
+    stream_shards: int | None = None
     loader_threads: int = 1
     prefetch: int = 2
     verify_reads: bool = True
@@ -167,7 +167,7 @@ class DataConfig:
                 ("shard_tokens", f"use {2**26} (256 MiB)"),
                 ("workers", "use null for one a core"),
                 ("shuffle_block_tokens", "use null to shuffle the whole source"),
-                ("stream_lanes", "use null to prepare shards"),
+                ("stream_shards", "use null to prepare shards"),
                 ("loader_threads", "use 1"),
                 ("prefetch", "use 2"),
             )
@@ -179,10 +179,10 @@ class DataConfig:
                 "data.document_mask (false) would let them see each other: use "
                 "data.document_mask=true or data.packing=null"
             )
-        found += self._stage_problems() + self._stream_problems()
+        found += self._stage_errors() + self._stream_errors()
         return found
 
-    def _stage_problems(self) -> list[str]:
+    def _stage_errors(self) -> list[str]:
         """What is wrong with the stages, and with weights that no stage uses."""
         found = []
         before = 0
@@ -211,11 +211,11 @@ class DataConfig:
             )
         return found
 
-    def _stream_problems(self) -> list[str]:
+    def _stream_errors(self) -> list[str]:
         """What training without shards does not have."""
-        if self.stream_lanes is None:
+        if self.stream_shards is None:
             return []
-        key = f"data.stream_lanes ({self.stream_lanes})"
+        key = f"data.stream_shards ({self.stream_shards})"
         found = []
         if [source.format for source in self.sources.values()] not in (["huggingface"],):
             found.append(f"{key} reads one source of format huggingface: name one, or use null")

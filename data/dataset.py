@@ -109,7 +109,7 @@ class Dataset:
         self._refuse_other_sources(stages)
         found: list[str] = []
         for place, stage in enumerate(stages.all):
-            for problem in self._stage_problems(place, stage):
+            for problem in self._stage_errors(place, stage):
                 if problem not in found:
                     found.append(problem)
         if self.manifest.tokenizer.vocab_size > vocab_size:
@@ -129,7 +129,7 @@ class Dataset:
                 f"{self.folder} ({', '.join(self.train)}): {ANEW}"
             )
 
-    def _stage_problems(self, place: int, stage: Stage) -> list[str]:
+    def _stage_errors(self, place: int, stage: Stage) -> list[str]:
         """The broken rules of one stage; `place` is 0 for the run's first."""
         found = []
         section = f"data.stages[{place - 1}]" if place else "train"

@@ -108,7 +108,7 @@ class Lane:
             if whole and empty:
                 raise DataError(
                     f"{self._name} has no text: see its filter and text_column, or use fewer "
-                    "data.stream_lanes"
+                    "data.stream_shards"
                 )
             begin = Position()
 
@@ -138,10 +138,10 @@ class StreamDataset:
     """A dataset that is read while it arrives, dealt to `lanes`; it holds nothing out."""
 
     def __init__(self, data: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> None:
-        assert data.stream_lanes is not None
+        assert data.stream_shards is not None
         ((self.name, source),) = data.sources.items()
         self.source = replace(source, streaming=True)
-        self.lanes = data.stream_lanes
+        self.lanes = data.stream_shards
         self.document_mask = data.document_mask
         self._policy = data.invalid_text
         self._corpus = corpus
@@ -157,8 +157,8 @@ class StreamDataset:
         tokenizer = ready_tokenizer(config)
         if tokenizer is None:
             raise DataError(
-                f"tokenizer.path (null) of {config.name} asks for training, and data.stream_lanes "
-                f"({data.stream_lanes}) prepares nothing: set tokenizer.path to a tokenizer.model"
+                f"tokenizer.path (null) of {config.name} asks for training, and data.stream_shards "
+                f"({data.stream_shards}) prepares nothing: set tokenizer.path to a tokenizer.model"
             )
         ((name, source),) = data.sources.items()
         return cls(data, find(name, replace(source, streaming=True)), tokenizer)
@@ -198,10 +198,12 @@ class StreamDataset:
         remedy = (
             f"use {fitting[-1]}, the largest number that fits"
             if fitting
-            else (f"use fewer data ranks than {size}, or prepare the data (data.stream_lanes=null)")
+            else (
+                f"use fewer data ranks than {size}, or prepare the data (data.stream_shards=null)"
+            )
         )
         raise DataError(
-            f"data.stream_lanes ({self.lanes}) is more than the {self.n_files} files of "
+            f"data.stream_shards ({self.lanes}) is more than the {self.n_files} files of "
             f"data.sources.{self.name}.path ({self.source.path}): {remedy}"
         )
 

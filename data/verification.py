@@ -24,15 +24,15 @@ def verify(folder: Path, tell: Callable[[int, int], None] = lambda done, total: 
         DataError: the folder has no manifest that can be read.
     """
     manifest = Manifest.read(folder, compare=False)  # all damage is told, not the first
-    found = _tokenizer_problems(folder, manifest)
+    found = _tokenizer_errors(folder, manifest)
     shards = [shard for split in SPLITS for shard in manifest.shards(split)]
     total = sum(shard.tokens.n_bytes + shard.offsets.n_bytes for shard in shards)
     done = 0
     for shard in shards:
-        found += _shard_problems(folder, shard, manifest.tokenizer.vocab_size)
+        found += _shard_errors(folder, shard, manifest.tokenizer.vocab_size)
         done += shard.tokens.n_bytes + shard.offsets.n_bytes
         tell(done, total)
-    return found + _packing_problems(folder, manifest)
+    return found + _packing_errors(folder, manifest)
 
 
 def verify_and_tell(folder: Path) -> bool:
@@ -61,7 +61,7 @@ def verify_and_tell(folder: Path) -> bool:
     return False
 
 
-def _tokenizer_problems(folder: Path, manifest: Manifest) -> list[str]:
+def _tokenizer_errors(folder: Path, manifest: Manifest) -> list[str]:
     """Whether `tokenizer.model` is the tokenizer that made the tokens."""
     path = folder / MODEL_FILE
     try:
@@ -73,7 +73,7 @@ def _tokenizer_problems(folder: Path, manifest: Manifest) -> list[str]:
     return []
 
 
-def _packing_problems(folder: Path, manifest: Manifest) -> list[str]:
+def _packing_errors(folder: Path, manifest: Manifest) -> list[str]:
     """What is wrong with the pack indexes, where there are some: a small part of the bytes."""
     problems = []
     for source in manifest.sources:
@@ -88,7 +88,7 @@ def _packing_problems(folder: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def _shard_problems(folder: Path, shard: Shard, vocab_size: int) -> list[str]:
+def _shard_errors(folder: Path, shard: Shard, vocab_size: int) -> list[str]:
     """What is wrong with the two files of a shard."""
     problems = []
     for entry in (shard.tokens, shard.offsets):

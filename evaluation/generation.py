@@ -50,7 +50,7 @@ class Agreement(Protocol):
         """Whether any rank still has a row to go on with: sharded weights are gathered by all."""
 
 
-class Alone:
+class SingleProcessSync:
     """The agreement of one process."""
 
     def chosen(self, tokens: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Alone:
         return left
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcessSync()
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def generate(
     sampling: Sampling,
     stop: Sequence[int],
     device: torch.device,
-    agree: Agreement = ALONE,
+    agree: Agreement = SINGLE_PROCESS,
     on_token: Callable[[int, int], bool | None] | None = None,
     first_prompt: int = 0,
 ) -> list[Completion]:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from parallel.mesh import DATA_AXES
 
 
-class MeshAgreement:
+class GenerationSync:
     """The agreement of all processes of a mesh with the axes of `parallel.mesh.AXES`."""
 
     def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:

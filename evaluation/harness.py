@@ -28,7 +28,7 @@ TOLD = ("results", "groups", "versions", "n-shot", "n-samples")
 """What of lm-eval's results is reported."""
 
 
-def task_problems(tasks: Sequence[str], folder: str | None) -> list[str]:
+def task_errors(tasks: Sequence[str], folder: str | None) -> list[str]:
     """Why these tasks cannot be run, as messages that name key, value, rule and remedy.
 
     Args:
@@ -58,7 +58,7 @@ def run_tasks(
 
     Args:
         lm: Every process has its own and calls this.
-        tasks: As in `task_problems`, which found none.
+        tasks: As in `task_errors`, which found none.
         folder: As there.
         num_fewshot: Examples before each question; None for what each task has. Tasks that are
             made for none stay without.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class InferenceContext:
     """A model that is ready to be asked, on every process of its mesh."""
 
     fabric: "Fabric"
@@ -41,7 +41,7 @@ def load_model(
     mesh: MeshShape,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
-) -> Loaded:
+) -> InferenceContext:
     """Launches the processes and fills each one's shard of the model.
 
     Raises:
@@ -52,8 +52,8 @@ def load_model(
 
     from model.llama import Llama
     from parallel.launch import launch
-    from training.config import WatchdogConfig
     from resilience.watchdog import Watchdog
+    from training.config import WatchdogConfig
 
     watchdog = Watchdog(WatchdogConfig(None, None, None))  # of the processes, not of their time
     fabric, strategy = launch(processes, mesh, parallel, precision, watchdog)
@@ -62,7 +62,7 @@ def load_model(
     model = fabric.setup_module(llama)
     fill_together(llama, weights)
     model.eval()
-    return Loaded(fabric, strategy, mesh, model, weights, watchdog)
+    return InferenceContext(fabric, strategy, mesh, model, weights, watchdog)
 
 
 def fill_together(llama: Any, weights: "Weights") -> None:
@@ -74,9 +74,9 @@ def fill_together(llama: Any, weights: "Weights") -> None:
     """
     import torch.distributed as dist
 
+    from checkpoint.restore import find_damage
     from formats.weights import fill
     from parallel.parallelize import local_block
-    from checkpoint.restore import find_damage
 
     if weights.format == "native" and (damage := find_damage(weights.folder)):
         raise FormatError(f"{weights.folder} is damaged: {damage}")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.tokenizer import BEGIN, END, Tokenizer, pieces
 from evaluation.errors import TaskError
-from evaluation.generation import ALONE, Agreement, Sampling, generate
+from evaluation.generation import SINGLE_PROCESS, Agreement, Sampling, generate
 from evaluation.likelihood import scoring
 from model.llama import Llama
 
@@ -65,7 +65,7 @@ class LlameshModel(TemplateLM):
         data_rank: int = 0,
         data_size: int = 1,
         gather: Callable[[list[Any]], list[list[Any]]] = alone,
-        agree: Agreement = ALONE,
+        agree: Agreement = SINGLE_PROCESS,
         multiple_of: int = 1,
         is_first: bool = True,
     ) -> None:

@@ -12,19 +12,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli.config import ConfigError, GenerateJobConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.mesh import MeshShape, Processes, plan_processes, resolve_mesh
-from cli.config import ConfigError, GenerateProgram
-from training.config_rules import model_problems
 from resilience.exit_codes import ExitCode
+from training.config_rules import model_errors
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
     from data.tokenizer import Tokenizer
     from evaluation.generation import Completion
-    from evaluation.inference import Loaded
+    from evaluation.inference import InferenceContext
 
 TOLD = 10  # bad lines of a file of prompts, after which the others are counted
 
@@ -41,7 +41,7 @@ class Prompt:
 
 
 def check_mesh(
-    config: GenerateProgram, model: ModelConfig
+    config: GenerateJobConfig, model: ModelConfig
 ) -> tuple[ParallelConfig, Processes, MeshShape]:
     """How the model is spread; raises `ConfigError` with every problem."""
     # A step has one column, which nobody can cut along seq.
@@ -55,14 +55,14 @@ def check_mesh(
     processes, more = plan_processes(parallel)
     mesh, of_mesh = resolve_mesh(parallel, processes.world_size)
     if not problems:
-        problems = more + (of_mesh or model_problems(mesh, parallel, model, model.max_seq_len))
+        problems = more + (of_mesh or model_errors(mesh, parallel, model, model.max_seq_len))
     if problems:
         raise ConfigError(problems)
     return parallel, processes, mesh
 
 
 def read_prompts(
-    config: GenerateProgram, tokenizer: "Tokenizer", model: ModelConfig
+    config: GenerateJobConfig, tokenizer: "Tokenizer", model: ModelConfig
 ) -> list[Prompt] | None:
     """The prompts of the command or of the file that it names; None where it gives neither.
 
@@ -175,7 +175,7 @@ def _typed(tokenizer: "Tokenizer", model: ModelConfig) -> Prompt | None:
 
 
 @contextmanager
-def ending_early(loaded: "Loaded") -> Iterator[None]:
+def ending_early(loaded: "InferenceContext") -> Iterator[None]:
     """Ends the program where a person stops it or reads no further; the first process decides."""
     if not loaded.fabric.is_global_zero:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child ends with the main process
@@ -199,17 +199,19 @@ class Completer:
     The time of a batch's first tokens is that of its prompts; what comes after is generation.
     """
 
-    def __init__(self, config: GenerateProgram, loaded: "Loaded", tokenizer: "Tokenizer") -> None:
+    def __init__(
+        self, config: GenerateJobConfig, loaded: "InferenceContext", tokenizer: "Tokenizer"
+    ) -> None:
         from evaluation.generation import Sampling
+        from evaluation.generation_sync import GenerationSync
         from formats.tokenizers import stop_ids
-        from evaluation.generation_sync import MeshAgreement
 
         self.config, self.loaded = config, loaded
         self.tells = loaded.fabric.is_global_zero  # and the other processes say nothing
         self.sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
         self.stop = stop_ids(tokenizer)
         mesh = loaded.strategy.device_mesh
-        self.agree = MeshAgreement(mesh, loaded.fabric.device)
+        self.agree = GenerationSync(mesh, loaded.fabric.device)
         self.prompts = 0
         self.prompt_tokens, self.prompt_seconds = 0, 0.0
         self.new_tokens, self.later_tokens, self.later_seconds = 0, 0, 0.0

@@ -7,32 +7,32 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli.config import ConfigError, EvaluateJobConfig
 from data.errors import DataError
 from formats.errors import FormatError
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.mesh import MeshShape, Processes, plan_processes, resolve_mesh
-from cli.config import ConfigError, EvaluateProgram
-from training.config_rules import model_problems
+from training.config_rules import model_errors
 
 if TYPE_CHECKING:
     from data.dataset import Dataset
     from data.tokenizer import Tokenizer
+    from evaluation.inference import InferenceContext
     from evaluation.language_model import LlameshModel
     from formats.weights import Weights
-    from evaluation.inference import Loaded
 
 LONGEST_WINDOW = 2048  # tokens, where neither a run nor a key tells
 FIGURES = "evaluation.json"
 
 
-def check_tasks(config: EvaluateProgram) -> None:
+def check_tasks(config: EvaluateJobConfig) -> None:
     """Whether the tasks can be run; raises `ConfigError` with every problem."""
     if not config.tasks:
         return
-    from evaluation.harness import task_problems
+    from evaluation.harness import task_errors
 
-    problems = task_problems(config.tasks, config.task_folder)
+    problems = task_errors(config.tasks, config.task_folder)
     if config.parallel.cp > 1:
         problems.append(
             f"parallel.cp ({config.parallel.cp}) cuts sequences, and tasks generate text token by "
@@ -42,7 +42,7 @@ def check_tasks(config: EvaluateProgram) -> None:
         raise ConfigError(problems)
 
 
-def held_out_of(config: EvaluateProgram, weights: "Weights") -> "tuple[Dataset | None, int]":
+def held_out_of(config: EvaluateJobConfig, weights: "Weights") -> "tuple[Dataset | None, int]":
     """The text to measure the loss on, and the length of its windows in tokens.
 
     It is the run's own, or what `evaluation.data` names. Without either there is none, which is
@@ -59,12 +59,12 @@ def held_out_of(config: EvaluateProgram, weights: "Weights") -> "tuple[Dataset |
     folder = evaluation.data or data.get("folder")
     longest = min(weights.model.max_seq_len, LONGEST_WINDOW)
     seq_len = evaluation.seq_len or train.get("seq_len") or longest
-    if evaluation.data is None and (folder is None or data.get("stream_lanes") is not None):
+    if evaluation.data is None and (folder is None or data.get("stream_shards") is not None):
         if config.tasks:
             return None, seq_len
         if folder is not None:
             raise DataError(
-                f"data.stream_lanes ({data['stream_lanes']}) of this checkpoint's run means that "
+                f"data.stream_shards ({data['stream_shards']}) of this checkpoint's run means that "
                 "it was trained straight from a dataset, of which nothing is held out: there is "
                 "nothing to evaluate on. Set evaluation.data to a prepared folder, or name tasks"
             )
@@ -105,7 +105,7 @@ def _check_tokens(dataset: "Dataset", weights: "Weights") -> None:
 
 
 def check_mesh(
-    config: EvaluateProgram, model: ModelConfig, seq_len: int
+    config: EvaluateJobConfig, model: ModelConfig, seq_len: int
 ) -> tuple[ParallelConfig, Processes, MeshShape]:
     """How this evaluation is spread; raises `ConfigError` with every problem."""
     parallel = config.parallel
@@ -114,26 +114,26 @@ def check_mesh(
     processes, problems = plan_processes(parallel)
     mesh, more = resolve_mesh(parallel, processes.world_size)
     # Any number of windows goes: every data rank takes micro-batches of its own.
-    problems += more or model_problems(mesh, parallel, model, seq_len)
+    problems += more or model_errors(mesh, parallel, model, seq_len)
     if problems:
         raise ConfigError(problems)
     return parallel, processes, mesh
 
 
 def harness_model(
-    config: EvaluateProgram, loaded: "Loaded", tokenizer: "Tokenizer"
+    config: EvaluateJobConfig, loaded: "InferenceContext", tokenizer: "Tokenizer"
 ) -> "LlameshModel":
     """The model as lm-eval asks it; every process has one, and deals with its share."""
     import torch.distributed as dist
 
+    from evaluation.generation_sync import GenerationSync
     from evaluation.language_model import LlameshModel
     from formats.tokenizers import stop_ids
-    from evaluation.generation_sync import MeshAgreement
 
     def gather(own: list[Any]) -> list[list[Any]]:
         shares: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shares, own)
-        return shares[:: loaded.mesh.peers]  # peers have the same
+        return shares[:: loaded.mesh.ranks_per_sample]  # peers have the same
 
     return LlameshModel(
         loaded.model,
@@ -144,12 +144,12 @@ def harness_model(
         data_rank=loaded.data_rank,
         data_size=loaded.mesh.dp,
         gather=gather,
-        agree=MeshAgreement(loaded.strategy.device_mesh, loaded.fabric.device),
+        agree=GenerationSync(loaded.strategy.device_mesh, loaded.fabric.device),
         is_first=loaded.fabric.is_global_zero,
     )
 
 
-def number_format(config: EvaluateProgram, loaded: "Loaded") -> str:
+def number_format(config: EvaluateJobConfig, loaded: "InferenceContext") -> str:
     """In which numbers the model computes: `float32` or `bfloat16`."""
     from parallel.data_parallel import mixed_precision
 
@@ -166,7 +166,7 @@ def versions(harness: bool) -> dict[str, str]:
     return found
 
 
-def write_figures(config: EvaluateProgram, figures: dict[str, Any]) -> None:
+def write_figures(config: EvaluateJobConfig, figures: dict[str, Any]) -> None:
     """Writes `evaluation.json` whole or not at all.
 
     Raises:

@@ -23,14 +23,14 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
+from checkpoint.files import HashedFiles, damage_of, read_manifest
+from checkpoint.position import Position
+from checkpoint.saving import commit, write_beside, write_manifest
 from formats.configuration import checked
 from formats.errors import FormatError
 from formats.pieces import Piece, StoredTensor, unreadable
 from formats.weights import Weights, check_tensors, parameter_shapes
 from model.config import ModelConfig
-from checkpoint.files import HashedFiles, damage_of, read_manifest
-from checkpoint.saving import commit, write_beside, write_manifest
-from checkpoint.position import Position
 
 PREFIX = "model."  # of the weights' names in the files, beside the optimizer's
 

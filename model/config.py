@@ -81,7 +81,7 @@ class ModelConfig:
             if getattr(self, key) < 1:
                 found.append(f"model.{key} ({getattr(self, key)}) is not positive: use 1 or more")
         if not found:
-            found += self._head_problems()
+            found += self._head_errors()
         if not self.norm_eps > 0:
             found.append(f"model.norm_eps ({self.norm_eps}) is not positive: use 1e-5")
         if not self.rope_theta > 1:
@@ -90,7 +90,7 @@ class ModelConfig:
             found += self.rope_scaling.problems()
         return found
 
-    def _head_problems(self) -> list[str]:
+    def _head_errors(self) -> list[str]:
         """The rules that tie dim and the numbers of heads together, which are all positive."""
         found = []
         if self.n_heads % self.n_kv_heads:

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from model.llama import Llama
 from model.kernels import onednn_linear as products
+from model.llama import Llama
 
 aten = torch.ops.aten
 _KEPT = {

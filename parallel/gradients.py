@@ -14,7 +14,7 @@ NORM_ROW = 4096
 
 @torch.no_grad()
 def clip_grad_norm(
-    model: torch.nn.Module, max_norm: float, riders: Tensor
+    model: torch.nn.Module, max_norm: float, extra_scalars: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Scales the gradients so that their global 2-norm is at most `max_norm`, with one reduction.
 
@@ -25,10 +25,10 @@ def clip_grad_norm(
     Args:
         model: Every parameter a DTensor, or all plain; those without a gradient are left out.
         max_norm: Infinity leaves the gradients as they are.
-        riders: (n), this process's shares of other sums.
+        extra_scalars: (n), this process's shares of other sums.
 
     Returns:
-        The norm before clipping, a float32 scalar, and `riders` summed over all processes (n), in
+        The norm before clipping, a float32 scalar, and `extra_scalars` summed over all processes (n), in
         float64 on CPU and float32 on CUDA; both the same on every rank. Where the norm is not
         finite, neither are the gradients, scaled or not: the step is to be skipped.
     """
@@ -40,7 +40,7 @@ def clip_grad_norm(
         precise, norms = torch.float32, list(torch._foreach_norm(local, 2, dtype=torch.float32))
     torch._foreach_div_(norms, [_copies(gradient) ** 0.5 for gradient in gradients])
     squares = torch.stack(norms).square().sum()
-    sums = torch.cat([squares.view(1), riders.to(precise)])  # (1 + n)
+    sums = torch.cat([squares.view(1), extra_scalars.to(precise)])  # (1 + n)
     torch.distributed.all_reduce(sums)
     norm = sums[0].sqrt().float()
     # As in torch.nn.utils.clip_grad_norm_: never scales up, and no host synchronisation.

@@ -8,14 +8,14 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch.distributed import DistNetworkError
 
+from cli.errors import LaunchError
 from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.host_memory import keep_freed_memory
 from parallel.mesh import MeshShape, Processes
 from parallel.parallelize import parallelize
+from parallel.quiet import quieten
 from parallel.slurm import rendezvous
 from parallel.strategy import MeshStrategy, end_with_main_process, end_with_torchrun
-from cli.errors import LaunchError
-from parallel.host_memory import keep_freed_memory
-from parallel.quiet import quieten
 from resilience.watchdog import Watchdog
 
 

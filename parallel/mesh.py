@@ -42,7 +42,7 @@ class MeshShape:
         return self.dp_replicate * self.dp_shard
 
     @property
-    def peers(self) -> int:
+    def ranks_per_sample(self) -> int:
         """Number of ranks that read the same samples, and compute one loss together."""
         return self.cp * self.tp
 
@@ -112,8 +112,8 @@ def plan_processes(
     if started is not None:
         processes = Processes(accelerator, started.per_node, started.num_nodes, started.launcher)
         if started.launcher == "srun":
-            problems += _task_problems(environment)
-        problems += started_problems(config, started)
+            problems += _task_errors(environment)
+        problems += started_errors(config, started)
     else:
         if in_slurm(environment):
             problems.append(
@@ -132,7 +132,7 @@ def plan_processes(
     return processes, problems
 
 
-def started_problems(config: ParallelConfig, started: Processes) -> list[str]:
+def started_errors(config: ParallelConfig, started: Processes) -> list[str]:
     """Where the processes that a launcher starts are not those that the configuration asks for."""
     return [
         f"parallel.{key} ({asked}) is not what {started.launcher} started ({there}): "
@@ -142,7 +142,7 @@ def started_problems(config: ParallelConfig, started: Processes) -> list[str]:
     ]
 
 
-def _task_problems(environment: Mapping[str, str]) -> list[str]:
+def _task_errors(environment: Mapping[str, str]) -> list[str]:
     """What is wrong with the tasks that `srun` started."""
     tasks = tasks_per_node(environment)
     if len(set(tasks)) > 1:

@@ -13,6 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from model.config import ModelConfig
 from model.init import initialize
+from model.kernels.onednn_linear import apply_onednn_products, multiplies_by_onednn
 from model.llama import Llama
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.compilation import apply_async_tensor_parallel, apply_compile
@@ -21,7 +22,6 @@ from parallel.context_parallel import apply_context_parallel
 from parallel.data_parallel import apply_data_parallel, mixed_precision
 from parallel.float8 import apply_float8
 from parallel.mixed_precision import apply_mixed_precision
-from model.kernels.onednn_linear import apply_onednn_products, multiplies_by_onednn
 from parallel.tensor_parallel import apply_tensor_parallel
 
 

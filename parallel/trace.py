@@ -173,4 +173,4 @@ def _run(llama: Any, strategy: MeshStrategy, step: Step) -> None:
     for place in range(1, step.micro_batches + 1):
         with strategy.micro_batch_sync.no_backward_sync(llama, place < step.micro_batches):
             (llama(tokens, tokens, tokens) / n_targets).backward()
-    clip_grad_norm(llama, max_norm=1.0, riders=torch.empty(RIDERS))
+    clip_grad_norm(llama, max_norm=1.0, extra_scalars=torch.empty(RIDERS))

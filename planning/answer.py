@@ -13,23 +13,25 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
+from cli.arguments import CONF
+from planning.config import PlanJobConfig
+from planning.fit_check import LOCAL, PlanRequest, given_choice
 from planning.memory import Memory
 from planning.plan import RunPlan, capacity, plan_run
-from planning.search import Choice, Question, fewest_devices, remedy, search
-from cli.arguments import CONF
-from planning.config import PlanProgram
 from planning.plan_json import plan_record, search_record
-from planning.tables import stage_names, tell_plan, tell_search
-from planning.fit_check import LOCAL, Asked, given_choice
+from planning.search import Choice, SearchSpace, fewest_devices, remedy, search
+from planning.tables import print_plan, print_search, stage_names
 from training.console import Console
 
 # The keys of plan.py that train.py does not have.
 OWN = ("hardware", "devices", "tokens", "trace", "search", "calibrate", "output")
 
 
-def answer_plan(config: PlanProgram) -> bool:
+def answer_plan(config: PlanJobConfig) -> bool:
     """Tells the plan of a configuration as it stands; returns whether it fits."""
-    asked = Asked(config, config.hardware.accelerator, config.budget, config.hopper).question()
+    asked = PlanRequest(
+        config, config.hardware.accelerator, config.budget, config.hopper
+    ).search_space()
     choice = given_choice(config, config.mesh)
     jobs = asked.jobs(choice)
     if config.trace:
@@ -39,7 +41,7 @@ def answer_plan(config: PlanProgram) -> bool:
     else:
         plan = plan_run(jobs, config.hardware)
     console = Console(enabled=True)
-    tell_plan(console, config, plan)
+    print_plan(console, config, plan)
     record = plan_record(config, plan)
     if not plan.fits:
         told = _would_fit(config, asked, choice, plan)
@@ -54,19 +56,21 @@ def answer_plan(config: PlanProgram) -> bool:
     return plan.fits
 
 
-def answer_search(config: PlanProgram) -> bool:
+def answer_search(config: PlanJobConfig) -> bool:
     """Tells the best of all that may be chosen for so many devices; returns whether any fits."""
-    asked = Asked(config, config.hardware.accelerator, config.budget, config.hopper).question()
+    asked = PlanRequest(
+        config, config.hardware.accelerator, config.budget, config.hopper
+    ).search_space()
     found = search(asked, config.n_devices, config.hardware)
     console = Console(enabled=True)
     commands = [command(choice) for choice, _ in found.best]
-    tell_search(console, config, found, commands)
+    print_search(console, config, found, commands)
     record: dict[str, Any] = search_record(config, found, commands)
     if found.best:
         best = found.best[0][1]
         console.note("The best one:")
         console.note("")
-        tell_plan(console, config, best)
+        print_plan(console, config, best)
         record["best_plan"] = plan_record(config, best)
     else:
         told = _fewest(config, asked, config.n_devices)
@@ -99,7 +103,7 @@ def command(choice: Choice) -> str:
     return " ".join(["python train.py", *map(shlex.quote, kept), *choice.overrides])
 
 
-def _would_fit(config: PlanProgram, asked: Question, choice: Choice, plan: RunPlan) -> str:
+def _would_fit(config: PlanJobConfig, asked: SearchSpace, choice: Choice, plan: RunPlan) -> str:
     """What would fit, in words to type."""
     found = remedy(asked, choice, lambda job: plan.fullest.capacity)
     if found is None:
@@ -108,7 +112,7 @@ def _would_fit(config: PlanProgram, asked: Question, choice: Choice, plan: RunPl
     return f"Fits on as many devices with {' '.join(new)}; search=true finds the fastest."
 
 
-def _fewest(config: PlanProgram, asked: Question, more_than: int) -> str:
+def _fewest(config: PlanJobConfig, asked: SearchSpace, more_than: int) -> str:
     """The smallest number of devices that would do."""
     hardware = config.hardware
     found = fewest_devices(
@@ -128,7 +132,7 @@ def _fewest(config: PlanProgram, asked: Question, more_than: int) -> str:
 
 def _write(
     console: Console,
-    config: PlanProgram,
+    config: PlanJobConfig,
     record: dict[str, Any],
     bars: Sequence[tuple[str, Memory]],
     room: int,

@@ -5,23 +5,23 @@ from typing import Any, cast
 
 from omegaconf import DictConfig
 
+from cli.arguments import CONF, hydra_arguments, quoted
+from cli.config import JobConfig, Rule, load_train_config
 from data.config import DataConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, resolve_mesh
+from planning.fit_check import planned_errors
 from planning.hardware import Hardware, load_hardware
-from cli.arguments import CONF, hydra_arguments, quoted
-from cli.config import Rule, TrainProgram, load_train_config
-from planning.fit_check import planned_problems
-from training.precision_rules import fp8_size_problems
-from training.config_rules import of_every_stage, saving_problems
 from training.config import TrainConfig
+from training.config_rules import of_every_stage, saving_errors
+from training.precision_rules import fp8_size_errors
 
 SECTIONS = ("parallel", "precision", "model", "train", "data", "hardware", "devices", "search")
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanProgram(TrainProgram):
+class PlanJobConfig(JobConfig):
     """The whole configuration of `plan.py`; conf/plan.yaml explains its own keys."""
 
     hardware: Hardware
@@ -77,7 +77,7 @@ def planned_devices(parallel: ParallelConfig, hardware: Hardware, devices: int |
     return -(-asked // others) * others
 
 
-def load_plan_config(composed: DictConfig) -> PlanProgram:
+def load_plan_config(composed: DictConfig) -> PlanJobConfig:
     """The typed configuration of `plan.py`.
 
     Raises:
@@ -85,15 +85,15 @@ def load_plan_config(composed: DictConfig) -> PlanProgram:
             itself, so that of the configuration need not be one.
     """
     rules: tuple[Rule, ...] = (
-        (("devices", "tokens"), _number_problems),
-        (("parallel", "precision", "hardware"), _hardware_problems),
-        (SECTIONS, _mesh_problems),
-        (("checkpoint", "faults"), saving_problems),
+        (("devices", "tokens"), _number_errors),
+        (("parallel", "precision", "hardware"), _hardware_errors),
+        (SECTIONS, _mesh_errors),
+        (("checkpoint", "faults"), saving_errors),
     )
-    return cast(PlanProgram, load_train_config(composed, *rules, program=PlanProgram))
+    return cast(PlanJobConfig, load_train_config(composed, *rules, program=PlanJobConfig))
 
 
-def _number_problems(devices: int | None, tokens: int | None) -> list[str]:
+def _number_errors(devices: int | None, tokens: int | None) -> list[str]:
     found = []
     if devices is not None and devices < 1:
         found.append(
@@ -107,7 +107,7 @@ def _number_problems(devices: int | None, tokens: int | None) -> list[str]:
     return found
 
 
-def _hardware_problems(
+def _hardware_errors(
     parallel: ParallelConfig, precision: PrecisionConfig, hardware: Hardware
 ) -> list[str]:
     """What the hardware lacks for what is asked."""
@@ -126,7 +126,7 @@ def _hardware_problems(
     return found
 
 
-def _mesh_problems(
+def _mesh_errors(
     parallel: ParallelConfig,
     precision: PrecisionConfig,
     model: ModelConfig,
@@ -142,7 +142,7 @@ def _mesh_problems(
     mesh, problems = resolve_mesh(parallel, planned_devices(parallel, hardware, devices))
     if problems:
         return problems
-    found = planned_problems(
+    found = planned_errors(
         hardware.accelerator,
         mesh,
         parallel,
@@ -153,7 +153,7 @@ def _mesh_problems(
         has_hopper(hardware),
     )
     return found + of_every_stage(
-        train, data, lambda sizes: fp8_size_problems(mesh, precision, model, sizes)
+        train, data, lambda sizes: fp8_size_errors(mesh, precision, model, sizes)
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from cli.config import ConfigError, JobConfig
 from data.config import DataConfig
 from data.stages import plan_stages
 from model.config import ModelConfig
@@ -18,12 +19,11 @@ from planning.hardware import PROCESS_GIB, Hardware, hardware_of, load_hardware
 from planning.job import Job, resolved_precision
 from planning.memory import Memory
 from planning.plan import GIB, PARTS, plan_run
-from planning.search import Choice, Question, fewest_devices, fullest, remedy
-from cli.config import ConfigError, TrainProgram
-from training.precision_rules import fp8_size_problems
-from training.preflight import mesh_problems
-from training.config_rules import batch_problems, device_problems, of_every_stage
+from planning.search import Choice, SearchSpace, fewest_devices, fullest, remedy
 from training.config import TrainConfig
+from training.config_rules import batch_errors, device_errors, of_every_stage
+from training.precision_rules import fp8_size_errors
+from training.preflight import mesh_errors
 
 LOCAL = "local"
 """The hardware file that `plan.py calibrate=true` writes of this machine."""
@@ -31,7 +31,7 @@ CONTEXT_GIB = 0.5
 """What CUDA keeps for itself on a GPU that no hardware file knows."""
 
 
-def given_choice(config: TrainProgram, mesh: MeshShape) -> Choice:
+def given_choice(config: JobConfig, mesh: MeshShape) -> Choice:
     """What a configuration has chosen itself."""
     parallel = config.parallel
     return Choice(
@@ -43,24 +43,24 @@ def given_choice(config: TrainProgram, mesh: MeshShape) -> Choice:
     )
 
 
-class Asked:
+class PlanRequest:
     """One configuration: the jobs that it asks for, and the rules on what may be chosen for it."""
 
     def __init__(
-        self, config: TrainProgram, accelerator: str, tokens: int, hopper: bool = True
+        self, config: JobConfig, accelerator: str, tokens: int, hopper: bool = True
     ) -> None:
         self.config, self.accelerator, self.tokens = config, accelerator, tokens
         self.hopper = hopper
         self.precision = resolved_precision(config.precision, accelerator)
 
-    def question(self) -> Question:
+    def search_space(self) -> SearchSpace:
         """The same as the search takes it."""
         batch = self.config.train.global_batch_size
-        return Question(
+        return SearchSpace(
             parallel=self.config.parallel,
             share=lambda mesh: batch // mesh.dp,
-            mesh_problems=self.mesh_problems,
-            choice_problems=self.choice_problems,
+            mesh_errors=self.mesh_errors,
+            choice_errors=self.choice_errors,
             jobs=self.jobs,
         )
 
@@ -94,11 +94,11 @@ class Asked:
             tokens[job] = tokens.get(job, 0) + own
         return list(tokens.items())
 
-    def mesh_problems(self, mesh: MeshShape) -> list[str]:
+    def mesh_errors(self, mesh: MeshShape) -> list[str]:
         """What `train.py` has against a mesh, however a rank computes on it."""
         config = self.config
         whole = replace(config.train, micro_batch_size=None)
-        return planned_problems(
+        return planned_errors(
             self.accelerator,
             mesh,
             config.parallel,
@@ -109,7 +109,7 @@ class Asked:
             self.hopper,
         )
 
-    def choice_problems(self, choice: Choice) -> list[str]:
+    def choice_errors(self, choice: Choice) -> list[str]:
         """What it has against the rest of a choice; of one stage the share's divisors all do."""
         config = self.config
         if self.precision.fp8 is None and not config.data.stages:
@@ -119,13 +119,13 @@ class Asked:
             train,
             config.data,
             lambda sizes: (
-                batch_problems(choice.mesh, sizes)
-                or fp8_size_problems(choice.mesh, self.precision, config.model, sizes)
+                batch_errors(choice.mesh, sizes)
+                or fp8_size_errors(choice.mesh, self.precision, config.model, sizes)
             ),
         )
 
 
-def planned_problems(
+def planned_errors(
     accelerator: str,
     mesh: MeshShape,
     parallel: ParallelConfig,
@@ -136,14 +136,14 @@ def planned_problems(
     hopper: bool,
 ) -> list[str]:
     """The rules of `train.py` for a mesh of devices that need not be on this machine."""
-    of_device = device_problems(accelerator, mesh, parallel, precision, model, lambda: hopper)
-    return of_device + mesh_problems(mesh, parallel, model, train, data)
+    of_device = device_errors(accelerator, mesh, parallel, precision, model, lambda: hopper)
+    return of_device + mesh_errors(mesh, parallel, model, train, data)
 
 
 # ---------------------------------------------------------------- before a run begins
 
 
-def check_plan(config: TrainProgram, processes: Processes, mesh: MeshShape) -> str | None:
+def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str | None:
     """The planner's verdict in a line, or None where `run.plan_check` is off.
 
     Raises:
@@ -153,7 +153,7 @@ def check_plan(config: TrainProgram, processes: Processes, mesh: MeshShape) -> s
         return None
     hardware, room = this_machine(processes)
     tokens = config.stages().first_token(config.train.max_steps)
-    question = Asked(config, processes.accelerator, tokens).question()
+    question = PlanRequest(config, processes.accelerator, tokens).search_space()
     given = given_choice(config, mesh)
     jobs = question.jobs(given)
     _, memory = fullest(jobs)
@@ -170,7 +170,7 @@ def check_plan(config: TrainProgram, processes: Processes, mesh: MeshShape) -> s
     raise ConfigError([f"{problem}; run.plan_check=warn begins all the same"])
 
 
-def tell_plan(verdict: str | None) -> None:
+def print_fit_check(verdict: str | None) -> None:
     """Prints the verdict, on the first process."""
     if verdict is not None and is_first_process():
         print(verdict, flush=True)
@@ -182,7 +182,7 @@ def parts(memory: Memory) -> str:
     return ", ".join(f"{part} {size / GIB:.2f}" for size, part in sizes[:3])
 
 
-def _remedy(question: Question, given: Choice, room: int, per_node: int) -> str:
+def _remedy(question: SearchSpace, given: Choice, room: int, per_node: int) -> str:
     """What would fit, as words to type."""
 
     def of_rank(job: Job) -> int:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from parallel.mesh import AXES
+from planning.config import PlanJobConfig
 from planning.memory import Memory
 from planning.plan import PARTS, Plan, RunPlan, step_parts
-from planning.search import Found
-from planning.config import PlanProgram
+from planning.search import SearchResult
 
 
-def plan_record(config: PlanProgram, plan: RunPlan) -> dict[str, Any]:
+def plan_record(config: PlanJobConfig, plan: RunPlan) -> dict[str, Any]:
     """All stages, and what they come to."""
     first = plan.stages[0]
     return {
@@ -66,7 +66,9 @@ def memory_record(memory: Memory) -> dict[str, Any]:
     return {**parts, "peak": memory.peak, "moment": memory.moment}
 
 
-def search_record(config: PlanProgram, found: Found, commands: Sequence[str]) -> dict[str, Any]:
+def search_record(
+    config: PlanJobConfig, found: SearchResult, commands: Sequence[str]
+) -> dict[str, Any]:
     """A search as JSON."""
     return {
         "model": config.model.name,

@@ -69,7 +69,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Question:
+class SearchSpace:
     """What is asked, and by which rules: the planner's view of one configuration.
 
     Args:
@@ -81,8 +81,8 @@ class Question:
 
     parallel: ParallelConfig
     share: Callable[[MeshShape], int]
-    mesh_problems: Callable[[MeshShape], list[str]]
-    choice_problems: Callable[[Choice], list[str]]
+    mesh_errors: Callable[[MeshShape], list[str]]
+    choice_errors: Callable[[Choice], list[str]]
     jobs: Callable[[Choice], Sequence[tuple[Job, int | None]]]
 
 
@@ -95,7 +95,7 @@ class Reason:
 
 
 @dataclass
-class Found:
+class SearchResult:
     """What a search found: the best first, and why the others are not there."""
 
     candidates: int = 0
@@ -123,7 +123,7 @@ def divisors(number: int) -> list[int]:
     return low + [number // n for n in reversed(low) if n * n != number]
 
 
-def choices(mesh: MeshShape, question: Question) -> Iterator[Choice]:
+def choices(mesh: MeshShape, question: SearchSpace) -> Iterator[Choice]:
     """Everything that may be chosen on a mesh that the rules allow."""
     given = question.parallel.activation_checkpoint
     kept = KEPT if given in KEPT else (given, *KEPT)
@@ -135,18 +135,18 @@ def choices(mesh: MeshShape, question: Question) -> Iterator[Choice]:
             yield Choice(mesh, size, recomputed, reshard, reduction)
 
 
-def search(question: Question, devices: int, hardware: Hardware, keep: int = 10) -> Found:
+def search(question: SearchSpace, devices: int, hardware: Hardware, keep: int = 10) -> SearchResult:
     """Plans every choice for so many devices; the `keep` fastest of those that fit come back."""
-    found = Found()
+    found = SearchResult()
     fitting: list[tuple[Choice, RunPlan]] = []
     for mesh in meshes(devices):
-        if problems := question.mesh_problems(mesh):
+        if problems := question.mesh_errors(mesh):
             found.candidates += 1
             found.refuse(f"the rules: {_without_numbers(problems[0])}", f"{mesh}: {problems[0]}")
             continue
         for choice in choices(mesh, question):
             found.candidates += 1
-            if problems := question.choice_problems(choice):
+            if problems := question.choice_errors(choice):
                 found.refuse(f"the rules: {_without_numbers(problems[0])}", problems[0])
                 continue
             jobs = question.jobs(choice)
@@ -195,7 +195,7 @@ def _without_numbers(problem: str) -> str:
 # ---------------------------------------------------------------- where nothing fits
 
 
-def remedy(question: Question, given: Choice, room: Callable[[Job], int]) -> Choice | None:
+def remedy(question: SearchSpace, given: Choice, room: Callable[[Job], int]) -> Choice | None:
     """What would fit on as many devices and is nearest to what was given; None where nothing does.
 
     First the same mesh with another micro-batch size, with more recomputed, with weights freed
@@ -204,10 +204,10 @@ def remedy(question: Question, given: Choice, room: Callable[[Job], int]) -> Cho
     Args:
         room: The bytes that a rank may hold.
     """
-    on_same = [] if question.mesh_problems(given.mesh) else [given.mesh]
+    on_same = [] if question.mesh_errors(given.mesh) else [given.mesh]
     others = sorted(meshes(given.mesh.world_size), key=lambda mesh: _distance(mesh, given.mesh))
     for mesh in [*on_same, *others]:
-        if question.mesh_problems(mesh):
+        if question.mesh_errors(mesh):
             continue
         ordered = sorted(
             choices(mesh, question),
@@ -220,7 +220,7 @@ def remedy(question: Question, given: Choice, room: Callable[[Job], int]) -> Cho
             ),
         )
         for choice in ordered:
-            if question.choice_problems(choice):
+            if question.choice_errors(choice):
                 continue
             job, memory = fullest(question.jobs(choice))
             if memory.peak <= room(job):
@@ -240,7 +240,7 @@ def _distance(mesh: MeshShape, given: MeshShape) -> tuple[int, ...]:
 
 
 def fewest_devices(
-    question: Question, room: Callable[[Job], int], more_than: int, per_node: int
+    question: SearchSpace, room: Callable[[Job], int], more_than: int, per_node: int
 ) -> tuple[int, Choice] | None:
     """The smallest number of devices on which something fits, and what; None where no number does.
 
@@ -261,7 +261,7 @@ def fewest_devices(
         if more_than < (size := shard * cp * tp) and (size % per_node == 0 or per_node % size == 0)
     ]
     for mesh in sorted(wider, key=lambda mesh: (mesh.world_size, mesh.tp, mesh.cp)):
-        if question.mesh_problems(mesh):
+        if question.mesh_errors(mesh):
             continue
         reshard = True if mesh.dp_shard * mesh.cp > 1 else None
         frugal: tuple[tuple[int, Reduction], ...] = (
@@ -271,7 +271,7 @@ def fewest_devices(
         )
         for size, reduction in frugal:
             choice = Choice(mesh, size, "full", reshard, reduction)
-            if not question.choice_problems(choice):
+            if not question.choice_errors(choice):
                 job, memory = fullest(question.jobs(choice))
                 if memory.peak <= room(job):
                     return mesh.world_size, choice

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from parallel.mesh import AXES
+from planning.config import PlanJobConfig
 from planning.plan import DAY, GIB, PARTS, Plan, RunPlan, step_parts
-from planning.search import Found
-from planning.config import PlanProgram
+from planning.search import SearchResult
 from training.console import Console, compact
 
 
-def tell_plan(console: Console, config: PlanProgram, plan: RunPlan) -> None:
+def print_plan(console: Console, config: PlanJobConfig, plan: RunPlan) -> None:
     """Everything about a plan, the answer last."""
     first, job = plan.stages[0], plan.stages[0].job
     names = stage_names(plan)
@@ -77,7 +77,7 @@ def _batch(plan: Plan) -> str:
     )
 
 
-def _answer_rows(config: PlanProgram, plan: RunPlan) -> list[tuple[str, str]]:
+def _answer_rows(config: PlanJobConfig, plan: RunPlan) -> list[tuple[str, str]]:
     """The figures that decide."""
     full, first = plan.fullest, plan.stages[0]
     share = f"{gib(full.memory.peak)} of {gib(full.capacity)} GiB"
@@ -97,8 +97,8 @@ def _answer_rows(config: PlanProgram, plan: RunPlan) -> list[tuple[str, str]]:
     return rows
 
 
-def tell_search(
-    console: Console, config: PlanProgram, found: Found, commands: Sequence[str]
+def print_search(
+    console: Console, config: PlanJobConfig, found: SearchResult, commands: Sequence[str]
 ) -> None:
     """The best choices with their words, and why the others are not among them."""
     console.header(
@@ -163,7 +163,7 @@ def _mfu(plan: Plan) -> str:
     return f", MFU {causal:.1%} causal, {full:.1%} full"
 
 
-def _budget(config: PlanProgram) -> str:
+def _budget(config: PlanJobConfig) -> str:
     """Where the number of tokens comes from."""
     if config.tokens is not None:
         return "as asked for"

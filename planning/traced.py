@@ -29,8 +29,8 @@ from parallel.traffic import RIDERS
 from planning.activations import HALF, cuts_tokens, kept_by_block, whole_hidden
 from planning.job import Job
 from planning.memory import Memory
-from planning.moments import FakeAdamW
 from planning.memory_tracker import MemoryTracker
+from planning.moments import FakeAdamW
 
 DEPTHS = (4, 6)  # first, second, last but one and last block differ from those between them
 
@@ -161,7 +161,7 @@ def _step(
             # What is left of it are its gradients, whole until the last one's are reduced.
             tracker.rename("unreduced")
     tracker.phase = "update"
-    clip_grad_norm(llama, max_norm=1.0, riders=torch.empty(RIDERS))
+    clip_grad_norm(llama, max_norm=1.0, extra_scalars=torch.empty(RIDERS))
     optimizer.step()
     for parameter in llama.parameters():
         parameter.grad = None

@@ -91,7 +91,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-class PatientFile:
+class RetryingWriter:
     """Appends lines to a file; those that it refuses are kept, and written before the next one.
 
     So a disk that was full for a while costs no line, unless the process ends before it has space.
@@ -128,7 +128,7 @@ class Ledger:
 
     def __init__(self, path: Path, warn: Callable[[str], None] | None = None) -> None:
         self.path = path
-        self._file = PatientFile(path, durable=True)
+        self._file = RetryingWriter(path, durable=True)
         self._warn = warn or logging.getLogger(__name__).warning
         self._warned = False
         self._next_progress = 0.0

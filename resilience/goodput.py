@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from training.console import duration
 from resilience.event_log import read_json_lines
+from training.console import duration
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The watch over losses and gradients: what each step gave, and what follows when it is bad.
 
 A step leaves its loss and norm on the device, where the optimizer itself looks whether they are
-finite (`not_finite`). `VitalsReader` brings them to the host without making it wait, and `Judge`
+finite (`not_finite`). `AsyncStatsReader` brings them to the host without making it wait, and `LossMonitor`
 decides: go on, rewind and leave out the batches that were bad, or give up. Every rank reads the
 same values in the same order, so all decide alike. What a rewind does is the training loop's.
 """
@@ -34,7 +34,7 @@ def not_finite(values: Tensor) -> Tensor:
 # ---------------------------------------------------------------- from the device to the host
 
 
-class Vitals(NamedTuple):
+class StepStats(NamedTuple):
     """What one step gave, on the host; the same on every rank.
 
     `step` counts optimizer steps from 1; `batch` is the number of its batch in the order, from 0;
@@ -54,7 +54,7 @@ class Vitals(NamedTuple):
         return f"samples {self.samples[0]} to {self.samples[1] - 1}"
 
 
-class VitalsReader:
+class AsyncStatsReader:
     """Reads each step's values without waiting for the device: on CUDA one step late.
 
     Only the type of the device decides about that, so all ranks read the same step at a time. The
@@ -63,15 +63,15 @@ class VitalsReader:
 
     def __init__(self, device_type: str) -> None:
         self.lag = 1 if device_type == "cuda" else 0
-        self._pending: deque[tuple[Vitals, Tensor, Any]] = deque()
+        self._pending: deque[tuple[StepStats, Tensor, Any]] = deque()
 
-    def read(self, step: int, batch: int, samples: Range, values: Tensor) -> list[Vitals]:
+    def read(self, step: int, batch: int, samples: Range, values: Tensor) -> list[StepStats]:
         """Takes the values of the step just queued; gives back those of steps that are due.
 
         Args:
             values: (2 + requests), loss, norm and requests, on the device.
         """
-        vitals = Vitals(step, batch, samples, 0.0, 0.0)
+        vitals = StepStats(step, batch, samples, 0.0, 0.0)
         if values.is_cuda:
             host = torch.empty_like(values, device="cpu", pin_memory=True)
             host.copy_(values, non_blocking=True)
@@ -82,7 +82,7 @@ class VitalsReader:
             self._pending.append((vitals, values, None))
         return self._take(len(self._pending) - self.lag)
 
-    def drain(self) -> list[Vitals]:
+    def flush(self) -> list[StepStats]:
         """What has not been given back yet, waited for: before a save, and at the end."""
         return self._take(len(self._pending))
 
@@ -90,7 +90,7 @@ class VitalsReader:
         """Forgets what has not been given back yet: after a rewind it never was."""
         self._pending.clear()
 
-    def _take(self, count: int) -> list[Vitals]:
+    def _take(self, count: int) -> list[StepStats]:
         taken = []
         for _ in range(count):
             vitals, values, copied = self._pending.popleft()
@@ -106,23 +106,23 @@ class VitalsReader:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class MonitorAction:
     """What follows from a step: nothing, something to tell, a rewind, or the end of the run.
 
     `told` is for people; `event` and `fields` for the ledger, None where there is nothing. `rewind`
-    names the batches to leave out from now on; `give_up` says why the run has to end.
+    names the batches to leave out from now on; `abort` says why the run has to end.
     """
 
     told: str | None = None
     event: str | None = None
     fields: Mapping[str, Any] | None = None
     rewind: Range | None = None
-    give_up: str | None = None
+    abort: str | None = None
 
 
 @dataclass
-class Memory:
-    """What the judge remembers of the steps up to here: plain values, part of each checkpoint.
+class MonitorState:
+    """What the monitor remembers of the steps up to here: plain values, part of each checkpoint.
 
     `skipped` updates in all and `in_a_row`, the last ones being from `row_batch` and `row_sample`
     on; mean and variance over the `seen` losses that were no spikes, the latest weighing most;
@@ -139,7 +139,7 @@ class Memory:
     spikes_in_a_row: int = 0
 
 
-class Judge:
+class LossMonitor:
     """Decides from the vitals of one step after the other; it does nothing itself.
 
     Args:
@@ -151,19 +151,18 @@ class Judge:
         self, config: FaultsConfig, rewinds: int = 0, memory: Mapping[str, Any] | None = None
     ) -> None:
         self.config, self.rewinds = config, rewinds
-        self._memory = Memory(**(memory or {}))
+        self._memory = MonitorState(**(memory or {}))
 
-    @property
-    def remembered(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What has to be known to go on as if there had been no stop, ready for JSON."""
         return asdict(self._memory)
 
-    def rewound(self, memory: Mapping[str, Any] | None) -> None:
+    def reset_after_rewind(self, memory: Mapping[str, Any] | None) -> None:
         """Counts a rewind that has been done, and goes on with the memory of its checkpoint."""
         self.rewinds += 1
-        self._memory = Memory(**(memory or {}))
+        self._memory = MonitorState(**(memory or {}))
 
-    def judge(self, vitals: Vitals) -> Verdict:
+    def check(self, vitals: StepStats) -> MonitorAction:
         """What follows from the next step."""
         if not (math.isfinite(vitals.loss) and math.isfinite(vitals.grad_norm)):
             return self._skipped(vitals)
@@ -175,9 +174,9 @@ class Judge:
             return self._spike(vitals, deviations)
         memory.spikes_in_a_row = 0
         self._enter(vitals.loss)
-        return Verdict()
+        return MonitorAction()
 
-    def _skipped(self, vitals: Vitals) -> Verdict:
+    def _skipped(self, vitals: StepStats) -> MonitorAction:
         """An update that no rank made; after too many in a row, more than that."""
         config, memory = self.config, self._memory
         memory.skipped += 1
@@ -190,22 +189,22 @@ class Judge:
             "in all)"
         )
         fields = _fields(vitals) | {"in_a_row": memory.in_a_row, "skipped": memory.skipped}
-        if memory.in_a_row < config.max_in_a_row:
-            return Verdict(told, "skip", fields)
+        if memory.in_a_row < config.max_consecutive_skips:
+            return MonitorAction(told, "skip", fields)
         row = (
             f"{memory.in_a_row} updates in a row were not finite (samples {memory.row_sample} to "
             f"{vitals.samples[1] - 1})"
         )
         if self.rewinds < config.max_rewinds:
             told = f"{told}; {row}: {self._next_rewind()}"
-            return Verdict(told, "skip", fields, rewind=(memory.row_batch, vitals.batch + 1))
-        give_up = (
+            return MonitorAction(told, "skip", fields, rewind=(memory.row_batch, vitals.batch + 1))
+        abort = (
             f"{row}, and no rewind is left of faults.max_rewinds ({config.max_rewinds}): look at "
             "these samples, use a lower optim.lr, or allow more rewinds"
         )
-        return Verdict(told, "skip", fields, give_up=give_up)
+        return MonitorAction(told, "skip", fields, abort=abort)
 
-    def _spike(self, vitals: Vitals, deviations: float) -> Verdict:
+    def _spike(self, vitals: StepStats, deviations: float) -> MonitorAction:
         """A loss far above the others. It stays out of their statistics, until it is the rule."""
         memory = self._memory
         told = (
@@ -216,13 +215,13 @@ class Judge:
         if self.config.rewind_on_spike:
             if self.rewinds < self.config.max_rewinds:
                 told = f"{told}: {self._next_rewind()}"
-                return Verdict(told, "spike", fields, rewind=(vitals.batch, vitals.batch + 1))
+                return MonitorAction(told, "spike", fields, rewind=(vitals.batch, vitals.batch + 1))
             told += f"; no rewind is left of faults.max_rewinds ({self.config.max_rewinds})"
         memory.spikes_in_a_row += 1
         if memory.spikes_in_a_row == WARM_UP:
             told += f"; after {WARM_UP} in a row this is the new level"
             memory.seen = memory.spikes_in_a_row = 0
-        return Verdict(told, "spike", fields)
+        return MonitorAction(told, "spike", fields)
 
     def _next_rewind(self) -> str:
         return (
@@ -250,7 +249,7 @@ class Judge:
         memory.variance = (1 - weight) * (memory.variance + weight * difference**2)
 
 
-def _fields(vitals: Vitals) -> dict[str, Any]:
+def _fields(vitals: StepStats) -> dict[str, Any]:
     """What the ledger holds of a bad step."""
     return {
         "step": vitals.step,

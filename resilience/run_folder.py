@@ -19,7 +19,7 @@ from training.resume_policy import (
     beginning_refusal,
     compare,
     compare_beginning,
-    consent_problems,
+    consent_errors,
     differences,
     refusal,
 )
@@ -30,7 +30,7 @@ COMMITTED = "COMMITTED"  # the file that makes a checkpoint's folder a checkpoin
 class RunFolderError(RuntimeError):
     """A run cannot go on in its folder; the message says why and what to do."""
 
-    code: ExitCode = ExitCode.REFUSED
+    code: ExitCode = ExitCode.USER_ERROR
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class RunFolder:
         committed_steps = self.committed_steps()
         before = self.read_config() or self._saved_config()
         before = complete(before) if before else {}
-        if problems := consent_problems(before, config):
+        if problems := consent_errors(before, config):
             raise RunFolderError("\n".join(problems))
         changes = self._check_changes(before, config, committed_steps)
         resume = self.resume_from(config["run"]["resume"])

@@ -22,9 +22,9 @@ from datetime import timedelta
 from subprocess import Popen
 from typing import Any, NoReturn
 
-from training.config import WatchdogConfig
 from resilience.exit_codes import ExitCode
 from resilience.heartbeat import Beat, Phase, indented, stack_of, told_late, told_silent
+from training.config import WatchdogConfig
 
 BEAT_SECONDS = 1.0  # between two signs of life
 RANKS_A_BEAT = 256  # more ranks than these beat less often: rank 0 reads them all
@@ -33,9 +33,9 @@ GRACE_SECONDS = 5.0  # for processes to leave by themselves, as they do together
 PAUSE_SECONDS = 5.0  # that this thread did not run: the process did not
 BACKSTOP_SECONDS = 60.0  # beyond its limit, for a process whose Python runs no more
 
-DEATHS = (ExitCode.PEER, ExitCode.PEER_EARLY)
+DEATHS = (ExitCode.RANK_FAILED, ExitCode.RANK_FAILED_BEFORE_SAVE)
 # With these all processes leave together: whoever is first is no fault.
-TOGETHER = {code for code in ExitCode if code not in (ExitCode.REFUSED, *DEATHS)}
+TOGETHER = {code for code in ExitCode if code not in (ExitCode.USER_ERROR, *DEATHS)}
 
 
 class Watchdog:
@@ -125,7 +125,7 @@ class Watchdog:
     @property
     def exit_code(self) -> ExitCode:
         """What a verdict ends this process with."""
-        return ExitCode.PEER if self.has_saved else ExitCode.PEER_EARLY
+        return ExitCode.RANK_FAILED if self.has_saved else ExitCode.RANK_FAILED_BEFORE_SAVE
 
     def close(self) -> None:
         """The process ends by itself: nobody need look after it any more."""

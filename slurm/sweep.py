@@ -33,10 +33,10 @@ from hydra.errors import HydraException  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from cli.arguments import CONF, hydra_arguments  # noqa: E402
-from cli.config import ConfigError, TrainProgram  # noqa: E402
-from training.preflight import check_folder, check_for_tasks, needs_preparation  # noqa: E402
+from cli.config import ConfigError, JobConfig  # noqa: E402
 from resilience.exit_codes import ExitCode  # noqa: E402
 from resilience.run_folder import RunFolderError  # noqa: E402
+from training.preflight import check_folder, check_for_tasks, needs_preparation  # noqa: E402
 
 SHOWN = 3  # runs that have a problem, of those that have it
 # Options of sbatch that most clusters ask for; --sbatch takes any other.
@@ -61,7 +61,7 @@ class Checked:
     """One run that train.py would start: all its words, and what they configure."""
 
     words: tuple[str, ...]
-    config: TrainProgram
+    config: JobConfig
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
             refuse_unprepared(runs)
     except SweepError as error:
         print(f"Not submitted:\n{error}", file=sys.stderr)
-        return ExitCode.REFUSED
+        return ExitCode.USER_ERROR
     if options.dry_run:
         told = " ".join(f"--{key}={value}" for key, value in sbatch_options(options).items())
         print(f"{len(runs)} jobs with {told}:")
@@ -237,10 +237,10 @@ def submit(runs: Sequence[Checked], options: argparse.Namespace) -> int:
         import submitit
     except ImportError:
         print("Not submitted: submitit is not installed: pip install '.[sweep]'", file=sys.stderr)
-        return ExitCode.REFUSED
+        return ExitCode.USER_ERROR
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         print("Not submitted: there is no SLURM here (sbatch, srun)", file=sys.stderr)
-        return ExitCode.REFUSED
+        return ExitCode.USER_ERROR
     for number, run in enumerate(runs):
         executor = submitit.SlurmExecutor(Path(run.config.run.dir) / "slurm")
         executor.update_parameters(**parameters(run.config.run.name, options))
@@ -254,7 +254,7 @@ def submit(runs: Sequence[Checked], options: argparse.Namespace) -> int:
                 f"Submitted: {number} of {len(runs)}.",
                 file=sys.stderr,
             )
-            return ExitCode.REFUSED
+            return ExitCode.USER_ERROR
         print(f"job {job.job_id}: {run.config.run.name}, log {job.paths.stdout}", flush=True)
     return ExitCode.FINISHED
 

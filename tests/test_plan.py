@@ -16,7 +16,12 @@ from conftest import ROOT, start_program
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from cli.arguments import CONF, hydra_arguments
+from cli.config import ConfigError, JobConfig, load_train_config
 from parallel.mesh import MeshShape, Processes, resolve_mesh
+from planning import fit_check as planning
+from planning.config import PlanJobConfig, load_plan_config, plan_arguments
+from planning.fit_check import PlanRequest, check_plan, given_choice, machine_memory, planned_errors
 from planning.hardware import load_hardware
 from planning.memory import step_memory
 from planning.plan import GIB, PARTS, Plan, capacity, link, plan_run
@@ -24,7 +29,7 @@ from planning.search import (
     KEPT,
     REDUCTIONS,
     Choice,
-    Question,
+    SearchSpace,
     choices,
     divisors,
     fewest_devices,
@@ -32,11 +37,6 @@ from planning.search import (
     remedy,
     search,
 )
-from planning import fit_check as planning
-from cli.arguments import CONF, hydra_arguments
-from cli.config import ConfigError, TrainProgram, load_train_config
-from planning.config import PlanProgram, load_plan_config, plan_arguments
-from planning.fit_check import Asked, check_plan, given_choice, machine_memory, planned_problems
 from training.metrics import Throughput
 
 REAL = ("data=fineweb_edu", "tokenizer=llama3", "train.seq_len=8192")
@@ -51,12 +51,12 @@ def _hydra() -> Iterator[None]:
         yield
 
 
-def planned(*arguments: str) -> PlanProgram:
+def planned(*arguments: str) -> PlanJobConfig:
     """As `python plan.py ARGUMENTS` reads it."""
     return load_plan_config(compose("plan", plan_arguments(list(arguments))))
 
 
-def trained(*arguments: str) -> TrainProgram:
+def trained(*arguments: str) -> JobConfig:
     """As `python train.py ARGUMENTS` reads it."""
     return load_train_config(compose("train", hydra_arguments(list(arguments), "train")))
 
@@ -67,12 +67,12 @@ def problems(*arguments: str) -> list[str]:
     return error.value.problems
 
 
-def question(config: PlanProgram) -> Question:
+def question(config: PlanJobConfig) -> SearchSpace:
     accelerator = config.hardware.accelerator
-    return Asked(config, accelerator, config.budget, config.hopper).question()
+    return PlanRequest(config, accelerator, config.budget, config.hopper).search_space()
 
 
-def plans_of(config: PlanProgram) -> tuple[Plan, ...]:
+def plans_of(config: PlanJobConfig) -> tuple[Plan, ...]:
     jobs = question(config).jobs(given_choice(config, config.mesh))
     return plan_run(jobs, config.hardware).stages
 
@@ -85,7 +85,7 @@ def test_plan_takes_every_key_and_group_of_train() -> None:
     whole = OmegaConf.to_container(compose("plan", plan_arguments(words)))
     train = OmegaConf.to_container(compose("train", hydra_arguments(words, "train")))
     assert isinstance(whole, dict) and isinstance(train, dict)
-    own = {field.name for field in fields(PlanProgram)} - {f.name for f in fields(TrainProgram)}
+    own = {field.name for field in fields(PlanJobConfig)} - {f.name for f in fields(JobConfig)}
     assert {key: value for key, value in whole.items() if key not in own} == train
     assert own == set(whole) - set(train)
 
@@ -275,7 +275,7 @@ def test_search_finds_the_fastest_of_all_that_train_would_take() -> None:
         train = replace(config.train, micro_batch_size=size)
         mesh, wrong = resolve_mesh(parallel, 4)
         sections = (parallel, config.precision, config.model, train, config.data)
-        if wrong or planned_problems("cpu", mesh, *sections, hopper=False):
+        if wrong or planned_errors("cpu", mesh, *sections, hopper=False):
             continue
         [plan] = plans_of(replace(config, parallel=parallel, train=train))
         if plan.fits:
@@ -303,7 +303,7 @@ def test_the_words_of_a_search_make_train_do_what_was_planned() -> None:
         pasted = trained(*LLAMA_8B, *choice.overrides)
         mesh, problems = resolve_mesh(pasted.parallel, 16)
         assert not problems
-        asked = Asked(pasted, "cuda", config.budget)
+        asked = PlanRequest(pasted, "cuda", config.budget)
         [(job, _)] = asked.jobs(given_choice(pasted, mesh))
         assert job == plan.fullest.job and plan.fits
         again = planned(*LLAMA_8B, "devices=16", *choice.overrides)

@@ -12,10 +12,10 @@ from conftest import ROOT, read_metrics, start_program
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from data.dataset import Dataset
-from data.loader import TrainLoader
 from cli.arguments import CONF, hydra_arguments
 from cli.config import load_train_config, plain
+from data.dataset import Dataset
+from data.loader import TrainLoader
 from resilience.run_folder import RunFolder
 
 STAGES = "data.stages=[{from_sample:32,seq_len:128},{from_sample:64,global_batch_size:4}]"
@@ -126,7 +126,7 @@ def test_wrong_uses_are_told_with_rule_and_remedy(run: Path, tmp_path: Path) -> 
     (broken / "config.yaml").write_text("train: 3\n")
     arguments = [
         "data=fineweb_edu",
-        "data.stream_lanes=2",
+        "data.stream_shards=2",
         "validation.samples=0",
         "tokenizer=byte",
     ]
@@ -139,7 +139,7 @@ def test_wrong_uses_are_told_with_rule_and_remedy(run: Path, tmp_path: Path) -> 
         ([f"inspect={without_data}"], "the run's data.folder (gone/shards) holds no prepared data"),
         ([f"inspect={other}"], "holds other tokens"),
         ([f"inspect={broken}"], "is not a configuration of this program's runs"),
-        ([f"inspect={tmp_path}/stream"], "the run reads a stream (data.stream_lanes 2)"),
+        ([f"inspect={tmp_path}/stream"], "the run reads a stream (data.stream_shards 2)"),
         ([f"inspect={run}", "seq_len=64"], "seq_len (64) is decided by the run"),
         ([f"inspect={shards_of(run)}", "seq_len=10000000"], "seq_len (10000000) is too long"),
     ):

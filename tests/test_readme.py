@@ -10,10 +10,10 @@ import pytest
 from conftest import ROOT, start_program
 from hydra import compose, initialize_config_dir
 
-from parallel.mesh import resolve_mesh
 from cli.arguments import CONF, hydra_arguments
 from cli.config import load_train_config
-from training.config_rules import batch_problems, model_problems
+from parallel.mesh import resolve_mesh
+from training.config_rules import batch_errors, model_errors
 
 SHORTER = "runs/smoke/checkpoints/step-00000002"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -111,8 +111,8 @@ def test_gpu_commands_pass_the_gate(begin: str) -> None:
         world_size = 8 * int(nodes[0].partition("=")[2]) if nodes else 8
         mesh, problems = resolve_mesh(config.parallel, world_size)
         assert not problems
-        assert model_problems(mesh, config.parallel, config.model, config.train.seq_len) == []
-        assert batch_problems(mesh, config.train) == []
+        assert model_errors(mesh, config.parallel, config.model, config.train.seq_len) == []
+        assert batch_errors(mesh, config.train) == []
         checked += 1
     assert checked == 1
 

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import pytest
 from hydra import compose, initialize_config_dir
 
+from cli.arguments import CONF, hydra_arguments
+from cli.config import JobConfig
 from model.flops import parameter_count
 from parallel.mesh import resolve_mesh
+from planning.fit_check import PlanRequest, given_choice
 from planning.hardware import load_hardware
 from planning.plan import RunPlan, plan_run
-from cli.arguments import CONF, hydra_arguments
-from cli.config import TrainProgram
-from planning.fit_check import Asked, given_choice
 from training.preflight import check_for_tasks
 
 # recipe: devices a node, nodes, hardware.
@@ -38,7 +38,7 @@ def _hydra() -> Iterator[None]:
         yield
 
 
-def load(recipe: str, *overrides: str) -> TrainProgram:
+def load(recipe: str, *overrides: str) -> JobConfig:
     """As its tasks would on the machines that it is for."""
     per_node, nodes, _ = MACHINES[recipe]
     words = hydra_arguments([f"experiment={recipe}", *overrides], "train")
@@ -51,7 +51,7 @@ def planned(recipe: str, *overrides: str) -> RunPlan:
     config, hardware = load(recipe, *overrides), load_hardware(name)
     mesh, _ = resolve_mesh(config.parallel, per_node * nodes)
     tokens = config.stages().first_token(config.train.max_steps)
-    question = Asked(config, hardware.accelerator, tokens).question()
+    question = PlanRequest(config, hardware.accelerator, tokens).search_space()
     return plan_run(question.jobs(given_choice(config, mesh)), hardware)
 
 

@@ -13,13 +13,13 @@ from omegaconf import OmegaConf
 from transformers import LlamaForCausalLM
 from zygote import Plan, Zygote
 
+from cli.config import JobConfig, load_train_config
 from data.config import TokenizerConfig
 from data.dataset import Dataset
 from data.loader import TrainLoader
 from data.tokenizer import ready_tokenizer
 from formats.conversion import convert
 from model.config import ModelConfig, RopeScaling
-from cli.config import TrainProgram, load_train_config
 
 MODEL = ModelConfig(
     "weights",
@@ -63,7 +63,7 @@ def expected(
 def transformers_loss(folder: Path, run: Path) -> float:
     """The mean loss of a run's first batch, by transformers."""
     values = yaml.safe_load((run / "config.yaml").read_text())
-    config: TrainProgram = load_train_config(OmegaConf.create(values))
+    config: JobConfig = load_train_config(OmegaConf.create(values))
     dataset = Dataset.open(config.data.folder, document_mask=False)
     loader = TrainLoader(dataset, config.stages(), seed=config.run.seed, rank=0, size=1)
     (batch,) = loader.step(0).micro_batches

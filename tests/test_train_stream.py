@@ -33,7 +33,7 @@ def command(folder: Path) -> Any:
 
     def arguments(run: Path, *overrides: str) -> list[str]:
         return [
-            *("train.py", "experiment=smoke", "data=fineweb_edu", f"data.stream_lanes={LANES}"),
+            *("train.py", "experiment=smoke", "data=fineweb_edu", f"data.stream_shards={LANES}"),
             f"data.sources.fineweb_edu.path={folder}",
             *("data.sources.fineweb_edu.name=null", f"run.dir={run}", f"train.max_steps={STEPS}"),
             *("checkpoint.interval=5", "checkpoint.async_save=false"),
@@ -100,27 +100,27 @@ def test_another_stream_is_refused_on_resume(command: Any, undisturbed: Path, fo
         (folder / "part-5.jsonl").unlink()
     assert done.returncode == 1
     assert "data.sources names other tokens" in done.stderr and "Traceback" not in done.stderr
-    done = start_program(command(undisturbed, "data.stream_lanes=2"))
-    assert done.returncode == 1 and "data.stream_lanes: 4 -> 2" in done.stderr
+    done = start_program(command(undisturbed, "data.stream_shards=2"))
+    assert done.returncode == 1 and "data.stream_shards: 4 -> 2" in done.stderr
 
 
 def test_a_streamed_run_has_nothing_to_evaluate_on(undisturbed: Path) -> None:
     checkpoint = undisturbed / "checkpoints" / f"step-{STEPS:08d}"
     done = start_program(["evaluate.py", f"evaluation.checkpoint={checkpoint}"])
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "data.stream_lanes (4)" in done.stderr and "nothing to evaluate on" in done.stderr
+    assert "data.stream_shards (4)" in done.stderr and "nothing to evaluate on" in done.stderr
 
 
 def test_what_a_stream_lacks_is_told_before_launch_all_at_once(
     command: Any, tmp_path: Path
 ) -> None:
-    wrong = ("validation.samples=8", "tokenizer=bpe", "data.stream_lanes=3")
+    wrong = ("validation.samples=8", "tokenizer=bpe", "data.stream_shards=3")
     done = start_program(command(tmp_path / "run", *wrong))
     assert done.returncode == 1
-    for key in ("validation.samples (8)", "tokenizer.path (null)", "data.stream_lanes (3)"):
+    for key in ("validation.samples (8)", "tokenizer.path (null)", "data.stream_shards (3)"):
         assert key in done.stderr
-    done = start_program(command(tmp_path / "run", "data.stream_lanes=8"))
+    done = start_program(command(tmp_path / "run", "data.stream_shards=8"))
     assert done.returncode == 1
-    assert "data.stream_lanes (8) is more than the 5 files" in done.stderr
+    assert "data.stream_shards (8) is more than the 5 files" in done.stderr
     assert "use 4, the largest" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -45,7 +45,7 @@ def test_killed_rank_is_named_with_signal_and_last_place_and_the_ledger_has_it(
     folder, program = standing
     os.kill(program.child, signal.SIGKILL)
     told = end_of(program)
-    assert program.main.returncode == ExitCode.PEER
+    assert program.main.returncode == ExitCode.RANK_FAILED
     first, *rest = told.splitlines()
     assert f"rank 1 (process {program.child} on {socket.gethostname()})" in first
     # A rank tells where it is once a beat, and since the last one it may have gone some steps on.
@@ -56,7 +56,9 @@ def test_killed_rank_is_named_with_signal_and_last_place_and_the_ledger_has_it(
     assert rest[-1].startswith("Saved up to step 6; go on with: python train.py ")
     assert len(told.splitlines()) < 15
     last = json.loads((folder / "ledger.jsonl").read_text().splitlines()[-1])
-    assert (last["event"], last["code"]) == ("fault", ExitCode.PEER) and "SIGKILL" in last["told"]
+    assert (last["event"], last["code"]) == ("fault", ExitCode.RANK_FAILED) and "SIGKILL" in last[
+        "told"
+    ]
 
 
 def test_frozen_rank_is_named_with_its_last_place_and_killed(
@@ -65,7 +67,7 @@ def test_frozen_rank_is_named_with_its_last_place_and_killed(
     _, program = standing
     os.kill(program.child, signal.SIGSTOP)
     told = end_of(program)
-    assert program.main.returncode == ExitCode.PEER
+    assert program.main.returncode == ExitCode.RANK_FAILED
     assert f"rank 1 (process {program.child} on" in told.splitlines()[0]
     assert "no sign of life" in told.splitlines()[0]
     assert "train.py:" in told
@@ -86,7 +88,7 @@ def test_stuck_rank_is_told_before_those_that_wait_for_it_with_the_line_it_stand
 ) -> None:
     _, program = standing  # and nothing is done to it: it stands still by itself
     told = end_of(program)
-    assert program.main.returncode == ExitCode.PEER
+    assert program.main.returncode == ExitCode.RANK_FAILED
     stuck, waiting = told.index("rank 0 (process"), told.index("rank 1 (process")
     assert stuck < waiting
     assert f"rank 0 (process {program.main.pid}" in told and "is stuck in step" in told
@@ -98,7 +100,7 @@ def test_processes_that_never_meet_end_after_the_limit_of_set_up(
 ) -> None:
     two_nodes = ["parallel.num_nodes=2", "parallel.dp_shard=2", "watchdog.setup_seconds=10"]
     done = start_python([*command(tmp_path / "run"), *two_nodes])
-    assert done.returncode == ExitCode.PEER_EARLY
+    assert done.returncode == ExitCode.RANK_FAILED_BEFORE_SAVE
     assert "in set-up for" in done.stderr and "every node" in done.stderr
     assert len(done.stderr.splitlines()) < 15
 
@@ -109,6 +111,6 @@ def test_port_that_another_program_has_is_told_in_a_line(command: Any, tmp_path:
         done = start_python(
             [*command(tmp_path / "run"), "parallel.tp=2"], environment={"MASTER_PORT": str(port)}
         )
-    assert done.returncode == ExitCode.REFUSED
+    assert done.returncode == ExitCode.USER_ERROR
     assert f"127.0.0.1:{port}" in done.stderr and "MASTER_PORT" in done.stderr
     assert len(done.stderr.splitlines()) == 1

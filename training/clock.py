@@ -14,7 +14,7 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.steps, self.seconds, self.data_seconds = 0, 0.0, 0.0
+        self.steps, self.seconds, self.data_wait_seconds = 0, 0.0, 0.0
         self._began = time.perf_counter()
         self._productive = self._stalled = 0.0
         self.around_data: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -35,7 +35,7 @@ class Clock:
         begin = time.perf_counter()
         with self.around_data():
             yield
-        self.data_seconds += time.perf_counter() - begin
+        self.data_wait_seconds += time.perf_counter() - begin
 
     @contextmanager
     def stall(self) -> Iterator[None]:
@@ -46,8 +46,8 @@ class Clock:
 
     def read(self) -> tuple[int, float, float]:
         """Steps, their seconds and their data seconds since the last reading; starts afresh."""
-        reading = self.steps, self.seconds, self.data_seconds
-        self.steps, self.seconds, self.data_seconds = 0, 0.0, 0.0
+        reading = self.steps, self.seconds, self.data_wait_seconds
+        self.steps, self.seconds, self.data_wait_seconds = 0, 0.0, 0.0
         return reading
 
     def spent(self) -> dict[str, float]:

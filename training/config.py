@@ -158,13 +158,13 @@ class CheckpointConfig:
 class FaultsConfig:
     """What losses and gradients that are not finite, or far too large, lead to.
 
-    An update that is not finite is skipped. After `max_in_a_row` of them the run rewinds to its
+    An update that is not finite is skipped. After `max_consecutive_skips` of them the run rewinds to its
     last good checkpoint and leaves out the samples of those steps, at most `max_rewinds` times. A
     loss more than `spike_threshold` standard deviations above the running mean is told (null:
     never), and rewound like the others where `rewind_on_spike` is set.
     """
 
-    max_in_a_row: int = 3
+    max_consecutive_skips: int = 3
     max_rewinds: int = 3
     spike_threshold: float | None = 8.0
     rewind_on_spike: bool = False
@@ -172,8 +172,10 @@ class FaultsConfig:
     def problems(self) -> list[str]:
         """Every broken rule, as messages that name key, value, rule and remedy."""
         found = []
-        if self.max_in_a_row < 1:
-            found.append(f"faults.max_in_a_row ({self.max_in_a_row}) is below 1: use at least 1")
+        if self.max_consecutive_skips < 1:
+            found.append(
+                f"faults.max_consecutive_skips ({self.max_consecutive_skips}) is below 1: use at least 1"
+            )
         if self.max_rewinds < 0:
             found.append(f"faults.max_rewinds ({self.max_rewinds}) is below 0: use 0 for none")
         if self.spike_threshold is not None and not self.spike_threshold > 0:

@@ -19,7 +19,7 @@ MAX_PACK = 2**24  # tokens; far beyond any context, far below what would fill th
 MAX_SAMPLE = 2**60  # up to which the order counts without overflow
 
 
-def model_problems(
+def model_errors(
     mesh: MeshShape, parallel: ParallelConfig, model: ModelConfig, seq_len: int
 ) -> list[str]:
     """The rules that tie the model and its sequences to the mesh."""
@@ -50,7 +50,7 @@ def model_problems(
     return found
 
 
-def device_problems(
+def device_errors(
     accelerator: str,
     mesh: MeshShape,
     parallel: ParallelConfig,
@@ -116,7 +116,7 @@ def _has_hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
-def batch_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
+def batch_errors(mesh: MeshShape, train: TrainConfig) -> list[str]:
     """The rules that tie the global batch to the mesh."""
     found = []
     share, rest = divmod(train.global_batch_size, mesh.dp)
@@ -136,9 +136,9 @@ def batch_problems(mesh: MeshShape, train: TrainConfig) -> list[str]:
     return found
 
 
-def lane_problems(mesh: MeshShape, train: TrainConfig, data: DataConfig) -> list[str]:
+def lane_errors(mesh: MeshShape, train: TrainConfig, data: DataConfig) -> list[str]:
     """The rules that tie the lanes of a stream to the global batch and the data ranks."""
-    lanes, batch = data.stream_lanes, train.global_batch_size
+    lanes, batch = data.stream_shards, train.global_batch_size
     if lanes is None or lanes < 1:
         return []
     found = []
@@ -146,31 +146,31 @@ def lane_problems(mesh: MeshShape, train: TrainConfig, data: DataConfig) -> list
         below = batch - batch % lanes
         nearest = f"{below} or {below + lanes}" if below else str(lanes)
         found.append(
-            f"train.global_batch_size ({batch}) is not a multiple of data.stream_lanes ({lanes}): "
+            f"train.global_batch_size ({batch}) is not a multiple of data.stream_shards ({lanes}): "
             f"use {nearest}, or {_divisors(batch)} lanes"
         )
     if lanes % mesh.dp:
         below = lanes - lanes % mesh.dp
         nearest = f"{below} or {below + mesh.dp}" if below else str(mesh.dp)
         found.append(
-            f"data.stream_lanes ({lanes}) is not a multiple of the {mesh.dp} data ranks "
+            f"data.stream_shards ({lanes}) is not a multiple of the {mesh.dp} data ranks "
             f"(dp_replicate × dp_shard): use {nearest}, or {_divisors(lanes)} data ranks"
         )
     return found
 
 
-def stream_problems(
+def stream_errors(
     data: DataConfig, tokenizer: TokenizerConfig, validation: ValidationConfig
 ) -> list[str]:
     """What a stream has not: text held out, and a preparation that trains a tokenizer."""
-    if data.stream_lanes is None:
+    if data.stream_shards is None:
         return []
     found = []
-    key = f"data.stream_lanes ({data.stream_lanes})"
+    key = f"data.stream_shards ({data.stream_shards})"
     if validation.samples:
         found.append(
             f"validation.samples ({validation.samples}) needs text held out, and {key} holds out "
-            "none: use validation.samples=0, or data.stream_lanes=null"
+            "none: use validation.samples=0, or data.stream_shards=null"
         )
     if tokenizer.name == "bpe" and tokenizer.path is None:
         found.append(
@@ -180,7 +180,7 @@ def stream_problems(
     return found
 
 
-def saving_problems(checkpoint: CheckpointConfig, faults: FaultsConfig) -> list[str]:
+def saving_errors(checkpoint: CheckpointConfig, faults: FaultsConfig) -> list[str]:
     """What is asked of checkpoints that would not be there, or not be written that way."""
     found = []
     interval, kept = checkpoint.interval, checkpoint.keep_every
@@ -212,7 +212,7 @@ def saving_problems(checkpoint: CheckpointConfig, faults: FaultsConfig) -> list[
     return found
 
 
-def stage_problems(train: TrainConfig, data: DataConfig) -> list[str]:
+def stage_errors(train: TrainConfig, data: DataConfig) -> list[str]:
     """The rules that tie the stages of the data to the steps."""
     if train.global_batch_size < 1 or data.problems():
         return []
@@ -250,7 +250,7 @@ def of_every_stage(
     return found
 
 
-def size_problems(train: TrainConfig, model: ModelConfig, tokenizer: TokenizerConfig) -> list[str]:
+def size_errors(train: TrainConfig, model: ModelConfig, tokenizer: TokenizerConfig) -> list[str]:
     """The rules that tie the sizes of batch, model and tokenizer together, whatever the mesh."""
     found = []
     if train.seq_len > model.max_seq_len:
@@ -273,7 +273,7 @@ def _axis_sizes(seq_len: int) -> str:
     return _divisors(seq_len // 2)
 
 
-def _pack_problems(pack: int | list[int] | None) -> list[str]:
+def _pack_errors(pack: int | list[int] | None) -> list[str]:
     """The lengths that documents cannot be packed for."""
     if pack == []:
         return ["pack ([]) names no length: use for example pack=8192, or null"]
@@ -285,7 +285,7 @@ def _pack_problems(pack: int | list[int] | None) -> list[str]:
     ]
 
 
-def task_number_problems(num_fewshot: int | None, limit: int | None) -> list[str]:
+def task_number_errors(num_fewshot: int | None, limit: int | None) -> list[str]:
     """The rules of how benchmarks are run."""
     found = []
     if num_fewshot is not None and num_fewshot < 0:
@@ -295,7 +295,7 @@ def task_number_problems(num_fewshot: int | None, limit: int | None) -> list[str
     return found
 
 
-def convert_problems(format: str | None, parts: int, file_gb: float) -> list[str]:
+def convert_errors(format: str | None, parts: int, file_gb: float) -> list[str]:
     """The rules of what `convert.py` writes."""
     found = []
     if parts < 1:
@@ -309,7 +309,7 @@ def convert_problems(format: str | None, parts: int, file_gb: float) -> list[str
     return found
 
 
-def prepare_problems(
+def prepare_errors(
     pack: int | list[int] | None,
     verify: bool,
     inspect: str | None,
@@ -318,7 +318,7 @@ def prepare_problems(
     seed: int | None,
 ) -> list[str]:
     """What contradicts what among `prepare.py`'s own keys, and their bounds."""
-    found = _pack_problems(pack)
+    found = _pack_errors(pack)
     asked = {"pack": pack is not None, "verify": verify, "inspect": inspect is not None}
     if sum(asked.values()) > 1:
         names = " and ".join(name for name, is_asked in asked.items() if is_asked)

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli.config import ConfigError, JobConfig
 from data.errors import DataError
 from model.config import ModelConfig
-from cli.config import ConfigError, TrainProgram
 from training.config import RunConfig
 from training.resume_policy import Kind, clause_of
 
@@ -49,7 +49,7 @@ def check_initial_weights(run: RunConfig, model: ModelConfig) -> None:
         raise ConfigError(found)
 
 
-def check_initial_tokenizer(config: TrainProgram, here: "Tokenizer") -> None:
+def check_initial_tokenizer(config: JobConfig, here: "Tokenizer") -> None:
     """Whether the weights in `run.init_from` know the text by the data's tokens.
 
     Raises:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
+from cli.config import ConfigError, JobConfig, PrepareJobConfig, load_train_config
 from data.config import DataConfig
 from data.dataset import Dataset
 from data.errors import DataError
@@ -17,7 +18,6 @@ from data.inspection import read_sample
 from data.inspection_report import Reading, show_dataset, show_sample, stdout_console
 from data.manifest import MANIFEST_FILE
 from data.stages import Stage, Stages
-from cli.config import ConfigError, PrepareProgram, TrainProgram, load_train_config
 from resilience.run_folder import RunFolder, RunFolderError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SEQ_LEN, SEED = 256, 0  # of `train.py` too
 
 
-def inspect(config: PrepareProgram) -> None:
+def inspect(config: PrepareJobConfig) -> None:
     """Shows the folder `config.inspect` on standard output.
 
     Raises:
@@ -48,7 +48,7 @@ def inspect(config: PrepareProgram) -> None:
         )
 
 
-def _refuse_given(config: PrepareProgram) -> None:
+def _refuse_given(config: PrepareJobConfig) -> None:
     """Raises ConfigError for what the command cannot decide about a run."""
     given = {"seq_len": config.seq_len, "seed": config.seed}
     problems = [
@@ -84,7 +84,7 @@ def _inspect_run(run: RunFolder, number: int) -> None:
     _show_sample(console, dataset, data, number, read)
 
 
-def _read_run(run: RunFolder) -> TrainProgram:
+def _read_run(run: RunFolder) -> JobConfig:
     """The configuration of a run that has shards."""
     try:
         trained = load_train_config(OmegaConf.create(run.read_config() or {}))
@@ -95,15 +95,15 @@ def _read_run(run: RunFolder) -> TrainProgram:
         ) from None
     except RunFolderError as error:
         raise DataError(f"inspect ({run.path}): {error}") from None
-    if trained.data.stream_lanes is not None:
+    if trained.data.stream_shards is not None:
         raise DataError(
-            f"inspect ({run.path}): the run reads a stream (data.stream_lanes "
-            f"{trained.data.stream_lanes}) and has no shards: name a run with prepared data"
+            f"inspect ({run.path}): the run reads a stream (data.stream_shards "
+            f"{trained.data.stream_shards}) and has no shards: name a run with prepared data"
         )
     return trained
 
 
-def _inspect_dataset(folder: Path, config: PrepareProgram) -> None:
+def _inspect_dataset(folder: Path, config: PrepareJobConfig) -> None:
     """Shows a dataset, and a sample of the run that the command's keys and assumptions describe."""
     data = config.data
     dataset = Dataset.open(folder, data.document_mask, data.packing)

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from resilience.event_log import PatientFile, json_line, read_json_lines
+from resilience.event_log import RetryingWriter, json_line, read_json_lines
 from training.wandb_logger import Tracker
 
 FIELDS = (
     *("step", "samples", "tokens", "loss", "grad_norm", "lr"),
     *("tokens_per_second", "tflops", "mfu_causal", "mfu_full"),
-    *("memory_gib", "step_seconds", "data_seconds", "batch_hash", "val_loss"),
+    *("peak_memory_gib", "step_seconds", "data_wait_seconds", "batch_hash", "val_loss"),
 )
 
 AGAIN_SECONDS = 60.0  # after a failure, before TensorBoard is tried again
@@ -86,13 +86,13 @@ class Throughput:
         self.device = device
 
     def figures(
-        self, tokens: int, seconds: float, data_seconds: float, steps: int
+        self, tokens: int, seconds: float, data_wait_seconds: float, steps: int
     ) -> dict[str, float | None]:
         """The figures of `steps` steps in which the whole mesh took `tokens` in `seconds`.
 
         `tokens_per_second` is the whole mesh's; `tflops` is per device, causal convention;
         `mfu_causal` and `mfu_full` are fractions of the device's peak, None when it is unknown;
-        `step_seconds` and `data_seconds` (waiting for data) are means over the steps.
+        `step_seconds` and `data_wait_seconds` (waiting for data) are means over the steps.
         """
         tokens_per_second = tokens / seconds
         causal = tokens_per_second * self.flops_per_token_causal / self.world_size
@@ -102,9 +102,9 @@ class Throughput:
             "tflops": causal / 1e12,
             "mfu_causal": causal / self.peak_flops if self.peak_flops else None,
             "mfu_full": full / self.peak_flops if self.peak_flops else None,
-            "memory_gib": peak_memory_gib(self.device),
+            "peak_memory_gib": peak_memory_gib(self.device),
             "step_seconds": seconds / steps,
-            "data_seconds": data_seconds / steps,
+            "data_wait_seconds": data_wait_seconds / steps,
         }
 
 
@@ -156,16 +156,16 @@ class MetricsLog:
         self.run_name = run_name
         self._warn = warn or logging.getLogger(__name__).warning
         self._warned: set[str] = set()
-        self._lines = PatientFile(self.path)
+        self._lines = RetryingWriter(self.path)
         self._wants_tensorboard = tensorboard
         self._tensorboard: Any = None
         self._tensorboard_again = 0.0  # when to try again
         self._wandb: Tracker | None = None
-        self.go_back(first_step)
+        self.truncate_metrics(first_step)
         if wandb is not None:
             self._wandb = Tracker(folder, wandb, run_name, run_config, first_step)
 
-    def go_back(self, step: int) -> None:
+    def truncate_metrics(self, step: int) -> None:
         """Drop what the files hold beyond a step: at the start of a run, and for a rewind."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

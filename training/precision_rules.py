@@ -12,7 +12,7 @@ from training.config import OptimConfig, TrainConfig
 MAX_BETA2_BF16 = 1 - 2**-8
 
 
-def fp8_problems(
+def fp8_errors(
     accelerator: str,
     mesh: MeshShape,
     precision: PrecisionConfig,
@@ -43,10 +43,10 @@ def fp8_problems(
             f"precision.fp8 ({recipe}) needs GPUs of compute capability {least[0]}.{least[1]}, and "
             f"these have {capability[0]}.{capability[1]}: use {remedy}"
         )
-    return found + fp8_size_problems(mesh, precision, model, train)
+    return found + fp8_size_errors(mesh, precision, model, train)
 
 
-def fp8_size_problems(
+def fp8_size_errors(
     mesh: MeshShape, precision: PrecisionConfig, model: ModelConfig, train: TrainConfig
 ) -> list[str]:
     """The sizes that fp8 products cannot take, on whatever device."""
@@ -77,7 +77,7 @@ def fp8_size_problems(
     return found
 
 
-def moment_problems(precision: PrecisionConfig, optim: OptimConfig) -> list[str]:
+def moment_errors(precision: PrecisionConfig, optim: OptimConfig) -> list[str]:
     """Whether the second moment can follow the gradients in its format."""
     if precision.optimizer_state != "bf16" or optim.betas[1] <= MAX_BETA2_BF16:
         return []
@@ -87,7 +87,7 @@ def moment_problems(precision: PrecisionConfig, optim: OptimConfig) -> list[str]
     ]
 
 
-def torchao_problems(precision: PrecisionConfig) -> list[str]:
+def torchao_errors(precision: PrecisionConfig) -> list[str]:
     """A number format that comes from torchao, which is an extra and not installed."""
     if importlib.util.find_spec("torchao") is not None:
         return []
@@ -103,7 +103,7 @@ def torchao_problems(precision: PrecisionConfig) -> list[str]:
     ]
 
 
-def evaluation_problems(precision: PrecisionConfig) -> list[str]:
+def evaluation_errors(precision: PrecisionConfig) -> list[str]:
     """What evaluation does not do."""
     if precision.fp8 is None:
         return []

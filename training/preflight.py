@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from cli.config import JobConfig, Rule, load_train_config, plain
 from data.config import DataConfig
 from data.errors import DataError
 from model.config import ModelConfig
@@ -22,30 +23,29 @@ from parallel.mesh import (
     is_first_process,
     plan_processes,
     resolve_mesh,
-    started_problems,
+    started_errors,
 )
-from cli.config import Rule, TrainProgram, load_train_config, plain
-from training.initial_weights import check_initial_tokenizer, check_initial_weights
-from training.precision_rules import fp8_problems, torchao_problems
-from training.config_rules import (
-    batch_problems,
-    device_problems,
-    lane_problems,
-    model_problems,
-    of_every_stage,
-    saving_problems,
-)
-from training.config import LogConfig, TrainConfig
 from resilience.lock import RunLock, hold
-from training.resume_policy import Changes
 from resilience.run_folder import RunFolder, RunFolderError
+from training.config import LogConfig, TrainConfig
+from training.config_rules import (
+    batch_errors,
+    device_errors,
+    lane_errors,
+    model_errors,
+    of_every_stage,
+    saving_errors,
+)
+from training.initial_weights import check_initial_tokenizer, check_initial_weights
+from training.precision_rules import fp8_errors, torchao_errors
+from training.resume_policy import Changes
 
 if TYPE_CHECKING:
     from data.dataset import Dataset
     from data.stream import StreamDataset
 
 
-def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshShape]:
+def check_config(composed: DictConfig) -> tuple[JobConfig, Processes, MeshShape]:
     """The typed configuration, with the processes and the mesh that it asks for on this machine.
 
     Raises:
@@ -61,14 +61,14 @@ def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshSha
     ) -> list[str]:
         processes, problems = plan_processes(parallel)
         mesh, more = resolve_mesh(parallel, processes.world_size)
-        problems += device_problems(processes.accelerator, mesh, parallel, precision, model)
+        problems += device_errors(processes.accelerator, mesh, parallel, precision, model)
         if more:
             return problems + more
 
         def of_fp8(train: TrainConfig) -> list[str]:
-            return fp8_problems(processes.accelerator, mesh, precision, model, train)
+            return fp8_errors(processes.accelerator, mesh, precision, model, train)
 
-        problems += mesh_problems(mesh, parallel, model, train, data)
+        problems += mesh_errors(mesh, parallel, model, train, data)
         return problems + of_every_stage(train, data, of_fp8)
 
     config = load_train_config(
@@ -81,7 +81,7 @@ def check_config(composed: DictConfig) -> tuple[TrainProgram, Processes, MeshSha
     return config, processes, mesh
 
 
-def check_for_tasks(composed: DictConfig, per_node: int, num_nodes: int) -> TrainProgram:
+def check_for_tasks(composed: DictConfig, per_node: int, num_nodes: int) -> JobConfig:
     """The typed configuration of a run whose tasks will start elsewhere, on machines unseen.
 
     Args:
@@ -97,15 +97,15 @@ def check_for_tasks(composed: DictConfig, per_node: int, num_nodes: int) -> Trai
         parallel: ParallelConfig, model: ModelConfig, train: TrainConfig, data: DataConfig
     ) -> list[str]:
         tasks = Processes("auto", per_node, num_nodes, "srun")
-        problems = started_problems(parallel, tasks)
+        problems = started_errors(parallel, tasks)
         mesh, more = resolve_mesh(parallel, tasks.world_size)
-        return problems + (more or mesh_problems(mesh, parallel, model, train, data))
+        return problems + (more or mesh_errors(mesh, parallel, model, train, data))
 
     of_tasks = (("parallel", "model", "train", "data"), mesh_of_tasks)
     return load_train_config(composed, of_tasks, *MORE_RULES)
 
 
-def mesh_problems(
+def mesh_errors(
     mesh: MeshShape,
     parallel: ParallelConfig,
     model: ModelConfig,
@@ -115,21 +115,21 @@ def mesh_problems(
     """The rules that tie model, batches and data to the mesh, whatever it runs on."""
 
     def of_sizes(train: TrainConfig) -> list[str]:
-        return model_problems(mesh, parallel, model, train.seq_len) + batch_problems(mesh, train)
+        return model_errors(mesh, parallel, model, train.seq_len) + batch_errors(mesh, train)
 
-    return lane_problems(mesh, train, data) + of_every_stage(train, data, of_sizes)
+    return lane_errors(mesh, train, data) + of_every_stage(train, data, of_sizes)
 
 
-def _tracker_problems(log: LogConfig) -> list[str]:
+def _tracker_errors(log: LogConfig) -> list[str]:
     """A tracker that is asked for and not installed."""
     if log.wandb is None:
         return []
-    from training.wandb_logger import tracker_problems
+    from training.wandb_logger import tracker_errors
 
-    return tracker_problems(log.wandb)
+    return tracker_errors(log.wandb)
 
 
-def _profile_problems(log: LogConfig, train: TrainConfig) -> list[str]:
+def _profile_errors(log: LogConfig, train: TrainConfig) -> list[str]:
     """Steps to look into that the run does not get to."""
     beyond = [step for step in log.profile or [] if step > train.max_steps]
     if not beyond:
@@ -142,14 +142,14 @@ def _profile_problems(log: LogConfig, train: TrainConfig) -> list[str]:
 
 # Rules beyond the configuration's own, of which neither mesh nor machine is a part.
 MORE_RULES: tuple[Rule, ...] = (
-    (("checkpoint", "faults"), saving_problems),
-    (("log",), _tracker_problems),
-    (("precision",), torchao_problems),
-    (("log", "train"), _profile_problems),
+    (("checkpoint", "faults"), saving_errors),
+    (("log",), _tracker_errors),
+    (("precision",), torchao_errors),
+    (("log", "train"), _profile_errors),
 )
 
 
-def check_folder(config: TrainProgram) -> Changes:
+def check_folder(config: JobConfig) -> Changes:
     """What changed since the run's last start.
 
     Raises:
@@ -194,7 +194,7 @@ def with_defaults(before: Any, now: Any) -> Any:
     return before
 
 
-def hold_folder(config: TrainProgram) -> RunLock | None:
+def acquire_run_lock(config: JobConfig) -> RunLock | None:
     """Takes the run's folder for this run, until it ends; the first process alone does.
 
     Raises:
@@ -206,14 +206,14 @@ def hold_folder(config: TrainProgram) -> RunLock | None:
     return hold(RunFolder(Path(config.run.dir)), lambda told: print(told, flush=True))
 
 
-def prepare_data(config: TrainProgram) -> "Dataset | StreamDataset":
+def prepare_data(config: JobConfig) -> "Dataset | StreamDataset":
     """The dataset, prepared on first use by the first process while the others wait, or streamed.
 
     Raises:
         DataError: it cannot be prepared or read, or is too small.
         RunFolderError: the run's newest checkpoint was trained on other tokens.
     """
-    streams = config.data.stream_lanes is not None
+    streams = config.data.stream_shards is not None
     dataset = _open_stream(config) if streams else _prepare(config)
     position = RunFolder(Path(config.run.dir)).newest_position()
     if position is None and config.run.init_from is not None:
@@ -229,15 +229,15 @@ def prepare_data(config: TrainProgram) -> "Dataset | StreamDataset":
     return dataset
 
 
-def needs_preparation(config: TrainProgram) -> bool:
+def needs_preparation(config: JobConfig) -> bool:
     """Whether the first run with this configuration would prepare its data."""
     from data.manifest import MANIFEST_FILE
 
-    streams = config.data.stream_lanes is not None
+    streams = config.data.stream_shards is not None
     return not streams and not (Path(config.data.folder) / MANIFEST_FILE).exists()
 
 
-def _open_stream(config: TrainProgram) -> "StreamDataset":
+def _open_stream(config: JobConfig) -> "StreamDataset":
     """A dataset with files for every lane; every process looks for itself."""
     from data.stream import StreamDataset
 
@@ -248,7 +248,7 @@ def _open_stream(config: TrainProgram) -> "StreamDataset":
     return dataset
 
 
-def _prepare(config: TrainProgram) -> "Dataset":
+def _prepare(config: JobConfig) -> "Dataset":
     """The shards, prepared and packed where they are not yet; by the first process, others wait."""
     from data.dataset import Dataset
     from data.manifest import Manifest
@@ -274,7 +274,7 @@ def _prepare(config: TrainProgram) -> "Dataset":
     return dataset
 
 
-def _check_size(dataset: "Dataset", config: TrainProgram) -> None:
+def _check_size(dataset: "Dataset", config: JobConfig) -> None:
     """Raises DataError for tokens that are too few, or another vocabulary's."""
     dataset.check(config.stages(), config.model.vocab_size)
     if config.validation.samples and not dataset.n_held_out(config.train.seq_len):

@@ -9,16 +9,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cli.config import TrainProgram
-from training.run import Run
+from cli.config import JobConfig
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolder, RunFolderError
+from training.run import Run
 
 if TYPE_CHECKING:
+    from checkpoint.position import Position
     from data.dataset import Dataset
     from data.stream import StreamDataset
-    from resilience.loss_monitor import Range, Vitals
-    from checkpoint.position import Position
+    from resilience.loss_monitor import Range, StepStats
 
 
 class Decision(NamedTuple):
@@ -58,7 +58,7 @@ def history(folder: RunFolder) -> History:
 
 
 def starting_position(
-    config: TrainProgram, llama: Any, adamw: Any, dataset: "Dataset | StreamDataset", note: Any
+    config: JobConfig, llama: Any, adamw: Any, dataset: "Dataset | StreamDataset", note: Any
 ) -> "tuple[Position, History]":
     """Fills model and optimizer for a start of the run; where it stands then.
 
@@ -74,17 +74,17 @@ def starting_position(
 
 
 def _fill(
-    config: TrainProgram, llama: Any, adamw: Any, dataset: Any, note: Any, before: int | None
+    config: JobConfig, llama: Any, adamw: Any, dataset: Any, note: Any, before: int | None
 ) -> "Position":
     """Loads the newest whole checkpoint, of step `before` at most, or makes the first weights."""
     import torch.distributed as dist
 
-    from formats.recognition import open_weights
-    from parallel.parallelize import initialize_weights
-    from evaluation.inference import fill_together
+    from checkpoint.position import Position
     from checkpoint.restore import restore
     from checkpoint.retention import remove_beyond
-    from checkpoint.position import Position
+    from evaluation.inference import fill_together
+    from formats.recognition import open_weights
+    from parallel.parallelize import initialize_weights
 
     folder = RunFolder(Path(config.run.dir))
     asked = folder.resume_from(config.run.resume)
@@ -107,7 +107,7 @@ def _fill(
     return position.on(dataset.hash)
 
 
-def heed(run: Run, batch: int, values: Any, saves: bool) -> Decision:
+def check_step(run: Run, batch: int, values: Any, saves: bool) -> Decision:
     """What follows from the steps whose values have arrived, agreed by all ranks.
 
     Args:
@@ -116,10 +116,10 @@ def heed(run: Run, batch: int, values: Any, saves: bool) -> Decision:
         saves: A checkpoint is due now: it must not be of a step that nobody has looked at.
     """
     samples = run.stages.first_sample(batch), run.stages.first_sample(batch + 1)
-    run.hear_of_saves()
+    run.poll_checkpoints()
     decision = _decide(run, run.reader.read(run.position.step, batch, samples, values))
     if saves or decision.save or decision.stop:
-        later = _decide(run, run.reader.drain())
+        later = _decide(run, run.reader.flush())
         decision = Decision(
             decision.rewind or later.rewind,
             decision.save or later.save,
@@ -129,19 +129,19 @@ def heed(run: Run, batch: int, values: Any, saves: bool) -> Decision:
     return decision
 
 
-def _decide(run: Run, arrived: "Iterable[Vitals]") -> Decision:
+def _decide(run: Run, arrived: "Iterable[StepStats]") -> Decision:
     """Tells what is bad about steps, and what the ranks asked for with them."""
     from resilience.signals import agreed
 
     decision = Decision()
     for vitals in arrived:
-        verdict = run.judge.judge(vitals)
+        verdict = run.monitor.check(vitals)
         if verdict.told is not None:
             run.console.note(verdict.told)
         if verdict.event is not None:
             run.record(verdict.event, **dict(verdict.fields or {}))
-        if verdict.give_up is not None:
-            return Decision(stop=ExitCode.NUMERICS, why=verdict.give_up)
+        if verdict.abort is not None:
+            return Decision(stop=ExitCode.DIVERGED, why=verdict.abort)
         if verdict.rewind is not None:
             return Decision(rewind=verdict.rewind)
         asked = agreed(vitals.requests)
@@ -163,7 +163,7 @@ def rewind(run: Run, skip: "Range") -> None:
     left_out = sum(min(stop, first) - begin for begin, stop in run.position.skips if begin < first)
     before = first - left_out  # steps that had been done when that batch was taken
     run.saver.finish()
-    run.hear_of_saves()
+    run.poll_checkpoints()
     reached = run.position.step
     _agree(run, {"step": reached, "skip": list(skip), "before": before})
     run.reader.clear()
@@ -171,10 +171,10 @@ def rewind(run: Run, skip: "Range") -> None:
     model, adamw = run.model.module, run.optimizer.optimizer
     position = _fill(run.config, model, adamw, run.dataset, run.console.note, before)
     run.position = dataclasses.replace(position, skips=skips)
-    run.judge.rewound(position.vitals)
+    run.monitor.reset_after_rewind(position.vitals)
     run.record("rewound", step=reached, to=position.step, **run.clock.spent())
     run.console.note(f"Back at step {position.step}; batches {skip[0]} to {skip[1] - 1} left out.")
-    run.go_back()
+    run.truncate_metrics()
 
 
 def _agree(run: Run, fields: dict[str, Any]) -> None:

@@ -95,7 +95,7 @@ CONTRACT = (
     Clause(Kind.KEPT, "data.sources.*.weight", "which samples the steps so far took"),
     Clause(
         Kind.KEPT,
-        "data.packing data.shuffle_block_tokens data.stream_lanes",
+        "data.packing data.shuffle_block_tokens data.stream_shards",
         "which tokens a sample is, and when it comes",
     ),
     Clause(
@@ -193,7 +193,7 @@ def compare_beginning(before: dict[str, Any], now: dict[str, Any], samples: int)
     return changes
 
 
-def consent_problems(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def consent_errors(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What is wrong with the names in `run.allow_changes`.
 
     A free key, or one that has not changed, does no harm there: a job that is requeued gives the

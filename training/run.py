@@ -6,39 +6,39 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli.config import JobConfig, plain
 from data.stages import Stages
 from parallel.mesh import MeshShape, Processes
-from cli.config import TrainProgram, plain
-from training.clock import Clock
 from resilience.exit_codes import ExitCode
+from resilience.run_folder import RunFolder
+from training.clock import Clock
 from training.garbage import GarbageCollector
 from training.resume_policy import Changes
-from resilience.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+    from checkpoint.position import Position
+    from checkpoint.saver import Saver
     from data.dataset import Dataset
     from data.loader import StepBatches
     from data.stream import StreamDataset
     from parallel.strategy import MeshStrategy
-    from checkpoint.saver import Saver
-    from training.console import Console
-    from resilience.goodput import Goodput
     from resilience.event_log import Ledger
+    from resilience.goodput import Goodput
     from resilience.lock import RunLock
-    from training.metrics import MetricsLog
-    from resilience.loss_monitor import Judge, VitalsReader
-    from checkpoint.position import Position
+    from resilience.loss_monitor import AsyncStatsReader, LossMonitor
     from resilience.signals import Requests
     from resilience.watchdog import Watchdog
+    from training.console import Console
+    from training.metrics import MetricsLog
 
 
 @dataclass
 class Run:
     """Everything that one start of a run works with."""
 
-    config: TrainProgram
+    config: JobConfig
     processes: Processes
     mesh: MeshShape
     fabric: "Fabric"
@@ -52,8 +52,8 @@ class Run:
     requests: "Requests"
     watchdog: "Watchdog"
     saver: "Saver"
-    reader: "VitalsReader"
-    judge: "Judge"
+    reader: "AsyncStatsReader"
+    monitor: "LossMonitor"
     lock: "RunLock | None" = None  # rank 0 alone holds it
     ledger: "Ledger | None" = None  # rank 0 alone writes ledger and figures
     metrics: "MetricsLog | None" = None
@@ -119,7 +119,7 @@ class Run:
             lanes=taken.lanes,
         )
 
-    def hear_of_saves(self) -> None:
+    def poll_checkpoints(self) -> None:
         """Takes notice of the saves that have ended since; a failed one may ask the run to stop."""
         for saved in self.saver.poll():
             self.unsaved = saved.error is not None
@@ -140,8 +140,8 @@ class Run:
 
     def open_logs(self, changes: Changes) -> None:
         """Writes the configuration and opens ledger and figures, on rank 0."""
-        from resilience.goodput import signs_of_life
         from resilience.event_log import Ledger
+        from resilience.goodput import signs_of_life
         from training.metrics import MetricsLog
 
         if not self.fabric.is_global_zero:
@@ -170,10 +170,10 @@ class Run:
             warn=self.console.note,
         )
 
-    def go_back(self) -> None:
+    def truncate_metrics(self) -> None:
         """Drops what the figures tell beyond the run's position, on rank 0."""
         if self.metrics is not None:
-            self.metrics.go_back(self.position.step)
+            self.metrics.truncate_metrics(self.position.step)
 
     def draw(self) -> None:
         """Redraws the loss curve, on rank 0."""
@@ -205,7 +205,7 @@ class Run:
 
 
 def saver_of(
-    config: TrainProgram, dataset: "Dataset | StreamDataset", note: Callable[[str], None]
+    config: JobConfig, dataset: "Dataset | StreamDataset", note: Callable[[str], None]
 ) -> "Saver":
     """What saves the checkpoints of a run, each with the tokenizer of its data."""
     from checkpoint.saver import Saver

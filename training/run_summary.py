@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 
+from cli.config import JobConfig
 from parallel.mesh import MeshShape, Processes
-from cli.config import TrainProgram
 from training.resume_policy import Changes
 
 if TYPE_CHECKING:
     import torch
 
+    from checkpoint.position import Position
     from data.dataset import Dataset
     from data.stages import Stage
     from data.stream import StreamDataset
     from training.metrics import Throughput
-    from checkpoint.position import Position
 
 
 def header(
-    config: TrainProgram,
+    config: JobConfig,
     mesh: MeshShape,
     processes: Processes,
     dataset: "Dataset | StreamDataset",
@@ -70,7 +70,7 @@ def header(
     ]
 
 
-def _data_rows(config: TrainProgram, dataset: "Dataset | StreamDataset") -> list[tuple[str, str]]:
+def _data_rows(config: JobConfig, dataset: "Dataset | StreamDataset") -> list[tuple[str, str]]:
     """Which tokens, and how often a run goes through each source; of a stream nobody knows."""
     from data.dataset import Dataset
     from training.console import compact
@@ -96,9 +96,7 @@ def _weights(stage: "Stage") -> str:
     return ", ".join(f"{name} {weight / total:.3g}" for name, weight in stage.weights.items())
 
 
-def meter(
-    config: TrainProgram, mesh: MeshShape, device: "torch.device", seq_len: int
-) -> "Throughput":
+def meter(config: JobConfig, mesh: MeshShape, device: "torch.device", seq_len: int) -> "Throughput":
     """The meter that turns tokens of sequences of a length, and seconds, into figures of speed."""
     import torch
 
@@ -119,7 +117,7 @@ def meter(
 
 
 def summary(
-    config: TrainProgram, processes: Processes, position: "Position", figures: dict[str, Any]
+    config: JobConfig, processes: Processes, position: "Position", figures: dict[str, Any]
 ) -> tuple[str, list[tuple[str, str]], list[tuple[str, str]]]:
     """Title, rows and commands that tell what came out, where it lies and how to go on."""
     from training.console import compact
@@ -146,7 +144,7 @@ def summary(
         ("resume, should it be stopped", start_again(processes)),
         *(
             [("evaluate", f"python {evaluate} evaluation.{named}")]
-            if config.data.stream_lanes is None
+            if config.data.stream_shards is None
             else []
         ),  # holds text out
         ("let it write", f"python {generate} {named}"),

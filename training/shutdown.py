@@ -11,10 +11,10 @@ from typing import NoReturn
 
 from data.errors import DataError
 from parallel.mesh import is_first_process
-from training.run_summary import start_again, summary
-from training.run import Run
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolderError
+from training.run import Run
+from training.run_summary import start_again, summary
 
 LAST_SAVE_SECONDS = 60.0  # for one that is being written while the run gives up
 
@@ -38,7 +38,7 @@ def end_early(code: ExitCode) -> NoReturn:
     os._exit(code)
 
 
-def leave(run: Run, code: ExitCode, why: str = "") -> NoReturn:
+def stop_run(run: Run, code: ExitCode, why: str = "") -> NoReturn:
     """Ends a run that stands between two steps, on every rank alike."""
     run.console.stop()
     why = why or ASKED[code]
@@ -48,7 +48,7 @@ def leave(run: Run, code: ExitCode, why: str = "") -> NoReturn:
     _exit(run, code)
 
 
-def give_up(run: Run, error: Exception) -> NoReturn:
+def abort(run: Run, error: Exception) -> NoReturn:
     """Ends a run in the middle of a step: whoever met the fault tells it, nobody else may know.
 
     Where the fault is a peer's, this does not return: the watchdog ends the process.
@@ -61,7 +61,7 @@ def give_up(run: Run, error: Exception) -> NoReturn:
         code, told = error.code, str(error)
     else:
         run.watchdog.explain(error)
-        code, told = ExitCode.REFUSED, "".join(traceback.format_exception(error))
+        code, told = ExitCode.USER_ERROR, "".join(traceback.format_exception(error))
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     _record_stop(run, reason, code)
     print(

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from data.stages import Stage
-from training.run_summary import meter
 from training.run import Run
+from training.run_summary import meter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,10 +64,10 @@ def _profiled(run: Run, step: int) -> "Iterator[None]":
 
 def log(run: Run, figures: dict[str, Any], stage: Stage) -> None:
     """Adds the speed since the last logged step, and tells the figures to console and files."""
-    steps, seconds, data_seconds = run.clock.read()
+    steps, seconds, data_wait_seconds = run.clock.read()
     tokens = steps * stage.global_batch_size * stage.seq_len
     throughput = meter(run.config, run.mesh, run.fabric.device, stage.seq_len)
-    figures |= throughput.figures(tokens, seconds, data_seconds, steps)
+    figures |= throughput.figures(tokens, seconds, data_wait_seconds, steps)
     run.last_figures |= figures
     run.console.log(figures)
     if run.metrics is not None:

@@ -16,7 +16,7 @@ MAX_WAITING = 10_000  # records kept while W&B does not answer
 FINISH_SECONDS = 60.0  # for what is still to be sent when a run ends
 
 
-def tracker_problems(wandb: str | None) -> list[str]:
+def tracker_errors(wandb: str | None) -> list[str]:
     """What a run should refuse before its launch: a tracker that is asked for, not installed."""
     spec = importlib.util.find_spec("wandb") if wandb is not None else None
     # W&B leaves a folder `wandb` where it runs, which Python takes for a package without origin.
@@ -75,7 +75,7 @@ class Tracker:
 
     def _begin(self) -> Any:
         """Opens the run in W&B."""
-        if problems := tracker_problems(self._project):
+        if problems := tracker_errors(self._project):
             raise ImportError(problems[0])
         import wandb
 

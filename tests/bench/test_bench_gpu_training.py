@@ -10,9 +10,9 @@ import pytest
 from bench import gpu_training, measurement
 from bench.gpu_training import AIMS, CASES, FIGURES, MICRO_BATCHES, compared, composed
 from parallel.mesh import resolve_mesh
+from planning.fit_check import PlanRequest, given_choice
 from planning.hardware import load_hardware
 from planning.plan import plan_run
-from planning.fit_check import Asked, given_choice
 from training.preflight import check_for_tasks
 
 TOKENS = MICRO_BATCHES * 2 * 64  # of a reduced step
@@ -43,7 +43,7 @@ def test_the_reduced_form_yields_every_figure_of_every_case(reduced: dict[str, A
         # The median of a figure and of its reciprocal are of one step.
         tokens = found["tokens_per_second"]["median"] * found["step_seconds"]["median"]
         assert tokens == pytest.approx(TOKENS)
-        assert 0 < found["planned"]["memory_gib"] < found["memory_gib"]
+        assert 0 < found["planned"]["peak_memory_gib"] < found["peak_memory_gib"]
         assert found["planned"]["step_seconds"] > 0
         assert set(found["plan_error"]) == set(found["planned"])
 
@@ -70,8 +70,8 @@ def test_in_full_it_passes_the_rules_and_fits_an_h200(case: str) -> None:
     assert config.model.vocab_size == 128_256 and config.data.document_mask
     assert config.parallel.compile and config.precision.param == "auto"
     mesh, _ = resolve_mesh(config.parallel, 1)
-    asked, choice = Asked(config, "cuda", tokens=1), given_choice(config, mesh)
-    assert not asked.mesh_problems(mesh) + asked.choice_problems(choice)
+    asked, choice = PlanRequest(config, "cuda", tokens=1), given_choice(config, mesh)
+    assert not asked.mesh_errors(mesh) + asked.choice_errors(choice)
     jobs = asked.jobs(choice)
     assert jobs[0][0].micro_batches == MICRO_BATCHES
     assert jobs[0][0].seq_len == (8192 if "8b" in case else 4096)

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoint import saving
+from checkpoint.position import Position
 from checkpoint.restore import load
 from checkpoint.saver import Outcome, Saver
+from resilience.run_folder import RunFolder
 from training.config import CheckpointConfig, OptimConfig
 from training.optimizer import build_optimizer
-from checkpoint.position import Position
-from resilience.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from cli.arguments import CONF, help_text, hydra_arguments
 from cli.config import (
     ConfigError,
-    PrepareProgram,
-    TrainProgram,
+    JobConfig,
+    PrepareJobConfig,
     load_prepare_config,
     load_train_config,
     plain,
@@ -32,12 +32,12 @@ def files(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def load(*arguments: str) -> TrainProgram:
+def load(*arguments: str) -> JobConfig:
     """As `python train.py ARGUMENTS` reads it."""
     return load_train_config(compose("train", hydra_arguments(list(arguments), "train")))
 
 
-def prepared(*arguments: str) -> PrepareProgram:
+def prepared(*arguments: str) -> PrepareJobConfig:
     return load_prepare_config(compose("prepare", hydra_arguments(list(arguments), "prepare")))
 
 

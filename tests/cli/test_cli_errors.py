@@ -10,7 +10,7 @@ from resilience.exit_codes import ExitCode
 REFUSED = """
 import os, sys, time
 from training.shutdown import end_early
-from cli.errors import refusals
+from cli.errors import exit_on_user_error
 from checkpoint.restore import NoCheckpoint
 from resilience.signals import Requests
 
@@ -18,7 +18,7 @@ if sys.argv[1] == "together":
     import torch.distributed
     torch.distributed.init_process_group("gloo")
 Requests().catch_signals(end_early)
-with refusals():
+with exit_on_user_error():
     if os.environ["RANK"] == sys.argv[2]:
         time.sleep(0.5)
     raise NoCheckpoint("the run is elsewhere")

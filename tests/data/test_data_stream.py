@@ -67,7 +67,7 @@ def write(folder: Path, files: Rows, format_: str) -> Path:
 def config(folder: Path, lanes: int = LANES, **source: Any) -> DataConfig:
     """A stream of the folder."""
     sources = {"web": SourceConfig("huggingface", str(folder), **source)}
-    return DataConfig("web", "unused", sources, stream_lanes=lanes)
+    return DataConfig("web", "unused", sources, stream_shards=lanes)
 
 
 @pytest.fixture(scope="module", params=["jsonl", "parquet"])
@@ -288,7 +288,7 @@ def test_a_local_dataset_that_changed_under_its_name_has_another_hash(tmp_path: 
 
 def test_more_lanes_than_files_are_refused_with_the_number_that_fits(folder: Path) -> None:
     dataset = StreamDataset.open(config(folder, lanes=8), BYTE)
-    with pytest.raises(DataError, match=r"data.stream_lanes \(8\).* 7 files.*use 4, the largest"):
+    with pytest.raises(DataError, match=r"data.stream_shards \(8\).* 7 files.*use 4, the largest"):
         dataset.check(global_batch_size=8, size=2)
     with pytest.raises(DataError, match="use fewer data ranks than 8, or prepare"):
         dataset.check(global_batch_size=8, size=8)

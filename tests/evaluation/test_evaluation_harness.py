@@ -26,7 +26,7 @@ from twins import both_models, twin
 from data.tokenizer import Tokenizer, train_bpe
 from evaluation import harness
 from evaluation.errors import TaskError
-from evaluation.harness import run_tasks, task_problems
+from evaluation.harness import run_tasks, task_errors
 from evaluation.language_model import LlameshModel
 from formats.tokenizers import stop_ids, write_hugging_face
 from model.llama import Llama
@@ -364,16 +364,16 @@ def test_unknown_tasks_are_refused_with_near_names(
     """Without lm-eval's own 14,000 tasks, which take seconds to list."""
     index = harness._index.__wrapped__
     monkeypatch.setattr(harness, "_index", lambda folder, include_defaults: index(folder, False))
-    assert task_problems([*TASKS, "toy_*", str(folder / "toy_text.yaml")], str(folder)) == []
-    (problem,) = task_problems(["toy_choise"], str(folder))
+    assert task_errors([*TASKS, "toy_*", str(folder / "toy_text.yaml")], str(folder)) == []
+    (problem,) = task_errors(["toy_choise"], str(folder))
     assert "tasks (toy_choise) is neither" in problem and "use toy_choice" in problem
-    (problem,) = task_problems(TASKS, str(tmp_path / "none"))
+    (problem,) = task_errors(TASKS, str(tmp_path / "none"))
     assert problem.startswith("task_folder (") and "is not a folder" in problem
 
 
 def test_without_lm_eval_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    (problem,) = task_problems(["hellaswag"], None)
+    (problem,) = task_errors(["hellaswag"], None)
     assert "pip install '.[lm-eval]'" in problem
 
 

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from made_weights import SMALL, MadeWeights
 from omegaconf import OmegaConf
 
-import generate
 import evaluation.inference
+import generate
+from cli.arguments import CONF, hydra_arguments
+from cli.config import ConfigError, GenerateJobConfig, load_generate_config
 from data.config import TokenizerConfig
 from data.tokenizer import ready_tokenizer
 from formats.conversion import convert
 from formats.errors import FormatError
-from cli.arguments import CONF, hydra_arguments
-from cli.config import ConfigError, GenerateProgram, load_generate_config
 
 CONTEXT = 64
 CPU = "parallel.accelerator=cpu"
@@ -46,7 +46,7 @@ def composed(*arguments: str) -> Any:
     return compose("generate", hydra_arguments(list(arguments), "generate", texts=("prompt",)))
 
 
-def load(*arguments: str) -> GenerateProgram:
+def load(*arguments: str) -> GenerateJobConfig:
     """As `python generate.py ARGUMENTS` reads it."""
     return load_generate_config(composed("checkpoint=here", *arguments))
 

@@ -92,13 +92,13 @@ def test_run_whose_losses_stay_bad_ends_with_a_code_of_its_own(
 ) -> None:
     folder = tmp_path / "run"
     bad = Plan(rank=0, at=FORWARD, call=10, until=ALWAYS, do="nan")
-    few = ("faults.max_in_a_row=2", "faults.max_rewinds=2")
+    few = ("faults.max_consecutive_skips=2", "faults.max_rewinds=2")
     start = zygote.run(run_of(folder, *few), 1, bad)
-    assert start.codes == {0: ExitCode.NUMERICS}, start.told()
+    assert start.codes == {0: ExitCode.DIVERGED}, start.told()
     assert "faults.max_rewinds (2)" in start.told()
     skips = [line["skip"] for line in ledger(folder) if line["event"] == "rewind"]
     assert skips == [[9, 11], [8, 13]] or len(skips) == 2
-    assert ledger(folder)[-1]["code"] == ExitCode.NUMERICS
+    assert ledger(folder)[-1]["code"] == ExitCode.DIVERGED
 
 
 # ---------------------------------------------------------------- disks and files

@@ -137,7 +137,7 @@ def test_frozen_rank_ends_the_run_and_it_goes_on_as_if_undisturbed(
     start = zygote.start(run_of(folder, TP2, *options), 2, freeze, alone=True)
     wait_for(lambda: not is_running(start.pids[0]), "the end of the rank that is left")
     os.kill(start.pids[1], signal.SIGKILL)  # as the launcher of a frozen process does
-    assert zygote.wait(start) == [ExitCode.PEER, -signal.SIGKILL], start.told()
+    assert zygote.wait(start) == [ExitCode.RANK_FAILED, -signal.SIGKILL], start.told()
     assert "rank 1 (process" in start.told() and "no sign of life" in start.told()
     shutil.rmtree(folder / "checkpoints" / "step-00000008")  # and the newest is lost besides
     start = zygote.run(run_of(folder, TP2), 2)

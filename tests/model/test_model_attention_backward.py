@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.kernels import attention_backward
 from model.attention import AttentionKernel
-from model.kernels.attention_backward import ROWS, attention
 from model.config import ModelConfig
 from model.init import initialize
+from model.kernels import attention_backward
+from model.kernels.attention_backward import ROWS, attention
 from model.llama import Llama
 from parallel.activation_checkpoint import apply_activation_checkpoint
 

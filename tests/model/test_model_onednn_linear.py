@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.llama import Llama
 from model.kernels import onednn_linear as products
+from model.llama import Llama
 from parallel.config import PrecisionConfig
 from parallel.mesh import AXES
 from parallel.parallelize import parallelize

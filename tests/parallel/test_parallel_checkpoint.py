@@ -9,11 +9,11 @@ from distributed import on_ranks
 from small_run import OPTIM, Case, batch, build, share, whole
 from torch import Tensor
 
-from train import train_step
+from checkpoint.position import Position
 from checkpoint.restore import restore
 from checkpoint.saving import save
-from checkpoint.position import Position
 from resilience.run_folder import COMMITTED, RunFolder, RunFolderError
+from train import train_step
 
 POSITION = Position(step=2, samples=24, tokens=384, data_hash="of the test", batches=2)
 MESHES = {"dp2": Case(dp=2), "tp2": Case(tp=2), "dp2_tied": Case(dp=2, tied=True)}

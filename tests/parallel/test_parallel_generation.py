@@ -7,7 +7,7 @@ from small_run import VOCAB, Case, build
 from torch import Tensor
 
 from evaluation.generation import Completion, Sampling, generate
-from evaluation.generation_sync import MeshAgreement
+from evaluation.generation_sync import GenerationSync
 
 # The logits are large, so that attention is far from uniform.
 SAMPLING = [Sampling(), Sampling(temperature=40.0, top_k=20, top_p=0.9, seed=3)]
@@ -17,7 +17,7 @@ N_TOKENS = 16
 Found = list[list[Completion]]  # for each way of sampling, for each prompt
 
 
-class Contrary(MeshAgreement):
+class Contrary(GenerationSync):
     """That of a rank whose logits are far from its peer's."""
 
     def chosen(self, tokens: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def completions(case: Case) -> Found:
         for parameter in run.llama.parameters():
             parameter.mul_(20)  # an untrained model likes to repeat one token
     contrary = run.fabric.global_rank > 0 and case.tp > 1
-    agreement = (Contrary if contrary else MeshAgreement)(
+    agreement = (Contrary if contrary else GenerationSync)(
         run.strategy.device_mesh, run.fabric.device
     )
     share = len(PROMPTS) // case.dp

@@ -17,13 +17,13 @@ from small_run import OPTIM, Case, batch, build, share, whole
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from parallel.compilation import compiled_graphs
-from parallel.parallelize import local_block
-from train import train_step
+from checkpoint.position import Position
 from checkpoint.restore import load
 from checkpoint.saving import save
-from checkpoint.position import Position
+from parallel.compilation import compiled_graphs
+from parallel.parallelize import local_block
 from resilience.run_folder import RunFolder
+from train import train_step
 
 STEPS, MIDDLE = 20, 10
 # dp_replicate, dp_shard, cp, tp

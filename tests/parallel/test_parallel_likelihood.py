@@ -65,7 +65,7 @@ def answers(case: Case) -> Found:
     def gather(own: list[object]) -> list[list[object]]:
         shares: list[list[object]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(shares, own)
-        return shares[:: case.mesh.peers]
+        return shares[:: case.mesh.ranks_per_sample]
 
     return LlameshModel(
         run.model,

@@ -168,7 +168,7 @@ def test_launcher_and_configuration_at_odds_are_named_both(environment: dict[str
     assert plan_processes(agreeing, environment)[1] == []
 
 
-def test_cuda_without_a_gpu_and_too_many_processes_are_problems(
+def test_cuda_without_a_gpu_and_too_many_processes_are_errors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from checkpoint.position import Position
+from checkpoint.restore import load
+from checkpoint.saving import save
 from model.llama import Llama
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.compilation import apply_compile
@@ -22,12 +25,9 @@ from parallel.parallelize import initialize_weights, local_block
 from planning.hardware import load_hardware
 from planning.job import Job
 from planning.speed import _Rank
-from train import train_step
-from checkpoint.restore import load
-from checkpoint.saving import save
-from training.optimizer import build_optimizer
-from checkpoint.position import Position
 from resilience.run_folder import RunFolder
+from train import train_step
+from training.optimizer import build_optimizer
 
 CASES = {
     "fp32": Case(n_layers=2),

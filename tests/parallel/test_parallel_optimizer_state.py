@@ -14,12 +14,12 @@ from distributed import on_ranks
 from small_run import OPTIM, Case, batch, build, share, whole
 from torch import Tensor
 
-from train import train_step
+from checkpoint.position import Position
 from checkpoint.restore import load
 from checkpoint.saving import save
-from training.optimizer import StateFormat, build_optimizer
-from checkpoint.position import Position
 from resilience.run_folder import RunFolder
+from train import train_step
+from training.optimizer import StateFormat, build_optimizer
 
 FORMATS: tuple[StateFormat, ...] = ("fp32", "bf16", "int8")
 ONE, DP2, TP2 = Case(), Case(dp=2), Case(tp=2)

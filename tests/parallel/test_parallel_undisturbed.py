@@ -14,11 +14,11 @@ from small_run import OPTIM, Case, batch, build, share
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from model.attention import AttentionKernel
 from cli.arguments import CONF, hydra_arguments
-from training.preflight import check_config, prepare_data
+from model.attention import AttentionKernel
 from training import garbage
 from training.optimizer import StateFormat, build_optimizer
+from training.preflight import check_config, prepare_data
 from training.resume_policy import Changes
 
 STATES: tuple[StateFormat, ...] = ("fp32", "bf16", "int8")

@@ -11,13 +11,13 @@ from hydra import compose, initialize_config_dir
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from parallel.mesh import MeshShape, Processes
-from planning import calibration
-from planning.hardware import load_hardware
 from cli.arguments import CONF
 from cli.config import load_train_config
+from parallel.mesh import MeshShape, Processes
+from planning import calibration
 from planning.answer import measure_machine
 from planning.fit_check import check_plan
+from planning.hardware import load_hardware
 
 
 def test_a_rate_is_the_work_that_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:

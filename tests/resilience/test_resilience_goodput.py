@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.clock import Clock
-from resilience.goodput import Goodput, account, signs_of_life
 from resilience.event_log import Ledger, append_line
+from resilience.goodput import Goodput, account, signs_of_life
+from training.clock import Clock
 
 ROOT = Path(__file__).parents[2]
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC).timestamp()

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from run_config import CONFIG, changed, commit
 
-from training.resume_policy import Changes
 from resilience.run_folder import COMMITTED, RunFolder, RunFolderError
+from training.resume_policy import Changes
 
 
 @pytest.fixture

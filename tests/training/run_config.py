@@ -8,11 +8,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cli.arguments import CONF
-from cli.config import TrainProgram, load_train_config, plain
+from cli.config import JobConfig, load_train_config, plain
 from resilience.run_folder import COMMITTED, RunFolder
 
 
-def default() -> TrainProgram:
+def default() -> JobConfig:
     """The configuration of `python train.py`, without Hydra."""
     composed: Any = OmegaConf.load(CONF / "train.yaml")
     del composed["defaults"], composed["hydra"]

@@ -14,16 +14,14 @@ import torch.distributed as dist
 import xxhash
 from torch import nn
 
-from checkpoint import retention
-
-from checkpoint import saving
+from checkpoint import retention, saving
 from checkpoint.files import damage_of, read_position
+from checkpoint.position import Position
 from checkpoint.restore import NoCheckpoint, find_damage, load, restore
 from checkpoint.saving import SaveFailed, save
+from resilience.run_folder import COMMITTED, RunFolder
 from training.config import OptimConfig
 from training.optimizer import build_optimizer
-from checkpoint.position import Position
-from resilience.run_folder import COMMITTED, RunFolder
 
 FILES = ["__0_0.distcp", ".metadata", "manifest.json", COMMITTED]
 

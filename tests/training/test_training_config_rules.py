@@ -10,17 +10,17 @@ from data.config import DataConfig, SourceConfig, StageConfig, TokenizerConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, resolve_mesh
-from training.config_rules import (
-    batch_problems,
-    device_problems,
-    lane_problems,
-    model_problems,
-    of_every_stage,
-    saving_problems,
-    stage_problems,
-    stream_problems,
-)
 from training.config import CheckpointConfig, FaultsConfig, TrainConfig, ValidationConfig
+from training.config_rules import (
+    batch_errors,
+    device_errors,
+    lane_errors,
+    model_errors,
+    of_every_stage,
+    saving_errors,
+    stage_errors,
+    stream_errors,
+)
 
 MODEL = ModelConfig("small", 96, 2, 12, 6, 120, 240)
 PARALLEL = ParallelConfig()
@@ -40,7 +40,7 @@ def keys_refused(found: list[str], key: str) -> bool:
 @pytest.mark.parametrize("key", ["n_heads", "n_kv_heads", "ffn_dim", "vocab_size"])
 def test_tp_names_every_size_that_divides_what_it_cuts(key: str) -> None:
     def refused(tp: int) -> list[str]:
-        found = model_problems(MeshShape(1, 1, 1, tp), PARALLEL, MODEL, 5040)
+        found = model_errors(MeshShape(1, 1, 1, tp), PARALLEL, MODEL, 5040)
         return [problem for problem in found if f"model.{key} " in problem]
 
     [problem] = refused(7)
@@ -51,7 +51,7 @@ def test_tp_names_every_size_that_divides_what_it_cuts(key: str) -> None:
 @pytest.mark.parametrize("seq_len", [48, 50, 63])
 def test_cp_names_every_size_whose_double_divides_the_sequence(seq_len: int) -> None:
     def refused(cp: int) -> list[str]:
-        return model_problems(MeshShape(1, 1, cp, 1), PARALLEL, MODEL, seq_len)
+        return model_errors(MeshShape(1, 1, cp, 1), PARALLEL, MODEL, seq_len)
 
     [problem] = refused(9)
     assert (
@@ -63,7 +63,7 @@ def test_cp_names_every_size_whose_double_divides_the_sequence(seq_len: int) -> 
 @pytest.mark.parametrize("cp", [1, 2])
 def test_tp_cuts_what_cp_leaves_of_a_sequence(cp: int) -> None:
     def refused(tp: int, parallel: ParallelConfig = PARALLEL) -> list[str]:
-        found = model_problems(MeshShape(1, 1, cp, tp), parallel, MODEL, 24)
+        found = model_errors(MeshShape(1, 1, cp, tp), parallel, MODEL, 24)
         return [problem for problem in found if "train.seq_len" in problem]
 
     [problem] = refused(5)
@@ -75,7 +75,7 @@ def test_tp_cuts_what_cp_leaves_of_a_sequence(cp: int) -> None:
 def test_batch_names_the_nearest_multiples_and_every_number_of_data_ranks() -> None:
     def refused(replicate: int, shard: int, batch: int = 12) -> list[str]:
         train = TrainConfig(max_steps=1, global_batch_size=batch, seq_len=8)
-        return batch_problems(MeshShape(replicate, shard, 1, 1), train)
+        return batch_errors(MeshShape(replicate, shard, 1, 1), train)
 
     [problem] = refused(2, 4)
     assert "train.global_batch_size (12) is not a multiple of the 8 data ranks" in problem
@@ -89,7 +89,7 @@ def test_batch_names_the_nearest_multiples_and_every_number_of_data_ranks() -> N
 def test_micro_batch_names_every_size_that_divides_a_rank_s_share() -> None:
     def refused(size: int) -> list[str]:
         train = TrainConfig(max_steps=1, global_batch_size=24, seq_len=8, micro_batch_size=size)
-        return batch_problems(MeshShape(1, 2, 1, 1), train)
+        return batch_errors(MeshShape(1, 2, 1, 1), train)
 
     [problem] = refused(5)
     assert "train.micro_batch_size (5)" in problem
@@ -112,8 +112,8 @@ def test_meshes_that_divide_batch_and_model_have_no_problem() -> None:
     for sizes in ((1, 1, 1, 1), (2, 4, 1, 2), (1, 2, 8, 2), (4, 4, 2, 6), (16, 1, 64, 1)):
         mesh = MeshShape(*sizes)
         if train.seq_len // mesh.cp % mesh.tp == 0:
-            assert model_problems(mesh, PARALLEL, MODEL, train.seq_len) == []
-        assert batch_problems(mesh, train) == []
+            assert model_errors(mesh, PARALLEL, MODEL, train.seq_len) == []
+        assert batch_errors(mesh, train) == []
 
 
 def staged(*stages: StageConfig) -> DataConfig:
@@ -128,17 +128,17 @@ def test_sizes_of_every_stage_are_checked_and_told_by_the_key_that_gave_them() -
         StageConfig(32, seq_len=9),  # once more the same batch: told once
         StageConfig(56, global_batch_size=7, micro_batch_size=1),
     )
-    found = of_every_stage(train, data, lambda sizes: batch_problems(mesh, sizes))
+    found = of_every_stage(train, data, lambda sizes: batch_errors(mesh, sizes))
     first, second = found
     assert first.startswith("train.micro_batch_size (4) does not divide the 6 sequences")
     assert second.startswith("data.stages[2].global_batch_size (7) is not a multiple")
     lengths = of_every_stage(
         train,
         data,
-        lambda sizes: model_problems(MeshShape(1, 1, 2, 1), PARALLEL, MODEL, sizes.seq_len),
+        lambda sizes: model_errors(MeshShape(1, 1, 2, 1), PARALLEL, MODEL, sizes.seq_len),
     )
     assert len(lengths) == 1 and "data.stages[1].seq_len (9) is not a multiple" in lengths[0]
-    assert of_every_stage(train, staged(), lambda sizes: batch_problems(mesh, sizes)) == []
+    assert of_every_stage(train, staged(), lambda sizes: batch_errors(mesh, sizes)) == []
 
 
 def test_sizes_below_one_have_no_divisors_to_name() -> None:
@@ -146,7 +146,7 @@ def test_sizes_below_one_have_no_divisors_to_name() -> None:
     mesh = MeshShape(1, 2, 2, 1)
 
     def problems(sizes: TrainConfig) -> list[str]:
-        return batch_problems(mesh, sizes) + model_problems(mesh, PARALLEL, MODEL, sizes.seq_len)
+        return batch_errors(mesh, sizes) + model_errors(mesh, PARALLEL, MODEL, sizes.seq_len)
 
     train = TrainConfig(max_steps=1, global_batch_size=8, seq_len=64)
     for stage in (StageConfig(8, global_batch_size=-1), StageConfig(8, seq_len=-2)):
@@ -159,7 +159,7 @@ def test_a_stage_begins_with_a_step() -> None:
     train = TrainConfig(max_steps=1, global_batch_size=8, seq_len=64)
 
     def problems(*stages: StageConfig) -> list[str]:
-        return stage_problems(train, staged(*stages))
+        return stage_errors(train, staged(*stages))
 
     assert problems(StageConfig(16, global_batch_size=3), StageConfig(22)) == []
     [problem] = problems(StageConfig(17))
@@ -175,7 +175,7 @@ def of_device(processes: Processes = CPU, mesh: MeshShape | None = None, **wante
         own = {key: value for key, value in wanted.items() if hasattr(section, key)}
         sections[number] = replace(section, **own)
     parallel, precision, model = sections
-    found = device_problems(
+    found = device_errors(
         processes.accelerator, mesh or MeshShape(1, 1, 1, 1), parallel, precision, model
     )
     return "\n".join(found)
@@ -183,21 +183,21 @@ def of_device(processes: Processes = CPU, mesh: MeshShape | None = None, **wante
 
 def stream(lanes: int | None) -> DataConfig:
     sources = {"web": SourceConfig("huggingface", "who/what", streaming=True)}
-    return DataConfig("web", "unused", sources, stream_lanes=lanes)
+    return DataConfig("web", "unused", sources, stream_shards=lanes)
 
 
 def test_lanes_name_every_number_that_batch_and_data_ranks_admit() -> None:
     def refused(lanes: int, batch: int = 24, dp: int = 1) -> list[str]:
         train = TrainConfig(max_steps=1, global_batch_size=batch, seq_len=64)
-        return lane_problems(MeshShape(1, dp, 1, 1), train, stream(lanes))
+        return lane_errors(MeshShape(1, dp, 1, 1), train, stream(lanes))
 
     [problem] = refused(9)
-    assert "train.global_batch_size (24) is not a multiple of data.stream_lanes (9)" in problem
+    assert "train.global_batch_size (24) is not a multiple of data.stream_shards (9)" in problem
     assert "use 18 or 27, or" in problem and not refused(9, 18) and not refused(9, 27)
     *_, text = problem.partition("27, or ")
     assert [int(n) for n in re.findall(r"\d+", text)] == [n for n in range(1, 25) if not refused(n)]
     [problem] = refused(6, dp=4)
-    assert "data.stream_lanes (6) is not a multiple of the 4 data ranks" in problem
+    assert "data.stream_shards (6) is not a multiple of the 4 data ranks" in problem
     assert "use 4 or 8, or 1, 2, 3 or 6 data ranks" in problem
     assert not refused(4, dp=4) and not refused(8, dp=4) and not refused(6, dp=3)
     assert "use 4, or" in refused(3, dp=4)[0]
@@ -206,13 +206,13 @@ def test_lanes_name_every_number_that_batch_and_data_ranks_admit() -> None:
 
 def test_no_lanes_no_rule_of_lanes() -> None:
     train = TrainConfig(max_steps=1, global_batch_size=7, seq_len=64)
-    assert not lane_problems(MeshShape(1, 2, 1, 1), train, stream(None))
-    assert not stream_problems(stream(None), TokenizerConfig("bpe", 4096), ValidationConfig())
+    assert not lane_errors(MeshShape(1, 2, 1, 1), train, stream(None))
+    assert not stream_errors(stream(None), TokenizerConfig("bpe", 4096), ValidationConfig())
 
 
 def test_a_stream_trains_no_tokenizer_and_holds_nothing_out() -> None:
     def found(tokenizer: TokenizerConfig, samples: int) -> list[str]:
-        return stream_problems(stream(4), tokenizer, ValidationConfig(samples=samples))
+        return stream_errors(stream(4), tokenizer, ValidationConfig(samples=samples))
 
     byte, trained = TokenizerConfig("byte", 272), TokenizerConfig("bpe", 4096)
     assert not found(byte, 0) and not found(replace(trained, path="tokenizer.model"), 0)
@@ -260,7 +260,7 @@ def test_a_memory_budget_is_a_share_and_the_compiler_s() -> None:
 def test_what_is_kept_is_among_what_is_saved() -> None:
     def refused(interval: int | None, keep_every: int | None) -> list[str]:
         checkpoint = CheckpointConfig(interval=interval, keep_every=keep_every)
-        return saving_problems(checkpoint, FaultsConfig())
+        return saving_errors(checkpoint, FaultsConfig())
 
     [problem] = refused(40, 100)
     assert "checkpoint.keep_every (100)" in problem and "checkpoint.interval (40)" in problem
@@ -276,18 +276,16 @@ def test_what_is_kept_is_among_what_is_saved() -> None:
 
 
 def test_no_save_is_skipped_where_none_is_under_way() -> None:
-    [problem] = saving_problems(
-        CheckpointConfig(async_save=False, when_busy="skip"), FaultsConfig()
-    )
+    [problem] = saving_errors(CheckpointConfig(async_save=False, when_busy="skip"), FaultsConfig())
     assert "checkpoint.when_busy (skip)" in problem and "checkpoint.async_save" in problem
-    assert not saving_problems(CheckpointConfig(when_busy="skip"), FaultsConfig())
-    assert not saving_problems(CheckpointConfig(async_save=False), FaultsConfig())
+    assert not saving_errors(CheckpointConfig(when_busy="skip"), FaultsConfig())
+    assert not saving_errors(CheckpointConfig(async_save=False), FaultsConfig())
 
 
 def test_a_rewind_needs_a_checkpoint() -> None:
     rewinding = FaultsConfig(rewind_on_spike=True)
-    [problem] = saving_problems(CheckpointConfig(interval=None), rewinding)
+    [problem] = saving_errors(CheckpointConfig(interval=None), rewinding)
     assert "faults.rewind_on_spike (true)" in problem and "checkpoint.interval_minutes" in problem
-    assert not saving_problems(CheckpointConfig(interval=None, interval_minutes=5), rewinding)
-    assert not saving_problems(CheckpointConfig(interval=5), rewinding)
-    assert not saving_problems(CheckpointConfig(interval=None), FaultsConfig())
+    assert not saving_errors(CheckpointConfig(interval=None, interval_minutes=5), rewinding)
+    assert not saving_errors(CheckpointConfig(interval=5), rewinding)
+    assert not saving_errors(CheckpointConfig(interval=None), FaultsConfig())

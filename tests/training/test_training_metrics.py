@@ -16,10 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training import wandb_logger as tracker
-
-from training import metrics
 from resilience.event_log import Ledger, read_json_lines
+from training import metrics
+from training import wandb_logger as tracker
 from training.metrics import (
     FIELDS,
     MetricsLog,
@@ -29,7 +28,7 @@ from training.metrics import (
     peak_memory_gib,
     smooth,
 )
-from training.wandb_logger import tracker_problems
+from training.wandb_logger import tracker_errors
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,8 +36,8 @@ ROOT = Path(__file__).parents[2]
 def record(step: int, **changes: Any) -> dict[str, Any]:
     """A full record, its fields in the wrong order on purpose."""
     figures: dict[str, Any] = {"batch_hash": f"{step:08x}", "mfu_causal": None, "mfu_full": None}
-    figures |= {"tflops": 0.5, "tokens_per_second": 1000.0, "lr": 3e-4, "memory_gib": 1.0}
-    figures |= {"step_seconds": 0.5, "data_seconds": 0.1, "grad_norm": 2.0, "loss": 8.0 / step}
+    figures |= {"tflops": 0.5, "tokens_per_second": 1000.0, "lr": 3e-4, "peak_memory_gib": 1.0}
+    figures |= {"step_seconds": 0.5, "data_wait_seconds": 0.1, "grad_norm": 2.0, "loss": 8.0 / step}
     return figures | {"tokens": 512 * step, "samples": step, "step": step} | changes
 
 
@@ -266,8 +265,8 @@ def test_unwritable_folder_does_not_stop_training(tmp_path: Path) -> None:
 
 def test_missing_wandb_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import now fails as without the package
-    assert tracker_problems(None) == []
-    (problem,) = tracker_problems("my-project")
+    assert tracker_errors(None) == []
+    (problem,) = tracker_errors("my-project")
     assert "log.wandb (my-project)" in problem and "llamesh[wandb]" in problem
     log, warnings = open_log(tmp_path, wandb="my-project")
     log.write(record(1))
@@ -398,7 +397,7 @@ def test_mesh_at_its_peak_has_an_mfu_of_one() -> None:
     assert figures["mfu_causal"] == pytest.approx(6 / 8)
     assert figures["tflops"] == pytest.approx(peak * 6 / 8 / 1e12)
     assert figures["tokens_per_second"] == tokens / seconds
-    assert (figures["step_seconds"], figures["data_seconds"]) == (2.0, 0.1)
+    assert (figures["step_seconds"], figures["data_wait_seconds"]) == (2.0, 0.1)
 
 
 def test_unknown_peak_gives_no_mfu_but_the_same_speed() -> None:

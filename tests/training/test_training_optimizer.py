@@ -9,9 +9,9 @@ import torch
 from model.config import ModelConfig
 from model.llama import Llama
 from parallel.config import PrecisionConfig
-from training.precision_rules import MAX_BETA2_BF16, moment_problems
 from training.config import OptimConfig
 from training.optimizer import AdamW, StateFormat, build_optimizer
+from training.precision_rules import MAX_BETA2_BF16, moment_errors
 
 FORMATS: tuple[StateFormat, ...] = ("fp32", "bf16", "int8")
 OPTIM = OptimConfig(lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
@@ -197,7 +197,7 @@ def test_the_rule_of_bf16_moments_is_where_they_stop_to_fade(beta2: float) -> No
     """Without gradients a second moment fades to nothing, or stays for ever at some number."""
     model = small()
     config = OptimConfig(lr=1e-2, betas=(0.9, beta2))
-    found = moment_problems(PrecisionConfig(optimizer_state="bf16"), config)
+    found = moment_errors(PrecisionConfig(optimizer_state="bf16"), config)
     assert bool(found) == (beta2 > MAX_BETA2_BF16)
     optimizer = build_optimizer(model, config, "bf16")
     seen = []
@@ -209,7 +209,7 @@ def test_the_rule_of_bf16_moments_is_where_they_stop_to_fade(beta2: float) -> No
     assert bool((seen[-1] == seen[-2]).all()) == bool(found)
     for problem in found:
         assert f"{beta2}" in problem and "precision.optimizer_state=fp32 or int8" in problem
-        assert moment_problems(PrecisionConfig(optimizer_state="int8"), config) == []
+        assert moment_errors(PrecisionConfig(optimizer_state="int8"), config) == []
 
 
 # ---------------------------------------------------------------- steps that change nothing

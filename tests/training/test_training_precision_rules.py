@@ -9,8 +9,8 @@ import torch
 from model.config import ModelConfig
 from parallel.config import PrecisionConfig
 from parallel.mesh import MeshShape
-from training.precision_rules import evaluation_problems, fp8_problems
 from training.config import TrainConfig
+from training.precision_rules import evaluation_errors, fp8_errors
 
 MODEL = ModelConfig("some", dim=64, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=50)
 TRAIN = TrainConfig(max_steps=1, global_batch_size=4, seq_len=32)
@@ -35,13 +35,13 @@ def problems(
     train: TrainConfig = TRAIN,
     accelerator: str = "cuda",
 ) -> list[str]:
-    return fp8_problems(accelerator, mesh, PrecisionConfig(fp8=recipe), model, train)
+    return fp8_errors(accelerator, mesh, PrecisionConfig(fp8=recipe), model, train)
 
 
 def test_without_fp8_nothing_is_asked() -> None:
     odd = replace(TRAIN, seq_len=7)
     assert problems(None, train=odd, accelerator="cpu") == []
-    assert evaluation_problems(PrecisionConfig()) == []
+    assert evaluation_errors(PrecisionConfig()) == []
 
 
 @pytest.mark.parametrize(
@@ -111,5 +111,5 @@ def test_fp8_with_fp32_parameters() -> None:
 
 
 def test_evaluation_computes_without_fp8() -> None:
-    [problem] = evaluation_problems(PrecisionConfig(fp8="rowwise"))
+    [problem] = evaluation_errors(PrecisionConfig(fp8="rowwise"))
     assert problem == "precision.fp8 (rowwise) is for training alone: use precision.fp8=null"

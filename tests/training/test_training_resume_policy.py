@@ -12,10 +12,10 @@ from hydra import compose, initialize_config_dir
 from run_config import CONFIG, changed, commit, default, leaves, other, value_at
 
 from cli.arguments import CONF, hydra_arguments
-from cli.config import TrainProgram, load_train_config, plain
+from cli.config import JobConfig, load_train_config, plain
+from resilience.run_folder import RunFolder, RunFolderError
 from training.preflight import with_defaults
 from training.resume_policy import CONTRACT, Changes, Kind, clause_of, compare
-from resilience.run_folder import RunFolder, RunFolderError
 
 SAMPLES = 128  # taken by the newest checkpoint of `folder`: whole batches of the default size
 
@@ -68,7 +68,7 @@ def schema_keys(schema: Any, prefix: str = "") -> list[str]:
     return found
 
 
-KEYS = schema_keys(TrainProgram)
+KEYS = schema_keys(JobConfig)
 
 
 def test_every_key_of_the_configuration_has_its_terms() -> None:

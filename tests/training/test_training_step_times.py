@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from training.step_metrics import profiled
 from training.config import LogConfig
+from training.step_metrics import profiled
 from training.step_times import (
     ATTENTION,
     COMMUNICATION,
