@@ -23,10 +23,11 @@ from cli.config import JobConfig
 from cli.errors import exit_on_user_error
 from parallel.mesh import MeshShape, Processes, is_first_process
 from parallel.slurm import slurm_time_left
+from parallel.step_scalars import StepRequests
 from planning.fit_check import check_plan, print_fit_check
 from resilience.exit_codes import ExitCode
 from resilience.lock import RunLock
-from resilience.signals import QUIET, Requests
+from resilience.signals import Requests
 from training.preflight import acquire_run_lock, check_config, check_folder, prepare_data
 from training.recovery import Decision, check_step, rewind, starting_position
 from training.resume_policy import Changes
@@ -37,8 +38,6 @@ from training.shutdown import abort, end_early, finish, record_fault, stop_run
 from training.step_metrics import log, profiled, read_figures, validate, write_sample
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from data.dataset import Dataset
@@ -139,7 +138,7 @@ def train(run: Run) -> None:
             with clock.data():
                 batch = next(batches)
             rate = learning_rate(step - 1, config.optim)
-            tensors = train_step(run, batch, rate, run.requests.values())
+            tensors = train_step(run, batch, rate, StepRequests(*map(round, run.requests.values())))
             stage = stages.at(batch.number)
             logs = validates or step == 1 or is_due(config.log.interval, step, config)
             logs = logs or stages.at(batch.number + 1) != stage  # speed is of one length
@@ -174,7 +173,7 @@ def train(run: Run) -> None:
 
 
 def train_step(
-    run: Run, batches: StepBatches, rate: float, requests: Sequence[float] = QUIET
+    run: Run, batches: StepBatches, rate: float, requests: StepRequests = StepRequests()
 ) -> dict[str, Tensor]:
     """One optimizer step on this rank's micro-batches of the global batch.
 
@@ -183,7 +182,7 @@ def train_step(
     any rank, weights and moments stay on all of them as they were, bit for bit.
 
     Args:
-        requests: What this rank asks all ranks for as `Requests.values` has it.
+        requests: Requests of this rank.
 
     Returns:
         Tensors on the device, not waited for, the same on every rank: `vitals`, the loss of the
@@ -207,9 +206,10 @@ def train_step(
         shares.append(share.detach())
     # Peers that read the same samples have the same loss: of each the part that makes one whole.
     own = torch.stack(shares).sum(dtype=torch.float64) / run.strategy.shape.ranks_per_sample
-    asked = fabric.to_device(torch.tensor(requests))
     max_norm = run.config.train.max_grad_norm or math.inf
-    norm, (loss, *asking) = clip_grad_norm(model, max_norm, torch.cat([own.view(1), asked]))
+    norm, (loss, *asking) = clip_grad_norm(
+        model, max_norm, torch.cat([own.view(1), requests.to_tensor(fabric.device)])
+    )
     vitals = torch.stack([loss, norm, *asking])
     optimizer.optimizer.skip_if(not_finite(vitals))
     for group in optimizer.param_groups:

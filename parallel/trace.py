@@ -27,8 +27,9 @@ from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.gradients import clip_grad_norm
 from parallel.mesh import AXES, MeshShape
 from parallel.parallelize import parallelize
+from parallel.step_scalars import N_EXTRA_SCALARS
 from parallel.strategy import MeshStrategy
-from parallel.traffic import RIDERS, Collective, Kind, Step
+from parallel.traffic import Collective, Kind, Step
 
 # Operation: (kind, which argument holds the whole tensor; None: the result does).
 _COLLECTIVES: dict[str, tuple[Kind, int | None]] = {
@@ -173,4 +174,4 @@ def _run(llama: Any, strategy: MeshStrategy, step: Step) -> None:
     for place in range(1, step.micro_batches + 1):
         with strategy.micro_batch_sync.no_backward_sync(llama, place < step.micro_batches):
             (llama(tokens, tokens, tokens) / n_targets).backward()
-    clip_grad_norm(llama, max_norm=1.0, extra_scalars=torch.empty(RIDERS))
+    clip_grad_norm(llama, max_norm=1.0, extra_scalars=torch.empty(N_EXTRA_SCALARS))

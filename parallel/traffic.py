@@ -20,12 +20,11 @@ from typing import Literal
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.mesh import DATA_AXES, MeshShape
+from parallel.step_scalars import N_EXTRA_SCALARS
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 
 FLOAT32, INT64 = 4, 8  # bytes
-RIDERS = 6
-"""Scalars that travel with the norm's squares in a step: the loss and five requests."""
 
 
 @dataclass(frozen=True)
@@ -265,5 +264,5 @@ def _scalars(plan: _Plan) -> list[Collective]:
     """Squared norm, loss, requests over all processes; targets and hash over each data axis."""
     everyone = ("dp_replicate", "dp_shard", "cp", "tp")
     counts = [plan.over([axis], "all_reduce", 1, 2 * INT64, "scalars") for axis in DATA_AXES]
-    size = (1 + RIDERS) * plan.step.norm_bytes
+    size = (1 + N_EXTRA_SCALARS) * plan.step.norm_bytes
     return [plan.over(everyone, "all_reduce", 1, size, "scalars"), *counts]

@@ -24,8 +24,8 @@ from model.loss import BLOCK
 from model.norm import RMSNorm
 from parallel.activation_checkpoint import keeps
 from parallel.gradients import clip_grad_norm
+from parallel.step_scalars import N_EXTRA_SCALARS
 from parallel.trace import materialise, traced_model
-from parallel.traffic import RIDERS
 from planning.activations import HALF, cuts_tokens, kept_by_block, whole_hidden
 from planning.job import Job
 from planning.memory import Memory
@@ -161,7 +161,7 @@ def _step(
             # What is left of it are its gradients, whole until the last one's are reduced.
             tracker.rename("unreduced")
     tracker.phase = "update"
-    clip_grad_norm(llama, max_norm=1.0, extra_scalars=torch.empty(RIDERS))
+    clip_grad_norm(llama, max_norm=1.0, extra_scalars=torch.empty(N_EXTRA_SCALARS))
     optimizer.step()
     for parameter in llama.parameters():
         parameter.grad = None

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parallel.parallelize import local_block
+from parallel.step_scalars import StepRequests
 from train import train_step
 from training.optimizer import StateFormat, build_optimizer
 
@@ -74,7 +75,7 @@ def take(run: Any, case: Case, number: int, way: str | None = None) -> list[floa
     batches = share(batch(number), run.data_rank, case.mesh.dp, case.n_micro)
     rank = run.fabric.global_rank
     spoiled = spoil(run, way) if way is not None and rank == BAD_RANK else None
-    vitals = train_step(run, batches, OPTIM.lr, requests=(rank, 1, 0))["vitals"]
+    vitals = train_step(run, batches, OPTIM.lr, requests=StepRequests(rank, 1, 0))["vitals"]
     if spoiled is not None:
         spoiled.remove()
     return cast(list[float], vitals.tolist())
@@ -147,7 +148,7 @@ def test_all_ranks_read_the_same_vitals(found: Any, number: int) -> None:
     """Loss, norm and requests: rank 1 asks for the first, both for the second."""
     first, second = (rank[number] for rank in found)
     assert str(first) == str(second)  # nan is nan
-    assert all(requests == [1, 2, 0] for _, _, *requests in first["clean"])
+    assert all(requests == [1, 2, 0, 0, 0] for _, _, *requests in first["clean"])
 
 
 def one_process() -> list[float]:
