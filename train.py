@@ -23,7 +23,7 @@ from cli.config import JobConfig
 from cli.errors import exit_on_user_error
 from parallel.mesh import MeshShape, Processes, is_first_process
 from parallel.slurm import slurm_time_left
-from parallel.step_scalars import StepRequests
+from parallel.step_scalars import NO_REQUESTS, StepRequests
 from planning.fit_check import check_plan, print_fit_check
 from resilience.exit_codes import ExitCode
 from resilience.lock import RunLock
@@ -173,7 +173,7 @@ def train(run: Run) -> None:
 
 
 def train_step(
-    run: Run, batches: StepBatches, rate: float, requests: StepRequests = StepRequests()
+    run: Run, batches: StepBatches, rate: float, requests: StepRequests = NO_REQUESTS
 ) -> dict[str, Tensor]:
     """One optimizer step on this rank's micro-batches of the global batch.
 

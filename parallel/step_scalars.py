@@ -40,21 +40,25 @@ class StepRequests:
         return torch.tensor(astuple(self), dtype=torch.float32).to(device, non_blocking=True)
 
 
+NO_REQUESTS = StepRequests()
+
 N_EXTRA_SCALARS = 1 + len(fields(StepRequests))
 """Scalars summed together with the squared gradient norm: the loss and the requests."""
 
 
 @dataclass(frozen=True)
-class StepScalars(StepRequests):
-    """Loss, gradient norm and requests of one step on the host; identical on all ranks.
+class StepScalars:
+    """Host-side scalars of one step, identical on all ranks.
 
     Attributes:
         loss: Loss of the global batch, in nats per target.
         grad_norm: 2-norm of all gradients before clipping.
+        requests: How many ranks made each request.
     """
 
-    loss: float = 0.0
-    grad_norm: float = 0.0
+    loss: float
+    grad_norm: float
+    requests: StepRequests
 
     @classmethod
     def from_tensor(cls, values: Tensor) -> StepScalars:
@@ -64,4 +68,4 @@ class StepScalars(StepRequests):
             values: (2 + n_requests): loss, gradient norm and requests.
         """
         loss, grad_norm, *requests = values.tolist()
-        return cls(*map(round, requests), loss, grad_norm)
+        return cls(loss, grad_norm, StepRequests(*map(round, requests)))

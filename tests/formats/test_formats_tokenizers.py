@@ -168,9 +168,7 @@ def test_auto_tokenizer_loads_the_folder(exported: Exported) -> None:
     assert (loaded.bos_token_id, loaded.eos_token_id) == (ours.bos_id, ours.eos_id)
     assert ours.eos_id < loaded.pad_token_id < ours.vocab_size  # hides no end of text
     assert (len(loaded), loaded.model_max_length) == (ours.vocab_size, 8192)
-    assert (
-        loaded.clean_up_tokenization_spaces is False
-    )  # which old releases heed, and new ones not
+    assert loaded.clean_up_tokenization_spaces is False  # which old releases heed, and new ones not
     for text in [*CORPUS[:10], "no clean-up : it 's , isn 't it ?"]:
         ids = ours.encode(text)
         assert loaded(text).input_ids == [ours.bos_id, *ids]
