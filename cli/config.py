@@ -3,7 +3,8 @@
 Hydra composes YAML and overrides; here the result becomes plain frozen dataclasses, or one
 `ConfigError` that lists every problem at once. Nothing below this file sees a `DictConfig`.
 Each section's dataclass and its own rules live in the package that it configures; the rules that
-tie sections together are in `training.config_rules`. Imports nothing heavy, so that `--help` stays fast.
+tie sections together are in `training.config_rules`. Imports nothing heavy,
+so that `--help` stays fast.
 """
 
 import contextlib

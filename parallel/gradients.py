@@ -29,8 +29,8 @@ def clip_grad_norm(
 
     Returns:
         The norm before clipping, a float32 scalar, and `extra_scalars` (n) summed over all
-        processes, in float64 on CPU and float32 on CUDA; both the same on every rank. Where the norm is not
-        finite, neither are the gradients, scaled or not: the step is to be skipped.
+        processes, in float64 on CPU and float32 on CUDA; both the same on every rank. Where the
+        norm is not finite, neither are the gradients, scaled or not: the step is to be skipped.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]

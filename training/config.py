@@ -158,8 +158,8 @@ class CheckpointConfig:
 class FaultsConfig:
     """What losses and gradients that are not finite, or far too large, lead to.
 
-    An update that is not finite is skipped. After `max_consecutive_skips` of them the run rewinds to its
-    last good checkpoint and leaves out the samples of those steps, at most `max_rewinds` times. A
+    An update that is not finite is skipped. After `max_consecutive_skips` of them the run rewinds to
+    its last good checkpoint and leaves out the samples of those steps, at most `max_rewinds` times. A
     loss more than `spike_threshold` standard deviations above the running mean is told (null:
     never), and rewound like the others where `rewind_on_spike` is set.
     """
@@ -174,7 +174,8 @@ class FaultsConfig:
         found = []
         if self.max_consecutive_skips < 1:
             found.append(
-                f"faults.max_consecutive_skips ({self.max_consecutive_skips}) is below 1: use at least 1"
+                f"faults.max_consecutive_skips ({self.max_consecutive_skips}) is below 1: use at"
+                " least 1"
             )
         if self.max_rewinds < 0:
             found.append(f"faults.max_rewinds ({self.max_rewinds}) is below 0: use 0 for none")
