@@ -5,7 +5,8 @@
 Batches, sdpa (causal, no documents), AdamW, its groups and clipping are the same too. Ours is
 `train.py`'s step. In bf16 ours has one copy of the weights a step, they autocast, whose residual
 stream is float32; in `bf16_true` all is bf16, ours a plain loop. `parallel.host_memory` sets a
-whole process's allocator: each has one; `kept` is a peer with that setting too. Words: nothing written.
+whole process's allocator: each has one; `kept` is a peer with that setting too. Words: nothing
+written.
 """
 
 import sys

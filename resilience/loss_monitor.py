@@ -2,7 +2,8 @@
 
 A step leaves its loss and norm on the device, where the optimizer itself looks whether they are
 finite (`not_finite`). `AsyncStatsReader` brings them to the host without making it wait, and
-`LossMonitor` decides: go on, rewind and leave out the batches that were bad, or give up. Every rank reads the
+`LossMonitor` decides: go on, rewind and leave out the batches that were bad, or give up. Every
+rank reads the
 same values in the same order, so all decide alike. What a rewind does is the training loop's.
 """
 

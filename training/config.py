@@ -158,8 +158,10 @@ class CheckpointConfig:
 class FaultsConfig:
     """What losses and gradients that are not finite, or far too large, lead to.
 
-    An update that is not finite is skipped. After `max_consecutive_skips` of them the run rewinds to
-    its last good checkpoint and leaves out the samples of those steps, at most `max_rewinds` times. A
+    An update that is not finite is skipped. After `max_consecutive_skips` of them the run rewinds
+    to
+    its last good checkpoint and leaves out the samples of those steps, at most `max_rewinds`
+    times. A
     loss more than `spike_threshold` standard deviations above the running mean is told (null:
     never), and rewound like the others where `rewind_on_spike` is set.
     """
