@@ -1,4 +1,4 @@
-"""The files of conf/model as dataclasses, for the tests, without composing a whole program."""
+"""Load the files of conf/model as `ModelConfig` without composing a program's configuration."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ FILES = sorted((Path(__file__).parents[1] / "conf" / "model").glob("*.yaml"))
 
 
 def read(path: Path) -> ModelConfig:
-    """One file; the vocabulary of the tokenizer, where it is asked for, is 256."""
+    """Load one file of conf/model, with `${tokenizer.vocab_size}` set to 256."""
     raw = OmegaConf.create({"model": OmegaConf.load(path), "tokenizer": {"vocab_size": 256}})
     keys: Any = OmegaConf.to_container(raw.model, resolve=True)
     scaling = keys.pop("rope_scaling")

@@ -1,4 +1,4 @@
-"""Every kernel computes the same attention: against a softmax over visible keys, written out."""
+"""All attention kernels match a reference softmax over the visible keys, written in float64."""
 
 import itertools
 from typing import Any
@@ -11,7 +11,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from model.attention import DOCUMENTS, AttentionKernel, Documents, block_mask, document_mask
 
-LENGTHS = (13, 1, 29, 5, 130, 100)  # of the documents in a row; tiles of 128 cut two of them
+# Lengths of the documents in a row. Boundaries of 128-token tiles fall inside two documents.
+LENGTHS = (13, 1, 29, 5, 130, 100)
 SEQ, HEADS, HEAD_DIM = sum(LENGTHS), 6, 16
 
 cuda = pytest.param(
@@ -24,9 +25,9 @@ cuda = pytest.param(
 
 
 def packed_positions() -> Tensor:
-    """(batch, seq): two rows of documents, the second from the middle of one on."""
-    whole = torch.cat([torch.arange(length) for length in LENGTHS])
-    return torch.stack([whole, torch.cat([whole[20:], torch.arange(20)])])
+    """Return (batch, seq) positions of two packed rows; the second starts inside a document."""
+    row = torch.cat([torch.arange(length) for length in LENGTHS])
+    return torch.stack([row, torch.cat([row[20:], torch.arange(20)])])
 
 
 def inputs(kv_heads: int, device: str = "cpu", seq: int = SEQ) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,8 +39,8 @@ def inputs(kv_heads: int, device: str = "cpu", seq: int = SEQ) -> tuple[Tensor, 
     return q, k, v
 
 
-def whole_mask(positions: Tensor | None) -> Tensor:
-    """(batch, seq, seq) who sees whom, from the documents' numbers."""
+def reference_mask(positions: Tensor | None) -> Tensor:
+    """Return the (batch, seq, seq) mask of visible keys, computed from document indices."""
     if positions is None:
         return torch.ones(1, SEQ, SEQ, dtype=torch.bool).tril()
     starts = positions == 0
@@ -48,8 +49,8 @@ def whole_mask(positions: Tensor | None) -> Tensor:
     return (document.unsqueeze(2) == document.unsqueeze(1)).tril()
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over visible keys in float64; query head i reads key-value head i // group."""
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Compute attention in float64; query head i reads key-value head i // group."""
     group = q.shape[2] // k.shape[2]
     heads = []
     for head in range(q.shape[2]):
@@ -62,30 +63,31 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(heads, dim=2)
 
 
-def gradients(out: Tensor, of: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of a sum with other weights for every element."""
+def gradients(out: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the gradients of a sum that weights each element of `out` differently."""
     weights = torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape)
-    return torch.autograd.grad((out * weights).sum(), of)
+    return torch.autograd.grad((out * weights).sum(), inputs)
 
 
 @pytest.mark.parametrize("device", ["cpu", cuda])
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("packed", [False, True])
-def test_sdpa_equals_written_out_softmax(device: str, kv_heads: int, packed: bool) -> None:
+def test_sdpa_matches_reference_attention(device: str, kv_heads: int, packed: bool) -> None:
     positions = packed_positions().to(device) if packed else None
     q, k, v = inputs(kv_heads, device)
     kernel = AttentionKernel("sdpa")
     out = kernel(q, k, v, kernel.mask(positions, None, like=q))
-    expected = written_out(q, k, v, whole_mask(positions).to(device))
-    # float32 against float64, sums of up to 278 terms of size 1.
+    expected = reference_attention(q, k, v, reference_mask(positions).to(device))
+    # float32 against float64; sums of up to 278 terms of magnitude 1.
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
-    for own, other in zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
-        torch.testing.assert_close(own, other, rtol=0, atol=1e-4)
+    pairs = zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v)), strict=True)
+    for grad, expected_grad in pairs:
+        torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", ["cpu", cuda])
-def test_flex_equals_written_out_softmax(device: str) -> None:
-    """Its compiled kernel, forward; backward where there is one, which is not on CPUs."""
+def test_flex_matches_reference_attention(device: str) -> None:
+    """The compiled kernel runs forward on every device; it has no backward on CPUs."""
     positions = packed_positions().to(device)
     q, k, v = inputs(2, device)
     kernel = AttentionKernel("flex")
@@ -94,37 +96,39 @@ def test_flex_equals_written_out_softmax(device: str) -> None:
     if device == "cpu":
         q, k, v = q.detach(), k.detach(), v.detach()
     out = kernel(q, k, v, mask)
-    expected = written_out(q, k, v, whole_mask(positions).to(device))
+    expected = reference_attention(q, k, v, reference_mask(positions).to(device))
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
     if device == "cuda":
-        both = zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v)), strict=True)
-        for own, other in both:
-            torch.testing.assert_close(own, other, rtol=0, atol=1e-3)
+        pairs = zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v)), strict=True)
+        for grad, expected_grad in pairs:
+            torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-3)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("choice", ["sdpa", "flex", "varlen", "auto"])
-def test_kernels_agree_in_bf16_on_packed_batches(choice: str) -> None:
+def test_kernels_match_reference_in_bf16_on_packed_batches(choice: str) -> None:
     positions = packed_positions().cuda()
     q, k, v = (t.detach().bfloat16().requires_grad_() for t in inputs(2, "cuda"))
     kernel = AttentionKernel(choice)
     out = kernel(q, k, v, kernel.mask(positions, None, like=q))
-    expected = written_out(q, k, v, whole_mask(positions).cuda())
-    # bf16 keeps 8 bits: outputs of size 1 are off by 2**-8, gradients are sums of such.
+    expected = reference_attention(q, k, v, reference_mask(positions).cuda())
+    # bf16 has 8 significant bits: outputs of magnitude 1 have an error of 2**-8, and gradients
+    # are sums of such terms.
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2**-6)
-    for own, other in zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
-        torch.testing.assert_close(own.double(), other.double(), rtol=0.05, atol=0.05)
+    pairs = zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v)), strict=True)
+    for grad, expected_grad in pairs:
+        torch.testing.assert_close(grad.double(), expected_grad.double(), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("bound", [None, 0, 5])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_varlen_gets_every_document_of_every_row(
+def test_varlen_attends_within_every_document_of_every_row(
     monkeypatch: pytest.MonkeyPatch, grouped: bool, bound: int | None
 ) -> None:
-    """The kernel itself runs on CUDA alone: in its place the same sum, document by document.
+    """The kernel requires CUDA, so the test replaces it with SDPA applied to each document.
 
-    Newer versions of it take fewer heads of keys and values than of queries.
+    Newer versions of the kernel accept fewer key-value heads than query heads.
     """
 
     def with_groups(q: Tensor, k: Tensor, v: Tensor, *rest: Any, enable_gqa: bool, **named: Any):  # type: ignore[no-untyped-def]
@@ -136,82 +140,86 @@ def test_varlen_gets_every_document_of_every_row(
     def by_document(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, *rest: Any, **named: Any):  # type: ignore[no-untyped-def]
         assert named == {"window_size": (-1, 0)} and borders.dtype == torch.int32
         assert rest[1] == rest[2] >= int(borders.diff().max())
-        pieces = []
+        outputs = []
         assert (borders.diff() >= 0).all()
         for a, b in itertools.pairwise(borders.tolist()):
-            own = [t[a:b].transpose(0, 1) for t in (q, k, v)]  # each (heads, tokens, head_dim)
-            pieces.append(F.scaled_dot_product_attention(own[0], own[1], own[2], is_causal=True))
-        return torch.cat(pieces, dim=1).transpose(0, 1)
+            qkv = [t[a:b].transpose(0, 1) for t in (q, k, v)]  # each (heads, tokens, head_dim)
+            outputs.append(F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True))
+        return torch.cat(outputs, dim=1).transpose(0, 1)
 
     kernel_of: dict[bool, Any] = {False: by_document, True: with_groups}
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel_of[grouped])
     positions = packed_positions()
     q, k, v = inputs(2)
     kernel = AttentionKernel("varlen")
-    # A row's first document may have begun before it.
-    begun = int((positions == 0).sum()) + int((positions[:, 0] > 0).sum())
-    n_documents = None if bound is None else begun + bound
+    # The first document of a row may start before the row.
+    n_segments = int((positions == 0).sum()) + int((positions[:, 0] > 0).sum())
+    n_documents = None if bound is None else n_segments + bound
     mask = kernel.mask(positions, None, like=q, n_documents=n_documents)
     assert isinstance(mask, Documents)
-    assert len(mask.borders) == (begun + 1 if bound is None else DOCUMENTS + 1)  # others are empty
-    expected = written_out(q, k, v, whole_mask(positions))
+    # With a bound, the remaining documents are empty.
+    assert len(mask.borders) == (n_segments + 1 if bound is None else DOCUMENTS + 1)
+    expected = reference_attention(q, k, v, reference_mask(positions))
     torch.testing.assert_close(kernel(q, k, v, mask).double(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("seq", [SEQ, 256])
-def test_masks_of_some_queries_are_rows_of_the_whole_mask(packed: bool, seq: int) -> None:
-    """Queries and keys in any order, as context parallelism deals them."""
+def test_mask_of_a_subset_of_queries_equals_rows_of_the_full_mask(packed: bool, seq: int) -> None:
+    """Queries and keys may be in any order, as under context parallelism."""
     positions = packed_positions()[:, :seq] if packed else None
-    whole = whole_mask(packed_positions() if packed else None)[:, :seq, :seq]
+    full = reference_mask(packed_positions() if packed else None)[:, :seq, :seq]
     keys = torch.randperm(seq, generator=torch.Generator().manual_seed(0))
-    for own in (torch.arange(40, 120), torch.cat([torch.arange(5), torch.arange(200, 250)])):
-        expected = whole[:, own][:, :, keys].unsqueeze(1)
-        local = None if positions is None else positions[:, own]
-        q = torch.zeros(2, len(own), HEADS, HEAD_DIM)
-        mask = AttentionKernel("sdpa").mask(local, own, q, key_places=keys)
+    for queries in (torch.arange(40, 120), torch.cat([torch.arange(5), torch.arange(200, 250)])):
+        expected = full[:, queries][:, :, keys].unsqueeze(1)
+        local = None if positions is None else positions[:, queries]
+        q = torch.zeros(2, len(queries), HEADS, HEAD_DIM)
+        mask = AttentionKernel("sdpa").mask(local, queries, q, key_places=keys)
         assert isinstance(mask, Tensor) and torch.equal(mask == 0, expected)
         assert (mask[~expected] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("seq", [SEQ, 256])
-def test_tiles_of_flex_skip_nothing_that_is_seen_and_mask_all_that_is_not(seq: int) -> None:
-    """Against the written-out mask, in its own order and in that of two context-parallel ranks."""
+def test_flex_tiles_cover_all_visible_keys_and_full_tiles_have_no_hidden_key(seq: int) -> None:
+    """Checked in sequence order and in the order of one of two context-parallel ranks."""
     positions = packed_positions()[:, :seq]
-    places = torch.arange(seq)
+    indices = torch.arange(seq)
     quarter = seq // 4
-    dealt = torch.cat([places[:quarter], places[-quarter:]])
-    for own, keys in ((places, places), (dealt, torch.cat([dealt, places[quarter:-quarter]]))):
-        begins = own - positions[:, own]
-        tiles = block_mask(begins, own, keys)
-        exact = document_mask(begins, own, keys)[:, 0]
-        rows, columns = torch.arange(len(own)), torch.arange(len(keys))
+    on_rank = torch.cat([indices[:quarter], indices[-quarter:]])
+    for queries, keys in (
+        (indices, indices),
+        (on_rank, torch.cat([on_rank, indices[quarter:-quarter]])),
+    ):
+        starts = queries - positions[:, queries]
+        tiles = block_mask(starts, queries, keys)
+        exact = document_mask(starts, queries, keys)[:, 0]
+        rows, columns = torch.arange(len(queries)), torch.arange(len(keys))
         for row in range(2):
-            partial, whole = (dense[row, 0] for dense in _dense(tiles))
-            assert not (partial & whole).any()
-            seen = exact[row]
-            by_tile = (partial | whole)[rows // 128][:, columns // 128]
-            assert not (seen & ~by_tile).any()
-            assert seen[whole[rows // 128][:, columns // 128]].all()
-    # One document a row: of two or three tiles, one lies whole below the diagonal, none above.
-    partial, whole = _dense(block_mask(torch.zeros(1, seq, dtype=torch.int64), places, places))
-    assert whole.sum() == 1 and whole[0, 0, 1, 0]
-    assert not (partial | whole).triu(1).any()
+            partial, full = (dense[row, 0] for dense in _dense(tiles))
+            assert not (partial & full).any()
+            visible = exact[row]
+            covered = (partial | full)[rows // 128][:, columns // 128]
+            assert not (visible & ~covered).any()
+            assert visible[full[rows // 128][:, columns // 128]].all()
+    # One document per row: one full tile below the diagonal, no tile above it.
+    partial, full = _dense(block_mask(torch.zeros(1, seq, dtype=torch.int64), indices, indices))
+    assert full.sum() == 1 and full[0, 0, 1, 0]
+    assert not (partial | full).triu(1).any()
 
 
-def test_a_tile_that_reaches_beyond_the_keys_is_masked_by_element() -> None:
-    """Though its queries see all the keys in it: the rest of the tile are none."""
+def test_tile_that_extends_beyond_the_last_key_is_masked_by_element() -> None:
+    """Its queries see all keys in the tile, but the rest of the tile is not backed by keys."""
     queries = torch.arange(200, 328)
     for n_keys, expected in ((140, [True, False]), (256, [True, False]), (128, [True])):
         keys = torch.arange(n_keys)
-        partial, whole = _dense(block_mask(torch.zeros(1, 128, dtype=torch.int64), queries, keys))
-        assert whole.flatten().tolist() == expected
-        assert (partial | whole).all()
+        partial, full = _dense(block_mask(torch.zeros(1, 128, dtype=torch.int64), queries, keys))
+        assert full.flatten().tolist() == expected
+        assert (partial | full).all()
 
 
 def _dense(mask: BlockMask) -> tuple[Tensor, Tensor]:
-    """Which tiles are masked by element, which are whole; each bool (batch, 1, rows, columns)."""
-    found = []
+    """Return which tiles are partial and which are full, each bool (batch, 1, rows, columns)."""
+    dense = []
     for counts, indices in (
         (mask.kv_num_blocks, mask.kv_indices),
         (mask.full_kv_num_blocks, mask.full_kv_indices),
@@ -219,11 +227,11 @@ def _dense(mask: BlockMask) -> tuple[Tensor, Tensor]:
         assert counts is not None and indices is not None
         listed = torch.arange(indices.shape[-1]) < counts.unsqueeze(-1)
         tiles = torch.zeros(indices.shape, dtype=torch.bool)
-        found.append(tiles.scatter(-1, indices.long(), listed))
-    return found[0], found[1]
+        dense.append(tiles.scatter(-1, indices.long(), listed))
+    return dense[0], dense[1]
 
 
-def test_auto_takes_sdpa_on_cpu_and_no_mask_where_rows_are_whole() -> None:
+def test_auto_selects_sdpa_on_cpu_and_no_mask_for_single_document_rows() -> None:
     kernel = AttentionKernel("auto")
     q = torch.zeros(2, SEQ, 1, 1)
     assert kernel.mask(None, None, like=q) is None

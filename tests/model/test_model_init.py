@@ -1,4 +1,4 @@
-"""Initial weights are a function of seed, name and index, and look normal."""
+"""Initial weights are a function of seed, name and index, and normally distributed."""
 
 import dataclasses
 import hashlib
@@ -28,8 +28,8 @@ GOLDEN = {
 }
 
 
-def slow_sum(seed: int, name: str, index: int) -> int:
-    """The centred sum of twelve uniforms, in Python's integers, from the description alone."""
+def reference_sum(seed: int, name: str, index: int) -> int:
+    """Compute the centered sum of twelve uniforms in Python integers, from the specification."""
     text = f"llamesh-init-1\n{seed}\n{name}".encode()
     key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
     uniforms = []
@@ -46,13 +46,13 @@ def float32(value: float) -> float:
     return struct.unpack("<f", struct.pack("<f", value))[0]
 
 
-def slow_value(seed: int, name: str, index: int, std: float) -> float:
-    """Exact in double (20 by 24 bits), so it is rounded to float32 once."""
-    return float32(slow_sum(seed, name, index) * float32(std / math.sqrt(2**32 - 1)))
+def reference_value(seed: int, name: str, index: int, std: float) -> float:
+    """Compute one weight; the product is exact in float64, so float32 rounds it once."""
+    return float32(reference_sum(seed, name, index) * float32(std / math.sqrt(2**32 - 1)))
 
 
-def test_splitmix64_of_the_slow_reference_gives_the_published_sequence() -> None:
-    """Seed 1234567: the check values of the reference implementation, so the reference is right."""
+def test_splitmix64_of_the_reference_gives_the_published_sequence() -> None:
+    """The expected values for seed 1234567 come from the published implementation."""
     z, out = 1234567, []
     for _ in range(2):
         z = (z + 0x9E3779B97F4A7C15) % 2**64
@@ -63,41 +63,44 @@ def test_splitmix64_of_the_slow_reference_gives_the_published_sequence() -> None
 
 
 @pytest.mark.parametrize("seed", [0, 7, -1, 2**70])
-def test_values_equal_the_slow_reference_bit_for_bit(seed: int) -> None:
+def test_values_equal_the_reference_bit_for_bit(seed: int) -> None:
     shape, name = (128256, 16384), "tok_embeddings.weight"
     for offsets in ((0, 0), (131, 16381), (128255, 16380)):  # the last index is above 2**31
         block = initial_block(name, shape, offsets, (1, 3), STD, seed)
         start = offsets[0] * shape[1] + offsets[1]
-        expected = [slow_value(seed, name, start + i, STD) for i in range(3)]
+        expected = [reference_value(seed, name, start + i, STD) for i in range(3)]
         assert block.dtype == torch.float32
         assert block.tolist() == [expected]
 
 
 def test_values_of_version_1_never_change() -> None:
-    """Recorded from `slow_sum`; a change here is a change of every run: raise VERSION instead."""
+    """The values were recorded from `reference_sum`.
+
+    A change here changes every run; increment VERSION instead.
+    """
     assert model.init.VERSION == "llamesh-init-1"
     for (seed, name, index), value in GOLDEN.items():
-        assert slow_sum(seed, name, index) == value
+        assert reference_sum(seed, name, index) == value
         block = initial_block(name, (2**20, 2**12), (index >> 12, index % 2**12), (1, 1), STD, seed)
         assert block.item() == float32(value * float32(STD / math.sqrt(2**32 - 1)))
 
 
 @pytest.mark.parametrize("shape", [(37, 23), (211,), (5, 7, 11)])
-def test_any_block_equals_that_slice_of_the_whole(
+def test_any_block_equals_the_slice_of_the_full_tensor(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw = random.Random(0)
-    whole = initial_block("w", shape, [0] * len(shape), shape, STD, 3)
+    full = initial_block("w", shape, [0] * len(shape), shape, STD, 3)
     for _ in range(60):
-        # Small pieces, so that these small blocks are cut as real ones are.
+        # Small chunks, so that these small blocks are split as large ones are.
         monkeypatch.setattr(model.init, "_PIECE_CPU", draw.choice([1, 2, 10, 1000]))
         spans = [sorted(draw.choices(range(size + 1), k=2)) for size in shape]
         offsets, sizes = [a for a, _ in spans], [b - a for a, b in spans]
         block = initial_block("w", shape, offsets, sizes, STD, 3)
-        assert torch.equal(block, whole[tuple(slice(a, b) for a, b in spans)])
+        assert torch.equal(block, full[tuple(slice(a, b) for a, b in spans)])
 
 
-def test_temporary_memory_is_bounded_by_the_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_memory_is_bounded_by_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
     inner = model.init._normal_sums
 
@@ -112,8 +115,10 @@ def test_temporary_memory_is_bounded_by_the_piece(monkeypatch: pytest.MonkeyPatc
 
 
 def test_values_are_normal() -> None:
-    """Within five standard errors of the twelve uniforms' moments: one run in a million fails by
-    chance, and being a function of the seed this one either always does or never."""
+    """Moments are within five standard errors of those of a sum of twelve uniforms.
+
+    One seed in a million would fail by chance; the result for this seed is deterministic.
+    """
     n = 1000 * 1000
     x = initial_block("w", (1000, 1000), (0, 0), (1000, 1000), STD, 11).double() / STD
     error = 5 / math.sqrt(n)
@@ -121,8 +126,8 @@ def test_values_are_normal() -> None:
     assert abs(x.var().item() - 1) < math.sqrt(2) * error
     assert abs((x**3).mean().item()) < math.sqrt(15) * error
     assert abs((x**4).mean().item() - (3 - 6 / (5 * 12))) < math.sqrt(96) * error
-    # Kolmogorov-Smirnov: the largest gap to the normal distribution, of which Irwin-Hall's own
-    # distance is about 0.002.
+    # Kolmogorov-Smirnov statistic. The Irwin-Hall distribution itself differs from the normal
+    # distribution by about 0.002.
     cumulated = torch.special.ndtr(x.flatten().sort().values)
     gap = (cumulated - (torch.arange(n) + 0.5) / n).abs().max().item()
     assert gap < 0.002 + 2 / math.sqrt(n)
@@ -132,24 +137,24 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return float(np.corrcoef(a.flatten().numpy(), b.flatten().numpy())[0, 1])
 
 
-def test_neighbours_parameters_and_seeds_are_uncorrelated() -> None:
+def test_neighboring_elements_parameters_and_seeds_are_uncorrelated() -> None:
     def draw(name: str, seed: int) -> Tensor:
         return initial_block(name, (500, 512), (0, 0), (500, 512), STD, seed)
 
     x = draw("layers.0.attention.wq.weight", 0)
-    others = {
+    pairs = {
         "next column": (x[:, :-1], x[:, 1:]),
         "next row": (x[:-1], x[1:]),
         "other parameter": (x, draw("layers.0.attention.wk.weight", 0)),
         "next layer": (x, draw("layers.1.attention.wq.weight", 0)),
         "next seed": (x, draw("layers.0.attention.wq.weight", 1)),
     }
-    for what, (a, b) in others.items():
-        assert abs(correlation(a, b)) < 5 / math.sqrt(a.numel()), what
-        assert abs(correlation(a.abs(), b.abs())) < 5 / math.sqrt(a.numel()), what
+    for label, (a, b) in pairs.items():
+        assert abs(correlation(a, b)) < 5 / math.sqrt(a.numel()), label
+        assert abs(correlation(a.abs(), b.abs())) < 5 / math.sqrt(a.numel()), label
 
 
-def test_standard_deviations_follow_the_recipe() -> None:
+def test_residual_output_projections_have_scaled_std_and_unknown_names_are_rejected() -> None:
     for name, parameter in Llama(CONFIG).named_parameters():
         std = parameter_std(name, CONFIG)
         if parameter.dim() == 1:
@@ -163,12 +168,12 @@ def test_standard_deviations_follow_the_recipe() -> None:
 
 
 def initialized(config: ModelConfig = CONFIG, seed: int = 5) -> dict[str, Tensor]:
-    built = Llama(config)
-    initialize(built, config, seed)
-    return {name: parameter.detach() for name, parameter in built.named_parameters()}
+    model = Llama(config)
+    initialize(model, config, seed)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def test_initialize_fills_every_parameter_from_seed_and_name_alone() -> None:
+def test_initialize_fills_every_parameter_from_seed_and_name_only() -> None:
     torch.manual_seed(1)
     first = initialized()
     torch.manual_seed(2)
@@ -179,12 +184,12 @@ def test_initialize_fills_every_parameter_from_seed_and_name_alone() -> None:
         if std is None:
             assert torch.equal(value, torch.ones_like(value))
             continue
-        whole = initial_block(name, value.shape, (0, 0), value.shape, std, 5)
-        assert torch.equal(value, whole)
+        expected = initial_block(name, value.shape, (0, 0), value.shape, std, 5)
+        assert torch.equal(value, expected)
         assert not torch.equal(value, initialized(seed=6)[name])
 
 
-def test_tied_and_deeper_models_share_what_has_the_same_name() -> None:
+def test_tied_and_deeper_models_have_equal_weights_under_equal_names() -> None:
     untied = initialized()
     for name, value in initialized(dataclasses.replace(CONFIG, tie_embeddings=True)).items():
         assert torch.equal(value, untied[name])
@@ -194,13 +199,13 @@ def test_tied_and_deeper_models_share_what_has_the_same_name() -> None:
     )
 
 
-def test_shards_put_together_are_the_whole() -> None:
-    """A mesh of three unequal shards by rows of every parameter."""
-    whole = initialized()
-    parts: dict[str, list[Tensor]] = {name: [] for name in whole}
+def test_concatenated_shards_equal_the_full_parameter() -> None:
+    """Three ranks hold unequal shards of the rows of each parameter."""
+    full = initialized()
+    shards: dict[str, list[Tensor]] = {name: [] for name in full}
     for rank in range(3):
-        built = Llama(CONFIG)
-        names = {id(parameter): name for name, parameter in built.named_parameters()}
+        model = Llama(CONFIG)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
 
         def local_block(
             parameter: Tensor, rank: int = rank, names: dict[int, str] = names
@@ -208,9 +213,9 @@ def test_shards_put_together_are_the_whole() -> None:
             rows = -(-parameter.shape[0] // 3)
             first = min(rank * rows, parameter.shape[0])
             local = torch.zeros_like(parameter[first : first + rows])
-            parts[names[id(parameter)]].append(local)
+            shards[names[id(parameter)]].append(local)
             return local, [first] + [0] * (parameter.dim() - 1)
 
-        initialize(built, CONFIG, 5, local_block)
-    for name, value in whole.items():
-        assert torch.equal(torch.cat(parts[name]), value)
+        initialize(model, CONFIG, 5, local_block)
+    for name, value in full.items():
+        assert torch.equal(torch.cat(shards[name]), value)

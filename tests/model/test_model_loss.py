@@ -1,4 +1,4 @@
-"""Head and loss by chunks are head and loss in one piece: in value and gradients, not in memory."""
+"""The chunked output projection and cross-entropy match the unchunked loss and use less memory."""
 
 import weakref
 from collections.abc import Callable
@@ -15,17 +15,18 @@ from torch.utils._pytree import tree_leaves
 from model.loss import BLOCK, IGNORE, CrossEntropySum
 
 BATCH, SEQ, DIM, VOCAB = 3, 8, 6, 37
-CHUNKS = (1, 5, 8, 23, 24, 1000)  # of 24 tokens; the last chunk is shorter with 5 and 23
-FACTOR = 3.0  # what the loss is multiplied by before its backward
+CHUNKS = (1, 5, 8, 23, 24, 1000)  # chunk sizes for 24 tokens; 5 and 23 have a shorter last chunk
+FACTOR = 3.0  # multiplies the loss before backward
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def inputs() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Hidden states, weight and labels by what is special about them.
+    """Return hidden states, weight and labels of each test case.
 
-    The values are few bits on a grid, so that the logits are exact in any order of summation. The
-    first dim of the hidden states is one, so that the weights there are added to all logits.
+    The values have few bits, so that the logits are exact in any order of summation. The first
+    element of each hidden state is one, so that the first column of the weight is added to the
+    logits.
     """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randint(-8, 9, (BATCH, SEQ, DIM), generator=generator) / 8
@@ -36,33 +37,34 @@ def inputs() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     holes = labels.clone()
     holes[0, ::2] = IGNORE
     holes[1] = IGNORE
-    spikes, far, sure = weight.clone(), weight.clone(), weight.clone()
-    spikes[2, 0], spikes[9, 0] = 2**14, -(2**14)
-    far[:, 0] = 2**15
-    sure[5, 0] = 12
+    extreme, shifted, confident = weight.clone(), weight.clone(), weight.clone()
+    extreme[2, 0], extreme[9, 0] = 2**14, -(2**14)
+    shifted[:, 0] = 2**15
+    confident[5, 0] = 12
     return {
         "ordinary": (hidden, weight, labels),
         "some_ignored": (hidden, weight, holes),
         "all_ignored": (hidden, weight, torch.full_like(labels, IGNORE)),
-        "extreme": (hidden, spikes, labels),
-        "far_from_zero": (hidden, far, labels),
-        "far_apart": (hidden * 2**12, weight, labels),
-        "sure_of_the_target": (hidden, sure, torch.full_like(labels, 5)),
+        "extreme": (hidden, extreme, labels),
+        "all_logits_large": (hidden, shifted, labels),
+        "logits_far_apart": (hidden * 2**12, weight, labels),
+        "confident_in_target": (hidden, confident, torch.full_like(labels, 5)),
     }
 
 
-def in_one_piece(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The loss of all logits at once, in float32."""
+def unchunked_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Compute the loss from the logits of all tokens, in float32."""
     logits = F.linear(hidden, weight).float().flatten(0, 1)  # (batch * seq, vocab)
     return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def check(loss: Loss, case: tuple[Tensor, Tensor, Tensor], roundings: tuple[float, float]) -> None:
-    """Value and gradients against F.cross_entropy of the logits, rounded as they are, in float64.
+    """Compare value and gradients with float64 F.cross_entropy of the same (rounded) logits.
 
     Args:
-        roundings: Of the gradients of hidden states and weight, relative to the sum of the sizes of
-            their terms. On top comes one of float32 in a target's probability minus one.
+        roundings: Rounding errors of the gradients of hidden states and weight, relative to the sum
+            of the magnitudes of their terms. In addition, the probability of a target minus one is
+            rounded to float32.
     """
     hidden, weight = (each.clone().requires_grad_() for each in case[:2])
     labels = case[2].flatten()
@@ -72,7 +74,7 @@ def check(loss: Loss, case: tuple[Tensor, Tensor, Tensor], roundings: tuple[floa
     expected = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     (expected * FACTOR).backward()
     assert value.dtype == torch.float32 and value.shape == ()
-    # Of each token, 6e-8 of the loss, and of the argument of its logarithm.
+    # For each token, rounding errors of 6e-8 in the loss and in the argument of its logarithm.
     torch.testing.assert_close(value.double(), expected, rtol=2e-7, atol=len(labels) * 1.2e-7)
 
     d_logits = logits.grad
@@ -98,10 +100,10 @@ def test_chunks_change_neither_loss_nor_gradients(name: str, chunk: int) -> None
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("name", inputs())
 def test_bfloat16_rounds_logits_and_gradients_and_not_the_loss(name: str, chunk: int) -> None:
-    """A rounding is half of the last of 8 bits.
+    """One rounding is half of the last of 8 bits.
 
-    There is one of the logits' gradient, one of the product, one of its scaling, and of the weight
-    one for the sum after each chunk.
+    The gradient of the logits, the product and its scaling are rounded once each; the gradient of
+    the weight is also rounded after each chunk.
     """
     hidden, weight, labels = inputs()[name]
     n_chunks = -(-BATCH * SEQ // chunk)
@@ -110,7 +112,7 @@ def test_bfloat16_rounds_logits_and_gradients_and_not_the_loss(name: str, chunk:
 
 
 @pytest.mark.parametrize("name", ["all_ignored", "extreme"])
-def test_no_target_is_no_loss_and_no_gradient(name: str) -> None:
+def test_batch_without_targets_has_zero_loss_and_gradient(name: str) -> None:
     hidden, weight, labels = inputs()[name]
     loss = CrossEntropySum()(hidden, weight.requires_grad_(), torch.full_like(labels, IGNORE))
     loss.backward()
@@ -130,22 +132,22 @@ def test_no_target_is_no_loss_and_no_gradient(name: str) -> None:
         ),
     ],
 )
-def test_gradients_are_scaled_by_a_float32_number(device: str) -> None:
-    """1 / targets, rounded to bfloat16 before, would be wrong by up to 1 / 256 in all of them."""
+def test_gradients_are_scaled_by_a_float32_factor(device: str) -> None:
+    """A factor 1 / n_targets rounded to bfloat16 would have an error of up to 1 / 256."""
     hidden, weight, labels = (each.to(device) for each in inputs()["ordinary"])
-    found = []
+    grads = []
     for factor in (1.0, 1 + 3 * 2**-10):  # the second rounds to 1 in bfloat16
         leaf = weight.bfloat16().requires_grad_()
         (CrossEntropySum()(hidden.bfloat16(), leaf, labels) * factor).backward()
         assert leaf.grad is not None
-        found.append(leaf.grad)
-    unscaled, scaled = found
+        grads.append(leaf.grad)
+    unscaled, scaled = grads
     assert torch.equal(scaled, (unscaled.float() * (1 + 3 * 2**-10)).bfloat16())
     assert not torch.equal(scaled, unscaled)
 
 
-class Operations(TorchDispatchMode):
-    """Notes the name of every operation."""
+class OperationRecorder(TorchDispatchMode):
+    """Record the name of every operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,20 +161,20 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("grad_enabled", "needed", "products"),
     [
-        (False, (True, True), 3),  # the head's alone, one for each of three chunks
+        (False, (True, True), 3),  # only the output projection, once per chunk
         (True, (False, False), 3),
         (True, (True, False), 6),
         (True, (False, True), 6),
         (True, (True, True), 9),
     ],
 )
-def test_only_gradients_that_are_needed_are_computed(
+def test_only_required_gradients_are_computed(
     grad_enabled: bool, needed: tuple[bool, bool], products: int
 ) -> None:
     hidden, weight, labels = inputs()["some_ignored"]
     hidden.requires_grad_(needed[0])
     weight.requires_grad_(needed[1])
-    with torch.set_grad_enabled(grad_enabled), Operations() as operations:
+    with torch.set_grad_enabled(grad_enabled), OperationRecorder() as operations:
         loss = CrossEntropySum(chunk=10)(hidden, weight, labels)
     assert sum(name in ("mm", "addmm") for name in operations.names) == products
     assert ("index_put_" in operations.names) == (products > 3)
@@ -184,8 +186,8 @@ def test_only_gradients_that_are_needed_are_computed(
     )
 
 
-def test_second_backward_fails() -> None:
-    """It would scale gradients that are scaled already, and that the parameters hold by now."""
+def test_second_backward_raises() -> None:
+    """It would scale, a second time, gradients that the parameters already hold."""
     hidden, weight, labels = inputs()["ordinary"]
     loss = CrossEntropySum()(hidden, weight.requires_grad_(), labels)
     loss.backward(retain_graph=True)
@@ -194,44 +196,44 @@ def test_second_backward_fails() -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that storages made inside held at once."""
+    """Record the peak bytes of the storages created inside the context."""
 
-    def __init__(self, *before: Tensor) -> None:
+    def __init__(self, *existing: Tensor) -> None:
         super().__init__()
         self.live, self.peak = 0, 0
-        self.known = {each.untyped_storage()._cdata for each in before}
+        self.known = {each.untyped_storage()._cdata for each in existing}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
+                self._add(tensor.untyped_storage())
         return out
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self.known:
             self.known.add(key)
             self.live += size
             self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._forget, key, size)
+            weakref.finalize(storage, self._remove, key, size)
 
-    def _forget(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.live -= size
 
 
-def large(device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """16k tokens of Llama 3 8B, which take 3.9 GiB of logits in bfloat16 and twice in float32."""
+def large_case(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return 16k tokens of Llama 3 8B, whose logits take 3.9 GiB in bfloat16."""
     hidden = torch.ones(2, 8192, 4096, dtype=torch.bfloat16, device=device, requires_grad=True)
     weight = torch.ones(128_256, 4096, dtype=torch.bfloat16, device=device, requires_grad=True)
     return hidden, weight, torch.ones(2, 8192, dtype=torch.int64, device=device)
 
 
 def traced_peak(loss: Loss) -> float:
-    """GiB above the inputs in forward and backward."""
+    """Return the peak memory of forward and backward in GiB, inputs excluded."""
     with FakeTensorMode():
-        case = large("cpu")
+        case = large_case("cpu")
         with LiveBytes(*case) as live:
             (loss(*case) / 3).backward()
         assert case[1].grad is not None
@@ -243,32 +245,32 @@ def test_peak_is_the_two_gradients_and_the_logits_of_one_chunk(
 ) -> None:
     monkeypatch.setitem(BLOCK, "cpu", BLOCK["cuda"])
     gradients_and_logits = 2 * (2 * 8192 * 4096 + 128_256 * 4096 + 2048 * 128_256) / 2**30
-    block = 4 * BLOCK["cuda"] / 2**30  # in float32; two never exist
+    block = 4 * BLOCK["cuda"] / 2**30  # float32; at most one block exists at a time
     peak = traced_peak(CrossEntropySum())
     assert gradients_and_logits < peak < gradients_and_logits + block + 0.01
     assert peak == pytest.approx(1.62, abs=0.01)
-    # The trace sees logits where they are: in bfloat16 and float32, and their gradients.
-    assert traced_peak(in_one_piece) > 4 * 3.9
+    # Unchunked: the logits in bfloat16 and in float32, and the gradients of both.
+    assert traced_peak(unchunked_loss) > 4 * 3.9
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_peak_on_a_gpu_is_the_traced_one(compiled: bool) -> None:
-    loss, case = CrossEntropySum(), large("cuda")
+def test_peak_on_a_gpu_matches_the_traced_peak(compiled: bool) -> None:
+    loss, case = CrossEntropySum(), large_case("cuda")
     if compiled:
         loss.compile_stages()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     (loss(*case) / 3).backward()
-    # Beside it only the workspace of the matrix products, tens of MiB.
+    # The workspace of the matrix products adds tens of MiB.
     assert (torch.cuda.max_memory_allocated() - before) / 2**30 < 1.75
 
 
-def test_compiled_stages_change_nothing_and_compile_once_for_each_shape() -> None:
+def test_compiled_stages_match_eager_and_compile_once_for_each_shape() -> None:
     torch.compiler.reset()
-    loss = CrossEntropySum(chunk=10)  # and a last chunk of 4
+    loss = CrossEntropySum(chunk=10)  # the last chunk has 4 tokens
     loss.compile_stages()
     check(loss, inputs()["some_ignored"], (1e-6, 1e-6))
     with torch.compiler.set_stance("fail_on_recompile"):

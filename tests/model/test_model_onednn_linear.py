@@ -1,4 +1,4 @@
-"""float32 products by oneDNN: those of a Linear layer, and taken only where they may be."""
+"""float32 linear layers by oneDNN match nn.Linear and are used only where supported."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.kernels import onednn_linear as products
+from model.kernels import onednn_linear
 from model.llama import Llama
 from parallel.config import PrecisionConfig
 from parallel.mesh import AXES
@@ -24,37 +24,37 @@ pytestmark = pytest.mark.skipif(
 EPS = torch.finfo(torch.float32).eps
 
 
-def test_output_and_gradients_are_a_linear_layer_s() -> None:
-    """As close to exact ones as a sum of so many rounded products can be off, for any order."""
+def test_output_and_gradients_match_a_linear_layer() -> None:
+    """The bound is the worst-case rounding error of the sums in any order."""
     torch.manual_seed(0)
     x = torch.randn(3, 17, 40, requires_grad=True)
     weight = torch.randn(24, 40, requires_grad=True)
     gradient = torch.randn(3, 17, 24)
 
-    def all_of(product: Any, *leaves: Tensor) -> list[Tensor]:
-        y = product(*leaves)
+    def output_and_gradients(linear: Any, *leaves: Tensor) -> list[Tensor]:
+        y = linear(*leaves)
         return [y, *torch.autograd.grad(y, leaves, gradient.to(y.dtype))]
 
-    found = all_of(products.linear, x, weight)
-    exact = all_of(F.linear, x.double(), weight.double())
+    actual = output_and_gradients(onednn_linear.linear, x, weight)
+    exact = output_and_gradients(F.linear, x.double(), weight.double())
     gradient = gradient.abs()
-    magnitudes = all_of(F.linear, x.abs().double(), weight.abs().double())
+    magnitudes = output_and_gradients(F.linear, x.abs().double(), weight.abs().double())
     for value, true, magnitude, terms in zip(
-        found, exact, magnitudes, (40, 24, 3 * 17), strict=True
+        actual, exact, magnitudes, (40, 24, 3 * 17), strict=True
     ):
         assert value.shape == true.shape and value.dtype == torch.float32
         assert ((value - true).abs() <= terms * EPS * magnitude).all()
 
 
-@pytest.mark.parametrize("strides", ["plain", "transposed"])
-def test_what_the_compiler_is_told_of_it_is_what_it_does(strides: str) -> None:
+@pytest.mark.parametrize("strides", ["contiguous", "transposed"])
+def test_custom_op_passes_opcheck(strides: str) -> None:
     x, weight = torch.randn(2, 5, 8), torch.randn(6, 8)
     if strides == "transposed":
         weight = torch.randn(8, 6).t()
-    torch.library.opcheck(products.OPERATION, (x.requires_grad_(), weight.requires_grad_()))
+    torch.library.opcheck(onednn_linear.OPERATION, (x.requires_grad_(), weight.requires_grad_()))
 
 
-MAY = [
+SUPPORTED = [
     Case(),
     Case(dp=2),
     Case(cp=2),
@@ -62,7 +62,7 @@ MAY = [
     Case(activation_checkpoint="selective", compile=True),
     Case(activation_checkpoint=1.0, compile=True),
 ]
-MAY_NOT = [
+UNSUPPORTED = [
     Case(tp=2),
     Case(param="bf16"),
     Case(activation_checkpoint="full", compile=True),
@@ -72,63 +72,64 @@ MAY_NOT = [
 
 @pytest.mark.parametrize(
     ("case", "slower", "expected"),
-    [(case, True, True) for case in MAY]
-    + [(case, True, False) for case in MAY_NOT]
+    [(case, True, True) for case in SUPPORTED]
+    + [(case, True, False) for case in UNSUPPORTED]
     + [(Case(), False, False)],
 )
-def test_a_plan_takes_them_for_whole_float32_weights_where_mkl_is_slower(
+def test_onednn_is_used_for_unsharded_float32_weights_where_mkl_is_slower(
     case: Case, slower: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_mkl_is_slower", lambda: slower)
+    monkeypatch.setattr(onednn_linear, "_mkl_is_slower", lambda: slower)
     with fake_processes(case.world):
         mesh = init_device_mesh("cpu", case.mesh.sizes, mesh_dim_names=AXES)
         with torch.device("meta"):
             llama = Llama(model_config(tied=False, n_layers=1))
         parallelize(llama, mesh, case.parallel, PrecisionConfig(param=case.param))
     block: Any = llama.layers[0]
-    assert isinstance(block.feed_forward.w1, products._Linear) == expected
-    assert not isinstance(llama.output, products._Linear)
+    assert isinstance(block.feed_forward.w1, onednn_linear._Linear) == expected
+    assert not isinstance(llama.output, onednn_linear._Linear)
 
 
-class Counted(TorchDispatchMode):
-    """How often oneDNN is asked."""
+class CallCounter(TorchDispatchMode):
+    """Count calls of the custom oneDNN operation."""
 
     count = 0
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        self.count += operation == products.OPERATION
+        self.count += operation == onednn_linear.OPERATION
         return operation(*args, **(kwargs or {}))
 
 
 def step(case: Case, slower: bool) -> tuple[float, list[Tensor], int]:
-    """Loss, gradients, and how often oneDNN was asked in forward and backward."""
-    products._mkl_is_slower = lambda: slower  # type: ignore[assignment]
+    """Return loss, gradients and the number of oneDNN calls in forward and backward."""
+    onednn_linear._mkl_is_slower = lambda: slower  # type: ignore[assignment]
     run = build(case)
     tokens, positions, labels = batch(0)
-    with Counted() as counted:
+    with CallCounter() as counter:
         loss = run.model(tokens, positions, labels)
         run.fabric.backward(loss)
-    return loss.item(), [whole(each.grad) for each in run.llama.parameters()], counted.count
+    return loss.item(), [whole(each.grad) for each in run.llama.parameters()], counter.count
 
 
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        # Seven layers: outputs, and gradients of their inputs.
+        # Seven layers: outputs and gradients of the inputs.
         (Case(), 7 + 7),
         (Case(dp=2), 7 + 7),
-        # All outputs again.
+        # All outputs are recomputed.
         (Case(activation_checkpoint="full"), 7 + 7 + 7),
-        # Their outputs are kept.
+        # The outputs are saved.
         (Case(activation_checkpoint="selective"), 7 + 7),
     ],
 )
-def test_a_step_computes_by_them_what_it_computes_without(case: Case, expected: int) -> None:
-    loss, gradients, count = on_ranks(case.world, step, case, True)[0]
-    other_loss, other_gradients, none = on_ranks(case.world, step, case, False)[0]
-    assert (count, none) == (expected, 0)
-    assert loss == pytest.approx(other_loss, rel=1e-6)  # sums in another order
-    for one, other in zip(gradients, other_gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+def test_step_with_onednn_matches_step_without(case: Case, expected: int) -> None:
+    loss, grads, n_calls = on_ranks(case.world, step, case, True)[0]
+    expected_loss, expected_grads, n_calls_without = on_ranks(case.world, step, case, False)[0]
+    assert (n_calls, n_calls_without) == (expected, 0)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)  # sums in a different order
+    for actual, reference in zip(grads, expected_grads, strict=True):
+        atol = 1e-5 * reference.abs().max().item()
+        torch.testing.assert_close(actual, reference, rtol=1e-4, atol=atol)

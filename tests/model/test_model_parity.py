@@ -1,4 +1,4 @@
-"""Logits, gradients and frequencies equal those of `transformers`, for each conf/model file."""
+"""Logits, gradients and RoPE frequencies match `transformers` for each file of conf/model."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from twins import both_models, hugging_face_config, hugging_face_tensors, twin
 from model.config import ModelConfig
 from model.rope import rope_frequencies
 
-SEQ = 160  # beyond the twins' original context of 8192 / SHRINK tokens
+SEQ = 160  # longer than the small models' original context of 8192 / SHRINK tokens
 
-# Both sides compute in float32 in a different order: measured 3e-6 of the largest logit. A mistake
-# in the frequencies changes the twins' logits by a quarter of it or more, even where the blend only
-# begins 3% off its place.
+# Both implementations compute in float32 in a different order: measured 3e-6 of the largest logit.
+# A mistake in the frequencies changes the logits by a quarter of it or more, even if only the start
+# of the interpolated range is 3% off.
 TOLERANCE = 1e-5
 
 
@@ -28,7 +28,7 @@ def random_tokens(config: ModelConfig) -> Tensor:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_logits_equal_transformers_beyond_the_original_context(path: Path) -> None:
+def test_logits_match_transformers_beyond_the_original_context(path: Path) -> None:
     config = twin(path)
     ours, theirs = both_models(config)
     tokens = random_tokens(config)
@@ -40,8 +40,8 @@ def test_logits_equal_transformers_beyond_the_original_context(path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["llama3_1_8b", "llama3_2_1b"])
-def test_gradients_equal_transformers(name: str) -> None:
-    """One untied and one tied model, whose embedding gathers gradients of two uses."""
+def test_gradients_match_transformers(name: str) -> None:
+    """One model is untied; the other is tied, so its embedding accumulates two gradients."""
     config = twin(next(path for path in FILES if path.stem == name))
     ours, theirs = both_models(config)
     tokens = random_tokens(config)
@@ -57,13 +57,13 @@ def test_gradients_equal_transformers(name: str) -> None:
     for key, actual in renamed.items():
         reference = expected[key].grad
         assert reference is not None
-        # Backward sums over all tokens as well: measured 5e-6 of the largest element.
+        # Backward also sums over all tokens: measured 5e-6 of the largest element.
         atol = 5 * TOLERANCE * reference.abs().max().item()
         torch.testing.assert_close(actual, reference, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_rope_frequencies_equal_transformers_at_full_size(path: Path) -> None:
+def test_rope_frequencies_match_transformers_at_full_size(path: Path) -> None:
     config = read(path)
     if config.rope_scaling is None:
         theirs = LlamaForCausalLM(hugging_face_config(twin(path)))
@@ -75,5 +75,5 @@ def test_rope_frequencies_equal_transformers_at_full_size(path: Path) -> None:
         )
         assert attention_factor == 1.0
         actual = rope_frequencies(config)
-    # A few float32 roundings of 6e-8 each; the blend subtracts, which grows them a little.
+    # A few float32 roundings of 6e-8 each; the subtraction of the interpolation amplifies them.
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
