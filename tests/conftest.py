@@ -1,4 +1,4 @@
-"""What tests share: a small corpus made on the spot, and the real programs as real processes."""
+"""Fixtures and helpers of all tests: a small corpus, and the programs run as real processes."""
 
 import json
 import math
@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fork_server as fork_servers
 import pytest
-import zygote as zygotes
-from zygote import Zygote
+from fork_server import ForkServer
 
 ROOT = Path(__file__).parent.parent
-STEPS = 16  # of the short run
-FAULT_STEPS = 24  # of the run that faults befall
-# The files that take half a minute and more, the longest first.
+STEPS = 16  # of the run of `command`
+FAULT_STEPS = 24  # of the run of `train_arguments`
+# Files of half a minute and more, longest first.
 LONGEST = (
     *("test_parallel_grid", "test_train_launch", "test_slurm", "test_train_watchdog"),
     *("test_parallel_optimizer_state", "test_faults", "test_storm", "test_train_mesh"),
@@ -25,18 +25,28 @@ LONGEST = (
     *("test_train_data", "test_data_preparation_pool", "test_data_preparation_resume"),
     *("test_faults_damage", "test_sweep", "test_readme"),
 )
-FIGURES = ("batch_hash", "samples", "tokens", "loss", "grad_norm", "lr")
+REPRODUCIBLE_KEYS = ("batch_hash", "samples", "tokens", "loss", "grad_norm", "lr")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How hard the storm of tests/faults/test_storm.py is, and which."""
-    parser.addoption("--storm", type=int, default=6, help="strikes")
-    parser.addoption("--storm-seed", type=int, default=None, help="the one that was told")
+    parser.addoption("--storm", type=int, default=6, help="number of kills in test_storm.py")
+    parser.addoption("--storm-seed", type=int, default=None, help="seed printed by a failed storm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first, so that the last file does not run alone for long."""
+    order = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_sessionfinish() -> None:
+    if fork_servers.shared.cache_info().currsize:
+        fork_servers.shared().close()
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of thirty text files: source code of the standard library, about 400 kB."""
+    """Return a folder of thirty text files: standard library source code, about 400 kB."""
     folder = tmp_path_factory.mktemp("corpus")
     library = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(library.glob("json/*.py")) + sorted(library.glob("email/*.py"))
@@ -47,7 +57,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data_overrides(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides for training on `corpus` in one folder of shards that the session shares."""
+    """Return overrides to train on `corpus`, with one dataset folder per session."""
     return [
         "data=text",
         "data.name=corpus",
@@ -57,36 +67,26 @@ def data_overrides(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with the longest files: each is one worker's, and the last one has no other beside."""
-    order = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
-
-
-def pytest_sessionfinish() -> None:
-    """Ends what programs were forked from."""
-    if zygotes.shared.cache_info().currsize:
-        zygotes.shared().close()
+# ---------------------------------------------------------------- running programs
 
 
 def start_program(
     arguments: list[str],
     cwd: Path = ROOT,
     environment: dict[str, str] | None = None,
-    ranks: int = 1,
+    world_size: int = 1,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `python ARGUMENTS` in a process of its own, and waits for it.
+    """Run `python ARGUMENTS` in a fork of the fork server and wait for it.
 
-    Its libraries are imported already: see `zygote`. Where the start itself is what a test is
-    about, there is `start_python`.
+    A test of the start-up itself, or of options of Python, uses `start_python`.
 
     Args:
-        ranks: How many processes run it, as torchrun would start them.
+        world_size: Number of ranks, launched as by torchrun if above 1.
     """
     assert arguments[0].endswith(".py"), "options of Python itself need start_python"
-    # One thread a process: two tests run at a time, and results must not hang on the machine.
+    # One thread per process: two tests run at a time, and results must not depend on the machine.
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-    return zygotes.shared().run_program(arguments, cwd, variables, ranks)
+    return fork_servers.shared().run_program(arguments, cwd, variables, world_size)
 
 
 def start_python(
@@ -95,7 +95,7 @@ def start_python(
     timeout: float = 240,
     environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `python ARGUMENTS` as a person would, and waits for it."""
+    """Run `python ARGUMENTS` in a new interpreter and wait for it."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
@@ -107,18 +107,23 @@ def start_python(
     )
 
 
-def places(overrides: Sequence[str]) -> int:
-    """How many processes a mesh has, from the words of a command."""
-    words = [override.split("=") for override in overrides if override.startswith("parallel.")]
+def world_size_of(overrides: Sequence[str]) -> int:
+    """Return the number of ranks of the mesh that a list of overrides describes."""
+    pairs = [override.split("=") for override in overrides if override.startswith("parallel.")]
     axes = ("parallel.dp_replicate", "parallel.dp_shard", "parallel.cp", "parallel.tp")
-    return math.prod(int(value) for key, value in words if key in axes)
+    return math.prod(int(value) for key, value in pairs if key in axes)
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> ForkServer:
+    return fork_servers.shared()
 
 
 @pytest.fixture(scope="session")
 def smoke_run(data_overrides: list[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`smoke_run(folder, "parallel.tp=2", …)` trains the smoke model into a folder on CPU.
+    """`smoke_run(folder, "parallel.tp=2", …)` trains the smoke model on CPU.
 
-    A mesh of several processes has them from torchrun, so to speak.
+    The ranks of a larger mesh are launched as by torchrun.
     """
 
     def run(
@@ -134,7 +139,7 @@ def smoke_run(data_overrides: list[str]) -> Callable[..., subprocess.CompletedPr
                 "log.tensorboard=false",
                 *overrides,
             ],
-            ranks=places(overrides),
+            world_size=world_size_of(overrides),
         )
         if succeeds:
             assert done.returncode == 0, done.stdout + done.stderr
@@ -145,9 +150,9 @@ def smoke_run(data_overrides: list[str]) -> Callable[..., subprocess.CompletedPr
 
 @pytest.fixture(scope="session")
 def command(data_overrides: list[str]) -> Callable[[Path], list[str]]:
-    """`command(folder)`: the arguments of a short run on prepared data in a folder.
+    """`command(folder)` returns the arguments of a run of `STEPS` steps on prepared data.
 
-    It has checkpoints at steps 6, 12 and 16, text samples at 9 and 16.
+    The run saves checkpoints at steps 6, 12 and 16 and generates text at steps 9 and 16.
     """
     prepared = start_program(["prepare.py", *data_overrides, "tokenizer=byte"])
     assert prepared.returncode == 0, prepared.stderr
@@ -160,24 +165,14 @@ def command(data_overrides: list[str]) -> Callable[[Path], list[str]]:
     return arguments
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-# ---------------------------------------------------------------- faults
-
-
 @pytest.fixture(scope="session")
-def zygote() -> Zygote:
-    return zygotes.shared()
+def train_arguments(data_overrides: list[str]) -> Callable[..., list[str]]:
+    """`train_arguments(folder, "key=value", …)` returns train.py's arguments for fault tests.
 
+    The run has `FAULT_STEPS` steps and saves every fourth.
+    """
 
-@pytest.fixture(scope="session")
-def run_of(data_overrides: list[str]) -> Callable[..., list[str]]:
-    """`run_of(folder, "key=value", …)`: the arguments of a run of `FAULT_STEPS` steps."""
-
-    def arguments(folder: Path, *more: str) -> list[str]:
+    def arguments(folder: Path, *overrides: str) -> list[str]:
         return [
             "experiment=smoke",
             *data_overrides,
@@ -189,54 +184,65 @@ def run_of(data_overrides: list[str]) -> Callable[..., list[str]]:
             "validation.sample_tokens=0",
             "parallel.accelerator=cpu",
             "log.tensorboard=false",
-            *more,
+            *overrides,
         ]
 
     return arguments
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
-    zygote: Zygote, run_of: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
+def uninterrupted(
+    fork_server: ForkServer,
+    train_arguments: Callable[..., list[str]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., list[dict[str, Any]]]:
-    """`undisturbed(2, "parallel.tp=2")`: the figures of each step of a run that nothing befell."""
-    known: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    """`uninterrupted(2, "parallel.tp=2")` returns `reproducible_metrics` of a clean run."""
+    cached: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
 
-    def figures_of(ranks: int, *more: str) -> list[dict[str, Any]]:
-        if (ranks, *more) not in known:
-            folder = tmp_path_factory.mktemp("undisturbed") / "run"
-            start = zygote.run(run_of(folder, *more), ranks)
-            assert set(start.codes.values()) == {0}, start.told()
-            known[ranks, *more] = figures(folder)
-        return known[ranks, *more]
+    def metrics(world_size: int, *overrides: str) -> list[dict[str, Any]]:
+        key = (world_size, *overrides)
+        if key not in cached:
+            folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+            launch = fork_server.run(train_arguments(folder, *overrides), world_size)
+            assert set(launch.exit_codes.values()) == {0}, launch.output()
+            cached[key] = reproducible_metrics(folder)
+        return cached[key]
 
-    return figures_of
+    return metrics
 
 
-def figures(folder: Path) -> list[dict[str, Any]]:
-    """What must be equal between two runs, for each step in turn without a gap."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+# ---------------------------------------------------------------- reading run folders
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def reproducible_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the metrics of each step that two equal runs share; assert that no step is missing."""
+    lines = read_metrics(folder)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [{key: line[key] for key in FIGURES} for line in lines]
+    return [{key: line[key] for key in REPRODUCIBLE_KEYS} for line in lines]
 
 
-def ledger(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run."""
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's event log."""
     return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
 
 
-def damages(folder: Path) -> list[str]:
-    """What is wrong with any of a run's committed checkpoints, whatever was killed when."""
+def checkpoint_errors(folder: Path) -> list[str]:
+    """Return the errors found in a run's committed checkpoints."""
     from checkpoint.files import damage_of, read_manifest
 
-    found = []
+    errors = []
     for committed in (folder / "checkpoints").glob("step-*/COMMITTED"):
         try:
             manifest = read_manifest(committed.parent)
         except ValueError as error:
-            found.append(f"{committed.parent.name}: {error}")
+            errors.append(f"{committed.parent.name}: {error}")
             continue
         for name, entry in manifest["files"].items():
             damage = damage_of(committed.parent / name, entry, manifest["algorithm"])
-            found += [f"{committed.parent.name}: {damage}"] if damage else []
-    return found
+            errors += [f"{committed.parent.name}: {damage}"] if damage else []
+    return errors

@@ -1,4 +1,4 @@
-"""A program as a person starts it, in a session of its own, watched through /proc."""
+"""Programs started from the command line in their own session and observed through /proc."""
 
 import os
 import signal
@@ -12,28 +12,32 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
-DEADLINE = 120  # seconds for something that takes a few: only a hanging program gets there
+linux = pytest.mark.skipif(sys.platform != "linux", reason="inspects processes through /proc")
+DEADLINE = 120  # seconds for something that takes a few; reached only by a hang
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Returns as soon as the condition holds."""
+def wait_for(condition: Callable[[], bool], description: str) -> None:
+    """Poll until the condition holds.
+
+    Raises:
+        AssertionError: after `DEADLINE` seconds.
+    """
     end = time.monotonic() + DEADLINE
     while not condition():
-        assert time.monotonic() < end, f"waited in vain for {what}"
+        assert time.monotonic() < end, f"timed out waiting for {description}"
         time.sleep(0.02)
 
 
 class Program:
-    """A program in a session of its own, and the one child that it started."""
+    """A program in its own session and the one child process that it starts."""
 
     def __init__(self, arguments: list[str]) -> None:
         self.main = subprocess.Popen(
@@ -49,11 +53,10 @@ class Program:
         (self.child,) = map(int, listed.read_text().split())
 
     def wait_for_child(self) -> None:
-        """Returns when the child has ended."""
-        wait_for(lambda: not is_running(self.child), "the child's end")
+        wait_for(lambda: not is_running(self.child), "the child to exit")
 
-    def end(self) -> None:
-        """Leaves nothing running."""
+    def kill(self) -> None:
+        """Kill both processes."""
         self.main.kill()
         if is_running(self.child):
             os.kill(self.child, signal.SIGKILL)
@@ -61,11 +64,11 @@ class Program:
 
 
 @contextmanager
-def standing_still(arguments: list[str], folder: Path) -> Iterator[Program]:
-    """A short run that stands still at step 9, in a program that starts one child.
+def paused_training(arguments: list[str], folder: Path) -> Iterator[Program]:
+    """Start a short run of two processes that blocks at step 9.
 
-    The text sample of step 9 goes into a pipe that nobody reads, so that the run waits at a place
-    which no speed of the machine changes.
+    The text sample of step 9 is written to a named pipe without a reader, so the run blocks at the
+    same point on a machine of any speed.
     """
     folder.mkdir(exist_ok=True)
     os.mkfifo(folder / "samples.txt")
@@ -74,8 +77,8 @@ def standing_still(arguments: list[str], folder: Path) -> Iterator[Program]:
         metrics = folder / "metrics.jsonl"
         wait_for(
             lambda: metrics.exists() and metrics.read_bytes().count(b"\n") == 9,
-            "the ninth step's figures",
+            "the metrics of step 9",
         )
         yield program
     finally:
-        program.end()
+        program.kill()

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, start_program
+from fork_server import ForkServer
 from made_weights import assert_same_weights, filled
-from zygote import Zygote
 
 from data.dataset import Dataset
 from data.loader import validation_batches
@@ -22,12 +22,14 @@ SAMPLES = 8
 
 
 @pytest.fixture(scope="module")
-def checkpoint(zygote: Zygote, run_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(
+    fork_server: ForkServer, train_arguments: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Saved by two ranks; documents do not end attention, as transformers knows none."""
     run = tmp_path_factory.mktemp("trained") / "run"
     steps = ["train.max_steps=12", "checkpoint.interval=null", "data.document_mask=false"]
-    start = zygote.run(run_of(run, *steps, "optim.lr=1e-2", "parallel.tp=2"), 2)
-    assert start.codes == {0: 0, 1: 0}, start.told()
+    start = fork_server.run(train_arguments(run, *steps, "optim.lr=1e-2", "parallel.tp=2"), 2)
+    assert start.exit_codes == {0: 0, 1: 0}, start.output()
     return run / "checkpoints" / "step-00000012"
 
 
@@ -76,13 +78,13 @@ def test_transformers_computes_the_same_logits(checkpoint: Path, told: Any) -> N
 
 
 def test_the_loss_on_the_same_text_is_the_same_whichever_the_format(
-    checkpoint: Path, exported: Path, told: Any, zygote: Zygote
+    checkpoint: Path, exported: Path, told: Any, fork_server: ForkServer
 ) -> None:
     hashes = set()
     for folder, mesh in ((checkpoint, "tp"), (exported, "dp_shard")):
         data = json.loads((checkpoint / "manifest.json").read_text())["config"]["data"]["folder"]
         more = [] if folder == checkpoint else [f"evaluation.data={data}", "evaluation.seq_len=64"]
-        start = zygote.run(
+        start = fork_server.run(
             [
                 *(f"evaluation.checkpoint={folder}", f"evaluation.samples={SAMPLES}", *more),
                 *("parallel.accelerator=cpu", f"parallel.{mesh}=2"),
@@ -90,7 +92,7 @@ def test_the_loss_on_the_same_text_is_the_same_whichever_the_format(
             2,
             program="evaluate.py",
         )
-        assert start.codes == {0: 0, 1: 0}, start.told()
+        assert start.exit_codes == {0: 0, 1: 0}, start.output()
         figures = json.loads((folder / "evaluation.json").read_text())
         hashes.add(figures["weights_hash"])
         if folder == checkpoint:
@@ -113,7 +115,7 @@ def test_the_greedy_text_is_the_same(checkpoint: Path, told: Any) -> None:
 
 
 def test_there_and_back_through_the_program_is_bit_for_bit(
-    checkpoint: Path, exported: Path, zygote: Zygote, tmp_path: Path
+    checkpoint: Path, exported: Path, fork_server: ForkServer, tmp_path: Path
 ) -> None:
     for source, target, format in (
         (exported, "native", "native"),
@@ -122,8 +124,8 @@ def test_there_and_back_through_the_program_is_bit_for_bit(
     ):
         parts = ["parts=2"] if format == "meta" else []
         arguments = [f"source={source}", f"target={tmp_path / target}", f"format={format}", *parts]
-        start = zygote.run(arguments, 1, program="convert.py")
-        assert start.codes == {0: 0}, start.told()
+        start = fork_server.run(arguments, 1, program="convert.py")
+        assert start.exit_codes == {0: 0}, start.output()
         assert_same_weights(open_weights(tmp_path / target), open_weights(checkpoint))
     tokenizer = (checkpoint / "tokenizer.model").read_bytes()
     assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == tokenizer
@@ -134,13 +136,13 @@ def test_there_and_back_through_the_program_is_bit_for_bit(
 
 
 def test_bad_input_is_told_and_nothing_is_written(
-    checkpoint: Path, exported: Path, zygote: Zygote, tmp_path: Path
+    checkpoint: Path, exported: Path, fork_server: ForkServer, tmp_path: Path
 ) -> None:
     def refused(*arguments: str) -> str:
-        start = zygote.run([*arguments], 1, program="convert.py")
-        assert start.codes == {0: 1}, start.told()
+        start = fork_server.run([*arguments], 1, program="convert.py")
+        assert start.exit_codes == {0: 1}, start.output()
         assert list(tmp_path.iterdir()) == []
-        told = start.told()
+        told = start.output()
         assert told.startswith("Not converted") and "Traceback" not in told
         return told
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import read_metrics
-from zygote import Start, Zygote
+from fork_server import ForkServer, Launch
 
 from data.config import TokenizerConfig
 from data.tokenizer import ready_tokenizer
@@ -18,12 +18,15 @@ from formats.recognition import open_weights
 from formats.weights import fingerprint
 
 TWO_SOURCES = ["data.sources.again.format=text", "data.sources.again.weight=0.5"]
-Evaluate = Callable[..., Start]
+Evaluate = Callable[..., Launch]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(
-    zygote: Zygote, run_of: Any, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+    fork_server: ForkServer,
+    train_arguments: Any,
+    corpus: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """The last checkpoint of ten steps on text and, a second source, a part of it."""
     place = tmp_path_factory.mktemp("evaluate")
@@ -36,8 +39,8 @@ def checkpoint(
         "data.name=two",
     ]
     steps = ["train.max_steps=10", "checkpoint.interval=null", "validation.samples=9"]
-    start = zygote.run(run_of(run, *sources, *steps), 1)
-    assert start.codes == {0: 0}, start.told()
+    start = fork_server.run(train_arguments(run, *sources, *steps), 1)
+    assert start.exit_codes == {0: 0}, start.output()
     return run / "checkpoints" / "step-00000010"
 
 
@@ -51,21 +54,21 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def evaluate(zygote: Zygote) -> Evaluate:
+def evaluate(fork_server: ForkServer) -> Evaluate:
     """`evaluate(folder, "key=value", …, ranks=2)` runs the program to its end."""
 
-    def run(folder: Path, *overrides: str, ranks: int = 1) -> Start:
+    def run(folder: Path, *overrides: str, ranks: int = 1) -> Launch:
         named = [f"evaluation.checkpoint={folder}", "parallel.accelerator=cpu"]
-        return zygote.run([*named, *overrides], ranks, program="evaluate.py")
+        return fork_server.run([*named, *overrides], ranks, program="evaluate.py")
 
     return run
 
 
-def figures_of(start: Start, folder: Path) -> Any:
+def figures_of(start: Launch, folder: Path) -> Any:
     """What was printed, which is what was written."""
-    assert set(start.codes.values()) == {0}, start.told()
+    assert set(start.exit_codes.values()) == {0}, start.output()
     figures = json.loads((folder / "evaluation.json").read_text())
-    assert start.told().endswith(json.dumps(figures, indent=1) + "\n")
+    assert start.output().endswith(json.dumps(figures, indent=1) + "\n")
     return figures
 
 
@@ -115,9 +118,9 @@ def test_bad_input_is_refused_with_a_remedy(
 ) -> None:
     def refused(folder: Path, *overrides: str, ranks: int = 1) -> str:
         start = evaluate(folder, *overrides, ranks=ranks)
-        assert 1 in start.codes.values() and 0 not in start.codes.values(), start.told()
-        assert start.told().startswith("Not evaluated") and "Traceback" not in start.told()
-        return start.told()
+        assert 1 in start.exit_codes.values() and 0 not in start.exit_codes.values(), start.output()
+        assert start.output().startswith("Not evaluated") and "Traceback" not in start.output()
+        return start.output()
 
     assert "is no folder: name one with weights" in refused(tmp_path / "step-00000001")
     mesh = refused(checkpoint, "parallel.tp=3", ranks=3)
@@ -142,8 +145,8 @@ def test_damage_is_told_once_whatever_the_number_of_processes(
         start = evaluate(checkpoint, "parallel.tp=2", ranks=2)
     finally:
         (checkpoint / "manifest.json").write_bytes(whole)
-    assert 1 in start.codes.values()
-    told = start.told(0) + start.told(1)
+    assert 1 in start.exit_codes.values()
+    told = start.output(0) + start.output(1)
     assert told.count("manifest.json has another SHA-256") == 1
     assert "Traceback" not in told
 
@@ -164,7 +167,7 @@ def test_scores_of_local_tasks_are_those_of_lm_evals_own_hf_model(
         "evaluation.micro_batch_size=3",
         ranks=2,
     )
-    assert start.codes == {0: 0, 1: 0}, start.told()
+    assert start.exit_codes == {0: 0, 1: 0}, start.output()
     figures = json.loads((exported / "evaluation.json").read_text())
     assert "loss" not in figures  # of no held-out text, as none was named
     assert figures["versions"].keys() == {"torch", "llamesh", "lm_eval"}

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from conftest import read_metrics, start_program
+from fork_server import ForkServer, read
 from processes import linux, wait_for
-from zygote import Zygote, read
 
 from resilience.exit_codes import ExitCode
 
@@ -54,7 +54,7 @@ def command(corpus: Path, shards: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run on one process, from end to end."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     done = start_program(command(folder))
@@ -62,8 +62,8 @@ def undisturbed(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_stages_change_weights_length_and_batch_at_their_samples(undisturbed: Path) -> None:
-    lines = read_metrics(undisturbed)
+def test_stages_change_weights_length_and_batch_at_their_samples(uninterrupted: Path) -> None:
+    lines = read_metrics(uninterrupted)
     samples = [8 * step for step in range(1, 33)] + [256 + 16 * i for i in range(1, 9)]
     tokens = [512 * step for step in range(1, 25)]
     tokens += [tokens[-1] + 1024 * i for i in range(1, 9)]
@@ -75,7 +75,7 @@ def test_stages_change_weights_length_and_batch_at_their_samples(undisturbed: Pa
 
 @linux
 def test_killed_twice_and_spread_otherwise_the_run_takes_the_same_samples(
-    command: Any, undisturbed: Path, zygote: Zygote, tmp_path: Path
+    command: Any, uninterrupted: Path, fork_server: ForkServer, tmp_path: Path
 ) -> None:
     """Each start on another mesh, with other threads and read-ahead; kills in two stages."""
     folder = tmp_path / "run"
@@ -83,10 +83,10 @@ def test_killed_twice_and_spread_otherwise_the_run_takes_the_same_samples(
         (14, ("parallel.dp_shard=2", "data.loader_threads=3", "data.prefetch=1")),
         (31, ("parallel.tp=2", "train.micro_batch_size=2", "data.prefetch=7")),
     ):
-        kill_after(last, folder, zygote, command(folder, *overrides))
+        kill_after(last, folder, fork_server, command(folder, *overrides))
     done = start_program(command(folder, "data.verify_reads=false"))
     assert done.returncode == 0, done.stderr
-    found, expected = read_metrics(folder), read_metrics(undisturbed)
+    found, expected = read_metrics(folder), read_metrics(uninterrupted)
     for key in ("step", "samples", "tokens", "batch_hash"):
         assert [line[key] for line in found] == [line[key] for line in expected]
     # Meshes sum in other orders: rounding of 1e-7 a sum, grown over the steps.
@@ -94,15 +94,15 @@ def test_killed_twice_and_spread_otherwise_the_run_takes_the_same_samples(
     assert [line["loss"] for line in found] == pytest.approx(losses, rel=1e-6, abs=0)
 
 
-def kill_after(step: int, folder: Path, zygote: Zygote, words: list[str]) -> None:
+def kill_after(step: int, folder: Path, fork_server: ForkServer, words: list[str]) -> None:
     """Starts a run on two processes and kills both when it has told the figures of a step."""
-    start = zygote.start(words[1:], 2)
+    start = fork_server.start(words[1:], 2)
     try:
         wait_for(partial(has_done, folder, step), f"step {step}")
     finally:
         for pid in start.pids:
             os.kill(pid, signal.SIGKILL)
-    assert zygote.wait(start) == [-signal.SIGKILL] * 2, start.told()
+    assert fork_server.wait(start) == [-signal.SIGKILL] * 2, start.output()
 
 
 def has_done(folder: Path, step: int) -> bool:
@@ -113,7 +113,7 @@ def has_done(folder: Path, step: int) -> bool:
 
 
 def assert_told_and_mended(
-    done: tuple[int, str], words: list[str], copy: Path, shards: Path, undisturbed: Path
+    done: tuple[int, str], words: list[str], copy: Path, shards: Path, uninterrupted: Path
 ) -> None:
     """A run ended with a message about the second source; with its files back it goes on."""
     exit_code, errors = done
@@ -125,12 +125,12 @@ def assert_told_and_mended(
     again = start_program(words)
     assert again.returncode == 0, again.stderr
     (run,) = (Path(word.partition("=")[2]) for word in words if word.startswith("run.dir="))
-    hashes = [line["batch_hash"] for line in read_metrics(undisturbed)]
+    hashes = [line["batch_hash"] for line in read_metrics(uninterrupted)]
     assert [line["batch_hash"] for line in read_metrics(run)] == hashes
 
 
 def test_a_flipped_byte_in_a_shard_stops_the_run_and_says_what_is_kept(
-    command: Any, undisturbed: Path, shards: Path, tmp_path: Path
+    command: Any, uninterrupted: Path, shards: Path, tmp_path: Path
 ) -> None:
     """The second source is not read before its stage begins, with step 13."""
     copy = tmp_path / "shards"
@@ -141,12 +141,12 @@ def test_a_flipped_byte_in_a_shard_stops_the_run_and_says_what_is_kept(
         path.write_bytes(content)
     words = command(tmp_path / "run", f"data.folder={copy}")
     done = start_program(words)
-    assert_told_and_mended((done.returncode, done.stderr), words, copy, shards, undisturbed)
+    assert_told_and_mended((done.returncode, done.stderr), words, copy, shards, uninterrupted)
 
 
 @linux
 def test_shards_that_vanish_while_the_run_trains_stop_it_and_it_says_what_is_kept(
-    command: Any, undisturbed: Path, shards: Path, zygote: Zygote, tmp_path: Path
+    command: Any, uninterrupted: Path, shards: Path, fork_server: ForkServer, tmp_path: Path
 ) -> None:
     """The run stands still at step 9, in a pipe that nobody reads, until the files are gone."""
     copy, folder = tmp_path / "shards", tmp_path / "run"
@@ -155,22 +155,22 @@ def test_shards_that_vanish_while_the_run_trains_stop_it_and_it_says_what_is_kep
     os.mkfifo(folder / "samples.txt")
     words = command(folder, f"data.folder={copy}", "data.prefetch=1")
     samples = ("validation.interval=9", "validation.sample_tokens=1")
-    start = zygote.start([*words[1:], *samples], 1, typed=True)
+    start = fork_server.start([*words[1:], *samples], 1, torchrun=False)
     wait_for(partial(has_done, folder, 9), "step 9")
     shutil.rmtree(copy / "email")
     with open(folder / "samples.txt", encoding="utf-8") as pipe:
         pipe.read()
-    (code,) = zygote.wait(start)
+    (code,) = fork_server.wait(start)
     (folder / "samples.txt").unlink()
-    assert_told_and_mended((code, read(start.errors[0])), words, copy, shards, undisturbed)
+    assert_told_and_mended((code, read(start.stderr[0])), words, copy, shards, uninterrupted)
 
 
 def test_a_run_that_begins_with_a_checkpoint_of_other_data_goes_on_with_its_own(
-    command: Any, undisturbed: Path, tmp_path: Path
+    command: Any, uninterrupted: Path, tmp_path: Path
 ) -> None:
     """Else the next start takes the run's own shards for others than it was trained on."""
     own = (f"data.folder={tmp_path / 'shards'}", "data.validation_fraction=0.3")
-    checkpoint = undisturbed / "checkpoints" / f"step-{STEPS:08d}"
+    checkpoint = uninterrupted / "checkpoints" / f"step-{STEPS:08d}"
     first = command(
         tmp_path / "run", *own, f"run.resume={checkpoint}", f"train.max_steps={STEPS + 1}"
     )

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import figures, ledger
+from conftest import read_events, reproducible_metrics
+from fork_server import Fault, ForkServer
 from made_weights import SMALL, MadeWeights
 from omegaconf import OmegaConf
 from transformers import LlamaForCausalLM
-from zygote import Plan, Zygote
 
 from cli.config import JobConfig, load_train_config
 from data.config import TokenizerConfig
@@ -51,13 +51,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def expected(
-    folders: dict[str, Path], zygote: Zygote, run_of: Any, tmp_path_factory: Any
+    folders: dict[str, Path], fork_server: ForkServer, train_arguments: Any, tmp_path_factory: Any
 ) -> tuple[list[dict[str, Any]], float]:
     """The figures of a run that began with the Hugging Face folder; transformers' first loss."""
     run = tmp_path_factory.mktemp("expected") / "run"
-    start = zygote.run(run_of(run, *SHORT, *SAME, f"run.init_from={folders['hf']}"), 1)
-    assert start.codes == {0: 0}, start.told()
-    return figures(run), transformers_loss(folders["hf"], run)
+    start = fork_server.run(
+        train_arguments(run, *SHORT, *SAME, f"run.init_from={folders['hf']}"), 1
+    )
+    assert start.exit_codes == {0: 0}, start.output()
+    return reproducible_metrics(run), transformers_loss(folders["hf"], run)
 
 
 def transformers_loss(folder: Path, run: Path) -> float:
@@ -90,66 +92,70 @@ def test_every_format_on_every_axis_begins_the_same_run(
     mesh: str,
     folders: dict[str, Path],
     expected: tuple[list[dict[str, Any]], float],
-    zygote: Zygote,
-    run_of: Any,
+    fork_server: ForkServer,
+    train_arguments: Any,
     tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"
     begun = f"run.init_from={folders[format]}"
-    start = zygote.run(run_of(run, *SHORT, *SAME, begun, f"parallel.{mesh}=2"), 2)
-    assert start.codes == {0: 0, 1: 0}, start.told()
-    for found, step in zip(figures(run), expected[0], strict=True):
+    start = fork_server.run(train_arguments(run, *SHORT, *SAME, begun, f"parallel.{mesh}=2"), 2)
+    assert start.exit_codes == {0: 0, 1: 0}, start.output()
+    for found, step in zip(reproducible_metrics(run), expected[0], strict=True):
         assert found["batch_hash"] == step["batch_hash"]
         assert found["loss"] == pytest.approx(step["loss"], rel=TOLERANCE)
     if (format, mesh) != ("hf", "tp"):
         return
-    assert f"from the weights of {folders[format]}" in " ".join(start.told().split())
-    assert ledger(run)[0]["init_from"] == str(folders[format])
+    assert f"from the weights of {folders[format]}" in " ".join(start.output().split())
+    assert read_events(run)[0]["init_from"] == str(folders[format])
     # A checkpoint of two ranks, whose weights a run begins with, reads as what they are.
     again = tmp_path / "again"
     checkpoint = run / "checkpoints" / "step-00000003"
     assert (checkpoint / "tokenizer.model").exists()
-    branch = zygote.run(run_of(again, *SHORT, *SAME, f"run.init_from={checkpoint}"), 1)
-    assert branch.codes == {0: 0}, branch.told()
-    longer = zygote.run(run_of(run, *SAME, "train.max_steps=4"), 1)
-    assert longer.codes == {0: 0}, longer.told()  # on its own, the weights not asked for
-    assert figures(again)[0]["batch_hash"] == figures(run)[0]["batch_hash"]
-    assert figures(again)[0]["loss"] < figures(run)[0]["loss"]
+    branch = fork_server.run(
+        train_arguments(again, *SHORT, *SAME, f"run.init_from={checkpoint}"), 1
+    )
+    assert branch.exit_codes == {0: 0}, branch.output()
+    longer = fork_server.run(train_arguments(run, *SAME, "train.max_steps=4"), 1)
+    assert longer.exit_codes == {0: 0}, longer.output()  # on its own, the weights not asked for
+    assert (
+        reproducible_metrics(again)[0]["batch_hash"] == reproducible_metrics(run)[0]["batch_hash"]
+    )
+    assert reproducible_metrics(again)[0]["loss"] < reproducible_metrics(run)[0]["loss"]
     # The same command again goes on from the checkpoint, even where the weights are gone.
     shutil.copytree(run, tmp_path / "copy")
     more = [*SAME, "train.max_steps=5"]
-    gone = zygote.run(run_of(tmp_path / "copy", *more, "run.init_from=gone"), 1)
-    assert gone.codes == {0: 1}
-    assert "the weights that the run began from" in gone.told()
+    gone = fork_server.run(train_arguments(tmp_path / "copy", *more, "run.init_from=gone"), 1)
+    assert gone.exit_codes == {0: 1}
+    assert "the weights that the run began from" in gone.output()
 
 
 def test_a_flipped_bit_of_a_checkpoint_begins_no_run(
-    folders: dict[str, Path], zygote: Zygote, run_of: Any, tmp_path: Path
+    folders: dict[str, Path], fork_server: ForkServer, train_arguments: Any, tmp_path: Path
 ) -> None:
     source = shutil.copytree(folders["native"], tmp_path / "source")
     largest = max(source.iterdir(), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    start = zygote.run(run_of(tmp_path / "run", f"run.init_from={source}", *SAME), 1)
-    assert start.codes == {0: 1}, start.told()
-    assert f"is damaged: {largest.name} has another hash" in start.told()
+    start = fork_server.run(train_arguments(tmp_path / "run", f"run.init_from={source}", *SAME), 1)
+    assert start.exit_codes == {0: 1}, start.output()
+    assert f"is damaged: {largest.name} has another hash" in start.output()
 
 
-def refused(zygote: Zygote, arguments: list[str], run: Path) -> str:
+def refused(fork_server: ForkServer, arguments: list[str], run: Path) -> str:
     """What a start says that is refused before it writes anything."""
-    start = zygote.run(arguments, 1)
-    assert start.codes == {0: 1}, start.told()
+    start = fork_server.run(arguments, 1)
+    assert start.exit_codes == {0: 1}, start.output()
     assert not run.exists()
-    return start.told()
+    return start.output()
 
 
 def test_other_weights_are_refused_with_both_values(
-    folders: dict[str, Path], zygote: Zygote, run_of: Any, tmp_path: Path
+    folders: dict[str, Path], fork_server: ForkServer, train_arguments: Any, tmp_path: Path
 ) -> None:
     run, begun = tmp_path / "run", f"run.init_from={folders['hf']}"
     other = ["model.n_kv_heads=4", "model.rope_theta=10000", "data.document_mask=false"]
-    told = refused(zygote, run_of(run, begun, *other), run)
+    told = refused(fork_server, train_arguments(run, begun, *other), run)
     assert "model.n_kv_heads (4) is not that of the weights in run.init_from" in told
     assert "which is 2: use model.n_kv_heads=2" in told
     assert "model.rope_theta (10000.0) is not that of the weights" in told
@@ -158,33 +164,43 @@ def test_other_weights_are_refused_with_both_values(
     assert f"which is {scaling}: use 'model.rope_scaling={scaling}'" in told
 
     convert(MadeWeights(SMALL), None, tmp_path / "small", "hf")
-    told = refused(zygote, run_of(run, f"run.init_from={tmp_path / 'small'}", *SAME), run)
+    told = refused(
+        fork_server, train_arguments(run, f"run.init_from={tmp_path / 'small'}", *SAME), run
+    )
     assert "model.vocab_size (272) is not that of the weights" in told
 
-    told = refused(zygote, run_of(run, f"run.init_from={tmp_path / 'nowhere'}", *SAME), run)
+    told = refused(
+        fork_server, train_arguments(run, f"run.init_from={tmp_path / 'nowhere'}", *SAME), run
+    )
     assert "nowhere is no folder" in told
     both = [begun, f"run.resume={folders['native']}", *SAME]
-    assert "begins with weights alone: use one of them" in refused(zygote, run_of(run, *both), run)
-    alone = run_of(run, f"run.resume={folders['native']}", *SAME)
-    assert "holds weights alone" in refused(zygote, alone, run)
+    assert "begins with weights alone: use one of them" in refused(
+        fork_server, train_arguments(run, *both), run
+    )
+    alone = train_arguments(run, f"run.resume={folders['native']}", *SAME)
+    assert "holds weights alone" in refused(fork_server, alone, run)
 
 
 def test_a_changed_function_of_the_same_weights_is_trained_by_consent(
-    folders: dict[str, Path], zygote: Zygote, run_of: Any, tmp_path: Path
+    folders: dict[str, Path], fork_server: ForkServer, train_arguments: Any, tmp_path: Path
 ) -> None:
     consent = "run.allow_changes=[model.rope_scaling,model.rope_theta]"
     longer = ["model.rope_theta=1000000", "data.document_mask=false", "train.max_steps=1"]
-    arguments = run_of(tmp_path / "run", f"run.init_from={folders['meta']}", consent, *longer)
-    start = zygote.run(arguments, 1)
-    assert start.codes == {0: 0}, start.told()
+    arguments = train_arguments(
+        tmp_path / "run", f"run.init_from={folders['meta']}", consent, *longer
+    )
+    start = fork_server.run(arguments, 1)
+    assert start.exit_codes == {0: 0}, start.output()
 
 
 def test_a_rank_that_cannot_read_its_shard_ends_all_with_its_reason(
-    folders: dict[str, Path], zygote: Zygote, run_of: Any, tmp_path: Path
+    folders: dict[str, Path], fork_server: ForkServer, train_arguments: Any, tmp_path: Path
 ) -> None:
     begun = f"run.init_from={folders['hf']}"
-    failing = Plan(rank=1, call=3, do="EIO", at="os.preadv")
-    start = zygote.run(run_of(tmp_path / "run", begun, *SAME, "parallel.tp=2"), 2, failing)
-    assert start.codes == {0: 1, 1: 1}, start.told()
-    assert "cannot be read (Input/output error)" in start.told()
-    assert "(rank 1)" in start.told()
+    failing = Fault(rank=1, call=3, action="EIO", function="os.preadv")
+    start = fork_server.run(
+        train_arguments(tmp_path / "run", begun, *SAME, "parallel.tp=2"), 2, failing
+    )
+    assert start.exit_codes == {0: 1, 1: 1}, start.output()
+    assert "cannot be read (Input/output error)" in start.output()
+    assert "(rank 1)" in start.output()

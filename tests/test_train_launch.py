@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import STEPS, read_metrics, start_program, start_python
-from processes import DEADLINE, Program, linux, standing_still
+from processes import DEADLINE, Program, linux, paused_training
 
 # Two meshes sum in another order; rounding of 1e-7 a sum grows with the steps (issue: 2e-7 seen).
 TOLERANCE = 1e-6
@@ -138,7 +138,9 @@ def test_printed_command_to_go_further_goes_on_from_the_last_checkpoint(
 @pytest.fixture
 def standing(command: Any, tmp_path: Path) -> Iterator[tuple[Path, Program]]:
     """A run on two processes that stands still at step 9: its folder, and its processes."""
-    with standing_still([*command(tmp_path / "run"), "parallel.tp=2"], tmp_path / "run") as program:
+    with paused_training(
+        [*command(tmp_path / "run"), "parallel.tp=2"], tmp_path / "run"
+    ) as program:
         yield tmp_path / "run", program
 
 
@@ -151,7 +153,7 @@ def test_killed_run_goes_on_from_the_newest_checkpoint_bit_for_bit(
     program.wait_for_child()
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000006"]
     (folder / "samples.txt").unlink()
-    done = start_program([*command(folder), "parallel.tp=2"], ranks=2)
+    done = start_program([*command(folder), "parallel.tp=2"], world_size=2)
     assert done.returncode == 0, done.stderr
     assert steps_told(done) == list(range(7, STEPS + 1))
     reference, _ = pair
@@ -203,7 +205,7 @@ def test_signal_on_any_rank_lets_all_finish_the_step_save_once_and_leave_with_it
     assert python == "python"
     if number == signal.SIGTERM:  # all leave alike, so one of them shows how the run goes on
         (folder / "samples.txt").unlink()
-        assert start_program(words, ranks=2).returncode == 0
+        assert start_program(words, world_size=2).returncode == 0
         reference, _ = pair
         for key in ("batch_hash", "samples", "loss", "grad_norm"):
             assert curve(folder, key) == curve(reference, key)
@@ -223,7 +225,7 @@ def test_run_interrupted_while_it_starts_says_so_in_a_line(command: Any, tmp_pat
         told, errors = program.main.communicate(timeout=DEADLINE)
         program.wait_for_child()
     finally:
-        program.end()
+        program.kill()
     assert program.main.returncode == 130
     assert errors == "Interrupted before the first step.\n"
     assert told.startswith("plan: fits") and told.count("\n") == 1
@@ -238,13 +240,13 @@ def test_main_process_killed_while_the_run_starts_leaves_no_process(
         program.main.kill()
         program.wait_for_child()
     finally:
-        program.end()
+        program.kill()
 
 
 @linux
 def test_torchrun_killed_in_the_middle_leaves_no_process(command: Any, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=1"]
     arguments = [*launcher, *command(tmp_path / "run")]
-    with standing_still(arguments, tmp_path / "run") as program:
+    with paused_training(arguments, tmp_path / "run") as program:
         program.main.kill()
         program.wait_for_child()

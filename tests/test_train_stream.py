@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from conftest import read_metrics, start_program
+from fork_server import ForkServer
 from processes import linux
 from test_train_data import kill_after
-from zygote import Zygote
 
 STEPS = 30
 LANES = 4
@@ -46,7 +46,7 @@ def command(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run on one process, from end to end."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     done = start_program(command(run))
@@ -63,21 +63,21 @@ def lanes_of(run: Path, step: int) -> dict[str, list[int]]:
 
 @linux
 def test_killed_twice_and_spread_otherwise_the_run_takes_the_same_samples(
-    command: Any, undisturbed: Path, zygote: Zygote, tmp_path: Path
+    command: Any, uninterrupted: Path, fork_server: ForkServer, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     for last, overrides in (
         (11, ("parallel.dp_shard=2", "data.loader_threads=2", "data.prefetch=1")),
         (22, ("parallel.tp=2", "train.micro_batch_size=2", "data.prefetch=7")),
     ):
-        kill_after(last, run, zygote, command(run, *overrides))
-    done = start_program(command(run, "parallel.dp_shard=2", "parallel.tp=2"), ranks=4)
+        kill_after(last, run, fork_server, command(run, *overrides))
+    done = start_program(command(run, "parallel.dp_shard=2", "parallel.tp=2"), world_size=4)
     assert done.returncode == 0, done.stderr
-    found, expected = read_metrics(run), read_metrics(undisturbed)
+    found, expected = read_metrics(run), read_metrics(uninterrupted)
     for key in ("step", "samples", "tokens", "batch_hash"):
         assert [line[key] for line in found] == [line[key] for line in expected]
     assert len({line["batch_hash"] for line in expected}) == STEPS
-    assert lanes_of(run, STEPS) == lanes_of(undisturbed, STEPS)
+    assert lanes_of(run, STEPS) == lanes_of(uninterrupted, STEPS)
     assert sorted(lanes_of(run, STEPS)) == [str(lane) for lane in range(LANES)]
     assert all(place[0] > 0 for place in lanes_of(run, STEPS).values())  # all began again
     starts = [
@@ -92,20 +92,22 @@ def test_killed_twice_and_spread_otherwise_the_run_takes_the_same_samples(
     assert "--- step 30 ---" in (run / "samples.txt").read_text()
 
 
-def test_another_stream_is_refused_on_resume(command: Any, undisturbed: Path, folder: Path) -> None:
+def test_another_stream_is_refused_on_resume(
+    command: Any, uninterrupted: Path, folder: Path
+) -> None:
     (folder / "part-5.jsonl").write_text('{"text": "one file more"}\n')
     try:
-        done = start_program(command(undisturbed, f"train.max_steps={STEPS + 1}"))
+        done = start_program(command(uninterrupted, f"train.max_steps={STEPS + 1}"))
     finally:
         (folder / "part-5.jsonl").unlink()
     assert done.returncode == 1
     assert "data.sources names other tokens" in done.stderr and "Traceback" not in done.stderr
-    done = start_program(command(undisturbed, "data.stream_shards=2"))
+    done = start_program(command(uninterrupted, "data.stream_shards=2"))
     assert done.returncode == 1 and "data.stream_shards: 4 -> 2" in done.stderr
 
 
-def test_a_streamed_run_has_nothing_to_evaluate_on(undisturbed: Path) -> None:
-    checkpoint = undisturbed / "checkpoints" / f"step-{STEPS:08d}"
+def test_a_streamed_run_has_nothing_to_evaluate_on(uninterrupted: Path) -> None:
+    checkpoint = uninterrupted / "checkpoints" / f"step-{STEPS:08d}"
     done = start_program(["evaluate.py", f"evaluation.checkpoint={checkpoint}"])
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "data.stream_shards (4)" in done.stderr and "nothing to evaluate on" in done.stderr

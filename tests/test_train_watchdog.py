@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import start_python
-from processes import DEADLINE, Program, is_running, linux, standing_still
+from processes import DEADLINE, Program, is_running, linux, paused_training
 
 from resilience.exit_codes import ExitCode
 
@@ -26,7 +26,7 @@ def standing(command: Any, tmp_path: Path) -> Iterator[tuple[Path, Program]]:
     """A run of ranks 0 and 1 where rank 0 stands still at the end of step 9."""
     folder = tmp_path / "run"
     arguments = [*command(folder), "parallel.tp=2", f"watchdog.step_seconds={LIMIT}"]
-    with standing_still(arguments, folder) as program:
+    with paused_training(arguments, folder) as program:
         yield folder, program
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from zygote import Zygote
+from fork_server import ForkServer
 
 from resilience.exit_codes import ExitCode
 
@@ -27,12 +27,12 @@ with exit_on_user_error():
 
 @pytest.mark.parametrize(("met", "late"), [("apart", "0"), ("together", "0"), ("together", "1")])
 def test_the_first_process_tells_and_all_end_alike_whoever_is_sooner(
-    zygote: Zygote, tmp_path: Path, met: str, late: str
+    fork_server: ForkServer, tmp_path: Path, met: str, late: str
 ) -> None:
     """Before and after they have met; what starts them ends all at once when one has failed."""
     program = tmp_path / "refused.py"
     program.write_text(REFUSED)
-    start = zygote.run([met, late], 2, program=str(program))
-    assert start.told(0) == "Not started: the run is elsewhere\n"
-    assert start.told(1) == ""
-    assert start.codes == {0: ExitCode.NO_CHECKPOINT, 1: ExitCode.NO_CHECKPOINT}
+    start = fork_server.run([met, late], 2, program=str(program))
+    assert start.output(0) == "Not started: the run is elsewhere\n"
+    assert start.output(1) == ""
+    assert start.exit_codes == {0: ExitCode.NO_CHECKPOINT, 1: ExitCode.NO_CHECKPOINT}

@@ -12,9 +12,9 @@ from typing import Any, cast
 import pytest
 import torch
 from model_configs import FILES
+from reference_models import paired_models, scaled_down
 from torch import nn
 from transformers.generation import logits_process
-from twins import both_models, twin
 
 from evaluation.generation import Completion, Sampling, drawn, generate
 from evaluation.kv_cache import cached
@@ -247,8 +247,8 @@ def test_a_text_ends_with_the_context(llama: Llama) -> None:
 @pytest.mark.parametrize("name", ["llama3_8b", "llama3_2_1b"])
 def test_greedy_text_equals_that_of_transformers(name: str) -> None:
     """One untied and one tied twin, this one with scaled positions; a text may end."""
-    config = twin(next(path for path in FILES if path.stem == name))
-    ours, theirs = both_models(config)
+    config = scaled_down(next(path for path in FILES if path.stem == name))
+    ours, theirs = paired_models(config)
     stop, ends = theirs.config.eos_token_id, []
     for prompt in random_prompts(5, 20, 9, vocab=config.vocab_size):
         told = cast(Any, theirs).generate(

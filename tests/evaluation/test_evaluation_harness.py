@@ -19,9 +19,9 @@ import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.models.utils import postprocess_generated_text as cut_at_stops
 from model_configs import FILES
+from reference_models import paired_models, scaled_down
 from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM
-from twins import both_models, twin
 
 from data.tokenizer import Tokenizer, train_bpe
 from evaluation import harness
@@ -55,8 +55,8 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def models(tokenizer: Tokenizer) -> tuple[Llama, LlamaForCausalLM]:
-    config = twin(next(path for path in FILES if path.stem == "llama3_2_1b"))
-    return both_models(
+    config = scaled_down(next(path for path in FILES if path.stem == "llama3_2_1b"))
+    return paired_models(
         dataclasses.replace(config, vocab_size=tokenizer.vocab_size, max_seq_len=CONTEXT)
     )
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FAULT_STEPS, ROOT, figures, ledger, start_program
-from zygote import Plan, Zygote
+from conftest import FAULT_STEPS, ROOT, read_events, reproducible_metrics, start_program
+from fork_server import Fault, ForkServer
 
 from resilience import lock
 from resilience.exit_codes import ExitCode
@@ -30,75 +30,77 @@ def test_every_exit_code_is_in_the_table_of_the_documents() -> None:
 
 
 def test_updates_that_are_not_finite_on_one_rank_are_skipped_on_all_and_told(
-    zygote: Zygote, run_of: Any, undisturbed: Any, tmp_path: Path
+    fork_server: ForkServer, train_arguments: Any, uninterrupted: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    bad = Plan(rank=1, at=FORWARD, call=9, until=10, do="nan")
-    start = zygote.run(run_of(folder, TP2), 2, bad)
-    assert start.codes == {0: 0, 1: 0}, start.told()
-    calm, found = undisturbed(2, TP2), figures(folder)
+    bad = Fault(rank=1, function=FORWARD, call=9, last_call=10, action="nan")
+    start = fork_server.run(train_arguments(folder, TP2), 2, bad)
+    assert start.exit_codes == {0: 0, 1: 0}, start.output()
+    calm, found = uninterrupted(2, TP2), reproducible_metrics(folder)
     assert [line["batch_hash"] for line in found] == [line["batch_hash"] for line in calm]
     assert found[:8] == calm[:8]  # and the steps from 11 on go on from the weights of step 8
-    assert [line["step"] for line in ledger(folder) if line["event"] == "skip"] == [9, 10]
-    assert "Step 10: " in start.told() and "samples 72 to 79; 2 in a row, 2 in all" in start.told()
+    assert [line["step"] for line in read_events(folder) if line["event"] == "skip"] == [9, 10]
+    assert (
+        "Step 10: " in start.output() and "samples 72 to 79; 2 in a row, 2 in all" in start.output()
+    )
     # The steps after the bad ones are those of a run that was stopped in between.
     again = tmp_path / "again"
-    stopped = zygote.run(run_of(again, TP2), 2, bad, Plan(0, 14, "SIGTERM", FORWARD))
-    assert stopped.codes == {0: ExitCode.TERMINATED, 1: ExitCode.TERMINATED}, stopped.told()
-    assert zygote.run(run_of(again, TP2), 2).codes == {0: 0, 1: 0}
-    assert figures(again) == found
+    stopped = fork_server.run(train_arguments(again, TP2), 2, bad, Fault(0, 14, "SIGTERM", FORWARD))
+    assert stopped.exit_codes == {0: ExitCode.TERMINATED, 1: ExitCode.TERMINATED}, stopped.output()
+    assert fork_server.run(train_arguments(again, TP2), 2).exit_codes == {0: 0, 1: 0}
+    assert reproducible_metrics(again) == found
 
 
 def test_a_crash_outside_of_python_is_told_with_the_place_it_interrupted(
-    zygote: Zygote, run_of: Any, tmp_path: Path
+    fork_server: ForkServer, train_arguments: Any, tmp_path: Path
 ) -> None:
-    crash = Plan(rank=0, call=6, do="SIGSEGV", at=FORWARD)
-    start = zygote.run(run_of(tmp_path / "run"), 1, crash)
-    assert start.codes == {0: -11}
-    assert "Fatal Python error: Segmentation fault" in start.told()
-    assert re.search(r'File ".*train.py", line \d+ in train_step', start.told())
+    crash = Fault(rank=0, call=6, action="SIGSEGV", function=FORWARD)
+    start = fork_server.run(train_arguments(tmp_path / "run"), 1, crash)
+    assert start.exit_codes == {0: -11}
+    assert "Fatal Python error: Segmentation fault" in start.output()
+    assert re.search(r'File ".*train.py", line \d+ in train_step', start.output())
 
 
 def test_three_in_a_row_rewind_and_leave_their_samples_out_whatever_is_killed_then(
-    zygote: Zygote, run_of: Any, undisturbed: Any, tmp_path: Path
+    fork_server: ForkServer, train_arguments: Any, uninterrupted: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    bad = Plan(rank=0, at=FORWARD, call=10, until=12, do="nan")
-    start = zygote.run(run_of(folder), 1, bad)
-    assert start.codes == {0: 0}, start.told()
-    longer = undisturbed(1, f"train.max_steps={FAULT_STEPS + 3}", "optim.schedule_steps=24")
+    bad = Fault(rank=0, function=FORWARD, call=10, last_call=12, action="nan")
+    start = fork_server.run(train_arguments(folder), 1, bad)
+    assert start.exit_codes == {0: 0}, start.output()
+    longer = uninterrupted(1, f"train.max_steps={FAULT_STEPS + 3}", "optim.schedule_steps=24")
     hashes = [line["batch_hash"] for line in longer]
-    found = figures(folder)
+    found = reproducible_metrics(folder)
     assert [line["batch_hash"] for line in found] == hashes[:9] + hashes[12:]
-    assert found[:9] == undisturbed(1)[:9]
+    assert found[:9] == uninterrupted(1)[:9]
     assert found[-1]["samples"] == (FAULT_STEPS + 3) * 8
-    events = [line for line in ledger(folder) if line["event"] in ("rewind", "rewound")]
+    events = [line for line in read_events(folder) if line["event"] in ("rewind", "rewound")]
     assert [(line["event"], line["step"]) for line in events] == [("rewind", 12), ("rewound", 12)]
     assert (events[0]["skip"], events[1]["to"]) == ([9, 12], 8)
     # Killed between the decision and its end, then once more on the way: the same run.
     again = tmp_path / "again"
-    kill = Plan(rank=0, at="training.recovery._fill", call=2, do="SIGKILL")
-    assert zygote.run(run_of(again), 1, bad, kill).codes == {0: -9}
-    arguments = run_of(again, "checkpoint.async_save=false")
-    assert zygote.run(arguments, 1, Plan(0, 6, "SIGKILL", FORWARD)).codes == {0: -9}
-    assert zygote.run(arguments, 1).codes == {0: 0}
-    assert figures(again) == found
-    starts = [line["step"] for line in ledger(again) if line["event"] == "start"]
+    kill = Fault(rank=0, function="training.recovery._fill", call=2, action="SIGKILL")
+    assert fork_server.run(train_arguments(again), 1, bad, kill).exit_codes == {0: -9}
+    arguments = train_arguments(again, "checkpoint.async_save=false")
+    assert fork_server.run(arguments, 1, Fault(0, 6, "SIGKILL", FORWARD)).exit_codes == {0: -9}
+    assert fork_server.run(arguments, 1).exit_codes == {0: 0}
+    assert reproducible_metrics(again) == found
+    starts = [line["step"] for line in read_events(again) if line["event"] == "start"]
     assert starts == [0, 8, 12]  # what was decided once is done once
 
 
 def test_run_whose_losses_stay_bad_ends_with_a_code_of_its_own(
-    zygote: Zygote, run_of: Any, tmp_path: Path
+    fork_server: ForkServer, train_arguments: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    bad = Plan(rank=0, at=FORWARD, call=10, until=ALWAYS, do="nan")
+    bad = Fault(rank=0, function=FORWARD, call=10, last_call=ALWAYS, action="nan")
     few = ("faults.max_consecutive_skips=2", "faults.max_rewinds=2")
-    start = zygote.run(run_of(folder, *few), 1, bad)
-    assert start.codes == {0: ExitCode.DIVERGED}, start.told()
-    assert "faults.max_rewinds (2)" in start.told()
-    skips = [line["skip"] for line in ledger(folder) if line["event"] == "rewind"]
+    start = fork_server.run(train_arguments(folder, *few), 1, bad)
+    assert start.exit_codes == {0: ExitCode.DIVERGED}, start.output()
+    assert "faults.max_rewinds (2)" in start.output()
+    skips = [line["skip"] for line in read_events(folder) if line["event"] == "rewind"]
     assert skips == [[9, 11], [8, 13]] or len(skips) == 2
-    assert ledger(folder)[-1]["code"] == ExitCode.DIVERGED
+    assert read_events(folder)[-1]["code"] == ExitCode.DIVERGED
 
 
 # ---------------------------------------------------------------- disks and files
@@ -119,29 +121,31 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk_ends_the_run_or_is_told_as_asked_and_it_goes_on_when_there_is_room(
-    zygote: Zygote, run_of: Any, undisturbed: Any, small_disk: Path
+    fork_server: ForkServer, train_arguments: Any, uninterrupted: Any, small_disk: Path
 ) -> None:
-    start = zygote.run(run_of(small_disk, TP2), 2)
-    assert start.codes == {0: ExitCode.SAVE_FAILED, 1: ExitCode.SAVE_FAILED}, start.told()
-    assert "Step 8 could not be saved" in start.told() and "No space left" in start.told()
-    assert "Traceback" not in start.told() + start.told(1)
+    start = fork_server.run(train_arguments(small_disk, TP2), 2)
+    assert start.exit_codes == {0: ExitCode.SAVE_FAILED, 1: ExitCode.SAVE_FAILED}, start.output()
+    assert "Step 8 could not be saved" in start.output() and "No space left" in start.output()
+    assert "Traceback" not in start.output() + start.output(1)
     disk = small_disk / "checkpoints"
     assert [path.name for path in disk.iterdir()] == ["step-00000004"]
-    start = zygote.run(run_of(small_disk, TP2, "checkpoint.on_failure=continue"), 2)
-    assert start.codes[0] == ExitCode.SAVE_FAILED, start.told()  # the last one was not saved
-    assert figures(small_disk) == undisturbed(2, TP2)
+    start = fork_server.run(train_arguments(small_disk, TP2, "checkpoint.on_failure=continue"), 2)
+    assert start.exit_codes[0] == ExitCode.SAVE_FAILED, start.output()  # the last one was not saved
+    assert reproducible_metrics(small_disk) == uninterrupted(2, TP2)
     subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
-    start = zygote.run(run_of(small_disk, TP2), 2)
-    assert start.codes == {0: 0, 1: 0}, start.told()
-    assert figures(small_disk) == undisturbed(2, TP2)
+    start = fork_server.run(train_arguments(small_disk, TP2), 2)
+    assert start.exit_codes == {0: 0, 1: 0}, start.output()
+    assert reproducible_metrics(small_disk) == uninterrupted(2, TP2)
 
 
 @pytest.fixture(scope="module")
-def stopped_run(zygote: Zygote, run_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped_run(
+    fork_server: ForkServer, train_arguments: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run of two ranks with checkpoints at steps 4 and 8."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    kills = [Plan(rank, 10, "SIGKILL", FORWARD) for rank in (0, 1)]
-    zygote.run(run_of(folder, TP2, "checkpoint.async_save=false"), 2, *kills)
+    kills = [Fault(rank, 10, "SIGKILL", FORWARD) for rank in (0, 1)]
+    fork_server.run(train_arguments(folder, TP2, "checkpoint.async_save=false"), 2, *kills)
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["step-00000004", "step-00000008"]
     return folder
@@ -159,29 +163,35 @@ def copy_of(folder: Path, to: Path) -> Path:
 
 
 def test_file_that_one_rank_alone_cannot_read_lets_all_fall_back_together(
-    zygote: Zygote, run_of: Any, undisturbed: Any, stopped_run: Path, tmp_path: Path
+    fork_server: ForkServer,
+    train_arguments: Any,
+    uninterrupted: Any,
+    stopped_run: Path,
+    tmp_path: Path,
 ) -> None:
     folder = copy_of(stopped_run, tmp_path / "run")
     newest = str(folder / "checkpoints" / "step-00000008")
-    plan = Plan(1, 1, "EACCES", folder=newest, use="read __0_0.*", until=ALWAYS)
-    start = zygote.run(run_of(folder, TP2), 2, plan)
-    assert start.codes == {0: 0, 1: 0}, start.told()
-    told = re.search(r"step-00000008 .*passed over.*", start.told())
+    plan = Fault(1, 1, "EACCES", folder=newest, event="read __0_0.*", last_call=ALWAYS)
+    start = fork_server.run(train_arguments(folder, TP2), 2, plan)
+    assert start.exit_codes == {0: 0, 1: 0}, start.output()
+    told = re.search(r"step-00000008 .*passed over.*", start.output())
     assert told and "rank 1" in told[0] and "Permission denied" in told[0]
-    assert figures(folder) == undisturbed(2, TP2)
+    assert reproducible_metrics(folder) == uninterrupted(2, TP2)
 
 
 def test_without_a_whole_checkpoint_the_run_stops_and_changes_nothing(
-    zygote: Zygote, run_of: Any, stopped_run: Path, tmp_path: Path
+    fork_server: ForkServer, train_arguments: Any, stopped_run: Path, tmp_path: Path
 ) -> None:
     folder = copy_of(stopped_run, tmp_path / "run")
     for step in (4, 8):
         os.truncate(folder / f"checkpoints/step-{step:08d}/__1_0.distcp", 100)
     before = contents(folder)
-    start = zygote.run(run_of(folder, TP2), 2)
-    assert start.codes == {0: ExitCode.NO_CHECKPOINT, 1: ExitCode.NO_CHECKPOINT}, start.told()
+    start = fork_server.run(train_arguments(folder, TP2), 2)
+    assert start.exit_codes == {0: ExitCode.NO_CHECKPOINT, 1: ExitCode.NO_CHECKPOINT}, (
+        start.output()
+    )
     for part in ("step-00000004", "step-00000008", "__1_0.distcp"):
-        assert part in start.told()
+        assert part in start.output()
     assert contents(folder) == before
 
 
@@ -189,13 +199,15 @@ def test_without_a_whole_checkpoint_the_run_stops_and_changes_nothing(
 
 
 def test_time_limit_saves_and_stops_before_it_and_the_run_goes_on(
-    zygote: Zygote, run_of: Any, tmp_path: Path
+    fork_server: ForkServer, train_arguments: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     long = f"train.max_steps={ALWAYS}"
-    start = zygote.run(run_of(folder, long, "optim.schedule_steps=24", "run.time_limit=0.1"), 1)
-    assert start.codes == {0: ExitCode.STOPPED}, start.told()
-    events = ledger(folder)
+    start = fork_server.run(
+        train_arguments(folder, long, "optim.schedule_steps=24", "run.time_limit=0.1"), 1
+    )
+    assert start.exit_codes == {0: ExitCode.STOPPED}, start.output()
+    events = read_events(folder)
     assert [event["event"] for event in events[-2:]] == ["save", "stop"]
     assert events[-1]["reason"] == "stopped"
 

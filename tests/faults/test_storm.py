@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import damages, figures, ledger
-from zygote import DEADLINE, Start, Zygote
+from conftest import checkpoint_errors, read_events, reproducible_metrics
+from fork_server import ForkServer, Launch
 
 MESHES = {
     "one": (1, ()),
@@ -40,7 +40,7 @@ TOLERANCE = 1e-6
 class Storm:
     """Strikes at a run, one start after the other; counts what it sees."""
 
-    zygote: Zygote
+    fork_server: ForkServer
     chance: random.Random
     folder: Path
     arguments: list[str]
@@ -53,11 +53,11 @@ class Storm:
         """One start of the run, struck or left alone, and what must hold of it."""
         before, saved, begun = self.steps(), self.saved(), len(self.begun())
         ranks, keys = MESHES[mesh]
-        start = self.zygote.start([*self.arguments, *keys], ranks, alone=True)
+        start = self.fork_server.start([*self.arguments, *keys], ranks, terminate_on_failure=False)
         self.starts += 1
         victims = self.strike(start) if struck else []
-        codes = self.zygote.wait(start)
-        told = f"on {mesh}, rank {victims} struck: {codes}\n{start.told()}"
+        codes = self.fork_server.wait(start)
+        told = f"on {mesh}, rank {victims} struck: {codes}\n{start.output()}"
         if struck:
             assert codes[victims[0]] == -signal.SIGKILL and 0 not in codes, told
             # Who is left ends by itself: the zygote kills those that do not.
@@ -66,13 +66,13 @@ class Storm:
             self.kills += len(victims)
         else:
             assert set(codes) == {0}, told
-        assert damages(self.folder) == [], told
+        assert checkpoint_errors(self.folder) == [], told
         if len(self.begun()) > begun:  # it got beyond its set-up
             # A save that nobody had time to write down counts too: what is on the disk does.
             assert self.begun()[begun:] == [saved], told
             self.lost_steps += max(0, before - saved)
 
-    def strike(self, start: Start) -> list[int]:
+    def strike(self, start: Launch) -> list[int]:
         """Kills a rank, or all of them, in set-up or some steps later; tells which."""
         victims = self.chance.sample(range(len(start.pids)), len(start.pids))
         if in_setup := self.chance.random() < 0.4:
@@ -89,11 +89,11 @@ class Storm:
             time.sleep(self.chance.uniform(0, LAUNCHER_SECONDS) if in_setup else 0)
         return victims
 
-    def wait_for(self, step: int, start: Start) -> None:
+    def wait_for(self, step: int, start: Launch) -> None:
         """Until this start tells the figures of a step."""
-        end = time.monotonic() + DEADLINE
-        while str(step) not in re.findall(r"^ *(\d+)/\d+ ", start.told(), re.MULTILINE):
-            assert time.monotonic() < end, start.told()
+        end = time.monotonic() + TIMEOUT_SECONDS
+        while str(step) not in re.findall(r"^ *(\d+)/\d+ ", start.output(), re.MULTILINE):
+            assert time.monotonic() < end, start.output()
             time.sleep(0.005)
 
     def steps(self) -> int:
@@ -111,14 +111,14 @@ class Storm:
         """The steps that starts went on from, as the ledger has them."""
         if not (self.folder / "ledger.jsonl").exists():
             return []
-        return [event["step"] for event in ledger(self.folder) if event["event"] == "start"]
+        return [event["step"] for event in read_events(self.folder) if event["event"] == "start"]
 
 
 @pytest.mark.parametrize("meshes", ["tp2", "any"])
 def test_run_in_a_storm_of_kills_ends_as_if_undisturbed(
-    zygote: Zygote,
-    run_of: Callable[..., list[str]],
-    undisturbed: Callable[..., list[dict[str, Any]]],
+    fork_server: ForkServer,
+    train_arguments: Callable[..., list[str]],
+    uninterrupted: Callable[..., list[dict[str, Any]]],
     tmp_path: Path,
     pytestconfig: pytest.Config,
     meshes: str,
@@ -132,12 +132,12 @@ def test_run_in_a_storm_of_kills_ends_as_if_undisturbed(
     steps = 3 * STEPS_A_STRIKE + STEPS_A_STRIKE * strikes // 2
     more = (f"train.max_steps={steps}", "checkpoint.interval=3")
     choice = ["tp2"] if meshes == "tp2" else [*ANY, *(["dp2_tp2"] if strikes >= LONG else [])]
-    storm = Storm(zygote, chance, tmp_path / "run", run_of(tmp_path / "run", *more))
+    storm = Storm(fork_server, chance, tmp_path / "run", train_arguments(tmp_path / "run", *more))
     while storm.strikes < strikes:
         storm.round(chance.choice(choice), struck=True)
     storm.round(chance.choice(choice), struck=False)
 
-    found, calm = figures(storm.folder), undisturbed(2, *more, "parallel.tp=2")
+    found, calm = reproducible_metrics(storm.folder), uninterrupted(2, *more, "parallel.tp=2")
     if meshes == "tp2":
         assert found == calm  # bit for bit
     else:
@@ -148,13 +148,13 @@ def test_run_in_a_storm_of_kills_ends_as_if_undisturbed(
     check_ledger(storm, steps)
     names = sorted(path.name for path in (storm.folder / "checkpoints").iterdir())
     assert names == [f"step-{step:08d}" for step in (steps - 3, steps)]
-    assert zygote.children() == []
+    assert fork_server.children() == []
     print(f"{storm.kills} kills, {storm.starts} starts, {storm.lost_steps} steps lost")
 
 
 def check_ledger(storm: Storm, steps: int) -> None:
     """What the ledger tells is what was seen from outside."""
-    events = ledger(storm.folder)
+    events = read_events(storm.folder)
     assert [event["time"] for event in events] == sorted(event["time"] for event in events)
     saves = [event["step"] for event in events if event["event"] == "save"]
     assert set(saves) <= set(range(3, steps + 1, 3)) and saves[-1] == steps

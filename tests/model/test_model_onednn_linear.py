@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distributed import on_ranks
-from small_run import Case, batch, build, model_config, whole
+from small_run import Case, batch, build, full_tensor, model_config
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -110,7 +110,7 @@ def step(case: Case, slower: bool) -> tuple[float, list[Tensor], int]:
     with CallCounter() as counter:
         loss = run.model(tokens, positions, labels)
         run.fabric.backward(loss)
-    return loss.item(), [whole(each.grad) for each in run.llama.parameters()], counter.count
+    return loss.item(), [full_tensor(each.grad) for each in run.llama.parameters()], counter.count
 
 
 @pytest.mark.parametrize(

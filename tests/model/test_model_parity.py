@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from model_configs import FILES, read
+from reference_models import hugging_face_config, hugging_face_tensors, paired_models, scaled_down
 from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from twins import both_models, hugging_face_config, hugging_face_tensors, twin
 
 from model.config import ModelConfig
 from model.rope import rope_frequencies
 
-SEQ = 160  # longer than the small models' original context of 8192 / SHRINK tokens
+SEQ = 160  # longer than the small models' original context of 8192 / LENGTH_DIVISOR tokens
 
 # Both implementations compute in float32 in a different order: measured 3e-6 of the largest logit.
 # A mistake in the frequencies changes the logits by a quarter of it or more, even if only the start
@@ -29,8 +29,8 @@ def random_tokens(config: ModelConfig) -> Tensor:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_logits_match_transformers_beyond_the_original_context(path: Path) -> None:
-    config = twin(path)
-    ours, theirs = both_models(config)
+    config = scaled_down(path)
+    ours, theirs = paired_models(config)
     tokens = random_tokens(config)
     with torch.no_grad():
         expected = theirs(tokens).logits  # (batch, seq, vocab)
@@ -42,8 +42,8 @@ def test_logits_match_transformers_beyond_the_original_context(path: Path) -> No
 @pytest.mark.parametrize("name", ["llama3_1_8b", "llama3_2_1b"])
 def test_gradients_match_transformers(name: str) -> None:
     """One model is untied; the other is tied, so its embedding accumulates two gradients."""
-    config = twin(next(path for path in FILES if path.stem == name))
-    ours, theirs = both_models(config)
+    config = scaled_down(next(path for path in FILES if path.stem == name))
+    ours, theirs = paired_models(config)
     tokens = random_tokens(config)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     ours(inputs, labels=labels).backward()
@@ -66,9 +66,9 @@ def test_gradients_match_transformers(name: str) -> None:
 def test_rope_frequencies_match_transformers_at_full_size(path: Path) -> None:
     config = read(path)
     if config.rope_scaling is None:
-        theirs = LlamaForCausalLM(hugging_face_config(twin(path)))
+        theirs = LlamaForCausalLM(hugging_face_config(scaled_down(path)))
         expected = theirs.model.rotary_emb.inv_freq
-        actual = rope_frequencies(twin(path))
+        actual = rope_frequencies(scaled_down(path))
     else:
         expected, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](
             hugging_face_config(config), torch.device("cpu")

@@ -103,7 +103,7 @@ def batch(step: int) -> Whole:
     return tokens, positions, labels
 
 
-def share(whole: Whole, rank: int, size: int, n_micro: int) -> StepBatches:
+def local_batches(whole: Whole, rank: int, size: int, n_micro: int) -> StepBatches:
     """What one data rank computes."""
     rows = BATCH // size
     own = [field[rank * rows : (rank + 1) * rows] for field in whole]
@@ -141,7 +141,7 @@ def build(case: Case, accelerator: str = "cpu", plan: Plan | None = None) -> Sim
     )
 
 
-def whole(tensor: Any) -> Tensor:
+def full_tensor(tensor: Any) -> Tensor:
     """A copy of all of it, on every rank."""
     found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return found.detach().clone()

@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 from distributed import on_ranks
-from small_run import OPTIM, Case, batch, build, share, whole
+from small_run import OPTIM, Case, batch, build, full_tensor, local_batches
 from torch import Tensor
 
 from checkpoint.position import Position
@@ -24,9 +24,9 @@ def state(run: Any) -> dict[str, Tensor]:
     """Every parameter, both Adam moments and the step count of each, as whole tensors."""
     found = {}
     for name, parameter in run.llama.named_parameters():
-        found[name] = whole(parameter)
+        found[name] = full_tensor(parameter)
         adam = run.adamw.state[parameter]
-        found |= {f"{name} {key}": whole(adam[key]) for key in ("exp_avg", "exp_avg_sq")}
+        found |= {f"{name} {key}": full_tensor(adam[key]) for key in ("exp_avg", "exp_avg_sq")}
         found[f"{name} step"] = adam["step"].clone()
     return found
 
@@ -35,7 +35,7 @@ def trained(case: Case) -> Any:
     """A run after two steps."""
     run = build(case)
     for step in range(2):
-        train_step(cast(Any, run), share(batch(step), run.data_rank, case.dp, 2), OPTIM.lr)
+        train_step(cast(Any, run), local_batches(batch(step), run.data_rank, case.dp, 2), OPTIM.lr)
     return run
 
 

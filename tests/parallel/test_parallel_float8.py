@@ -12,7 +12,7 @@ import torch
 from conftest import read_metrics
 from distributed import on_ranks
 from lightning.fabric import Fabric
-from small_run import whole
+from small_run import full_tensor
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -73,7 +73,7 @@ def run_case(case: Case) -> dict[str, Any]:
     gradients: dict[str, Any] = {name: p.grad for name, p in llama.named_parameters()}
     return {
         "loss": strategy.sum_over_data(loss.detach().double()).item(),
-        "gradients": {name: whole(gradient) for name, gradient in gradients.items()},
+        "gradients": {name: full_tensor(gradient) for name, gradient in gradients.items()},
         "kinds": {name: type(m).__name__ for name, m in llama.named_modules()},
     }
 

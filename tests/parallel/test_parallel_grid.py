@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 from distributed import on_ranks
-from small_run import OPTIM, Case, batch, build, share, whole
+from small_run import OPTIM, Case, batch, build, full_tensor, local_batches
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -50,7 +50,7 @@ def train(run: Any, case: Case, steps: range) -> list[tuple[float, float]]:
     """The loss and the gradient norm of each step."""
     found = []
     for step in steps:
-        batches = share(batch(step), run.data_rank, case.mesh.dp, case.n_micro)
+        batches = local_batches(batch(step), run.data_rank, case.mesh.dp, case.n_micro)
         tensors = train_step(cast(Any, run), batches, OPTIM.lr)
         loss, norm, *_ = tensors["vitals"].tolist()
         found.append((loss, norm))
@@ -74,7 +74,7 @@ def train_and_save(folder: Path, chosen: dict[str, Case]) -> dict[str, Any]:
         first = train(run, case, range(MIDDLE))
         position = Position(MIDDLE, 0, 0, "of the test")
         save(RunFolder(folder / name), run.llama, run.adamw, position, {})
-        state = {key: whole(tensor) for key, tensor in tensors_of(run).items()}
+        state = {key: full_tensor(tensor) for key, tensor in tensors_of(run).items()}
         if run.fabric.is_global_zero:
             torch.save(state, folder / name / "state.pt")
         found[name] = first + train(run, case, range(MIDDLE, STEPS))

@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 from distributed import on_ranks
-from small_run import BATCH, OPTIM, SEED, SEQ, VOCAB, Case, batch, build, share
+from small_run import BATCH, OPTIM, SEED, SEQ, VOCAB, Case, batch, build, local_batches
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
@@ -47,11 +47,11 @@ def held_and_sent() -> dict[str, Any]:
 
     def reductions(n_micro: int, run: Any = run) -> int:
         with Watch() as watch:
-            train_step(cast(Any, run), share(batch(0), run.data_rank, 2, n_micro), OPTIM.lr)
+            train_step(cast(Any, run), local_batches(batch(0), run.data_rank, 2, n_micro), OPTIM.lr)
         return watch.reduce_scatters
 
     def reductions_after(enabled: bool) -> tuple[int, int]:
-        tokens, positions, labels = share(batch(0), run.data_rank, 2, 1).micro_batches[0]
+        tokens, positions, labels = local_batches(batch(0), run.data_rank, 2, 1).micro_batches[0]
         with Watch() as inside, run.fabric.no_backward_sync(run.model, enabled=enabled):
             run.fabric.backward(run.model(tokens, positions, labels))
         with Watch() as outside:
@@ -116,7 +116,7 @@ def copies_of_one_shard() -> tuple[int, int, int]:
     in_blocks = sum(size(p) for p in block.parameters())
     around = sum(size(p) for p in run.llama.parameters()) - 2 * in_blocks
     with Copies({in_blocks, around}, weight) as copies:
-        train_step(cast(Any, run), share(batch(0), run.data_rank, 1, 3), OPTIM.lr)
+        train_step(cast(Any, run), local_batches(batch(0), run.data_rank, 1, 3), OPTIM.lr)
     return copies.of_groups, copies.casts, len(weights)
 
 
@@ -135,7 +135,7 @@ def logits_held(loss_parallel: bool) -> dict[int, int]:
     """By vocab, the most rows of logits in forward and backward, on dp_shard=2 × tp=2."""
     run = build(Case(dp=2, tp=2, loss_parallel=loss_parallel))
     run.llama.loss.chunk = CHUNK
-    tokens, positions, labels = share(batch(0), run.data_rank, 2, 1).micro_batches[0]
+    tokens, positions, labels = local_batches(batch(0), run.data_rank, 2, 1).micro_batches[0]
     with Watch() as watch:
         run.fabric.backward(run.model(tokens, positions, labels))
     return watch.logits
@@ -173,7 +173,7 @@ def dtypes() -> dict[str, Any]:
     for name in names:
         modules[name].register_forward_pre_hook(partial(weight, name))
     run.llama.loss.register_forward_pre_hook(head_weight)
-    tokens, positions, labels = share(batch(0), run.data_rank, 2, 1).micro_batches[0]
+    tokens, positions, labels = local_batches(batch(0), run.data_rank, 2, 1).micro_batches[0]
     loss = run.model(tokens, positions, labels)
     run.fabric.backward(loss)
     exact = Llama(run.llama.config)

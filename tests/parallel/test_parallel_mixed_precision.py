@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from distributed import on_ranks
-from small_run import BATCH, OPTIM, SEED, SEQ, STEPS, Case, batch, build, share
+from small_run import BATCH, OPTIM, SEED, SEQ, STEPS, Case, batch, build, local_batches
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,7 +60,7 @@ def differing(cases: dict[str, Case]) -> dict[str, list[str]]:
             run = build(case, plan=plan)
             end: dict[str, Tensor] = {}
             for step in range(STEPS):
-                batches = share(batch(step), 0, 1, case.n_micro)
+                batches = local_batches(batch(step), 0, 1, case.n_micro)
                 end[f"vitals {step}"] = train_step(cast(Any, run), batches, OPTIM.lr)["vitals"]
             for key, parameter in run.llama.named_parameters():
                 state = run.adamw.state[parameter]
@@ -105,7 +105,7 @@ def lives_of_copies() -> dict[str, Any]:
         return held, all(a is b for a, b in zip(llama.parameters(), masters, strict=True))
 
     llama.loss.register_forward_pre_hook(look)
-    first, last = share(batch(0), 0, 1, 2).micro_batches
+    first, last = local_batches(batch(0), 0, 1, 2).micro_batches
     with Casts() as casts:
         with run.fabric.no_backward_sync(run.model, enabled=True):
             loss = run.model(*first)
@@ -132,7 +132,7 @@ def unseen_writes(folder: Path) -> list[str]:
     """After which way of writing to the weights a forward still computes with those before."""
     case = Case(n_layers=2, param="bf16")
     run, fresh = build(case), build(case)
-    tokens, positions, labels = share(batch(0), 0, 1, 1).micro_batches[0]
+    tokens, positions, labels = local_batches(batch(0), 0, 1, 1).micro_batches[0]
     save(RunFolder(folder), run.llama, run.adamw, Position(1, 0, 0, "of the test"), {})
     narrow = build_optimizer(run.llama, OPTIM, "int8")
 
@@ -203,7 +203,7 @@ def moved_and_planned(cases: list[Case]) -> list[tuple[float, float]]:
         run = build(case)
         matrices = [p for p in run.llama.parameters() if p.dim() == 2]
         sizes = {each.numel() for p in matrices for each in (p, local_block(p)[0])}
-        batches = share(batch(0), run.data_rank, case.mesh.dp, case.n_micro)
+        batches = local_batches(batch(0), run.data_rank, case.mesh.dp, case.n_micro)
         with Moved(sizes, gathers=case.world == 1) as moved:
             for place, (tokens, positions, labels) in enumerate(batches.micro_batches, start=1):
                 with run.fabric.no_backward_sync(run.model, enabled=place < case.n_micro):

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from distributed import on_ranks
-from small_run import OPTIM, Case, batch, build, share
+from small_run import OPTIM, Case, batch, build, local_batches
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -72,7 +72,7 @@ def shards(run: Any) -> list[Tensor]:
 
 def take(run: Any, case: Case, number: int, way: str | None = None) -> list[float]:
     """One step, in a bad way on one rank if told so: loss, norm, requests."""
-    batches = share(batch(number), run.data_rank, case.mesh.dp, case.n_micro)
+    batches = local_batches(batch(number), run.data_rank, case.mesh.dp, case.n_micro)
     rank = run.fabric.global_rank
     spoiled = spoil(run, way) if way is not None and rank == BAD_RANK else None
     vitals = train_step(run, batches, OPTIM.lr, requests=StepRequests(rank, 1, 0))["vitals"]

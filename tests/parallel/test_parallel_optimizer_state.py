@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import read_metrics, start_python
 from distributed import on_ranks
-from small_run import OPTIM, Case, batch, build, share, whole
+from small_run import OPTIM, Case, batch, build, full_tensor, local_batches
 from torch import Tensor
 
 from checkpoint.position import Position
@@ -48,7 +48,7 @@ def train(run: Any, case: Case, first: int, last: int) -> list[float]:
     """The losses of the steps `first` to `last`; the learning rate is another in each."""
     losses = []
     for step in range(first, last):
-        batches = share(batch(step % 2), run.data_rank, case.dp, 2)
+        batches = local_batches(batch(step % 2), run.data_rank, case.dp, 2)
         tensors = train_step(cast(Any, run), batches, OPTIM.lr * (1 - step / 20))
         losses.append(tensors["vitals"][0].item())
     return losses
@@ -56,12 +56,12 @@ def train(run: Any, case: Case, first: int, last: int) -> list[float]:
 
 def everything(run: Any) -> dict[str, Tensor]:
     """Parameters, moments and step counts, as whole tensors."""
-    found = {name: whole(parameter) for name, parameter in run.llama.named_parameters()}
+    found = {name: full_tensor(parameter) for name, parameter in run.llama.named_parameters()}
     names = {id(parameter): name for name, parameter in run.llama.named_parameters()}
     parameters = [p for group in run.adamw.param_groups for p in group["params"]]
     for number, state in run.adamw.state_dict()["state"].items():
         name = names[id(parameters[number])]
-        found |= {f"{name} {key}": whole(state[key]) for key in ("exp_avg", "exp_avg_sq")}
+        found |= {f"{name} {key}": full_tensor(state[key]) for key in ("exp_avg", "exp_avg_sq")}
         found[f"{name} step"] = state["step"].clone()
     return found
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import on_ranks
-from small_run import BATCH, OPTIM, SEQ, Case, batch, build, model_config, share
+from small_run import BATCH, OPTIM, SEQ, Case, batch, build, local_batches, model_config
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -136,7 +136,7 @@ def real_steps() -> list[list[Collective]]:
     found = []
     for case in REAL:
         run = build(case)
-        batches = share(batch(0), run.data_rank, case.mesh.dp, case.n_micro)
+        batches = local_batches(batch(0), run.data_rank, case.mesh.dp, case.n_micro)
         with Recorder(case.mesh) as recorder:
             train_step(cast(Any, run), batches, OPTIM.lr)
         found.append(recorder.collectives)

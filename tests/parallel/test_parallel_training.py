@@ -10,7 +10,18 @@ from typing import Any, cast
 import pytest
 import torch
 from distributed import on_ranks
-from small_run import BATCH, OPTIM, SEED, STEPS, Case, batch, build, model_config, share, whole
+from small_run import (
+    BATCH,
+    OPTIM,
+    SEED,
+    STEPS,
+    Case,
+    batch,
+    build,
+    full_tensor,
+    local_batches,
+    model_config,
+)
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -50,23 +61,23 @@ def run_case(case: Case) -> dict[str, Any]:
     """Trains, and tells everything as whole tensors."""
     run = build(case)
     found: dict[str, Any] = {"loss": [], "norm": [], "hash": []}
-    found["initial"] = {name: whole(p) for name, p in run.llama.named_parameters()}
+    found["initial"] = {name: full_tensor(p) for name, p in run.llama.named_parameters()}
     clipped: list[dict[str, Tensor]] = []
 
     def note(*_: Any) -> None:
         if not clipped:
-            clipped.append({n: whole(p.grad) for n, p in run.llama.named_parameters()})
+            clipped.append({n: full_tensor(p.grad) for n, p in run.llama.named_parameters()})
 
     run.adamw.register_step_pre_hook(note)
     for step in range(STEPS):
-        batches = share(batch(step), run.data_rank, case.mesh.dp, case.n_micro)
+        batches = local_batches(batch(step), run.data_rank, case.mesh.dp, case.n_micro)
         tensors = train_step(cast(Any, run), batches, OPTIM.lr)
         loss, norm, *_ = tensors["vitals"].tolist()
         found["loss"].append(loss)
         found["norm"].append(norm)
         found["hash"].append(tensors["batch_hash"].item())
     found["gradients"] = clipped[0]
-    found["final"] = {name: whole(p) for name, p in run.llama.named_parameters()}
+    found["final"] = {name: full_tensor(p) for name, p in run.llama.named_parameters()}
     found["tied"] = run.llama.output.weight is run.llama.tok_embeddings.weight
     found |= without_gradients(run.model)
     return found
@@ -187,7 +198,7 @@ def test_mesh_changes_nothing_that_is_computed_without_gradients(results: Any, c
 def test_reference_batch_has_what_it_claims() -> None:
     """Packed documents, masked labels, and numbers of targets that differ between the ranks."""
     for size in (2, 3):
-        counts = [share(batch(0), rank, size, 1).n_targets for rank in range(size)]
+        counts = [local_batches(batch(0), rank, size, 1).n_targets for rank in range(size)]
         assert len(set(counts)) == size
     _, positions, labels = batch(0)
     assert ((positions[:, 1:] == 0).sum(dim=1) == 1).sum() > BATCH // 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 from distributed import on_ranks
 from hydra import compose, initialize_config_dir
-from small_run import OPTIM, Case, batch, build, share
+from small_run import OPTIM, Case, batch, build, local_batches
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -54,7 +54,7 @@ def take_steps(case: Case, state: StateFormat, around: Any, accelerator: str = "
     run.adamw = build_optimizer(run.llama, OPTIM, state)
     run.optimizer = run.fabric.setup_optimizers(run.adamw)
     for step in range(3):
-        batches = share(batch(step), run.data_rank, case.mesh.dp, case.n_micro)
+        batches = local_batches(batch(step), run.data_rank, case.mesh.dp, case.n_micro)
         with around() if step else nullcontext():
             train.train_step(run, batches, 1e-3)
 

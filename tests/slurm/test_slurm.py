@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from cluster import TASKS_PER_NODE, Cluster, missing_commands, wait_for
-from conftest import FAULT_STEPS, ROOT, figures, ledger
-from zygote import Zygote
+from conftest import FAULT_STEPS, ROOT, read_events, reproducible_metrics
+from fork_server import ForkServer
 
 pytestmark = pytest.mark.skipif(
     bool(missing_commands()), reason=f"SLURM is not installed: {', '.join(missing_commands())}"
@@ -46,16 +46,21 @@ def steps_of(folder: Path) -> int:
 
 
 def test_job_goes_on_exactly_after_usr1_and_after_the_loss_of_a_node(
-    cluster: Cluster, zygote: Zygote, run_of: Any, undisturbed: Any, script: Path, tmp_path: Path
+    cluster: Cluster,
+    fork_server: ForkServer,
+    train_arguments: Any,
+    uninterrupted: Any,
+    script: Path,
+    tmp_path: Path,
 ) -> None:
     sampled = (f"validation.interval={STANDS}", "validation.sample_tokens=1")
-    calm = undisturbed(4, *MESH, *sampled)  # four processes that no SLURM started
+    calm = uninterrupted(4, *MESH, *sampled)  # four processes that no SLURM started
     folder, output = tmp_path / "run", tmp_path / "output.txt"
     folder.mkdir()
     os.mkfifo(folder / "samples.txt")
     job = cluster.submit(
         *("--nodes=2", f"--ntasks-per-node={TASKS_PER_NODE}", f"--output={output}"),
-        *(str(script), *run_of(folder, *MESH, *sampled)),
+        *(str(script), *train_arguments(folder, *MESH, *sampled)),
     )
     wait_for(lambda: steps_of(folder) == STANDS, f"step {STANDS}")
 
@@ -63,7 +68,7 @@ def test_job_goes_on_exactly_after_usr1_and_after_the_loss_of_a_node(
     assert "step 9" in (folder / "samples.txt").read_text()  # which lets the run go on
     cluster.start_requeued(job, restarts=1)
     wait_for(lambda: steps_of(folder) == 2 * STANDS, f"step {2 * STANDS}")
-    stop = next(event for event in ledger(folder) if event["event"] == "stop")
+    stop = next(event for event in read_events(folder) if event["event"] == "stop")
     assert (stop["reason"], stop["step"], stop["code"]) == ("stopped", STANDS + 1, 75)
 
     cluster.kill_node("n2")
@@ -75,17 +80,22 @@ def test_job_goes_on_exactly_after_usr1_and_after_the_loss_of_a_node(
     cluster.start_requeued(job, restarts=2)
     cluster.wait_for_state(job, "COMPLETED")
     assert "launched by srun" in output.read_text()
-    assert figures(folder) == calm
-    starts = [event["step"] for event in ledger(folder) if event["event"] == "start"]
+    assert reproducible_metrics(folder) == calm
+    starts = [event["step"] for event in read_events(folder) if event["event"] == "start"]
     assert starts == [0, STANDS + 1, 16]
     assert [len(calm), steps_of(folder)] == [FAULT_STEPS] * 2
 
 
 def test_counts_that_do_not_fit_are_refused_before_anything_is_launched(
-    cluster: Cluster, run_of: Any, tmp_path: Path
+    cluster: Cluster, train_arguments: Any, tmp_path: Path
 ) -> None:
     def srun(*arguments: str) -> str:
-        command = [*arguments, sys.executable, "train.py", *run_of(tmp_path / "run", *MESH)]
+        command = [
+            *arguments,
+            sys.executable,
+            "train.py",
+            *train_arguments(tmp_path / "run", *MESH),
+        ]
         done = cluster.run(*command, check=False)
         assert done.returncode == 1
         assert done.stderr.count("Not started") == 1 and "Traceback" not in done.stderr
@@ -99,10 +109,10 @@ def test_counts_that_do_not_fit_are_refused_before_anything_is_launched(
 
 
 def test_script_that_forgets_srun_is_refused_with_the_word(
-    cluster: Cluster, run_of: Any, tmp_path: Path
+    cluster: Cluster, train_arguments: Any, tmp_path: Path
 ) -> None:
     output = tmp_path / "output.txt"
-    command = " ".join([sys.executable, "train.py", *run_of(tmp_path / "run")])
+    command = " ".join([sys.executable, "train.py", *train_arguments(tmp_path / "run")])
     job = cluster.submit(
         *("--nodes=1", "--ntasks-per-node=1", f"--output={output}", "--no-requeue"),
         f"--wrap={command}",

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import yaml
 from cluster import Cluster, missing_commands, wait_for
-from conftest import ROOT, figures, ledger, start_program
+from conftest import ROOT, read_events, reproducible_metrics, start_program
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -216,10 +216,10 @@ def test_sweep_trains_each_run_in_a_job_that_comes_back_when_it_is_told_to_stop(
         assert cluster.wait_for_state(number, "COMPLETED")["Restarts"] == restarts
 
     for seed, folder in enumerate(folders):
-        assert len(figures(folder)) == STEPS
+        assert len(reproducible_metrics(folder)) == STEPS
         assert yaml.safe_load((folder / "config.yaml").read_text())["run"]["seed"] == seed
-    assert figures(folders[0]) != figures(folders[1])
-    codes = [event["code"] for event in ledger(folders[1]) if event["event"] == "stop"]
+    assert reproducible_metrics(folders[0]) != reproducible_metrics(folders[1])
+    codes = [event["code"] for event in read_events(folders[1]) if event["event"] == "stop"]
     assert codes == [75, 0]
     # Both starts are in one log, the first one's lines kept.
     assert log.read_text().count("launched by srun") == 2

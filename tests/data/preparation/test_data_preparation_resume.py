@@ -98,12 +98,12 @@ def run_until_killed(*jobs: tuple[DataConfig, int]) -> list[int]:
 
 def test_workers_and_interruptions_leave_no_trace(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl")
-    undisturbed = data_of(tmp_path / "a", path)
-    (n_changes,) = run_until_killed((undisturbed, -1))
-    expected = listing(undisturbed.folder)
+    uninterrupted = data_of(tmp_path / "a", path)
+    (n_changes,) = run_until_killed((uninterrupted, -1))
+    expected = listing(uninterrupted.folder)
     assert len([name for name in expected if "train" in name]) > 60
     assert n_changes > 500
-    assert not records(undisturbed.folder)
+    assert not records(uninterrupted.folder)
 
     three = data_of(tmp_path / "three", path, workers=3)
     prepare(three, BYTE, progress=False)

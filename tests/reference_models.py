@@ -1,4 +1,4 @@
-"""Small twins of the published models, ours and those of `transformers`, with the same weights."""
+"""Scaled-down versions of the published models, ours and `transformers`', with equal weights."""
 
 import dataclasses
 from pathlib import Path
@@ -11,16 +11,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from model.config import ModelConfig
 from model.llama import Llama
 
-SHRINK = 128  # of all lengths in the twins
+LENGTH_DIVISOR = 128  # applied to all sequence lengths
 
 
-def twin(path: Path) -> ModelConfig:
-    """The same flags, theta and kind of head groups, small, and all lengths divided by SHRINK."""
+def scaled_down(path: Path) -> ModelConfig:
+    """Return a small config with equal flags, theta and kind of head groups, and short lengths."""
     config = read(path)
     group = min(config.n_heads // config.n_kv_heads, 4)
     scaling = config.rope_scaling
     if scaling is not None:
-        short = scaling.original_max_seq_len // SHRINK
+        short = scaling.original_max_seq_len // LENGTH_DIVISOR
         scaling = dataclasses.replace(scaling, original_max_seq_len=short)
     return dataclasses.replace(
         config,
@@ -31,7 +31,7 @@ def twin(path: Path) -> ModelConfig:
         ffn_dim=64,
         vocab_size=97,
         rope_scaling=scaling,
-        max_seq_len=config.max_seq_len // SHRINK,
+        max_seq_len=config.max_seq_len // LENGTH_DIVISOR,
     )
 
 
@@ -57,7 +57,10 @@ def hugging_face_config(config: ModelConfig) -> LlamaConfig:
 
 
 def hugging_face_tensors(named: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Meta's names and pairing to Hugging Face's: rows 2i, 2i+1 of a head to i, i + head_dim/2."""
+    """Convert Meta's names and rotary pairs to Hugging Face's.
+
+    Rows 2i and 2i+1 of a head become rows i and i + head_dim/2.
+    """
     names = {
         "tok_embeddings": "model.embed_tokens",
         "norm": "model.norm",
@@ -86,8 +89,8 @@ def hugging_face_tensors(named: dict[str, Tensor], config: ModelConfig) -> dict[
     return result
 
 
-def both_models(config: ModelConfig) -> tuple[Llama, LlamaForCausalLM]:
-    """The same weights in both, large enough for attention to be far from uniform."""
+def paired_models(config: ModelConfig) -> tuple[Llama, LlamaForCausalLM]:
+    """Return both models with equal weights, large enough for attention to be far from uniform."""
     generator = torch.Generator().manual_seed(0)
     ours, theirs = Llama(config), LlamaForCausalLM(hugging_face_config(config))
     with torch.no_grad():
