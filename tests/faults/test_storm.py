@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import checkpoint_errors, read_events, reproducible_metrics
-from fork_server import ForkServer, Launch
+from fork_server import TIMEOUT_SECONDS, ForkServer, Launch
 
 MESHES = {
     "one": (1, ()),
