@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
@@ -28,6 +29,7 @@ from planning.fit_check import check_plan, print_fit_check
 from resilience.exit_codes import ExitCode
 from resilience.lock import RunLock
 from resilience.signals import Requests
+from training.metrics import log_metrics, step_metrics
 from training.preflight import acquire_run_lock, check_config, check_folder, prepare_data
 from training.recovery import Decision, check_step, rewind, starting_position
 from training.resume_policy import Changes
@@ -35,7 +37,7 @@ from training.run import Run, saver_of
 from training.run_summary import header
 from training.schedule import learning_rate
 from training.shutdown import abort, end_early, finish, record_fault, stop_run
-from training.step_metrics import log, profiled, read_figures, validate, write_sample
+from training.validation import validate, write_sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,13 +125,13 @@ def set_up(
 
 
 def train(run: Run) -> None:
-    """The loop: one step after another, and now and then figures, validation, a checkpoint."""
+    """The loop: one step after another, and now and then metrics, validation, a checkpoint."""
     config, stages = run.config, run.stages
     batches = run.batches()
     clock = run.clock
     run.console.start(run.position.step, config.train.max_steps)
     run.requests.begin()
-    run.garbage.begin()
+    run.garbage.disable()
     while run.position.step < config.train.max_steps:
         step = run.position.step + 1
         saves = is_due(config.checkpoint.interval, step, config)
@@ -143,7 +145,7 @@ def train(run: Run) -> None:
             logs = validates or step == 1 or is_due(config.log.interval, step, config)
             logs = logs or stages.at(batch.number + 1) != stage  # speed is of one length
             run.advance(batch)
-            figures = read_figures(run, tensors, rate) if logs else {}
+            metrics = step_metrics(run, tensors, rate) if logs else {}
         run.watchdog.enter("step", step + 1)
         run.tell_progress()
         decision = check_step(run, batch.number, tensors["vitals"], saves)
@@ -154,19 +156,19 @@ def train(run: Run) -> None:
             continue
         with clock.stall():
             if validates and config.validation.samples:
-                figures["val_loss"] = validate(run)
+                metrics["val_loss"] = validate(run)
             if logs:
-                log(run, figures, stage)
+                log_metrics(run, metrics, stage)
             if validates:
                 write_sample(run)
                 run.draw()
-            run.garbage.after(step)
+            run.garbage.run(step)
         if saves or decision.save:
             save(run, wait=step == config.train.max_steps)
         if decision.stop is not None:
             stop(run, decision)
     batches.close()
-    run.garbage.end()
+    run.garbage.enable()
     if run.unsaved:
         stop_run(run, ExitCode.SAVE_FAILED)
     run.console.stop()
@@ -225,6 +227,15 @@ def train_step(
 def is_due(interval: int | None, step: int, config: JobConfig) -> bool:
     """Whether something that happens every `interval` steps, and at the end, happens now."""
     return step == config.train.max_steps or (interval is not None and step % interval == 0)
+
+
+def profiled(run: Run, step: int) -> AbstractContextManager[None]:
+    """Return a context that profiles the step on rank 0 if `log.profile` lists it."""
+    if step not in (run.config.log.profile or ()) or not run.fabric.is_global_zero:
+        return nullcontext()
+    from training.profile import profile_step
+
+    return profile_step(run, step)
 
 
 def save(run: Run, wait: bool = False) -> None:

@@ -41,16 +41,16 @@ def main() -> None:
         begin = time.perf_counter()
         gc.collect()
         full = time.perf_counter() - begin
-        run.garbage.begin()
-        run.garbage.after(1)
+        run.garbage.disable()
+        run.garbage.run(1)
         between_steps = measure(steps, run.garbage)
-        run.garbage.end()
+        run.garbage.enable()
     write(
         Path(__file__).stem,
         {
             "steps": STEPS,
             "left_to_itself": by_itself,
-            "between_steps": between_steps | {"every": garbage.EVERY},
+            "between_steps": between_steps | {"every": garbage.INTERVAL},
             "full_collection_seconds": full,
         },
     )
@@ -72,7 +72,7 @@ def measure(steps: Iterator[None], collector: garbage.GarbageCollector | None = 
             next(steps)
         if collector is not None:
             with timed_collections(found["between"]):
-                collector.after(step)
+                collector.run(step)
     seconds = time.perf_counter() - begin
     return {
         kind: {

@@ -38,11 +38,10 @@ from planning.memory import step_memory
 from planning.plan import GIB
 from planning.speed import step_time
 from train import set_up, train_step
-from training.metrics import peak_memory_gib
 from training.preflight import check_config, prepare_data
 from training.resume_policy import Changes
-from training.run_summary import meter
 from training.schedule import learning_rate
+from training.throughput import build_throughput, peak_memory_gib
 
 CASES: dict[str, tuple[str, ...]] = {
     "1b": ("experiment=h200_1b",),
@@ -74,7 +73,7 @@ FIGURES = (
     *("product_tflops", "share"),
 )
 # What every case imports; of the reduced ones, once for all.
-IMPORTED = ["train", "parallel.launch", "checkpoint.restore", "training.metrics"]
+IMPORTED = ["train", "parallel.launch", "checkpoint.restore", "training.throughput"]
 
 
 def main() -> None:
@@ -153,10 +152,10 @@ def measured(config: JobConfig, processes: Processes, mesh: MeshShape) -> dict[s
     run = set_up(config, processes, mesh, prepare_data(config), Changes())
     device, tokens = run.fabric.device, config.train.global_batch_size * config.train.seq_len
     kind, on_gpu = device.type, device.type == "cuda"
-    speed = meter(config, mesh, device, config.train.seq_len)
+    throughput = build_throughput(config, mesh, device, config.train.seq_len)
     rows = []
     batches = run.batches()
-    run.garbage.begin()
+    run.garbage.disable()
     for number in range(WARM_UP + STEPS[kind]):
         if number == WARM_UP and on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -168,11 +167,11 @@ def measured(config: JobConfig, processes: Processes, mesh: MeshShape) -> dict[s
         vitals = train_step(run, batch, rate)["vitals"]
         if on_gpu:
             torch.cuda.synchronize()
-        row = speed.figures(tokens, time.perf_counter() - begin, waited, steps=1)
+        row = throughput.metrics(tokens, time.perf_counter() - begin, waited, steps=1)
         assert vitals.isfinite().all(), "an update was skipped"
         assert row["tflops"] is not None
         rows.append(row | {"product_tflops": product, "share": row["tflops"] / product})
-        run.garbage.after(number + 1)
+        run.garbage.run(number + 1)
     columns: dict[str, list[Any]] = {
         name: [row[name] for row in rows[WARM_UP:]] for name in FIGURES
     }

@@ -72,7 +72,7 @@ class Plan:
         return self.tokens_per_second / self.job.mesh.world_size
 
     def tflops(self, causal: bool = True) -> float:
-        """Achieved TFLOP/s of a device, recomputation left out, as `training.metrics` counts."""
+        """Achieved TFLOP/s of a device, recomputation left out, as `training.throughput` counts."""
         flops = flops_per_token(self.job.model, self.job.seq_len, causal)
         return self.tokens_per_second_per_device * flops / 1e12
 

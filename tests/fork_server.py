@@ -38,7 +38,13 @@ PRELOADED = (
     *("model.llama", "parallel.parallelize", "parallel.launch", "data.stream"),
     *("pydantic.main", "pydantic.dataclasses", "torch.utils.tensorboard"),
     *("checkpoint.restore", "checkpoint.saver", "training.console"),
-    *("training.metrics", "resilience.loss_monitor", "training.optimizer", "resilience.watchdog"),
+    *(
+        "training.metrics",
+        "training.throughput",
+        "resilience.loss_monitor",
+        "training.optimizer",
+        "resilience.watchdog",
+    ),
     *("evaluation.perplexity", "evaluation.sampling", "training.inspection", "data.prepare"),
     *("formats.conversion", "formats.native", "evaluation.generation", "evaluation.inference"),
 )

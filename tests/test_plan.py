@@ -37,7 +37,7 @@ from planning.search import (
     remedy,
     search,
 )
-from training.metrics import Throughput
+from training.throughput import Throughput
 
 REAL = ("data=fineweb_edu", "tokenizer=llama3", "train.seq_len=8192")
 LLAMA_8B = ("model=llama3_8b", *REAL, "train.global_batch_size=64")
@@ -189,14 +189,14 @@ def test_a_hardware_file_is_planned_on_like_a_known_one(tmp_path: Path) -> None:
 def test_rates_are_those_that_a_run_would_log() -> None:
     config = planned(*LLAMA_8B, "parallel.activation_checkpoint=full")
     [plan] = plans_of(config)
-    meter = Throughput(
+    throughput = Throughput(
         flops_per_token_causal=plan.tflops() * 1e12 / plan.tokens_per_second_per_device,
         flops_per_token_full=plan.tflops(False) * 1e12 / plan.tokens_per_second_per_device,
         world_size=8,
         peak_flops=config.hardware.peak_tflops["bf16"] * 1e12,
         device=torch.device("cpu"),
     )
-    logged = meter.figures(plan.job.tokens, plan.time.total, 0.0, 1)
+    logged = throughput.metrics(plan.job.tokens, plan.time.total, 0.0, 1)
     assert logged["tokens_per_second"] == pytest.approx(plan.tokens_per_second)
     assert logged["mfu_causal"] == pytest.approx(plan.mfu())
     assert logged["mfu_full"] == pytest.approx(plan.mfu(causal=False))

@@ -113,7 +113,7 @@ def test_printed_resume_command_of_a_finished_run_changes_no_figure(
     folder, start = finished
     kept = ["metrics.jsonl", "samples.txt", f"checkpoints/step-{STEPS:08d}/manifest.json"]
     before = [(folder / name).read_bytes() for name in kept]
-    again = start("resume")
+    again = start("Resume")
     assert steps_told(again) == []
     assert "finished already" in again.stdout.lower()
     assert [(folder / name).read_bytes() for name in kept] == before
@@ -124,7 +124,7 @@ def test_printed_command_to_go_further_goes_on_from_the_last_checkpoint(
 ) -> None:
     folder, start = finished
     before = read_metrics(folder)
-    start("go further")
+    start("Train longer")
     assert read_metrics(folder)[:STEPS] == before
     hashes = curve(folder, "batch_hash")
     assert len(hashes) == len(set(hashes)) == 2 * STEPS  # twice as far, and no batch again

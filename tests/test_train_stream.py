@@ -51,7 +51,7 @@ def uninterrupted(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     done = start_program(command(run))
     assert done.returncode == 0, done.stderr
-    assert "streamed from 5 files of" in done.stdout and f"in {LANES} lanes" in done.stdout
+    assert "streamed from 5 files of" in done.stdout and f"in {LANES} stream shards" in done.stdout
     return run
 
 

@@ -1,9 +1,9 @@
-"""What a person sees of a run: a header, progress, notes, and a summary with commands to copy.
+"""Terminal output of a run: header, progress, notes, and a summary with commands to copy.
 
-On a terminal a `rich` panel and bar; in a file or a pipe plain aligned lines, flushed one by one,
-without a control code. Ranks other than 0 hold a disabled console, so callers never ask who they
-are. The bar is redrawn by `log` alone: no thread runs beside the training loop, and a bar that
-stands still tells that the run does. Output that fails (a closed pipe) never stops training.
+On a terminal it uses a `rich` panel and progress bar, in a file or pipe plain aligned lines, each
+flushed, without control codes. Ranks other than 0 use a disabled console, so callers do not check
+the rank. Only `log` redraws the bar: there is no refresh thread, and a bar that stands still means
+that training does. Failing output (a closed pipe) never stops training.
 """
 
 import contextlib
@@ -22,15 +22,17 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from training.metrics import METRICS
+
 PLAIN_WIDTH = 80
-COLUMNS_EVERY = 20  # logged lines between two lines of column names, for a reader of `tail`
+HEADING_INTERVAL = 20  # logged lines between two lines of column headings
 
 
 def compact(value: float | None) -> str:
-    """A count in three significant digits and a letter: 950, 12.3k, 4.56M, 15.6T."""
+    """Format a count with three significant digits and a suffix: 950, 12.3k, 4.56M, 15.6T."""
     if value is None:
         return "-"
-    rounded = float(f"{value:.3g}")  # before the letter is chosen: 999.9 is 1.00k
+    rounded = float(f"{value:.3g}")  # rounded first, so that 999.9 becomes 1.00k
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(rounded) >= unit:
             decimals = 3 - len(str(int(abs(rounded) / unit)))
@@ -39,7 +41,7 @@ def compact(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A time to wait: 0:03:12, 27:40:00, from 100 hours on 4d 04h."""
+    """Format a duration: 0:03:12, 27:40:00, and from 100 hours 4d 04h."""
     if seconds is None:
         return "-"
     minutes, second = divmod(round(seconds), 60)
@@ -50,11 +52,11 @@ def duration(seconds: float | None) -> str:
 
 
 class Console:
-    """A run's output to a person; a disabled one prints nothing.
+    """Terminal output of one process.
 
     Args:
-        enabled: whether this process talks (rank 0).
-        file: where to; standard output when None.
+        enabled: Whether to print anything; true on rank 0 only.
+        file: Output file, standard output if None.
     """
 
     def __init__(self, enabled: bool, file: TextIO | None = None) -> None:
@@ -68,11 +70,11 @@ class Console:
         self._max_steps = 0
         self._lines = 0
         self._val_loss: float | None = None
-        # (seconds, step) of the latest logs: time left follows them, pauses for saves included
+        # (time, step) of recent logs: the estimate of the time left includes saves
         self._pace: deque[tuple[float, int]] = deque(maxlen=50)
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """What is about to run: a title over (name, value) rows."""
+        """Print a title and (name, value) rows."""
         if self._rich is None or not self.enabled:
             self._print(_clean(title))
             for line in _row_lines(rows, PLAIN_WIDTH):
@@ -88,7 +90,7 @@ class Console:
         self._print_rich(Panel(grid, title=heading, title_align="left", box=ROUNDED, expand=False))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Aligned columns under a title; the first column is text, the others are numbers."""
+        """Print aligned columns under a title: the first is text, the others are numbers."""
         first, *lines = _table_lines(title, columns, rows)
         if self._rich is None or not self.enabled:
             self._print(first)
@@ -98,7 +100,7 @@ class Console:
             self._print(line)
 
     def start(self, first_step: int, max_steps: int) -> None:
-        """Begin to show progress, `first_step` of `max_steps` steps being done."""
+        """Start the progress display with `first_step` of `max_steps` steps completed."""
         self.stop()
         self._max_steps = max_steps
         self._lines = 0
@@ -108,22 +110,22 @@ class Console:
         self._progress = Progress(
             TextColumn("{task.fields[step]}", style="bold"),
             BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[metrics]}"),
             console=self._rich,
             auto_refresh=False,
             expand=True,
         )
         step = f"step {first_step}/{max_steps}"
         self._task = self._progress.add_task(
-            "", total=max_steps, completed=first_step, step=step, figures="first step"
+            "", total=max_steps, completed=first_step, step=step, metrics="first step"
         )
         try:
             self._progress.start()
         except (OSError, ValueError):
-            self._give_up()
+            self._disable()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Show a record of `metrics.jsonl`: `step`, and whatever else of its fields is there."""
+        """Show a metrics record; only its `step` is required."""
         if not self.enabled:
             return
         step = int(record["step"])
@@ -133,44 +135,44 @@ class Console:
             return
         if record.get("val_loss") is not None:
             self._val_loss = record["val_loss"]
-        figures = [f"loss {_number(record.get('loss'), '.4f')}"]
+        metrics = [f"loss {_format(record.get('loss'), '.4f')}"]
         if self._val_loss is not None:
-            figures.append(f"val {_number(self._val_loss, '.4f')}")
-        figures.append(f"{compact(record.get('tokens_per_second'))} tok/s")
-        figures.append(f"{duration(left)} left")
+            metrics.append(f"val {self._val_loss:.4f}")
+        metrics.append(f"{compact(record.get('tokens_per_second'))} tok/s")
+        metrics.append(f"{duration(left)} left")
         try:
             self._progress.update(
                 self._task,
                 completed=step,
                 step=f"step {step}/{self._max_steps}",
-                figures="  ".join(figures),
+                metrics="  ".join(metrics),
                 refresh=True,
             )
         except (OSError, ValueError):
-            self._give_up()
+            self._disable()
 
     def note(self, text: str) -> None:
-        """A remark, on lines of its own above the bar."""
+        """Print a message, above the progress bar if there is one."""
         if self._rich is None or not self.enabled:
             self._print(_clean(text))
         else:
             self._print_rich(Text(_clean(text)), soft_wrap=True)
 
     def stop(self) -> None:
-        """End the progress: the bar stays as it stands, the cursor comes back."""
+        """Stop the progress display, leaving the bar on the screen."""
         if self._progress is not None:
             try:
                 self._progress.stop()
             except (OSError, ValueError):
-                self._give_up()
+                self._disable()
             self._progress = None
 
     def summary(
         self, title: str, rows: Sequence[tuple[str, str]], commands: Sequence[tuple[str, str]]
     ) -> None:
-        """The end of a run: (name, value) rows, then (what it does, command) to copy.
+        """Print a title, (name, value) rows, and (description, command) pairs to copy.
 
-        A command is printed on one line of its own, never wrapped, cut or coloured.
+        Each command is a separate line, never wrapped, truncated or coloured.
         """
         self.stop()
         if self._rich is None or not self.enabled:
@@ -182,31 +184,39 @@ class Console:
         width = PLAIN_WIDTH if self._rich is None else self._rich.width
         for line in _row_lines(rows, width):
             self._print(line)
-        for what, command in commands:
+        for description, command in commands:
             self._print("")
-            for line in _wrap(_clean(what) + ":", width, indent="  "):
+            for line in _wrap(_clean(description) + ":", width, indent="  "):
                 self._print(line)
             self._print("    " + _clean(command))
 
     def _log_line(self, record: Mapping[str, Any], left: float | None) -> None:
-        """One aligned line of figures; column names above the first and now and then."""
-        steps = max(len("step"), 2 * len(str(self._max_steps)) + 1)
-        columns = (
-            ("step", steps, f"{record['step']}/{self._max_steps}"),
-            ("loss", 8, _number(record.get("loss"), ".4f")),
-            ("grad norm", 9, _number(record.get("grad_norm"), ".3f")),
-            ("lr", 8, _number(record.get("lr"), ".2e")),
-            ("tokens/s", 8, compact(record.get("tokens_per_second"))),
-            ("time left", 9, duration(left)),
-            ("val loss", 8, _number(record.get("val_loss"), ".4f", absent="")),
+        """Print one aligned line of metrics, with headings above every `HEADING_INTERVAL` lines."""
+        required, optional = (
+            [
+                (metric.column, 8, _format(record.get(metric.key), metric.spec, is_optional))
+                for metric in METRICS
+                if metric.column is not None and metric.optional == is_optional
+            ]
+            for is_optional in (False, True)
         )
-        if self._lines % COLUMNS_EVERY == 0:
-            self._print("  ".join(f"{name:>{width}}" for name, width, _ in columns))
+        cells = [
+            ("step", 2 * len(str(self._max_steps)) + 1, f"{record['step']}/{self._max_steps}"),
+            *required,
+            ("time left", 8, duration(left)),
+            *optional,
+        ]
+        widths = [max(len(heading), width) for heading, width, _ in cells]
+        lines = [[value for _, _, value in cells]]
+        if self._lines % HEADING_INTERVAL == 0:
+            lines.insert(0, [heading for heading, _, _ in cells])
         self._lines += 1
-        self._print("  ".join(f"{value:>{width}}" for _, width, value in columns).rstrip())
+        for line in lines:
+            aligned = (f"{text:>{width}}" for text, width in zip(line, widths, strict=True))
+            self._print("  ".join(aligned).rstrip())
 
     def _seconds_left(self, step: int, step_seconds: float | None) -> float | None:
-        """From the pace of the latest logs; at the first one from the step's own time."""
+        """Estimate the time left from recent logs, for the first log from `step_seconds`."""
         self._pace.append((time.monotonic(), step))
         (first_time, first_step), (last_time, last_step) = self._pace[0], self._pace[-1]
         if last_step > first_step:
@@ -214,7 +224,7 @@ class Console:
         return None if step_seconds is None else max(0, self._max_steps - step) * step_seconds
 
     def _print(self, line: str) -> None:
-        """One line as it is, flushed; what the file's encoding lacks becomes a question mark."""
+        """Print and flush one line; characters outside the file's encoding become "?"."""
         if not self.enabled:
             return
         encoding = getattr(self._file, "encoding", None) or "utf-8"
@@ -222,36 +232,38 @@ class Console:
             self._file.write(line.encode(encoding, "replace").decode(encoding) + "\n")
             self._file.flush()
         except (OSError, ValueError):  # a closed pipe or file
-            self._give_up()
+            self._disable()
 
     def _print_rich(self, content: Panel | Text | str, soft_wrap: bool = False) -> None:
         assert self._rich is not None, "only on a terminal"
         try:
             self._rich.print(content, soft_wrap=soft_wrap)
         except (OSError, ValueError):
-            self._give_up()
+            self._disable()
 
-    def _give_up(self) -> None:
-        """Nobody reads any more: be silent from here on."""
+    def _disable(self) -> None:
+        """Print nothing more, after output has failed."""
         self.enabled = False
         progress, self._progress = self._progress, None
         if progress is not None:
             with contextlib.suppress(OSError, ValueError):
-                progress.stop()  # gives sys.stdout and sys.stderr back
+                progress.stop()  # restores sys.stdout and sys.stderr
 
 
-def _number(value: float | None, form: str, absent: str = "-") -> str:
-    return absent if value is None else format(value, form)
+def _format(value: float | None, spec: str, optional: bool = False) -> str:
+    if value is None:
+        return "" if optional else "-"
+    return compact(value) if spec == "compact" else format(value, spec)
 
 
 def _clean(text: str) -> str:
-    """Text without control codes, which a model's sample may hold: they are shown escaped."""
-    shown = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text.expandtabs(4))
-    return "".join(shown)
+    """Escape control codes, which generated text may contain."""
+    escaped = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text.expandtabs(4))
+    return "".join(escaped)
 
 
 def _wrap(text: str, width: int, indent: str) -> list[str]:
-    """Lines of at most `width` where words allow: a path is never cut."""
+    """Wrap text to `width`; long words, such as paths, are never split."""
     return textwrap.wrap(
         text,
         width,
@@ -263,21 +275,21 @@ def _wrap(text: str, width: int, indent: str) -> list[str]:
 
 
 def _table_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A title, names of columns and rows as aligned lines, and an empty one."""
+    """Return title, headings and rows as aligned lines, followed by an empty line."""
     cells = [[_clean(value) for value in row] for row in (columns, *rows)]
-    widths = [max(len(row[place]) for row in cells) for place in range(len(columns))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [_clean(title)]
     for row in cells:
         first, *others = (
-            f"{value:{'>' if place else '<'}{width}}"
-            for place, (value, width) in enumerate(zip(row, widths, strict=True))
+            f"{value:{'>' if index else '<'}{width}}"
+            for index, (value, width) in enumerate(zip(row, widths, strict=True))
         )
         lines.append("  ".join([f"  {first}", *others]).rstrip())
     return [*lines, ""]
 
 
 def _row_lines(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
-    """Indented lines of aligned names and wrapped values."""
+    """Return indented lines of aligned names and wrapped values."""
     names = max((len(_clean(name)) for name, _ in rows), default=0)
     lines = []
     for name, value in rows:

@@ -1,35 +1,35 @@
-"""Keeps Python's garbage collector out of the steps.
+"""Python garbage collection between training steps instead of within them.
 
-Left to itself it runs whenever enough objects have been made, in the middle of a step, on each rank
-at another time, and all the others wait: a full collection visits the half a million objects that
-the libraries are made of, a quarter of a second (`python -m bench.garbage`). Here it runs between
-steps, on all ranks after the same one, and never visits what was there after the first.
+By default the collector runs whenever enough objects have been allocated: within a step, on each
+rank at a different time, while all other ranks wait. A full collection visits the half a million
+objects of the imported libraries, which takes a quarter of a second (`python -m bench.garbage`).
+Here all ranks collect after the same steps, and objects from before training are never visited.
 """
 
 import gc
 
-EVERY = 100  # steps; a step itself leaves hardly anything that reference counts do not free
+INTERVAL = 100  # steps; reference counting frees nearly everything that a step allocates
 
 
 class GarbageCollector:
-    """The collector of this process while a run trains: `begin`, `after` each step, `end`."""
+    """Garbage collection of this process during training."""
 
     def __init__(self) -> None:
         self._frozen = False
 
-    def begin(self) -> None:
-        """From now on nothing is collected but by `after`."""
+    def disable(self) -> None:
+        """Disable automatic collection."""
         gc.disable()
 
-    def after(self, step: int) -> None:
-        """Collects after every `EVERY`-th step of the run what was made since the first one."""
+    def run(self, step: int) -> None:
+        """Collect after every `INTERVAL`-th step what was allocated since the first one."""
         if not self._frozen:
-            # What set-up and compiling made stays, garbage too: it need not be looked at again.
+            # Objects from set-up and compilation, including garbage, are never visited again.
             gc.freeze()
             self._frozen = True
-        elif step % EVERY == 0:
+        elif step % INTERVAL == 0:
             gc.collect()
 
-    def end(self) -> None:
-        """The collector is Python's own again, but for what is frozen."""
+    def enable(self) -> None:
+        """Enable automatic collection again; frozen objects stay frozen."""
         gc.enable()

@@ -1,144 +1,115 @@
-"""What a run leaves behind in figures: metrics.jsonl, TensorBoard, W&B, loss.png, and the meter.
+"""Metrics of a run: which there are, how a logged step computes them, and where they are written.
 
-`MetricsLog` lives on rank 0 and never stops training: a full disk, a missing package or a tracker
-that cannot be reached is told once and left. `Throughput` turns counted tokens and seconds into
-tokens/s, TFLOP/s and MFU; Fabric's own monitor counts tensor-parallel peers as data and does not
-know recent cards. What to log and when, and what a person sees, is left to the loop and console.
+A new metric is added in this file alone: a row in `METRICS` and its value in `step_metrics`. It
+then appears in `metrics.jsonl`, TensorBoard and W&B, and on the console if it has a column.
+`MetricsLog` exists on rank 0 only and never stops training: a full disk, a missing package or an
+unreachable server is reported once.
 """
 
+import json
 import logging
 import os
 import re
-import resource
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from parallel.step_scalars import StepScalars
+from resilience.event_log import RetryingWriter, json_line
 
-from resilience.event_log import RetryingWriter, json_line, read_json_lines
-from training.wandb_logger import Tracker
+if TYPE_CHECKING:
+    from torch import Tensor
 
-FIELDS = (
-    *("step", "samples", "tokens", "loss", "grad_norm", "lr"),
-    *("tokens_per_second", "tflops", "mfu_causal", "mfu_full"),
-    *("peak_memory_gib", "step_seconds", "data_wait_seconds", "batch_hash", "val_loss"),
+    from data.stages import Stage
+    from training.run import Run
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A field of a metrics record.
+
+    Attributes:
+        key: Name in `metrics.jsonl`, TensorBoard and W&B.
+        column: Console heading, or None to omit the metric from the console.
+        spec: Format specification on the console; "compact" gives 12.3k.
+        optional: Whether the console leaves a missing value blank instead of printing "-".
+    """
+
+    key: str
+    column: str | None = None
+    spec: str = ""
+    optional: bool = False
+
+
+METRICS = (
+    Metric("step"),
+    Metric("samples"),
+    Metric("tokens"),
+    Metric("loss", "loss", ".4f"),
+    Metric("grad_norm", "grad norm", ".3f"),
+    Metric("lr", "lr", ".2e"),
+    Metric("tokens_per_second", "tokens/s", "compact"),
+    Metric("tflops"),
+    Metric("mfu_causal"),
+    Metric("mfu_full"),
+    Metric("peak_memory_gib"),
+    Metric("step_seconds"),
+    Metric("data_wait_seconds"),
+    Metric("batch_hash"),
+    Metric("val_loss", "val loss", ".4f", optional=True),
 )
 
-AGAIN_SECONDS = 60.0  # after a failure, before TensorBoard is tried again
+# Fields in `metrics.jsonl` of version 0.1, by their present name.
+_RENAMED = {b"memory_gib": b"peak_memory_gib", b"data_seconds": b"data_wait_seconds"}
+_OLD_FIELD = re.compile(rb'(?<=")(' + b"|".join(_RENAMED) + rb')(?="\s*:)')
 
-# Dense bf16 peaks in TFLOP/s, by the names that torch.cuda.get_device_name gives.
-_PEAK_TFLOPS = (
-    (r"\bA100\b", 312.0),
-    (r"\bH100\b.*(PCIe|HBM2e)", 756.0),
-    (r"\bH100\b.*(SXM|HBM3\b)", 989.0),
-    (r"\bH200\b(?!.*NVL)", 989.0),
-    (r"\bB200\b", 2250.0),
-    (r"\bMI300X\b", 1307.0),
-)
+TENSORBOARD_RETRY_SECONDS = 60.0
 
 
-def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """Dense peak of one device in FLOP/s for bf16 or fp16 matrix products, or None when unknown.
+def step_metrics(run: "Run", tensors: "dict[str, Tensor]", lr: float) -> dict[str, Any]:
+    """Return the metrics of the step just taken, waiting for the device."""
+    from parallel.compilation import compiled_graphs
 
-    None for CPUs, other types, a slice of a card (MIG) and every card not in the table: no MFU is
-    better than a wrong one. Source: the vendors' data sheets for A100, H100, H200, HGX B200 and
-    Instinct MI300X, without the doubling for structured sparsity.
-    """
-    if dtype not in (torch.bfloat16, torch.float16) or " MIG " in f"{device_name} ":
-        return None
-    for pattern, tflops in _PEAK_TFLOPS:
-        if re.search(pattern, device_name):
-            return tflops * 1e12
-    return None
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory in GiB: CUDA's peak allocated bytes, on CPU the process's peak resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere
+    scalars = StepScalars.from_tensor(tensors["vitals"])
+    compiled = {"compiled_graphs": compiled_graphs()} if run.config.parallel.compile else {}
+    return {
+        "step": run.position.step,
+        "samples": run.position.samples,
+        "tokens": run.position.tokens,
+        "loss": scalars.loss,
+        "grad_norm": scalars.grad_norm,
+        "lr": lr,
+        "batch_hash": f"{tensors['batch_hash'].item() % 2**32:08x}",
+    } | compiled
 
 
-class Throughput:
-    """The speed meter of a run on a mesh of `world_size` devices, each with `peak_flops` or None.
+def log_metrics(run: "Run", metrics: dict[str, Any], stage: "Stage") -> None:
+    """Add the throughput since the last logged step and write to console, files and trackers."""
+    from training.throughput import build_throughput
 
-    FLOPs per token are 6·N + 12·layers·heads·head_dim·seq_len ("full", PaLM, arXiv:2204.02311,
-    appendix B), the second term halved for "causal", which counts only what a causal mask needs.
-    Recomputed activations do not count.
-    """
-
-    def __init__(
-        self,
-        flops_per_token_causal: float,
-        flops_per_token_full: float,
-        world_size: int,
-        peak_flops: float | None,
-        device: torch.device,
-    ) -> None:
-        self.flops_per_token_causal = flops_per_token_causal
-        self.flops_per_token_full = flops_per_token_full
-        self.world_size = world_size
-        self.peak_flops = peak_flops
-        self.device = device
-
-    def figures(
-        self, tokens: int, seconds: float, data_wait_seconds: float, steps: int
-    ) -> dict[str, float | None]:
-        """The figures of `steps` steps in which the whole mesh took `tokens` in `seconds`.
-
-        `tokens_per_second` is the whole mesh's; `tflops` is per device, causal convention;
-        `mfu_causal` and `mfu_full` are fractions of the device's peak, None when it is unknown;
-        `step_seconds` and `data_wait_seconds` (waiting for data) are means over the steps.
-        """
-        tokens_per_second = tokens / seconds
-        causal = tokens_per_second * self.flops_per_token_causal / self.world_size
-        full = tokens_per_second * self.flops_per_token_full / self.world_size
-        return {
-            "tokens_per_second": tokens_per_second,
-            "tflops": causal / 1e12,
-            "mfu_causal": causal / self.peak_flops if self.peak_flops else None,
-            "mfu_full": full / self.peak_flops if self.peak_flops else None,
-            "peak_memory_gib": peak_memory_gib(self.device),
-            "step_seconds": seconds / steps,
-            "data_wait_seconds": data_wait_seconds / steps,
-        }
-
-
-def drop_lost_steps(path: Path, first_step: int) -> int:
-    """Remove the lines of steps that will be done again, and torn ones; returns how many steps.
-
-    Lines after `first_step` tell of work lost with a kill; at `first_step` 0 nothing is left to
-    keep. The end is cut off, or a file of the rest renamed in place: a kill here loses nothing.
-    """
-    if not path.exists():
-        return 0
-    records = read_json_lines(path)
-    kept = [r for r in records if first_step > 0 and r.get("step", 0) <= first_step]
-    text = "".join(json_line(record) + "\n" for record in kept).encode()
-    before = path.read_bytes()
-    if before.startswith(text):  # as ever, but for lines torn in the middle; a full disk allows it
-        os.truncate(path, len(text))
-    else:
-        temporary = path.with_suffix(".jsonl.tmp")
-        with open(temporary, "wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    return len(records) - len(kept)
+    steps, seconds, data_wait_seconds = run.clock.read()
+    tokens = steps * stage.global_batch_size * stage.seq_len
+    throughput = build_throughput(run.config, run.mesh, run.fabric.device, stage.seq_len)
+    metrics |= throughput.metrics(tokens, seconds, data_wait_seconds, steps)
+    run.last_metrics |= metrics
+    run.console.log(metrics)
+    if run.metrics is not None:
+        run.metrics.write(metrics)
 
 
 class MetricsLog:
-    """Writes the figures of a run to its folder and to the trackers asked for; rank 0 only.
+    """Write metrics to the run folder and to trackers.
 
-    `first_step` is the number of steps done when this start begins: what the files hold beyond it
-    is dropped. `wandb` is a W&B project, None for off. No method raises over a disk or a tracker,
-    or waits for one; each kind of failure goes once to `warn`. Files are tried again: once the disk
-    has space, lines of figures that waited are written, and TensorBoard goes on.
+    No method raises because of a disk or a tracker, or waits for one; each kind of failure is
+    passed once to `warn`. After a failure of `metrics.jsonl`, records are kept and written once the
+    disk has space again; TensorBoard is reopened after `TENSORBOARD_RETRY_SECONDS`.
+
+    Args:
+        wandb: W&B project, or None to disable it.
+        first_step: Steps completed before this launch. Records beyond it are removed.
     """
 
     def __init__(
@@ -157,76 +128,83 @@ class MetricsLog:
         self._warn = warn or logging.getLogger(__name__).warning
         self._warned: set[str] = set()
         self._lines = RetryingWriter(self.path)
-        self._wants_tensorboard = tensorboard
+        self._use_tensorboard = tensorboard
         self._tensorboard: Any = None
-        self._tensorboard_again = 0.0  # when to try again
-        self._wandb: Tracker | None = None
-        self.truncate_metrics(first_step)
+        self._tensorboard_retry_at = 0.0
+        self._wandb: Any = None
+        self.truncate(first_step)
         if wandb is not None:
-            self._wandb = Tracker(folder, wandb, run_name, run_config, first_step)
+            from training.wandb_logger import WandbLogger
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop what the files hold beyond a step: at the start of a run, and for a rewind."""
+            self._wandb = WandbLogger(folder, wandb, run_name, run_config, first_step)
+
+    def truncate(self, last_step: int) -> None:
+        """Remove records beyond `last_step`, when a run resumes or rewinds."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            drop_lost_steps(self.path, step)
+            _truncate_lines(self.path, last_step)
         except OSError as error:
             self._fail("metrics.jsonl", error)
         self._close_tensorboard()
-        self._open_tensorboard(step)
+        self._open_tensorboard(last_step)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Log one step. `record` has the fields of `FIELDS` that apply, `step` always."""
-        ordered = {key: record[key] for key in FIELDS if key in record}
-        ordered.update(record)  # fields outside FIELDS come last
+        """Write the metrics of one step; only `step` is required.
+
+        Keys follow the order of `METRICS`; others come last.
+        """
+        record = {m.key: record[m.key] for m in METRICS if m.key in record} | dict(record)
         try:
-            self._lines.append(json_line(ordered))
+            self._lines.append(json_line(record))
         except OSError as error:
             self._fail("metrics.jsonl", error)
-        self._write_tensorboard(ordered)
+        self._write_tensorboard(record)
         if self._wandb is not None:
-            self._wandb.log(ordered)
-            self._tell_wandb_failure()
+            self._wandb.log(record)
+            self._check_wandb()
 
     def write_sample(self, step: int, text: str) -> None:
-        """Add generated text to `samples.txt`, under a line that tells its step."""
+        """Append generated text to `samples.txt` under a line with its step."""
         try:
             with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
                 file.write(f"--- step {step} ---\n{text}\n\n")
         except OSError as error:
             self._fail("samples.txt", error)
 
-    def draw(self) -> None:
-        """Redraw `loss.png` from `metrics.jsonl`; no picture before the first finite loss."""
+    def plot(self) -> None:
+        """Redraw `loss.png` from `metrics.jsonl`."""
         try:
-            draw_loss(self.path, self.folder / "loss.png", self.run_name)
+            from training.loss_plot import plot_loss
+
+            plot_loss(self.path, self.folder / "loss.png", self.run_name)
         except Exception as error:
             self._fail("loss.png", error)
 
     def close(self) -> None:
-        """Finish the trackers. The log can be closed twice, and needs no closing after a kill."""
-        self._wants_tensorboard = False
+        """Close the trackers. Calling it twice, or never (after a kill), loses nothing."""
+        self._use_tensorboard = False
         self._close_tensorboard()
         if self._wandb is not None:
             self._wandb.finish()
-            self._tell_wandb_failure()
+            self._check_wandb()
         self._wandb = None
 
-    def _open_tensorboard(self, step: int) -> None:
-        """Open a file of events; those of other files beyond the step no longer count."""
-        if not self._wants_tensorboard:
+    def _open_tensorboard(self, last_step: int) -> None:
+        """Open a new event file, which hides events of older files past `last_step`."""
+        if not self._use_tensorboard:
             return
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            purge = step + 1 if step > 0 else 0
+            purge = last_step + 1 if last_step > 0 else 0
             self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
         except Exception as error:
-            self._tensorboard_fails(error)
+            self._fail_tensorboard(error)
 
     def _write_tensorboard(self, record: Mapping[str, Any]) -> None:
-        again = not self._lines.waiting and time.monotonic() >= self._tensorboard_again
-        if self._tensorboard is None and again:  # where metrics.jsonl fails, this will too
+        # While the disk rejects metrics.jsonl, TensorBoard would fail as well.
+        retry = not self._lines.waiting and time.monotonic() >= self._tensorboard_retry_at
+        if self._tensorboard is None and retry:
             self._open_tensorboard(record["step"] - 1)
         if self._tensorboard is None:
             return
@@ -234,13 +212,13 @@ class MetricsLog:
             for key, value in record.items():
                 if key != "step" and isinstance(value, int | float):
                     self._tensorboard.add_scalar(key, value, record["step"])
-            self._tensorboard.flush()  # a kill must not cost figures, and errors come up here
+            self._tensorboard.flush()  # a kill loses no event, and write errors surface here
         except Exception as error:
-            self._tensorboard_fails(error)
+            self._fail_tensorboard(error)
 
-    def _tensorboard_fails(self, error: Exception) -> None:
+    def _fail_tensorboard(self, error: Exception) -> None:
         self._tensorboard = None
-        self._tensorboard_again = time.monotonic() + AGAIN_SECONDS
+        self._tensorboard_retry_at = time.monotonic() + TENSORBOARD_RETRY_SECONDS
         self._fail("TensorBoard", error)
 
     def _close_tensorboard(self) -> None:
@@ -251,76 +229,42 @@ class MetricsLog:
             self._fail("TensorBoard", error)
         self._tensorboard = None
 
-    def _tell_wandb_failure(self) -> None:
-        if self._wandb is not None and (failure := self._wandb.failure()) is not None:
-            self._fail("W&B", failure)
+    def _check_wandb(self) -> None:
+        if self._wandb is not None and self._wandb.failure is not None:
+            self._fail("W&B", self._wandb.failure)
             self._wandb = None
 
-    def _fail(self, what: str, error: object) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
+    def _fail(self, target: str, error: object) -> None:
+        if target not in self._warned:
+            self._warned.add(target)
             reason = " ".join(str(error).split())
-            self._warn(f"{what} in {self.folder} fails ({reason}): training goes on without it")
+            self._warn(
+                f"Could not write {target} in {self.folder} ({reason}). Continuing without it."
+            )
 
 
-def smooth(values: Sequence[float], half_width: int) -> list[float]:
-    """Mean over a window centred on each point.
+def _truncate_lines(path: Path, last_step: int) -> None:
+    """Remove records beyond `last_step` and incomplete lines; rename fields of version 0.1.
 
-    At the start, where a loss falls fast, the window narrows to stay centred, so the line does
-    not begin too low; at the end it is cut, so the last value is a mean and no single step.
+    All other bytes stay. The file is shortened in place if only its end goes, which a full disk
+    allows, and otherwise replaced atomically: a kill loses no record that stays.
     """
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    out = []
-    for i in range(len(values)):
-        half = min(half_width, i)
-        first, end = i - half, min(i + half + 1, len(values))
-        out.append((sums[end] - sums[first]) / (end - first))
-    return out
-
-
-def draw_loss(metrics: Path, image: Path, title: str) -> None:
-    """Draw training and validation loss (nats per token) over tokens, or steps without tokens.
-
-    Written to a temporary name and renamed. Draws nothing while there is no finite loss.
-    Raises OSError when the picture cannot be written, ImportError without matplotlib.
-    """
-    records = read_json_lines(metrics)
-    x_key = "tokens" if records and all("tokens" in r for r in records) else "step"
-    train = [(r[x_key], r["loss"]) for r in records if r.get("loss") is not None]
-    validation = [(r[x_key], r["val_loss"]) for r in records if r.get("val_loss") is not None]
-    if not train and not validation:
+    if not path.exists():
         return
-    # The first import may tell about its font cache: not for the user.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    largest = max(x for x, _ in train + validation)
-    units = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e3, "thousand"))
-    unit, word = next(((u, w) for u, w in units if largest >= u), (1, ""))
-    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    if train:
-        xs, ys = [x / unit for x, _ in train], [y for _, y in train]
-        smoothed = smooth(ys, max(1, len(ys) // 50))
-        axes.plot(xs, ys, color="#9ecae1", linewidth=0.8, label="training, each logged step")
-        label = f"training, smoothed: {smoothed[-1]:.3f}"
-        axes.plot(xs, smoothed, color="#08519c", linewidth=1.8, label=label)
-    if validation:
-        xs, ys = [x / unit for x, _ in validation], [y for _, y in validation]
-        label = f"validation: {ys[-1]:.3f}"
-        axes.plot(xs, ys, color="#d94801", linewidth=1.4, marker="o", markersize=4, label=label)
-    axes.set_title(title, loc="left", fontweight="bold", parse_math=False)
-    name = "tokens" if x_key == "tokens" else "steps"
-    axes.set_xlabel(f"{name} ({word})" if word else name)
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_xlim(left=0)
-    axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
-    temporary = image.with_name(image.name + ".tmp")
-    FigureCanvasAgg(figure).print_figure(temporary, format="png")
-    os.replace(temporary, image)
+    before = path.read_bytes()
+    kept = []
+    for line in before.split(b"\n"):
+        with suppress(ValueError):  # incomplete JSON or UTF-8, or zeros of an unwritten block
+            record = json.loads(line)
+            if isinstance(record, dict) and record.get("step", 0) <= last_step > 0:
+                kept.append(_OLD_FIELD.sub(lambda field: _RENAMED[field[1]], line) + b"\n")
+    after = b"".join(kept)
+    if before.startswith(after):
+        os.truncate(path, len(after))
+        return
+    temporary = path.with_suffix(".jsonl.tmp")
+    with open(temporary, "wb") as file:
+        file.write(after)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

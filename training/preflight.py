@@ -124,9 +124,9 @@ def _tracker_errors(log: LogConfig) -> list[str]:
     """A tracker that is asked for and not installed."""
     if log.wandb is None:
         return []
-    from training.wandb_logger import tracker_errors
+    from training.wandb_logger import wandb_errors
 
-    return tracker_errors(log.wandb)
+    return wandb_errors(log.wandb)
 
 
 def _profile_errors(log: LogConfig, train: TrainConfig) -> list[str]:

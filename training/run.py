@@ -61,7 +61,7 @@ class Run:
     unsaved: bool = False  # the last save failed
     clock: Clock = field(default_factory=Clock)
     garbage: GarbageCollector = field(default_factory=GarbageCollector)
-    last_figures: dict[str, Any] = field(default_factory=dict)
+    last_metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> RunFolder:
@@ -173,12 +173,12 @@ class Run:
     def truncate_metrics(self) -> None:
         """Drops what the figures tell beyond the run's position, on rank 0."""
         if self.metrics is not None:
-            self.metrics.truncate_metrics(self.position.step)
+            self.metrics.truncate(self.position.step)
 
     def draw(self) -> None:
         """Redraws the loss curve, on rank 0."""
         if self.metrics is not None:
-            self.metrics.draw()
+            self.metrics.plot()
 
     def tell_progress(self, now: bool = False) -> None:
         """Tells the ledger how far this start is, and where its time went: rank 0, now and then."""

@@ -1,7 +1,4 @@
-"""What a person is told of a run: the rows of header and summary, and the meter of its speed.
-
-How they look is `training.console`'s.
-"""
+"""Header and summary of a run: the rows and commands that `training.console` prints."""
 
 import os
 import shlex
@@ -16,13 +13,10 @@ from parallel.mesh import MeshShape, Processes
 from training.resume_policy import Changes
 
 if TYPE_CHECKING:
-    import torch
-
     from checkpoint.position import Position
     from data.dataset import Dataset
     from data.stages import Stage
     from data.stream import StreamDataset
-    from training.metrics import Throughput
 
 
 def header(
@@ -33,23 +27,24 @@ def header(
     position: "Position",
     changes: Changes,
 ) -> tuple[str, list[tuple[str, str]]]:
-    """Title and rows that tell what is about to be trained, on what."""
+    """Return title and rows of the header: model, mesh, data, batch sizes and steps."""
     from model.flops import parameter_count
     from training.console import compact
 
-    model, train = config.model, config.train
+    model, max_steps = config.model, config.train.max_steps
     stages = config.stages()
-    tokens = stages.first_token(train.max_steps)
-    begin = f"from step {position.step}" if position.step else "from scratch"
+    origin = f"from step {position.step}" if position.step else "from scratch"
     if not position.step and config.run.init_from is not None:
-        begin = f"from the weights of {config.run.init_from}"
+        origin = f"from the weights of {config.run.init_from}"
+    steps = max(max_steps - position.step, 0)
+    tokens = max(stages.first_token(max_steps) - position.tokens, 0)
     batch_rows = [
         (
-            f"from step {stage.first_step + 1}" if place else "batch",
-            f"{stage.global_batch_size} sequences of {stage.seq_len} tokens a step"
+            f"from step {stage.first_step + 1}" if index else "batch",
+            f"{stage.global_batch_size} sequences of {stage.seq_len} tokens per step"
             + (f", weights {_weights(stage)}" if len(stage.weights) > 1 else ""),
         )
-        for place, stage in enumerate(stages.all)
+        for index, stage in enumerate(stages.all)
     ]
     return f"Llamesh: {config.run.name}", [
         (
@@ -60,25 +55,21 @@ def header(
         ("mesh", f"{mesh} on {processes.accelerator}, launched by {processes.launcher}"),
         *_data_rows(config, dataset),
         *batch_rows,
-        (
-            "to come",
-            f"{max(train.max_steps - position.step, 0)} steps {begin}, "
-            f"{compact(max(tokens - position.tokens, 0))} tokens",
-        ),
+        ("steps", f"{steps} ({compact(tokens)} tokens), {origin}"),
         ("folder", config.run.dir),
         *(("changed", row) for row in changes.rows()),
     ]
 
 
 def _data_rows(config: JobConfig, dataset: "Dataset | StreamDataset") -> list[tuple[str, str]]:
-    """Which tokens, and how often a run goes through each source; of a stream nobody knows."""
+    """Return rows about the tokens and, except for streams, the epochs of each source."""
     from data.dataset import Dataset
     from training.console import compact
 
     names = ", ".join(config.data.sources)
     vocabulary = f"{config.tokenizer.name} vocabulary of {config.tokenizer.vocab_size:,}"
     if not isinstance(dataset, Dataset):
-        files = f"{dataset.n_files} files of {dataset.source.path} in {dataset.lanes} lanes"
+        files = f"{dataset.n_files} files of {dataset.source.path} in {dataset.lanes} stream shards"
         return [("data", f"{names}, streamed from {files}, {vocabulary}")]
     stages = config.stages()
     order = dataset.order(stages, config.run.seed, config.data.shuffle_block_tokens)
@@ -91,35 +82,19 @@ def _data_rows(config: JobConfig, dataset: "Dataset | StreamDataset") -> list[tu
 
 
 def _weights(stage: "Stage") -> str:
-    """The shares of the sources in a stage."""
+    """Return the normalized mixture weights of a stage."""
     total = sum(stage.weights.values())
     return ", ".join(f"{name} {weight / total:.3g}" for name, weight in stage.weights.items())
 
 
-def meter(config: JobConfig, mesh: MeshShape, device: "torch.device", seq_len: int) -> "Throughput":
-    """The meter that turns tokens of sequences of a length, and seconds, into figures of speed."""
-    import torch
-
-    from model.flops import flops_per_token
-    from parallel.data_parallel import mixed_precision
-    from training.metrics import Throughput, peak_flops
-
-    dtype = mixed_precision(config.precision, device.type).param_dtype or torch.float32
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return Throughput(
-        flops_per_token(config.model, seq_len, causal=True),
-        flops_per_token(config.model, seq_len, causal=False),
-        mesh.world_size,
-        # A share of the bf16 peak would say nothing about products in 8 bits.
-        None if config.precision.fp8 else peak_flops(name, dtype),
-        device,
-    )
-
-
 def summary(
-    config: JobConfig, processes: Processes, position: "Position", figures: dict[str, Any]
+    config: JobConfig, processes: Processes, position: "Position", metrics: dict[str, Any]
 ) -> tuple[str, list[tuple[str, str]], list[tuple[str, str]]]:
-    """Title, rows and commands that tell what came out, where it lies and how to go on."""
+    """Return title, result rows and follow-up commands of a finished run.
+
+    Args:
+        metrics: Latest value of each metric; empty if this launch had no step left to train.
+    """
     from training.console import compact
 
     folder = config.run.dir
@@ -127,66 +102,58 @@ def summary(
     evaluate, generate = (
         Path(sys.argv[0]).with_name(f"{name}.py") for name in ("evaluate", "generate")
     )
-    named = f"checkpoint={shlex.quote(checkpoint)}"
+    checkpoint_override = f"checkpoint={shlex.quote(checkpoint)}"
     rows = [("tokens", f"{compact(position.tokens)} in {position.step} steps")]
     for name, key in (("training loss", "loss"), ("validation loss", "val_loss")):
-        if key in figures:
-            rows.append((name, f"{figures[key]:.4f} nats a token"))
+        if key in metrics:
+            rows.append((name, f"{metrics[key]:.4f} nats per token"))
     rows += [
         ("checkpoint", checkpoint),
         ("loss curve", f"{folder}/loss.png"),
         ("text samples", f"{folder}/samples.txt"),
-        ("figures", f"{folder}/metrics.jsonl"),
+        ("metrics", f"{folder}/metrics.jsonl"),
     ]
-    words = _words()
-    further = [word for word in words if not word.startswith("train.max_steps=")]
-    commands = [
-        ("resume, should it be stopped", start_again(processes)),
-        *(
-            [("evaluate", f"python {evaluate} evaluation.{named}")]
-            if config.data.stream_shards is None
-            else []
-        ),  # holds text out
-        ("let it write", f"python {generate} {named}"),
-        ("go further", _started(processes, [*further, f"train.max_steps={2 * position.step}"])),
+    overrides = [each for each in _overrides() if not each.startswith("train.max_steps=")]
+    longer = [*overrides, f"train.max_steps={2 * position.step}"]
+    commands = [("Resume after an interruption", resume_command(processes))]
+    if config.data.stream_shards is None:  # streams have no validation split
+        commands.append(("Evaluate", f"python {evaluate} evaluation.{checkpoint_override}"))
+    commands += [
+        ("Generate text", f"python {generate} {checkpoint_override}"),
+        ("Train longer", _command(processes, longer)),
     ]
     if config.log.tensorboard:
-        commands.append(("watch", f"tensorboard --logdir {shlex.quote(folder)}/tensorboard"))
-    return (
-        # The last step of a start is always logged: without figures there was none.
-        f"{'Finished' if figures else 'Finished already'}: {config.run.name}",
-        rows,
-        commands,
-    )
+        logdir = f"{shlex.quote(folder)}/tensorboard"
+        commands.append(("View in TensorBoard", f"tensorboard --logdir {logdir}"))
+    title = "Finished" if metrics else "Finished already"
+    return f"{title}: {config.run.name}", rows, commands
 
 
-def start_again(processes: Processes) -> str:
-    """The command that goes on with this run, as a person types it."""
-    return _started(processes, _words())
+def resume_command(processes: Processes) -> str:
+    """Return the shell command that resumes this run."""
+    return _command(processes, _overrides())
 
 
-def _started(processes: Processes, words: list[str]) -> str:
-    """`train.py` with these words, by what started it this time."""
-    nodes, each = processes.num_nodes, processes.per_node
+def _command(processes: Processes, overrides: list[str]) -> str:
+    """Return the shell command for `train.py`, using the launcher of this run."""
+    nodes, per_node = processes.num_nodes, processes.per_node
     launcher = {
         "self": "python",
-        "torchrun": f"torchrun --nnodes={nodes} --nproc-per-node={each}",
-        "srun": f"srun --nodes={nodes} --ntasks-per-node={each} python",
+        "torchrun": f"torchrun --nnodes={nodes} --nproc-per-node={per_node}",
+        "srun": f"srun --nodes={nodes} --ntasks-per-node={per_node} python",
     }[processes.launcher]
-    return " ".join([launcher, os.path.relpath(sys.argv[0]), *words])
+    return " ".join([launcher, os.path.relpath(sys.argv[0]), *overrides])
 
 
-def _words() -> list[str]:
-    """The overrides of this start that the next one needs too, as a person types them.
+def _overrides() -> list[str]:
+    """Return this launch's overrides that the next launch needs too, quoted for a shell.
 
-    A checkpoint that the run began with lies before its own, from which it goes on; a change that
-    was allowed has been made.
+    The run now has checkpoints, which replace the one in `run.resume`; changes in
+    `run.allow_changes` have been made.
     """
-    once = ("run.resume=", "run.allow_changes=")
-    typed = map(_as_typed, HydraConfig.get().overrides.task)
-    return [word for word in typed if not word.startswith(once)]
-
-
-def _as_typed(override: str) -> str:
-    """An override as a person types it in a shell."""
-    return shlex.quote(override.removeprefix("++"))
+    overrides = [each.removeprefix("++") for each in HydraConfig.get().overrides.task]
+    return [
+        shlex.quote(each)
+        for each in overrides
+        if not each.startswith(("run.resume=", "run.allow_changes="))
+    ]

@@ -14,7 +14,7 @@ from parallel.mesh import is_first_process
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolderError
 from training.run import Run
-from training.run_summary import start_again, summary
+from training.run_summary import resume_command, summary
 
 LAST_SAVE_SECONDS = 60.0  # for one that is being written while the run gives up
 
@@ -84,7 +84,7 @@ def finish(run: Run) -> None:
     goodput = _record_stop(run, "finished", ExitCode.FINISHED)
     if run.metrics is not None:
         run.metrics.close()
-    title, rows, commands = summary(run.config, run.processes, run.position, run.last_figures)
+    title, rows, commands = summary(run.config, run.processes, run.position, run.last_metrics)
     run.console.summary(title, [*rows, *goodput], commands)
     run.watchdog.close()
 
@@ -104,7 +104,7 @@ def _kept(run: Run) -> str:
     saved = run.folder.committed_steps()
     if not saved:
         return "Nothing is saved yet."
-    return f"Saved up to step {saved[-1]}; go on with: {start_again(run.processes)}"
+    return f"Saved up to step {saved[-1]}; go on with: {resume_command(run.processes)}"
 
 
 def _exit(run: Run, code: ExitCode) -> NoReturn:

@@ -80,7 +80,7 @@ def test_documents_are_told_apart_without_waiting_for_the_device() -> None:
 
 def collections_of_a_run(words: list[str]) -> dict[str, Any]:
     """A real run, eager to collect: where it does, and what a step leaves to collect."""
-    garbage.EVERY = EVERY
+    garbage.INTERVAL = EVERY
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("train", hydra_arguments(words, "train"))
     config, processes, mesh = check_config(composed)

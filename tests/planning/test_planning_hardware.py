@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from planning.hardware import hardware_of, known_hardware, load_hardware
-from training.metrics import peak_flops
+from training.throughput import peak_flops
 
 DESCRIBED = {
     "NVIDIA A100-SXM4-80GB": "a100",

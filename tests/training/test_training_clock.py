@@ -1,37 +1,37 @@
-"""The clock counts what lies inside steps, and nothing between them."""
+"""The clock counts time within steps and not between them."""
 
 import pytest
 
 from training.clock import Clock
 
 
-class Hands:
-    """A clock that stands still until it is moved."""
+class FakeTime:
+    """Replace `time.perf_counter` by a value that the test sets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
         monkeypatch.setattr("training.clock.time.perf_counter", lambda: self.now)
 
 
-def test_steps_and_waits_for_data_add_up_and_what_lies_between_does_not(
+def test_step_and_data_wait_seconds_exclude_time_between_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    hands, clock = Hands(monkeypatch), Clock()
+    fake, clock = FakeTime(monkeypatch), Clock()
     for data, compute, between in ((1.0, 4.0, 16.0), (2.0, 8.0, 32.0)):
         with clock.step():
             with clock.data():
-                hands.now += data
-            hands.now += compute
-        hands.now += between  # validation, saving
+                fake.now += data
+            fake.now += compute
+        fake.now += between  # validation, saving
     assert clock.read() == (2, 15.0, 3.0)
 
 
-def test_reading_starts_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    hands, clock = Hands(monkeypatch), Clock()
+def test_read_resets_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, clock = FakeTime(monkeypatch), Clock()
     with clock.step():
-        hands.now += 1
+        fake.now += 1
     clock.read()
     assert clock.read() == (0, 0.0, 0.0)
     with clock.step():
-        hands.now += 2
+        fake.now += 2
     assert clock.read() == (1, 2.0, 0.0)

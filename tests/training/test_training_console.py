@@ -1,4 +1,4 @@
-"""What a person sees fits 80 columns, can be copied, and never stops or disturbs training."""
+"""Terminal output fits 80 columns, can be copied, and never stops training."""
 
 import io
 import os
@@ -12,20 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training import console as console_module
-from training.console import COLUMNS_EVERY, Console, compact, duration
+from training.console import HEADING_INTERVAL, Console, compact, duration
 
 COMMAND = "python train.py run.name=long data.folder=/" + "a/very/long/path/" * 8 + " model=x"
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 
 
 def record(step: int, **changes: Any) -> dict[str, Any]:
-    figures = {"step": step, "loss": 4.5, "grad_norm": 1.25, "lr": 3e-4}
-    return figures | {"tokens_per_second": 12345.6, "step_seconds": 2.0} | changes
+    fields = {"step": step, "loss": 4.5, "grad_norm": 1.25, "lr": 3e-4}
+    return fields | {"tokens_per_second": 12345.6, "step_seconds": 2.0} | changes
 
 
 def show_run(console: Console, max_steps: int = 40) -> None:
-    """All that a run says, in its order."""
-    console.header("Llamesh: tiny", [("model", "words " * 40), ("mesh", "1 x 2 on cpu")])
+    """Print everything that a run prints, in order."""
+    console.header("Llamesh: tiny", [("model", "text " * 40), ("mesh", "1 x 2 on cpu")])
     console.start(0, max_steps)
     for step in range(1, 6):
         console.log(record(max_steps - 5 + step, **({"val_loss": 4.75} if step == 3 else {})))
@@ -43,7 +43,7 @@ def plain(run: Callable[[Console], None]) -> str:
 
 
 def terminal(run: Callable[[Console], None], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a real pseudo-terminal of 80 columns receives, codes included."""
+    """Return what a pseudo-terminal of 80 columns receives, control codes included."""
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "80")
     master, slave = os.openpty()
@@ -53,7 +53,7 @@ def terminal(run: Callable[[Console], None], monkeypatch: pytest.MonkeyPatch) ->
         while True:
             try:
                 chunk = os.read(master, 65536)
-            except OSError:  # the other side is closed
+            except OSError:  # the other end is closed
                 return
             if not chunk:
                 return
@@ -87,7 +87,7 @@ def test_plain_output_has_no_control_code_and_fits_80_columns() -> None:
         assert max(map(len, lines)) <= 80
 
 
-def test_plain_figures_stand_under_their_names() -> None:
+def test_plain_values_are_aligned_with_headings() -> None:
     def run(console: Console) -> None:
         console.start(0, 100)
         console.log(record(1))
@@ -102,15 +102,15 @@ def test_plain_figures_stand_under_their_names() -> None:
     assert last.split()[-1] == "4.7500"
 
 
-def test_column_names_come_back_for_the_reader_of_a_tail() -> None:
+def test_headings_repeat_at_interval() -> None:
     def run(console: Console) -> None:
         console.start(0, 100)
-        for step in range(1, 2 * COLUMNS_EVERY + 1):
+        for step in range(1, 2 * HEADING_INTERVAL + 1):
             console.log(record(step))
 
     lines = plain(run).splitlines()
     named = [i for i, line in enumerate(lines) if "grad norm" in line]
-    assert named == [0, COLUMNS_EVERY + 1]
+    assert named == [0, HEADING_INTERVAL + 1]
 
 
 def test_each_plain_line_is_flushed() -> None:
@@ -118,7 +118,7 @@ def test_each_plain_line_is_flushed() -> None:
         pending = 0
 
         def write(self, text: str) -> int:
-            assert not self.pending, "a line was written before the last one was flushed"
+            assert not self.pending, "a line was written before the previous one was flushed"
             self.pending += text.count("\n")
             return super().write(text)
 
@@ -130,11 +130,11 @@ def test_each_plain_line_is_flushed() -> None:
     assert file.pending == 0 and file.getvalue()
 
 
-def test_record_without_figures_is_shown_all_the_same() -> None:
+def test_record_with_step_alone_is_shown() -> None:
     assert "-" in plain(lambda console: console.log({"step": 3, "loss": None}))
 
 
-def test_control_codes_of_a_sample_are_shown_and_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_codes_in_text_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = "\x1b[2J\x07 def f():\n\treturn [bold]1[/bold]"
     expected = "\\x1b[2J\\x07 def f():\n    return [bold]1[/bold]"
     assert plain(lambda console: console.note(hostile)) == expected + "\n"
@@ -142,13 +142,13 @@ def test_control_codes_of_a_sample_are_shown_and_not_sent(monkeypatch: pytest.Mo
     assert output.replace("\r\n", "\n") == expected + "\n"
 
 
-def test_commands_are_whole_on_lines_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_are_unbroken_on_separate_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"\n    {COMMAND}\n" in plain(show_run)
-    # codes not stripped: a colour inside the command would break this
+    # Control codes are not stripped here, so a colour in the command would fail.
     assert f"\r\n    {COMMAND}\r\n" in terminal(show_run, monkeypatch)
 
 
-def test_paths_in_rows_and_notes_are_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_in_rows_and_notes_are_never_split(monkeypatch: pytest.MonkeyPatch) -> None:
     path = "/a/path/without/a/space" * 5
 
     def run(console: Console) -> None:
@@ -159,18 +159,18 @@ def test_paths_in_rows_and_notes_are_never_cut(monkeypatch: pytest.MonkeyPatch) 
         assert sum(path in line for line in shown_lines(output)) == 2
 
 
-def test_terminal_bar_tells_the_figures_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bar_shows_metrics_within_width(monkeypatch: pytest.MonkeyPatch) -> None:
     output = terminal(show_run, monkeypatch)
     lines = [line for line in shown_lines(output) if COMMAND not in line]
     assert max(map(len, lines)) <= 80
     bar = [line for line in lines if line.startswith("step 40/40")][-1]
     assert all(part in bar for part in ("loss 4.5000", "val 4.7500", "12.3k tok/s", "0:00:00 left"))
-    assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1  # cursor hidden, given back
+    assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1  # cursor hidden and restored
     remarks = [line for line in lines if line.startswith("remark")]
     assert remarks == [f"remark {step}" for step in range(1, 6)]
 
 
-def test_no_thread_runs_beside_the_training_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bar_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(console: Console) -> None:
         before = threading.active_count()
         console.start(0, 10)
@@ -182,9 +182,7 @@ def test_no_thread_runs_beside_the_training_loop(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("tty", [False, True])
-def test_reader_that_goes_away_does_not_stop_training(
-    tty: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closed_output_does_not_stop_training(tty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     read, write = os.openpty() if tty else os.pipe()
     file = os.fdopen(write, "w", buffering=1)
@@ -200,14 +198,14 @@ def test_reader_that_goes_away_does_not_stop_training(
             file.close()
 
 
-def test_file_that_lacks_a_letter_gets_a_question_mark() -> None:
+def test_character_outside_encoding_becomes_question_mark() -> None:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii")
     Console(True, file).note("caf\u00e9")
     assert raw.getvalue() == b"caf?\n"
 
 
-def test_time_left_follows_the_clock_not_the_step_time_alone(
+def test_time_left_includes_time_between_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [100.0]
@@ -216,7 +214,7 @@ def test_time_left_follows_the_clock_not_the_step_time_alone(
     def run(console: Console) -> None:
         console.start(10, 100)
         for step in (20, 30, 40):
-            console.log(record(step))  # 2 s a step by the record, 3 s with saves by the clock
+            console.log(record(step))  # 2 s per step, 3 s per step including saves
             clock[0] += 30.0
 
     lines = plain(run).splitlines()[1:]
@@ -224,26 +222,26 @@ def test_time_left_follows_the_clock_not_the_step_time_alone(
 
 
 @given(st.floats(1.0, 9.99e14))
-def test_compact_counts_are_short_and_near(value: float) -> None:
+def test_compact_count_is_short_and_accurate(value: float) -> None:
     text = compact(value)
     factor = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1], 1.0)
-    # three significant digits: at most half a unit of the third one is lost
+    # Rounding to three significant digits changes at most half a unit of the third.
     assert float(text.rstrip("kMBT")) * factor == pytest.approx(value, rel=0.5e-2)
     assert len(text) <= 5
 
 
 @given(st.integers(0, 99 * 3600))
-def test_duration_reads_back(seconds: int) -> None:
+def test_duration_can_be_parsed_back(seconds: int) -> None:
     hours, minutes, rest = map(int, duration(seconds).split(":"))
     assert hours * 3600 + minutes * 60 + rest == seconds and minutes < 60 and rest < 60
 
 
-def test_long_durations_are_days() -> None:
+def test_long_duration_is_in_days() -> None:
     assert duration(4 * 86400 + 4 * 3600 + 59) == "4d 04h"
     assert duration(None) == "-"
 
 
-def test_a_table_is_aligned_with_numbers_to_the_right(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_has_right_aligned_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(console: Console) -> None:
         console.table("Sizes", ["what", "GiB"], [["weights", "3.70"], ["all\x1b[31m", "123.45"]])
 

@@ -1,4 +1,4 @@
-"""The learning rate against a slow reference: straight lines and a cosine between named points."""
+"""The learning rate equals a reference made of straight lines and a cosine between points."""
 
 import math
 from itertools import pairwise
@@ -31,37 +31,37 @@ def name_of(config: OptimConfig) -> str:
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 
 
-def between(step: float, points: list[tuple[float, float]]) -> float:
-    """Straight lines between points (step, rate), constant after the last."""
+def interpolate(step: float, points: list[tuple[float, float]]) -> float:
+    """Interpolate linearly between (step, rate) points; constant after the last."""
     for (left, low), (right, high) in pairwise(points):
         if left <= step < right:
             return low + (high - low) * (step - left) / (right - left)
     return points[-1][1]
 
 
-def slow_rate(step: int, config: OptimConfig) -> float:
-    """As the docstring tells it, from points instead of formulas."""
+def reference_rate(step: int, config: OptimConfig) -> float:
+    """Return the learning rate from points instead of formulas."""
     low, begin, end = RATIO * LR, config.warmup_steps, config.schedule_steps
     if step < begin:
-        return between(step, [(-1, 0.0), (begin - 1, LR), (begin, LR)])
+        return interpolate(step, [(-1, 0.0), (begin - 1, LR), (begin, LR)])
     if step >= max(end, begin + 1):
         return low
     if config.schedule == "linear":
-        return between(step, [(begin, LR), (end, low)])
+        return interpolate(step, [(begin, LR), (end, low)])
     if config.schedule == "wsd":
         steps = min(max(config.decay_ratio * end, 1), end - begin)
-        return LR if step < end - steps else between(step, [(end - steps, LR), (end, low)])
-    angle = between(step, [(begin, 0.0), (end, math.pi)])
+        return LR if step < end - steps else interpolate(step, [(end - steps, LR), (end, low)])
+    angle = interpolate(step, [(begin, 0.0), (end, math.pi)])
     return low + (LR - low) * (1 + math.cos(angle)) / 2
 
 
 @every_config
-def test_every_step_has_the_rate_of_the_slow_reference(config: OptimConfig) -> None:
-    """Both are a few float64 operations: 1e-16 each."""
+def test_rate_equals_reference_at_every_step(config: OptimConfig) -> None:
+    """Both take a few float64 operations with errors of 1e-16 each."""
     for step in range(config.schedule_steps + 20):
         if config.schedule_steps == config.warmup_steps == step:
-            continue  # no step is left for the schedule: the peak, once, is neither right nor wrong
-        assert learning_rate(step, config) == pytest.approx(slow_rate(step, config), rel=1e-12)
+            continue  # no decay step exists, so any rate up to the peak is correct
+        assert learning_rate(step, config) == pytest.approx(reference_rate(step, config), rel=1e-12)
 
 
 @every_config
@@ -72,14 +72,14 @@ def test_rate_is_positive_and_never_above_lr(config: OptimConfig) -> None:
 
 
 @every_config
-def test_rate_ends_at_min_lr_ratio_and_stays_there(config: OptimConfig) -> None:
+def test_rate_stays_at_minimum_after_schedule(config: OptimConfig) -> None:
     for step in (config.schedule_steps, config.schedule_steps + 1, 10 * config.schedule_steps):
         if step > config.warmup_steps:
             assert learning_rate(step, config) == pytest.approx(RATIO * LR, rel=1e-12)
 
 
 @every_config
-def test_rate_rises_through_the_warm_up_and_never_after_it(config: OptimConfig) -> None:
+def test_rate_increases_only_during_warm_up(config: OptimConfig) -> None:
     rates = [learning_rate(step, config) for step in range(config.schedule_steps + 20)]
     warmup = rates[: config.warmup_steps]
     assert all(a < b for a, b in pairwise(warmup))
@@ -89,8 +89,8 @@ def test_rate_rises_through_the_warm_up_and_never_after_it(config: OptimConfig) 
 @pytest.mark.parametrize(
     "config", [c for c in CONFIGS if c.schedule_steps - c.warmup_steps > 1], ids=name_of
 )
-def test_rate_has_no_jump_at_the_borders(config: OptimConfig) -> None:
-    """A step changes it by no more than the steepest of its pieces may; one that ends all jumps."""
+def test_rate_has_no_discontinuity(config: OptimConfig) -> None:
+    """No change exceeds that of the steepest segment; a single decay step is excluded."""
     left = config.schedule_steps - config.warmup_steps
     falling: float = left
     if config.schedule == "wsd":

@@ -1,4 +1,4 @@
-"""The table of a step's time: each instant in one row, given to the work that was done then."""
+"""Step profiles: each instant of a step belongs to exactly one row of the breakdown."""
 
 import gzip
 import json
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from train import profiled
 from training.config import LogConfig
-from training.step_metrics import profiled
-from training.step_times import (
+from training.profile import (
     ATTENTION,
     COMMUNICATION,
     DATA,
@@ -24,33 +24,33 @@ from training.step_times import (
     STEP,
     WAIT,
     Span,
-    StepTimes,
+    StepBreakdown,
+    break_down,
     partition,
-    read_step_times,
-    step_times,
+    read_breakdown,
 )
 
 MAIN, OTHER = 1, 2  # threads
 
 
 def event(name: str, begin: int, end: int, thread: int = MAIN, **more: Any) -> dict[str, Any]:
-    """Something of a trace that lasted, in microseconds."""
+    """Return a complete trace event; times are in microseconds."""
     cat = more.pop("cat", "cpu_op")
-    lasting = {"ph": "X", "name": name, "cat": cat, "ts": begin, "dur": end - begin}
-    return lasting | {"tid": thread, "args": more}
+    complete = {"ph": "X", "name": name, "cat": cat, "ts": begin, "dur": end - begin}
+    return complete | {"tid": thread, "args": more}
 
 
-def marked(name: str, begin: int, end: int, thread: int = MAIN) -> dict[str, Any]:
+def annotation(name: str, begin: int, end: int, thread: int = MAIN) -> dict[str, Any]:
     return event(name, begin, end, thread, cat="user_annotation")
 
 
-def microseconds(times: StepTimes) -> dict[str, int]:
-    """Every row that is not zero."""
-    assert list(times.rows) == list(ROWS)
-    return {name: round(1e6 * seconds) for name, seconds in times.rows.items() if seconds}
+def microseconds(breakdown: StepBreakdown) -> dict[str, int]:
+    """Return all rows that are not zero."""
+    assert list(breakdown.rows) == list(ROWS)
+    return {name: round(1e6 * seconds) for name, seconds in breakdown.rows.items() if seconds}
 
 
-def test_each_instant_belongs_to_the_first_layer_that_covers_it() -> None:
+def test_instant_belongs_to_first_layer_that_covers_it() -> None:
     draw = random.Random(0)
     for _ in range(50):
         begin, end = 10, 60
@@ -68,27 +68,27 @@ def test_each_instant_belongs_to_the_first_layer_that_covers_it() -> None:
         assert partition(Span(begin, end), layers) == expected
 
 
-def test_on_cpu_operators_count_for_the_time_in_which_no_other_runs_inside_them() -> None:
-    times = step_times(
+def test_cpu_operators_count_for_self_time() -> None:
+    breakdown = break_down(
         [
-            marked(STEP, 0, 1000),
-            marked(DATA, 0, 100),
-            event("aten::empty", 90, 100),  # of the loader: still waiting for data
+            annotation(STEP, 0, 1000),
+            annotation(DATA, 0, 100),
+            event("aten::empty", 90, 100),  # of the loader, part of the data wait
             event("aten::linear", 100, 300),
             event("aten::addmm", 120, 290),
-            event("aten::copy_", 130, 140),  # inside the product
+            event("aten::copy_", 130, 140),  # nested in the product
             event("aten::_scaled_dot_product_attention_math", 300, 400),
             event("aten::bmm", 310, 350),
             event("aten::mul", 400, 450),
             event("## Call CompiledFxGraph fabc ##", 450, 520),
             event("aten::mm", 460, 480),
-            marked("Optimizer.step#AdamW.step", 600, 700),
+            annotation("Optimizer.step#AdamW.step", 600, 700),
             event("aten::_fused_adamw_", 620, 690),
-            event("aten::mm", 0, 1000, OTHER),  # another thread's
+            event("aten::mm", 0, 1000, OTHER),  # on another thread
             event("aten::mul", 1000, 1100),  # after the step
         ]
     )
-    assert microseconds(times) == {
+    assert microseconds(breakdown) == {
         MATRIX: 170 + 20,
         ATTENTION: 100,
         ELEMENTWISE: 50 + 50,
@@ -98,43 +98,45 @@ def test_on_cpu_operators_count_for_the_time_in_which_no_other_runs_inside_them(
     }
 
 
-def test_on_cpu_communication_is_exposed_where_nothing_is_computed() -> None:
-    times = step_times(
+def test_cpu_communication_is_exposed_where_nothing_is_computed() -> None:
+    breakdown = break_down(
         [
-            marked(STEP, 0, 1000),
+            annotation(STEP, 0, 1000),
             event("aten::mm", 0, 300),
-            marked("gloo:all_gather", 100, 500, OTHER),  # 200 behind the product, 200 waited for
+            annotation(
+                "gloo:all_gather", 100, 500, OTHER
+            ),  # 200 overlapped by the product, 200 exposed
             event("FSDP::pre_forward", 300, 600, cat="user_annotation"),
             event("c10d::allreduce_", 700, 800),
             event("aten::copy_", 720, 750),
         ]
     )
-    assert microseconds(times) == {
+    assert microseconds(breakdown) == {
         MATRIX: 300,
         ELEMENTWISE: 30,
         COMMUNICATION: 200 + 70,
         HOST: 100 + 300 - 100 + 100,
     }
-    assert times.communication == pytest.approx(470e-6)
-    assert "communication hidden         0.2 ms" in times.table()
+    assert breakdown.communication == pytest.approx(470e-6)
+    assert "overlapped communication       0.2 ms" in breakdown.table()
 
 
 def kernel(name: str, begin: int, end: int, stream: int = 7, **more: Any) -> dict[str, Any]:
     return event(name, begin, end, stream, cat="kernel", **more)
 
 
-def test_on_gpus_kernels_count_and_communication_is_exposed_where_none_runs() -> None:
+def test_gpu_kernels_count_and_communication_is_exposed_where_none_runs() -> None:
     external = {"External id": 3}
-    times = step_times(
+    breakdown = break_down(
         [
-            marked(STEP, 100, 900, 7) | {"cat": "gpu_user_annotation"},
-            marked(STEP, 0, 1000),
-            marked(DATA, 0, 50),
-            event("aten::mm", 60, 990),  # the host's time is not the device's
+            annotation(STEP, 100, 900, 7) | {"cat": "gpu_user_annotation"},
+            annotation(STEP, 0, 1000),
+            annotation(DATA, 0, 50),
+            event("aten::mm", 60, 990),  # host time, not device time
             event("aten::mm", 60, 70, **external),
-            marked("Optimizer.step#AdamW.step", 80, 90),
+            annotation("Optimizer.step#AdamW.step", 80, 90),
             event("cudaLaunchKernel", 85, 86, cat="cuda_runtime", correlation=5),
-            kernel("some_kernel_without_a_name_to_know", 100, 200, **external),
+            kernel("kernel_with_unknown_name", 100, 200, **external),
             kernel("nvjet_tst_128x256_64x4", 200, 300),
             kernel("void cutlass::device_kernel<flash::FlashAttnFwdSm90>", 300, 400),
             kernel("triton_poi_fused__scaled_dot_product_flash_attention_mul_0", 400, 450),
@@ -143,7 +145,7 @@ def test_on_gpus_kernels_count_and_communication_is_exposed_where_none_runs() ->
             event("Memcpy HtoD (Pinned -> Device)", 50, 60, 9, cat="gpu_memcpy"),
         ]
     )
-    assert microseconds(times) == {
+    assert microseconds(breakdown) == {
         MATRIX: 200,
         ATTENTION: 100,
         ELEMENTWISE: 50 + 10,
@@ -152,63 +154,61 @@ def test_on_gpus_kernels_count_and_communication_is_exposed_where_none_runs() ->
         WAIT: 50,
         HOST: 1000 - 200 - 100 - 60 - 40 - 50 - 50,
     }
-    assert times.communication == pytest.approx(150e-6)
+    assert breakdown.communication == pytest.approx(150e-6)
 
 
-def test_memory_is_what_the_step_held_more_than_at_its_beginning() -> None:
+def test_peak_allocated_is_relative_to_start_of_step() -> None:
     def memory(at: int, change: int, device: int = 0) -> dict[str, Any]:
         args = {"Bytes": change, "Device Type": device}
         return {"ph": "i", "name": "[memory]", "ts": at, "args": args}
 
     before, other_device = memory(-5, 900), memory(30, 800, device=1)
     changes = [memory(10, 100), memory(20, 50), memory(30, -120), memory(40, 60)]
-    step = marked(STEP, 0, 100)
-    assert step_times([step, before, other_device, *changes]).allocated == 150
+    step = annotation(STEP, 0, 100)
+    assert break_down([step, before, other_device, *changes]).peak_allocated == 150
 
 
 # ---------------------------------------------------------------- in a run
 
 
-def test_a_step_that_is_not_asked_for_and_other_ranks_have_nothing_around_them() -> None:
+def test_unlisted_steps_and_other_ranks_are_not_profiled() -> None:
     def run(first: bool, profile: list[int] | None) -> Any:
         config = SimpleNamespace(log=LogConfig(profile=profile))
         return SimpleNamespace(config=config, fabric=SimpleNamespace(is_global_zero=first))
 
-    for around in (
+    for context in (
         profiled(run(True, None), 3),
         profiled(run(True, [2, 4]), 3),
         profiled(run(False, [3]), 3),
     ):
-        assert isinstance(around, nullcontext)
+        assert isinstance(context, nullcontext)
 
 
-def test_a_run_writes_trace_and_table_of_the_steps_asked_for(
-    smoke_run: Any, tmp_path: Path
-) -> None:
+def test_run_writes_trace_and_breakdown_of_listed_steps(smoke_run: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = smoke_run(run, "log.profile=[2,4]", "train.max_steps=5", "validation.samples=0")
     folders = sorted((run / "profile").iterdir())
     assert [folder.name for folder in folders] == ["step-00000002", "step-00000004"]
     for folder in folders:
         trace = folder / "trace.json.gz"
-        times = read_step_times(trace)
-        # A sum of sorted differences of one clock: rounding of floats alone, of 1e12 microseconds.
-        assert sum(times.rows.values()) == pytest.approx(times.total, rel=1e-3)
+        breakdown = read_breakdown(trace)
+        # A sum of sorted differences of one clock: only float rounding, of 1e12 microseconds.
+        assert sum(breakdown.rows.values()) == pytest.approx(breakdown.total, rel=1e-3)
         events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-        steps = [each for each in events if each["name"] == STEP]
-        assert [each["dur"] / 1e6 for each in steps] == [pytest.approx(times.total)]
-        # One process: matrix products, attention, the update and the wait for data are all there.
+        steps = [e for e in events if e["name"] == STEP]
+        assert [e["dur"] / 1e6 for e in steps] == [pytest.approx(breakdown.total)]
+        # One process without communication has time in all other rows.
         for row in (MATRIX, ATTENTION, ELEMENTWISE, OPTIMIZER, WAIT, HOST):
-            assert times.rows[row] > 0, row
+            assert breakdown.rows[row] > 0, row
         table = (folder / "time.txt").read_text()
-        assert table == times.table() + "\n" and table in done.stdout + "\n"
-        assert times.allocated > 0
+        assert table == breakdown.table() + "\n" and table in done.stdout + "\n"
+        assert breakdown.peak_allocated > 0
 
 
-def test_a_profile_that_cannot_be_written_is_told_and_stops_nothing(
+def test_failed_profile_write_is_reported_and_training_continues(
     smoke_run: Any, tmp_path: Path
 ) -> None:
-    (tmp_path / "profile").touch()  # where the folder would be
+    (tmp_path / "profile").touch()  # at the path of the folder
     done = smoke_run(tmp_path, "log.profile=[1]", "train.max_steps=2", "validation.samples=0")
-    assert "The profile of step 1 cannot be written: " in done.stdout
+    assert "Could not write the profile of step 1 (" in done.stdout
     assert (tmp_path / "checkpoints" / "step-00000002" / "COMMITTED").exists()

@@ -1,0 +1,74 @@
+"""Plot of training and validation loss (`loss.png`)."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from resilience.event_log import read_json_lines
+
+
+def smooth(values: Sequence[float], half_width: int) -> list[float]:
+    """Return the mean over a window centred on each point.
+
+    At the start, where the loss falls fast, the window shrinks to stay centred, so that the curve
+    does not start too low. At the end it is cut off, so that the last value is still a mean.
+    """
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    out = []
+    for i in range(len(values)):
+        half = min(half_width, i)
+        first, end = i - half, min(i + half + 1, len(values))
+        out.append((sums[end] - sums[first]) / (end - first))
+    return out
+
+
+def plot_loss(metrics: Path, image: Path, title: str) -> None:
+    """Plot training and validation loss (nats per token) over tokens, or over steps without tokens.
+
+    The image is replaced atomically. Without a finite loss nothing is written.
+
+    Raises:
+        OSError: The image cannot be written.
+        ImportError: matplotlib is not installed.
+    """
+    records = read_json_lines(metrics)
+    x_key = "tokens" if records and all("tokens" in r for r in records) else "step"
+    train = [(r[x_key], r["loss"]) for r in records if r.get("loss") is not None]
+    validation = [(r[x_key], r["val_loss"]) for r in records if r.get("val_loss") is not None]
+    if not train and not validation:
+        return
+    # The first import may log that the font cache is being built.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    largest = max(x for x, _ in train + validation)
+    units = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e3, "thousand"))
+    unit, word = next(((u, w) for u, w in units if largest >= u), (1, ""))
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    if train:
+        xs, ys = [x / unit for x, _ in train], [y for _, y in train]
+        smoothed = smooth(ys, max(1, len(ys) // 50))
+        axes.plot(xs, ys, color="#9ecae1", linewidth=0.8, label="training, each logged step")
+        label = f"training, smoothed: {smoothed[-1]:.3f}"
+        axes.plot(xs, smoothed, color="#08519c", linewidth=1.8, label=label)
+    if validation:
+        xs, ys = [x / unit for x, _ in validation], [y for _, y in validation]
+        label = f"validation: {ys[-1]:.3f}"
+        axes.plot(xs, ys, color="#d94801", linewidth=1.4, marker="o", markersize=4, label=label)
+    axes.set_title(title, loc="left", fontweight="bold", parse_math=False)
+    name = "tokens" if x_key == "tokens" else "steps"
+    axes.set_xlabel(f"{name} ({word})" if word else name)
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_xlim(left=0)
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper right")
+    temporary = image.with_name(image.name + ".tmp")
+    FigureCanvasAgg(figure).print_figure(temporary, format="png")
+    os.replace(temporary, image)

@@ -1,0 +1,119 @@
+"""Throughput of a run: tokens/s, TFLOP/s and model FLOPs utilization (MFU).
+
+Replaces Fabric's own monitor, which counts tensor-parallel ranks as data-parallel and lacks recent
+GPUs in its table of peaks.
+"""
+
+import re
+import resource
+import sys
+
+import torch
+
+from cli.config import JobConfig
+from model.flops import flops_per_token
+from parallel.data_parallel import mixed_precision
+from parallel.mesh import MeshShape
+
+# Dense bf16 peak in TFLOP/s by device name, as torch.cuda.get_device_name returns it.
+_PEAK_TFLOPS = (
+    (r"\bA100\b", 312.0),
+    (r"\bH100\b.*(PCIe|HBM2e)", 756.0),
+    (r"\bH100\b.*(SXM|HBM3\b)", 989.0),
+    (r"\bH200\b(?!.*NVL)", 989.0),
+    (r"\bB200\b", 2250.0),
+    (r"\bMI300X\b", 1307.0),
+)
+
+
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """Return the dense peak of one device in FLOP/s for matrix products, or None if unknown.
+
+    Known are bf16 and fp16 on the GPUs in the table. The result is None for CPUs, other dtypes, MIG
+    slices and all other GPUs, because no MFU is better than a wrong one. Source: vendor data sheets
+    of A100, H100, H200, HGX B200 and Instinct MI300X, without structured sparsity.
+    """
+    if dtype not in (torch.bfloat16, torch.float16) or " MIG " in f"{device_name} ":
+        return None
+    for pattern, tflops in _PEAK_TFLOPS:
+        if re.search(pattern, device_name):
+            return tflops * 1e12
+    return None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return peak allocated memory on CUDA, peak resident set size of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere
+
+
+class Throughput:
+    """Convert token counts and seconds to throughput metrics.
+
+    FLOPs per token are 6·N + 12·layers·heads·head_dim·seq_len ("full"; PaLM, arXiv:2204.02311,
+    appendix B). "causal" halves the second term: it counts only what a causal mask requires.
+    Recomputed activations do not count.
+
+    Args:
+        world_size: Number of devices in the mesh.
+        peak_flops: Peak of one device in FLOP/s, or None if unknown.
+    """
+
+    def __init__(
+        self,
+        flops_per_token_causal: float,
+        flops_per_token_full: float,
+        world_size: int,
+        peak_flops: float | None,
+        device: torch.device,
+    ) -> None:
+        self.flops_per_token_causal = flops_per_token_causal
+        self.flops_per_token_full = flops_per_token_full
+        self.world_size = world_size
+        self.peak_flops = peak_flops
+        self.device = device
+
+    def metrics(
+        self, tokens: int, seconds: float, data_wait_seconds: float, steps: int
+    ) -> dict[str, float | None]:
+        """Return the metrics of `steps` steps.
+
+        `tokens_per_second` is that of the whole mesh, `tflops` is per device (causal), and
+        `mfu_causal` and `mfu_full` are fractions of the device's peak, None if it is unknown.
+        `step_seconds` and `data_wait_seconds` are means per step.
+
+        Args:
+            tokens: Tokens of all ranks in these steps.
+            seconds: Duration of these steps.
+            data_wait_seconds: Part of `seconds` spent waiting for data.
+        """
+        tokens_per_second = tokens / seconds
+        causal = tokens_per_second * self.flops_per_token_causal / self.world_size
+        full = tokens_per_second * self.flops_per_token_full / self.world_size
+        return {
+            "tokens_per_second": tokens_per_second,
+            "tflops": causal / 1e12,
+            "mfu_causal": causal / self.peak_flops if self.peak_flops else None,
+            "mfu_full": full / self.peak_flops if self.peak_flops else None,
+            "peak_memory_gib": peak_memory_gib(self.device),
+            "step_seconds": seconds / steps,
+            "data_wait_seconds": data_wait_seconds / steps,
+        }
+
+
+def build_throughput(
+    config: JobConfig, mesh: MeshShape, device: torch.device, seq_len: int
+) -> Throughput:
+    """Return the throughput meter of a run for sequences of length `seq_len`."""
+    dtype = mixed_precision(config.precision, device.type).param_dtype or torch.float32
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return Throughput(
+        flops_per_token(config.model, seq_len, causal=True),
+        flops_per_token(config.model, seq_len, causal=False),
+        mesh.world_size,
+        # With fp8 products, a fraction of the bf16 peak would be meaningless.
+        None if config.precision.fp8 else peak_flops(name, dtype),
+        device,
+    )

@@ -1,0 +1,62 @@
+"""Validation loss and generated text samples during training.
+
+All ranks take part in both. Each waits for the device, so the training loop calls them on
+validation steps only.
+"""
+
+from typing import TYPE_CHECKING
+
+from training.run import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from data.loader import Batch
+
+
+def validate(run: Run) -> float:
+    """Return the mean loss over the validation windows; it does not depend on the mesh."""
+    from data.dataset import Dataset
+    from data.loader import validation_batches
+    from evaluation.perplexity import NOTHING, measure
+
+    assert isinstance(run.dataset, Dataset)  # streams have no validation split
+    batches = validation_batches(
+        run.dataset,
+        samples=run.config.validation.samples,
+        seq_len=run.config.train.seq_len,
+        micro_batch_size=run.validation_batch_size,
+        rank=run.data_rank,
+        size=run.mesh.dp,
+    )
+    watched = {name: _watched(run, of_source) for name, of_source in batches.items()}
+    measured = measure(run.model, watched, run.fabric.device, run.strategy.sum_over_data)
+    return sum(measured.values(), NOTHING).loss
+
+
+def _watched(run: Run, batches: "list[Batch]") -> "Iterator[Batch]":
+    """Yield the batches, restarting the watchdog's step timeout for each."""
+    for batch in batches:
+        run.watchdog.enter("step", run.position.step)
+        yield batch
+
+
+def write_sample(run: Run) -> None:
+    """Generate text on all ranks; rank 0 appends it to `samples.txt`."""
+    from evaluation.sampling import sample_text
+
+    config = run.config.validation
+    if config.sample_tokens == 0:
+        return
+    text = sample_text(
+        run.model,
+        run.dataset.tokenizer(),
+        config.prompt,
+        n_tokens=config.sample_tokens,
+        temperature=config.temperature,
+        seed=run.position.step,
+        device=run.fabric.device,
+        multiple_of=run.mesh.seq_multiple,
+    )
+    if run.metrics is not None:
+        run.metrics.write_sample(run.position.step, text)
