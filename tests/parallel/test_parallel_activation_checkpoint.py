@@ -1,6 +1,6 @@
-"""What a block keeps for its backward: less memory in the order promised, and the same losses.
+"""Activation checkpointing lowers peak memory in the expected order and does not change losses.
 
-Memory is that of the CPU allocator, as PyTorch's profiler sees it, so that compiled code counts.
+Memory is measured with PyTorch's profiler on the CPU allocator, which includes compiled code.
 """
 
 from typing import Any
@@ -21,12 +21,12 @@ BUDGETS = (1.0, 0.5, 0.0)
 
 
 def measure(cases: list[Case]) -> list[tuple[float, int]]:
-    """The loss, and the peak of what the third step allocates in bytes, of each case."""
+    """Return the loss of each case and the peak memory of its third step in bytes."""
     small_run.model_config = lambda tied, n_layers: CONFIG
     tokens = torch.randint(0, CONFIG.vocab_size, (2, 256), generator=torch.manual_seed(0))
-    found = []
+    results = []
     for case in cases:
-        torch._dynamo.reset()  # the memory budget is no part of what compiled code is found by
+        torch._dynamo.reset()  # the memory budget is not part of the compile cache key
         run = build(case)
 
         def step(run: Any = run) -> float:
@@ -38,19 +38,19 @@ def measure(cases: list[Case]) -> list[tuple[float, int]]:
         step()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             loss = step()
-        found.append((loss, peak(profiler)))
-    return found
+        results.append((loss, peak_bytes(profiler)))
+    return results
 
 
-def peak(profiler: Any) -> int:
-    """The most bytes that were allocated at once since the profiler began."""
+def peak_bytes(profiler: Any) -> int:
+    """Return the peak of the bytes allocated since the profiler started."""
     events = profiler.profiler.kineto_results.events()
     memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    now = most = 0
+    allocated = peak = 0
     for _, size in memory:
-        now += size
-        most = max(most, now)
-    return most
+        allocated += size
+        peak = max(peak, allocated)
+    return peak
 
 
 @pytest.fixture(scope="module")
@@ -62,25 +62,25 @@ def measured() -> dict[Case, tuple[float, int]]:
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_selective_keeps_less_than_none_and_full_less_than_selective(
+def test_selective_uses_less_memory_than_none_and_full_less_than_selective(
     measured: Any, compile: bool
 ) -> None:
-    """By a tenth at least: far above what an allocation more or less can do."""
+    """The margin of 10% is far larger than the effect of a single allocation."""
     peaks = [measured[Case(activation_checkpoint=m, compile=compile)][1] for m in EAGER]
     assert peaks[1] < 0.9 * peaks[0] and peaks[2] < 0.9 * peaks[1]
 
 
-def test_memory_falls_with_the_compiler_s_budget(measured: Any) -> None:
-    """A budget of 1 keeps what no checkpointing does, one of 0 about what eager `full` does."""
+def test_memory_decreases_with_the_compiler_memory_budget(measured: Any) -> None:
+    """A budget of 1 matches no checkpointing; a budget of 0 roughly matches eager `full`."""
     peaks = [measured[Case(activation_checkpoint=m, compile=True)][1] for m in BUDGETS]
     assert peaks[1] < 0.9 * peaks[0] and peaks[2] < 0.9 * peaks[1]
     assert peaks[0] == pytest.approx(measured[Case(compile=True)][1], rel=0.02)
-    # Fused operations need fewer temporaries, which are small beside what a block keeps.
+    # Fused operations need fewer temporaries, which are small compared with saved activations.
     assert peaks[2] == pytest.approx(measured[Case(activation_checkpoint="full")][1], rel=0.2)
 
 
 def test_losses_do_not_change(measured: Any) -> None:
-    """Eagerly not by a bit; fused operations round differently, by some float32 units."""
+    """Eager losses are bit-identical; fused operations round differently, by some float32 ulps."""
     expected = measured[Case()][0]
     for case, (loss, _) in measured.items():
         if not case.compile:
@@ -88,9 +88,9 @@ def test_losses_do_not_change(measured: Any) -> None:
         assert loss == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("kept", ["full", "selective", 0.5])
-def test_checkpointing_compiles_under_tensor_parallelism(kept: Any) -> None:
-    cases = [Case(tp=2), Case(tp=2, activation_checkpoint=kept, compile=True)]
-    (expected, plain_peak), (loss, peak) = on_ranks(2, measure, cases)[0]
+@pytest.mark.parametrize("mode", ["full", "selective", 0.5])
+def test_checkpointing_compiles_under_tensor_parallelism(mode: Any) -> None:
+    cases = [Case(tp=2), Case(tp=2, activation_checkpoint=mode, compile=True)]
+    (expected, peak_without), (loss, peak) = on_ranks(2, measure, cases)[0]
     assert loss == pytest.approx(expected, rel=1e-6)
-    assert peak < 0.9 * plain_peak
+    assert peak < 0.9 * peak_without

@@ -1,4 +1,4 @@
-"""What is handed to PyTorch's compiler besides the blocks, whose runs are in the grid's test."""
+"""Compiler settings besides the blocks; test_parallel_grid.py trains compiled blocks."""
 
 from dataclasses import replace
 
@@ -15,11 +15,11 @@ from parallel.parallelize import parallelize
 from parallel.trace import fake_processes
 
 
-@torch._inductor.config.patch(_micro_pipeline_tp=False)  # monkeypatch would leave it deleted
-def test_async_tp_is_on_where_asked_and_for_the_tensor_parallel_group_alone(
+@torch._inductor.config.patch(_micro_pipeline_tp=False)  # monkeypatch would delete the setting
+def test_async_tp_is_enabled_only_on_request_and_only_for_the_tp_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What it does needs NVLink; here, that the compiler and the group are told."""
+    """Async TP itself needs NVLink; the test checks the settings of compiler and group."""
     enabled: list[str] = []
     name = "torch.distributed._symmetric_memory.enable_symm_mem_for_group"
     monkeypatch.setattr(name, enabled.append)

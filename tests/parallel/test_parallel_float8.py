@@ -1,6 +1,7 @@
-"""fp8 products: torchao's on our plan, close to exact ones, the same on every mesh.
+"""torchao's fp8 linear layers are close to exact ones and agree on every mesh.
 
-On CPU they are emulated: factors rounded to fp8, products in float32. The real ones need a GPU.
+On CPU, fp8 is emulated: operands are rounded to fp8 and multiplied in float32. Real fp8 products
+need a GPU.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ RECIPES: tuple[Recipe, ...] = ("tensorwise", "rowwise")
 
 @dataclass(frozen=True)
 class Case:
-    """Emulated fp8, or none, on a mesh."""
+    """A mesh with emulated fp8, or without fp8."""
 
     recipe: Recipe | None
     dp: int = 1
@@ -42,12 +43,14 @@ class Case:
 
 
 MESHES = ({"dp": 2}, {"tp": 2}, {"tp": 2, "sequence_parallel": False})
-ALONE = [Case(recipe, param=param) for recipe in (None, *RECIPES) for param in ("fp32", "bf16")]
-SPREAD = [Case(recipe, **mesh) for recipe in RECIPES for mesh in MESHES]  # type: ignore[arg-type]
+SINGLE_PROCESS = [
+    Case(recipe, param=param) for recipe in (None, *RECIPES) for param in ("fp32", "bf16")
+]
+MULTI_PROCESS = [Case(recipe, **mesh) for recipe in RECIPES for mesh in MESHES]  # type: ignore[arg-type]
 
 
 def run_case(case: Case) -> dict[str, Any]:
-    """Loss and gradients of one batch, as on one process; what the modules have become."""
+    """Return loss and full gradients of one batch, and the class name of each module."""
     parallel = ParallelConfig(
         dp_shard=case.dp, tp=case.tp, sequence_parallel=case.sequence_parallel
     )
@@ -67,38 +70,39 @@ def run_case(case: Case) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     tokens, labels = torch.randint(0, CONFIG.vocab_size, (2, BATCH, SEQ), generator=generator)
     rows = BATCH // case.dp
-    own = slice(rank := strategy.shape.data_rank(fabric.global_rank) * rows, rank + rows)
-    loss = model(tokens[own], None, labels[own]) / (BATCH * SEQ)
+    first_row = strategy.shape.data_rank(fabric.global_rank) * rows
+    local = slice(first_row, first_row + rows)
+    loss = model(tokens[local], None, labels[local]) / (BATCH * SEQ)
     fabric.backward(loss)
     gradients: dict[str, Any] = {name: p.grad for name, p in llama.named_parameters()}
     return {
         "loss": strategy.sum_over_data(loss.detach().double()).item(),
         "gradients": {name: full_tensor(gradient) for name, gradient in gradients.items()},
-        "kinds": {name: type(m).__name__ for name, m in llama.named_modules()},
+        "classes": {name: type(m).__name__ for name, m in llama.named_modules()},
     }
 
 
-def run_cases(chosen: list[Case]) -> dict[Case, dict[str, Any]]:
-    return {case: run_case(case) for case in chosen}
+def run_cases(cases: list[Case]) -> dict[Case, dict[str, Any]]:
+    return {case: run_case(case) for case in cases}
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[Case, dict[str, Any]]:
-    return {**on_ranks(1, run_cases, ALONE)[0], **on_ranks(2, run_cases, SPREAD)[0]}
+def results() -> dict[Case, dict[str, Any]]:
+    one_process = on_ranks(1, run_cases, SINGLE_PROCESS)[0]
+    return {**one_process, **on_ranks(2, run_cases, MULTI_PROCESS)[0]}
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    """Relative, over the whole tensor."""
-    return ((found - expected).norm() / expected.norm()).item()
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference relative to the norm of `expected`."""
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_linear_layers_of_the_blocks_are_converted_and_no_other(
-    found: Any, recipe: Recipe
-) -> None:
-    kinds, plain = found[Case(recipe)]["kinds"], found[Case(None)]["kinds"]
-    changed = {name for name in kinds if kinds[name] != plain[name]}
-    assert kinds.keys() == plain.keys() and {kinds[name] for name in changed} == {"Float8Linear"}
+def test_only_the_linear_layers_of_the_blocks_are_converted(results: Any, recipe: Recipe) -> None:
+    classes, plain = results[Case(recipe)]["classes"], results[Case(None)]["classes"]
+    changed = {name for name in classes if classes[name] != plain[name]}
+    assert classes.keys() == plain.keys()
+    assert {classes[name] for name in changed} == {"Float8Linear"}
     assert changed == {
         f"layers.{layer}.{name}"
         for layer in range(CONFIG.n_layers)
@@ -107,52 +111,57 @@ def test_the_linear_layers_of_the_blocks_are_converted_and_no_other(
             *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
         )
     }
-    assert found[Case(recipe)]["gradients"].keys() == found[Case(None)]["gradients"].keys()
+    assert results[Case(recipe)]["gradients"].keys() == results[Case(None)]["gradients"].keys()
 
 
 @pytest.mark.parametrize("param", ["fp32", "bf16"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_loss_and_gradients_are_exact_but_for_the_rounding_of_fp8(
-    found: Any, recipe: Recipe, param: str
+def test_loss_and_gradients_differ_from_exact_ones_by_fp8_rounding_only(
+    results: Any, recipe: Recipe, param: str
 ) -> None:
-    """A factor in e4m3 is within 2**-4 of itself, in e5m2 (tensorwise gradients) within 2**-3.
+    """The relative error of an operand is at most 2**-4 in e4m3 and 2**-3 in e5m2.
 
-    As means that is 2.6% and 5%; a gradient behind a chain of ten products collects some of each.
-    At the start of training the loss hardly depends on the blocks.
+    Tensorwise gradients use e5m2. The mean errors are 2.6% and 5%; a gradient that passes through
+    ten products accumulates some of each. At the start of training the loss hardly depends on the
+    blocks.
     """
-    exact, rounded = found[Case(None)], found[Case(recipe, param=param)]
+    exact, rounded = results[Case(None)], results[Case(recipe, param=param)]
     assert 0 < abs(rounded["loss"] / exact["loss"] - 1) < 2e-4
     errors = {
-        name: error(gradient, exact["gradients"][name])
+        name: relative_error(gradient, exact["gradients"][name])
         for name, gradient in rounded["gradients"].items()
     }
     blocks = [value for name, value in errors.items() if name.startswith("layers.")]
     assert all(0.02 < value < 0.15 for value in blocks), errors
-    assert errors["output.weight"] < 0.03  # its own product is exact, its input is not
+    assert errors["output.weight"] < 0.03  # the product is exact, its input is not
 
 
-@pytest.mark.parametrize("case", SPREAD, ids=lambda case: f"{case.recipe}-dp{case.dp}-tp{case.tp}")
-def test_mesh_changes_no_rounding_that_it_need_not(found: Any, case: Case) -> None:
-    """Scales over tp are those of whole tensors and rows, so only sums round in another order.
+@pytest.mark.parametrize(
+    "case", MULTI_PROCESS, ids=lambda case: f"{case.recipe}-dp{case.dp}-tp{case.tp}"
+)
+def test_mesh_changes_fp8_rounding_only_for_tensorwise_scales_over_data_ranks(
+    results: Any, case: Case
+) -> None:
+    """Under tp, scales are computed over full tensors and rows, so only summation order differs.
 
-    A data rank scales its own tokens. One scale a row does not see that in forward and the
-    gradients' way back; the gradient of a weight sums over tokens, so there the columns' scales
-    change by powers of two, which round numbers alike. One scale a tensor is another one: the
-    result is as exact, and not the same.
+    A data rank computes scales from its local tokens. Rowwise scales are unaffected in forward and
+    in the gradients of activations. The gradient of a weight sums over tokens, so the column scales
+    change, but by powers of two, which does not change rounding. A tensorwise scale does change:
+    the result is as accurate but not identical.
     """
-    whole, cut = found[Case(case.recipe)], found[case]
+    expected, actual = results[Case(case.recipe)], results[case]
     if case.recipe == "tensorwise" and case.dp > 1:
-        assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         tolerance = 0.15
     else:
-        assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         tolerance = 1e-4
-    for name, gradient in cut["gradients"].items():
-        assert error(gradient, whole["gradients"][name]) < tolerance, name
+    for name, gradient in actual["gradients"].items():
+        assert relative_error(gradient, expected["gradients"][name]) < tolerance, name
 
 
 def on_gpu(recipe: Recipe | None) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of one batch in bf16, with real fp8 products or without."""
+    """Return loss and gradients of one batch in bf16, with or without real fp8 products."""
     model = Llama(CONFIG)
     initialize(model, CONFIG, 7)
     if recipe:
@@ -175,10 +184,10 @@ needs_fp8 = pytest.mark.skipif(
 @pytest.mark.gpu
 @needs_fp8
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_real_fp8_products_are_as_close_as_emulated_ones(recipe: Recipe) -> None:
-    (plain, expected), (rounded, found) = on_gpu(None), on_gpu(recipe)
-    assert rounded == pytest.approx(plain, rel=3e-4)
-    errors = {name: error(found[name], expected[name]) for name in expected}
+def test_real_fp8_products_are_as_accurate_as_emulated_ones(recipe: Recipe) -> None:
+    (plain_loss, expected), (loss, gradients) = on_gpu(None), on_gpu(recipe)
+    assert loss == pytest.approx(plain_loss, rel=3e-4)
+    errors = {name: relative_error(gradients[name], expected[name]) for name in expected}
     blocks = [value for name, value in errors.items() if name.startswith("layers.")]
     assert all(0.02 < value < 0.15 for value in blocks), errors
 
@@ -186,14 +195,14 @@ def test_real_fp8_products_are_as_close_as_emulated_ones(recipe: Recipe) -> None
 @pytest.mark.gpu
 @needs_fp8
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_run_with_fp8_products_and_int8_moments_learns(
+def test_run_with_fp8_and_int8_moments_converges_like_the_run_without(
     smoke_run: Any, tmp_path: Path, recipe: Recipe
 ) -> None:
-    """Beside the same run without: 40 steps take the loss down by more than a nat."""
-    both = (f"precision.fp8={recipe}", "precision.optimizer_state=int8")
-    for name, overrides in (("plain", ()), ("narrow", both)):
+    """The loss falls by more than one nat in 40 steps."""
+    fp8_and_int8 = (f"precision.fp8={recipe}", "precision.optimizer_state=int8")
+    for name, overrides in (("plain", ()), ("fp8", fp8_and_int8)):
         smoke_run(tmp_path / name, "parallel.accelerator=cuda", "parallel.devices=1", *overrides)
-    plain, narrow = (read_metrics(tmp_path / name) for name in ("plain", "narrow"))
+    plain, fp8 = (read_metrics(tmp_path / name) for name in ("plain", "fp8"))
     assert plain[0]["loss"] - plain[-1]["loss"] > 1
-    assert narrow[-1]["loss"] == pytest.approx(plain[-1]["loss"], abs=0.1)
-    assert all(line["mfu_full"] is None and line["tflops"] > 0 for line in narrow)
+    assert fp8[-1]["loss"] == pytest.approx(plain[-1]["loss"], abs=0.1)
+    assert all(line["mfu_full"] is None and line["tflops"] > 0 for line in fp8)

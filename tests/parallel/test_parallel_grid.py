@@ -1,8 +1,9 @@
-"""One run, any mesh: every combination of the axes trains like one process, and goes on from any.
+"""Every mesh trains like one process and resumes from a checkpoint of every other mesh.
 
-Each mesh trains twenty steps of AdamW in float32 on packed documents, two micro-batches a step,
-with other numbers of targets on every data rank, and saves in the middle. Then each loads what each
-of the others saved, and goes on from the one before it in the list.
+Each mesh trains twenty steps of AdamW in float32 on packed documents, with two micro-batches per
+step and a different number of targets on each data rank, and saves a checkpoint after ten steps.
+Then each mesh loads the checkpoints of all other meshes, and resumes from that of its predecessor
+in the list.
 """
 
 import itertools
@@ -47,29 +48,29 @@ CASES = {sizes: case_of(sizes) for sizes in SIZES}
 
 
 def train(run: Any, case: Case, steps: range) -> list[tuple[float, float]]:
-    """The loss and the gradient norm of each step."""
-    found = []
+    """Return the loss and the gradient norm of each step."""
+    stats = []
     for step in steps:
         batches = local_batches(batch(step), run.data_rank, case.mesh.dp, case.n_micro)
         tensors = train_step(cast(Any, run), batches, OPTIM.lr)
         loss, norm, *_ = tensors["vitals"].tolist()
-        found.append((loss, norm))
-    return found
+        stats.append((loss, norm))
+    return stats
 
 
 def tensors_of(run: Any) -> dict[str, Any]:
-    """Every parameter and both Adam moments."""
-    found = {}
+    """Return all parameters and Adam moments."""
+    results = {}
     for name, parameter in run.llama.named_parameters():
-        found[name] = parameter
+        results[name] = parameter
         for moment in ("exp_avg", "exp_avg_sq"):
-            found[f"{name} {moment}"] = run.adamw.state[parameter][moment]
-    return found
+            results[f"{name} {moment}"] = run.adamw.state[parameter][moment]
+    return results
 
 
-def train_and_save(folder: Path, chosen: dict[str, Case]) -> dict[str, Any]:
-    found = {}
-    for name, case in chosen.items():
+def train_and_save(folder: Path, cases: dict[str, Case]) -> dict[str, Any]:
+    results = {}
+    for name, case in cases.items():
         run = build(case)
         first = train(run, case, range(MIDDLE))
         position = Position(MIDDLE, 0, 0, "of the test")
@@ -77,16 +78,16 @@ def train_and_save(folder: Path, chosen: dict[str, Case]) -> dict[str, Any]:
         state = {key: full_tensor(tensor) for key, tensor in tensors_of(run).items()}
         if run.fabric.is_global_zero:
             torch.save(state, folder / name / "state.pt")
-        found[name] = first + train(run, case, range(MIDDLE, STEPS))
-    return found
+        results[name] = first + train(run, case, range(MIDDLE, STEPS))
+    return results
 
 
-def load_and_go_on(folder: Path, chosen: dict[str, Case]) -> dict[str, Any]:
-    """What differs after each load, and the steps after the last load, by mesh."""
-    found = {}
-    for name, case in chosen.items():
+def load_and_resume(folder: Path, cases: dict[str, Case]) -> dict[str, Any]:
+    """Return the tensors that differ after each load and the steps after the last load, by mesh."""
+    results = {}
+    for name, case in cases.items():
         run = build(case)
-        train(run, case, range(1))  # so that there are moments
+        train(run, case, range(1))  # creates the Adam moments
         before = SIZES[SIZES.index(name) - 1]
         differing = []
         for source in [*(other for other in SIZES if other != before), before]:
@@ -97,47 +98,48 @@ def load_and_go_on(folder: Path, chosen: dict[str, Case]) -> dict[str, Any]:
             differing += [
                 f"{key} from {source}"
                 for key, tensor in tensors_of(run).items()
-                if not holds_its_part(tensor, expected[key])
+                if not equals_local_shard(tensor, expected[key])
             ]
-        found[name] = differing, train(run, case, range(MIDDLE, STEPS))
-    return found
+        results[name] = differing, train(run, case, range(MIDDLE, STEPS))
+    return results
 
 
-def holds_its_part(tensor: Any, expected: Tensor) -> bool:
-    """Whether a tensor's local shard is, bit for bit, that part of the whole."""
+def equals_local_shard(tensor: Any, expected: Tensor) -> bool:
+    """Return whether the local shard of a tensor equals that slice of the full tensor exactly."""
     local, offsets = local_block(tensor.detach())
     for dim, (offset, size) in enumerate(zip(offsets, local.shape, strict=True)):
         expected = expected.narrow(dim, offset, size)
     return torch.equal(local, expected)
 
 
-def train_compiled(folder: Path, chosen: dict[str, Case]) -> dict[str, Any]:
-    """Compiled to the middle, then eagerly from that checkpoint, then compiled from the eager one.
+def train_compiled(folder: Path, cases: dict[str, Case]) -> dict[str, Any]:
+    """Train the first half compiled, then resume compiled from the eager checkpoint and vice versa.
 
-    Returns the steps of each part, how many graphs were compiled in the first step and in all,
-    the graph breaks and the names of the parameters.
+    Returns, by mesh: the steps of the three parts, the number of compiled graphs after the first
+    step and in total, the graph breaks and the parameter names.
     """
-    found = {}
-    for name, case in chosen.items():
+    results = {}
+    for name, case in cases.items():
         counters.clear()
         run = build(case)
         steps = train(run, case, range(1))
         first_graphs = compiled_graphs()
         steps += train(run, case, range(1, MIDDLE))
-        saved = RunFolder(folder / f"compiled {name}")
-        save(saved, run.llama, run.adamw, Position(MIDDLE, 0, 0, "of the test"), {})
+        run_folder = RunFolder(folder / f"compiled {name}")
+        save(run_folder, run.llama, run.adamw, Position(MIDDLE, 0, 0, "of the test"), {})
         load(RunFolder(folder / name).step_folder(MIDDLE), run.llama, run.adamw)
-        rest = train(run, case, range(MIDDLE, STEPS))
+        resumed_compiled = train(run, case, range(MIDDLE, STEPS))
         graphs = first_graphs, compiled_graphs()
         eager = build(CASES[name])
-        load(saved.step_folder(MIDDLE), eager.llama, eager.adamw)
-        rest_eagerly = train(eager, case, range(MIDDLE, STEPS))
+        load(run_folder.step_folder(MIDDLE), eager.llama, eager.adamw)
+        resumed_eager = train(eager, case, range(MIDDLE, STEPS))
         names = [[key for key, _ in each.llama.named_parameters()] for each in (run, eager)]
-        found[name] = steps, rest, rest_eagerly, graphs, dict(counters["graph_break"]), names
-    return found
+        breaks = dict(counters["graph_break"])
+        results[name] = steps, resumed_compiled, resumed_eager, graphs, breaks, names
+    return results
 
 
-# ---------------------------------------------------------------- the claims
+# ---------------------------------------------------------------- tests
 
 
 def by_world(cases: dict[str, Case]) -> list[tuple[int, dict[str, Case]]]:
@@ -147,22 +149,22 @@ def by_world(cases: dict[str, Case]) -> list[tuple[int, dict[str, Case]]]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Where the checkpoints are, and the steps of each mesh on rank 0."""
+    """Return the folder of the checkpoints and the steps of each mesh on rank 0."""
     folder = tmp_path_factory.mktemp("runs")
-    found: dict[str, Any] = {}
-    for world, chosen in by_world(CASES):
-        found |= on_ranks(world, train_and_save, folder, chosen)[0]
-    return folder, found
+    results: dict[str, Any] = {}
+    for world, cases_of_world in by_world(CASES):
+        results |= on_ranks(world, train_and_save, folder, cases_of_world)[0]
+    return folder, results
 
 
 @pytest.fixture(scope="module")
 def resumed(trained: tuple[Path, dict[str, Any]]) -> dict[str, list[Any]]:
-    """What each rank found after loading, by mesh."""
-    found: dict[str, list[Any]] = {}
-    for world, chosen in by_world(CASES):
-        ranks = on_ranks(world, load_and_go_on, trained[0], chosen)
-        found |= {name: [rank[name] for rank in ranks] for name in chosen}
-    return found
+    """Return the result of `load_and_resume` on each rank, by mesh."""
+    results: dict[str, list[Any]] = {}
+    for world, cases_of_world in by_world(CASES):
+        ranks = on_ranks(world, load_and_resume, trained[0], cases_of_world)
+        results |= {name: [rank[name] for rank in ranks] for name in cases_of_world}
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -171,15 +173,20 @@ def compiled(trained: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
         name: replace(CASES[name], compile=True, activation_checkpoint="selective")
         for name in COMPILED
     }
-    found: dict[str, Any] = {}
-    for world, chosen in by_world(cases):
-        found |= on_ranks(world, train_compiled, trained[0], chosen)[0]
-    return found
+    results: dict[str, Any] = {}
+    for world, cases_of_world in by_world(cases):
+        results |= on_ranks(world, train_compiled, trained[0], cases_of_world)[0]
+    return results
 
 
-def assert_same_steps(own: list[tuple[float, float]], one: list[tuple[float, float]]) -> None:
-    """Sums in another order round differently, by a few float32 units of 1e-7 in each step."""
-    for (loss, norm), (expected_loss, expected_norm) in zip(own, one, strict=True):
+def assert_same_steps(
+    actual: list[tuple[float, float]], expected: list[tuple[float, float]]
+) -> None:
+    """Compare losses and norms.
+
+    Sums in a different order round differently, by a few float32 ulps of 1e-7 in each step.
+    """
+    for (loss, norm), (expected_loss, expected_norm) in zip(actual, expected, strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-6)
         assert norm == pytest.approx(expected_norm, rel=1e-5)
 
@@ -190,14 +197,14 @@ def test_mesh_trains_like_one_process(trained: Any, sizes: str) -> None:
     assert_same_steps(steps[sizes], steps["1111"])
 
 
-def test_the_steps_are_no_standstill(trained: Any) -> None:
-    """Losses fall by much more than the tolerance, so a lost update would be seen."""
+def test_losses_change_at_every_step_by_more_than_the_tolerance(trained: Any) -> None:
+    """A lost update would therefore be detected."""
     losses = [loss for loss, _ in trained[1]["1111"]]
     assert all(abs(a - b) > 1e-4 for a, b in itertools.pairwise(losses))
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_mesh_holds_what_any_other_saved_and_goes_on_alike(
+def test_mesh_loads_checkpoints_of_all_meshes_bit_for_bit_and_resumes(
     trained: Any, resumed: Any, sizes: str
 ) -> None:
     for differing, steps in resumed[sizes]:
@@ -209,9 +216,9 @@ def test_mesh_holds_what_any_other_saved_and_goes_on_alike(
 def test_compiled_blocks_with_selective_checkpointing_train_like_one_process(
     trained: Any, compiled: Any, sizes: str
 ) -> None:
-    steps, rest, rest_eagerly, (first_graphs, graphs), breaks, names = compiled[sizes]
-    one = trained[1]["1111"]
-    assert_same_steps(steps + rest, one)
-    assert_same_steps(rest_eagerly, one[MIDDLE:])
-    assert 0 < first_graphs == graphs  # none after the first step
+    steps, resumed_compiled, resumed_eager, (first_graphs, graphs), breaks, names = compiled[sizes]
+    expected = trained[1]["1111"]
+    assert_same_steps(steps + resumed_compiled, expected)
+    assert_same_steps(resumed_eager, expected[MIDDLE:])
+    assert 0 < first_graphs == graphs  # no compilation after the first step
     assert breaks == {} and names[0] == names[1]

@@ -1,4 +1,4 @@
-"""What becomes of freed host memory, in processes of their own: it is set for a whole one."""
+"""Reuse of freed host memory. The allocator settings are per process, so each test starts one."""
 
 import json
 from pathlib import Path
@@ -27,9 +27,9 @@ if sys.argv[2:]:
     resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]), resource.RLIM_INFINITY))
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
-sizes = [40, 70, 50]  # MiB; glibc learns a size up to 32 by itself
+sizes = [40, 70, 50]  # MiB; above the 32 MiB up to which glibc adapts its threshold
 tensors = [torch.ones(size * 2**18) for size in sizes]
-huge = "hg" in flags(tensors[0].data_ptr() + 20 * 2**20)  # the middle of it
+huge = "hg" in flags(tensors[0].data_ptr() + 20 * 2**20)  # its middle
 del tensors
 before = faults()
 tensors = [torch.ones(size * 2**18) for size in sizes]
@@ -37,27 +37,27 @@ print(json.dumps({"huge": huge, "faults": faults() - before}))
 """
 
 
-def in_a_process(*words: str) -> dict[str, int]:
-    done = start_python(["-c", PROGRAM, *words])
-    assert done.returncode == 0, done.stderr
-    told: dict[str, int] = json.loads(done.stdout)
-    return told
+def run_program(*arguments: str) -> dict[str, int]:
+    process = start_python(["-c", PROGRAM, *arguments])
+    assert process.returncode == 0, process.stderr
+    result: dict[str, int] = json.loads(process.stdout)
+    return result
 
 
-def test_memory_that_a_training_frees_is_there_when_it_is_asked_for_again() -> None:
-    assert in_a_process("kept")["faults"] < 100  # of 4 KiB: what the interpreter itself takes
-    assert in_a_process("returned")["faults"] > 160 * 2**20 // 2**21  # even in huge pages
+def test_freed_memory_is_reused_without_page_faults() -> None:
+    assert run_program("kept")["faults"] < 100  # pages of 4 KiB used by the interpreter itself
+    assert run_program("returned")["faults"] > 160 * 2**20 // 2**21  # even with huge pages
 
 
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists()
     or Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2",
-    reason="this kernel maps no huge pages on request, or counts memory that is not touched",
+    reason="the kernel has no transparent huge pages, or disallows memory overcommit",
 )
-def test_the_heap_of_a_training_may_be_mapped_in_huge_pages() -> None:
-    assert in_a_process("kept")["huge"]
-    assert not in_a_process("returned")["huge"]
+def test_heap_may_be_mapped_in_huge_pages() -> None:
+    assert run_program("kept")["huge"]
+    assert not run_program("returned")["huge"]
 
 
-def test_where_address_space_is_limited_the_heap_takes_none_that_it_does_not_need() -> None:
-    assert not in_a_process("kept", str(2**36))["huge"]  # all fits into 64 GiB, a limit even so
+def test_heap_is_not_enlarged_for_huge_pages_if_address_space_is_limited() -> None:
+    assert not run_program("kept", str(2**36))["huge"]  # 64 GiB would suffice, but it is a limit

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens on a mesh: those of one process, and the same choices."""
+"""Log-likelihoods and greedy flags for lm-eval on a mesh match those of one process."""
 
 import math
 
@@ -13,27 +13,28 @@ from data.tokenizer import ready_tokenizer
 from evaluation.language_model import LlameshModel
 
 CONTEXTS = [[5, 50, 7], [1], [57, 57], [8, 30, 31, 2]]
-# Every token after each context, so that one of them is the likeliest; texts of several lengths, in
-# batches that do not come out even.
-ASKED = [(None, context, [token]) for context in CONTEXTS for token in range(VOCAB)] + [
+# Every token after each context, so that exactly one is the greedy choice; then texts of several
+# lengths, whose number is not a multiple of the batch size.
+REQUESTS = [(None, context, [token]) for context in CONTEXTS for token in range(VOCAB)] + [
     (None, [1] * n, [2, 57, 30][: n % 4]) for n in range(3, 12)
 ]
 
-Found = list[tuple[float, bool]]
+Likelihoods = list[tuple[float, bool]]
 
 
 @pytest.fixture(scope="module")
-def one_process() -> Found:
-    (found,) = on_ranks(1, answers, Case(n_layers=2))
-    likeliest = []
+def one_process() -> Likelihoods:
+    (results,) = on_ranks(1, likelihoods, Case(n_layers=2))
+    greedy_tokens = []
     for first in range(0, VOCAB * len(CONTEXTS), VOCAB):
-        each = found[first : first + VOCAB]
-        assert math.fsum(math.exp(value) for value, _ in each) == pytest.approx(1, rel=1e-5)
-        assert [greedy for _, greedy in each].count(True) == 1
-        likeliest.append(each.index(max(each)))
-        assert each[likeliest[-1]][1]
-    assert min(likeliest) < VOCAB // 2 <= max(likeliest)  # both tensor-parallel ranks have some
-    return found
+        by_token = results[first : first + VOCAB]
+        assert math.fsum(math.exp(value) for value, _ in by_token) == pytest.approx(1, rel=1e-5)
+        assert [greedy for _, greedy in by_token].count(True) == 1
+        greedy_tokens.append(by_token.index(max(by_token)))
+        assert by_token[greedy_tokens[-1]][1]
+    # Both tensor-parallel ranks hold at least one of the greedy tokens.
+    assert min(greedy_tokens) < VOCAB // 2 <= max(greedy_tokens)
+    return results
 
 
 @pytest.mark.parametrize(
@@ -46,26 +47,28 @@ def one_process() -> Found:
     ],
     ids=["tp, sharded head", "tp, gathered head", "dp_shard", "dp_replicate"],
 )
-def test_a_mesh_answers_as_one_process(one_process: Found, case: Case) -> None:
-    """To float32's rounding of logits of about 100, whose sums are in another order."""
-    for found in on_ranks(2, answers, case):
-        assert [greedy for _, greedy in found] == [greedy for _, greedy in one_process]
+def test_mesh_returns_the_log_likelihoods_of_one_process(
+    one_process: Likelihoods, case: Case
+) -> None:
+    """The tolerance covers float32 rounding of logits of about 100, summed in another order."""
+    for results in on_ranks(2, likelihoods, case):
+        assert [greedy for _, greedy in results] == [greedy for _, greedy in one_process]
         values = [value for value, _ in one_process]
-        assert [value for value, _ in found] == pytest.approx(values, rel=1e-5, abs=1e-4)
+        assert [value for value, _ in results] == pytest.approx(values, rel=1e-5, abs=1e-4)
 
 
-def answers(case: Case) -> Found:
+def likelihoods(case: Case) -> Likelihoods:
     run = build(case)
     with torch.no_grad():
         for parameter in run.llama.parameters():
-            parameter.mul_(20)  # far from uniform
+            parameter.mul_(20)  # makes the distribution far from uniform
     tokenizer = ready_tokenizer(TokenizerConfig("byte", vocab_size=272))
     assert tokenizer is not None
 
-    def gather(own: list[object]) -> list[list[object]]:
-        shares: list[list[object]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(shares, own)
-        return shares[:: case.mesh.ranks_per_sample]
+    def gather(local: list[object]) -> list[list[object]]:
+        gathered: list[list[object]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, local)
+        return gathered[:: case.mesh.ranks_per_sample]
 
     return LlameshModel(
         run.model,
@@ -78,4 +81,4 @@ def answers(case: Case) -> Found:
         gather=gather,
         multiple_of=case.tp,
         is_first=False,
-    )._loglikelihood_tokens(ASKED)
+    )._loglikelihood_tokens(REQUESTS)

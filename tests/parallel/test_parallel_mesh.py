@@ -1,4 +1,4 @@
-"""Sizes of the mesh, and the processes on it, from a configuration and the launcher's variables."""
+"""Mesh sizes and processes derived from the configuration and the launcher's environment."""
 
 import itertools
 
@@ -31,53 +31,53 @@ SRUN = {
     "SLURM_NTASKS_PER_NODE": "2",
     "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
 }
-# What a job's script has, before any srun.
+# The environment of a batch script, outside any srun step.
 BATCH = {key: value for key, value in SRUN.items() if "STEP" not in key} | {"SLURM_PROCID": "0"}
 
 
-def test_script_of_a_job_is_no_task_and_is_refused_with_the_word_that_it_lacks() -> None:
+def test_batch_script_without_srun_is_rejected_with_the_missing_command() -> None:
     assert started_processes(BATCH) is None
     _, problems = plan_processes(ParallelConfig(accelerator="cpu"), BATCH)
     assert len(problems) == 1 and "put srun before" in problems[0]
 
 
-def test_tasks_that_srun_spread_unevenly_are_refused_with_their_numbers() -> None:
+def test_uneven_tasks_per_node_are_rejected_with_their_numbers() -> None:
     environment = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2,1"}
     _, problems = plan_processes(ParallelConfig(accelerator="cpu"), environment)
     assert len(problems) == 1 and "3 tasks unevenly on 2 nodes (2, 1)" in problems[0]
 
 
-def test_first_process_is_told_by_the_launcher_that_started_it() -> None:
+def test_first_process_is_determined_by_the_variables_of_its_launcher() -> None:
     assert is_first_process({**SRUN, "SLURM_PROCID": "0"}) and not is_first_process(SRUN)
-    # Children that a run in a script without a number of tasks starts inherit the script's.
-    alone = {key: value for key, value in BATCH.items() if key != "SLURM_NTASKS"}
-    assert is_first_process(alone) and not is_first_process({**alone, "LOCAL_RANK": "1"})
+    # Processes started by a run inside a script without a task count inherit its variables.
+    script = {key: value for key, value in BATCH.items() if key != "SLURM_NTASKS"}
+    assert is_first_process(script) and not is_first_process({**script, "LOCAL_RANK": "1"})
 
 
-def test_srun_without_tasks_per_node_is_refused_with_the_number() -> None:
+def test_srun_without_tasks_per_node_is_rejected_with_the_option_to_add() -> None:
     environment = {k: v for k, v in SRUN.items() if k != "SLURM_NTASKS_PER_NODE"}
     _, problems = plan_processes(ParallelConfig(accelerator="cpu"), environment)
     assert len(problems) == 1 and "add --ntasks-per-node=2" in problems[0]
     assert plan_processes(ParallelConfig(accelerator="cpu"), SRUN)[1] == []
 
 
-def test_data_ranks_are_the_places_on_the_data_axes() -> None:
-    """Against the coordinates of a rank, the outermost axis first."""
+def test_data_rank_is_the_index_on_the_data_axes() -> None:
+    """The reference is the coordinates of a rank, outermost axis first."""
     shape = MeshShape(2, 3, 1, 2)
-    places = itertools.product(*(range(size) for size in shape.sizes))
-    for rank, (replicate, shard, _, _) in enumerate(places):
+    coordinates = itertools.product(*(range(size) for size in shape.sizes))
+    for rank, (replicate, shard, _, _) in enumerate(coordinates):
         assert shape.data_rank(rank) == replicate * shape.dp_shard + shard
     assert {shape.data_rank(rank) for rank in range(shape.world_size)} == set(range(shape.dp))
     assert len(AXES) == len(shape.sizes)
 
 
-def test_mesh_is_told_in_words() -> None:
+def test_mesh_is_formatted_with_its_axes_larger_than_one() -> None:
     assert str(MeshShape(1, 1, 1, 1)) == "one process"
     assert str(MeshShape(1, 2, 1, 4)) == "dp_shard=2 × tp=4"
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
-def test_dp_shard_fills_what_the_other_axes_leave(tp: int) -> None:
+def test_default_dp_shard_uses_all_remaining_processes(tp: int) -> None:
     shape, problems = resolve_mesh(ParallelConfig(tp=tp), world_size=8)
     assert not problems
     assert shape.world_size == 8 and shape.tp == tp
@@ -91,7 +91,7 @@ def test_dp_shard_fills_what_the_other_axes_leave(tp: int) -> None:
         (ParallelConfig(dp_shard=2, tp=2), 8, "use parallel.dp_shard=-1 (that is 4)"),
     ],
 )
-def test_a_mesh_that_is_not_the_processes_is_a_problem_with_a_remedy_that_helps(
+def test_mesh_that_does_not_match_the_processes_is_rejected_with_a_valid_remedy(
     config: ParallelConfig, world_size: int, remedy: str
 ) -> None:
     _, [problem] = resolve_mesh(config, world_size)
@@ -104,16 +104,16 @@ def test_a_mesh_that_is_not_the_processes_is_a_problem_with_a_remedy_that_helps(
         assert resolve_mesh(ParallelConfig(tp=config.tp), world_size)[1] == []
 
 
-def test_torchrun_is_taken_as_it_started() -> None:
+def test_processes_are_read_from_torchrun() -> None:
     assert started_processes(TORCHRUN) == Processes("auto", 4, 2, "torchrun")
 
 
-def test_srun_is_taken_as_it_started() -> None:
+def test_processes_are_read_from_srun() -> None:
     assert started_processes(SRUN) == Processes("auto", 2, 3, "srun")
 
 
 @pytest.mark.parametrize("name", ["bash", "interactive"])
-def test_an_interactive_slurm_shell_starts_its_own_processes(name: str) -> None:
+def test_interactive_slurm_shell_is_not_a_launcher(name: str) -> None:
     shell = {**SRUN, "SLURM_JOB_NAME": name, "SLURM_STEP_TASKS_PER_NODE": "1"}
     assert started_processes(shell) is None
     assert started_processes({**SRUN, "SLURM_JOB_NAME": name}) == Processes("auto", 2, 3, "srun")
@@ -122,7 +122,7 @@ def test_an_interactive_slurm_shell_starts_its_own_processes(name: str) -> None:
 @pytest.mark.parametrize(
     "environment", [{}, {"WORLD_SIZE": "8", "RANK": "0"}, {"SLURM_JOB_ID": "1"}]
 )
-def test_without_a_launcher_the_run_starts_its_own(environment: dict[str, str]) -> None:
+def test_run_without_a_launcher_starts_its_processes(environment: dict[str, str]) -> None:
     assert started_processes(environment) is None
     config = ParallelConfig(dp_shard=3, tp=2, accelerator="cpu")
     processes, problems = plan_processes(config, environment)
@@ -130,7 +130,7 @@ def test_without_a_launcher_the_run_starts_its_own(environment: dict[str, str]) 
     assert resolve_mesh(config, processes.world_size)[1] == []
 
 
-def test_cpu_starts_one_process_unless_the_mesh_asks_for_more() -> None:
+def test_cpu_run_starts_one_process_unless_the_mesh_needs_more() -> None:
     for config, per_node in (
         (ParallelConfig(accelerator="cpu"), 1),
         (ParallelConfig(accelerator="cpu", tp=2), 2),
@@ -142,7 +142,7 @@ def test_cpu_starts_one_process_unless_the_mesh_asks_for_more() -> None:
     assert resolve_mesh(config, 4)[0] == MeshShape(1, 2, 1, 2)
 
 
-def test_nodes_share_the_processes_of_the_mesh() -> None:
+def test_processes_of_the_mesh_are_divided_among_nodes() -> None:
     processes, problems = plan_processes(
         ParallelConfig(accelerator="cpu", dp_shard=2, tp=2, num_nodes=2), {}
     )
@@ -150,7 +150,9 @@ def test_nodes_share_the_processes_of_the_mesh() -> None:
 
 
 @pytest.mark.parametrize("environment", [TORCHRUN, SRUN])
-def test_launcher_and_configuration_at_odds_are_named_both(environment: dict[str, str]) -> None:
+def test_mismatch_between_launcher_and_configuration_names_both(
+    environment: dict[str, str],
+) -> None:
     started = started_processes(environment)
     assert started is not None
     config = ParallelConfig(accelerator="cpu", devices=7, num_nodes=9)
@@ -160,12 +162,12 @@ def test_launcher_and_configuration_at_odds_are_named_both(environment: dict[str
         "parallel.devices (7)",
         "parallel.num_nodes (9)",
     ]
-    for problem, there in zip(problems, (started.per_node, started.num_nodes), strict=True):
-        assert f"what {started.launcher} started ({there})" in problem
-    agreeing = ParallelConfig(
+    for problem, actual in zip(problems, (started.per_node, started.num_nodes), strict=True):
+        assert f"what {started.launcher} started ({actual})" in problem
+    matching = ParallelConfig(
         accelerator="cpu", devices=started.per_node, num_nodes=started.num_nodes
     )
-    assert plan_processes(agreeing, environment)[1] == []
+    assert plan_processes(matching, environment)[1] == []
 
 
 def test_cuda_without_a_gpu_and_too_many_processes_are_errors(
@@ -182,18 +184,18 @@ def test_cuda_without_a_gpu_and_too_many_processes_are_errors(
     assert (processes, problems) == (Processes("cuda", 2, 1, "self"), [])
     _, [problem] = plan_processes(ParallelConfig(devices=3), {})
     assert "parallel.devices (3) is more than the 2 visible GPUs" in problem
-    # A launcher may start more than there are, too.
+    # A launcher, too, may start more processes than there are GPUs.
     assert "parallel.devices (4)" in plan_processes(ParallelConfig(), TORCHRUN)[1][0]
     assert plan_processes(ParallelConfig(accelerator="cpu", devices=3), {})[1] == []
 
 
-def test_one_process_of_a_run_is_the_first() -> None:
+def test_exactly_one_process_of_a_run_is_the_first() -> None:
     assert is_first_process({})
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
         started = SRUN if name == "SLURM_PROCID" else {}
         first = [is_first_process({**started, name: str(rank)}) for rank in range(3)]
         assert first == [True, False, False]
-    # The local rank 0 of the second node is not the first.
+    # Local rank 0 of the second node is not the first process.
     assert not is_first_process({"RANK": "4", "LOCAL_RANK": "0"})
 
 
@@ -210,5 +212,5 @@ def test_one_process_of_a_run_is_the_first() -> None:
         ),
     ],
 )
-def test_sizes_that_make_no_mesh_are_all_named(config: ParallelConfig, keys: list[str]) -> None:
+def test_all_invalid_mesh_sizes_are_reported(config: ParallelConfig, keys: list[str]) -> None:
     assert [problem.split(" is ")[0] for problem in config.problems()] == keys
