@@ -15,8 +15,9 @@ import hydra
 from omegaconf import DictConfig
 
 from cli.arguments import hydra_arguments
-from cli.config import ConvertJobConfig, load_convert_config
+from cli.config import load_convert_config
 from cli.errors import exit_on_user_error
+from formats.config import ConvertJobConfig
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="convert")

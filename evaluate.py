@@ -14,8 +14,9 @@ import hydra
 from omegaconf import DictConfig
 
 from cli.arguments import hydra_arguments
-from cli.config import EvaluateJobConfig, load_evaluate_config
+from cli.config import load_evaluate_config
 from cli.errors import exit_on_user_error
+from evaluation.config import EvaluateJobConfig
 from evaluation.setup import (
     check_mesh,
     check_tasks,

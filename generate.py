@@ -16,8 +16,9 @@ import hydra
 from omegaconf import DictConfig
 
 from cli.arguments import hydra_arguments
-from cli.config import GenerateJobConfig, load_generate_config
+from cli.config import load_generate_config
 from cli.errors import exit_on_user_error
+from evaluation.config import GenerateJobConfig
 from evaluation.prompts import (
     Completer,
     Prompt,

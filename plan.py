@@ -10,8 +10,10 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from cli.arguments import plan_arguments
+from cli.config import load_plan_config
 from cli.errors import exit_on_user_error
-from planning.config import PlanJobConfig, load_plan_config, plan_arguments
+from planning.config import PlanJobConfig
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="plan")

@@ -15,8 +15,10 @@ import hydra
 from omegaconf import DictConfig
 
 from cli.arguments import hydra_arguments
-from cli.config import ConfigError, PrepareJobConfig, load_prepare_config
+from cli.config import load_prepare_config
+from data.config import PrepareJobConfig
 from data.errors import DataError
+from training.config_validation import ConfigError
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare")

@@ -20,7 +20,7 @@ import hydra
 from omegaconf import DictConfig
 
 from cli.arguments import hydra_arguments
-from cli.config import JobConfig
+from cli.config import check_config
 from cli.errors import exit_on_user_error
 from parallel.mesh import MeshShape, Processes, is_first_process
 from parallel.slurm import slurm_time_left
@@ -29,8 +29,9 @@ from planning.fit_check import check_plan, print_fit_check
 from resilience.exit_codes import ExitCode
 from resilience.lock import RunLock
 from resilience.signals import Requests
+from training.config import JobConfig
 from training.metrics import log_metrics, step_metrics
-from training.preflight import acquire_run_lock, check_config, check_folder, prepare_data
+from training.preflight import acquire_run_lock, check_folder, prepare_data
 from training.recovery import Decision, check_step, rewind, starting_position
 from training.resume_policy import Changes
 from training.run import Run, saver_of

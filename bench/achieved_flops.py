@@ -20,10 +20,11 @@ from hydra import compose, initialize_config_dir
 
 from bench.measurement import spread, write
 from cli.arguments import CONF
+from cli.config import check_config
 from model.flops import flops_per_token, parameter_count
 from planning.calibration import matrix_tflops
 from train import set_up, train_step
-from training.preflight import check_config, prepare_data
+from training.preflight import prepare_data
 from training.resume_policy import Changes
 
 WARM_UP, STEPS, SIZE, PRODUCT_SECONDS = 2, 9, 2048, 0.1

@@ -23,10 +23,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from bench.measurement import spread, write
+from checkpoint.config import CheckpointConfig
 from checkpoint.position import Position
 from checkpoint.saver import Saver
 from resilience.run_folder import RunFolder
-from training.config import CheckpointConfig, OptimConfig
+from training.config import OptimConfig
 from training.optimizer import build_optimizer
 
 PROCESSES, ROUNDS = 2, 9

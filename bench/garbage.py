@@ -20,9 +20,10 @@ from hydra import compose, initialize_config_dir
 
 from bench.measurement import write
 from cli.arguments import CONF, hydra_arguments
+from cli.config import check_config
 from train import set_up, train_step
 from training import garbage
-from training.preflight import check_config, prepare_data
+from training.preflight import prepare_data
 from training.resume_policy import Changes
 from training.run import Run
 

@@ -28,7 +28,7 @@ from omegaconf import DictConfig
 
 from bench.measurement import spread, write
 from cli.arguments import CONF, hydra_arguments
-from cli.config import ConfigError, JobConfig
+from cli.config import check_config
 from parallel.float8 import apply_float8
 from parallel.mesh import MeshShape, Processes
 from planning.calibration import SIZES, matrix_tflops
@@ -38,7 +38,10 @@ from planning.memory import step_memory
 from planning.plan import GIB
 from planning.speed import step_time
 from train import set_up, train_step
-from training.preflight import check_config, prepare_data
+from training.config import JobConfig
+from training.config_validation import ConfigError
+
+from training.preflight import prepare_data
 from training.resume_policy import Changes
 from training.schedule import learning_rate
 from training.throughput import build_throughput, peak_memory_gib

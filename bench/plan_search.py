@@ -15,9 +15,9 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 from bench.measurement import spread, write
-from cli.arguments import CONF
+from cli.arguments import CONF, plan_arguments
+from cli.config import load_plan_config
 from parallel.mesh import plan_processes, resolve_mesh
-from planning.config import load_plan_config, plan_arguments
 from planning.fit_check import PlanRequest, check_plan
 from planning.search import search
 
@@ -53,7 +53,7 @@ def searched(words: tuple[str, ...]) -> dict[str, object]:
     """How many choices a search plans, and its seconds, as a whole and for a thousand."""
     shared = ("data=fineweb_edu", "tokenizer=llama3", "train.seq_len=8192", "search=true")
     config = load_plan_config(compose("plan", plan_arguments([*words, *shared])))
-    asked = PlanRequest(config, "cuda", config.budget, config.hopper).search_space()
+    asked = PlanRequest(config, "cuda", config.budget, config.is_hopper).search_space()
     seconds = []
     for _ in range(REPEATS):
         begin = time.perf_counter()

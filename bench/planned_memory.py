@@ -25,14 +25,15 @@ from torch.distributed.tensor import DTensor
 
 from bench.measurement import write
 from cli.arguments import CONF
-from cli.config import load_train_config
+from cli.config import check_config, load_train_config
 from parallel.mesh import plan_processes, resolve_mesh
 from planning.fit_check import PlanRequest, given_choice
 from planning.job import Job
 from planning.memory import step_memory
 from planning.traced import traced_memory
 from train import set_up, train_step
-from training.preflight import MORE_RULES, check_config, prepare_data
+from training.config_rules import INSTALLATION_RULES
+from training.preflight import prepare_data
 from training.resume_policy import Changes
 from training.run import Run
 
@@ -143,7 +144,7 @@ def compare(name: str) -> dict[str, Any]:
 def planned_job(name: str) -> Job:
     """The case as the planner takes it."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = load_train_config(compose("train", [*SMALL, *CASES[name][1]]), *MORE_RULES)
+        config = load_train_config(compose("train", [*SMALL, *CASES[name][1]]), *INSTALLATION_RULES)
     processes, _ = plan_processes(config.parallel, {})
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
     asked = PlanRequest(config, "cpu", config.stages().first_token(config.train.max_steps))

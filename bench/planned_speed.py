@@ -27,7 +27,8 @@ from planning.fit_check import PlanRequest, given_choice
 from planning.job import Job
 from planning.search import meshes
 from planning.speed import step_time
-from training.preflight import MORE_RULES, prepare_data
+from training.config_rules import INSTALLATION_RULES
+from training.preflight import prepare_data
 
 ROOT = Path(__file__).parent.parent
 PROCESSES, ROUNDS, STEPS, WARM_UP = 4, 3, 9, 3
@@ -85,7 +86,9 @@ def problems(mesh: MeshShape) -> list[str]:
 def asked(mesh: MeshShape) -> tuple[PlanRequest, Any]:
     """The configuration on a mesh, as the planner takes it."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = load_train_config(compose("train", [*MODEL, *overrides(mesh)]), *MORE_RULES)
+        config = load_train_config(
+            compose("train", [*MODEL, *overrides(mesh)]), *INSTALLATION_RULES
+        )
     tokens = config.stages().first_token(config.train.max_steps)
     return PlanRequest(config, "cpu", tokens), config
 

@@ -17,12 +17,13 @@ from hydra import compose, initialize_config_dir
 
 from bench.measurement import spread, write
 from cli.arguments import CONF
+from cli.config import check_config
 from data.loader import StepBatches
 from model.init import initialize
 from model.llama import Llama
 from train import set_up, train_step
 from training.optimizer import build_optimizer
-from training.preflight import check_config, prepare_data
+from training.preflight import prepare_data
 from training.resume_policy import Changes
 from training.run import Run
 

@@ -28,7 +28,7 @@ from bench.measurement import spread, write
 from bench.ranks_per_sample import MODELS, PEERS, Loop, installed, logits_of
 from bench.turns import Remote
 from cli.arguments import CONF
-from cli.config import JobConfig
+from cli.config import check_config
 from data.dataset import Dataset
 from data.loader import StepBatches, TrainLoader
 from model.flops import parameter_count
@@ -37,7 +37,8 @@ from model.llama import Llama
 from parallel.host_memory import keep_freed_memory
 from parallel.mesh import MeshShape, Processes
 from train import set_up, train_step
-from training.preflight import check_config, prepare_data
+from training.config import JobConfig
+from training.preflight import prepare_data
 from training.resume_policy import Changes
 from training.run import Run
 

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import retention
+from checkpoint.config import CheckpointConfig
 from checkpoint.host_copy import State, copy_to_host
 from checkpoint.position import Position
 from checkpoint.saving import SaveFailed, one_line, tensors_of, write_checkpoint
 from resilience.run_folder import COMMITTED, RunFolder
-from training.config import CheckpointConfig
 
 # How long a save may take is the watchdog's to say, not the process group's.
 TIMEOUT = timedelta(days=7)

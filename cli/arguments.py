@@ -1,11 +1,12 @@
-"""What a person types, made ready for Hydra, and what `--help` answers.
+"""Command-line arguments: preparation for Hydra, and `--help`.
 
-Imports nothing but the standard library, so that `--help` answers at once.
+Imports only the standard library, so that `--help` is fast.
 """
 
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -13,27 +14,26 @@ CONF = Path(__file__).parent.parent / "conf"
 def hydra_arguments(
     arguments: list[str], config_name: str, texts: tuple[str, ...] = ()
 ) -> list[str]:
-    """Arguments for Hydra in which every `key=value` may also name an unknown key (`++key=value`).
+    """Return the arguments with every `key=value` as `++key=value`, which admits unknown keys.
 
-    Hydra would stop at the first key that it does not know; so the gate (`cli.config`) sees
-    them all, together with wrong types and broken rules. Overrides of config groups
-    (`model=llama3_8b`) stay as they are. `--help` is answered here: Hydra's own takes a second to
-    list its internals.
+    Hydra stops at the first unknown key; this way `cli.config` reports all of them together with
+    wrong types and broken rules. Overrides of config groups (`model=llama3_8b`) are unchanged.
+    `--help` is printed here because Hydra's own help takes a second.
 
     Args:
-        texts: Keys whose value is text as it stands, but for `null`: commas, quotes and brackets
-            mean nothing in it.
+        texts: Keys whose value is literal text unless it is `null`: commas, quotes and brackets
+            have no meaning.
 
     Raises:
-        SystemExit: after `--help`; and for a multirun, which self-launched processes cannot share.
+        SystemExit: after `--help`, and for a multirun, which Fabric's self-launch breaks.
     """
     if {"-h", "--help"} & set(arguments):
         print(help_text(config_name))
         sys.exit(0)
     if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
         sys.exit(
-            "--multirun is not supported: every process of a run would start the sweep again. "
-            "Start one command for each value, each with its own run.name, or on SLURM "
+            "--multirun is not supported: every process of a run would launch the sweep again. "
+            "Launch one command per value, each with its own run.name, or on SLURM use "
             "python slurm/sweep.py with the same keys."
         )
     rewritten = []
@@ -49,15 +49,15 @@ def hydra_arguments(
 
 
 def quoted(text: str) -> str:
-    """The text as a quoted value of Hydra's grammar, which OmegaConf then leaves as it is."""
-    # Backslashes count before what they escape, and before the closing quote: there, two for each.
+    """Return the text as a quoted value of Hydra's grammar that OmegaConf does not interpolate."""
+    # Backslashes before an escaped character and before the closing quote are doubled.
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     text = re.sub(r'(\\*)(")', r"\1\1\\\2", text)
     return '"' + re.sub(r"(\\+)\Z", r"\1\1", text) + '"'
 
 
 def help_text(config_name: str) -> str:
-    """The program's own configuration file with its comments, and the choices of every group."""
+    """Return the program's configuration file with its comments and the choices of each group."""
     text = (CONF / f"{config_name}.yaml").read_text(encoding="utf-8")
     usage, rest = f"\n{text}".split("\ndefaults:\n")
     keys = rest.split("\nhydra:\n")[0]
@@ -70,8 +70,47 @@ def help_text(config_name: str) -> str:
     return "\n".join(
         [
             *(line.removeprefix("#").removeprefix(" ") for line in usage.splitlines()[1:]),
-            *(["", "Groups, each a file of keys under conf/:", *groups] if groups else []),
-            *(["", "Keys and their defaults:", ""] if keys else []),
+            *(["", "Config groups (files under conf/):", *groups] if groups else []),
+            *(["", "Keys and defaults:", ""] if keys else []),
             *(f"  {line}".rstrip() for line in keys.splitlines()),
         ]
     )
+
+
+def plan_arguments(arguments: list[str]) -> list[str]:
+    """Return the arguments of `plan.py` as `hydra_arguments` does; `hardware` may be a file's path.
+
+    Raises:
+        SystemExit: after `--help`, and for a hardware that is neither a known name nor a file.
+    """
+    rewritten: list[str] = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key == "hardware" and equals and not (CONF / key / f"{value}.yaml").is_file():
+            rewritten += ["~hardware", *_hardware_overrides(value)]
+        else:
+            rewritten.append(argument)
+    return hydra_arguments(rewritten, "plan")
+
+
+def _hardware_overrides(name: str) -> list[str]:
+    from dataclasses import asdict
+
+    from planning.hardware import load_hardware
+
+    try:
+        hardware = load_hardware(name)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"Invalid configuration: {error}") from None
+    return [f"++hardware.{key}={_hydra_value(one)}" for key, one in asdict(hardware).items()]
+
+
+def _hydra_value(value: Any) -> str:
+    """Return a YAML value in Hydra's grammar."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_hydra_value(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_hydra_value, value)) + "]"
+    if isinstance(value, str):
+        return quoted(value)
+    return "null" if value is None else str(value).lower()

@@ -9,13 +9,13 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-from cli.config import ConfigError
 from data.errors import DataError
 from evaluation.errors import TaskError
 from formats.errors import FormatError
 from parallel.mesh import is_first_process
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolderError
+from training.config_validation import ConfigError
 
 TELLING_SECONDS = 10.0
 """How long the others wait at most for the first process to tell why none of them can start."""

@@ -1,67 +1,62 @@
-"""Configuration of an evaluation and of generation. Imports nothing heavy."""
+"""Configuration of `evaluate.py` and `generate.py`. Imports nothing heavy."""
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Interval, Lt, MinLen
+
+from model.config_base import ConfigSection, PositiveInt
+from parallel.config import ParallelConfig, PrecisionConfig
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """Which weights, on which held-out text, how many windows at a time.
+class EvaluationConfig(ConfigSection):
+    """Weights and held-out text to evaluate.
 
-    `data` is a prepared folder, `seq_len` the length of its windows, `samples` their number; null
-    for what the checkpoint's run had, and for all of them. `output` is the file to write.
+    Attributes:
+        data: A prepared folder; None for that of the checkpoint's run.
+        seq_len: Tokens per window; None for that of the checkpoint's run.
+        samples: Number of windows; None for all.
+        micro_batch_size: Windows per data rank and forward.
+        output: The file to write.
     """
 
     checkpoint: str
     data: str | None = None
-    seq_len: int | None = None
-    samples: int | None = None
-    micro_batch_size: int = 8
+    seq_len: PositiveInt | None = None
+    samples: PositiveInt | None = None
+    micro_batch_size: PositiveInt = 8
     output: str | None = None
-
-    def problems(self) -> list[str]:
-        """Every broken rule, as messages that name key, value, rule and remedy."""
-        return [
-            f"evaluation.{key} ({value}) is below 1: use at least 1"
-            for key in ("seq_len", "samples", "micro_batch_size")
-            if (value := getattr(self, key)) is not None and value < 1
-        ]
 
 
 @dataclass(frozen=True)
-class GenerationConfig:
-    """Which weights complete which prompts, and how tokens are drawn; conf/generate.yaml."""
+class EvaluateJobConfig(ConfigSection):
+    """Root configuration of `evaluate.py`; everything else comes from the checkpoint."""
+
+    evaluation: EvaluationConfig
+    tasks: list[str]
+    task_folder: str | None
+    num_fewshot: Annotated[int, Ge(0)] | None
+    limit: PositiveInt | None
+    tokenizer_path: str | None
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+
+
+@dataclass(frozen=True)
+class GenerateJobConfig(ConfigSection):
+    """Root configuration of `generate.py`; conf/generate.yaml documents its keys."""
 
     checkpoint: str
-    prompt: str | None
+    prompt: Annotated[str, MinLen(1)] | None
     prompts: str | None
-    max_new_tokens: int
-    temperature: float
-    top_p: float | None
-    top_k: int | None
+    max_new_tokens: PositiveInt
+    temperature: Annotated[float, Ge(0), Lt(math.inf)]
+    top_p: Annotated[float, Interval(gt=0, le=1)] | None
+    top_k: PositiveInt | None
     seed: int
-    batch_size: int
+    batch_size: PositiveInt
     tokenizer_path: str
-
-    def problems(self) -> list[str]:
-        """Every broken rule, as messages that name key, value, rule and remedy."""
-        found = [
-            f"{key} ({value}) is below 1: use at least 1{off}"
-            for key, off in (("max_new_tokens", ""), ("batch_size", ""), ("top_k", ", or null"))
-            if (value := getattr(self, key)) is not None and value < 1
-        ]
-        if self.prompt == "":
-            found.append("prompt ('') is empty: give the beginning of a text, or null to be asked")
-        if self.prompt is not None and self.prompts is not None:
-            found.append(
-                f"prompts ({self.prompts}) and prompt ({self.prompt!r}) are both given: use one "
-                "of them"
-            )
-        if not 0 <= self.temperature < math.inf:
-            found.append(
-                f"temperature ({self.temperature}) is not a number from 0 on: use 0 for the "
-                "likeliest token, or 0.8"
-            )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            found.append(f"top_p ({self.top_p}) is not in (0, 1]: use 0.9, or null for all tokens")
-        return found
+    parallel: ParallelConfig
+    precision: PrecisionConfig

@@ -52,8 +52,8 @@ def load_model(
 
     from model.llama import Llama
     from parallel.launch import launch
+    from resilience.config import WatchdogConfig
     from resilience.watchdog import Watchdog
-    from training.config import WatchdogConfig
 
     watchdog = Watchdog(WatchdogConfig(None, None, None))  # of the processes, not of their time
     fabric, strategy = launch(processes, mesh, parallel, precision, watchdog)

@@ -12,12 +12,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.config import ConfigError, GenerateJobConfig
+from evaluation.config import GenerateJobConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.mesh import MeshShape, Processes, plan_processes, resolve_mesh
 from resilience.exit_codes import ExitCode
 from training.config_rules import model_errors
+from training.config_validation import ConfigError
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

@@ -7,13 +7,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.config import ConfigError, EvaluateJobConfig
 from data.errors import DataError
+from evaluation.config import EvaluateJobConfig
 from formats.errors import FormatError
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.mesh import MeshShape, Processes, plan_processes, resolve_mesh
 from training.config_rules import model_errors
+from training.config_validation import ConfigError
 
 if TYPE_CHECKING:
     from data.dataset import Dataset

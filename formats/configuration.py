@@ -56,12 +56,12 @@ def checked(path: Path, name: str, values: dict[str, Any]) -> ModelConfig:
         model = TypeAdapter(ModelConfig).validate_python({"name": name, **values})
     except ValidationError as error:
         told = "; ".join(
-            f"{'.'.join(map(str, item['loc']))} ({item['input']!r}): {item['msg']}"
+            f"{'.'.join(map(str, item['loc']))}={item['input']!r}: {item['msg']}"
+            if item["loc"]
+            else str(item["ctx"]["error"])
             for item in error.errors()
         )
         raise FormatError(f"{path} tells no Llama 3 ({told}): correct it") from None
-    if problems := model.problems():
-        raise FormatError(f"{path} tells no Llama 3: {'; '.join(problems)}")
     return model
 
 

@@ -30,7 +30,7 @@ OWN = ("hardware", "devices", "tokens", "trace", "search", "calibrate", "output"
 def answer_plan(config: PlanJobConfig) -> bool:
     """Tells the plan of a configuration as it stands; returns whether it fits."""
     asked = PlanRequest(
-        config, config.hardware.accelerator, config.budget, config.hopper
+        config, config.hardware.accelerator, config.budget, config.is_hopper
     ).search_space()
     choice = given_choice(config, config.mesh)
     jobs = asked.jobs(choice)
@@ -59,7 +59,7 @@ def answer_plan(config: PlanJobConfig) -> bool:
 def answer_search(config: PlanJobConfig) -> bool:
     """Tells the best of all that may be chosen for so many devices; returns whether any fits."""
     asked = PlanRequest(
-        config, config.hardware.accelerator, config.budget, config.hopper
+        config, config.hardware.accelerator, config.budget, config.is_hopper
     ).search_space()
     found = search(asked, config.n_devices, config.hardware)
     console = Console(enabled=True)

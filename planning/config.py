@@ -1,32 +1,25 @@
-"""The configuration of `plan.py`: that of `train.py`, a hardware, and what is asked about them."""
+"""Configuration of `plan.py`: that of `train.py`, the hardware, and what to plan."""
 
-import dataclasses
-from typing import Any, cast
+from dataclasses import dataclass
+from functools import partial
 
-from omegaconf import DictConfig
-
-from cli.arguments import CONF, hydra_arguments, quoted
-from cli.config import JobConfig, Rule, load_train_config
 from data.config import DataConfig
 from model.config import ModelConfig
+from model.config_base import PositiveInt
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, resolve_mesh
-from planning.fit_check import planned_errors
-from planning.hardware import Hardware, load_hardware
-from training.config import TrainConfig
-from training.config_rules import of_every_stage, saving_errors
-from training.precision_rules import fp8_size_errors
-
-SECTIONS = ("parallel", "precision", "model", "train", "data", "hardware", "devices", "search")
+from planning.hardware import Hardware
+from training.config import JobConfig, TrainConfig
+from training.config_rules import device_errors, for_every_stage, fp8_size_errors, mesh_errors
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class PlanJobConfig(JobConfig):
-    """The whole configuration of `plan.py`; conf/plan.yaml explains its own keys."""
+    """Root configuration of `plan.py`; conf/plan.yaml documents its own keys."""
 
     hardware: Hardware
-    devices: int | None
-    tokens: int | None
+    devices: PositiveInt | None
+    tokens: PositiveInt | None
     trace: bool
     search: bool
     calibrate: bool
@@ -34,35 +27,35 @@ class PlanJobConfig(JobConfig):
 
     @property
     def n_devices(self) -> int:
-        """Of the whole mesh."""
+        """Devices of the mesh."""
         return planned_devices(self.parallel, self.hardware, self.devices)
 
     @property
     def mesh(self) -> MeshShape:
-        """What the configuration itself asks for."""
+        """The mesh of the configuration."""
         return resolve_mesh(self.parallel, self.n_devices)[0]
 
     @property
     def budget(self) -> int:
-        """Tokens that are to be trained on."""
+        """Tokens to train on."""
         return self.tokens or self.stages().first_token(self.train.max_steps)
 
     @property
-    def hopper(self) -> bool:
+    def is_hopper(self) -> bool:
         """Whether the hardware has the symmetric memory of NVIDIA GPUs from Hopper on."""
-        return has_hopper(self.hardware)
+        return is_hopper(self.hardware)
 
 
-def has_hopper(hardware: Hardware) -> bool:
-    """Whether it is a GPU of Hopper or newer: with products in 8 bits, which A100 lacks."""
+def is_hopper(hardware: Hardware) -> bool:
+    """Return whether the hardware is a Hopper GPU or newer: unlike A100 it has fp8 products."""
     return hardware.accelerator == "cuda" and "fp8" in hardware.peak_tflops
 
 
 def planned_devices(parallel: ParallelConfig, hardware: Hardware, devices: int | None) -> int:
-    """How many devices a plan is for.
+    """Return the number of devices to plan for.
 
-    What `devices` says; or as many as the axes and nodes ask for; where an axis fills what is left,
-    on GPUs the whole node, or the fewest whole nodes that the other axes fit into.
+    That is `devices` if given, else what axes and nodes need. Where `dp_shard=-1`, a GPU node is
+    used completely: the fewest complete nodes that fit the other axes.
     """
     if devices is not None:
         return devices
@@ -71,62 +64,32 @@ def planned_devices(parallel: ParallelConfig, hardware: Hardware, devices: int |
         return others * parallel.dp_shard
     if parallel.devices is not None:
         return parallel.devices * (parallel.num_nodes or 1)
-    if hardware.accelerator == "cpu" or others < 1:
-        return max(others, 1)
-    asked = hardware.devices_per_node * (parallel.num_nodes or 1)
-    return -(-asked // others) * others
+    if hardware.accelerator == "cpu":
+        return others
+    on_nodes = hardware.devices_per_node * (parallel.num_nodes or 1)
+    return -(-on_nodes // others) * others
 
 
-def load_plan_config(composed: DictConfig) -> PlanJobConfig:
-    """The typed configuration of `plan.py`.
-
-    Raises:
-        ConfigError: every problem of keys, types, rules and mesh at once. A search chooses the mesh
-            itself, so that of the configuration need not be one.
-    """
-    rules: tuple[Rule, ...] = (
-        (("devices", "tokens"), _number_errors),
-        (("parallel", "precision", "hardware"), _hardware_errors),
-        (SECTIONS, _mesh_errors),
-        (("checkpoint", "faults"), saving_errors),
-    )
-    return cast(PlanJobConfig, load_train_config(composed, *rules, program=PlanJobConfig))
-
-
-def _number_errors(devices: int | None, tokens: int | None) -> list[str]:
-    found = []
-    if devices is not None and devices < 1:
-        found.append(
-            f"devices ({devices}) is below 1: use at least 1, or null for what parallel.* asks for"
-        )
-    if tokens is not None and tokens < 1:
-        found.append(
-            f"tokens ({tokens}) is below 1: use the budget in tokens, like 15e12, or null for "
-            "train.max_steps steps"
-        )
-    return found
-
-
-def _hardware_errors(
+def hardware_errors(
     parallel: ParallelConfig, precision: PrecisionConfig, hardware: Hardware
 ) -> list[str]:
-    """What the hardware lacks for what is asked."""
-    found = []
+    """Return errors of what the configuration needs and the hardware lacks."""
+    errors = []
     if parallel.accelerator not in ("auto", hardware.accelerator):
-        found.append(
-            f"parallel.accelerator ({parallel.accelerator}) is not that of hardware "
-            f"{hardware.name} ({hardware.accelerator}): use parallel.accelerator=auto, or another "
+        errors.append(
+            f"parallel.accelerator={parallel.accelerator} is not that of hardware "
+            f"{hardware.name} ({hardware.accelerator}); use parallel.accelerator=auto or another "
             "hardware"
         )
-    if precision.fp8 is not None and not has_hopper(hardware):
-        found.append(
-            f"precision.fp8 ({precision.fp8}) needs products in 8 bits, and hardware "
-            f"{hardware.name} has none: use precision.fp8=null, or hardware=h100"
+    if precision.fp8 is not None and not is_hopper(hardware):
+        errors.append(
+            f"precision.fp8={precision.fp8} needs 8-bit matrix products and hardware "
+            f"{hardware.name} has none; use precision.fp8=null or hardware=h100"
         )
-    return found
+    return errors
 
 
-def _mesh_errors(
+def planned_mesh_errors(
     parallel: ParallelConfig,
     precision: PrecisionConfig,
     model: ModelConfig,
@@ -136,61 +99,32 @@ def _mesh_errors(
     devices: int | None,
     search: bool,
 ) -> list[str]:
-    """The rules that tie the configuration to the mesh of so many devices."""
+    """Return the errors of the configured mesh; a search chooses its own."""
     if search:
         return []
-    mesh, problems = resolve_mesh(parallel, planned_devices(parallel, hardware, devices))
-    if problems:
-        return problems
-    found = planned_errors(
-        hardware.accelerator,
-        mesh,
-        parallel,
-        precision,
-        model,
-        train,
-        data,
-        has_hopper(hardware),
-    )
-    return found + of_every_stage(
-        train, data, lambda sizes: fp8_size_errors(mesh, precision, model, sizes)
-    )
+    mesh, errors = resolve_mesh(parallel, planned_devices(parallel, hardware, devices))
+    if errors:
+        return errors
+    accelerator, hopper = hardware.accelerator, is_hopper(hardware)
+    return planned_errors(
+        accelerator, mesh, parallel, precision, model, train, data, hopper
+    ) + for_every_stage(train, data, partial(fp8_size_errors, mesh, precision, model))
 
 
-# ---------------------------------------------------------------- what a person types
+def planned_errors(
+    accelerator: str,
+    mesh: MeshShape,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    model: ModelConfig,
+    train: TrainConfig,
+    data: DataConfig,
+    hopper: bool,
+) -> list[str]:
+    """Return the errors of `train.py` for a mesh of devices that this machine need not have."""
+    return device_errors(
+        accelerator, mesh, parallel, precision, model, lambda: hopper
+    ) + mesh_errors(mesh, parallel, model, train, data)
 
 
-def plan_arguments(arguments: list[str]) -> list[str]:
-    """As `hydra_arguments`; a hardware that is a file takes the place of the group.
-
-    Raises:
-        SystemExit: after `--help`; and for a hardware that is neither known nor a file.
-    """
-    rewritten: list[str] = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key == "hardware" and equals and not (CONF / key / f"{value}.yaml").is_file():
-            rewritten += ["~hardware", *_of_file(value)]
-        else:
-            rewritten.append(argument)
-    return hydra_arguments(rewritten, "plan")
-
-
-def _of_file(name: str) -> list[str]:
-    """The keys of a hardware file as words."""
-    try:
-        hardware = load_hardware(name)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"Not planned: {error}") from None
-    return [f"++hardware.{key}={_word(one)}" for key, one in dataclasses.asdict(hardware).items()]
-
-
-def _word(value: Any) -> str:
-    """A value of YAML in Hydra's grammar."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_word(one)}" for key, one in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_word, value)) + "]"
-    if isinstance(value, str):
-        return quoted(value)
-    return "null" if value is None else str(value).lower()
+PLAN_RULES = (hardware_errors, planned_mesh_errors)

@@ -9,21 +9,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from cli.config import ConfigError, JobConfig
-from data.config import DataConfig
 from data.stages import plan_stages
-from model.config import ModelConfig
-from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, is_first_process
+from planning.config import planned_errors
 from planning.hardware import PROCESS_GIB, Hardware, hardware_of, load_hardware
 from planning.job import Job, resolved_precision
 from planning.memory import Memory
 from planning.plan import GIB, PARTS, plan_run
 from planning.search import Choice, SearchSpace, fewest_devices, fullest, remedy
-from training.config import TrainConfig
-from training.config_rules import batch_errors, device_errors, of_every_stage
-from training.precision_rules import fp8_size_errors
-from training.preflight import mesh_errors
+from training.config import JobConfig
+from training.config_rules import (
+    batch_errors,
+    for_every_stage,
+    fp8_size_errors,
+)
+from training.config_validation import ConfigError
 
 LOCAL = "local"
 """The hardware file that `plan.py calibrate=true` writes of this machine."""
@@ -115,7 +115,7 @@ class PlanRequest:
         if self.precision.fp8 is None and not config.data.stages:
             return []
         train = replace(config.train, micro_batch_size=choice.micro_batch_size)
-        return of_every_stage(
+        return for_every_stage(
             train,
             config.data,
             lambda sizes: (
@@ -123,21 +123,6 @@ class PlanRequest:
                 or fp8_size_errors(choice.mesh, self.precision, config.model, sizes)
             ),
         )
-
-
-def planned_errors(
-    accelerator: str,
-    mesh: MeshShape,
-    parallel: ParallelConfig,
-    precision: PrecisionConfig,
-    model: ModelConfig,
-    train: TrainConfig,
-    data: DataConfig,
-    hopper: bool,
-) -> list[str]:
-    """The rules of `train.py` for a mesh of devices that need not be on this machine."""
-    of_device = device_errors(accelerator, mesh, parallel, precision, model, lambda: hopper)
-    return of_device + mesh_errors(mesh, parallel, model, train, data)
 
 
 # ---------------------------------------------------------------- before a run begins

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from training.config import FaultsConfig
+from resilience.config import FaultsConfig
 
 Range = tuple[int, int]
 """Batches of the order, or samples: from the first one to before the second one."""

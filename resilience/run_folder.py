@@ -16,12 +16,12 @@ import yaml
 from resilience.exit_codes import ExitCode
 from training.resume_policy import (
     Changes,
-    beginning_refusal,
+    changes_error,
     compare,
-    compare_beginning,
-    consent_errors,
+    compare_on_load,
     differences,
-    refusal,
+    load_error,
+    override_errors,
 )
 
 COMMITTED = "COMMITTED"  # the file that makes a checkpoint's folder a checkpoint
@@ -129,7 +129,7 @@ class RunFolder:
         committed_steps = self.committed_steps()
         before = self.read_config() or self._saved_config()
         before = complete(before) if before else {}
-        if problems := consent_errors(before, config):
+        if problems := override_errors(before, config):
             raise RunFolderError("\n".join(problems))
         changes = self._check_changes(before, config, committed_steps)
         resume = self.resume_from(config["run"]["resume"])
@@ -171,7 +171,7 @@ class RunFolder:
         if not committed_steps:
             return Changes(free=differences(before, config))
         changes = compare(before, config, samples)
-        if told := refusal(changes, config, samples):
+        if told := changes_error(changes, config, samples):
             raise RunFolderError(
                 f"{self.path} holds a run whose configuration differs from this one (key: there "
                 f"-> now).\n{told}"
@@ -211,8 +211,8 @@ class RunFolder:
             )
         if checkpoint.resolve().parent == self.checkpoints.resolve():
             return Changes()  # of this very run: compared with its last start
-        changes = compare_beginning(complete(manifest["config"]), config, samples)
-        if told := beginning_refusal(changes, config, samples):
+        changes = compare_on_load(complete(manifest["config"]), config, samples)
+        if told := load_error(changes, config, samples):
             raise RunFolderError(
                 f"run.resume ({checkpoint}) does not fit this configuration (key: there -> now).\n"
                 f"{told}"

@@ -22,9 +22,9 @@ from datetime import timedelta
 from subprocess import Popen
 from typing import Any, NoReturn
 
+from resilience.config import WatchdogConfig
 from resilience.exit_codes import ExitCode
 from resilience.heartbeat import Beat, Phase, indented, stack_of, told_late, told_silent
-from training.config import WatchdogConfig
 
 BEAT_SECONDS = 1.0  # between two signs of life
 RANKS_A_BEAT = 256  # more ranks than these beat less often: rank 0 reads them all

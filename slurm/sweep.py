@@ -33,10 +33,12 @@ from hydra.errors import HydraException  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from cli.arguments import CONF, hydra_arguments  # noqa: E402
-from cli.config import ConfigError, JobConfig  # noqa: E402
+from cli.config import check_for_tasks  # noqa: E402
 from resilience.exit_codes import ExitCode  # noqa: E402
 from resilience.run_folder import RunFolderError  # noqa: E402
-from training.preflight import check_folder, check_for_tasks, needs_preparation  # noqa: E402
+from training.config import JobConfig  # noqa: E402
+from training.config_validation import ConfigError  # noqa: E402
+from training.preflight import check_folder, needs_preparation  # noqa: E402
 
 SHOWN = 3  # runs that have a problem, of those that have it
 # Options of sbatch that most clusters ask for; --sbatch takes any other.
@@ -186,7 +188,7 @@ def check(jobs: Sequence[Job], nodes: int, tasks_per_node: int) -> list[Checked]
                 config = check_for_tasks(composed, tasks_per_node, nodes)
                 check_folder(config)
             except ConfigError as error:
-                found = error.problems
+                found = error.errors
             except (HydraException, OmegaConfBaseException, RunFolderError) as error:
                 found = [str(error)]
             else:

@@ -16,12 +16,12 @@ from conftest import ROOT, start_program
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from cli.arguments import CONF, hydra_arguments
-from cli.config import ConfigError, JobConfig, load_train_config
+from cli.arguments import CONF, hydra_arguments, plan_arguments
+from cli.config import load_plan_config, load_train_config
 from parallel.mesh import MeshShape, Processes, resolve_mesh
 from planning import fit_check as planning
-from planning.config import PlanJobConfig, load_plan_config, plan_arguments
-from planning.fit_check import PlanRequest, check_plan, given_choice, machine_memory, planned_errors
+from planning.config import PlanJobConfig, planned_errors
+from planning.fit_check import PlanRequest, check_plan, given_choice, machine_memory
 from planning.hardware import load_hardware
 from planning.memory import step_memory
 from planning.plan import GIB, PARTS, Plan, capacity, link, plan_run
@@ -37,6 +37,8 @@ from planning.search import (
     remedy,
     search,
 )
+from training.config import JobConfig
+from training.config_validation import ConfigError
 from training.throughput import Throughput
 
 REAL = ("data=fineweb_edu", "tokenizer=llama3", "train.seq_len=8192")
@@ -64,12 +66,12 @@ def trained(*arguments: str) -> JobConfig:
 def problems(*arguments: str) -> list[str]:
     with pytest.raises(ConfigError) as error:
         planned(*arguments)
-    return error.value.problems
+    return error.value.errors
 
 
 def question(config: PlanJobConfig) -> SearchSpace:
     accelerator = config.hardware.accelerator
-    return PlanRequest(config, accelerator, config.budget, config.hopper).search_space()
+    return PlanRequest(config, accelerator, config.budget, config.is_hopper).search_space()
 
 
 def plans_of(config: PlanJobConfig) -> tuple[Plan, ...]:
@@ -420,7 +422,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.Mo
     config = trained(*words)
     with pytest.raises(ConfigError) as error:
         check_plan(config, ONE, MeshShape(1, 1, 1, 1))
-    [problem] = error.value.problems
+    [problem] = error.value.errors
     assert problem.startswith("the run does not fit, a step needs ")
     remedy_words = problem.partition(": use ")[2].partition(";")[0].split()
     verdict = check_plan(trained(*words, *remedy_words), ONE, MeshShape(1, 1, 1, 1))

@@ -13,10 +13,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from cli.arguments import CONF, hydra_arguments
-from cli.config import load_train_config, plain
+from cli.config import load_train_config
 from data.dataset import Dataset
 from data.loader import TrainLoader
 from resilience.run_folder import RunFolder
+from training.config_validation import plain
 
 STAGES = "data.stages=[{from_sample:32,seq_len:128},{from_sample:64,global_batch_size:4}]"
 

@@ -6,13 +6,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from cli.arguments import CONF, hydra_arguments
-from cli.config import JobConfig
+from cli.config import check_for_tasks
 from model.flops import parameter_count
 from parallel.mesh import resolve_mesh
 from planning.fit_check import PlanRequest, given_choice
 from planning.hardware import load_hardware
 from planning.plan import RunPlan, plan_run
-from training.preflight import check_for_tasks
+from training.config import JobConfig
 
 # recipe: devices a node, nodes, hardware.
 MACHINES = {

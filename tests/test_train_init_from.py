@@ -13,13 +13,14 @@ from made_weights import SMALL, MadeWeights
 from omegaconf import OmegaConf
 from transformers import LlamaForCausalLM
 
-from cli.config import JobConfig, load_train_config
+from cli.config import load_train_config
 from data.config import TokenizerConfig
 from data.dataset import Dataset
 from data.loader import TrainLoader
 from data.tokenizer import ready_tokenizer
 from formats.conversion import convert
 from model.config import ModelConfig, RopeScaling
+from training.config import JobConfig
 
 MODEL = ModelConfig(
     "weights",

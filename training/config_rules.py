@@ -1,220 +1,192 @@
-"""The rules that tie sections of the configuration together, to the mesh and to the device.
+"""Rules that tie keys of the configuration together, and to mesh, device and installed packages.
 
-Each function returns every broken rule as a message that names key, value, rule and remedy, with
-every value that would do. Imports nothing heavy.
+Each function returns error messages with key, value, rule and remedy. `CONFIG_RULES` apply to a
+configuration alone, `INSTALLATION_RULES` also to the packages of this machine;
+`training.config_validation` passes the sections that their parameters name. The other functions
+need a mesh or a device. Imports nothing heavy.
 """
 
+import importlib.util
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
-from data.config import DataConfig, TokenizerConfig
+from checkpoint.config import CheckpointConfig
+from data.config import (
+    BYTE_VOCAB_SIZE,
+    LLAMA3_VOCAB_SIZE,
+    N_SPECIALS,
+    DataConfig,
+    SourceConfig,
+    TokenizerConfig,
+)
 from data.stages import plan_stages
 from model.config import ModelConfig
-from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.config import FP8_MULTIPLE, ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
-from training.config import CheckpointConfig, FaultsConfig, TrainConfig, ValidationConfig
+from resilience.config import FaultsConfig
+from training.config import LogConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
 
-MAX_PACK = 2**24  # tokens; far beyond any context, far below what would fill the memory
-MAX_SAMPLE = 2**60  # up to which the order counts without overflow
+# Above this beta2, a bf16 second moment no longer decays: the change is below half a unit (2**-8).
+MAX_BETA2_BF16 = 1 - 2**-8
 
 
-def model_errors(
-    mesh: MeshShape, parallel: ParallelConfig, model: ModelConfig, seq_len: int
-) -> list[str]:
-    """The rules that tie the model and its sequences to the mesh."""
-    found = []
-    tp = mesh.tp
-    for key in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
-        size = getattr(model, key)
-        if size % tp:
-            found.append(
-                f"parallel.tp ({tp}) does not divide model.{key} ({size}): use {_divisors(size)}"
+# ---------------------------------------------------------------- one section
+
+
+def run_errors(run: RunConfig) -> list[str]:
+    errors = []
+    if not run.name or "/" in run.name or run.name.startswith("."):
+        errors.append(f"run.name={run.name!r} is not a folder name; use letters, digits, - and _")
+    if run.init_from is not None and run.resume not in ("auto", "never"):
+        errors.append(
+            f"run.resume={run.resume} loads a checkpoint with its optimizer and "
+            f"run.init_from={run.init_from} loads weights only; use one of them"
+        )
+    return errors
+
+
+def parallel_errors(parallel: ParallelConfig) -> list[str]:
+    budget = parallel.activation_checkpoint
+    if isinstance(budget, float) and not parallel.compile:
+        return [
+            f"parallel.activation_checkpoint={budget} is a memory budget of the compiler and "
+            "parallel.compile=false; use parallel.compile=true, or none, selective or full"
+        ]
+    return []
+
+
+def precision_errors(precision: PrecisionConfig) -> list[str]:
+    if precision.fp8 is not None and precision.param == "fp32":
+        return [
+            f"precision.fp8={precision.fp8} multiplies bf16 activations and precision.param=fp32; "
+            "use precision.param=bf16 or precision.fp8=null"
+        ]
+    return []
+
+
+def faults_errors(faults: FaultsConfig) -> list[str]:
+    if faults.rewind_on_spike and faults.spike_threshold is None:
+        return [
+            "faults.rewind_on_spike=true needs a threshold and faults.spike_threshold=null; use "
+            "faults.spike_threshold=8"
+        ]
+    return []
+
+
+def tokenizer_errors(tokenizer: TokenizerConfig) -> list[str]:
+    errors = []
+    size = tokenizer.vocab_size
+    fixed = {"llama3": LLAMA3_VOCAB_SIZE, "byte": BYTE_VOCAB_SIZE}.get(tokenizer.name)
+    if fixed is not None and size != fixed:
+        errors.append(
+            f"tokenizer.vocab_size={size} is not that of tokenizer {tokenizer.name}; use {fixed}"
+        )
+    if tokenizer.name == "bpe" and size < BYTE_VOCAB_SIZE:
+        errors.append(
+            f"tokenizer.vocab_size={size} does not hold 256 bytes and {N_SPECIALS} special tokens; "
+            f"use at least {BYTE_VOCAB_SIZE}"
+        )
+    if tokenizer.name == "byte" and tokenizer.path is not None:
+        errors.append(f"tokenizer.path={tokenizer.path} does not apply to tokenizer byte; use null")
+    return errors
+
+
+def data_errors(data: DataConfig) -> list[str]:
+    errors = []
+    for name, source in data.sources.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            errors.append(
+                f"data.sources.{name} is not a folder name; use letters, digits, '_', '-' and '.'"
             )
-    if mesh.cp > 1 and seq_len % (2 * mesh.cp):
-        found.append(
-            f"parallel.cp ({mesh.cp}) cuts a sequence into {2 * mesh.cp} chunks, and train.seq_len "
-            f"({seq_len}) is not a multiple of that: use {_axis_sizes(seq_len)}, or a multiple of "
-            f"{2 * mesh.cp} for train.seq_len"
+        errors += _source_errors(f"data.sources.{name}", source)
+    if data.packing and not data.document_mask:
+        errors.append(
+            f"data.packing={data.packing} packs several documents into a window and "
+            "data.document_mask=false lets them attend to each other; use data.document_mask=true "
+            "or data.packing=null"
         )
-    elif parallel.sequence_parallel and seq_len // mesh.cp % tp:
-        of = (
-            f"train.seq_len / parallel.cp ({seq_len // mesh.cp})"
-            if mesh.cp > 1
-            else (f"train.seq_len ({seq_len})")
+    return errors + _stage_order_errors(data) + _stream_source_errors(data)
+
+
+def _source_errors(key: str, source: SourceConfig) -> list[str]:
+    errors = []
+    kind = source.format
+    if kind == "stdlib" and source.path is not None:
+        errors.append(f"{key}.path={source.path} does not apply to format stdlib; use null")
+    if kind != "stdlib" and not source.path:
+        needed = "a dataset name" if kind == "huggingface" else "a file, folder or glob"
+        errors.append(f"{key}.path={source.path or 'null'} is missing for format {kind}; {needed}")
+    if source.filter and kind in ("stdlib", "text"):
+        errors.append(
+            f"{key}.filter does not apply to format {kind}, whose rows are plain text; use null"
         )
-        found.append(
-            f"parallel.tp ({tp}) does not divide {of}: "
-            f"use {_divisors(seq_len // mesh.cp)}, or parallel.sequence_parallel=false"
-        )
-    return found
+    for column, operator, value in source.filter or []:
+        if (operator in ("in", "not in")) != isinstance(value, list):
+            needed = "a list" if operator in ("in", "not in") else "one value"
+            errors.append(
+                f"{key}.filter ({column} {operator} {value}) has the wrong operand; {operator} "
+                f"compares with {needed}"
+            )
+    if kind != "huggingface":
+        for name, unset in (("name", "null"), ("revision", "null"), ("streaming", "false")):
+            if value := getattr(source, name):
+                errors.append(f"{key}.{name}={value} does not apply to format {kind}; use {unset}")
+    return errors
 
 
-def device_errors(
-    accelerator: str,
-    mesh: MeshShape,
-    parallel: ParallelConfig,
-    precision: PrecisionConfig,
-    model: ModelConfig,
-    hopper: Callable[[], bool] | None = None,
-) -> list[str]:
-    """What the device, the precision or an axis lacks for what is asked.
-
-    `hopper` tells whether the GPU is one, or newer; by default this machine's is asked.
-    """
-    found = []
-    on_gpu = accelerator == "cuda"
-    if model.attention in ("flex", "varlen") and not on_gpu:
-        found.append(
-            f"model.attention ({model.attention}) has no backward on CPU: "
-            "use model.attention=auto or sdpa"
-        )
-    elif model.attention == "varlen" and precision.param == "fp32":
-        found.append(
-            "model.attention (varlen) computes in 16 bits, and precision.param is fp32: "
-            "use precision.param=bf16, or model.attention=auto, sdpa or flex"
-        )
-    if model.attention == "varlen" and mesh.cp > 1:
-        found.append(
-            "model.attention (varlen) needs whole documents, and parallel.cp "
-            f"({mesh.cp}) cuts them: use model.attention=auto, sdpa or flex"
-        )
-    if parallel.async_tp:
-        off = "parallel.async_tp=false"
-        for lacks, reason, remedy in (
-            (
-                not (on_gpu and (hopper or _has_hopper)()),
-                "needs the symmetric memory of NVIDIA GPUs from Hopper on",
-                off,
-            ),
-            (
-                mesh.tp == 1,
-                f"has nothing to overlap at parallel.tp ({mesh.tp})",
-                f"parallel.tp=8 or {off}",
-            ),
-            (
-                not parallel.compile,
-                "is done by the compiler, and parallel.compile is false",
-                f"parallel.compile=true or {off}",
-            ),
-            (
-                not parallel.sequence_parallel,
-                "overlaps gathers along seq, and parallel.sequence_parallel is false",
-                f"parallel.sequence_parallel=true or {off}",
-            ),
-        ):
-            if lacks:
-                found.append(f"parallel.async_tp (true) {reason}: use {remedy}")
-    return found
+def _stage_order_errors(data: DataConfig) -> list[str]:
+    errors = []
+    previous = 0
+    for index, stage in enumerate(data.stages or []):
+        key = f"data.stages[{index}]"
+        errors += [
+            f"{key}.weights.{name} is not a source; use {', '.join(sorted(data.sources))}"
+            for name in stage.weights or {}
+            if name not in data.sources
+        ]
+        if stage.from_sample <= previous:
+            errors.append(
+                f"{key}.from_sample={stage.from_sample} is not after the previous stage "
+                f"({previous}); list the stages in order"
+            )
+        previous = stage.from_sample
+    weighted = {
+        name for stage in data.stages or [] for name, w in (stage.weights or {}).items() if w
+    }
+    weighted |= {name for name, source in data.sources.items() if source.weight}
+    errors += [
+        f"data.sources.{name}.weight={source.weight} is 0 in every stage; give it a weight or "
+        "remove the source"
+        for name, source in data.sources.items()
+        if name not in weighted
+    ]
+    if weighted and not any(source.weight for source in data.sources.values()):
+        errors.append("data.sources: all weights are 0 at the first sample; give one a weight")
+    return errors
 
 
-def _has_hopper() -> bool:
-    """Whether there is a GPU, of compute capability 9.0 or above."""
-    import torch
-
-    # parallel.accelerator=cuda does not make a GPU be there; `plan_processes` tells of that.
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-
-
-def batch_errors(mesh: MeshShape, train: TrainConfig) -> list[str]:
-    """The rules that tie the global batch to the mesh."""
-    found = []
-    share, rest = divmod(train.global_batch_size, mesh.dp)
-    if rest:
-        below = train.global_batch_size - rest
-        nearest = f"{below} or {below + mesh.dp}" if below else str(mesh.dp)
-        found.append(
-            f"train.global_batch_size ({train.global_batch_size}) is not a multiple of the "
-            f"{mesh.dp} data ranks (dp_replicate × dp_shard): use {nearest}, or "
-            f"{_divisors(train.global_batch_size)} data ranks"
-        )
-    elif train.micro_batch_size and share % train.micro_batch_size:
-        found.append(
-            f"train.micro_batch_size ({train.micro_batch_size}) does not divide the {share} "
-            f"sequences of each of the {mesh.dp} data ranks: use {_divisors(share)}"
-        )
-    return found
-
-
-def lane_errors(mesh: MeshShape, train: TrainConfig, data: DataConfig) -> list[str]:
-    """The rules that tie the lanes of a stream to the global batch and the data ranks."""
-    lanes, batch = data.stream_shards, train.global_batch_size
-    if lanes is None or lanes < 1:
-        return []
-    found = []
-    if batch % lanes:
-        below = batch - batch % lanes
-        nearest = f"{below} or {below + lanes}" if below else str(lanes)
-        found.append(
-            f"train.global_batch_size ({batch}) is not a multiple of data.stream_shards ({lanes}): "
-            f"use {nearest}, or {_divisors(batch)} lanes"
-        )
-    if lanes % mesh.dp:
-        below = lanes - lanes % mesh.dp
-        nearest = f"{below} or {below + mesh.dp}" if below else str(mesh.dp)
-        found.append(
-            f"data.stream_shards ({lanes}) is not a multiple of the {mesh.dp} data ranks "
-            f"(dp_replicate × dp_shard): use {nearest}, or {_divisors(lanes)} data ranks"
-        )
-    return found
-
-
-def stream_errors(
-    data: DataConfig, tokenizer: TokenizerConfig, validation: ValidationConfig
-) -> list[str]:
-    """What a stream has not: text held out, and a preparation that trains a tokenizer."""
+def _stream_source_errors(data: DataConfig) -> list[str]:
     if data.stream_shards is None:
         return []
-    found = []
-    key = f"data.stream_shards ({data.stream_shards})"
-    if validation.samples:
-        found.append(
-            f"validation.samples ({validation.samples}) needs text held out, and {key} holds out "
-            "none: use validation.samples=0, or data.stream_shards=null"
-        )
-    if tokenizer.name == "bpe" and tokenizer.path is None:
-        found.append(
-            f"tokenizer.path (null) of tokenizer bpe asks for training, and {key} prepares "
-            "nothing: use tokenizer=llama3 or byte, or set tokenizer.path to a tokenizer.model"
-        )
-    return found
+    key = f"data.stream_shards={data.stream_shards}"
+    errors = []
+    if [source.format for source in data.sources.values()] != ["huggingface"]:
+        errors.append(f"{key} needs exactly one source of format huggingface; use that or null")
+    for name in ("packing", "shuffle_block_tokens", "stages"):
+        if getattr(data, name):
+            errors.append(f"{key} reads in stored order, without data.{name}; use null for one")
+    return errors
 
 
-def saving_errors(checkpoint: CheckpointConfig, faults: FaultsConfig) -> list[str]:
-    """What is asked of checkpoints that would not be there, or not be written that way."""
-    found = []
-    interval, kept = checkpoint.interval, checkpoint.keep_every
-    if checkpoint.problems():
-        return []
-    if kept is not None and interval is None:
-        found.append(
-            f"checkpoint.keep_every ({kept}) counts steps, and checkpoint.interval (null) saves "
-            f"none by steps: use checkpoint.interval={kept}, or checkpoint.keep_every=null"
-        )
-    elif kept is not None and interval is not None and kept % interval:
-        both = math.lcm(kept, interval)
-        below = kept - kept % interval
-        nearest = f"{below} or {below + interval}" if below else str(interval)
-        found.append(
-            f"checkpoint.keep_every ({kept}) is not a multiple of checkpoint.interval ({interval}),"
-            f" and would keep every {both}th step alone: use {nearest} for checkpoint.keep_every"
-        )
-    if checkpoint.when_busy == "skip" and not checkpoint.async_save:
-        found.append(
-            "checkpoint.when_busy (skip) has no meaning where checkpoint.async_save is false and "
-            "no save is ever under way: use checkpoint.when_busy=wait or checkpoint.async_save=true"
-        )
-    if faults.rewind_on_spike and interval is None and checkpoint.interval_minutes is None:
-        found.append(
-            "faults.rewind_on_spike (true) rewinds to a checkpoint, and none is saved before the "
-            "end: set checkpoint.interval or checkpoint.interval_minutes"
-        )
-    return found
+# ---------------------------------------------------------------- several sections
 
 
 def stage_errors(train: TrainConfig, data: DataConfig) -> list[str]:
-    """The rules that tie the stages of the data to the steps."""
-    if train.global_batch_size < 1 or data.problems():
+    """Return errors of stages that do not start at a step boundary or have no source."""
+    if data_errors(data):
         return []
     return plan_stages(
         data,
@@ -224,89 +196,378 @@ def stage_errors(train: TrainConfig, data: DataConfig) -> list[str]:
     )[1]
 
 
-def of_every_stage(
-    train: TrainConfig, data: DataConfig, problems: Callable[[TrainConfig], list[str]]
+def for_every_stage(
+    train: TrainConfig, data: DataConfig, rule: Callable[[TrainConfig], list[str]]
 ) -> list[str]:
-    """What `problems` finds in the sizes of any stage, told by the key that gave the number."""
-
-    def found_in(sizes: TrainConfig) -> list[str]:
-        # What is below 1 is told as such, and nothing divides it.
-        below_1 = min(sizes.seq_len, sizes.global_batch_size, sizes.micro_batch_size or 1) < 1
-        return [] if below_1 else problems(sizes)
-
-    found = found_in(train)
+    """Return the errors of `rule` for the sizes of each stage, under the key that set the size."""
+    errors = rule(train)
     sizes = train
-    keys = {}  # which key gave a number that is not the first stage's
-    for place, change in enumerate(data.stages or []):
+    keys = {}  # key of train: key of the stage that replaced its value
+    for index, stage in enumerate(data.stages or []):
         for name in ("seq_len", "global_batch_size", "micro_batch_size"):
-            if (value := getattr(change, name)) is not None:
+            if (value := getattr(stage, name)) is not None:
                 sizes = replace(sizes, **{name: value})
-                keys[f"train.{name}"] = f"data.stages[{place}].{name}"
-        for problem in found_in(sizes):
-            for key, given in keys.items():
-                problem = problem.replace(key, given)
-            if problem not in found:
-                found.append(problem)
-    return found
+                keys[f"train.{name}"] = f"data.stages[{index}].{name}"
+        for error in rule(sizes):
+            for key, stage_key in keys.items():
+                error = error.replace(key, stage_key)
+            if error not in errors:
+                errors.append(error)
+    return errors
 
 
-def size_errors(train: TrainConfig, model: ModelConfig, tokenizer: TokenizerConfig) -> list[str]:
-    """The rules that tie the sizes of batch, model and tokenizer together, whatever the mesh."""
-    found = []
-    if train.seq_len > model.max_seq_len:
-        found.append(
-            f"train.seq_len ({train.seq_len}) is over model.max_seq_len ({model.max_seq_len}): "
-            f"use at most {model.max_seq_len}"
-        )
+def size_errors(
+    train: TrainConfig, data: DataConfig, model: ModelConfig, tokenizer: TokenizerConfig
+) -> list[str]:
+    """Return errors of sequence lengths and vocabulary that exceed the model's."""
+
+    def length_errors(sizes: TrainConfig) -> list[str]:
+        if sizes.seq_len <= model.max_seq_len:
+            return []
+        return [
+            f"train.seq_len={sizes.seq_len} is above model.max_seq_len={model.max_seq_len}; use at "
+            f"most {model.max_seq_len}"
+        ]
+
+    errors = for_every_stage(train, data, length_errors)
     if tokenizer.vocab_size > model.vocab_size:
-        found.append(
-            f"model.vocab_size ({model.vocab_size}) is smaller than tokenizer.vocab_size "
-            f"({tokenizer.vocab_size}): use model.vocab_size={tokenizer.vocab_size}"
+        errors.append(
+            f"model.vocab_size={model.vocab_size} is below "
+            f"tokenizer.vocab_size={tokenizer.vocab_size}; use "
+            f"model.vocab_size={tokenizer.vocab_size}"
         )
-    return found
+    return errors
 
 
-def _axis_sizes(seq_len: int) -> str:
-    """The sizes of `cp` whose double divides the length of a sequence, and 1."""
-    if seq_len % 2:
-        return "1"
-    return _divisors(seq_len // 2)
+def stream_errors(
+    data: DataConfig, tokenizer: TokenizerConfig, validation: ValidationConfig
+) -> list[str]:
+    """Return errors of a stream, which holds out no text and trains no tokenizer."""
+    if data.stream_shards is None:
+        return []
+    errors = []
+    key = f"data.stream_shards={data.stream_shards}"
+    if validation.samples:
+        errors.append(
+            f"validation.samples={validation.samples} needs held-out text and {key} holds out "
+            "none; use validation.samples=0 or data.stream_shards=null"
+        )
+    if tokenizer.name == "bpe" and tokenizer.path is None:
+        errors.append(
+            f"tokenizer.path=null of tokenizer bpe trains a tokenizer and {key} prepares no data; "
+            "use tokenizer=llama3 or byte, or set tokenizer.path to a tokenizer.model"
+        )
+    return errors
 
 
-def _pack_errors(pack: int | list[int] | None) -> list[str]:
-    """The lengths that documents cannot be packed for."""
-    if pack == []:
-        return ["pack ([]) names no length: use for example pack=8192, or null"]
+def moment_errors(precision: PrecisionConfig, optim: OptimConfig) -> list[str]:
+    """Return an error if the second moment cannot decay in its storage format."""
+    if precision.optimizer_state != "bf16" or optim.betas[1] <= MAX_BETA2_BF16:
+        return []
     return [
-        f"pack ({length}) is not a length from 1 to {MAX_PACK}: use the train.seq_len, and the "
-        "lengths of data.stages, of a run to come"
-        for length in (pack if isinstance(pack, list) else [pack])
-        if length is not None and not 1 <= length <= MAX_PACK
+        f"optim.betas={optim.betas} changes the second moment by less than bf16 resolves when the "
+        f"second is above {MAX_BETA2_BF16:.3f}; use precision.optimizer_state=fp32 or int8"
     ]
 
 
-def task_number_errors(num_fewshot: int | None, limit: int | None) -> list[str]:
-    """The rules of how benchmarks are run."""
-    found = []
-    if num_fewshot is not None and num_fewshot < 0:
-        found.append(f"num_fewshot ({num_fewshot}) is below 0: use null for what the tasks have")
-    if limit is not None and limit < 1:
-        found.append(f"limit ({limit}) is below 1: use null for all of a task's samples")
-    return found
-
-
-def convert_errors(format: str | None, parts: int, file_gb: float) -> list[str]:
-    """The rules of what `convert.py` writes."""
-    found = []
-    if parts < 1:
-        found.append(f"parts ({parts}) is below 1: use 1, or what the model is to be cut into")
-    elif parts > 1 and format != "meta":
-        found.append(
-            f"parts ({parts}) has a meaning for Meta's folders alone: use parts=1, or format=meta"
+def saving_errors(checkpoint: CheckpointConfig, faults: FaultsConfig) -> list[str]:
+    """Return errors of checkpoints that would not exist or not be written that way."""
+    errors = []
+    interval, kept = checkpoint.interval, checkpoint.keep_every
+    if kept is not None and interval is None:
+        errors.append(
+            f"checkpoint.keep_every={kept} counts steps and checkpoint.interval=null saves none by "
+            f"steps; use checkpoint.interval={kept} or checkpoint.keep_every=null"
         )
-    if not file_gb > 0:
-        found.append(f"file_gb ({file_gb}) is not above 0: use 5")
-    return found
+    elif kept is not None and interval is not None and kept % interval:
+        both = math.lcm(kept, interval)
+        errors.append(
+            f"checkpoint.keep_every={kept} is not a multiple of checkpoint.interval={interval} and "
+            f"would keep only every {both}th step; use checkpoint.keep_every="
+            f"{_nearest_multiples(kept, interval)}"
+        )
+    if checkpoint.when_busy == "skip" and not checkpoint.async_save:
+        errors.append(
+            "checkpoint.when_busy=skip has no effect with checkpoint.async_save=false; use "
+            "checkpoint.when_busy=wait or checkpoint.async_save=true"
+        )
+    if faults.rewind_on_spike and interval is None and checkpoint.interval_minutes is None:
+        errors.append(
+            "faults.rewind_on_spike=true rewinds to a checkpoint and none is saved before the end; "
+            "set checkpoint.interval or checkpoint.interval_minutes"
+        )
+    return errors
+
+
+def profile_errors(log: LogConfig, train: TrainConfig) -> list[str]:
+    if all(step <= train.max_steps for step in log.profile or []):
+        return []
+    return [
+        f"log.profile={log.profile} lists steps after train.max_steps={train.max_steps}; use steps "
+        f"up to {train.max_steps}"
+    ]
+
+
+def wandb_package_errors(log: LogConfig) -> list[str]:
+    """Return an error if W&B is requested and not installed."""
+    if log.wandb is None:
+        return []
+    from training.wandb_logger import wandb_errors
+
+    return wandb_errors(log.wandb)
+
+
+def torchao_errors(precision: PrecisionConfig) -> list[str]:
+    """Return errors of number formats that need torchao where it is not installed."""
+    if importlib.util.find_spec("torchao") is not None:
+        return []
+    requested: list[tuple[str, str, str]] = []  # key, value, remedy
+    if precision.fp8 is not None:
+        requested.append(("fp8", precision.fp8, "null"))
+    if precision.optimizer_state == "int8":
+        requested.append(("optimizer_state", "int8", "bf16"))
+    return [
+        f"precision.{key}={value} needs the package torchao; install the extra `torchao` "
+        f"(pip install '.[torchao]') or use precision.{key}={remedy}"
+        for key, value, remedy in requested
+    ]
+
+
+def inference_errors(precision: PrecisionConfig) -> list[str]:
+    """Return an error for fp8 outside of training."""
+    if precision.fp8 is None:
+        return []
+    return [f"precision.fp8={precision.fp8} is for training only; use precision.fp8=null"]
+
+
+CONFIG_RULES = (
+    *(run_errors, parallel_errors, precision_errors, faults_errors, tokenizer_errors, data_errors),
+    *(stage_errors, size_errors, stream_errors, moment_errors),
+)
+INSTALLATION_RULES = (saving_errors, wandb_package_errors, torchao_errors, profile_errors)
+
+
+# ---------------------------------------------------------------- mesh
+
+
+def mesh_errors(
+    mesh: MeshShape,
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    train: TrainConfig,
+    data: DataConfig,
+) -> list[str]:
+    """Return errors of model, batches and data that do not divide over the mesh."""
+
+    def stage_sizes(sizes: TrainConfig) -> list[str]:
+        return model_errors(mesh, parallel, model, sizes.seq_len) + batch_errors(mesh, sizes)
+
+    return stream_shard_errors(mesh, train, data) + for_every_stage(train, data, stage_sizes)
+
+
+def model_errors(
+    mesh: MeshShape, parallel: ParallelConfig, model: ModelConfig, seq_len: int
+) -> list[str]:
+    """Return errors of model sizes and sequence length that do not divide over the mesh."""
+    errors = []
+    tp = mesh.tp
+    for key in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
+        size = getattr(model, key)
+        if size % tp:
+            errors.append(
+                f"parallel.tp={tp} does not divide model.{key}={size}; use {_divisors(size)}"
+            )
+    if mesh.cp > 1 and seq_len % (2 * mesh.cp):
+        sizes = "1" if seq_len % 2 else _divisors(seq_len // 2)
+        errors.append(
+            f"parallel.cp={mesh.cp} splits a sequence into {2 * mesh.cp} chunks and "
+            f"train.seq_len={seq_len} is not a multiple of that; use {sizes}, or a multiple of "
+            f"{2 * mesh.cp} for train.seq_len"
+        )
+    elif parallel.sequence_parallel and seq_len // mesh.cp % tp:
+        length = f"train.seq_len={seq_len}"
+        if mesh.cp > 1:
+            length = f"train.seq_len / parallel.cp = {seq_len // mesh.cp}"
+        errors.append(
+            f"parallel.tp={tp} does not divide {length}; use {_divisors(seq_len // mesh.cp)}, or "
+            "parallel.sequence_parallel=false"
+        )
+    return errors
+
+
+def batch_errors(mesh: MeshShape, train: TrainConfig) -> list[str]:
+    """Return errors of batch sizes that do not divide over the data ranks."""
+    batch = train.global_batch_size
+    per_rank, remainder = divmod(batch, mesh.dp)
+    if remainder:
+        return [
+            f"train.global_batch_size={batch} is not a multiple of the {mesh.dp} data ranks "
+            f"(dp_replicate × dp_shard); use {_nearest_multiples(batch, mesh.dp)}, or "
+            f"{_divisors(batch)} data ranks"
+        ]
+    if train.micro_batch_size and per_rank % train.micro_batch_size:
+        return [
+            f"train.micro_batch_size={train.micro_batch_size} does not divide the {per_rank} "
+            f"sequences of each of the {mesh.dp} data ranks; use {_divisors(per_rank)}"
+        ]
+    return []
+
+
+def stream_shard_errors(mesh: MeshShape, train: TrainConfig, data: DataConfig) -> list[str]:
+    """Return errors of stream shards that do not divide over the batch and the data ranks."""
+    shards, batch = data.stream_shards, train.global_batch_size
+    if shards is None:
+        return []
+    errors = []
+    if batch % shards:
+        errors.append(
+            f"train.global_batch_size={batch} is not a multiple of data.stream_shards={shards}; "
+            f"use {_nearest_multiples(batch, shards)}, or {_divisors(batch)} stream shards"
+        )
+    if shards % mesh.dp:
+        errors.append(
+            f"data.stream_shards={shards} is not a multiple of the {mesh.dp} data ranks "
+            f"(dp_replicate × dp_shard); use {_nearest_multiples(shards, mesh.dp)}, or "
+            f"{_divisors(shards)} data ranks"
+        )
+    return errors
+
+
+# ---------------------------------------------------------------- device
+
+
+def device_errors(
+    accelerator: str,
+    mesh: MeshShape,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    model: ModelConfig,
+    is_hopper: Callable[[], bool] | None = None,
+) -> list[str]:
+    """Return errors of attention kernels and async TP that the device does not support.
+
+    Args:
+        is_hopper: Whether the GPU is Hopper or newer; by default that of this machine.
+    """
+    errors = []
+    on_gpu = accelerator == "cuda"
+    key = f"model.attention={model.attention}"
+    if model.attention in ("flex", "varlen") and not on_gpu:
+        errors.append(f"{key} has no backward on CPU; use model.attention=auto or sdpa")
+    elif model.attention == "varlen" and precision.param == "fp32":
+        errors.append(
+            f"{key} computes in 16 bits and precision.param=fp32; use precision.param=bf16, or "
+            "model.attention=auto, sdpa or flex"
+        )
+    if model.attention == "varlen" and mesh.cp > 1:
+        errors.append(
+            f"{key} needs complete documents and parallel.cp={mesh.cp} splits them; use "
+            "model.attention=auto, sdpa or flex"
+        )
+    if not parallel.async_tp:
+        return errors
+    off = "parallel.async_tp=false"
+    for broken, reason, remedy in (
+        (
+            not (on_gpu and (is_hopper or _is_hopper)()),
+            "needs the symmetric memory of NVIDIA GPUs from Hopper on",
+            off,
+        ),
+        (
+            mesh.tp == 1,
+            f"has nothing to overlap with parallel.tp={mesh.tp}",
+            f"parallel.tp=8 or {off}",
+        ),
+        (
+            not parallel.compile,
+            "is done by the compiler and parallel.compile=false",
+            f"parallel.compile=true or {off}",
+        ),
+        (
+            not parallel.sequence_parallel,
+            "overlaps gathers along the sequence and parallel.sequence_parallel=false",
+            f"parallel.sequence_parallel=true or {off}",
+        ),
+    ):
+        if broken:
+            errors.append(f"parallel.async_tp=true {reason}; use {remedy}")
+    return errors
+
+
+def _is_hopper() -> bool:
+    import torch
+
+    # parallel.accelerator=cuda may be set without a GPU; `plan_processes` reports that.
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def fp8_errors(
+    accelerator: str,
+    mesh: MeshShape,
+    precision: PrecisionConfig,
+    model: ModelConfig,
+    train: TrainConfig,
+    data: DataConfig,
+) -> list[str]:
+    """Return errors of a device or of sizes that cannot compute in fp8."""
+    recipe = precision.fp8
+    if recipe is None:
+        return []
+    if accelerator != "cuda":
+        return [
+            f"precision.fp8={recipe} needs a GPU and the run uses parallel.accelerator="
+            f"{accelerator}; use precision.fp8=null"
+        ]
+    import torch
+
+    from parallel.float8 import CAPABILITY, lacking_capability
+
+    errors = []
+    capability = lacking_capability(recipe) if torch.cuda.is_available() else None
+    if capability is not None:
+        least = CAPABILITY[recipe]
+        remedy = "precision.fp8=null"
+        if capability >= CAPABILITY["tensorwise"]:
+            remedy = f"precision.fp8=tensorwise or {remedy}"
+        errors.append(
+            f"precision.fp8={recipe} needs GPUs of compute capability {least[0]}.{least[1]} and "
+            f"this one has {capability[0]}.{capability[1]}; use {remedy}"
+        )
+    return errors + for_every_stage(train, data, partial(fp8_size_errors, mesh, precision, model))
+
+
+def fp8_size_errors(
+    mesh: MeshShape, precision: PrecisionConfig, model: ModelConfig, train: TrainConfig
+) -> list[str]:
+    """Return errors of sizes that fp8 matrix products do not support on any device."""
+    recipe = precision.fp8
+    if recipe is None:
+        return []
+    errors = []
+    widths = {
+        "model.dim": model.dim,
+        "model.n_kv_heads × head_dim": model.n_kv_heads * model.head_dim,
+        "model.ffn_dim": model.ffn_dim,
+    }
+    for key, width in widths.items():
+        if width % mesh.tp == 0 and width // mesh.tp % FP8_MULTIPLE:
+            errors.append(
+                f"precision.fp8={recipe} needs widths that are multiples of {FP8_MULTIPLE} and "
+                f"{key}={width} over parallel.tp={mesh.tp} is {width // mesh.tp}; use a multiple "
+                f"of {FP8_MULTIPLE * mesh.tp}, or precision.fp8=null"
+            )
+    micro_batch_size = train.micro_batch_size or train.global_batch_size // mesh.dp
+    if micro_batch_size * train.seq_len // mesh.cp % FP8_MULTIPLE:
+        errors.append(
+            f"precision.fp8={recipe} needs micro-batches of a multiple of {FP8_MULTIPLE} tokens "
+            f"and a rank has {micro_batch_size} × train.seq_len={train.seq_len} / "
+            f"parallel.cp={mesh.cp}; use a train.seq_len that is a multiple of "
+            f"{FP8_MULTIPLE * mesh.cp}, or precision.fp8=null"
+        )
+    return errors
+
+
+# ---------------------------------------------------------------- other programs
 
 
 def prepare_errors(
@@ -317,31 +578,41 @@ def prepare_errors(
     seq_len: int | None,
     seed: int | None,
 ) -> list[str]:
-    """What contradicts what among `prepare.py`'s own keys, and their bounds."""
-    found = _pack_errors(pack)
-    asked = {"pack": pack is not None, "verify": verify, "inspect": inspect is not None}
-    if sum(asked.values()) > 1:
-        names = " and ".join(name for name, is_asked in asked.items() if is_asked)
-        found.append(f"{names} are different jobs: use one of them a command")
+    """Return errors of keys of `prepare.py` that contradict each other."""
+    errors = []
+    jobs = {"pack": pack is not None, "verify": verify, "inspect": inspect is not None}
+    if sum(jobs.values()) > 1:
+        names = " and ".join(name for name, requested in jobs.items() if requested)
+        errors.append(f"{names} are different jobs; use one per command")
     if inspect is None:
         given = {"sample": sample or None, "seq_len": seq_len, "seed": seed}
-        found += [
-            f"{key} ({value}) has no meaning without inspect: add inspect=FOLDER"
+        errors += [
+            f"{key}={value} has no effect without inspect; add inspect=FOLDER"
             for key, value in given.items()
             if value is not None
         ]
-    if not 0 <= sample <= MAX_SAMPLE:
-        found.append(f"sample ({sample}) is not in [0, 2**60]: samples count from 0")
-    if seq_len is not None and not 1 <= seq_len <= MAX_PACK:
-        found.append(
-            f"seq_len ({seq_len}) is not a length from 1 to {MAX_PACK}: use for example 256"
-        )
-    if seed is not None and not 0 <= seed < 2**63:
-        found.append(f"seed ({seed}) is not in [0, 2**63): use a run's run.seed")
-    return found
+    return errors
+
+
+def generate_errors(prompt: str | None, prompts: str | None) -> list[str]:
+    if prompt is None or prompts is None:
+        return []
+    return [f"prompts={prompts} and prompt={prompt!r} are both given; use one of them"]
+
+
+def convert_errors(format: str | None, parts: int) -> list[str]:
+    if parts == 1 or format == "meta":
+        return []
+    return [f"parts={parts} applies to Meta folders only; use parts=1 or format=meta"]
+
+
+def _nearest_multiples(number: int, unit: int) -> str:
+    """Return the multiples of `unit` next to `number`, as text."""
+    below = number - number % unit
+    return f"{below} or {below + unit}" if below else str(unit)
 
 
 def _divisors(number: int, limit: int = 1024) -> str:
-    """The divisors of `number` up to `limit`, as a person would list them."""
+    """Return the divisors of `number` up to `limit`, as text."""
     *most, last = [str(d) for d in range(1, min(number, limit) + 1) if number % d == 0]
     return f"{', '.join(most)} or {last}" if most else last

@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.config import ConfigError, JobConfig
 from data.errors import DataError
 from model.config import ModelConfig
-from training.config import RunConfig
-from training.resume_policy import Kind, clause_of
+from training.config import JobConfig, RunConfig
+from training.config_validation import ConfigError
+from training.resume_policy import policy_of
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
@@ -31,15 +31,15 @@ def check_initial_weights(run: RunConfig, model: ModelConfig) -> None:
     found = []
     for field in dataclasses.fields(ModelConfig):
         key = f"model.{field.name}"
-        clause = clause_of(key)
-        assert clause is not None
+        policy = policy_of(key)
+        assert policy is not None
         now, before = getattr(model, field.name), getattr(there, field.name)
-        if clause.kind is Kind.FREE or now == before:
+        if policy.change == "free" or now == before:
             continue
-        if clause.kind is Kind.ASKS and key in run.allow_changes:
+        if policy.change == "override" and key in run.allow_changes:
             continue
         remedy = f"use {_override(key, before)}"
-        if clause.kind is Kind.ASKS:
+        if policy.change == "override":
             remedy += f", or run.allow_changes=[{key}] to train them into another function"
         found.append(
             f"{key} ({_typed(now)}) is not that of the weights in run.init_from "

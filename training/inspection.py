@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from cli.config import ConfigError, JobConfig, PrepareJobConfig, load_train_config
-from data.config import DataConfig
+from cli.config import load_train_config
+from data.config import DataConfig, PrepareJobConfig
 from data.dataset import Dataset
 from data.errors import DataError
 from data.inspection import read_sample
@@ -19,6 +19,8 @@ from data.inspection_report import Reading, show_dataset, show_sample, stdout_co
 from data.manifest import MANIFEST_FILE
 from data.stages import Stage, Stages
 from resilience.run_folder import RunFolder, RunFolderError
+from training.config import JobConfig
+from training.config_validation import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cli.config import JobConfig
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolder, RunFolderError
+from training.config import JobConfig
 from training.run import Run
 
 if TYPE_CHECKING:

@@ -1,264 +1,200 @@
-"""The resume contract: what may change between two starts of a run, and on what terms.
+"""Which keys may change when a run resumes: free, with an explicit override, or never.
 
-One table puts each key of the configuration into one of three classes. A free key changes how the
-run is computed; a key that asks changes what is computed, and is changed by consent
-(`run.allow_changes`) and on record; a kept key would make the run another one. The most specific
-pattern of the table decides. Compares plain dictionaries alone; imports nothing heavy.
+The policy of a key is declared on its field (`model.config_base.ResumePolicy`); a policy on a
+section applies to all keys below that do not declare their own. This module compares the
+configurations of two launches and words the errors. Imports nothing heavy.
 """
 
+import dataclasses
 import difflib
+import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any
+from itertools import zip_longest
+from typing import Annotated, Any, get_args, get_origin
+
+from model.config_base import ResumePolicy
+from training.config import JobConfig
+from training.config_validation import annotations_along
+
+REMOVED_KEY = ResumePolicy("override", "something that this version has no key for")
 
 
-class Kind(StrEnum):
-    """On what terms a key may change."""
-
-    FREE = "free"
-    ASKS = "asks"
-    KEPT = "kept"
-
-
-@dataclass(frozen=True)
-class Clause:
-    """One row of the contract.
-
-    Args:
-        kind: On what terms the keys may change.
-        keys: Patterns, separated by spaces: a key and all below it, `*` for any one name.
-        why: What the keys are or, unless they are free, what they decide.
-        loads: Whether the keys also have to fit where a run begins with another's checkpoint.
-    """
-
-    kind: Kind
-    keys: str
-    why: str
-    loads: bool = False
+def policy_of(key: str) -> ResumePolicy | None:
+    """Return the policy declared closest to a dotted key, or None if there is none."""
+    found = None
+    for annotation in annotations_along(JobConfig, key.split(".")):
+        if get_origin(annotation) is Annotated:
+            policies = [each for each in get_args(annotation) if isinstance(each, ResumePolicy)]
+            found = policies[-1] if policies else found
+    return found
 
 
-CONTRACT = (
-    # How the run is computed, kept, watched and told: the samples and the function stay.
-    Clause(Kind.FREE, "run.name run.dir run.resume", "where the run lies and goes on from"),
-    Clause(Kind.FREE, "run.allow_changes run.time_limit run.plan_check", "terms of one start"),
-    Clause(Kind.FREE, "model.name data.name", "a label"),
-    Clause(Kind.FREE, "model.attention", "the kernel that computes the same attention"),
-    Clause(Kind.FREE, "model.max_seq_len", "a bound on sequences, nothing is computed from it"),
-    Clause(Kind.FREE, "parallel", "one run, any mesh"),
-    Clause(Kind.FREE, "precision.optimizer_state", "the same moments, kept in more or fewer bits"),
-    Clause(Kind.FREE, "train.micro_batch_size", "how a batch is cut"),
-    Clause(Kind.FREE, "train.max_steps", "how far the run goes"),
-    Clause(
-        Kind.FREE,
-        "optim.lr optim.schedule optim.schedule_steps optim.warmup_steps optim.min_lr_ratio "
-        "optim.decay_ratio",
-        "the learning rates to come",
-    ),
-    Clause(Kind.FREE, "data.folder tokenizer.path", "where the same tokens lie: they are compared"),
-    Clause(
-        Kind.FREE,
-        "data.workers data.loader_threads data.prefetch data.verify_reads",
-        "how fast and how carefully data are read",
-    ),
-    Clause(Kind.FREE, "checkpoint", "when is saved, and what is kept"),
-    Clause(Kind.FREE, "faults watchdog", "what a fault to come leads to"),
-    Clause(Kind.FREE, "validation log", "what is told on the way"),
-    # What is computed, from now on.
-    Clause(Kind.ASKS, "optim.betas optim.eps optim.weight_decay", "each update to come"),
-    Clause(Kind.ASKS, "train.max_grad_norm", "each update that is clipped"),
-    Clause(Kind.ASKS, "precision.param precision.reduce precision.fp8", "rounding"),
-    Clause(
-        Kind.ASKS,
-        "model.rope_theta model.rope_scaling model.norm_eps",
-        "the function of the same weights",
-    ),
-    Clause(Kind.ASKS, "data.document_mask", "which tokens see each other, and which are targets"),
-    # What makes it this run.
-    Clause(
-        Kind.KEPT,
-        "model.dim model.n_layers model.n_heads model.n_kv_heads model.ffn_dim model.vocab_size "
-        "model.tie_embeddings",
-        "what the weights are",
-        loads=True,
-    ),
-    Clause(Kind.KEPT, "optim.optimizer", "what its moments mean", loads=True),
-    Clause(Kind.KEPT, "run.seed", "the order of all samples"),
-    Clause(Kind.KEPT, "run.init_from", "the weights that the run began from"),
-    Clause(
-        Kind.KEPT,
-        "train.seq_len train.global_batch_size data.stages",
-        "which samples the steps so far took",
-        loads=True,
-    ),
-    Clause(Kind.KEPT, "data.sources.*.weight", "which samples the steps so far took"),
-    Clause(
-        Kind.KEPT,
-        "data.packing data.shuffle_block_tokens data.stream_shards",
-        "which tokens a sample is, and when it comes",
-    ),
-    Clause(
-        Kind.KEPT,
-        "data.sources data.validation_fraction data.shard_tokens data.invalid_text",
-        "the tokens, and those held out",
-    ),
-    Clause(
-        Kind.KEPT,
-        "tokenizer.name tokenizer.vocab_size tokenizer.training_characters",
-        "what a token is",
-    ),
-)
-GONE = Clause(Kind.ASKS, "", "something that this version of the program has no key for")
-
-
-def clause_of(key: str) -> Clause | None:
-    """The clause whose pattern fits a dotted key most specifically; None where none does."""
-    names = key.split(".")
-    best, depth = None, 0
-    for clause in CONTRACT:
-        for pattern in clause.keys.split():
-            wanted = pattern.split(".")
-            fits = len(wanted) <= len(names) and all(
-                one in ("*", name) for one, name in zip(wanted, names, strict=False)
-            )
-            if fits and len(wanted) > depth:
-                best, depth = clause, len(wanted)
-    return best
-
-
-Difference = list[Any]  # [before, now], as the ledger holds it
+Difference = list[Any]  # [before, now], as the event log stores it
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What a start's configuration changes, as `{key: [before, now]}` on each of the terms.
+    """Changes of the configuration since the last launch, as `{key: [before, now]}`.
 
-    `free` holds all that needs no consent, `allowed` what has it, `asking` what lacks it, and
-    `kept` what no consent helps.
+    Attributes:
+        free: Changes that need no override.
+        allowed: Changes listed in `run.allow_changes`.
+        unlisted: Changes that need to be listed there and are not.
+        forbidden: Changes that no override permits.
     """
 
     free: dict[str, Difference] = field(default_factory=dict)
     allowed: dict[str, Difference] = field(default_factory=dict)
-    asking: dict[str, Difference] = field(default_factory=dict)
-    kept: dict[str, Difference] = field(default_factory=dict)
+    unlisted: dict[str, Difference] = field(default_factory=dict)
+    forbidden: dict[str, Difference] = field(default_factory=dict)
 
     def rows(self) -> list[str]:
-        """A line for each change that is made, for a person to see."""
+        """Return a line for each change that takes effect."""
         return _rows(self.allowed, note=" (allowed)") + _rows(self.free)
 
 
 def compare(before: dict[str, Any], now: dict[str, Any], samples: int) -> Changes:
-    """Which keys differ between the last start of a run and this one, and on what terms.
+    """Return the changes between the last launch of a run and this one.
 
     Args:
-        before: The configuration of the last start; a key that this version does not have any
-            more asks, unless it was null.
-        now: That of this start, whose `run.allow_changes` is the consent.
-        samples: How many the run has taken: stages that begin later may change.
+        before: Configuration of the last launch. A key that this version no longer has needs an
+            override unless it was null.
+        now: Configuration of this launch, whose `run.allow_changes` is the override.
+        samples: Samples trained so far; stages that start later may change.
     """
     changes = Changes()
     for key, both in differences(before, now).items():
-        clause = clause_of(key) or GONE
-        if clause.kind is Kind.FREE or _without_effect(key, both, samples):
+        policy = policy_of(key) or REMOVED_KEY
+        if policy.change == "free" or _has_no_effect(key, both, samples):
             changes.free[key] = both
-        elif clause.kind is Kind.KEPT:
-            changes.kept[key] = both
-        elif _consented(key, now["run"]["allow_changes"]):
+        elif policy.change == "forbidden":
+            changes.forbidden[key] = both
+        elif _is_listed(key, now["run"]["allow_changes"]):
             changes.allowed[key] = both
         else:
-            changes.asking[key] = both
+            changes.unlisted[key] = both
     return changes
 
 
-def _without_effect(key: str, both: Difference, samples: int) -> bool:
-    """Whether a kept key changes in a way that leaves the run what it is."""
+def _has_no_effect(key: str, both: Difference, samples: int) -> bool:
+    """Return whether a change of a restricted key leaves the run the same."""
     if key == "run.init_from":
-        return both[1] is None  # begun it has; the weights may be gone since
+        return both[1] is None  # the run has its own weights by now
     return key == "data.stages" and _same_past(both[0], both[1], samples)
 
 
-def compare_beginning(before: dict[str, Any], now: dict[str, Any], samples: int) -> Changes:
-    """As `compare`, where a run begins with another's checkpoint: it has no past to contradict.
+def compare_on_load(before: dict[str, Any], now: dict[str, Any], samples: int) -> Changes:
+    """Return the changes for a new run that starts from another run's checkpoint.
 
-    Only what decides the meaning of the tensors and of the position has to fit. The rest, data and
-    seed too, is the new run's own; all of it counts as free, for the record.
+    Only what determines the meaning of tensors and position must match. Everything else, data and
+    seed included, is the new run's own and is reported as free.
     """
     changes = Changes()
     for key, both in differences(before, now).items():
-        clause = clause_of(key)
-        fits = clause is None or not clause.loads
+        policy = policy_of(key)
+        fits = policy is None or not policy.on_load
         fits = fits or (key == "data.stages" and _same_past(both[0], both[1], samples))
-        (changes.free if fits else changes.kept)[key] = both
+        (changes.free if fits else changes.forbidden)[key] = both
     return changes
 
 
-def consent_errors(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What is wrong with the names in `run.allow_changes`.
+def override_errors(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return errors of the names in `run.allow_changes`.
 
-    A free key, or one that has not changed, does no harm there: a job that is requeued gives the
-    same command again, after the change has been made.
+    Names of free or unchanged keys are accepted: a requeued job repeats its command after the
+    change has taken effect.
     """
     named_before = (before.get("run") or {}).get("allow_changes") or []
     known = [*_leaves(before), *_leaves(now), *named_before]
-    problems = []
+    errors = []
     for name in now["run"]["allow_changes"]:
-        clause = clause_of(name)
-        if clause is not None and clause.kind is Kind.KEPT:
-            problems.append(
-                f"run.allow_changes names {name}, which no run changes, since it decides "
-                f"{clause.why}: leave it out"
+        policy = policy_of(name)
+        if policy is not None and policy.change == "forbidden":
+            errors.append(
+                f"run.allow_changes lists {name}, which cannot change within a run because it "
+                f"decides {policy.decides}; remove it"
             )
         elif name not in known and not (
-            clause and any(key.startswith(f"{name}.") for key in known)
+            policy and any(key.startswith(f"{name}.") for key in known)
         ):
             near = difflib.get_close_matches(name, known, n=1)
-            meant = f"did you mean {near[0]}?" if near else "name keys, like optim.weight_decay"
-            problems.append(f"run.allow_changes names {name}, which is not a key: {meant}")
-    return problems
+            remedy = f"did you mean {near[0]}?" if near else "list keys like optim.weight_decay"
+            errors.append(f"run.allow_changes lists {name}, which is not a key; {remedy}")
+    return errors
 
 
-def refusal(changes: Changes, now: dict[str, Any], samples: int) -> str | None:
-    """Every change that a run may not make, by class and with its remedy; None without one."""
+def changes_error(changes: Changes, now: dict[str, Any], samples: int) -> str | None:
+    """Return a message with every change that is not permitted and its remedy, or None."""
     lines = []
-    if changes.kept:
+    if changes.forbidden:
         lines += [
-            "Never changed within a run:",
-            *_rows(changes.kept, reasons=True),
-            "Set these back to go on with that run, or give the new one a name of its own with "
-            "run.name=…",
-            "(which may begin with a checkpoint of this one, on other data too: "
+            "These keys cannot change within a run:",
+            *_rows(changes.forbidden, reasons=True),
+            "Set them back to resume that run, or start a new run with another run.name=…",
+            "(it may start from a checkpoint of this one, also on other data: "
             "run.resume=CHECKPOINT).",
-            *_stage_remedy(changes.kept, now, samples),
+            *_stage_remedy(changes.forbidden, now, samples),
         ]
-    if changes.asking:
-        names = dict.fromkeys([*now["run"]["allow_changes"], *changes.asking])
-        consent = shlex.quote(f"run.allow_changes=[{','.join(names)}]")
+    if changes.unlisted:
+        names = dict.fromkeys([*now["run"]["allow_changes"], *changes.unlisted])
+        override = shlex.quote(f"run.allow_changes=[{','.join(names)}]")
         lines += [
-            "Changed only by consent:",
-            *_rows(changes.asking, reasons=True),
-            f"Set these back, or add {consent} to the command; the change is recorded then.",
+            "These keys change only with an explicit override:",
+            *_rows(changes.unlisted, reasons=True),
+            f"Set them back, or add {override} to the command; the change is then recorded.",
         ]
     if lines and (rest := changes.rows()):
-        lines += ["Changed too, as they may be:", *rest]
+        lines += ["Also changed, which is permitted:", *rest]
     return "\n".join(lines) or None
 
 
-def beginning_refusal(changes: Changes, now: dict[str, Any], samples: int) -> str | None:
-    """What keeps a run from beginning with another's checkpoint; None where nothing does."""
-    if not changes.kept:
+def load_error(changes: Changes, now: dict[str, Any], samples: int) -> str | None:
+    """Return a message for a checkpoint of another run that does not fit, or None."""
+    if not changes.forbidden:
         return None
     return "\n".join(
         [
-            *_rows(changes.kept, reasons=True),
-            "Set these as they are there, or use another checkpoint.",
-            *_stage_remedy(changes.kept, now, samples),
+            *_rows(changes.forbidden, reasons=True),
+            "Set these as in the run of the checkpoint, or use another checkpoint.",
+            *_stage_remedy(changes.forbidden, now, samples),
         ]
     )
 
 
+def with_defaults(before: Any, now: Any) -> Any:
+    """Return an older version's configuration with the keys added since at their defaults.
+
+    A default is what the program did before it had the key, so the run resumes unchanged.
+
+    Args:
+        before: The old configuration, or a part of it.
+        now: The corresponding part of this version's, typed.
+    """
+    if dataclasses.is_dataclass(now) and isinstance(before, dict):
+        filled = {
+            name: with_defaults(value, getattr(now, name, None)) for name, value in before.items()
+        }
+        for each in dataclasses.fields(now):
+            if each.name in before:
+                continue
+            if each.default is not dataclasses.MISSING:
+                filled[each.name] = json.loads(json.dumps(each.default))
+            elif each.default_factory is not dataclasses.MISSING:
+                filled[each.name] = json.loads(json.dumps(each.default_factory()))
+            elif dataclasses.is_dataclass(getattr(now, each.name)):  # an entire section
+                filled[each.name] = with_defaults({}, getattr(now, each.name))
+        return filled
+    if isinstance(now, dict) and isinstance(before, dict):
+        return {name: with_defaults(value, now.get(name)) for name, value in before.items()}
+    if isinstance(now, list) and isinstance(before, list):
+        return [with_defaults(one, of) for one, of in zip_longest(before, now[: len(before)])]
+    return before
+
+
 def differences(before: Any, now: Any, prefix: str = "") -> dict[str, Difference]:
-    """Every leaf at which two nested dictionaries differ; a key that one lacks is null there."""
+    """Return every leaf at which two nested dictionaries differ; a missing key counts as null."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return {} if before == now else {prefix.removesuffix("."): [before, now]}
     found: dict[str, Difference] = {}
@@ -268,7 +204,6 @@ def differences(before: Any, now: Any, prefix: str = "") -> dict[str, Difference
 
 
 def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of all values."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
@@ -276,57 +211,56 @@ def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _consented(key: str, names: list[str]) -> bool:
-    """Whether a key, or what it is a part of, is among those allowed to change."""
+def _is_listed(key: str, names: list[str]) -> bool:
+    """Return whether `run.allow_changes` lists a key or a section that contains it."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _rows(changed: dict[str, Difference], note: str = "", reasons: bool = False) -> list[str]:
-    """`key: before -> now`, a line each, and for what cannot simply change the reason."""
     rows = []
     for key, (before, now) in changed.items():
-        reason = f" (decides {(clause_of(key) or GONE).why})" if reasons else note
+        reason = f" (decides {(policy_of(key) or REMOVED_KEY).decides})" if reasons else note
         rows.append(f"  {key}: {before!r} -> {now!r}{reason}")
     return rows
 
 
-def _stage_remedy(kept: dict[str, Difference], now: dict[str, Any], samples: int) -> list[str]:
-    """How to bring sizes and weights about from the next sample on, where some were changed."""
-    entry: dict[str, Any] = {}
+def _stage_remedy(forbidden: dict[str, Difference], now: dict[str, Any], samples: int) -> list[str]:
+    """Return how to change sizes and weights from the next sample on, if any were changed."""
+    stage: dict[str, Any] = {}
     weights: dict[str, Any] = {}
-    for key, (_, value) in kept.items():
+    for key, (_, value) in forbidden.items():
         names = key.split(".")
         if key in ("train.seq_len", "train.global_batch_size"):
-            entry[names[-1]] = value
+            stage[names[-1]] = value
         elif names[:2] == ["data", "sources"] and names[3:] == ["weight"]:
             weights[names[2]] = value
     if weights:
-        entry["weights"] = weights
-    if not entry:
+        stage["weights"] = weights
+    if not stage:
         return []
-    new = _typed({"from_sample": samples} | entry)
-    begin = f"Sizes and weights may change from sample {samples} on: set them back, and add"
+    new = _override_value({"from_sample": samples} | stage)
+    start = f"Sizes and weights may change from sample {samples} on: set them back, and add"
     if now["data"]["stages"]:
-        return [f"{begin} {new} to data.stages."]
-    return [f"{begin} {shlex.quote(f'data.stages=[{new}]')}"]
+        return [f"{start} {new} to data.stages."]
+    return [f"{start} {shlex.quote(f'data.stages=[{new}]')}"]
 
 
-def _typed(value: Any) -> str:
-    """A value as a person types it in an override."""
+def _override_value(value: Any) -> str:
+    """Return a value in the syntax of a Hydra override."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_typed(one)}" for key, one in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{_override_value(one)}" for key, one in value.items()) + "}"
     return str(value)
 
 
 def _same_past(before: Any, now: Any, samples: int) -> bool:
-    """Whether two lists of stages give the same first `samples` samples: the rest is to come.
+    """Return whether two lists of stages agree on the first `samples` samples.
 
-    `micro_batch_size` is as free as that of `train`: another mesh may need another one.
+    `micro_batch_size` may differ, as that of `train` may: another mesh may need another one.
     """
 
     def is_past(stage: Any) -> bool:
-        begin = stage.get("from_sample") if isinstance(stage, dict) else None
-        return not isinstance(begin, int) or begin < samples
+        start = stage.get("from_sample") if isinstance(stage, dict) else None
+        return not isinstance(start, int) or start < samples
 
     def past(stages: Any) -> list[Any]:
         return [

@@ -6,12 +6,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.config import JobConfig, plain
 from data.stages import Stages
 from parallel.mesh import MeshShape, Processes
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolder
 from training.clock import Clock
+from training.config import JobConfig
+from training.config_validation import plain
 from training.garbage import GarbageCollector
 from training.resume_policy import Changes
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from cli.config import JobConfig
 from parallel.mesh import MeshShape, Processes
+from training.config import JobConfig
 from training.resume_policy import Changes
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ import pytest
 
 from bench import gpu_training, measurement
 from bench.gpu_training import AIMS, CASES, FIGURES, MICRO_BATCHES, compared, composed
+from cli.config import check_for_tasks
 from parallel.mesh import resolve_mesh
 from planning.fit_check import PlanRequest, given_choice
 from planning.hardware import load_hardware
 from planning.plan import plan_run
-from training.preflight import check_for_tasks
 
 TOKENS = MICRO_BATCHES * 2 * 64  # of a reduced step
 RESULTS = measurement.FOLDER / "gpu_training.json"

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoint import saving
+from checkpoint.config import CheckpointConfig
 from checkpoint.position import Position
 from checkpoint.restore import load
 from checkpoint.saver import Outcome, Saver
 from resilience.run_folder import RunFolder
-from training.config import CheckpointConfig, OptimConfig
+from training.config import OptimConfig
 from training.optimizer import build_optimizer
 
 

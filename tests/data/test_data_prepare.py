@@ -412,18 +412,7 @@ def test_waiting_for_a_preparation_that_never_comes_ends(tmp_path: Path) -> None
         wait_until_prepared(tmp_path, poll_seconds=0.01, idle_seconds=0.05)
 
 
-def test_configuration_problems_are_told_all_at_once() -> None:
-    source = SourceConfig("text", weight=0.0, revision="main")
-    data = DataConfig("x", "", {"a/b": source}, validation_fraction=1.0, shard_tokens=0)
-    for key in ("folder", "sources (a/b)", "a/b.path", "a/b.weight", "a/b.revision"):
-        assert any(
-            problem.startswith(f"data.{key}") or key in problem for problem in data.problems()
-        )
-    assert len(data.problems()) == 7
-    assert TokenizerConfig("byte", 256).problems() == [
-        "tokenizer.vocab_size (256) is not that of byte: use 272"
-    ]
-    assert len(TokenizerConfig("bpe", 100, training_characters=0).problems()) == 2
+def test_bpe_without_a_path_has_no_existing_tokenizer() -> None:
     assert ready_tokenizer(TokenizerConfig("bpe", 300)) is None
 
 

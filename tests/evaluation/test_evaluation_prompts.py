@@ -16,11 +16,13 @@ from omegaconf import OmegaConf
 import evaluation.inference
 import generate
 from cli.arguments import CONF, hydra_arguments
-from cli.config import ConfigError, GenerateJobConfig, load_generate_config
+from cli.config import load_generate_config
 from data.config import TokenizerConfig
 from data.tokenizer import ready_tokenizer
+from evaluation.config import GenerateJobConfig
 from formats.conversion import convert
 from formats.errors import FormatError
+from training.config_validation import ConfigError
 
 CONTEXT = 64
 CPU = "parallel.accelerator=cpu"
@@ -76,7 +78,7 @@ def load(*arguments: str) -> GenerateJobConfig:
 def test_wrong_keys_are_told(arguments: list[str], told: str) -> None:
     with pytest.raises(ConfigError) as error:
         load(*arguments)
-    assert [problem.startswith(told) for problem in error.value.problems] == [True]
+    assert [problem.startswith(told) for problem in error.value.errors] == [True]
 
 
 def test_the_checkpoint_has_to_be_named() -> None:

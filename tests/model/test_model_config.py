@@ -1,4 +1,4 @@
-"""Published model configurations, their validation, and closed forms of size and FLOPs."""
+"""The published configurations, their rules, and the closed forms of size and arithmetic."""
 
 import dataclasses
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.config import ModelConfig, RopeScaling
 from model.flops import flops_per_token, parameter_count
 from model.llama import Llama
+from training.config_validation import ConfigError, validate
 
 SMALL = ModelConfig(
     name="small",
@@ -36,24 +37,24 @@ PUBLISHED_COUNTS = {
 }
 
 
-def test_conf_has_a_file_for_each_published_model_and_the_default() -> None:
+def test_there_is_a_file_for_each_published_model_and_the_default() -> None:
     assert {path.stem for path in FILES} == {*PUBLISHED_COUNTS, "llama3_tiny"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_file_sets_every_key_and_is_valid(path: Path) -> None:
+def test_file_writes_every_key_and_breaks_no_rule(path: Path) -> None:
     written = OmegaConf.load(path)
-    # train.yaml sets the attention kernel, which is a property of the run.
+    # The attention kernel is a choice of the run, in train.yaml.
     fields = {field.name for field in dataclasses.fields(ModelConfig)} - {"attention"}
     assert set(written) == fields
     if written.rope_scaling is not None:
         assert set(written.rope_scaling) == {f.name for f in dataclasses.fields(RopeScaling)}
     assert written.name == path.stem
-    assert read(path).problems() == []
+    assert read(path).n_layers
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_parameter_count_equals_published_count_and_sum_over_modules(path: Path) -> None:
+def test_parameter_count_is_the_published_one_and_that_of_the_modules(path: Path) -> None:
     config = read(path)
     with torch.device("meta"):
         counted = sum(parameter.numel() for parameter in Llama(config).parameters())
@@ -62,14 +63,14 @@ def test_parameter_count_equals_published_count_and_sum_over_modules(path: Path)
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_flops_per_token_equal_pytorch_flop_counter(tie: bool) -> None:
+def test_flops_per_token_are_those_that_pytorch_counts(tie: bool) -> None:
     config = dataclasses.replace(SMALL, tie_embeddings=tie)
     model, seq = Llama(config), 16
     tokens = torch.zeros(2, seq, dtype=torch.int64)
-    # The math kernel does not skip the masked half, so PyTorch counts by the full convention.
+    # The kernel that does not skip the masked half: PyTorch counts what the full convention says.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens, labels=tokens).backward()
-    # 6·N includes the norm weights; PyTorch counts matrix products only.
+    # 6·N includes the norms' weights, PyTorch counts matrix products alone.
     norms = sum(p.numel() for n, p in model.named_parameters() if n.endswith("norm.weight"))
     matrix_flops = counter.get_total_flops() // tokens.numel()
     full = flops_per_token(config, seq, causal=False)
@@ -81,29 +82,31 @@ def test_flops_per_token_equal_pytorch_flop_counter(tie: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_kv_heads": 4}, "model.n_heads (6) is not a multiple of model.n_kv_heads (4): use 1, "),
-        ({"dim": 30}, "model.dim (30) is not a multiple of twice model.n_heads (6): use 24 or 36"),
-        ({"n_layers": 0}, "model.n_layers (0) is not positive: "),
-        ({"n_heads": 0}, "model.n_heads (0) is not positive: "),
-        ({"vocab_size": -1}, "model.vocab_size (-1) is not positive: "),
-        ({"norm_eps": 0.0}, "model.norm_eps (0.0) is not positive: "),
-        ({"rope_theta": 1.0}, "model.rope_theta (1.0) is not above 1: "),
-        ({"rope_scaling": RopeScaling(0.5)}, "model.rope_scaling.factor (0.5) is below 1: "),
+        ({"n_kv_heads": 4}, "model.n_heads=6 is not a multiple of model.n_kv_heads=4; use model"),
+        ({"dim": 30}, "model.dim=30 is not a multiple of twice model.n_heads=6; use 24 or 36"),
+        ({"n_layers": 0}, "model.n_layers=0 is below 1; use at least 1"),
+        ({"n_heads": 0}, "model.n_heads=0 is below 1; use at least 1"),
+        ({"vocab_size": -1}, "model.vocab_size=-1 is below 1; use at least 1"),
+        ({"norm_eps": 0.0}, "model.norm_eps=0.0 is not above 0; use a number above 0"),
+        ({"rope_theta": 1.0}, "model.rope_theta=1.0 is not above 1; use a number above 1"),
         (
-            {"rope_scaling": RopeScaling(8.0, low_freq_factor=4.0)},
-            "model.rope_scaling.high_freq_factor (4.0) is not above model.rope_scaling.low_freq",
+            {"rope_scaling": {"factor": 0.5}},
+            "model.rope_scaling.factor=0.5 is below 1; use ",
+        ),
+        (
+            {"rope_scaling": {"factor": 8.0, "low_freq_factor": 4.0}},
+            "model.rope_scaling.high_freq_factor=4.0 is not above model.rope_scaling.low_freq",
         ),
     ],
 )
 def test_broken_rule_names_key_value_rule_and_remedy(change: dict, message: str) -> None:
-    assert SMALL.problems() == []
-    (problem,) = dataclasses.replace(SMALL, **change).problems()
-    assert problem.startswith(message)
-    assert "use " in problem
+    values = dataclasses.asdict(SMALL)
+    assert validate(values, ModelConfig, prefix="model.") == SMALL
+    with pytest.raises(ConfigError) as error:
+        validate(values | change, ModelConfig, prefix="model.")
+    assert [each.startswith(message) for each in error.value.errors] == [True], error.value
 
 
-def test_all_errors_are_reported_together() -> None:
-    broken = dataclasses.replace(
-        SMALL, n_kv_heads=4, dim=30, norm_eps=-1.0, rope_scaling=RopeScaling(0.0)
-    )
-    assert len(broken.problems()) == 4
+def test_all_model_errors_are_reported_together() -> None:
+    with pytest.raises(ValueError, match=r"model.n_heads=6.*\n.*model.dim=30"):
+        dataclasses.replace(SMALL, n_kv_heads=4, dim=30)

@@ -197,20 +197,3 @@ def test_exactly_one_process_of_a_run_is_the_first() -> None:
         assert first == [True, False, False]
     # Local rank 0 of the second node is not the first process.
     assert not is_first_process({"RANK": "4", "LOCAL_RANK": "0"})
-
-
-@pytest.mark.parametrize(
-    ("config", "keys"),
-    [
-        (ParallelConfig(), []),
-        (ParallelConfig(tp=0, dp_shard=0), ["parallel.tp (0)", "parallel.dp_shard (0)"]),
-        (ParallelConfig(dp_shard=-2), ["parallel.dp_shard (-2)"]),
-        (ParallelConfig(cp=0, dp_replicate=-1), ["parallel.dp_replicate (-1)", "parallel.cp (0)"]),
-        (
-            ParallelConfig(devices=0, num_nodes=0),
-            ["parallel.devices (0)", "parallel.num_nodes (0)"],
-        ),
-    ],
-)
-def test_all_invalid_mesh_sizes_are_reported(config: ParallelConfig, keys: list[str]) -> None:
-    assert [problem.split(" is ")[0] for problem in config.problems()] == keys

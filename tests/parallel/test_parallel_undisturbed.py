@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from cli.arguments import CONF, hydra_arguments
+from cli.config import check_config
 from model.attention import AttentionKernel
 from training import garbage
 from training.optimizer import StateFormat, build_optimizer
-from training.preflight import check_config, prepare_data
+from training.preflight import prepare_data
 from training.resume_policy import Changes
 
 STATES: tuple[StateFormat, ...] = ("fp32", "bf16", "int8")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from resilience.config import FaultsConfig
 from resilience.event_log import Ledger
 from resilience.loss_monitor import (
     WARM_UP,
@@ -20,7 +21,6 @@ from resilience.loss_monitor import (
     rewinds_of,
     union,
 )
-from training.config import FaultsConfig
 
 NAN, INF = math.nan, math.inf
 SIZE = 16  # samples a batch

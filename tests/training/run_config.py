@@ -8,8 +8,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cli.arguments import CONF
-from cli.config import JobConfig, load_train_config, plain
+from cli.config import load_train_config
 from resilience.run_folder import COMMITTED, RunFolder
+from training.config import JobConfig
+from training.config_validation import plain
 
 
 def default() -> JobConfig:

@@ -10,8 +10,8 @@ from model.config import ModelConfig
 from model.llama import Llama
 from parallel.config import PrecisionConfig
 from training.config import OptimConfig
+from training.config_rules import MAX_BETA2_BF16, moment_errors
 from training.optimizer import AdamW, StateFormat, build_optimizer
-from training.precision_rules import MAX_BETA2_BF16, moment_errors
 
 FORMATS: tuple[StateFormat, ...] = ("fp32", "bf16", "int8")
 OPTIM = OptimConfig(lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)

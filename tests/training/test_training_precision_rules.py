@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 import torch
 
+from data.config import DataConfig, SourceConfig
 from model.config import ModelConfig
 from parallel.config import PrecisionConfig
 from parallel.mesh import MeshShape
 from training.config import TrainConfig
-from training.precision_rules import evaluation_errors, fp8_errors
+from training.config_rules import fp8_errors, inference_errors, precision_errors
 
 MODEL = ModelConfig("some", dim=64, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=50)
 TRAIN = TrainConfig(max_steps=1, global_batch_size=4, seq_len=32)
+DATA = DataConfig("x", "x", {"a": SourceConfig("stdlib")})
 ONE = MeshShape(1, 1, 1, 1)
 
 
@@ -35,13 +37,13 @@ def problems(
     train: TrainConfig = TRAIN,
     accelerator: str = "cuda",
 ) -> list[str]:
-    return fp8_errors(accelerator, mesh, PrecisionConfig(fp8=recipe), model, train)
+    return fp8_errors(accelerator, mesh, PrecisionConfig(fp8=recipe), model, train, DATA)
 
 
 def test_without_fp8_nothing_is_asked() -> None:
     odd = replace(TRAIN, seq_len=7)
     assert problems(None, train=odd, accelerator="cpu") == []
-    assert evaluation_errors(PrecisionConfig()) == []
+    assert inference_errors(PrecisionConfig()) == []
 
 
 @pytest.mark.parametrize(
@@ -62,19 +64,24 @@ def test_a_gpu_that_lacks_the_products(
     gpus_of(capability)
     found = problems(recipe)
     assert len(found) == (said is not None)
-    for part in (f"precision.fp8 ({recipe})", *(said or ())):
+    for part in (f"precision.fp8={recipe}", *(said or ())):
         assert all(part in problem for problem in found), found
 
 
 @pytest.mark.parametrize(
     ("key", "model", "tp", "remedy"),
     [
-        ("model.dim (72)", replace(MODEL, dim=72, n_heads=9, n_kv_heads=6), 1, "multiple of 16"),
-        ("model.ffn_dim (100)", replace(MODEL, ffn_dim=100), 1, "multiple of 16"),
-        ("model.ffn_dim (80) over parallel.tp (2) is 40", replace(MODEL, ffn_dim=80), 2, "of 32"),
-        ("model.n_kv_heads × head_dim (16)", replace(MODEL, n_kv_heads=1), 1, None),
-        ("model.n_kv_heads × head_dim (8)", replace(MODEL, n_heads=8, n_kv_heads=1), 1, "of 16"),
-        ("model.n_kv_heads × head_dim (48)", replace(MODEL, n_heads=4, n_kv_heads=3), 3, None),
+        ("model.dim=72", replace(MODEL, dim=72, n_heads=9, n_kv_heads=3), 1, "multiple of 16"),
+        ("model.ffn_dim=100", replace(MODEL, ffn_dim=100), 1, "multiple of 16"),
+        ("model.ffn_dim=80 over parallel.tp=2 is 40", replace(MODEL, ffn_dim=80), 2, "of 32"),
+        ("model.n_kv_heads × head_dim=16", replace(MODEL, n_kv_heads=1), 1, None),
+        ("model.n_kv_heads × head_dim=8", replace(MODEL, n_heads=8, n_kv_heads=1), 1, "of 16"),
+        (
+            "model.n_kv_heads × head_dim=48",
+            replace(MODEL, dim=96, n_heads=6, n_kv_heads=3),
+            3,
+            None,
+        ),
     ],
 )
 def test_widths_that_are_no_multiple_of_16_on_a_rank(
@@ -99,17 +106,17 @@ def test_micro_batches_that_are_no_multiple_of_16_tokens(
     found = problems(mesh=MeshShape(1, 1, cp, 1), train=train)
     assert len(found) == (not fits)
     for problem in found:
-        assert f"train.seq_len ({seq_len})" in problem
+        assert f"train.seq_len={seq_len}" in problem
         assert f"multiple of {16 * cp}" in problem and "precision.fp8=null" in problem
 
 
 def test_fp8_with_fp32_parameters() -> None:
     for param, refused in (("auto", False), ("bf16", False), ("fp32", True)):
-        found = PrecisionConfig(param=param, fp8="rowwise").problems()  # type: ignore[arg-type]
+        found = precision_errors(PrecisionConfig(param=param, fp8="rowwise"))  # type: ignore[arg-type]
         assert len(found) == refused
         assert all("precision.param=bf16" in problem for problem in found)
 
 
 def test_evaluation_computes_without_fp8() -> None:
-    [problem] = evaluation_errors(PrecisionConfig(fp8="rowwise"))
-    assert problem == "precision.fp8 (rowwise) is for training alone: use precision.fp8=null"
+    [problem] = inference_errors(PrecisionConfig(fp8="rowwise"))
+    assert problem == "precision.fp8=rowwise is for training only; use precision.fp8=null"

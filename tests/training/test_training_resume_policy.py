@@ -12,10 +12,11 @@ from hydra import compose, initialize_config_dir
 from run_config import CONFIG, changed, commit, default, leaves, other, value_at
 
 from cli.arguments import CONF, hydra_arguments
-from cli.config import JobConfig, load_train_config, plain
+from cli.config import load_train_config
 from resilience.run_folder import RunFolder, RunFolderError
-from training.preflight import with_defaults
-from training.resume_policy import CONTRACT, Changes, Kind, clause_of, compare
+from training.config import JobConfig
+from training.config_validation import plain
+from training.resume_policy import Changes, compare, policy_of, with_defaults
 
 SAMPLES = 128  # taken by the newest checkpoint of `folder`: whole batches of the default size
 
@@ -43,9 +44,9 @@ def lines(message: str) -> list[str]:
     return [line.strip() for line in message.splitlines()]
 
 
-def kind(key: str) -> Kind | None:
-    clause = clause_of(key)
-    return clause.kind if clause else None
+def change(key: str) -> str | None:
+    policy = policy_of(key)
+    return policy.change if policy else None
 
 
 # ---------------------------------------------------------------- the table
@@ -55,6 +56,8 @@ def schema_keys(schema: Any, prefix: str = "") -> list[str]:
     """Every key that a configuration can hold; `some` stands for a name that a person gives."""
     found = []
     for name, annotation in get_type_hints(schema).items():
+        if name.startswith("__"):
+            continue
         members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
         inner = next(filter(dataclasses.is_dataclass, (annotation, *members)), None)
         if get_origin(annotation) is dict:
@@ -73,41 +76,34 @@ KEYS = schema_keys(JobConfig)
 
 def test_every_key_of_the_configuration_has_its_terms() -> None:
     assert {"run.seed", "data.sources.some.weight", "model.rope_scaling.factor"} <= set(KEYS)
-    assert [key for key in KEYS if clause_of(key) is None] == []
+    assert [key for key in KEYS if policy_of(key) is None] == []
 
 
 def test_no_key_gets_terms_by_chance() -> None:
     """A key added to what decides the run has none until somebody has thought about it."""
     sections = ("model", "precision", "data", "tokenizer", "train", "optim", "run")
-    assert [clause_of(f"{section}.new") for section in sections] == [None] * len(sections)
-
-
-def test_every_pattern_is_there_once_and_meets_a_key() -> None:
-    patterns = [pattern for clause in CONTRACT for pattern in clause.keys.split()]
-    assert len(set(patterns)) == len(patterns)
-    met = [f"{key}.".replace(".some.", ".*.") for key in KEYS]
-    assert [one for one in patterns if not any(key.startswith(f"{one}.") for key in met)] == []
+    assert [policy_of(f"{section}.new") for section in sections] == [None] * len(sections)
 
 
 @pytest.mark.parametrize(
     ("expected", "keys"),
     [
-        (Kind.FREE, "parallel.tp parallel.dp_shard train.micro_batch_size data.workers optim.lr"),
-        (Kind.FREE, "checkpoint.interval validation.interval log.interval run.time_limit"),
-        (Kind.KEPT, "model.dim model.n_layers model.n_kv_heads model.ffn_dim model.vocab_size"),
-        (Kind.KEPT, "run.seed data.sources.web data.sources.web.path data.sources.web.weight"),
-        (Kind.KEPT, "data.validation_fraction tokenizer.name tokenizer.vocab_size train.seq_len"),
+        ("free", "parallel.tp parallel.dp_shard train.micro_batch_size data.workers optim.lr"),
+        ("free", "checkpoint.interval validation.interval log.interval run.time_limit"),
+        ("forbidden", "model.dim model.n_layers model.n_kv_heads model.ffn_dim model.vocab_size"),
+        ("forbidden", "run.seed data.sources.web data.sources.web.path data.sources.web.weight"),
+        ("forbidden", "data.validation_fraction tokenizer.name tokenizer.vocab_size train.seq_len"),
     ],
 )
-def test_the_terms_are_those_that_were_promised(expected: Kind, keys: str) -> None:
-    assert {key: kind(key) for key in keys.split()} == dict.fromkeys(keys.split(), expected)
+def test_the_terms_are_those_that_were_promised(expected: str, keys: str) -> None:
+    assert {key: change(key) for key in keys.split()} == dict.fromkeys(keys.split(), expected)
 
 
 def test_the_most_specific_pattern_decides() -> None:
     """A weight is of a source, and all the same a matter of the order, as the batch size is."""
-    assert clause_of("data.sources.web.path") == clause_of("data.sources")
-    weight, size = clause_of("data.sources.web.weight"), clause_of("train.seq_len")
-    assert weight and size and weight.why == size.why
+    assert policy_of("data.sources.web.path") == policy_of("data.sources")
+    weight, size = policy_of("data.sources.web.weight"), policy_of("train.seq_len")
+    assert weight and size and weight.decides == size.decides
 
 
 # ---------------------------------------------------------------- one change
@@ -117,14 +113,14 @@ REQUESTS = ("run.resume", "run.allow_changes")  # another value asks for somethi
 
 
 @pytest.mark.parametrize(
-    "key", [key for key in leaves(CONFIG) if kind(key) is Kind.FREE and key not in REQUESTS]
+    "key", [key for key in leaves(CONFIG) if change(key) == "free" and key not in REQUESTS]
 )
 def test_a_free_key_changes_and_is_told(folder: RunFolder, key: str) -> None:
     difference = {key: [value_at(CONFIG, key), other(key)]}
     assert folder.check(changed(key, other(key))) == Changes(free=difference)
 
 
-@pytest.mark.parametrize("key", [key for key in leaves(CONFIG) if kind(key) is Kind.KEPT])
+@pytest.mark.parametrize("key", [key for key in leaves(CONFIG) if change(key) == "forbidden"])
 def test_a_kept_key_is_refused_with_both_values_whatever_is_allowed(
     folder: RunFolder, key: str
 ) -> None:
@@ -133,7 +129,7 @@ def test_a_kept_key_is_refused_with_both_values_whatever_is_allowed(
     message = refused(folder, config)
     assert told in message and "run.name=" in message and "run.allow_changes" not in message
     message = refused(folder, changed("run.allow_changes", [key], of=config))
-    assert f"run.allow_changes names {key}, which no run changes" in message
+    assert f"run.allow_changes lists {key}, which cannot change within a run" in message
 
 
 def as_typed(message: str, key: str) -> Any:
@@ -144,7 +140,7 @@ def as_typed(message: str, key: str) -> Any:
     return value_at(plain(load_train_config(composed)), key)
 
 
-@pytest.mark.parametrize("key", [key for key in leaves(CONFIG) if kind(key) is Kind.ASKS])
+@pytest.mark.parametrize("key", [key for key in leaves(CONFIG) if change(key) == "override"])
 def test_what_a_key_asks_for_when_typed_as_told_lets_it_change_once_and_for_all(
     folder: RunFolder, key: str
 ) -> None:
@@ -169,9 +165,9 @@ def test_every_difference_is_told_at_once_by_its_terms(folder: RunFolder) -> Non
         *("optim.eps", 1e-6, "data.document_mask", False),
         *("run.allow_changes", ["data.document_mask", "optim.lr"]),
     )
-    kept, rest = refused(folder, config).split("Changed only by consent:")
-    asking, may = rest.split("Changed too, as they may be:")
-    assert "Never changed within a run:" in kept and "run.name=" in kept
+    kept, rest = refused(folder, config).split("These keys change only with an explicit override:")
+    asking, may = rest.split("Also changed, which is permitted:")
+    assert "These keys cannot change within a run:" in kept and "run.name=" in kept
     told = {
         name: {line.split(":")[0] for line in lines(part)} & set(leaves(CONFIG))
         for name, part in (("kept", kept), ("asking", asking), ("may", may))
@@ -208,13 +204,13 @@ def test_what_a_key_is_a_part_of_can_be_allowed(folder: RunFolder) -> None:
         ("optim.weigth_decay", "did you mean optim.weight_decay?"),
         ("optim", "is not a key"),
         ("parallel.new", "is not a key"),
-        ("xyz", "name keys, like"),
+        ("xyz", "list keys like"),
     ],
 )
 def test_allowing_what_is_no_key_is_refused(tmp_path: Path, name: str, said: str) -> None:
     """At the very first start: a misspelt name would else be met at a later one, unattended."""
     message = refused(RunFolder(tmp_path), changed("run.allow_changes", ["optim.eps", name]))
-    assert message.startswith(f"run.allow_changes names {name}, ") and said in message
+    assert message.startswith(f"run.allow_changes lists {name}, ") and said in message
 
 
 # ---------------------------------------------------------------- stages
@@ -261,7 +257,7 @@ def test_sizes_and_weights_may_change_by_the_stage_that_is_told(folder: RunFolde
     [stage] = as_typed(message, "data.stages")
     wanted = {"seq_len": 128, "global_batch_size": 4, "weights": {"stdlib": 2.0}}
     assert stage == {"from_sample": SAMPLES, "micro_batch_size": None, **wanted}
-    assert folder.check(changed("data.stages", [stage])).kept == {}
+    assert folder.check(changed("data.stages", [stage])).forbidden == {}
     # Beside stages that there are, only a person can place it.
     config = changed("data.stages", [{"from_sample": 500, "seq_len": 64}], of=config)
     assert f"{{from_sample:{SAMPLES},global_batch_size:4," in refused(folder, config)
@@ -297,11 +293,11 @@ def test_keys_added_since_are_no_change_at_their_defaults() -> None:
     changes = compare(filled, now, samples=SAMPLES)
     # Those that are elsewhere than at their default did change.
     assert changes.free == {"checkpoint.when_busy": ["wait", "skip"]}
-    assert changes.asking == {
+    assert changes.unlisted == {
         "optim.weight_decay": [0.1, 0.3],
         "model.rope_scaling": [None, now["model"]["rope_scaling"]],
     }
-    assert changes.kept == changes.allowed == {}
+    assert changes.forbidden == changes.allowed == {}
     assert with_defaults(now, typed) == now
 
 
@@ -353,16 +349,17 @@ def new(tmp_path: Path) -> RunFolder:
 def test_a_beginning_asks_only_what_the_tensors_and_the_place_mean(
     folder: RunFolder, new: RunFolder, key: str
 ) -> None:
-    clause = clause_of(key)
-    assert clause is not None
+    policy = policy_of(key)
+    assert policy is not None
     checkpoint = str(folder.step_folder(60))
     config = changed("run.resume", checkpoint, key, other(key))
-    if not clause.loads:
+    if not policy.on_load:
         assert new.check(config).free[key] == [value_at(CONFIG, key), other(key)]
         return
     message = refused(new, config)
     assert message.startswith(f"run.resume ({checkpoint}) does not fit")
-    assert f"  {key}: {value_at(CONFIG, key)!r} -> {other(key)!r} (decides {clause.why})" in message
+    difference = f"{value_at(CONFIG, key)!r} -> {other(key)!r}"
+    assert f"  {key}: {difference} (decides {policy.decides})" in message
 
 
 def test_a_beginning_takes_other_sizes_from_its_first_sample_on(

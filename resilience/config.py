@@ -1,0 +1,39 @@
+"""Configuration of fault handling. Imports nothing heavy."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Gt
+
+from model.config_base import ConfigSection, PositiveInt
+
+
+@dataclass(frozen=True)
+class FaultsConfig(ConfigSection):
+    """Actions on non-finite and on unusually large losses.
+
+    Attributes:
+        max_consecutive_skips: Non-finite updates are skipped; after this many in a row the run
+            rewinds to its last valid checkpoint and excludes the samples of those steps.
+        max_rewinds: Rewinds before the run aborts.
+        spike_threshold: Report a loss this many standard deviations above the running mean; None
+            disables.
+        rewind_on_spike: Rewind after a spike as after non-finite updates.
+    """
+
+    max_consecutive_skips: PositiveInt = 3
+    max_rewinds: Annotated[int, Ge(0)] = 3
+    spike_threshold: Annotated[float, Gt(0)] | None = 8.0
+    rewind_on_spike: bool = False
+
+
+@dataclass(frozen=True)
+class WatchdogConfig(ConfigSection):
+    """Seconds before a hang is reported with stack traces and the run exits; None disables.
+
+    `setup_seconds` covers the launch up to the end of the first step.
+    """
+
+    setup_seconds: Annotated[float, Gt(0)] | None = 1800
+    step_seconds: Annotated[float, Gt(0)] | None = 600
+    checkpoint_seconds: Annotated[float, Gt(0)] | None = 1800

@@ -1,0 +1,26 @@
+"""Renamed configuration keys: command lines and run folders of older versions stay valid."""
+
+from typing import Any
+
+RENAMED_KEYS = {
+    "faults.max_in_a_row": "faults.max_consecutive_skips",
+    "data.stream_lanes": "data.stream_shards",
+}
+
+
+def rename_keys(config: dict[str, Any]) -> dict[str, str]:
+    """Move the values of renamed keys to their new names, in place.
+
+    Returns:
+        The keys that were found: old name to new name.
+    """
+    found = {}
+    for old, new in RENAMED_KEYS.items():
+        *sections, name = old.split(".")
+        section: Any = config
+        for key in sections:
+            section = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict) and name in section:
+            section[new.rpartition(".")[2]] = section.pop(name)
+            found[old] = new
+    return found
