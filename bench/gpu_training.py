@@ -40,7 +40,6 @@ from planning.speed import step_time
 from train import set_up, train_step
 from training.config import JobConfig
 from training.config_validation import ConfigError
-
 from training.preflight import prepare_data
 from training.resume_policy import Changes
 from training.schedule import learning_rate
