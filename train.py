@@ -1,8 +1,8 @@
-"""Trains a Llama 3 model: `python train.py key=value …`.
+"""Train a Llama 3 model: `python train.py key=value …`.
 
-Read from top to bottom it tells what the program does: `main` refuses what can be refused before a
-process is launched, `set_up` builds the run on its mesh, `train` is the loop, `train_step` one
-step. Heavy imports come inside functions, so that `--help` and a wrong key answer at once.
+`main` parses and validates the configuration before any process is launched, `set_up` builds the
+run on its mesh, `train` is the loop, and `train_step` is one step. Heavy imports are inside
+functions, so that `--help` and configuration errors are fast.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from resilience.signals import Requests
 from training.config import JobConfig
 from training.metrics import log_metrics, step_metrics
 from training.preflight import acquire_run_lock, check_folder, prepare_data
-from training.recovery import Decision, check_step, rewind, starting_position
+from training.recovery import Decision, check_step, initial_position, rewind
 from training.resume_policy import Changes
-from training.run import Run, saver_of
+from training.run import Run, build_saver
 from training.run_summary import header
 from training.schedule import learning_rate
-from training.shutdown import abort, end_early, finish, record_fault, stop_run
+from training.shutdown import abort, exit_early, finish, record_fault, stop_run
 from training.validation import validate, write_sample
 
 if TYPE_CHECKING:
@@ -50,14 +50,14 @@ if TYPE_CHECKING:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(composed: DictConfig) -> None:
-    """Checks, launches, trains."""
+    """Validate, launch and train."""
     with exit_on_user_error():
         config, processes, mesh = check_config(composed)
         changes = check_folder(config)
-        verdict = check_plan(config, processes, mesh)
+        fit = check_plan(config, processes, mesh)
         dataset = prepare_data(config)
         lock = acquire_run_lock(config)
-        print_fit_check(verdict)
+        print_fit_check(fit)
         run = set_up(config, processes, mesh, dataset, changes, lock)
     try:
         train(run)
@@ -74,7 +74,7 @@ def set_up(
     changes: Changes,
     lock: RunLock | None = None,
 ) -> Run:
-    """Launches the processes, builds the model and goes on from the newest checkpoint, if any."""
+    """Launch the processes, build the model and restore the newest checkpoint, if any."""
     import torch
 
     from model.llama import Llama
@@ -91,7 +91,7 @@ def set_up(
         slurm_time_left(os.environ, time.time()) if first else None,
         config.checkpoint.interval_minutes if first else None,
     )
-    requests.catch_signals(early=end_early)
+    requests.catch_signals(on_early_signal=exit_early)
     fabric, strategy = launch(processes, mesh, config.parallel, config.precision, watchdog)
     console = Console(enabled=fabric.is_global_zero)
     with torch.device("meta"):
@@ -99,7 +99,7 @@ def set_up(
     model = fabric.setup_module(llama)  # sharded in place
     adamw = build_optimizer(llama, config.optim, config.precision.optimizer_state)
     optimizer = fabric.setup_optimizers(adamw)
-    position, past = starting_position(config, llama, adamw, dataset, console.note)
+    position, history = initial_position(config, llama, adamw, dataset, console.note)
     run = Run(
         config=config,
         processes=processes,
@@ -114,24 +114,24 @@ def set_up(
         stages=config.stages(),
         requests=requests,
         watchdog=watchdog,
-        saver=saver_of(config, dataset, console.note),
+        saver=build_saver(config, dataset, console.note),
         reader=AsyncStatsReader(fabric.device.type),
-        monitor=LossMonitor(config.faults, len(past.rewinds), position.vitals),
+        monitor=LossMonitor(config.faults, len(history.rewinds), position.monitor_state),
         lock=lock,
     )
     run.open_logs(changes)
-    watchdog.on_verdict = partial(record_fault, run)
+    watchdog.on_abort = partial(record_fault, run)
     console.header(*header(config, mesh, processes, dataset, position, changes))
     return run
 
 
 def train(run: Run) -> None:
-    """The loop: one step after another, and now and then metrics, validation, a checkpoint."""
+    """Run the training loop: steps, and periodically metrics, validation and checkpoints."""
     config, stages = run.config, run.stages
     batches = run.batches()
     clock = run.clock
     run.console.start(run.position.step, config.train.max_steps)
-    run.requests.begin()
+    run.requests.start_training()
     run.garbage.disable()
     while run.position.step < config.train.max_steps:
         step = run.position.step + 1
@@ -140,16 +140,16 @@ def train(run: Run) -> None:
         with profiled(run, step), clock.step():
             with clock.data():
                 batch = next(batches)
-            rate = learning_rate(step - 1, config.optim)
-            tensors = train_step(run, batch, rate, StepRequests(*map(round, run.requests.values())))
+            lr = learning_rate(step - 1, config.optim)
+            tensors = train_step(run, batch, lr, run.requests.current())
             stage = stages.at(batch.number)
             logs = validates or step == 1 or is_due(config.log.interval, step, config)
-            logs = logs or stages.at(batch.number + 1) != stage  # speed is of one length
+            logs = logs or stages.at(batch.number + 1) != stage  # throughput of one sequence length
             run.advance(batch)
-            metrics = step_metrics(run, tensors, rate) if logs else {}
+            metrics = step_metrics(run, tensors, lr) if logs else {}
         run.watchdog.enter("step", step + 1)
-        run.tell_progress()
-        decision = check_step(run, batch.number, tensors["vitals"], saves)
+        run.record_progress()
+        decision = check_step(run, batch.number, tensors["scalars"], saves)
         if decision.rewind is not None:
             batches.close()
             rewind(run, decision.rewind)
@@ -170,27 +170,26 @@ def train(run: Run) -> None:
             stop(run, decision)
     batches.close()
     run.garbage.enable()
-    if run.unsaved:
+    if run.save_failed:
         stop_run(run, ExitCode.SAVE_FAILED)
     run.console.stop()
 
 
 def train_step(
-    run: Run, batches: StepBatches, rate: float, requests: StepRequests = NO_REQUESTS
+    run: Run, batches: StepBatches, lr: float, requests: StepRequests = NO_REQUESTS
 ) -> dict[str, Tensor]:
-    """One optimizer step on this rank's micro-batches of the global batch.
+    """Run one optimizer step on this rank's micro-batches of the global batch.
 
-    Each micro-batch's summed loss is divided by the number of targets in the whole global batch,
-    so the gradient does not depend on how the batch was cut. Where loss or norm is not finite on
-    any rank, weights and moments stay on all of them as they were, bit for bit.
+    The summed loss of each micro-batch is divided by the number of targets in the whole global
+    batch, so the gradient does not depend on how the batch is split. If loss or gradient norm is
+    not finite on any rank, all ranks keep weights and optimizer state unchanged, bit for bit.
 
     Args:
-        requests: Requests of this rank.
+        requests: Requests of this rank, from `Requests.current`.
 
     Returns:
-        Tensors on the device, not waited for, the same on every rank: `vitals`, the loss of the
-        global batch, the norm before clipping, and how many ranks made each request; `batch_hash`
-        of the whole global batch.
+        Tensors on the device, identical on all ranks, without waiting for them: `scalars`
+        (2 + n_requests), the layout of `StepScalars`, and `batch_hash` of the global batch.
     """
     import torch
 
@@ -199,34 +198,34 @@ def train_step(
 
     fabric, model, optimizer = run.fabric, run.model, run.optimizer
     n_targets, batch_hash = run.strategy.sum_over_data(fabric.to_device(batches.counts))
-    shares = []
-    pieces = zip(batches.micro_batches, batches.n_documents, strict=True)
-    for place, (micro_batch, n_documents) in enumerate(pieces, start=1):
+    losses = []
+    micro_batches = zip(batches.micro_batches, batches.n_documents, strict=True)
+    for index, (micro_batch, n_documents) in enumerate(micro_batches, start=1):
         tokens, positions, labels = fabric.to_device(micro_batch)
-        with fabric.no_backward_sync(model, enabled=place < len(batches.micro_batches)):
-            share = model(tokens, positions, labels, n_documents=n_documents) / n_targets
-            fabric.backward(share)
-        shares.append(share.detach())
-    # Peers that read the same samples have the same loss: of each the part that makes one whole.
-    own = torch.stack(shares).sum(dtype=torch.float64) / run.strategy.shape.ranks_per_sample
+        with fabric.no_backward_sync(model, enabled=index < len(batches.micro_batches)):
+            loss = model(tokens, positions, labels, n_documents=n_documents) / n_targets
+            fabric.backward(loss)
+        losses.append(loss.detach())
+    # Ranks that read the same samples have the same loss; each adds its fraction of it to the sum.
+    local_loss = torch.stack(losses).sum(dtype=torch.float64)
+    local_loss = local_loss / run.strategy.shape.ranks_per_sample
+    extra_scalars = torch.cat([local_loss.view(1), requests.to_tensor(fabric.device)])
     max_norm = run.config.train.max_grad_norm or math.inf
-    norm, (loss, *asking) = clip_grad_norm(
-        model, max_norm, torch.cat([own.view(1), requests.to_tensor(fabric.device)])
-    )
-    vitals = torch.stack([loss, norm, *asking])
-    optimizer.optimizer.skip_if(not_finite(vitals))
+    grad_norm, (loss, *summed_requests) = clip_grad_norm(model, max_norm, extra_scalars)
+    scalars = torch.stack([loss, grad_norm, *summed_requests])  # (2 + n_requests)
+    optimizer.optimizer.skip_if(not_finite(scalars))
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return {"vitals": vitals, "batch_hash": batch_hash}
+    return {"scalars": scalars, "batch_hash": batch_hash}
 
 
-# ---------------------------------------------------------------- around the loop
+# ---------------------------------------------------------------- helpers of the loop
 
 
 def is_due(interval: int | None, step: int, config: JobConfig) -> bool:
-    """Whether something that happens every `interval` steps, and at the end, happens now."""
+    """Return whether a periodic action is due: every `interval` steps and after the last one."""
     return step == config.train.max_steps or (interval is not None and step % interval == 0)
 
 
@@ -240,10 +239,10 @@ def profiled(run: Run, step: int) -> AbstractContextManager[None]:
 
 
 def save(run: Run, wait: bool = False) -> None:
-    """Saves a checkpoint of this position: in the background, unless it is the last one."""
-    run.tell_progress(now=True)
+    """Save a checkpoint in the background, or wait for it."""
+    run.record_progress(now=True)
     with run.clock.stall(), run.watchdog.during("checkpoint", run.position.step):
-        position = dataclasses.replace(run.position, vitals=run.monitor.state_dict())
+        position = dataclasses.replace(run.position, monitor_state=run.monitor.state_dict())
         run.saver.save(run.model.module, run.optimizer.optimizer, position, wait)
         if wait:
             run.saver.finish()
@@ -251,11 +250,11 @@ def save(run: Run, wait: bool = False) -> None:
 
 
 def stop(run: Run, decision: Decision) -> NoReturn:
-    """Ends the run after this step, on every rank: saved, unless its losses are what is wrong."""
+    """Stop after this step, on all ranks, with a checkpoint unless the run has diverged."""
     assert decision.stop is not None
     if decision.stop != ExitCode.DIVERGED:
         save(run, wait=True)
-    stop_run(run, ExitCode.SAVE_FAILED if run.unsaved else decision.stop, decision.why)
+    stop_run(run, ExitCode.SAVE_FAILED if run.save_failed else decision.stop, decision.reason)
 
 
 if __name__ == "__main__":

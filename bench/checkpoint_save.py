@@ -112,7 +112,7 @@ def measure(rank: int, port: int, place: str) -> tuple[dict[str, list[float]], i
                     shutil.rmtree(Path(place) / "checkpoints")
             if number:
                 seconds[kind].append(took)
-    saver.close()
+    saver.finish()
     dist.barrier()
     dist.destroy_process_group()
     return seconds, n_bytes

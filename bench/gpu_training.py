@@ -166,11 +166,11 @@ def measured(config: JobConfig, processes: Processes, mesh: MeshShape) -> dict[s
         begin = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - begin
-        vitals = train_step(run, batch, rate)["vitals"]
+        scalars = train_step(run, batch, rate)["scalars"]
         if on_gpu:
             torch.cuda.synchronize()
         row = throughput.metrics(tokens, time.perf_counter() - begin, waited, steps=1)
-        assert vitals.isfinite().all(), "an update was skipped"
+        assert scalars.isfinite().all(), "an update was skipped"
         assert row["tflops"] is not None
         rows.append(row | {"product_tflops": product, "share": row["tflops"] / product})
         run.garbage.run(number + 1)

@@ -67,7 +67,7 @@ def main() -> None:
 
 def our_step(run: Run, batches: StepBatches) -> torch.Tensor:
     """`train.py`'s step; returns the mean loss, in float32."""
-    return train_step(run, batches, run.config.optim.lr)["vitals"][0].float()
+    return train_step(run, batches, run.config.optim.lr)["scalars"][0].float()
 
 
 def bare_step(model: Llama, optimizer: torch.optim.Optimizer, batches: StepBatches) -> torch.Tensor:

@@ -85,7 +85,7 @@ class OurRun:
 
     def step(self, batches: StepBatches) -> Tensor:
         """`train.py`'s step."""
-        return train_step(self.run, batches, self.run.config.optim.lr)["vitals"][0]
+        return train_step(self.run, batches, self.run.config.optim.lr)["scalars"][0]
 
 
 class Contender:

@@ -1,9 +1,13 @@
-"""Committed checkpoints: DCP for the sharded tensors, and around it a protocol of our own.
+"""Distributed checkpoints: PyTorch DCP for sharded tensors, inside a commit protocol.
 
-Saving (`saving`, beside the training `saver`) writes into a fresh hidden folder, hashes and syncs
-on every rank, then writes `manifest.json` with the hashes, then `COMMITTED` with the manifest's
-own, then renames to `step-XXXXXXXX`; removing (`retention`) takes `COMMITTED` first. So a folder of
-that name is whole, or was damaged later, which the hashes tell. Restoring (`restoring`) takes the
-highest step that is whole and that every rank can load, on all ranks together, on any mesh. What a
-checkpoint is on the disk is in `files`.
+- `writer`: the commit protocol. Write into a hidden folder, hashing and fsyncing on every rank;
+  write `manifest.json` with all hashes, then `COMMITTED` with the hash of the manifest; rename to
+  `step-XXXXXXXX`.
+- `saver`: run the protocol in a background thread.
+- `retention`: delete old checkpoints, `COMMITTED` first.
+- `restore`: load the newest checkpoint that is valid and that every rank can read, on any mesh.
+- `files`: hashed files and the manifest.
+- `position`: what a checkpoint holds besides tensors.
+
+A folder named `step-XXXXXXXX` with `COMMITTED` is complete, or was damaged later; hashes detect it.
 """

@@ -1,4 +1,4 @@
-"""A copy of sharded tensors in host memory, which is written while training changes the tensors."""
+"""Copy sharded tensors to host memory, to be written while training changes the originals."""
 
 from typing import Any, cast
 
@@ -11,25 +11,25 @@ State = dict[str, Any]
 
 @torch.no_grad()
 def copy_to_host(state: State, buffers: State | None) -> State:
-    """Copies the tensors into host memory, that of the last time where they still fit.
+    """Copy all tensors to host memory, reusing the buffers of the previous copy where they fit.
 
-    Copies on CPUs too, as training changes the tensors in place while the copy is being written.
+    Copies CPU tensors too, because training changes them in place while the copy is written.
     """
-    found: State = _copied(state, buffers)
+    copied: State = _copy(state, buffers)
     if torch.cuda.is_available():
-        torch.cuda.current_stream().synchronize()  # the copies do not wait for each other
-    return found
+        torch.cuda.current_stream().synchronize()  # copies are queued without waiting
+    return copied
 
 
-def _copied(value: Any, buffer: Any) -> Any:
-    """A tensor, or whatever holds tensors, in the memory of `buffer` where that fits."""
+def _copy(value: Any, buffer: Any) -> Any:
+    """Copy a tensor, or all tensors of a nested value, into `buffer` where it fits."""
     if isinstance(value, dict):
-        of = buffer if isinstance(buffer, dict) else {}
-        return {key: _copied(each, of.get(key)) for key, each in value.items()}
+        buffers = buffer if isinstance(buffer, dict) else {}
+        return {key: _copy(item, buffers.get(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        of_list = buffer if isinstance(buffer, list | tuple) else []
-        rest = [None] * (len(value) - len(of_list))
-        return [_copied(*pair) for pair in zip(value, [*of_list, *rest], strict=False)]
+        items = buffer if isinstance(buffer, list | tuple) else []
+        items = [*items, *[None] * (len(value) - len(items))]
+        return [_copy(*pair) for pair in zip(value, items, strict=False)]
     if not isinstance(value, Tensor):
         return value
     if not _fits(value, buffer):
@@ -39,7 +39,7 @@ def _copied(value: Any, buffer: Any) -> Any:
 
 
 def _fits(tensor: Tensor, buffer: Any) -> bool:
-    """Whether a buffer can hold a tensor as it lies on this mesh."""
+    """Return whether a buffer has the type, dtype, placements and shapes of a tensor."""
     if type(tensor) is not type(buffer) or tensor.dtype != buffer.dtype:
         return False
     if isinstance(tensor, DTensor) and tensor.placements != cast(DTensor, buffer).placements:
@@ -48,7 +48,7 @@ def _fits(tensor: Tensor, buffer: Any) -> bool:
 
 
 def _host_like(tensor: Tensor) -> Tensor:
-    """Host memory for a copy, pinned where it comes from a GPU, placed like the tensor."""
+    """Allocate host memory like a tensor, pinned if the tensor is on a GPU."""
     local = _local(tensor)
     memory = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
     if not isinstance(tensor, DTensor):
@@ -59,6 +59,6 @@ def _host_like(tensor: Tensor) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard."""
+    """Return the shard of this rank."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

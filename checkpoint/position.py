@@ -1,67 +1,75 @@
-"""Where a run stands: what a checkpoint holds besides tensors."""
+"""Position of a run in training: the part of a checkpoint that is not tensors."""
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+OLD_NAMES = {"lanes": "stream_shards", "vitals": "monitor_state"}  # in checkpoints of 0.1
+
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: learning rate, samples and weights follow from it and the configuration.
+    """Position of a run; with the configuration it determines learning rate and next samples.
 
-    Args:
-        step: Optimizer steps done, those whose update was skipped included.
-        samples: How far the run is in the order of samples: trained on, or skipped by a rewind.
+    Attributes:
+        step: Optimizer steps done, skipped updates included.
+        samples: Samples consumed from the sample order: trained on, or excluded by a rewind.
         tokens: Input tokens trained on.
-        data_hash: Which tokens.
-        lanes: Where samples come straight from a dataset, the place of each lane (of this rank's
-            own, until they are saved together).
-        batches: How many batches of the order lie behind; `step`, and those that rewinds skipped.
-        skips: The batches that rewinds skip, as ranges [first, stop), in ascending order.
-        vitals: What the watch over losses and gradients remembers; see `resilience.loss_monitor`.
+        data_hash: Hash of the dataset.
+        stream_shards: For streamed data, the read position of each stream shard (before saving,
+            those of this rank).
+        batches: Batches consumed from the sample order: `step` and the excluded ones.
+        skips: Half-open ranges [first, stop) of batches excluded by rewinds, ascending.
+        monitor_state: State of `resilience.loss_monitor.LossMonitor`.
     """
 
     step: int
     samples: int
     tokens: int
     data_hash: str
-    lanes: dict[str, list[int]] | None = None
+    stream_shards: dict[str, list[int]] | None = None
     batches: int = 0
     skips: tuple[tuple[int, int], ...] = ()
-    vitals: dict[str, Any] | None = None
+    monitor_state: dict[str, Any] | None = None
 
     @classmethod
-    def read(cls, values: dict[str, Any]) -> "Position":
-        """The position that a manifest holds; before there were rewinds, a step was a batch.
+    def from_dict(cls, values: dict[str, Any]) -> "Position":
+        """Create a position from a manifest of this or an earlier version.
 
         Raises:
-            TypeError, KeyError: it is not a position.
+            TypeError, KeyError: The values are not those of a position.
         """
+        values = {OLD_NAMES.get(key, key): value for key, value in values.items()}
         skips = tuple((int(first), int(stop)) for first, stop in values.get("skips", ()))
+        # Before rewinds existed, a step consumed one batch and `batches` was not saved.
         return cls(**{"batches": values["step"], **values, "skips": skips})
 
-    def after(
+    def advance(
         self,
         *,
         batches: int,
         samples: int,
         tokens: int,
-        lanes: dict[str, list[int]] | None = None,
-        vitals: dict[str, Any] | None = None,
+        stream_shards: dict[str, list[int]] | None = None,
     ) -> "Position":
-        """The position one step on: the places reached, the tokens that the step took."""
+        """Return the position after one more step.
+
+        Args:
+            batches, samples, stream_shards: Totals after the step.
+            tokens: Tokens of the step.
+        """
         return dataclasses.replace(
             self,
             step=self.step + 1,
             batches=batches,
             samples=samples,
             tokens=self.tokens + tokens,
-            lanes=lanes,
-            vitals=vitals,
+            stream_shards=stream_shards,
+            monitor_state=None,
         )
 
-    def on(self, data_hash: str) -> "Position":
-        """The same position in a run on this data; lanes of other data have no place in it."""
+    def with_data(self, data_hash: str) -> "Position":
+        """Return the position in a run on this dataset; on another one, streams start over."""
         if data_hash == self.data_hash:
             return self
-        return dataclasses.replace(self, data_hash=data_hash, lanes=None)
+        return dataclasses.replace(self, data_hash=data_hash, stream_shards=None)

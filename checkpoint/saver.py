@@ -1,8 +1,8 @@
-"""The `Saver`, which runs the commit protocol beside the training.
+"""Background saving: run the commit protocol in a thread while training continues.
 
-The training waits only for a copy of the tensors to host memory. A thread of each process then
-writes the copy, over a process group of its own, so that its messages never mix with those of the
-steps.
+Training waits only for a copy of the tensors to host memory. A thread of each process then writes
+the copy, using a separate process group so that its messages never interleave with those of the
+training steps.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,22 +22,22 @@ from checkpoint import retention
 from checkpoint.config import CheckpointConfig
 from checkpoint.host_copy import State, copy_to_host
 from checkpoint.position import Position
-from checkpoint.saving import SaveFailed, one_line, tensors_of, write_checkpoint
+from checkpoint.writer import SaveFailed, one_line, tensors_of, write_checkpoint
 from resilience.run_folder import COMMITTED, RunFolder
 
-# How long a save may take is the watchdog's to say, not the process group's.
+# The watchdog limits the duration of a save, not the process group.
 TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a save.
+class SaveResult:
+    """Result of a save.
 
-    Args:
-        error: Why there is no checkpoint, in one line; None where it is committed.
-        stall_seconds: How long the training stood still for it.
+    Attributes:
+        error: Reason in one line if there is no checkpoint; None if it is committed.
+        stall_seconds: How long training waited.
         write_seconds: From the first file to the commit.
-        bytes: Of all files of all ranks.
+        bytes: Size of all files of all ranks.
     """
 
     step: int
@@ -49,14 +49,14 @@ class Outcome:
 
 
 class Saver:
-    """Saves the checkpoints of a run, one at a time; every rank holds one and makes the same calls.
+    """Save the checkpoints of a run, one at a time; all ranks make the same calls.
 
     Args:
-        folder: The run's, on a file system that every rank sees.
-        config: Whether to save beside the training, what to do when busy, what to keep.
-        run_config: The resolved configuration, for those who read a checkpoint later.
-        report: Told, in `poll`, of old checkpoints that could not be removed.
-        beside: Small files that travel with every checkpoint, by name.
+        folder: Run folder, on a file system that every rank sees.
+        config: Whether to save in the background, what to do when busy, and what to keep.
+        run_config: Resolved configuration, saved in the manifest.
+        report: Called in `poll` with a message for each old checkpoint that cannot be deleted.
+        extra_files: Small files saved with every checkpoint, by name.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class Saver:
         config: CheckpointConfig,
         run_config: dict[str, Any],
         report: Callable[[str], None],
-        beside: Mapping[str, bytes] | None = None,
+        extra_files: Mapping[str, bytes] | None = None,
     ) -> None:
         self._folder, self._config, self._run_config = folder, config, run_config
-        self._report, self._beside = report, beside
-        self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)  # of the main thread
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # of the one that writes
+        self._report, self._extra_files = report, extra_files
+        self._main_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._write_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._thread: threading.Thread | None = None
         self._buffers: State | None = None
-        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._problems: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[SaveResult] = queue.SimpleQueue()
+        self._errors: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reported: set[str] = set()
 
     def save(
@@ -84,83 +84,80 @@ class Saver:
         position: Position,
         wait: bool = False,
     ) -> bool:
-        """Begins a save; returns when training may go on, and `poll` tells what became of it.
+        """Start a save and return as soon as training may continue; `poll` returns its result.
 
         Args:
-            model: On any mesh.
-            optimizer: Over the parameters of `model`.
-            position: What has been done.
-            wait: Whether to return only when it is committed or has failed.
+            wait: Return only after the checkpoint is committed or has failed.
 
         Returns:
-            False where it was left out, as the one before is still being written. A committed
-            checkpoint of the same step is left as it is, which counts as saved.
+            False if the save was skipped because another one is running. A committed checkpoint of
+            the same step is kept and counts as saved.
         """
         begin = time.perf_counter()
         if wait or self._config.when_busy == "wait":
             self.finish()
-        answer = self._decide(position.step)
-        if answer == "busy":
+        decision = self._decide(position.step)
+        if decision == "busy":
             return False
-        self.finish()  # at most what is left to do when rank 0 is done
-        if answer == "committed":
+        self.finish()  # rank 0 has finished; wait for the remaining work of this rank
+        if decision == "committed":
             return True
         state, values = tensors_of(model, optimizer), dataclasses.asdict(position)
         if wait or not self._config.async_save:
-            self._write(state, values, begin, stall=None)
+            self._write(state, values, begin, stall_seconds=None)
             return True
         self._buffers = copy_to_host(state, self._buffers)
         self._thread = threading.Thread(
             target=self._write,
             args=(self._buffers, values, time.perf_counter(), time.perf_counter() - begin),
             name="checkpoint",
-            daemon=True,  # a process that gives up does not wait for it
+            daemon=True,  # an aborting process does not wait for it
         )
         self._thread.start()
         return True
 
-    def poll(self) -> list[Outcome]:
-        """What became of the saves that ended since the last call; costs next to nothing.
+    def poll(self) -> list[SaveResult]:
+        """Return the results of saves that ended since the last call, without waiting.
 
-        The ranks may learn of the same save at different steps.
+        Ranks may see the result of one save at different steps.
         """
-        while not self._problems.empty():
-            problem = self._problems.get()
-            if problem not in self._reported:
-                self._reported.add(problem)
-                self._report(problem)
-        found = []
-        while not self._outcomes.empty():
-            found.append(self._outcomes.get())
-        return found
+        while not self._errors.empty():
+            error = self._errors.get()
+            if error not in self._reported:
+                self._reported.add(error)
+                self._report(error)
+        results = []
+        while not self._results.empty():
+            results.append(self._results.get())
+        return results
 
-    def finish(self, seconds: float | None = None) -> None:
-        """Waits until no save is being written, or so long."""
+    def finish(self, timeout_seconds: float | None = None) -> None:
+        """Wait until no save is running, or until the timeout."""
         if self._thread is not None:
-            self._thread.join(seconds)
+            self._thread.join(timeout_seconds)
             if not self._thread.is_alive():
                 self._thread = None
 
-    def close(self) -> None:
-        """Waits for the save that is being written, and gives the memory of the copies back."""
-        self.finish()
-        self._buffers = None
-
-    def _decide(self, step: int) -> str:
-        """What rank 0 makes of a request to save: `busy`, `committed` or `save`."""
-        answer = ["save"]
+    def _decide(self, step: int) -> Literal["save", "busy", "committed"]:
+        """Return the decision of rank 0 about a request to save."""
+        answer: list[Any] = ["save"]
         if dist.get_rank() == 0:
             if self._thread is not None and self._thread.is_alive():
                 answer = ["busy"]
             elif (self._folder.step_folder(step) / COMMITTED).exists():
                 answer = ["committed"]
-        dist.broadcast_object_list(answer, group=self._control)
-        return answer[0]
+        dist.broadcast_object_list(answer, group=self._main_group)
+        decision: Literal["save", "busy", "committed"] = answer[0]
+        return decision
 
     def _write(
-        self, state: State, position: dict[str, Any], begin: float, stall: float | None
+        self, state: State, position: dict[str, Any], begin: float, stall_seconds: float | None
     ) -> None:
-        """Writes a checkpoint and notes the outcome; in the thread, or, without `stall`, here."""
+        """Write a checkpoint and queue its result.
+
+        Args:
+            stall_seconds: How long training waited for the copy; None if it waits for the write.
+        """
         error, n_bytes = None, 0
         try:
             n_bytes = write_checkpoint(
@@ -168,22 +165,22 @@ class Saver:
                 state,
                 position,
                 self._run_config,
-                self._group,
-                self._problems.put,
-                self._beside,
+                self._write_group,
+                self._errors.put,
+                self._extra_files,
             )
         except SaveFailed as failure:
             error = str(failure)
-        except Exception as failure:  # a peer that died, mostly
+        except Exception as failure:  # mostly the death of a peer
             error = f"rank {dist.get_rank()}: {one_line(failure)}"
         seconds = time.perf_counter() - begin
         path = self._folder.step_folder(position["step"])
-        stalled = seconds if stall is None else stall
         if error is None and dist.get_rank() == 0:
+            keep = self._config.keep_last, self._config.keep_every
             try:
-                keep = self._config.keep_last, self._config.keep_every
                 for problem in retention.remove_old(self._folder, *keep):
-                    self._problems.put(problem)
+                    self._errors.put(problem)
             except OSError as failure:
-                self._problems.put(f"old checkpoints cannot be looked through ({failure})")
-        self._outcomes.put(Outcome(position["step"], path, error, stalled, seconds, n_bytes))
+                self._errors.put(f"Could not list old checkpoints ({failure}). Continuing.")
+        stall = seconds if stall_seconds is None else stall_seconds
+        self._results.put(SaveResult(position["step"], path, error, stall, seconds, n_bytes))

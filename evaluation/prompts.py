@@ -187,7 +187,7 @@ def ending_early(loaded: "InferenceContext") -> Iterator[None]:
     except BrokenPipeError:
         code = 128 + signal.SIGPIPE
     except Exception as error:
-        loaded.watchdog.explain(error)  # of a peer that has gone, this process hears before its end
+        loaded.watchdog.wait_for_abort(error)
         raise
     else:
         return

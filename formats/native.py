@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
-from checkpoint.files import HashedFiles, damage_of, read_manifest
+from checkpoint.files import HashedFiles, find_file_damage, verify_manifest
 from checkpoint.position import Position
-from checkpoint.saving import commit, write_beside, write_manifest
+from checkpoint.writer import commit, write_extra_files, write_manifest
 from formats.configuration import checked
 from formats.errors import FormatError
 from formats.pieces import Piece, StoredTensor, unreadable
@@ -57,7 +57,7 @@ class NativeWeights(Weights):
     def damage(self) -> str | None:
         """As `Weights.damage`: reads every file, by this process alone."""
         found = (
-            damage_of(self.folder / name, entry, self.algorithm)
+            find_file_damage(self.folder / name, entry, self.algorithm)
             for name, entry in self.files.items()
         )
         return next((told for told in found if told is not None), None)
@@ -130,7 +130,7 @@ def open_native(folder: Path) -> NativeWeights:
         FormatError: it is damaged, or its tensors are not those of its configuration.
     """
     try:
-        manifest = read_manifest(folder)
+        manifest = verify_manifest(folder)
         values = dict(manifest["config"]["model"])
         metadata = dcp.FileSystemReader(folder).read_metadata()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
@@ -192,7 +192,7 @@ def write_native(
     model = dataclasses.asdict(weights.model)
     config = {"model": model, "tokenizer": tokenizer}
     position = dataclasses.asdict(Position(step=0, samples=0, tokens=0, data_hash=""))
-    written = files.written | write_beside(folder, beside)
+    written = files.written | write_extra_files(folder, beside)
     write_manifest(folder, written, position, config)
     commit(folder)
 

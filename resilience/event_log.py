@@ -1,9 +1,9 @@
-"""The run's ledger: one durable JSON line for each start, save, stop, fallback and fault.
+"""The event log of a run: one durable JSON line per launch, save, stop, rewind and fault.
 
-From its times the run's goodput is computed, so a line must survive the kill that follows it:
-each is fsynced. A kill may still tear the last line; the next one begins on a line of its own and
-the torn one is skipped on reading. The file helpers below serve `metrics.jsonl` too. What is
-worth a line is decided by the training loop; only rank 0 keeps a ledger.
+Goodput is computed from its times, so every line is fsynced and survives a kill right after it. A
+kill may still truncate the last line; the next append starts a new line, and readers skip the
+truncated one. `metrics.jsonl` uses the same file helpers. The training loop decides which events
+to record; only rank 0 writes the log.
 """
 
 import json
@@ -18,15 +18,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-MAX_WAITING = 100_000  # lines kept in memory while a disk is full: tens of megabytes
+from data.files import sync_folder
+
+MAX_PENDING_LINES = 100_000  # lines kept in memory while a disk is full: tens of megabytes
 PROGRESS_SECONDS = 60.0
 
 
 def json_line(record: Mapping[str, Any]) -> str:
-    """One line of strict JSON, without the newline.
+    """Return one line of strict JSON, without the newline.
 
-    JSON has no NaN or infinity: such a value becomes `null`, and the line gains a last field
-    `nonfinite` that keeps what it was, e.g. `{"loss": null, "nonfinite": {"loss": "nan"}}`.
+    JSON has no NaN or infinity: such a value becomes `null`, and a last field `nonfinite` keeps the
+    original, e.g. `{"loss": null, "nonfinite": {"loss": "nan"}}`.
     """
     nonfinite = {
         key: str(value)
@@ -40,18 +42,21 @@ def json_line(record: Mapping[str, Any]) -> str:
 
 
 def append_line(path: Path, line: str, *, durable: bool = False) -> None:
-    """Append one line; after a torn last line (a kill, a full disk) begin a new one first.
+    """Append one line, after a newline if the last line was truncated by a kill or a full disk.
 
-    `durable` also forces the line, and the name of a file just made, to the disk.
-    Raises OSError when the file cannot be written; then nothing of the line stays in it.
+    Args:
+        durable: Also fsync the file and, if it is new, its folder.
+
+    Raises:
+        OSError: The file cannot be written; no part of the line remains in it.
     """
-    with open(path, "a+b", buffering=0) as file:  # appends, wherever the reading position is
+    with open(path, "a+b", buffering=0) as file:  # appends, whatever the read position
         end = file.seek(0, os.SEEK_END)
-        torn = False
+        truncated = False
         if end > 0:
             file.seek(end - 1)
-            torn = file.read(1) != b"\n"
-        rest = (b"\n" if torn else b"") + line.encode(errors="replace") + b"\n"
+            truncated = file.read(1) != b"\n"
+        rest = (b"\n" if truncated else b"") + line.encode(errors="replace") + b"\n"
         try:
             while rest:
                 rest = rest[file.write(rest) :]
@@ -65,17 +70,8 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
         sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Force a folder's entries to the disk: a new or renamed file is not safe before that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Every whole JSON object of a file of lines; torn lines are skipped, no file is no lines."""
+    """Return all complete JSON objects of a file, one per line; [] if the file does not exist."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -84,7 +80,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     for line in raw.split(b"\n"):
         try:
             record = json.loads(line)
-        except ValueError:  # torn JSON, torn UTF-8, or the zeros of a block that was never written
+        except ValueError:  # truncated JSON or UTF-8, or a block of zeros that was never written
             continue
         if isinstance(record, dict):
             records.append(record)
@@ -92,38 +88,42 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class RetryingWriter:
-    """Appends lines to a file; those that it refuses are kept, and written before the next one.
+    """Append lines to a file, and keep lines that fail in memory for the next attempt.
 
-    So a disk that was full for a while costs no line, unless the process ends before it has space.
+    A temporarily full disk therefore loses no line, unless the process exits before space is freed.
     """
 
     def __init__(self, path: Path, *, durable: bool = False) -> None:
         self.path, self.durable = path, durable
-        self._waiting: deque[str] = deque(maxlen=MAX_WAITING)
+        self._pending: deque[str] = deque(maxlen=MAX_PENDING_LINES)
 
     def append(self, line: str) -> None:
-        """Raises OSError where the file still refuses."""
-        self._waiting.append(line)
+        """Write all pending lines and this one.
+
+        Raises:
+            OSError: The file still cannot be written; the line stays pending.
+        """
+        self._pending.append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        while self._waiting:
-            append_line(self.path, self._waiting[0], durable=self.durable)
-            self._waiting.popleft()
+        while self._pending:
+            append_line(self.path, self._pending[0], durable=self.durable)
+            self._pending.popleft()
 
     @property
-    def waiting(self) -> int:
-        """How many lines the file has not taken yet."""
-        return len(self._waiting)
+    def n_pending(self) -> int:
+        """Number of lines not written yet."""
+        return len(self._pending)
 
-    def take_back(self) -> None:
-        """Forgets the newest of the lines that were refused."""
-        self._waiting.pop()
+    def drop_last(self) -> None:
+        """Discard the newest pending line."""
+        self._pending.pop()
 
 
-class Ledger:
-    """Appends events to `ledger.jsonl` and reads them back.
+class EventLog:
+    """Append events to `ledger.jsonl` and read them.
 
-    A line holds `time` (UTC, ISO 8601 with milliseconds), `event` and the event's own fields.
-    An unwritable or full disk does not stop training: it is told once through `warn`.
+    A line holds `time` (UTC, ISO 8601 with milliseconds), `event` and the fields of the event. An
+    unwritable file or full disk does not stop training: `warn` is called once.
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None] | None = None) -> None:
@@ -134,32 +134,36 @@ class Ledger:
         self._next_progress = 0.0
 
     def append(self, event: str, *, required: bool = False, **fields: Any) -> None:
-        """Write one event durably: when this returns without a warning, it is on the disk.
+        """Write one event durably.
+
+        Args:
+            event: Event type.
+            required: Raise if the event cannot be written, instead of warning.
 
         Raises:
-            OSError: it cannot be written, and is `required`: nothing may follow without it.
+            OSError: The event is required and cannot be written.
         """
-        assert "time" not in fields, "the ledger writes the time itself"
+        assert "time" not in fields, "the event log adds the time"
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         try:
             self._file.append(json_line({"time": now, "event": event, **fields}))
         except OSError as error:
             if required:
-                self._file.take_back()
+                self._file.drop_last()
                 raise
             if not self._warned:
                 self._warned = True
                 self._warn(
-                    f"{self.path} cannot be written ({error.strerror}): training goes on, events "
-                    "are missing from the ledger until the folder is writable and has space"
+                    f"{self.path} cannot be written ({error.strerror}). Training continues; events "
+                    "are kept in memory until the folder is writable and has space."
                 )
 
     def progress(self, step: int, spent: Mapping[str, Any], *, now: bool = False) -> None:
-        """Tell how far the run is: at most once a minute, or `now`, where a checkpoint is taken."""
+        """Record the step reached and the time spent, at most once a minute unless `now`."""
         if now or time.monotonic() >= self._next_progress:
             self._next_progress = time.monotonic() + PROGRESS_SECONDS
             self.append("progress", step=step, **spent)
 
     def read(self) -> list[dict[str, Any]]:
-        """All events in the order written, without those torn by a kill."""
+        """Return all complete events in the order written."""
         return read_json_lines(self.path)

@@ -1,26 +1,24 @@
-"""How a run ends, in one number: what scripts and schedulers decide by.
+"""Exit codes of the programs, for scripts and schedulers.
 
-The table for people is in docs/faults.md. Below 128 the numbers are those of BSD's sysexits.h where
-one fits; 128 + N is the shells' way to tell of signal N.
+docs/faults.md has the table for users. Codes below 128 follow BSD's sysexits.h where one matches;
+128 + N is the shell convention for signal N.
 """
 
 from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Why a program of Llamesh ended."""
+    """Why a program exited."""
 
     FINISHED = 0
-    USER_ERROR = (
-        1  # not started: configuration, data or run folder; or an error that nobody foresaw
-    )
-    DATA = 65  # the training data cannot be read on
-    NO_CHECKPOINT = 66  # checkpoints exist and none is whole
-    DIVERGED = 70  # losses or gradients stay bad after every rewind allowed
-    RANK_FAILED = 71  # a process of the run died or got stuck, after this start had saved
-    RANK_FAILED_BEFORE_SAVE = 72  # the same, before it had: the next start may well end alike
-    LOCKED = 73  # another run is at work in the folder
+    USER_ERROR = 1  # invalid configuration, data or run folder before launch; unexpected error
+    DATA = 65  # training data became unreadable
+    NO_CHECKPOINT = 66  # checkpoints exist, but none is valid
+    DIVERGED = 70  # losses or gradients still bad after all allowed rewinds
+    RANK_FAILED = 71  # a rank died or hung after this launch had saved a checkpoint
+    RANK_FAILED_BEFORE_SAVE = 72  # same, before the first save: a relaunch may fail the same way
+    LOCKED = 73  # another run holds the run folder
     SAVE_FAILED = 74  # a checkpoint could not be saved
-    STOPPED = 75  # SIGUSR1 or the time limit: saved, to be started again
-    INTERRUPTED = 130  # SIGINT: saved, once there was a step to save
-    TERMINATED = 143  # SIGTERM: saved, once there was a step to save
+    STOPPED = 75  # SIGUSR1 or the time limit: saved, to be relaunched
+    INTERRUPTED = 130  # SIGINT: saved, if at least one step was done
+    TERMINATED = 143  # SIGTERM: saved, if at least one step was done

@@ -1,7 +1,7 @@
-"""A sign of life: how far a process is, and where its main thread stands.
+"""Heartbeats: the progress of a process and the stack of its main thread.
 
-Stacks are told in the house's own lines, and the innermost place: what matters is which of our
-lines led there. Who stands inside of torch waits for another, as a rule.
+A stack lists the innermost frame and, of the others, only frames of this repository: they show
+which code called the library. A main thread inside torch usually waits for another rank.
 """
 
 import os
@@ -14,15 +14,20 @@ from typing import Literal
 
 Phase = Literal["set-up", "step", "checkpoint"]
 
-FRAMES = 12  # of a stack, the innermost
-HOUSE = str(Path(__file__).parent.parent) + os.sep
+MAX_FRAMES = 12  # innermost frames of a stack
+ROOT = str(Path(__file__).parent.parent) + os.sep
 
 
 @dataclass(frozen=True)
-class Beat:
-    """A sign of life: which process, what it is at, for how long, and where.
+class Heartbeat:
+    """State of one process, as its watchdog last reported it.
 
-    One that `suspects` has lost its connection to another.
+    Attributes:
+        phase, step: Current activity.
+        seconds: Time since that activity started.
+        count: Number of this heartbeat, increasing.
+        lost_peer: Whether the process has lost its connection to another rank.
+        stack: Stack of the main thread, innermost frame last.
     """
 
     rank: int
@@ -32,64 +37,65 @@ class Beat:
     step: int
     seconds: float
     count: int
-    suspects: bool
+    lost_peer: bool
     stack: list[str]
 
     def __str__(self) -> str:
-        return f"rank {self.rank} (process {self.pid} on {self.host})"
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
 
     @property
-    def work(self) -> str:
-        """What it is at, in words."""
+    def activity(self) -> str:
+        """Phase and step, for messages."""
         return "set-up" if self.phase == "set-up" else f"{self.phase} {self.step}"
 
     @property
-    def waits(self) -> bool:
-        """Whether it stands inside of torch, as those do that wait for another."""
+    def is_waiting(self) -> bool:
+        """Whether the innermost frame is inside torch, as in a collective."""
         return bool(self.stack) and "torch" in self.stack[-1].split(":")[0].split(os.sep)
 
 
-def told_silent(beat: Beat, seconds: float) -> str:
-    """What is told of a process that is not heard of."""
+def silent_message(beat: Heartbeat, seconds: float) -> str:
+    """Return the message about a process whose heartbeats stopped."""
     return (
-        f"{beat} gives no sign of life for {seconds:.0f} s: dead, frozen or cut off; last seen in "
-        f"{beat.work}, here:\n{indented(beat.stack)}"
+        f"no heartbeat from {beat} for {seconds:.0f} s; the process is dead, suspended or "
+        f"unreachable. {last_seen(beat)}"
     )
 
 
-def told_late(beat: Beat, others: Sequence[Beat] = ()) -> str:
-    """What is told of processes that have been at the same place for too long."""
+def last_seen(beat: Heartbeat) -> str:
+    """Return the last known activity and stack of a process."""
+    return f"Last seen in {beat.activity}:\n{indented(beat.stack)}"
+
+
+def late_message(beat: Heartbeat, others: Sequence[Heartbeat] = ()) -> str:
+    """Return the message about processes that have the same stack and exceeded a time limit."""
     also = f" and ranks {', '.join(str(other.rank) for other in others)}" if others else ""
-    stands = "waits" if beat.waits else "is stuck"
-    return f"{beat}{also} {stands} in {beat.work} for {beat.seconds:.0f} s, here:\n" + indented(
+    state = "waiting" if beat.is_waiting else "stuck"
+    return f"{beat}{also} {state} in {beat.activity} for {beat.seconds:.0f} s:\n" + indented(
         beat.stack
     )
 
 
 def stack_of(thread: int | None) -> list[str]:
-    """Where a thread stands, the innermost place last: `file:line function`.
+    """Return the stack of a thread as `file:line function`, innermost frame last.
 
-    Of the libraries only that place is told: what matters is which of our lines led there.
+    Library frames other than the innermost are omitted.
     """
     frame = sys._current_frames().get(thread or 0)
     if frame is None:
         return []
     *outer, inner = traceback.extract_stack(frame)
-    ours = [each for each in outer if _is_ours(each.filename)][-FRAMES:]
-    return [f"{_short(each.filename)}:{each.lineno} {each.name}" for each in [*ours, inner]]
+    # The virtual environment may be a subfolder of the repository.
+    own = [f for f in outer if f.filename.startswith(ROOT) and "site-packages" not in f.filename]
+    frames = [*own[-MAX_FRAMES:], inner]
+    return [f"{_short_path(f.filename)}:{f.lineno} {f.name}" for f in frames]
 
 
-def _is_ours(path: str) -> bool:
-    """Whether a file is the house's, in which an environment may lie too."""
-    return path.startswith(HOUSE) and "site-packages" not in path
-
-
-def _short(path: str) -> str:
-    """A path from the house, or from its package, on."""
+def _short_path(path: str) -> str:
+    """Return a path relative to site-packages or to the repository."""
     _, found, rest = path.rpartition(f"site-packages{os.sep}")
-    return rest if found else path.removeprefix(HOUSE)
+    return rest if found else path.removeprefix(ROOT)
 
 
 def indented(lines: Sequence[str]) -> str:
-    """Lines under a sentence."""
     return "\n".join(f"    {line}" for line in lines)

@@ -1,15 +1,14 @@
-"""One run at a time in a folder: the lock that its first process holds until it ends.
+"""The lock of a run folder: one run at a time, held by its first process until it exits.
 
-The kernel's lock on `<run>/lock` goes with the process however that dies. It may not reach beyond
-one machine, though (local locks on NFS and Lustre), and some file systems have none. So the file
-also tells who holds it, and a thread touches it every few seconds: who gets the lock and finds the
-name of another machine watches whether the file is still touched. No clock of two machines is
-compared. A holder whose name was replaced meanwhile, having slept, ends at once.
+The kernel releases the `flock` on `<run>/lock` however the process dies. On some file systems it is
+local to a machine (NFS and Lustre with local locks) or missing. The file therefore also names its
+holder, and a thread updates its modification time every few seconds: a process that gets the lock
+but finds the name of another machine first watches for such heartbeats. Clocks of two machines are
+never compared. A holder that finds another name in the file (after a suspension) exits at once.
 """
 
 import atexit
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -23,48 +22,52 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from filelock import lock_descriptor
+
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolder, RunFolderError
 
-FIRST_BEAT_SECONDS = 1.0  # early: of two that took a lock at the same time, the first one ends
-BEAT_SECONDS = 10.0  # between two touches of the file
-STALE_SECONDS = 60.0  # a file that nobody touched for so long, by the watcher's own clock, is free
-PATIENCE_SECONDS = 5.0  # for the memory of a process that was killed just now to be given back
+FIRST_HEARTBEAT_SECONDS = 1.0  # early: if two processes took the lock at once, the first one exits
+HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 60.0  # without a heartbeat for so long, by the watcher's own clock, a lock is stale
+RETRY_SECONDS = 5.0  # a process killed a moment ago holds its lock until its memory is freed
 POLL_SECONDS = 0.2
-_FILE_BYTES = 1024  # more than a holder's name takes
-# What file systems without locks answer: NFS without its lock daemon, Lustre without -o flock, …
+_FILE_BYTES = 1024  # fixed file size, more than a holder needs
+# Errors of file systems without locks: NFS without its lock daemon, Lustre without -o flock, …
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class LockedError(RunFolderError):
-    """Another run is at work in the folder."""
+    """Another run holds the folder."""
 
     code = ExitCode.LOCKED
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock, as its file tells.
+    """Holder of a lock, as written to its file.
 
-    `machine` is one start of one kernel, within which the kernel's lock is all that counts. `job`
-    and `restarts` are SLURM's, where it started the run.
+    Attributes:
+        token: Unique for each holder.
+        machine: Boot ID of the kernel; within one, the kernel's lock alone decides.
+        started: ISO 8601, UTC.
+        job, restarts: SLURM job ID and restart count, if SLURM started the run.
     """
 
     token: str
     host: str
     machine: str
     pid: int
-    started: str  # ISO 8601, UTC
+    started: str
     job: str | None = None
     restarts: int = 0
 
     @classmethod
-    def this(cls) -> "Holder":
-        """This process."""
+    def this_process(cls) -> "Holder":
         return cls(
             token=uuid.uuid4().hex,
             host=socket.gethostname(),
-            machine=_machine(),
+            machine=_boot_id(),
             pid=os.getpid(),
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             job=os.environ.get("SLURM_JOB_ID"),
@@ -72,197 +75,187 @@ class Holder:
         )
 
     @classmethod
-    def read(cls, content: str) -> "Holder | None":
-        """The holder that a lock's file tells of; None for an empty file, or one not yet whole."""
+    def read(cls, path: Path) -> "Holder | None":
+        """Read the holder from a lock file; None if the file is missing, empty or incomplete."""
         try:
-            holder = cls(**json.loads(content))
+            holder = cls(**json.loads(path.read_text(encoding="utf-8")))
             datetime.fromisoformat(holder.started)
-        except (ValueError, TypeError):
+        except (FileNotFoundError, ValueError, TypeError):
             return None
         return holder
 
     def __str__(self) -> str:
-        started = datetime.fromisoformat(self.started)
-        age = max(datetime.now(UTC) - started, timedelta(0))
-        told = f"process {self.pid} on {self.host}, started {_words(age)} ago"
-        return f"{told}, SLURM job {self.job}" if self.job else told
+        age = max(datetime.now(UTC) - datetime.fromisoformat(self.started), timedelta(0))
+        age = timedelta(seconds=round(age.total_seconds()))
+        text = f"process {self.pid} on {self.host}, started {age} ago"
+        return f"{text}, SLURM job {self.job}" if self.job else text
 
     def was_requeued_as(self, other: "Holder") -> bool:
-        """Whether SLURM started `other` in place of this one, which it has ended before."""
+        """Return whether `other` is a later restart of the same SLURM job, which ended this one."""
         return self.job is not None and self.job == other.job and self.restarts < other.restarts
 
 
 class RunLock:
-    """A lock that is held; `last_beat` is when the holder before was last alive (Unix seconds).
+    """A held lock. The kernel releases it at exit; a clean exit also removes the file.
 
-    It needs no closing: the kernel does that. An orderly end of the process also removes the file.
+    Attributes:
+        holder: This process.
+        last_heartbeat: When the previous holder was last alive, in Unix seconds; None without one.
     """
 
-    def __init__(self, path: Path, descriptor: int, own: Holder, last_beat: float | None) -> None:
-        self.path, self.own, self.last_beat = path, own, last_beat
+    def __init__(
+        self, path: Path, descriptor: int, holder: Holder, last_heartbeat: float | None
+    ) -> None:
+        self.path, self.holder, self.last_heartbeat = path, holder, last_heartbeat
         self._descriptor = descriptor
         self._released = threading.Event()
-        threading.Thread(target=self._beat, name="run lock", daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, name="run lock", daemon=True).start()
         atexit.register(self.release)
-        os.register_at_fork(after_in_child=self._forget)
+        os.register_at_fork(after_in_child=self._close_in_child)
 
     def release(self) -> None:
-        """Gives the folder back."""
+        """Release the folder and remove the lock file."""
         if self._released.is_set():
             return
         self._released.set()
         with suppress(OSError):
-            if _read_holder(self.path) == self.own:
-                self.path.unlink()  # still locked: whoever opened it sees that it is gone
+            if Holder.read(self.path) == self.holder:
+                self.path.unlink()  # still locked: a process that opened it notices the removal
         os.close(self._descriptor)
 
-    def _beat(self) -> None:
-        """Touches the file for as long as it tells of this process."""
-        pause = FIRST_BEAT_SECONDS
-        while not self._released.wait(pause):
-            pause = BEAT_SECONDS
-            with suppress(OSError):  # a disk that is away: for others we stand still, rightly
-                holder = _read_holder(self.path)
-                if holder not in (None, self.own) and not self._released.is_set():
+    def _send_heartbeats(self) -> None:
+        """Touch the file for as long as it names this process."""
+        interval = FIRST_HEARTBEAT_SECONDS
+        while not self._released.wait(interval):
+            interval = HEARTBEAT_SECONDS
+            with suppress(OSError):  # disk unreachable: others may rightly see no heartbeat
+                holder = Holder.read(self.path)
+                if holder not in (None, self.holder) and not self._released.is_set():
                     print(
-                        f"Stopped: {self.path} was taken over by {holder}. This run had given no "
-                        "sign of life, or somebody removed the lock.",
+                        f"Stopped: {self.path} was taken over by {holder}. This run had sent no "
+                        "heartbeat for too long, or the lock file was removed.",
                         file=sys.stderr,
                         flush=True,
                     )
                     os._exit(ExitCode.LOCKED)
                 os.utime(self._descriptor)
 
-    def _forget(self) -> None:
-        """In a forked child, which may outlive this process and must not keep its lock."""
+    def _close_in_child(self) -> None:
+        """Close the lock in a forked child, which may outlive this process."""
         if not self._released.is_set():
             self._released.set()
             os.close(self._descriptor)
 
 
-def hold(folder: RunFolder, report: Callable[[str], None]) -> RunLock:
-    """Takes the folder for this process; the first process of a run alone calls it.
+def acquire_lock(folder: RunFolder, report: Callable[[str], None]) -> RunLock:
+    """Lock a run folder for this process; only the first process of a run calls it.
 
     Args:
-        folder: The run's; made where it is not there.
-        report: Called with a sentence where a lock that was left is watched, and recovered.
+        folder: Run folder; created if missing.
+        report: Called with a message when a possibly stale lock is watched or removed.
 
     Raises:
-        LockedError: another run is at work in the folder.
-        RunFolderError: nothing can be written there.
+        LockedError: Another run holds the folder.
+        RunFolderError: The folder cannot be written.
     """
     path, lock = folder.path / "lock", None
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         while lock is None:
-            descriptor, by_kernel = _open(path)
+            descriptor, has_kernel_lock = _open_locked(path)
             try:
-                lock = _take_over(path, descriptor, by_kernel, report)
+                lock = _take_over(path, descriptor, has_kernel_lock, report)
             finally:
                 if lock is None:
                     os.close(descriptor)
     except OSError as error:
         raise RunFolderError(
-            f"run.dir ({folder.path}) cannot be written ({error.strerror}): make room there or "
-            "set its permissions, or name another folder with run.dir=…"
+            f"run.dir={folder.path} cannot be written ({error.strerror}); free space or fix the "
+            "permissions, or choose another folder with run.dir=…"
         ) from None
     return lock
 
 
-def _open(path: Path) -> tuple[int, bool]:
-    """A descriptor of the lock's file, and whether the kernel has locked it: some cannot."""
-    give_up = time.monotonic() + PATIENCE_SECONDS
+def _open_locked(path: Path) -> tuple[int, bool]:
+    """Open and lock the file; return its descriptor and whether the file system supports locks."""
+    deadline = time.monotonic() + RETRY_SECONDS
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor, True
-        except (BlockingIOError, FileNotFoundError):
-            pass
+            if lock_descriptor(descriptor, blocking=False):
+                # Its holder may have removed the file since it was opened.
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(descriptor), path.stat()):
+                        return descriptor, True
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 return descriptor, False
             os.close(descriptor)
             raise
         os.close(descriptor)
-        if time.monotonic() > give_up:
-            raise _refusal(path, _read_holder(path))
+        if time.monotonic() > deadline:
+            raise _locked_error(path, Holder.read(path))
         time.sleep(POLL_SECONDS)
 
 
 def _take_over(
-    path: Path, descriptor: int, by_kernel: bool, report: Callable[[str], None]
+    path: Path, descriptor: int, has_kernel_lock: bool, report: Callable[[str], None]
 ) -> RunLock | None:
-    """Writes our name into a file that we opened; None where its holder removes it meanwhile.
+    """Write this process into an opened lock file; None if its holder removes it meanwhile.
 
     Raises:
-        LockedError: its holder is alive.
+        LockedError: The holder is alive.
     """
-    last_beat = os.fstat(descriptor).st_mtime
-    own, before = Holder.this(), _read_holder(path)
-    if before is not None:
-        on_this_machine = by_kernel and before.machine == own.machine
-        if not on_this_machine and not before.was_requeued_as(own):
+    last_heartbeat = os.fstat(descriptor).st_mtime
+    holder, previous = Holder.this_process(), Holder.read(path)
+    if previous is not None:
+        same_machine = has_kernel_lock and previous.machine == holder.machine
+        if not same_machine and not previous.was_requeued_as(holder):
             report(
-                f"{path} tells of {before}: watching for {STALE_SECONDS:.0f} seconds whether "
-                "that run is alive."
+                f"{path} names {previous}: watching it for {STALE_SECONDS:.0f} seconds to see "
+                "whether that run is alive."
             )
-            if not _stands_still(path, before):
+            if not _is_stale(path, previous):
                 return None
-        report(f"The run before, {before}, ended without a word: its lock is recovered.")
-    # One write of a fixed length: readers see the name before or this one, and nothing between.
-    os.pwrite(descriptor, json.dumps(asdict(own)).ljust(_FILE_BYTES).encode(), 0)
-    os.fsync(descriptor)  # NFS shows it to other machines only then
-    return RunLock(path, descriptor, own, last_beat if before is not None else None)
+        report(f"Removed the stale lock of {previous}, which did not exit cleanly.")
+    # One write of a fixed length: readers see the previous content or this one, never a mix.
+    os.pwrite(descriptor, json.dumps(asdict(holder)).ljust(_FILE_BYTES).encode(), 0)
+    os.fsync(descriptor)  # makes it visible to other NFS clients
+    return RunLock(path, descriptor, holder, last_heartbeat if previous is not None else None)
 
 
-def _stands_still(path: Path, holder: Holder) -> bool:
-    """Whether nobody touches the lock's file for a while; False where its holder removes it.
+def _is_stale(path: Path, holder: Holder) -> bool:
+    """Watch the lock file; return True if it does not change, False if its holder removes it.
 
     Raises:
-        LockedError: somebody touches it.
+        LockedError: The file changes: its holder is alive.
     """
-    begin = time.monotonic()
+    deadline = time.monotonic() + STALE_SECONDS
     first = None
-    while time.monotonic() - begin < STALE_SECONDS:
+    while time.monotonic() < deadline:
         try:
-            # Opened anew each time: NFS asks its server only then, else it may answer from memory.
+            # Reopen each time: NFS revalidates its cache only on open.
             with open(path, encoding="utf-8") as file:
                 seen = (os.fstat(file.fileno()).st_mtime_ns, file.read())
         except FileNotFoundError:
             return False
         first = first or seen
         if seen != first:
-            raise _refusal(path, _read_holder(path) or holder)
+            raise _locked_error(path, Holder.read(path) or holder)
         time.sleep(POLL_SECONDS)
     return True
 
 
-def _refusal(path: Path, holder: Holder | None) -> LockedError:
-    """What is told to the second of two runs."""
+def _locked_error(path: Path, holder: Holder | None) -> LockedError:
     return LockedError(
-        f"run.dir ({path.parent}) is in use by {holder or 'a process that is just starting'}: "
-        "wait for that run or stop it, or give this one a folder of its own with run.name=…"
+        f"run.dir={path.parent} is in use by {holder or 'a process that is just starting'}; wait "
+        "for that run or stop it, or choose another folder with run.name=…"
     )
 
 
-def _read_holder(path: Path) -> Holder | None:
-    """Who holds the lock, as its file tells; None where it is empty or not there."""
-    try:
-        return Holder.read(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError):
-        return None
-
-
-def _machine() -> str:
-    """What the kernel that runs us is known by, until its machine starts again."""
+def _boot_id() -> str:
+    """Return an ID of the running kernel that changes with each boot."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return socket.gethostname()
-
-
-def _words(age: timedelta) -> str:
-    """An age in full seconds: 0:12:05, or 3 days, 1:02:03."""
-    return str(timedelta(seconds=round(age.total_seconds())))

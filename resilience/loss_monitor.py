@@ -1,10 +1,10 @@
-"""The watch over losses and gradients: what each step gave, and what follows when it is bad.
+"""Loss and gradient-norm monitoring: detect bad steps and decide how the run continues.
 
-A step leaves its loss and norm on the device, where the optimizer itself looks whether they are
-finite (`not_finite`). `AsyncStatsReader` brings them to the host without making it wait, and
-`LossMonitor` decides: go on, rewind and leave out the batches that were bad, or give up. Every
-rank reads the
-same values in the same order, so all decide alike. What a rewind does is the training loop's.
+Each step leaves its scalars on the device, where the optimizer skips the update if they are not
+finite (`not_finite`). `AsyncStatsReader` copies them to the host without blocking, and
+`LossMonitor` maps them to an action: continue, skip, rewind or abort. All ranks read the same
+values in the same order and therefore reach the same decision. Executing a rewind is the training
+loop's job.
 """
 
 import math
@@ -16,266 +16,280 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from parallel.step_scalars import NO_REQUESTS, StepRequests, StepScalars
 from resilience.config import FaultsConfig
 
-Range = tuple[int, int]
-"""Batches of the order, or samples: from the first one to before the second one."""
+BatchRange = tuple[int, int]
+"""Half-open range of batch indices or sample indices."""
 
-WARM_UP = 20  # losses before the first can be a spike; spikes in a row that are a new level
-MEMORY = 0.01  # the weight of the newest loss in mean and variance, once there are 100
-# The smallest standard deviation, as a share of the mean: losses that hardly differ have no spikes.
-MIN_DEVIATION = 0.005
+WARMUP_STEPS = 20  # steps before spike detection starts; consecutive spikes that set a new baseline
+EMA_WEIGHT = 0.01  # weight of the newest loss in the running mean and variance, after 100 losses
+MIN_RELATIVE_STD = 0.005  # lower bound of the standard deviation, relative to the mean
 
 
 def not_finite(values: Tensor) -> Tensor:
-    """1.0 if any of the values is infinite or not a number, else 0.0; a scalar on their device."""
+    """Return a scalar on the same device: 1.0 if any value is infinite or NaN, else 0.0."""
     return 1.0 - torch.isfinite(values).all().float()
 
 
-# ---------------------------------------------------------------- from the device to the host
-
-
 class StepStats(NamedTuple):
-    """What one step gave, on the host; the same on every rank.
+    """Host-side statistics of one optimizer step, identical on all ranks.
 
-    `step` counts optimizer steps from 1; `batch` is the number of its batch in the order, from 0;
-    `requests` tells how many ranks made each.
+    Attributes:
+        step: Optimizer step, starting at 1.
+        batch: Index of the batch in the sample order, starting at 0.
+        samples: Half-open range of sample indices in the batch.
+        requests: Number of ranks that made each request.
     """
 
     step: int
     batch: int
-    samples: Range
+    samples: BatchRange
     loss: float
     grad_norm: float
-    requests: tuple[int, ...] = ()
+    requests: StepRequests = NO_REQUESTS
 
     @property
-    def where(self) -> str:
-        """The samples, in words."""
+    def samples_text(self) -> str:
         return f"samples {self.samples[0]} to {self.samples[1] - 1}"
 
 
 class AsyncStatsReader:
-    """Reads each step's values without waiting for the device: on CUDA one step late.
+    """Copy step statistics to the host without blocking the device.
 
-    Only the type of the device decides about that, so all ranks read the same step at a time. The
-    wait for the step before keeps the host at most one step ahead, which has then been queued.
+    On CUDA, `read` returns the statistics of the previous step: waiting for step N-1 while step N
+    is queued keeps the host at most one step ahead. The delay depends on the device type only, so
+    all ranks process the same step at the same time.
     """
 
     def __init__(self, device_type: str) -> None:
-        self.lag = 1 if device_type == "cuda" else 0
-        self._pending: deque[tuple[StepStats, Tensor, Any]] = deque()
+        self.delay = 1 if device_type == "cuda" else 0
+        self._pending: deque[tuple[StepStats, Tensor, torch.cuda.Event | None]] = deque()
 
-    def read(self, step: int, batch: int, samples: Range, values: Tensor) -> list[StepStats]:
-        """Takes the values of the step just queued; gives back those of steps that are due.
+    def read(self, step: int, batch: int, samples: BatchRange, values: Tensor) -> list[StepStats]:
+        """Enqueue one step and return the statistics that are due.
 
         Args:
-            values: (2 + requests), loss, norm and requests, on the device.
+            values: (2 + n_requests) the step's `StepScalars`, on the device.
         """
-        vitals = StepStats(step, batch, samples, 0.0, 0.0)
+        stats, copied = StepStats(step, batch, samples, 0.0, 0.0), None
         if values.is_cuda:
             host = torch.empty_like(values, device="cpu", pin_memory=True)
             host.copy_(values, non_blocking=True)
-            copied = torch.cuda.Event(blocking=True)
+            values, copied = host, torch.cuda.Event(blocking=True)
             copied.record()
-            self._pending.append((vitals, host, copied))
-        else:
-            self._pending.append((vitals, values, None))
-        return self._take(len(self._pending) - self.lag)
+        self._pending.append((stats, values, copied))
+        return self._pop(len(self._pending) - self.delay)
 
     def flush(self) -> list[StepStats]:
-        """What has not been given back yet, waited for: before a save, and at the end."""
-        return self._take(len(self._pending))
+        """Wait for and return all pending statistics (before a save and at the end)."""
+        return self._pop(len(self._pending))
 
     def clear(self) -> None:
-        """Forgets what has not been given back yet: after a rewind it never was."""
+        """Discard pending statistics (after a rewind)."""
         self._pending.clear()
 
-    def _take(self, count: int) -> list[StepStats]:
-        taken = []
+    def _pop(self, count: int) -> list[StepStats]:
+        popped = []
         for _ in range(count):
-            vitals, values, copied = self._pending.popleft()
+            stats, values, copied = self._pending.popleft()
             if copied is not None:
                 copied.synchronize()
-            loss, norm, *requests = values.tolist()
-            asked = tuple(round(each) for each in requests)
-            taken.append(vitals._replace(loss=loss, grad_norm=norm, requests=asked))
-        return taken
-
-
-# ---------------------------------------------------------------- what follows
+            scalars = StepScalars.from_tensor(values)
+            popped.append(stats._replace(**vars(scalars)))
+        return popped
 
 
 @dataclass(frozen=True)
 class MonitorAction:
-    """What follows from a step: nothing, something to tell, a rewind, or the end of the run.
+    """Result of checking one step.
 
-    `told` is for people; `event` and `fields` for the ledger, None where there is nothing. `rewind`
-    names the batches to leave out from now on; `abort` says why the run has to end.
+    Attributes:
+        message: Log message, or None.
+        event: Event type for the event log, or None.
+        fields: Fields of that event.
+        rewind: Batches to exclude after restoring the last valid checkpoint, or None.
+        abort: Reason to abort the run, or None.
     """
 
-    told: str | None = None
+    message: str | None = None
     event: str | None = None
     fields: Mapping[str, Any] | None = None
-    rewind: Range | None = None
+    rewind: BatchRange | None = None
     abort: str | None = None
+
+
+OLD_NAMES = {  # of fields of `MonitorState` in checkpoints of 0.1
+    "skipped": "n_skipped",
+    "in_a_row": "n_consecutive",
+    "row_batch": "first_batch",
+    "row_sample": "first_sample",
+    "seen": "n_losses",
+    "spikes_in_a_row": "n_consecutive_spikes",
+}
 
 
 @dataclass
 class MonitorState:
-    """What the monitor remembers of the steps up to here: plain values, part of each checkpoint.
+    """State of `LossMonitor`, saved in every checkpoint.
 
-    `skipped` updates in all and `in_a_row`, the last ones being from `row_batch` and `row_sample`
-    on; mean and variance over the `seen` losses that were no spikes, the latest weighing most;
-    `spikes_in_a_row`.
+    Attributes:
+        n_skipped: Skipped updates since the start of the run.
+        n_consecutive: Length of the current sequence of skipped updates.
+        first_batch, first_sample: Start of that sequence.
+        n_losses, mean, variance: Running statistics of the loss, spikes excluded.
+        n_consecutive_spikes: Length of the current sequence of spikes.
     """
 
-    skipped: int = 0
-    in_a_row: int = 0
-    row_batch: int = 0
-    row_sample: int = 0
-    seen: int = 0
+    n_skipped: int = 0
+    n_consecutive: int = 0
+    first_batch: int = 0
+    first_sample: int = 0
+    n_losses: int = 0
     mean: float = 0.0
     variance: float = 0.0
-    spikes_in_a_row: int = 0
+    n_consecutive_spikes: int = 0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any] | None) -> "MonitorState":
+        """Create the state from a checkpoint of this or an earlier version; None for a new run."""
+        return cls(**{OLD_NAMES.get(key, key): value for key, value in (values or {}).items()})
 
 
 class LossMonitor:
-    """Decides from the vitals of one step after the other; it does nothing itself.
+    """Decide how the run continues after each step. Has no side effects.
 
     Args:
-        rewinds: How many the run has had before this start.
-        memory: As `remembered` gave it where the run goes on from; None for a fresh run.
+        n_rewinds: Rewinds so far in this run.
+        state: A previous `state_dict()`, or None for a new run.
     """
 
     def __init__(
-        self, config: FaultsConfig, rewinds: int = 0, memory: Mapping[str, Any] | None = None
+        self, config: FaultsConfig, n_rewinds: int = 0, state: Mapping[str, Any] | None = None
     ) -> None:
-        self.config, self.rewinds = config, rewinds
-        self._memory = MonitorState(**(memory or {}))
+        self.config, self.n_rewinds = config, n_rewinds
+        self._state = MonitorState.from_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be known to go on as if there had been no stop, ready for JSON."""
-        return asdict(self._memory)
+        """Return the state as plain values for JSON."""
+        return asdict(self._state)
 
-    def reset_after_rewind(self, memory: Mapping[str, Any] | None) -> None:
-        """Counts a rewind that has been done, and goes on with the memory of its checkpoint."""
-        self.rewinds += 1
-        self._memory = MonitorState(**(memory or {}))
+    def reset_after_rewind(self, state: Mapping[str, Any] | None) -> None:
+        """Count a completed rewind and continue with the state of the restored checkpoint."""
+        self.n_rewinds += 1
+        self._state = MonitorState.from_dict(state)
 
-    def check(self, vitals: StepStats) -> MonitorAction:
-        """What follows from the next step."""
-        if not (math.isfinite(vitals.loss) and math.isfinite(vitals.grad_norm)):
-            return self._skipped(vitals)
-        memory = self._memory
-        memory.in_a_row = 0
-        deviations = self._deviations(vitals.loss)
+    def check(self, stats: StepStats) -> MonitorAction:
+        """Return the action for one step."""
+        if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
+            return self._skip(stats)
+        state = self._state
+        state.n_consecutive = 0
+        deviations = self._deviations(stats.loss)
         threshold = self.config.spike_threshold
         if threshold is not None and deviations > threshold:
-            return self._spike(vitals, deviations)
-        memory.spikes_in_a_row = 0
-        self._enter(vitals.loss)
+            return self._spike(stats, deviations)
+        state.n_consecutive_spikes = 0
+        self._update(stats.loss)
         return MonitorAction()
 
-    def _skipped(self, vitals: StepStats) -> MonitorAction:
-        """An update that no rank made; after too many in a row, more than that."""
-        config, memory = self.config, self._memory
-        memory.skipped += 1
-        memory.in_a_row += 1
-        if memory.in_a_row == 1:
-            memory.row_batch, memory.row_sample = vitals.batch, vitals.samples[0]
-        told = (
-            f"Step {vitals.step}: loss {vitals.loss:g}, gradient norm {vitals.grad_norm:g}: update "
-            f"skipped on all ranks ({vitals.where}; {memory.in_a_row} in a row, {memory.skipped} "
-            "in all)"
+    def _skip(self, stats: StepStats) -> MonitorAction:
+        config, state = self.config, self._state
+        state.n_skipped += 1
+        state.n_consecutive += 1
+        if state.n_consecutive == 1:
+            state.first_batch, state.first_sample = stats.batch, stats.samples[0]
+        message = (
+            f"Step {stats.step}: skipped the update on all ranks: loss {stats.loss:g}, gradient "
+            f"norm {stats.grad_norm:g} ({stats.samples_text}; {state.n_consecutive} consecutive, "
+            f"{state.n_skipped} in total)"
         )
-        fields = _fields(vitals) | {"in_a_row": memory.in_a_row, "skipped": memory.skipped}
-        if memory.in_a_row < config.max_consecutive_skips:
-            return MonitorAction(told, "skip", fields)
-        row = (
-            f"{memory.in_a_row} updates in a row were not finite (samples {memory.row_sample} to "
-            f"{vitals.samples[1] - 1})"
+        counts = {"n_consecutive": state.n_consecutive, "n_skipped": state.n_skipped}
+        fields = _event_fields(stats) | counts
+        if state.n_consecutive < config.max_consecutive_skips:
+            return MonitorAction(message, "skip", fields)
+        skips = (
+            f"{state.n_consecutive} consecutive updates were not finite (samples "
+            f"{state.first_sample} to {stats.samples[1] - 1})"
         )
-        if self.rewinds < config.max_rewinds:
-            told = f"{told}; {row}: {self._next_rewind()}"
-            return MonitorAction(told, "skip", fields, rewind=(memory.row_batch, vitals.batch + 1))
+        if self.n_rewinds < config.max_rewinds:
+            message = f"{message}; {skips}: {self._next_rewind()}"
+            rewind = state.first_batch, stats.batch + 1
+            return MonitorAction(message, "skip", fields, rewind=rewind)
         abort = (
-            f"{row}, and no rewind is left of faults.max_rewinds ({config.max_rewinds}): look at "
-            "these samples, use a lower optim.lr, or allow more rewinds"
+            f"{skips}, and faults.max_rewinds={config.max_rewinds} allows no further rewind; "
+            "inspect these samples, lower optim.lr, or allow more rewinds"
         )
-        return MonitorAction(told, "skip", fields, abort=abort)
+        return MonitorAction(message, "skip", fields, abort=abort)
 
-    def _spike(self, vitals: StepStats, deviations: float) -> MonitorAction:
-        """A loss far above the others. It stays out of their statistics, until it is the rule."""
-        memory = self._memory
-        told = (
-            f"Step {vitals.step}: loss {vitals.loss:.4g} is {deviations:.1f} standard deviations "
-            f"above its running mean of {memory.mean:.4g} ({vitals.where})"
+    def _spike(self, stats: StepStats, deviations: float) -> MonitorAction:
+        """Return the action for a loss far above the mean; it is excluded from the statistics."""
+        state, max_rewinds = self._state, self.config.max_rewinds
+        message = (
+            f"Step {stats.step}: loss {stats.loss:.4g} is {deviations:.1f} standard deviations "
+            f"above its running mean of {state.mean:.4g} ({stats.samples_text})"
         )
-        fields = _fields(vitals) | {"deviations": round(deviations, 2), "mean": memory.mean}
+        fields = _event_fields(stats) | {"deviations": round(deviations, 2), "mean": state.mean}
         if self.config.rewind_on_spike:
-            if self.rewinds < self.config.max_rewinds:
-                told = f"{told}: {self._next_rewind()}"
-                return MonitorAction(told, "spike", fields, rewind=(vitals.batch, vitals.batch + 1))
-            told += f"; no rewind is left of faults.max_rewinds ({self.config.max_rewinds})"
-        memory.spikes_in_a_row += 1
-        if memory.spikes_in_a_row == WARM_UP:
-            told += f"; after {WARM_UP} in a row this is the new level"
-            memory.seen = memory.spikes_in_a_row = 0
-        return MonitorAction(told, "spike", fields)
+            if self.n_rewinds < max_rewinds:
+                message = f"{message}: {self._next_rewind()}"
+                rewind = stats.batch, stats.batch + 1
+                return MonitorAction(message, "spike", fields, rewind=rewind)
+            message += f"; faults.max_rewinds={max_rewinds} allows no further rewind"
+        state.n_consecutive_spikes += 1
+        if state.n_consecutive_spikes == WARMUP_STEPS:
+            message += f"; using the level of {WARMUP_STEPS} consecutive spikes as the new baseline"
+            state.n_losses = state.n_consecutive_spikes = 0
+        return MonitorAction(message, "spike", fields)
 
     def _next_rewind(self) -> str:
         return (
-            "rewinding to the last good checkpoint, these samples are left out "
-            f"(rewind {self.rewinds + 1} of {self.config.max_rewinds})"
+            "rewinding to the last valid checkpoint and excluding these samples "
+            f"(rewind {self.n_rewinds + 1} of {self.config.max_rewinds})"
         )
 
     def _deviations(self, loss: float) -> float:
-        """By how many standard deviations a loss lies above the mean; 0 during the warm-up."""
-        memory = self._memory
-        if memory.seen < WARM_UP:
+        """Return the distance of `loss` from the running mean in standard deviations."""
+        state = self._state
+        if state.n_losses < WARMUP_STEPS:
             return 0.0
-        deviation: float = max(memory.variance**0.5, MIN_DEVIATION * abs(memory.mean), 1e-12)
-        return (loss - memory.mean) / deviation
+        std: float = max(state.variance**0.5, MIN_RELATIVE_STD * abs(state.mean), 1e-12)
+        return (loss - state.mean) / std
 
-    def _enter(self, loss: float) -> None:
-        """Takes a loss into mean and variance: all weigh the same at first, then the old fade."""
-        memory = self._memory
-        memory.seen += 1
-        weight = max(1 / memory.seen, MEMORY)
-        if memory.seen == 1:
-            memory.mean = memory.variance = 0.0
-        difference = loss - memory.mean
-        memory.mean += weight * difference
-        memory.variance = (1 - weight) * (memory.variance + weight * difference**2)
-
-
-def _fields(vitals: StepStats) -> dict[str, Any]:
-    """What the ledger holds of a bad step."""
-    return {
-        "step": vitals.step,
-        "batch": vitals.batch,
-        "samples": list(vitals.samples),
-        "loss": vitals.loss,
-        "grad_norm": vitals.grad_norm,
-    }
+    def _update(self, loss: float) -> None:
+        """Update mean and variance: equal weights at first, then an exponential moving average."""
+        state = self._state
+        state.n_losses += 1
+        weight = max(1 / state.n_losses, EMA_WEIGHT)
+        if state.n_losses == 1:
+            state.mean = state.variance = 0.0
+        difference = loss - state.mean
+        state.mean += weight * difference
+        state.variance = (1 - weight) * (state.variance + weight * difference**2)
 
 
-# ---------------------------------------------------------------- what a run has left out
+def _event_fields(stats: StepStats) -> dict[str, Any]:
+    """Return the fields of a bad step for the event log."""
+    fields = stats._asdict() | {"samples": list(stats.samples)}
+    del fields["requests"]
+    return fields
 
 
-def rewinds_of(events: Iterable[Mapping[str, Any]]) -> list[Range]:
-    """The batches that each rewind of a ledger left out, in the order of the rewinds.
+# ---------------------------------------------------------------- excluded batches
 
-    The event is written before training goes on, `event` "rewind" with `skip` [first, stop].
+
+def read_rewinds(events: Iterable[Mapping[str, Any]]) -> list[BatchRange]:
+    """Return the batches excluded by each rewind in an event log, in order.
+
+    A `rewind` event, with `skip` [first, stop), is written before training continues.
     """
     skips = [event["skip"] for event in events if event.get("event") == "rewind"]
     return [(int(first), int(stop)) for first, stop in skips]
 
 
-def union(ranges: Iterable[Sequence[int]]) -> tuple[Range, ...]:
-    """The same batches as ranges in ascending order that neither touch nor overlap."""
-    merged: list[Range] = []
+def merge_ranges(ranges: Iterable[Sequence[int]]) -> tuple[BatchRange, ...]:
+    """Return the same indices as ascending ranges that neither touch nor overlap."""
+    merged: list[BatchRange] = []
     for first, stop in sorted((first, stop) for first, stop in ranges):
         if merged and first <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(merged[-1][1], stop))

@@ -1,9 +1,9 @@
-"""The watchdog: no dead or stuck process keeps the others waiting for ever.
+"""The watchdog: no dead or hung rank makes the others wait forever.
 
-Each process tells a small store, kept by rank 0 beside the training, how far it is and where its
-main thread stands. Rank 0 decides who is to blame, all learn it, and every process ends itself:
-a peer that waits in a collective call could not be told otherwise. So even of a process that was
-killed, frozen or lost with its machine there is a last place to tell.
+Every rank writes heartbeats (phase, step, stack of the main thread) to a key-value store hosted by
+rank 0. Rank 0 checks them, publishes the reason to abort, and every process exits by itself,
+because a rank blocked in a collective cannot be reached otherwise. The last position of a rank that
+was killed, suspended or lost with its node is therefore still known.
 """
 
 import faulthandler
@@ -24,25 +24,38 @@ from typing import Any, NoReturn
 
 from resilience.config import WatchdogConfig
 from resilience.exit_codes import ExitCode
-from resilience.heartbeat import Beat, Phase, indented, stack_of, told_late, told_silent
+from resilience.heartbeat import (
+    Heartbeat,
+    Phase,
+    indented,
+    last_seen,
+    late_message,
+    silent_message,
+    stack_of,
+)
 
-BEAT_SECONDS = 1.0  # between two signs of life
-RANKS_A_BEAT = 256  # more ranks than these beat less often: rank 0 reads them all
-SILENT_SECONDS = 60.0  # without a sign of life a process is dead or frozen
-GRACE_SECONDS = 5.0  # for processes to leave by themselves, as they do together
-PAUSE_SECONDS = 5.0  # that this thread did not run: the process did not
-BACKSTOP_SECONDS = 60.0  # beyond its limit, for a process whose Python runs no more
+HEARTBEAT_SECONDS = 1.0
+RANKS_PER_HEARTBEAT = 256  # above this many ranks the interval grows: rank 0 reads all of them
+SILENT_SECONDS = 60.0  # without a heartbeat for so long a process counts as dead or suspended
+GRACE_SECONDS = 5.0  # for processes to exit by themselves when all exit together
+PAUSE_SECONDS = 5.0  # a longer gap in this thread means that the whole process was suspended
+BACKSTOP_SECONDS = 60.0  # beyond a limit, for a process whose Python threads no longer run
 
-DEATHS = (ExitCode.RANK_FAILED, ExitCode.RANK_FAILED_BEFORE_SAVE)
-# With these all processes leave together: whoever is first is no fault.
-TOGETHER = {code for code in ExitCode if code not in (ExitCode.USER_ERROR, *DEATHS)}
+PEER_FAILURES = (ExitCode.RANK_FAILED, ExitCode.RANK_FAILED_BEFORE_SAVE)
+# All ranks exit together with these codes, so the first one to exit is not at fault.
+COLLECTIVE_EXITS = {code for code in ExitCode if code not in (ExitCode.USER_ERROR, *PEER_FAILURES)}
+CONNECTION_ERRORS = ("connection", "peer", "gloo", "nccl", "socket", "timed out", "broken pipe")
 
 
 class Watchdog:
-    """One a process, from before the processes find each other until it ends.
+    """Watch one process and, through the store, its peers; created before rendezvous.
 
     Args:
-        config: How long each phase may take.
+        config: Time limit of each phase.
+
+    Attributes:
+        has_saved: Whether this launch has committed a checkpoint, which selects the exit code.
+        on_abort: Called with the reason before the process exits; runs in a watchdog thread.
     """
 
     def __init__(self, config: WatchdogConfig) -> None:
@@ -51,204 +64,214 @@ class Watchdog:
             "step": config.step_seconds,
             "checkpoint": config.checkpoint_seconds,
         }
-        # Silence is told before lateness: it says more, and a silent process is soon late.
+        # A silent process soon exceeds the step limit too; silence is the better explanation, so
+        # detect it first.
         self.silent_seconds = min(SILENT_SECONDS, (config.step_seconds or math.inf) / 2)
-        self.has_saved = False  # this start of the run, a checkpoint
-        self.on_verdict: Callable[[str], None] = lambda told: None
-        self._main = threading.main_thread().ident
+        self.has_saved = False
+        self.on_abort: Callable[[str], None] = lambda reason: None
+        self._main_thread = threading.main_thread().ident
         self._phase: Phase = "set-up"
         self._step, self._since = 0, time.monotonic()
-        self._suspects = False
+        self._lost_peer = False
         self._children: list[Popen[Any]] = []
         self._rank: int | None = None
         self._connected = False
-        self._last_answer = 0.0
-        self._lost: float | None = None
+        self._last_contact = 0.0  # with the store
+        self._store_lost_at: float | None = None
         self._closed = threading.Event()
-        self._let_terminal_stop_us()
-        self._arm()
+        self._pause_backstop_on_sigtstp()
+        self._arm_backstop()
         self._threads = [threading.Thread(target=self._watch, name="llamesh-watchdog", daemon=True)]
         self._threads[0].start()
 
-    # ------------------------------------------------------------ what the main thread calls
+    # ------------------------------------------------------------ called by the main thread
 
     def watch_children(self, children: Sequence["Popen[Any]"]) -> None:
-        """The processes of ranks 1, 2, … that this one has started itself."""
+        """Watch the processes of ranks 1, 2, … if this process started them."""
         self._children = list(children)
 
     def connect(self) -> None:
-        """Begins to look after each other; every rank calls it when their group is there."""
+        """Start exchanging heartbeats; all ranks call it once the process group exists."""
         import torch.distributed as dist
 
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=60)
         port: list[Any] = [None]
         if self._rank == 0:
-            # Not the group's own store: a main thread that waits in a call holds that one's lock.
+            # Not the store of the process group: a blocked main thread holds its lock.
             self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
             port[0] = self._store.port
         dist.broadcast_object_list(port)
         if self._rank != 0:
             self._store = dist.TCPStore(host, port[0], is_master=False, timeout=timeout)
-        self._tell(0)
-        dist.barrier()  # from here on there is a beat of every rank
-        self._last_answer = time.monotonic()
+        self._send_heartbeat(0)
+        dist.barrier()  # every rank has written a heartbeat
+        self._last_contact = time.monotonic()
         self._connected = True
-        talks = threading.Thread(target=self._talk, name="llamesh-heartbeat", daemon=True)
-        self._threads.append(talks)
-        talks.start()
+        thread = threading.Thread(target=self._exchange, name="llamesh-heartbeat", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def enter(self, phase: Phase, step: int) -> None:
-        """Another piece of work begins, and its time counts from now."""
+        """Start a phase and its time limit."""
         self._phase, self._step, self._since = phase, step, time.monotonic()
-        self._arm()
+        self._arm_backstop()
 
     @contextmanager
     def during(self, phase: Phase, step: int) -> Iterator[None]:
-        """Around a piece of work in the middle of another, which then has all its time again."""
+        """Enter a phase for the duration of the block, then restart the outer one."""
         outer, outer_step = self._phase, self._step
         self.enter(phase, step)
         yield
         self.enter(outer, outer_step)
 
-    def explain(self, error: BaseException) -> None:
-        """Where an error may come of a peer's end, waits for the verdict, which ends the process.
+    def wait_for_abort(self, error: BaseException) -> None:
+        """If `error` may be caused by a dead peer, wait for the abort that then ends this process.
 
-        It returns where there is none: then the fault is this process's own.
+        Returns if no abort comes: the fault is this process's own.
         """
-        words = ("connection", "peer", "gloo", "nccl", "socket", "timed out", "broken pipe")
-        told = f"{type(error).__name__} {error}".lower()
-        if any(word in told for word in words):
-            self._suspects = True
+        text = f"{type(error).__name__} {error}".lower()
+        if any(word in text for word in CONNECTION_ERRORS):
+            self._lost_peer = True
             time.sleep(3 * GRACE_SECONDS)
 
     @property
     def exit_code(self) -> ExitCode:
-        """What a verdict ends this process with."""
+        """Exit code of an abort."""
         return ExitCode.RANK_FAILED if self.has_saved else ExitCode.RANK_FAILED_BEFORE_SAVE
 
     def close(self) -> None:
-        """The process ends by itself: nobody need look after it any more."""
+        """Stop watching; the process is about to exit by itself."""
         self._closed.set()
         faulthandler.cancel_dump_traceback_later()
-        for thread in self._threads:  # in the middle of C++ they would not survive Python's end
+        for thread in self._threads:  # a daemon thread inside C++ crashes interpreter shutdown
             if thread is not threading.current_thread():
                 thread.join(GRACE_SECONDS)
 
     # ------------------------------------------------------------ threads
 
     def _watch(self) -> None:
-        """What this process can see alone: its children, rank 0's silence, its own set-up."""
+        """Check what one process can see: its children, contact with rank 0, its own set-up."""
         last = time.monotonic()
-        while not self._closed.wait(BEAT_SECONDS):
+        while not self._closed.wait(HEARTBEAT_SECONDS):
             now = time.monotonic()
-            if now - last > PAUSE_SECONDS:  # all of us were stopped, as by Ctrl-Z: that is no fault
+            if now - last > PAUSE_SECONDS:  # the process was suspended (Ctrl-Z): not a fault
                 self._since += now - last
-                self._last_answer += now - last
+                self._last_contact += now - last
             last = now
-            self._look_at_children()
-            beat = self._beat(0)
+            self._check_children()
+            beat = self._heartbeat(0)
             if not self._connected:
                 if self._is_late(beat):
-                    self._end(f"{told_late(beat)}\nDid every node start its processes?")
-            elif self._lost is not None and time.monotonic() - self._lost > GRACE_SECONDS:
-                self._end("rank 0 is gone, and its store with it", self._tells_of_rank_0())
-            elif self._rank and time.monotonic() - self._last_answer > self.silent_seconds:
-                told = f"rank 0 gives no sign of life for {self.silent_seconds:.0f} s"
-                self._end(f"{told}; here:\n{indented(beat.stack)}", self._tells_of_rank_0())
+                    self._abort(f"{late_message(beat)}\nDid every node start its processes?")
+            elif (
+                self._store_lost_at is not None
+                and time.monotonic() - self._store_lost_at > GRACE_SECONDS
+            ):
+                self._abort("rank 0 exited, and its store with it", self._reports_rank_0())
+            elif self._rank and time.monotonic() - self._last_contact > self.silent_seconds:
+                reason = f"no heartbeat from rank 0 for {self.silent_seconds:.0f} s"
+                stack = f"stack of rank {self._rank}:\n{indented(beat.stack)}"
+                self._abort(f"{reason}; {stack}", self._reports_rank_0())
 
-    def _talk(self) -> None:
-        """Tells the store how this process is, and hears what rank 0 makes of all."""
+    def _exchange(self) -> None:
+        """Send heartbeats to the store and look for an abort; rank 0 also checks all heartbeats."""
         assert self._rank is not None
         seen: dict[int, tuple[int, float]] = {}
-        pause = BEAT_SECONDS * max(1.0, self._size / RANKS_A_BEAT)
+        interval = HEARTBEAT_SECONDS * max(1.0, self._size / RANKS_PER_HEARTBEAT)
         count, last = 0, time.monotonic()
-        while not self._closed.wait(pause):
+        while not self._closed.wait(interval):
             count += 1
-            if time.monotonic() - last > pause + PAUSE_SECONDS:
-                seen.clear()  # and hear everybody anew
+            if time.monotonic() - last > interval + PAUSE_SECONDS:
+                seen.clear()  # after a suspension every rank counts as just seen
             last = time.monotonic()
             try:
-                self._tell(count)
-                if self._store.check(["verdict"]):
-                    self._end("", tells=False)
+                self._send_heartbeat(count)
+                if self._store.check(["abort"]):
+                    self._abort("", report=False)
                 if self._rank == 0:
-                    self._judge(seen)
-            except Exception:  # the store's connection, whatever kind of error torch makes of it
+                    self._check_heartbeats(seen)
+            except Exception:  # connection to the store; torch raises several types
                 if not self._closed.is_set():
-                    self._lost = time.monotonic()
+                    self._store_lost_at = time.monotonic()
                 return
-            self._last_answer = time.monotonic()
+            self._last_contact = time.monotonic()
 
-    def _judge(self, seen: dict[int, tuple[int, float]]) -> None:
-        """Rank 0: who is silent or late; with the first found the run ends."""
+    def _check_heartbeats(self, seen: dict[int, tuple[int, float]]) -> None:
+        """On rank 0: abort if a rank is silent or late.
+
+        Args:
+            seen: Count of the newest heartbeat of each rank and when it arrived; updated.
+        """
         now = time.monotonic()
         values = self._store.multi_get([f"beat/{rank}" for rank in range(self._size)])
-        beats = [Beat(**json.loads(value)) for value in values]
+        beats = [Heartbeat(**json.loads(value)) for value in values]
         for beat in beats:
             if seen.get(beat.rank, (-1, 0.0))[0] != beat.count:
                 seen[beat.rank] = beat.count, now
-        patience = self.silent_seconds
-        if any(beat.suspects for beat in beats):
-            patience = min(GRACE_SECONDS, patience)
-        silent = [b for b in beats if now - seen[b.rank][1] > patience]
-        late = [b for b in beats if self._is_late(b)]
+        limit = self.silent_seconds
+        if any(beat.lost_peer for beat in beats):
+            limit = min(GRACE_SECONDS, limit)
+        silent = [beat for beat in beats if now - seen[beat.rank][1] > limit]
         if silent:
-            self._end("\n".join(told_silent(beat, now - seen[beat.rank][1]) for beat in silent))
-        if late:
-            # Who waits for another is as late as that one: the odd ones are told first.
-            by_place: dict[tuple[str, ...], list[Beat]] = {}
+            self._abort("\n".join(silent_message(b, now - seen[b.rank][1]) for b in silent))
+        if any(self._is_late(beat) for beat in beats):
+            # Ranks that wait for a stuck rank are late too: list ranks that do not wait first,
+            # then small groups of equal stacks.
+            by_stack: dict[tuple[str, ...], list[Heartbeat]] = {}
             for beat in beats:
-                by_place.setdefault(tuple(beat.stack), []).append(beat)
-            groups = sorted(by_place.values(), key=lambda group: (group[0].waits, len(group)))
-            self._end("\n".join(told_late(group[0], group[1:]) for group in groups))
+                by_stack.setdefault(tuple(beat.stack), []).append(beat)
+            groups = sorted(by_stack.values(), key=lambda group: (group[0].is_waiting, len(group)))
+            self._abort("\n".join(late_message(group[0], group[1:]) for group in groups))
 
-    def _look_at_children(self) -> None:
-        """The main process of a run that starts its own: whether one of them has ended."""
+    def _check_children(self) -> None:
+        """Abort if a process started by this one has exited with an error."""
         for rank, child in enumerate(self._children, start=1):
             code = child.poll()
             if not code:
                 continue
-            if code in set(TOGETHER):
-                self._closed.wait(GRACE_SECONDS)  # we leave with it, and may be slower
+            if code in COLLECTIVE_EXITS:
+                self._closed.wait(GRACE_SECONDS)  # this process exits too, perhaps later
                 if self._closed.is_set():
                     return
             if code < 0:
-                how = f"was killed by {signal.Signals(-code).name}"
+                cause = f"was killed by {signal.Signals(-code).name}"
             else:
-                how = f"ended with exit code {code}"
-            place = self._last_place(rank)
-            self._end(f"rank {rank} (process {child.pid} on {socket.gethostname()}) {how}{place}")
+                cause = f"exited with code {code}"
+            position = self._last_position(rank)
+            self._abort(
+                f"rank {rank} (pid {child.pid} on {socket.gethostname()}) {cause}{position}"
+            )
 
-    # ------------------------------------------------------------ pieces
+    # ------------------------------------------------------------ helpers
 
-    def _end(self, told: str, tells: bool = True) -> NoReturn:
-        """Ends this process; rank 0 has told all others and takes its children along."""
-        if tells:
-            print(f"The run ends: {told}", file=sys.stderr, flush=True)
+    def _abort(self, reason: str, report: bool = True) -> NoReturn:
+        """Exit; rank 0 publishes the reason first and kills its children."""
+        if report:
+            print(f"Aborting: {reason}", file=sys.stderr, flush=True)
             with suppress(Exception):
-                self.on_verdict(told)
+                self.on_abort(reason)
         if self._rank == 0 and self._connected:
             with suppress(Exception):
-                self._store.set("verdict", told)
-            time.sleep(3 * BEAT_SECONDS)  # the others read it
-        elif told and self._rank is not None and _is_child_of_main():
-            with suppress(OSError):  # a frozen main process would stay for ever
+                self._store.set("abort", reason)
+            time.sleep(3 * HEARTBEAT_SECONDS)  # until the other ranks have read it
+        elif reason and self._rank is not None and _is_child_of_main():
+            with suppress(OSError):  # a suspended main process would never exit
                 os.kill(os.getppid(), signal.SIGKILL)
         for child in self._children:
             child.kill()
         os._exit(self.exit_code)
 
-    def _arm(self) -> None:
-        """The last resort, in C: a process whose Python does not run cannot watch itself."""
+    def _arm_backstop(self) -> None:
+        """Set a timeout in C, for a process whose Python threads do not run."""
         limit = self._limits[self._phase]
         if limit is None:
             faulthandler.cancel_dump_traceback_later()
         else:
             faulthandler.dump_traceback_later(limit + BACKSTOP_SECONDS, exit=True)
 
-    def _let_terminal_stop_us(self) -> None:
-        """Ctrl-Z stops the last resort too, which would end the process as it goes on."""
+    def _pause_backstop_on_sigtstp(self) -> None:
+        """Cancel the backstop on Ctrl-Z, or it would expire while the process is suspended."""
 
         def stop(number: int, frame: Any) -> None:
             faulthandler.cancel_dump_traceback_later()
@@ -257,36 +280,41 @@ class Watchdog:
         if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
             signal.signal(signal.SIGTSTP, stop)
 
-    def _beat(self, count: int) -> Beat:
-        seconds = time.monotonic() - self._since
-        rank = int(os.environ.get("LOCAL_RANK", 0)) if self._rank is None else self._rank
-        stack = stack_of(self._main)
-        work = self._phase, self._step, seconds, count, self._suspects, stack
-        return Beat(rank, socket.gethostname(), os.getpid(), *work)
+    def _heartbeat(self, count: int) -> Heartbeat:
+        return Heartbeat(
+            rank=int(os.environ.get("LOCAL_RANK", 0)) if self._rank is None else self._rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            phase=self._phase,
+            step=self._step,
+            seconds=time.monotonic() - self._since,
+            count=count,
+            lost_peer=self._lost_peer,
+            stack=stack_of(self._main_thread),
+        )
 
-    def _tell(self, count: int) -> None:
-        self._store.set(f"beat/{self._rank}", json.dumps(asdict(self._beat(count))))
+    def _send_heartbeat(self, count: int) -> None:
+        self._store.set(f"beat/{self._rank}", json.dumps(asdict(self._heartbeat(count))))
 
-    def _is_late(self, beat: Beat) -> bool:
+    def _is_late(self, beat: Heartbeat) -> bool:
         limit = self._limits[beat.phase]
         return limit is not None and beat.seconds > limit
 
-    def _last_place(self, rank: int) -> str:
-        """Where a rank was when it last told, up to a beat before its end, if it ever did."""
+    def _last_position(self, rank: int) -> str:
+        """Return the last reported position of a rank, up to one heartbeat old, for a message."""
         if not self._connected:
             return " in set-up"
         try:
-            beat = Beat(**json.loads(self._store.get(f"beat/{rank}")))
+            return f". {last_seen(Heartbeat(**json.loads(self._store.get(f'beat/{rank}'))))}"
         except Exception:
             return ""
-        return f"; last seen in {beat.work}, here:\n{indented(beat.stack)}"
 
-    def _tells_of_rank_0(self) -> bool:
-        """One process of each node is enough."""
+    def _reports_rank_0(self) -> bool:
+        """Return whether this rank reports the loss of rank 0: one process per node does."""
         local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
         return self._rank == 1 or local_rank == "0"
 
 
 def _is_child_of_main() -> bool:
-    """Whether this process was started by the run's main one, which is still its parent."""
+    """Return whether the main process of the run started this one and is still its parent."""
     return os.environ.get("LLAMESH_MAIN_PID") == str(os.getppid())

@@ -233,16 +233,16 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 
 def checkpoint_errors(folder: Path) -> list[str]:
     """Return the errors found in a run's committed checkpoints."""
-    from checkpoint.files import damage_of, read_manifest
+    from checkpoint.files import find_file_damage, verify_manifest
 
     errors = []
     for committed in (folder / "checkpoints").glob("step-*/COMMITTED"):
         try:
-            manifest = read_manifest(committed.parent)
+            manifest = verify_manifest(committed.parent)
         except ValueError as error:
             errors.append(f"{committed.parent.name}: {error}")
             continue
         for name, entry in manifest["files"].items():
-            damage = damage_of(committed.parent / name, entry, manifest["algorithm"])
+            damage = find_file_damage(committed.parent / name, entry, manifest["algorithm"])
             errors += [f"{committed.parent.name}: {damage}"] if damage else []
     return errors

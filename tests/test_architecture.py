@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "formats": (
         (
             *("model", "data.tokenizer", "data.config", "data.errors"),
-            *("checkpoint.files", "checkpoint.saving"),
+            *("checkpoint.files", "checkpoint.writer"),
             *("checkpoint.position", "resilience.run_folder"),
         ),
         ("torch", "safetensors", "tokenizers", "xxhash", "pydantic"),

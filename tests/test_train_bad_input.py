@@ -268,7 +268,7 @@ def test_another_configuration_in_an_existing_run(
     folder, command = existing
     changed = ["optim.weight_decay=0.3", "model.dim=128", "run.seed=7", "optim.lr=0.5"]
     message = refused(*command, *changed, beside=folder)
-    line_with(message, str(folder), "differs")
+    line_with(message, str(folder), "different configuration")
     rows = [
         line_with(message, "optim.weight_decay: 0.1 -> 0.3", "decides"),
         line_with(message, "model.dim: 64 -> 128", "decides"),
@@ -295,15 +295,15 @@ def test_another_run_s_checkpoint_of_another_shape(
     checkpoint = folder / "checkpoints" / "step-00000002"
     new = [f"run.dir={tmp_path / 'new'}", f"run.resume={checkpoint}", "model.ffn_dim=64"]
     message = refused(*command, *new, beside=folder)
-    line_with(message, f"run.resume ({checkpoint}) does not fit")
+    line_with(message, f"run.resume={checkpoint} does not match")
     line_with(message, "model.ffn_dim: 192 -> 64")
 
 
 @pytest.mark.parametrize(
     ("resume", "said"),
     [
-        ("never", ("run.resume (never)", "use run.resume=auto")),
-        ("{folder}/checkpoints/step-00000001", ("step-00000001) is not a committed", "use auto")),
+        ("never", ("run.resume=never", "use run.resume=auto")),
+        ("{folder}/checkpoints/step-00000001", ("step-00000001 is not a committed", "use auto")),
     ],
     ids=["never", "to nothing"],
 )
@@ -326,7 +326,7 @@ def test_resume_to_a_damaged_checkpoint(
     shutil.copytree(folder / "checkpoints" / "step-00000002", copy)
     (copy / "manifest.json").write_text("{")
     message = refused(*command, f"run.resume={copy}", beside=folder)
-    line_with(message, f"run.resume ({copy})", "manifest.json", "use another checkpoint")
+    line_with(message, f"run.resume={copy}", "manifest.json", "use another checkpoint")
 
 
 def test_another_vocabulary_than_the_prepared_data_s(

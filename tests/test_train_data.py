@@ -119,7 +119,7 @@ def assert_told_and_mended(
     exit_code, errors = done
     assert exit_code == ExitCode.DATA
     assert "Traceback" not in errors
-    assert "Saved up to step 10; go on with: python train.py " in errors
+    assert "Checkpoint saved at step 10. Resume with: python train.py " in errors
     assert str(copy / "email") in errors
     shutil.copytree(shards / "email", copy / "email", dirs_exist_ok=True)
     again = start_program(words)

@@ -170,13 +170,13 @@ def assert_saved_once_and_left(folder: Path, number: signal.Signals, told: str) 
     last = told.splitlines()[-3:]
     assert last[0].startswith("Stopped after step 10: ")
     assert last[1].startswith("goodput ")
-    assert last[2].startswith("Saved up to step 10; go on with: ")
+    assert last[2].startswith("Checkpoint saved at step 10. Resume with: ")
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert saved == ["step-00000006", "step-00000010"]
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     assert [(line["event"], line["step"]) for line in ledger][-2:] == [("save", 10), ("stop", 10)]
     assert ledger[-1]["code"] == CODES[number]
-    return shlex.split(last[2].partition("go on with: ")[2])
+    return shlex.split(last[2].partition("Resume with: ")[2])
 
 
 # Whom a person or a scheduler may send what: the main process, another rank, all of them.

@@ -42,7 +42,7 @@ def test_an_index_that_is_damaged_while_nobody_looks_stops_the_run_and_says_what
     damaged = smoke_run(tmp_path / "run", *words, "checkpoint.interval=5", succeeds=False)
     assert damaged.returncode == 65
     assert "Traceback" not in damaged.stderr
-    assert "Saved up to step 10; go on with: " in damaged.stderr
+    assert "Checkpoint saved at step 10. Resume with: " in damaged.stderr
     (there,) = (tmp_path / "shards").glob("*/pack-128")
     assert f"delete {there}, then run `python prepare.py … pack=128`" in damaged.stderr
     shutil.rmtree(there)

@@ -47,17 +47,17 @@ def test_killed_rank_is_named_with_signal_and_last_place_and_the_ledger_has_it(
     told = end_of(program)
     assert program.main.returncode == ExitCode.RANK_FAILED
     first, *rest = told.splitlines()
-    assert f"rank 1 (process {program.child} on {socket.gethostname()})" in first
+    assert f"rank 1 (pid {program.child} on {socket.gethostname()})" in first
     # A rank tells where it is once a beat, and since the last one it may have gone some steps on.
     assert re.search(
-        r"was killed by SIGKILL; last seen in (set-up|step \d+|checkpoint 6), here:$", first
+        r"was killed by SIGKILL\. Last seen in (set-up|step \d+|checkpoint 6):$", first
     )
     assert any("train.py:" in line for line in rest)
-    assert rest[-1].startswith("Saved up to step 6; go on with: python train.py ")
+    assert rest[-1].startswith("Checkpoint saved at step 6. Resume with: python train.py ")
     assert len(told.splitlines()) < 15
     last = json.loads((folder / "ledger.jsonl").read_text().splitlines()[-1])
     assert (last["event"], last["code"]) == ("fault", ExitCode.RANK_FAILED) and "SIGKILL" in last[
-        "told"
+        "reason"
     ]
 
 
@@ -68,8 +68,7 @@ def test_frozen_rank_is_named_with_its_last_place_and_killed(
     os.kill(program.child, signal.SIGSTOP)
     told = end_of(program)
     assert program.main.returncode == ExitCode.RANK_FAILED
-    assert f"rank 1 (process {program.child} on" in told.splitlines()[0]
-    assert "no sign of life" in told.splitlines()[0]
+    assert f"no heartbeat from rank 1 (pid {program.child} on" in told.splitlines()[0]
     assert "train.py:" in told
 
 
@@ -80,7 +79,7 @@ def test_frozen_main_process_is_named_and_ended_by_the_other(
     program.main.send_signal(signal.SIGSTOP)
     told = end_of(program)
     assert program.main.returncode == -signal.SIGKILL  # or it would stay stopped for ever
-    assert told.startswith("The run ends: rank 0 gives no sign of life")
+    assert told.startswith("Aborting: no heartbeat from rank 0")
 
 
 def test_stuck_rank_is_told_before_those_that_wait_for_it_with_the_line_it_stands_at(
@@ -89,10 +88,10 @@ def test_stuck_rank_is_told_before_those_that_wait_for_it_with_the_line_it_stand
     _, program = standing  # and nothing is done to it: it stands still by itself
     told = end_of(program)
     assert program.main.returncode == ExitCode.RANK_FAILED
-    stuck, waiting = told.index("rank 0 (process"), told.index("rank 1 (process")
+    stuck, waiting = told.index("rank 0 (pid"), told.index("rank 1 (pid")
     assert stuck < waiting
-    assert f"rank 0 (process {program.main.pid}" in told and "is stuck in step" in told
-    assert "write_sample" in told[stuck:waiting] and "waits in step" in told[waiting:]
+    assert f"rank 0 (pid {program.main.pid}" in told and "stuck in step" in told
+    assert "write_sample" in told[stuck:waiting] and "waiting in step" in told[waiting:]
 
 
 def test_processes_that_never_meet_end_after_the_limit_of_set_up(

@@ -73,7 +73,7 @@ def step_metrics(run: "Run", tensors: "dict[str, Tensor]", lr: float) -> dict[st
     """Return the metrics of the step just taken, waiting for the device."""
     from parallel.compilation import compiled_graphs
 
-    scalars = StepScalars.from_tensor(tensors["vitals"])
+    scalars = StepScalars.from_tensor(tensors["scalars"])
     compiled = {"compiled_graphs": compiled_graphs()} if run.config.parallel.compile else {}
     return {
         "step": run.position.step,
@@ -203,7 +203,7 @@ class MetricsLog:
 
     def _write_tensorboard(self, record: Mapping[str, Any]) -> None:
         # While the disk rejects metrics.jsonl, TensorBoard would fail as well.
-        retry = not self._lines.waiting and time.monotonic() >= self._tensorboard_retry_at
+        retry = not self._lines.n_pending and time.monotonic() >= self._tensorboard_retry_at
         if self._tensorboard is None and retry:
             self._open_tensorboard(record["step"] - 1)
         if self._tensorboard is None:

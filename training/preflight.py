@@ -13,12 +13,13 @@ from parallel.mesh import (
     plan_processes,
     resolve_mesh,
 )
-from resilience.lock import RunLock, hold
+from resilience.lock import RunLock, acquire_lock
 from resilience.run_folder import RunFolder, RunFolderError
 from training.config import JobConfig
 from training.config_validation import plain
 from training.initial_weights import check_initial_tokenizer, check_initial_weights
 from training.resume_policy import Changes, with_defaults
+from training.run_folder_check import check_run_folder
 
 if TYPE_CHECKING:
     from data.dataset import Dataset
@@ -34,7 +35,7 @@ def check_folder(config: JobConfig) -> Changes:
             of another model.
     """
     folder = RunFolder(Path(config.run.dir))
-    changes = folder.check(plain(config), lambda before: with_defaults(before, config))
+    changes = check_run_folder(folder, plain(config), lambda old: with_defaults(old, config))
     if config.run.init_from is not None and not folder.committed_steps():
         check_initial_weights(config.run, config.model)
     return changes
@@ -49,7 +50,7 @@ def acquire_run_lock(config: JobConfig) -> RunLock | None:
     """
     if not is_first_process():
         return None
-    return hold(RunFolder(Path(config.run.dir)), lambda told: print(told, flush=True))
+    return acquire_lock(RunFolder(Path(config.run.dir)), lambda told: print(told, flush=True))
 
 
 def prepare_data(config: JobConfig) -> "Dataset | StreamDataset":

@@ -1,11 +1,11 @@
-"""Where a run begins, what it heeds from step to step, and how it goes back.
+"""Initial position of a launch, actions after each step, and rewinds.
 
-Rank 0 alone reads and writes the ledger; what it finds all ranks learn, so that each of them goes
-on from the same checkpoint, leaves out the same batches and stops after the same step.
+Only rank 0 reads and writes the event log; it broadcasts what it finds, so that all ranks resume
+from the same checkpoint, exclude the same batches and stop after the same step.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,68 +15,84 @@ from training.config import JobConfig
 from training.run import Run
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from checkpoint.position import Position
     from data.dataset import Dataset
     from data.stream import StreamDataset
-    from resilience.loss_monitor import Range, StepStats
+    from resilience.loss_monitor import BatchRange, StepStats
 
 
 class Decision(NamedTuple):
-    """What all ranks do after a step: go back and leave batches out, save, stop, or nothing."""
+    """What all ranks do after a step: rewind and exclude batches, save, stop, or continue."""
 
-    rewind: "Range | None" = None
+    rewind: "BatchRange | None" = None
     save: bool = False
     stop: ExitCode | None = None
-    why: str = ""
+    reason: str = ""
 
 
-class History(NamedTuple):
-    """What the ledger tells of the rewinds of a run's earlier starts."""
+class RewindHistory(NamedTuple):
+    """Rewinds of earlier launches, from the event log.
 
-    rewinds: "list[Range]"
+    Attributes:
+        rewinds: Batches excluded by each.
+        unfinished: Highest step to restore, if a kill interrupted the last rewind; else None.
+    """
+
+    rewinds: "list[BatchRange]"
     unfinished: int | None = None
-    """Where a kill came between a rewind's decision and its end: the step to be before."""
 
 
-def history(folder: RunFolder) -> History:
-    """The rewinds so far, the same on every rank; rank 0 reads them."""
+def load_rewind_history(folder: RunFolder) -> RewindHistory:
+    """Read the rewinds so far on rank 0 and broadcast them."""
     import torch.distributed as dist
 
-    from resilience.event_log import Ledger
-    from resilience.loss_monitor import rewinds_of
+    from resilience.event_log import EventLog
+    from resilience.loss_monitor import read_rewinds
 
     found: list[Any] = [None]
     if dist.get_rank() == 0:
-        events = Ledger(folder.ledger).read()
-        # A start after a rewind has finished it, before it wrote its line.
-        ways = [event for event in events if event.get("event") in ("rewind", "rewound", "start")]
-        unfinished = ways and ways[-1]["event"] == "rewind"
-        found[0] = History(rewinds_of(events), ways[-1]["before"] if unfinished else None)
+        events = EventLog(folder.event_log).read()
+        # A `start` after a rewind means that the rewind was completed before it was recorded.
+        last = [e for e in events if e.get("event") in ("rewind", "rewound", "start")][-1:]
+        unfinished = last and last[0]["event"] == "rewind"
+        found[0] = RewindHistory(read_rewinds(events), last[0]["before"] if unfinished else None)
     dist.broadcast_object_list(found)
-    assert found[0] is not None
-    return found[0]
+    history: RewindHistory = found[0]
+    return history
 
 
-def starting_position(
-    config: JobConfig, llama: Any, adamw: Any, dataset: "Dataset | StreamDataset", note: Any
-) -> "tuple[Position, History]":
-    """Fills model and optimizer for a start of the run; where it stands then.
+def initial_position(
+    config: JobConfig,
+    llama: Any,
+    optimizer: Any,
+    dataset: "Dataset | StreamDataset",
+    report: Callable[[str], None],
+) -> "tuple[Position, RewindHistory]":
+    """Load or initialize model and optimizer for this launch and return its position.
 
     Raises:
-        RunFolderError: there are checkpoints, and none that it may go on from is whole.
-        FormatError: the weights to begin from cannot be read.
+        RunFolderError: Checkpoints exist, and none of those to resume from is valid.
+        FormatError: The initial weights cannot be read.
     """
-    from resilience.loss_monitor import union
+    from resilience.loss_monitor import merge_ranges
 
-    past = history(RunFolder(Path(config.run.dir)))
-    position = _fill(config, llama, adamw, dataset, note, past.unfinished)
-    return dataclasses.replace(position, skips=union([*position.skips, *past.rewinds])), past
+    history = load_rewind_history(RunFolder(Path(config.run.dir)))
+    position = _load_or_initialize(config, llama, optimizer, dataset, report, history.unfinished)
+    skips = merge_ranges([*position.skips, *history.rewinds])
+    return dataclasses.replace(position, skips=skips), history
 
 
-def _fill(
-    config: JobConfig, llama: Any, adamw: Any, dataset: Any, note: Any, before: int | None
+def _load_or_initialize(
+    config: JobConfig,
+    llama: Any,
+    optimizer: Any,
+    dataset: Any,
+    report: Callable[[str], None],
+    before: int | None,
 ) -> "Position":
-    """Loads the newest whole checkpoint, of step `before` at most, or makes the first weights."""
+    """Load the newest valid checkpoint, of step `before` at most, or initialize the weights."""
     import torch.distributed as dist
 
     from checkpoint.position import Position
@@ -87,109 +103,116 @@ def _fill(
     from parallel.parallelize import initialize_weights
 
     folder = RunFolder(Path(config.run.dir))
-    asked = folder.resume_from(config.run.resume)
-    elsewhere = asked not in ("auto", "never")
+    source = folder.resume_source(config.run.resume)
+    is_path = source not in ("auto", "never")
     position = None
-    if before is not None or not elsewhere:
-        position = restore(folder, "auto", llama, adamw, note, before)
-    if position is None and elsewhere:
-        position = restore(folder, asked, llama, adamw, note)
+    if before is not None or not is_path:
+        position = restore(folder, "auto", llama, optimizer, report, before)
+    if position is None and is_path:
+        position = restore(folder, source, llama, optimizer, report)
     if position is None:
-        adamw.state.clear()
+        optimizer.state.clear()
         if config.run.init_from is None:
             initialize_weights(llama, config.model, config.run.seed)
         else:
             fill_together(llama, open_weights(Path(config.run.init_from)))
         position = Position(step=0, samples=0, tokens=0, data_hash=dataset.hash)
     if before is not None and dist.get_rank() == 0:
-        for problem in remove_beyond(folder, position.step):
-            note(problem)
-    return position.on(dataset.hash)
+        for error in remove_beyond(folder, position.step):
+            report(error)
+    return position.with_data(dataset.hash)
 
 
-def check_step(run: Run, batch: int, values: Any, saves: bool) -> Decision:
-    """What follows from the steps whose values have arrived, agreed by all ranks.
+def check_step(run: Run, batch: int, scalars: "Tensor", saves: bool) -> Decision:
+    """Return the action agreed by all ranks after this step: continue, save, rewind or stop.
 
     Args:
-        batch: The place in the order of the batch of the step just taken.
-        values: Its vitals, on the device.
-        saves: A checkpoint is due now: it must not be of a step that nobody has looked at.
+        batch: Index of the batch of the step in the sample order.
+        scalars: (2 + n_requests) the step's scalars, on the device.
+        saves: Whether a checkpoint is due. All pending steps are then checked first, so that no
+            checkpoint contains an unchecked step.
     """
     samples = run.stages.first_sample(batch), run.stages.first_sample(batch + 1)
     run.poll_checkpoints()
-    decision = _decide(run, run.reader.read(run.position.step, batch, samples, values))
+    decision = _decide(run, run.reader.read(run.position.step, batch, samples, scalars))
     if saves or decision.save or decision.stop:
         later = _decide(run, run.reader.flush())
         decision = Decision(
             decision.rewind or later.rewind,
             decision.save or later.save,
             decision.stop or later.stop,
-            decision.why or later.why,
+            decision.reason or later.reason,
         )
     return decision
 
 
-def _decide(run: Run, arrived: "Iterable[StepStats]") -> Decision:
-    """Tells what is bad about steps, and what the ranks asked for with them."""
-    from resilience.signals import agreed
+def _decide(run: Run, steps: "Iterable[StepStats]") -> Decision:
+    """Check steps, log what the monitor reports, and combine its action with the requests."""
+    from resilience.signals import agree
 
     decision = Decision()
-    for vitals in arrived:
-        verdict = run.monitor.check(vitals)
-        if verdict.told is not None:
-            run.console.note(verdict.told)
-        if verdict.event is not None:
-            run.record(verdict.event, **dict(verdict.fields or {}))
-        if verdict.abort is not None:
-            return Decision(stop=ExitCode.DIVERGED, why=verdict.abort)
-        if verdict.rewind is not None:
-            return Decision(rewind=verdict.rewind)
-        asked = agreed(vitals.requests)
-        decision = Decision(None, decision.save or asked.save, decision.stop or asked.stop)
+    for stats in steps:
+        action = run.monitor.check(stats)
+        if action.message is not None:
+            run.console.note(action.message)
+        if action.event is not None:
+            run.record(action.event, **dict(action.fields or {}))
+        if action.abort is not None:
+            return Decision(stop=ExitCode.DIVERGED, reason=action.abort)
+        if action.rewind is not None:
+            return Decision(rewind=action.rewind)
+        stop, save = agree(stats.requests)
+        decision = Decision(save=decision.save or save, stop=decision.stop or stop)
     return decision
 
 
-def rewind(run: Run, skip: "Range") -> None:
-    """Goes back to the newest checkpoint before batch `skip[0]`; `skip` is left out from now on.
+def rewind(run: Run, skip: "BatchRange") -> None:
+    """Restore the newest checkpoint before batch `skip[0]` and exclude the batches in `skip`.
 
-    The decision is on the disk before anything changes, so that no kill can undo it.
+    The decision is durable before anything changes, so that a kill cannot undo it.
 
     Raises:
-        RunFolderError: no checkpoint before it is whole, or the ledger cannot be written.
+        RunFolderError: No checkpoint before it is valid, or the event log cannot be written.
     """
-    from resilience.loss_monitor import union
+    from resilience.loss_monitor import merge_ranges
 
     first, _ = skip
-    left_out = sum(min(stop, first) - begin for begin, stop in run.position.skips if begin < first)
-    before = first - left_out  # steps that had been done when that batch was taken
+    n_excluded = sum(
+        min(stop, first) - begin for begin, stop in run.position.skips if begin < first
+    )
+    before = first - n_excluded  # steps done when that batch was taken
     run.saver.finish()
     run.poll_checkpoints()
-    reached = run.position.step
-    _agree(run, {"step": reached, "skip": list(skip), "before": before})
+    previous_step = run.position.step
+    _record_rewind(run, {"step": previous_step, "skip": list(skip), "before": before})
     run.reader.clear()
-    skips = union([*run.position.skips, skip])
-    model, adamw = run.model.module, run.optimizer.optimizer
-    position = _fill(run.config, model, adamw, run.dataset, run.console.note, before)
+    skips = merge_ranges([*run.position.skips, skip])
+    model, optimizer = run.model.module, run.optimizer.optimizer
+    position = _load_or_initialize(
+        run.config, model, optimizer, run.dataset, run.console.note, before
+    )
     run.position = dataclasses.replace(position, skips=skips)
-    run.monitor.reset_after_rewind(position.vitals)
-    run.record("rewound", step=reached, to=position.step, **run.clock.spent())
-    run.console.note(f"Back at step {position.step}; batches {skip[0]} to {skip[1] - 1} left out.")
+    run.monitor.reset_after_rewind(position.monitor_state)
+    run.record("rewound", step=previous_step, to=position.step, **run.clock.spent())
+    run.console.note(
+        f"Rewound to step {position.step}; excluding batches {skip[0]} to {skip[1] - 1}."
+    )
     run.truncate_metrics()
 
 
-def _agree(run: Run, fields: dict[str, Any]) -> None:
-    """Writes the rewind to the ledger; where rank 0 cannot, every rank raises."""
+def _record_rewind(run: Run, fields: dict[str, Any]) -> None:
+    """Write the rewind to the event log; if rank 0 cannot, all ranks raise RunFolderError."""
     import torch.distributed as dist
 
     failure: list[Any] = [None]
-    if run.ledger is not None:
+    if run.event_log is not None:
         try:
-            run.ledger.append("rewind", required=True, **fields)
+            run.event_log.append("rewind", required=True, **fields)
         except OSError as error:
-            failure[0] = f"{run.ledger.path} cannot be written ({error.strerror})"
+            failure[0] = f"{run.event_log.path} cannot be written ({error.strerror})"
     dist.broadcast_object_list(failure)
     if failure[0] is not None:
         raise RunFolderError(
-            f"{failure[0]}, and a rewind must be kept there before it is made: make room, then "
-            "start again"
+            f"{failure[0]}, but a rewind must be recorded before it is executed; free space, then "
+            "resume"
         )

@@ -1,4 +1,4 @@
-"""One start of a run: everything that the loop in `train.py` works with."""
+"""State of one launch: everything that the training loop in `train.py` works with."""
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from data.loader import StepBatches
     from data.stream import StreamDataset
     from parallel.strategy import MeshStrategy
-    from resilience.event_log import Ledger
+    from resilience.event_log import EventLog
     from resilience.goodput import Goodput
     from resilience.lock import RunLock
     from resilience.loss_monitor import AsyncStatsReader, LossMonitor
@@ -37,15 +37,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """Everything that one start of a run works with."""
+    """State of one launch.
+
+    Attributes:
+        model: Fabric's wrapper of the sharded Llama.
+        optimizer: Fabric's wrapper of AdamW.
+        lock, event_log, metrics: On rank 0 only.
+        first_step_done: Whether this launch has completed a step.
+        save_failed: Whether the last save failed.
+        last_metrics: Latest value of each metric.
+    """
 
     config: JobConfig
     processes: Processes
     mesh: MeshShape
     fabric: "Fabric"
     strategy: "MeshStrategy"
-    model: Any  # Fabric's wrapper around the sharded Llama
-    optimizer: Any  # Fabric's wrapper around AdamW
+    model: Any
+    optimizer: Any
     dataset: "Dataset | StreamDataset"
     position: "Position"
     console: "Console"
@@ -55,33 +64,33 @@ class Run:
     saver: "Saver"
     reader: "AsyncStatsReader"
     monitor: "LossMonitor"
-    lock: "RunLock | None" = None  # rank 0 alone holds it
-    ledger: "Ledger | None" = None  # rank 0 alone writes ledger and figures
+    lock: "RunLock | None" = None
+    event_log: "EventLog | None" = None
     metrics: "MetricsLog | None" = None
-    trained: bool = False  # the first step of this start is done
-    unsaved: bool = False  # the last save failed
+    first_step_done: bool = False
+    save_failed: bool = False
     clock: Clock = field(default_factory=Clock)
     garbage: GarbageCollector = field(default_factory=GarbageCollector)
     last_metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> RunFolder:
-        """Where everything of the run lies."""
+        """Folder of the run."""
         return RunFolder(Path(self.config.run.dir))
 
     @property
     def validation_batch_size(self) -> int:
-        """Held-out sequences that a data rank computes at a time."""
+        """Validation sequences that a data-parallel rank computes at a time."""
         train = self.config.train
         return train.micro_batch_size or train.global_batch_size // self.mesh.dp
 
     @property
     def data_rank(self) -> int:
-        """Which of the mesh's `dp` shares of a batch this process reads."""
+        """Index of the part of each batch, out of `mesh.dp`, that this process reads."""
         return self.mesh.data_rank(self.fabric.global_rank)
 
     def batches(self) -> Generator["StepBatches", None, None]:
-        """This process's batches of every step from the run's position on, read ahead."""
+        """Iterate over this process's batches from the current position, with prefetching."""
         from data.loader import TrainLoader
         from data.stream import StreamDataset, StreamLoader
 
@@ -93,7 +102,7 @@ class Run:
                 self.stages.at(0),
                 rank=rank,
                 size=size,
-                places=self.position.lanes,
+                places=self.position.stream_shards,
                 pin_memory=on_gpu,
                 threads=data.loader_threads,
                 prefetch=data.prefetch,
@@ -110,48 +119,52 @@ class Run:
             prefetch=data.prefetch,
         ).steps(self.position.batches, self.position.skips)
 
-    def advance(self, taken: "StepBatches") -> None:
-        """Moves the position past the step just taken."""
-        stage, behind = self.stages.at(taken.number), taken.number + 1
-        self.position = self.position.after(
-            batches=behind,
-            samples=self.stages.first_sample(behind),
+    def advance(self, batch: "StepBatches") -> None:
+        """Move the position past the step just taken."""
+        stage, n_batches = self.stages.at(batch.number), batch.number + 1
+        self.position = self.position.advance(
+            batches=n_batches,
+            samples=self.stages.first_sample(n_batches),
             tokens=stage.global_batch_size * stage.seq_len,
-            lanes=taken.lanes,
+            stream_shards=batch.lanes,
         )
 
     def poll_checkpoints(self) -> None:
-        """Takes notice of the saves that have ended since; a failed one may ask the run to stop."""
-        for saved in self.saver.poll():
-            self.unsaved = saved.error is not None
-            self.requests.note_save(saved.write_seconds)
-            seconds = {"seconds": saved.stall_seconds, "write_seconds": saved.write_seconds}
-            seconds = {key: round(value, 3) for key, value in seconds.items()}
-            if saved.error is None:
+        """Log the saves that have ended; after a failed one, request a stop if configured."""
+        for result in self.saver.poll():
+            self.save_failed = result.error is not None
+            self.requests.record_save(result.write_seconds)
+            fields = {
+                "step": result.step,
+                "seconds": round(result.stall_seconds, 3),
+                "write_seconds": round(result.write_seconds, 3),
+            }
+            if result.error is None:
                 self.watchdog.has_saved = True
-                named = {"path": saved.path.name, "bytes": saved.bytes}
-                self.record("save", step=saved.step, **named, **seconds)
+                self.record("save", path=result.path.name, bytes=result.bytes, **fields)
                 continue
-            self.record("save_failed", step=saved.step, error=saved.error, **seconds)
+            self.record("save_failed", error=result.error, **fields)
             stops = self.config.checkpoint.on_failure == "stop"
-            then = "stopping" if stops else "training goes on (checkpoint.on_failure=continue)"
-            self.console.note(f"Step {saved.step} could not be saved: {saved.error}; {then}")
+            action = "Stopping." if stops else "Continuing (checkpoint.on_failure=continue)."
+            self.console.note(
+                f"Could not save a checkpoint at step {result.step}: {result.error}. {action}"
+            )
             if stops:
-                self.requests.ask(ExitCode.SAVE_FAILED)
+                self.requests.request_stop(ExitCode.SAVE_FAILED)
 
     def open_logs(self, changes: Changes) -> None:
-        """Writes the configuration and opens ledger and figures, on rank 0."""
-        from resilience.event_log import Ledger
-        from resilience.goodput import signs_of_life
+        """On rank 0, write the configuration and open event log and metrics."""
+        from resilience.event_log import EventLog
+        from resilience.goodput import launch_times
         from training.metrics import MetricsLog
 
         if not self.fabric.is_global_zero:
             return
-        metrics = self.folder.path / "metrics.jsonl"
-        last_beat = self.lock.last_beat if self.lock else None
-        life = signs_of_life(self.folder.ledger, metrics, last_beat)
-        self.folder.write_config(plain(self.config))
-        self.ledger = Ledger(self.folder.ledger, self.console.note)
+        folder = self.folder
+        last_heartbeat = self.lock.last_heartbeat if self.lock else None
+        times = launch_times(folder.event_log, folder.metrics, last_heartbeat)
+        folder.write_config(plain(self.config))
+        self.event_log = EventLog(folder.event_log, self.console.note)
         self.record(
             "start",
             step=self.position.step,
@@ -159,10 +172,10 @@ class Run:
             **({} if self.position.step else {"init_from": self.config.run.init_from}),
             changed=changes.free,
             allowed=changes.allowed,
-            **life,
+            **times,
         )
         self.metrics = MetricsLog(
-            self.folder.path,
+            folder.path,
             self.config.log.tensorboard,
             self.config.log.wandb,
             run_name=self.config.run.name,
@@ -172,44 +185,44 @@ class Run:
         )
 
     def truncate_metrics(self) -> None:
-        """Drops what the figures tell beyond the run's position, on rank 0."""
+        """On rank 0, remove metrics beyond the current position."""
         if self.metrics is not None:
             self.metrics.truncate(self.position.step)
 
     def draw(self) -> None:
-        """Redraws the loss curve, on rank 0."""
+        """On rank 0, redraw the loss curve."""
         if self.metrics is not None:
             self.metrics.plot()
 
-    def tell_progress(self, now: bool = False) -> None:
-        """Tells the ledger how far this start is, and where its time went: rank 0, now and then."""
-        if self.ledger is None:
+    def record_progress(self, now: bool = False) -> None:
+        """On rank 0, record step and time spent: after the first step, periodically, or `now`."""
+        if self.event_log is None:
             return
-        if not self.trained:
-            self.trained = True
+        if not self.first_step_done:
+            self.first_step_done = True
             self.record("trained", step=self.position.step, **self.clock.spent())
         else:
-            self.ledger.progress(self.position.step, self.clock.spent(), now=now)
+            self.event_log.progress(self.position.step, self.clock.spent(), now=now)
 
     def goodput(self) -> "Goodput | None":
-        """Where the time of the run went until now, over all its starts; on rank 0."""
-        from resilience.goodput import account
+        """On rank 0, return the goodput of the run over all its launches."""
+        from resilience.goodput import compute_goodput
 
-        if self.ledger is None:
+        if self.event_log is None:
             return None
-        return account(self.ledger.read(), alive_until=datetime.now(UTC))
+        return compute_goodput(self.event_log.read(), alive_until=datetime.now(UTC))
 
     def record(self, event: str, **fields: Any) -> None:
-        """Writes an event to the ledger, on rank 0."""
-        if self.ledger is not None:
-            self.ledger.append(event, **fields)
+        """On rank 0, write an event to the event log."""
+        if self.event_log is not None:
+            self.event_log.append(event, **fields)
 
 
-def saver_of(
-    config: JobConfig, dataset: "Dataset | StreamDataset", note: Callable[[str], None]
+def build_saver(
+    config: JobConfig, dataset: "Dataset | StreamDataset", report: Callable[[str], None]
 ) -> "Saver":
-    """What saves the checkpoints of a run, each with the tokenizer of its data."""
+    """Create the saver of a run; every checkpoint includes the tokenizer of the data."""
     from checkpoint.saver import Saver
 
-    folder, beside = RunFolder(Path(config.run.dir)), dataset.tokenizer().files()
-    return Saver(folder, config.checkpoint, plain(config), note, beside)
+    folder, tokenizer = RunFolder(Path(config.run.dir)), dataset.tokenizer().files()
+    return Saver(folder, config.checkpoint, plain(config), report, tokenizer)

@@ -1,7 +1,8 @@
-"""How a start of a run ends: its last lines, the ledger's, and the exit code.
+"""The ways a launch ends: last messages, the `stop` event and the exit code.
 
-A run that was asked to stop, or must, leaves with a code that tells why (`resilience.exit_codes`).
-Nobody waits for anybody then: a peer may stand in a collective call that will never complete.
+A run that is requested or forced to stop exits with a code that gives the reason
+(`resilience.exit_codes`). No process waits for another one then, since a peer may be blocked in a
+collective that never completes.
 """
 
 import os
@@ -12,75 +13,75 @@ from typing import NoReturn
 from data.errors import DataError
 from parallel.mesh import is_first_process
 from resilience.exit_codes import ExitCode
+from resilience.goodput import Goodput
 from resilience.run_folder import RunFolderError
 from training.run import Run
 from training.run_summary import resume_command, summary
 
-LAST_SAVE_SECONDS = 60.0  # for one that is being written while the run gives up
+LAST_SAVE_SECONDS = 60.0  # for a save that is running when the run aborts
 
-# What a line says of a run that was asked to stop.
-ASKED = {
+STOP_REASONS = {
     ExitCode.INTERRUPTED: "interrupted",
-    ExitCode.TERMINATED: "asked to stop by SIGTERM",
-    ExitCode.STOPPED: "asked to stop by SIGUSR1 or the time limit",
+    ExitCode.TERMINATED: "received SIGTERM",
+    ExitCode.STOPPED: "received SIGUSR1 or reached the time limit",
     ExitCode.SAVE_FAILED: "a checkpoint could not be saved",
 }
 
 
-def end_early(code: ExitCode) -> NoReturn:
-    """Ends a start that was asked to stop before its first step; one process tells it."""
+def exit_early(code: ExitCode) -> NoReturn:
+    """Exit before the first step; the first process prints the reason."""
     if is_first_process():
-        print(
-            f"{ASKED[code][0].upper()}{ASKED[code][1:]} before the first step.",
-            file=sys.stderr,
-            flush=True,
-        )
+        reason = STOP_REASONS[code]
+        message = f"{reason[0].upper()}{reason[1:]} before the first step."
+        print(message, file=sys.stderr, flush=True)
     os._exit(code)
 
 
-def stop_run(run: Run, code: ExitCode, why: str = "") -> NoReturn:
-    """Ends a run that stands between two steps, on every rank alike."""
+def stop_run(run: Run, code: ExitCode, reason: str = "") -> NoReturn:
+    """Stop between two steps, on all ranks."""
     run.console.stop()
-    why = why or ASKED[code]
-    goodput = _record_stop(run, code.name.lower(), code, why=why)
-    told = "".join(f"\n{name} {value}" for name, value in goodput)
-    run.console.note(f"Stopped after step {run.position.step}: {why}.{told}\n{_kept(run)}")
+    reason = reason or STOP_REASONS[code]
+    goodput = _record_stop(run, code.name.lower(), code, why=reason)
+    rows = "".join(f"\n{name} {value}" for name, value in goodput)
+    run.console.note(
+        f"Stopped after step {run.position.step}: {reason}.{rows}\n{_resume_hint(run)}"
+    )
     _exit(run, code)
 
 
 def abort(run: Run, error: Exception) -> NoReturn:
-    """Ends a run in the middle of a step: whoever met the fault tells it, nobody else may know.
+    """Exit in the middle of a step after an error of this process, and report it from here.
 
-    Where the fault is a peer's, this does not return: the watchdog ends the process.
+    If the error was caused by a dead peer, the watchdog ends the process instead.
     """
     run.console.stop()
     if isinstance(error, DataError):
-        code, told = ExitCode.DATA, str(error)
-        run.saver.finish(LAST_SAVE_SECONDS)  # peers that train on still write their parts
+        code, message = ExitCode.DATA, str(error)
+        run.saver.finish(LAST_SAVE_SECONDS)  # peers are still writing their shards
     elif isinstance(error, RunFolderError):
-        code, told = error.code, str(error)
+        code, message = error.code, str(error)
     else:
-        run.watchdog.explain(error)
-        code, told = ExitCode.USER_ERROR, "".join(traceback.format_exception(error))
+        run.watchdog.wait_for_abort(error)
+        code, message = ExitCode.USER_ERROR, "".join(traceback.format_exception(error))
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     _record_stop(run, reason, code)
     print(
-        f"Stopped in step {run.position.step + 1}: {told}\n{_kept(run)}",
+        f"Stopped in step {run.position.step + 1}: {message}\n{_resume_hint(run)}",
         file=sys.stderr,
         flush=True,
     )
     _exit(run, code)
 
 
-def record_fault(run: Run, told: str) -> None:
-    """What the watchdog does before it ends rank 0, in a thread: the run's last words."""
+def record_fault(run: Run, reason: str) -> None:
+    """Record an abort by the watchdog of rank 0; called in a watchdog thread."""
     run.console.stop()
-    run.record("fault", step=run.position.step, told=told, code=int(run.watchdog.exit_code))
-    print(_kept(run), file=sys.stderr, flush=True)
+    run.record("fault", step=run.position.step, reason=reason, code=int(run.watchdog.exit_code))
+    print(_resume_hint(run), file=sys.stderr, flush=True)
 
 
 def finish(run: Run) -> None:
-    """Closes the logs, and says what came out and how to go on."""
+    """Close the logs of a finished run and print its summary."""
     goodput = _record_stop(run, "finished", ExitCode.FINISHED)
     if run.metrics is not None:
         run.metrics.close()
@@ -89,26 +90,39 @@ def finish(run: Run) -> None:
     run.watchdog.close()
 
 
+def goodput_row(goodput: Goodput) -> tuple[str, str]:
+    """Return name and text of the goodput for the console."""
+    from training.console import duration
+
+    steps = f" ({goodput.lost_steps} steps)" if goodput.lost_steps else ""
+    launches = f" ({goodput.starts} launches)" if goodput.starts > 1 else ""
+    return (
+        "goodput",
+        f"{goodput.ratio:.1%} of {duration(goodput.wall)}: {duration(goodput.productive)} "
+        f"productive, {duration(goodput.stalled)} stalled, {duration(goodput.lost)} lost{steps}, "
+        f"{duration(goodput.restart)} starting{launches}, {duration(goodput.rest)} other",
+    )
+
+
 def _record_stop(run: Run, reason: str, code: ExitCode, **more: str) -> list[tuple[str, str]]:
-    """Writes the end of this start to the ledger; returns the account of the run as rows."""
+    """Record the end of this launch; return the goodput of the run as a console row."""
     goodput = run.goodput()
     if goodput is None:
         return []
     fields = {"step": run.position.step, "reason": reason, "code": int(code), **more}
-    run.record("stop", **fields, **run.clock.spent(), goodput=goodput.figures())
-    return goodput.rows()
+    run.record("stop", **fields, **run.clock.spent(), goodput=goodput.to_dict())
+    return [goodput_row(goodput)]
 
 
-def _kept(run: Run) -> str:
-    """What is saved, and how to go on from it."""
-    saved = run.folder.committed_steps()
-    if not saved:
-        return "Nothing is saved yet."
-    return f"Saved up to step {saved[-1]}; go on with: {resume_command(run.processes)}"
+def _resume_hint(run: Run) -> str:
+    steps = run.folder.committed_steps()
+    if not steps:
+        return "No checkpoint saved yet."
+    return f"Checkpoint saved at step {steps[-1]}. Resume with: {resume_command(run.processes)}"
 
 
 def _exit(run: Run, code: ExitCode) -> NoReturn:
-    """Ends this process without an orderly end of the process group."""
+    """Exit without destroying the process group, which could block."""
     if run.metrics is not None:
         run.metrics.close()
     run.watchdog.close()

@@ -1,4 +1,4 @@
-"""A save beside the training holds what was there when it began, and fails alone."""
+"""A background save writes the tensors of its step; a failed one is never committed."""
 
 import errno
 import os
@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from checkpoint import saving
+from checkpoint import writer
 from checkpoint.config import CheckpointConfig
 from checkpoint.position import Position
 from checkpoint.restore import load
-from checkpoint.saver import Outcome, Saver
+from checkpoint.saver import Saver, SaveResult
 from resilience.run_folder import RunFolder
 from training.config import OptimConfig
 from training.optimizer import build_optimizer
@@ -24,21 +24,21 @@ from training.optimizer import build_optimizer
 
 @pytest.fixture(scope="module", autouse=True)
 def _group() -> Iterator[None]:
-    """A process group of one, without a port."""
+    """A process group of one process, without a port."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 class Training:
-    """A small model that is trained and saved, and what was reported of it."""
+    """A small model that is trained and saved."""
 
     def __init__(self, folder: Path, **config: Any) -> None:
         self.folder = RunFolder(folder)
         self.model = nn.Linear(3, 4)
         self.optimizer = build_optimizer(self.model, OptimConfig(lr=0.1))
-        self.told: list[str] = []
-        self.saver = Saver(self.folder, CheckpointConfig(**config), {}, self.told.append)
+        self.messages: list[str] = []
+        self.saver = Saver(self.folder, CheckpointConfig(**config), {}, self.messages.append)
 
     def train(self) -> None:
         self.model(torch.randn(5, 3)).square().sum().backward()
@@ -48,12 +48,12 @@ class Training:
     def save(self, step: int) -> bool:
         return self.saver.save(self.model, self.optimizer, Position(step, step, step, "hash"))
 
-    def outcomes(self) -> list[Outcome]:
+    def results(self) -> list[SaveResult]:
         self.saver.finish()
         return self.saver.poll()
 
     def values(self) -> list[Tensor]:
-        """Copies of parameters, moments and counts."""
+        """Return copies of parameters and optimizer state."""
         states = [self.optimizer.state[p] for p in self.model.parameters()]
         found = [*self.model.parameters(), *(v for state in states for v in state.values())]
         return [value.detach().clone() for value in found]
@@ -61,62 +61,62 @@ class Training:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Writing waits until it is set."""
-    gate, write = threading.Event(), saving.write_shards
+    """An event that writing waits for."""
+    gate, write = threading.Event(), writer.write_shards
 
-    def held(*arguments: Any) -> Any:
+    def write_when_open(*arguments: Any) -> Any:
         assert gate.wait(60)
         return write(*arguments)
 
-    monkeypatch.setattr(saving, "write_shards", held)
+    monkeypatch.setattr(writer, "write_shards", write_when_open)
     return gate
 
 
-def test_checkpoint_holds_the_values_of_its_step_however_far_training_is(
+def test_checkpoint_has_the_values_of_its_step_while_training_continues(
     tmp_path: Path, gate: threading.Event
 ) -> None:
-    one, other = Training(tmp_path), Training(tmp_path / "other")
-    for training in (one, other):
-        training.train()
-    expected = one.values()
-    assert one.save(1) and not one.folder.committed_steps()
-    one.train()
-    assert not any(map(torch.equal, expected, one.values()))
+    training, other = Training(tmp_path), Training(tmp_path / "other")
+    for each in (training, other):
+        each.train()
+    expected = training.values()
+    assert training.save(1) and not training.folder.committed_steps()
+    training.train()
+    assert not any(map(torch.equal, expected, training.values()))
     gate.set()
-    (outcome,) = one.outcomes()
-    assert outcome.error is None and one.folder.committed_steps() == [1]
-    load(outcome.path, other.model, other.optimizer)
+    (result,) = training.results()
+    assert result.error is None and training.folder.committed_steps() == [1]
+    load(result.path, other.model, other.optimizer)
     assert all(map(torch.equal, other.values(), expected))
-    one.save(2)  # into the same memory
-    assert one.outcomes()[0].error is None
-    load(one.folder.step_folder(2), other.model, other.optimizer)
-    assert all(map(torch.equal, other.values(), one.values()))
+    training.save(2)  # reuses the host buffers
+    assert training.results()[0].error is None
+    load(training.folder.step_folder(2), other.model, other.optimizer)
+    assert all(map(torch.equal, other.values(), training.values()))
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("async_save", [True, False])
 @pytest.mark.parametrize("phase", ["write_shards", "write_manifest", "commit", "publish"])
-def test_save_that_fails_is_told_at_the_next_look_and_never_committed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, asynchronous: bool
+def test_failed_save_is_reported_by_the_next_poll_and_never_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, async_save: bool
 ) -> None:
-    training = Training(tmp_path, async_save=asynchronous)
+    training = Training(tmp_path, async_save=async_save)
     training.train()
 
-    def full(*arguments: Any) -> None:
+    def disk_full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as disk:
-        disk.setattr(saving, phase, full)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, phase, disk_full)
         training.save(1)
-        (outcome,) = training.outcomes()
-    assert outcome.step == 1 and "No space left on device" in (outcome.error or "")
+        (result,) = training.results()
+    assert result.step == 1 and "No space left on device" in (result.error or "")
     assert training.folder.committed_steps() == []
     assert list(training.folder.checkpoints.iterdir()) == []
     training.save(2)
-    assert training.outcomes()[0].error is None
+    assert training.results()[0].error is None
     assert training.folder.committed_steps() == [2]
 
 
-def test_save_that_finds_another_under_way_is_left_out_where_that_is_asked_for(
+def test_save_during_another_one_is_skipped_if_when_busy_is_skip(
     tmp_path: Path, gate: threading.Event
 ) -> None:
     training = Training(tmp_path, when_busy="skip")
@@ -124,13 +124,13 @@ def test_save_that_finds_another_under_way_is_left_out_where_that_is_asked_for(
     assert training.save(1)
     assert not training.save(2)
     gate.set()
-    assert [outcome.step for outcome in training.outcomes()] == [1]
+    assert [result.step for result in training.results()] == [1]
     assert training.save(3)
-    assert [outcome.step for outcome in training.outcomes()] == [3]
+    assert [result.step for result in training.results()] == [3]
     assert training.folder.committed_steps() == [1, 3]
 
 
-def test_save_that_finds_another_under_way_waits_for_it_else(
+def test_save_during_another_one_waits_if_when_busy_is_wait(
     tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = Training(tmp_path, when_busy="wait")
@@ -138,29 +138,29 @@ def test_save_that_finds_another_under_way_waits_for_it_else(
     training.save(1)
     finish = training.saver.finish
 
-    def open_the_gate_and_finish() -> None:
+    def open_gate_and_finish() -> None:
         gate.set()
         finish()
 
-    monkeypatch.setattr(training.saver, "finish", open_the_gate_and_finish)
+    monkeypatch.setattr(training.saver, "finish", open_gate_and_finish)
     assert training.save(2)
-    assert [outcome.step for outcome in training.outcomes()] == [1, 2]
+    assert [result.step for result in training.results()] == [1, 2]
     assert training.folder.committed_steps() == [1, 2]
 
 
-def test_checkpoint_counts_whatever_becomes_of_the_removal_of_old_ones(
+def test_checkpoint_is_valid_even_if_old_ones_cannot_be_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = Training(tmp_path, keep_last=1)
     training.train()
 
-    def refuse(path: Path) -> None:
+    def deny(path: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("checkpoint.retention.shutil.rmtree", refuse)
+    monkeypatch.setattr("checkpoint.retention.shutil.rmtree", deny)
     for step in (1, 2, 3):
         training.save(step)
-        assert training.outcomes()[0].error is None
+        assert training.results()[0].error is None
     assert training.folder.committed_steps() == [3]
-    assert len(training.told) == len(set(training.told)) >= 2  # each folder that stays, once
-    assert all("cannot be removed (Permission denied)" in told for told in training.told)
+    assert len(training.messages) == len(set(training.messages)) >= 2  # once for each folder
+    assert all("(Permission denied). Continuing" in message for message in training.messages)

@@ -9,7 +9,7 @@ from resilience.exit_codes import ExitCode
 
 REFUSED = """
 import os, sys, time
-from training.shutdown import end_early
+from training.shutdown import exit_early
 from cli.errors import exit_on_user_error
 from checkpoint.restore import NoCheckpoint
 from resilience.signals import Requests
@@ -17,7 +17,7 @@ from resilience.signals import Requests
 if sys.argv[1] == "together":
     import torch.distributed
     torch.distributed.init_process_group("gloo")
-Requests().catch_signals(end_early)
+Requests().catch_signals(exit_early)
 with exit_on_user_error():
     if os.environ["RANK"] == sys.argv[2]:
         time.sleep(0.5)

@@ -6,12 +6,12 @@ from typing import Any, cast
 import pytest
 import torch
 from distributed import on_ranks
+from save_checkpoint import save
 from small_run import OPTIM, Case, batch, build, full_tensor, local_batches
 from torch import Tensor
 
 from checkpoint.position import Position
 from checkpoint.restore import restore
-from checkpoint.saving import save
 from resilience.run_folder import COMMITTED, RunFolder, RunFolderError
 from train import train_step
 

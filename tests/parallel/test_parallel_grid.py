@@ -14,13 +14,13 @@ from typing import Any, cast
 import pytest
 import torch
 from distributed import on_ranks
+from save_checkpoint import save
 from small_run import OPTIM, Case, batch, build, full_tensor, local_batches
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from checkpoint.position import Position
 from checkpoint.restore import load
-from checkpoint.saving import save
 from parallel.compilation import compiled_graphs
 from parallel.parallelize import local_block
 from resilience.run_folder import RunFolder
@@ -53,7 +53,7 @@ def train(run: Any, case: Case, steps: range) -> list[tuple[float, float]]:
     for step in steps:
         batches = local_batches(batch(step), run.data_rank, case.mesh.dp, case.n_micro)
         tensors = train_step(cast(Any, run), batches, OPTIM.lr)
-        loss, norm, *_ = tensors["vitals"].tolist()
+        loss, norm, *_ = tensors["scalars"].tolist()
         stats.append((loss, norm))
     return stats
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from distributed import on_ranks
+from save_checkpoint import save
 from small_run import BATCH, OPTIM, SEED, SEQ, STEPS, Case, batch, build, local_batches
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoint.position import Position
 from checkpoint.restore import load
-from checkpoint.saving import save
 from model.llama import Llama
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.compilation import apply_compile
@@ -61,7 +61,7 @@ def differing(cases: dict[str, Case]) -> dict[str, list[str]]:
             end: dict[str, Tensor] = {}
             for step in range(STEPS):
                 batches = local_batches(batch(step), 0, 1, case.n_micro)
-                end[f"vitals {step}"] = train_step(cast(Any, run), batches, OPTIM.lr)["vitals"]
+                end[f"scalars {step}"] = train_step(cast(Any, run), batches, OPTIM.lr)["scalars"]
             for key, parameter in run.llama.named_parameters():
                 state = run.adamw.state[parameter]
                 end |= {key: parameter, f"{key} moment": state["exp_avg"]}

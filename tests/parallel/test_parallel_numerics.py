@@ -75,14 +75,14 @@ def take(run: Any, case: Case, number: int, way: str | None = None) -> list[floa
     batches = local_batches(batch(number), run.data_rank, case.mesh.dp, case.n_micro)
     rank = run.fabric.global_rank
     spoiled = spoil(run, way) if way is not None and rank == BAD_RANK else None
-    vitals = train_step(run, batches, OPTIM.lr, requests=StepRequests(rank, 1, 0))["vitals"]
+    scalars = train_step(run, batches, OPTIM.lr, requests=StepRequests(rank, 1, 0))["scalars"]
     if spoiled is not None:
         spoiled.remove()
-    return cast(list[float], vitals.tolist())
+    return cast(list[float], scalars.tolist())
 
 
 def run_case(case: Case, state: StateFormat) -> dict[str, Any]:
-    """The vitals of each step, and whether a bad step changed anything, here and afterwards."""
+    """The scalars of each step, and whether a bad step changed anything, here and afterwards."""
     clean = run_with(case, state)
     found: dict[str, Any] = {"clean": [take(clean, case, number) for number in (0, 1)]}
     expected = shards(clean)
@@ -144,7 +144,7 @@ def test_good_steps_around_it_are_those_of_a_run_that_never_saw_it(
 
 
 @every_case
-def test_all_ranks_read_the_same_vitals(found: Any, number: int) -> None:
+def test_all_ranks_read_the_same_scalars(found: Any, number: int) -> None:
     """Loss, norm and requests: rank 1 asks for the first, both for the second."""
     first, second = (rank[number] for rank in found)
     assert str(first) == str(second)  # nan is nan

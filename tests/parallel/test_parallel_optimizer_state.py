@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import read_metrics, start_python
 from distributed import on_ranks
+from save_checkpoint import save
 from small_run import OPTIM, Case, batch, build, full_tensor, local_batches
 from torch import Tensor
 
 from checkpoint.position import Position
 from checkpoint.restore import load
-from checkpoint.saving import save
 from resilience.run_folder import RunFolder
 from train import train_step
 from training.optimizer import StateFormat, build_optimizer
@@ -50,7 +50,7 @@ def train(run: Any, case: Case, first: int, last: int) -> list[float]:
     for step in range(first, last):
         batches = local_batches(batch(step % 2), run.data_rank, case.dp, 2)
         tensors = train_step(cast(Any, run), batches, OPTIM.lr * (1 - step / 20))
-        losses.append(tensors["vitals"][0].item())
+        losses.append(tensors["scalars"][0].item())
     return losses
 
 

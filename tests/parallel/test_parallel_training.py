@@ -72,7 +72,7 @@ def run_case(case: Case) -> dict[str, Any]:
     for step in range(STEPS):
         batches = local_batches(batch(step), run.data_rank, case.mesh.dp, case.n_micro)
         tensors = train_step(cast(Any, run), batches, OPTIM.lr)
-        loss, norm, *_ = tensors["vitals"].tolist()
+        loss, norm, *_ = tensors["scalars"].tolist()
         found["loss"].append(loss)
         found["norm"].append(norm)
         found["hash"].append(tensors["batch_hash"].item())

@@ -1,4 +1,4 @@
-"""What follows from bad losses: pure decisions, which a stop at any step does not change."""
+"""The loss monitor detects bad steps; its decisions do not depend on where a run was stopped."""
 
 import json
 import math
@@ -9,186 +9,203 @@ from typing import Any
 import pytest
 import torch
 
+from parallel.step_scalars import StepRequests
 from resilience.config import FaultsConfig
-from resilience.event_log import Ledger
+from resilience.event_log import EventLog
 from resilience.loss_monitor import (
-    WARM_UP,
+    WARMUP_STEPS,
     AsyncStatsReader,
     LossMonitor,
     MonitorAction,
     StepStats,
+    merge_ranges,
     not_finite,
-    rewinds_of,
-    union,
+    read_rewinds,
 )
 
 NAN, INF = math.nan, math.inf
-SIZE = 16  # samples a batch
+BATCH_SIZE = 16
 
 
-def vitals(batch: int, loss: float, grad_norm: float = 1.0) -> StepStats:
-    """Of a run that has left out no batch."""
-    return StepStats(batch + 1, batch, (batch * SIZE, (batch + 1) * SIZE), loss, grad_norm)
+def stats(batch: int, loss: float, grad_norm: float = 1.0) -> StepStats:
+    """Return the statistics of a batch in a run that has excluded no batch."""
+    samples = batch * BATCH_SIZE, (batch + 1) * BATCH_SIZE
+    return StepStats(batch + 1, batch, samples, loss, grad_norm)
 
 
-def verdicts(monitor: LossMonitor, losses: Sequence[float], first: int = 0) -> list[MonitorAction]:
-    """The monitor's words on one batch after the other."""
-    return [monitor.check(vitals(first + place, loss)) for place, loss in enumerate(losses)]
+def check_all(monitor: LossMonitor, losses: Sequence[float], first: int = 0) -> list[MonitorAction]:
+    """Check consecutive batches, starting with index `first`."""
+    return [monitor.check(stats(batch, loss)) for batch, loss in enumerate(losses, start=first)]
 
 
-def noisy(n: int) -> list[float]:
-    """Losses that fall from 4, with noise whose standard deviation is 0.1."""
+def noisy_losses(n: int) -> list[float]:
+    """Return losses that decrease from 4 to 3, with noise of standard deviation 0.1."""
     noise = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return (4 - torch.arange(n) / n + 0.1 * noise).tolist()
 
 
-# ---------------------------------------------------------------- values that are not finite
+# ---------------------------------------------------------------- non-finite values
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(NAN, NAN), (2.0, INF), (-INF, 1.0), (INF, NAN)])
-def test_a_bad_step_is_told_with_its_values_and_samples(loss: float, norm: float) -> None:
+def test_skipped_step_reports_loss_norm_and_samples(loss: float, norm: float) -> None:
     monitor = LossMonitor(FaultsConfig())
-    verdicts(monitor, [3.0] * 811)
-    verdict = monitor.check(vitals(811, loss, norm))
-    assert verdict.told == (
-        f"Step 812: loss {loss:g}, gradient norm {norm:g}: update skipped on all ranks "
-        "(samples 12976 to 12991; 1 in a row, 1 in all)"
+    check_all(monitor, [3.0] * 811)
+    action = monitor.check(stats(811, loss, norm))
+    assert action.message == (
+        f"Step 812: skipped the update on all ranks: loss {loss:g}, gradient norm {norm:g} "
+        "(samples 12976 to 12991; 1 consecutive, 1 in total)"
     )
-    assert verdict.event == "skip" and verdict.fields is not None
-    assert verdict.fields["samples"] == [12976, 12992] and verdict.fields["batch"] == 811
-    assert verdict.rewind is None and verdict.abort is None
+    assert action.event == "skip" and action.fields is not None
+    assert action.fields["samples"] == [12976, 12992] and action.fields["batch"] == 811
+    assert json.dumps(action.fields)
+    assert action.rewind is None and action.abort is None
 
 
-@pytest.mark.parametrize("in_a_row", [1, 2, 3])
-def test_so_many_bad_steps_in_a_row_ask_for_a_rewind_past_all_of_them(in_a_row: int) -> None:
-    monitor = LossMonitor(FaultsConfig(max_consecutive_skips=in_a_row))
-    found = verdicts(monitor, [3.0, 3.0, *[NAN] * in_a_row])
-    assert [verdict.rewind for verdict in found] == [None] * (1 + in_a_row) + [(2, 2 + in_a_row)]
-    last = found[-1].told or ""
-    assert f"(samples 32 to {31 + 16 * in_a_row})" in last and "(rewind 1 of 3)" in last
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_max_consecutive_skips_triggers_a_rewind_excluding_all_of_them(limit: int) -> None:
+    monitor = LossMonitor(FaultsConfig(max_consecutive_skips=limit))
+    actions = check_all(monitor, [3.0, 3.0, *[NAN] * limit])
+    assert [action.rewind for action in actions] == [None] * (1 + limit) + [(2, 2 + limit)]
+    last = actions[-1].message or ""
+    assert f"(samples 32 to {31 + 16 * limit})" in last and "(rewind 1 of 3)" in last
 
 
-def test_a_good_step_ends_the_row() -> None:
+def test_finite_step_resets_the_count_of_consecutive_skips() -> None:
     monitor = LossMonitor(FaultsConfig(max_consecutive_skips=3))
-    found = verdicts(monitor, [NAN, NAN, 3.0, NAN, NAN, 3.0, NAN])
-    assert all(verdict.rewind is None for verdict in found)
-    assert "1 in a row, 5 in all" in (found[-1].told or "")
+    actions = check_all(monitor, [NAN, NAN, 3.0, NAN, NAN, 3.0, NAN])
+    assert all(action.rewind is None for action in actions)
+    assert "1 consecutive, 5 in total" in (actions[-1].message or "")
 
 
-def test_a_row_that_goes_through_skipped_batches_is_left_out_as_a_whole() -> None:
+def test_rewind_covers_batches_excluded_within_the_skipped_sequence() -> None:
     monitor = LossMonitor(FaultsConfig(max_consecutive_skips=2))
-    verdicts(monitor, [3.0, NAN])
-    assert monitor.check(vitals(9, NAN)).rewind == (1, 10)
+    check_all(monitor, [3.0, NAN])
+    assert monitor.check(stats(9, NAN)).rewind == (1, 10)
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 3])
-def test_after_the_last_rewind_the_run_ends(allowed: int) -> None:
+def test_run_aborts_after_the_last_allowed_rewind(allowed: int) -> None:
     monitor = LossMonitor(FaultsConfig(max_consecutive_skips=2, max_rewinds=allowed))
     for rewind in range(allowed):
         first = 10 * rewind
-        assert verdicts(monitor, [3.0, NAN, NAN], first)[-1].rewind == (first + 1, first + 3)
+        assert check_all(monitor, [3.0, NAN, NAN], first)[-1].rewind == (first + 1, first + 3)
         monitor.reset_after_rewind(None)
-    last = verdicts(monitor, [3.0, NAN, NAN], 100)[-1]
+    last = check_all(monitor, [3.0, NAN, NAN], 100)[-1]
     assert last.rewind is None and last.abort is not None
-    assert f"faults.max_rewinds ({allowed})" in last.abort
+    assert f"faults.max_rewinds={allowed} " in last.abort
     assert "(samples 1616 to 1647)" in last.abort and "optim.lr" in last.abort
 
 
 # ---------------------------------------------------------------- spikes
 
 
-def test_a_loss_far_above_the_others_is_a_spike_and_no_other_is() -> None:
-    """The noise is 0.1; the mean lags behind the slope of a nat in 400 steps by 0.25."""
-    losses = noisy(400)
+def test_only_a_loss_far_above_the_mean_is_a_spike() -> None:
+    """The noise is 0.1; the mean lags behind a slope of 1 nat in 400 steps by 0.25."""
+    losses = noisy_losses(400)
     losses[300] += 3.0
-    losses[350] -= 2.0  # lower is no spike
-    found = verdicts(LossMonitor(FaultsConfig(spike_threshold=8.0)), losses)
-    assert [place for place, verdict in enumerate(found) if verdict.told] == [300]
-    assert found[300].event == "spike" and found[300].rewind is None
-    assert (found[300].told or "").startswith(f"Step 301: loss {losses[300]:.4g} is ")
-    assert "(samples 4800 to 4815)" in (found[300].told or "")
+    losses[350] -= 2.0  # a lower loss is not a spike
+    actions = check_all(LossMonitor(FaultsConfig(spike_threshold=8.0)), losses)
+    assert [index for index, action in enumerate(actions) if action.message] == [300]
+    assert actions[300].event == "spike" and actions[300].rewind is None
+    assert (actions[300].message or "").startswith(f"Step 301: loss {losses[300]:.4g} is ")
+    assert "(samples 4800 to 4815)" in (actions[300].message or "")
 
 
-def test_deviations_are_those_of_the_losses_before() -> None:
-    """Against torch's own mean and standard deviation while all losses weigh the same."""
-    losses = noisy(60)
-    found = LossMonitor(FaultsConfig(spike_threshold=3.0))
-    verdicts(found, losses)
-    verdict = found.check(vitals(60, 9.0))
-    before = torch.tensor(losses, dtype=torch.float64)
-    expected = (9.0 - before.mean()) / before.std(correction=0)
-    assert verdict.fields is not None
-    assert verdict.fields["mean"] == pytest.approx(before.mean().item())
-    assert verdict.fields["deviations"] == pytest.approx(expected.item(), abs=0.01)
+def test_deviations_match_torch_mean_and_std_of_previous_losses() -> None:
+    """Holds while all losses still have the same weight."""
+    losses = noisy_losses(60)
+    monitor = LossMonitor(FaultsConfig(spike_threshold=3.0))
+    check_all(monitor, losses)
+    action = monitor.check(stats(60, 9.0))
+    previous = torch.tensor(losses, dtype=torch.float64)
+    expected = (9.0 - previous.mean()) / previous.std(correction=0)
+    assert action.fields is not None
+    assert action.fields["mean"] == pytest.approx(previous.mean().item())
+    assert action.fields["deviations"] == pytest.approx(expected.item(), abs=0.01)
 
 
-def test_there_is_no_spike_during_the_warm_up_and_none_without_a_threshold() -> None:
-    early = [*noisy(WARM_UP - 1), 100.0]
-    assert all(verdict.told is None for verdict in verdicts(LossMonitor(FaultsConfig()), early))
-    without = LossMonitor(FaultsConfig(spike_threshold=None))
-    assert all(v.told is None for v in verdicts(without, [*noisy(100), 100.0]))
+def test_no_spike_during_warmup_or_without_threshold() -> None:
+    early = [*noisy_losses(WARMUP_STEPS - 1), 100.0]
+    assert all(action.message is None for action in check_all(LossMonitor(FaultsConfig()), early))
+    monitor = LossMonitor(FaultsConfig(spike_threshold=None))
+    assert all(a.message is None for a in check_all(monitor, [*noisy_losses(100), 100.0]))
 
 
-def test_bad_losses_stay_out_of_the_mean() -> None:
-    clean, seen = LossMonitor(FaultsConfig()), LossMonitor(FaultsConfig())
-    verdicts(clean, noisy(50))
-    verdicts(seen, [*noisy(50), 100.0, NAN, 100.0])
-    for key in ("mean", "variance", "seen"):
-        assert seen.state_dict()[key] == clean.state_dict()[key]
+def test_bad_losses_are_excluded_from_the_running_mean() -> None:
+    clean, with_bad = LossMonitor(FaultsConfig()), LossMonitor(FaultsConfig())
+    check_all(clean, noisy_losses(50))
+    check_all(with_bad, [*noisy_losses(50), 100.0, NAN, 100.0])
+    for key in ("mean", "variance", "n_losses"):
+        assert with_bad.state_dict()[key] == clean.state_dict()[key]
 
 
-def test_spikes_that_stay_are_the_new_level() -> None:
+def test_persistent_spikes_become_the_new_baseline() -> None:
     monitor = LossMonitor(FaultsConfig())
-    found = verdicts(monitor, [*noisy(50), *[9.0] * (WARM_UP + 100)])
-    told = [place for place, verdict in enumerate(found) if verdict.told]
-    assert told == list(range(50, 50 + WARM_UP))
-    assert "the new level" in (found[told[-1]].told or "")
+    actions = check_all(monitor, [*noisy_losses(50), *[9.0] * (WARMUP_STEPS + 100)])
+    reported = [index for index, action in enumerate(actions) if action.message]
+    assert reported == list(range(50, 50 + WARMUP_STEPS))
+    assert "the new baseline" in (actions[reported[-1]].message or "")
     assert monitor.state_dict()["mean"] == 9.0
 
 
-def test_a_spike_is_rewound_where_asked_for_and_only_told_when_no_rewind_is_left() -> None:
+def test_rewind_on_spike_rewinds_until_max_rewinds_then_only_reports() -> None:
     monitor = LossMonitor(FaultsConfig(rewind_on_spike=True, max_rewinds=1))
-    verdicts(monitor, noisy(50))
-    before = monitor.state_dict()
-    verdict = monitor.check(vitals(50, 100.0))
-    assert verdict.rewind == (50, 51) and "(rewind 1 of 1)" in (verdict.told or "")
-    monitor.reset_after_rewind(before)
-    last = monitor.check(vitals(51, 100.0))
+    check_all(monitor, noisy_losses(50))
+    state = monitor.state_dict()
+    action = monitor.check(stats(50, 100.0))
+    assert action.rewind == (50, 51) and "(rewind 1 of 1)" in (action.message or "")
+    monitor.reset_after_rewind(state)
+    last = monitor.check(stats(51, 100.0))
     assert last.rewind is None and last.abort is None
-    assert "no rewind is left of faults.max_rewinds (1)" in (last.told or "")
+    assert "faults.max_rewinds=1 allows no further rewind" in (last.message or "")
 
 
-# ---------------------------------------------------------------- across stops
+# ---------------------------------------------------------------- across launches
 
 
-def test_a_stop_at_any_step_changes_no_verdict() -> None:
-    """What is remembered goes through JSON, as in a checkpoint."""
-    losses = [*noisy(30), 50.0, NAN, NAN, 3.0, NAN, *[9.0] * 25, NAN, NAN, NAN]
+def test_actions_are_the_same_if_the_run_stops_at_any_step() -> None:
+    """The state is saved as JSON, as in a checkpoint."""
+    losses = [*noisy_losses(30), 50.0, NAN, NAN, 3.0, NAN, *[9.0] * 25, NAN, NAN, NAN]
     config = FaultsConfig(max_rewinds=1)
-    expected = verdicts(LossMonitor(config), losses)
-    assert {v.event for v in expected} == {None, "skip", "spike"} and expected[-1].rewind
+    expected = check_all(LossMonitor(config), losses)
+    assert {a.event for a in expected} == {None, "skip", "spike"} and expected[-1].rewind
     for stop in range(len(losses)):
-        first = LossMonitor(config)
-        found = verdicts(first, losses[:stop])
-        memory = json.loads(json.dumps(first.state_dict(), allow_nan=False))
-        found += verdicts(LossMonitor(config, 0, memory), losses[stop:], stop)
-        assert [str(v) for v in found] == [str(v) for v in expected]
+        monitor = LossMonitor(config)
+        actions = check_all(monitor, losses[:stop])
+        state = json.loads(json.dumps(monitor.state_dict(), allow_nan=False))
+        actions += check_all(LossMonitor(config, 0, state), losses[stop:], stop)
+        assert [str(a) for a in actions] == [str(a) for a in expected]
 
 
-def test_rewinds_are_read_back_from_the_ledger_and_count(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    ledger.append("start", step=0)
+def test_state_of_checkpoints_of_0_1_is_loaded() -> None:
+    old = {
+        **{"skipped": 5, "in_a_row": 2, "row_batch": 7, "row_sample": 112},
+        **{"seen": 30, "mean": 2.5, "variance": 0.25, "spikes_in_a_row": 3},
+    }
+    assert LossMonitor(FaultsConfig(), state=old).state_dict() == {
+        **{"n_skipped": 5, "n_consecutive": 2, "first_batch": 7, "first_sample": 112},
+        **{"n_losses": 30, "mean": 2.5, "variance": 0.25, "n_consecutive_spikes": 3},
+    }
+    monitor = LossMonitor(FaultsConfig())
+    monitor.reset_after_rewind(old)
+    assert monitor.check(stats(9, NAN)).rewind == (7, 10)
+
+
+def test_rewinds_are_read_from_the_event_log_and_count(tmp_path: Path) -> None:
+    event_log = EventLog(tmp_path / "ledger.jsonl")
+    event_log.append("start", step=0)
     monitor = LossMonitor(FaultsConfig(max_consecutive_skips=1))
     for batch in (3, 7):
-        verdict = monitor.check(vitals(batch, NAN))
-        ledger.append(str(verdict.event), **(verdict.fields or {}))
-        ledger.append("rewind", skip=verdict.rewind, step=batch)
+        action = monitor.check(stats(batch, NAN))
+        event_log.append(str(action.event), **(action.fields or {}))
+        event_log.append("rewind", skip=action.rewind, step=batch)
         monitor.reset_after_rewind(None)
-    (tmp_path / "ledger.jsonl").open("ab").write(b'{"event": "rewind", "sk')  # torn by a kill
-    rewinds = rewinds_of(ledger.read())
+    (tmp_path / "ledger.jsonl").open("ab").write(b'{"event": "rewind", "sk')  # cut by a kill
+    rewinds = read_rewinds(event_log.read())
     assert rewinds == [(3, 4), (7, 8)]
-    again = LossMonitor(FaultsConfig(max_consecutive_skips=1, max_rewinds=2), len(rewinds))
-    assert again.check(vitals(20, NAN)).abort
+    resumed = LossMonitor(FaultsConfig(max_consecutive_skips=1, max_rewinds=2), len(rewinds))
+    assert resumed.check(stats(20, NAN)).abort
 
 
 @pytest.mark.parametrize(
@@ -200,44 +217,47 @@ def test_rewinds_are_read_back_from_the_ledger_and_count(tmp_path: Path) -> None
         ([[1, 9], (2, 3)], ((1, 9),)),
     ],
 )
-def test_a_union_holds_the_same_batches_once(ranges: Any, expected: Any) -> None:
-    assert union(ranges) == expected
-    numbers = {n for first, stop in ranges for n in range(first, stop)}
-    assert sorted(numbers) == [n for first, stop in union(ranges) for n in range(first, stop)]
+def test_merged_ranges_contain_each_batch_once(ranges: Any, expected: Any) -> None:
+    assert merge_ranges(ranges) == expected
+    batches = {n for first, stop in ranges for n in range(first, stop)}
+    assert sorted(batches) == [
+        n for first, stop in merge_ranges(ranges) for n in range(first, stop)
+    ]
 
 
-# ---------------------------------------------------------------- from the device
+# ---------------------------------------------------------------- reading from the device
 
 
 @pytest.mark.parametrize(
     "values", [(1.0, 2.0), (0.0, 3e38), (NAN, 1.0), (1.0, INF), (-INF, 1.0), (INF, -INF)]
 )
-def test_not_finite_is_what_python_says(values: tuple[float, float]) -> None:
+def test_not_finite_matches_math_isfinite(values: tuple[float, float]) -> None:
     found = not_finite(torch.tensor(values))
     assert found.dtype == torch.float32 and found.shape == ()
     assert found.item() == float(not all(map(math.isfinite, values)))
 
 
-def values_of(step: int, device: str) -> torch.Tensor:
-    return torch.tensor([float(step), 2.0 * step, 0, step % 2, 0], device=device)
+def scalars(step: int, device: str) -> torch.Tensor:
+    return torch.tensor([float(step), 2.0 * step, 0, step % 2, 0, 0, 0], device=device)
 
 
-def test_on_cpu_each_step_is_read_at_once() -> None:
+def test_cpu_statistics_are_read_immediately() -> None:
     reader = AsyncStatsReader("cpu")
     for step in range(1, 4):
-        (found,) = reader.read(step, step + 1, (10, 12), values_of(step, "cpu"))
-        assert found == StepStats(step, step + 1, (10, 12), step, 2 * step, (0, step % 2, 0))
+        (found,) = reader.read(step, step + 1, (10, 12), scalars(step, "cpu"))
+        requests = StepRequests(terminated=step % 2)
+        assert found == StepStats(step, step + 1, (10, 12), step, 2 * step, requests)
     assert reader.flush() == []
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_cuda_each_step_is_read_one_late_and_the_last_by_drain() -> None:
+def test_cuda_statistics_are_read_one_step_late_and_the_last_by_flush() -> None:
     reader = AsyncStatsReader("cuda")
-    found = [reader.read(step, step, (0, 1), values_of(step, "cuda")) for step in range(1, 5)]
+    found = [reader.read(step, step, (0, 1), scalars(step, "cuda")) for step in range(1, 5)]
     found.append(reader.flush())
-    assert [[v.step for v in each] for each in found] == [[], [1], [2], [3], [4]]
-    assert [v.loss for each in found for v in each] == [1.0, 2.0, 3.0, 4.0]
-    reader.read(5, 5, (0, 1), values_of(5, "cuda"))
+    assert [[s.step for s in each] for each in found] == [[], [1], [2], [3], [4]]
+    assert [s.loss for each in found for s in each] == [1.0, 2.0, 3.0, 4.0]
+    reader.read(5, 5, (0, 1), scalars(5, "cuda"))
     reader.clear()
     assert reader.flush() == []

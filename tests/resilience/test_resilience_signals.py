@@ -1,33 +1,34 @@
-"""A signal on any process, or a clock that runs out, becomes a request that all agree on."""
+"""A signal on any process, or an expired clock, becomes a request that all ranks agree on."""
 
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from dataclasses import astuple, fields
 
 import pytest
 
-from resilience import signals as requests
+from parallel.step_scalars import NO_REQUESTS, StepRequests
+from resilience import signals
 from resilience.exit_codes import ExitCode
-from resilience.signals import SIGNALS, Requests, agreed
+from resilience.signals import SIGNALS, Requests, agree
 
-DEADLINE = 60  # seconds for what takes a fraction of one
+TIMEOUT_SECONDS = 60  # for what takes a fraction of a second
 
 PROGRAM = """
 import os, sys
-from resilience.signals import Requests, agreed
-asked = Requests()
-asked.catch_signals(early=lambda code: os._exit(code))
-{then}
+from resilience.signals import Requests, agree
+requests = Requests()
+requests.catch_signals(on_early_signal=lambda code: os._exit(code))
+{body}
 """
-TRAINS = """
-asked.begin()
+TRAINING = """
+requests.start_training()
 print("ready", flush=True)
 for line in sys.stdin:
-    print(agreed(asked.values()).stop, flush=True)
+    print(agree(requests.current()).stop, flush=True)
 """
-# The second lock of the same mutex: the C library waits for ever, whatever signal comes.
-STANDS_STILL = """
+# Locking the same mutex twice blocks forever in C, whatever signal arrives.
+BLOCKED = """
 import ctypes
 mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
 print("ready", flush=True)
@@ -36,10 +37,10 @@ library.pthread_mutex_lock(mutex)
 """
 
 
-def start(then: str) -> "subprocess.Popen[str]":
-    """A process that catches signals, ready for them."""
+def start(body: str) -> "subprocess.Popen[str]":
+    """Start a process that catches signals, and wait until it is ready."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(then=then)],
+        [sys.executable, "-c", PROGRAM.format(body=body)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -52,31 +53,30 @@ def start(then: str) -> "subprocess.Popen[str]":
 def test_signal_while_training_is_a_request_and_a_second_one_changes_nothing(
     number: signal.Signals,
 ) -> None:
-    process = start(TRAINS)
+    process = start(TRAINING)
     assert process.stdin is not None and process.stdout is not None
-    told = ""
     for _ in range(2):
         process.send_signal(number)
-        told = ""
-        while told != str(int(SIGNALS[number])):  # the test's time limit ends a vain wait
+        line = ""
+        while line != str(int(SIGNALS[number])):  # ended by the test's timeout if it never comes
             print(file=process.stdin, flush=True)
-            told = process.stdout.readline().strip()
-            assert told in ("None", str(int(SIGNALS[number])))
+            line = process.stdout.readline().strip()
+            assert line in ("None", str(int(SIGNALS[number])))
     process.stdin.close()
-    assert process.wait(DEADLINE) == 0
+    assert process.wait(TIMEOUT_SECONDS) == 0
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_signal_before_training_is_answered_even_by_a_process_that_stands_still(
+def test_signal_before_training_is_handled_while_the_main_thread_is_blocked(
     number: signal.Signals,
 ) -> None:
-    process = start(STANDS_STILL)
+    process = start(BLOCKED)
     process.send_signal(number)
-    assert process.wait(DEADLINE) == SIGNALS[number]
+    assert process.wait(TIMEOUT_SECONDS) == SIGNALS[number]
 
 
 class Clock:
-    """Time that the test makes."""
+    """Time controlled by the test."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -88,64 +88,74 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(requests, "time", clock)
+    monkeypatch.setattr(signals, "time", clock)
     return clock
 
 
-def summed(*values: Sequence[float]) -> list[float]:
-    """What one reduction over the processes makes of their values."""
-    return [sum(column) for column in zip(*values, strict=True)]
+def all_reduce(*requests: StepRequests) -> StepRequests:
+    """Sum the requests of several ranks."""
+    return StepRequests(*(sum(values) for values in zip(*map(astuple, requests), strict=True)))
 
 
-def test_request_of_one_rank_is_the_request_of_all_and_the_gravest_is_told() -> None:
-    quiet, user, terminal = Requests(), Requests(), Requests()
-    assert agreed(summed(quiet.values(), quiet.values())) == (None, False)
-    user.ask(ExitCode.STOPPED)
-    assert agreed(summed(quiet.values(), user.values(), quiet.values())).stop == ExitCode.STOPPED
-    terminal.ask(ExitCode.INTERRUPTED)
-    everybody = summed(user.values(), terminal.values(), terminal.values())
-    assert agreed(everybody).stop == ExitCode.INTERRUPTED
+def test_request_of_one_rank_applies_to_all_and_the_first_reason_counts() -> None:
+    idle, with_user, with_terminal = Requests(), Requests(), Requests()
+    assert agree(all_reduce(idle.current(), idle.current())) == (None, False)
+    with_user.request_stop(ExitCode.STOPPED)
+    summed = all_reduce(idle.current(), with_user.current(), idle.current())
+    assert agree(summed).stop == ExitCode.STOPPED
+    with_terminal.request_stop(ExitCode.INTERRUPTED)
+    summed = all_reduce(with_user.current(), with_terminal.current(), with_terminal.current())
+    assert agree(summed).stop == ExitCode.INTERRUPTED
 
 
-def test_run_stops_while_two_steps_and_two_checkpoints_still_fit_before_the_limit(
-    clock: Clock,
-) -> None:
-    asked = Requests(time_left=3600)
+def test_every_reason_to_stop_has_an_exit_code() -> None:
+    for field in fields(StepRequests):
+        stop, save = agree(StepRequests(**{field.name: 2}))
+        if field.name == "save":
+            assert (stop, save) == (None, True)
+        else:
+            assert (stop, save) == (ExitCode[field.name.upper()], False)
+    assert {code.name.lower() for code in SIGNALS.values()} < {f.name for f in fields(StepRequests)}
+
+
+def test_run_stops_while_two_steps_and_two_checkpoints_fit_before_the_limit(clock: Clock) -> None:
+    requests = Requests(time_left_seconds=3600)
     for seconds in (0, 4, 10, 3):
         clock.now += seconds
-        assert agreed(asked.values()).stop is None
-    asked.note_save(100)
-    needed = requests.MARGIN_SECONDS + 2 * 10 + 2 * 100
+        assert agree(requests.current()).stop is None
+    requests.record_save(100)
+    needed = signals.MARGIN_SECONDS + 2 * 10 + 2 * 100
     while (left := 1000 + 3600 - clock.now) >= needed:
-        assert agreed(asked.values()).stop is None
+        assert agree(requests.current()).stop is None
         clock.now += 10
-    assert left < needed and agreed(asked.values()).stop == ExitCode.STOPPED
+    assert left < needed and agree(requests.current()).stop == ExitCode.STOPPED
 
 
-def test_the_earlier_of_two_limits_counts(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "STARTED", clock.now - 600)
-    own, scheduler = Requests(time_limit=15, time_left=3600), Requests(time_limit=90, time_left=300)
+def test_earlier_of_two_limits_counts(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "START_TIME", clock.now - 600)
+    own = Requests(time_limit_minutes=15, time_left_seconds=3600)
+    scheduler = Requests(time_limit_minutes=90, time_left_seconds=300)
     clock.now += 299
-    assert agreed(own.values()).stop == agreed(scheduler.values()).stop == ExitCode.STOPPED
+    assert agree(own.current()).stop == agree(scheduler.current()).stop == ExitCode.STOPPED
 
 
-def test_short_limit_is_spent_on_training_for_the_most_part(clock: Clock) -> None:
-    asked = Requests(time_left=20)
+def test_short_limit_is_spent_mostly_on_training(clock: Clock) -> None:
+    requests = Requests(time_left_seconds=20)
     clock.now += 17
-    assert agreed(asked.values()).stop is None
+    assert agree(requests.current()).stop is None
     clock.now += 2
-    assert agreed(asked.values()).stop == ExitCode.STOPPED
+    assert agree(requests.current()).stop == ExitCode.STOPPED
 
 
-def test_clock_asks_for_a_checkpoint_once_each_interval(clock: Clock) -> None:
-    asked = Requests(save_minutes=1)
-    told = []
+def test_save_is_requested_once_per_interval(clock: Clock) -> None:
+    requests = Requests(save_minutes=1)
+    saves = []
     for _ in range(20):
         clock.now += 10
-        told.append(agreed(asked.values()).save)
-    assert [place for place, save in enumerate(told, start=1) if save] == [6, 12, 18]
+        saves.append(agree(requests.current()).save)
+    assert [call for call, save in enumerate(saves, start=1) if save] == [6, 12, 18]
 
 
-def test_a_quiet_process_asks_for_nothing() -> None:
-    assert tuple(Requests().values()) == requests.QUIET
-    assert agreed(requests.QUIET) == (None, False)
+def test_idle_process_requests_nothing() -> None:
+    assert Requests().current() == NO_REQUESTS
+    assert agree(NO_REQUESTS) == (None, False)

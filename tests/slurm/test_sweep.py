@@ -169,7 +169,7 @@ def test_run_that_its_folder_refuses_is_refused_before_the_others_are_submitted(
         sweep, capsys, *TINY, "run.seed=0,1", f"run.dir={tmp_path}/${{run.name}}"
     )
     assert (code, out) == (1, "")
-    assert "tells of saved checkpoints" in err and "(in seed_1)" in err
+    assert "records saved checkpoints" in err and "(in seed_1)" in err
 
 
 # ---------------------------------------------------------------- on a real SLURM

@@ -35,3 +35,19 @@ def test_read_resets_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     with clock.step():
         fake.now += 2
     assert clock.read() == (1, 2.0, 0.0)
+
+
+def test_steps_and_stalls_are_summed_separately(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, clock = FakeTime(monkeypatch), Clock()
+    for _ in range(2):
+        with clock.step():
+            fake.now += 1.0
+        with clock.stall():
+            fake.now += 2.0
+        fake.now += 4.0
+        clock.read()
+    assert clock.spent() == {
+        "elapsed_seconds": 14.0,
+        "productive_seconds": 2.0,
+        "stalled_seconds": 4.0,
+    }

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from resilience.event_log import Ledger, read_json_lines
+from resilience.event_log import EventLog, read_json_lines
 from training import metrics, wandb_logger
 from training.metrics import METRICS, MetricsLog
 from training.wandb_logger import wandb_errors
@@ -191,7 +191,7 @@ def test_temporarily_full_disk_loses_no_record(
 ) -> None:
     monkeypatch.setattr(metrics, "TENSORBOARD_RETRY_SECONDS", 0)
     log, warnings = open_log(small_disk / "run", tensorboard=True)
-    ledger = Ledger(small_disk / "run" / "ledger.jsonl", warnings.append)
+    ledger = EventLog(small_disk / "run" / "ledger.jsonl", warnings.append)
     log.write(record(1))
     ballast = small_disk / "ballast"
     with pytest.raises(OSError), ballast.open("wb", buffering=0) as file:

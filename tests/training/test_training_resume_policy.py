@@ -17,6 +17,7 @@ from resilience.run_folder import RunFolder, RunFolderError
 from training.config import JobConfig
 from training.config_validation import plain
 from training.resume_policy import Changes, compare, policy_of, with_defaults
+from training.run_folder_check import check_run_folder
 
 SAMPLES = 128  # taken by the newest checkpoint of `folder`: whole batches of the default size
 
@@ -35,7 +36,7 @@ def refused(folder: RunFolder, config: dict[str, Any]) -> str:
     """What a start is told, after a check that nothing was written."""
     before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
     with pytest.raises(RunFolderError) as error:
-        folder.check(config)
+        check_run_folder(folder, config)
     assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
     return str(error.value)
 
@@ -117,7 +118,7 @@ REQUESTS = ("run.resume", "run.allow_changes")  # another value asks for somethi
 )
 def test_a_free_key_changes_and_is_told(folder: RunFolder, key: str) -> None:
     difference = {key: [value_at(CONFIG, key), other(key)]}
-    assert folder.check(changed(key, other(key))) == Changes(free=difference)
+    assert check_run_folder(folder, changed(key, other(key))) == Changes(free=difference)
 
 
 @pytest.mark.parametrize("key", [key for key in leaves(CONFIG) if change(key) == "forbidden"])
@@ -149,11 +150,11 @@ def test_what_a_key_asks_for_when_typed_as_told_lets_it_change_once_and_for_all(
     difference = [value_at(CONFIG, key), other(key)]
     assert f"  {key}: {difference[0]!r} -> {difference[1]!r} (decides " in message
     allowed = changed("run.allow_changes", as_typed(message, "run.allow_changes"), of=config)
-    changes = folder.check(allowed)
+    changes = check_run_folder(folder, allowed)
     assert changes.allowed == {key: difference} and set(changes.free) == {"run.allow_changes"}
     folder.write_config(allowed)  # as a start does, before it trains
-    assert folder.check(allowed) == Changes()  # requeued
-    assert set(folder.check(config).free) == {"run.allow_changes"}
+    assert check_run_folder(folder, allowed) == Changes()  # requeued
+    assert set(check_run_folder(folder, config).free) == {"run.allow_changes"}
 
 
 # ---------------------------------------------------------------- many changes at once
@@ -183,8 +184,10 @@ def test_every_difference_is_told_at_once_by_its_terms(folder: RunFolder) -> Non
         *("model.dim", CONFIG["model"]["dim"], "run.seed", 0, "run.allow_changes", names), of=config
     )
     allowed = {"train.max_grad_norm", "optim.eps", "data.document_mask"}
-    assert set(folder.check(config).allowed) == allowed
-    assert len(folder.check(config).rows()) == len(allowed) + len(("lr", "allow_changes"))
+    assert set(check_run_folder(folder, config).allowed) == allowed
+    assert len(check_run_folder(folder, config).rows()) == len(allowed) + len(
+        ("lr", "allow_changes")
+    )
 
 
 def test_another_set_of_sources_is_refused(folder: RunFolder) -> None:
@@ -195,7 +198,7 @@ def test_another_set_of_sources_is_refused(folder: RunFolder) -> None:
 def test_what_a_key_is_a_part_of_can_be_allowed(folder: RunFolder) -> None:
     factor = "model.rope_scaling.factor"
     config = changed(factor, 8.0, "run.allow_changes", ["model.rope_scaling"])
-    assert set(folder.check(config).allowed) == {factor}
+    assert set(check_run_folder(folder, config).allowed) == {factor}
 
 
 @pytest.mark.parametrize(
@@ -243,7 +246,7 @@ def test_stages_may_change_where_no_sample_has_been_taken(
 ) -> None:
     folder.write_config(changed("data.stages", before))
     if allowed:
-        changes = folder.check(changed("data.stages", now))
+        changes = check_run_folder(folder, changed("data.stages", now))
         assert changes == Changes(free={"data.stages": [before, now]})
     else:
         assert "data.stages: " in refused(folder, changed("data.stages", now))
@@ -257,7 +260,7 @@ def test_sizes_and_weights_may_change_by_the_stage_that_is_told(folder: RunFolde
     [stage] = as_typed(message, "data.stages")
     wanted = {"seq_len": 128, "global_batch_size": 4, "weights": {"stdlib": 2.0}}
     assert stage == {"from_sample": SAMPLES, "micro_batch_size": None, **wanted}
-    assert folder.check(changed("data.stages", [stage])).forbidden == {}
+    assert check_run_folder(folder, changed("data.stages", [stage])).forbidden == {}
     # Beside stages that there are, only a person can place it.
     config = changed("data.stages", [{"from_sample": 500, "seq_len": 64}], of=config)
     assert f"{{from_sample:{SAMPLES},global_batch_size:4," in refused(folder, config)
@@ -315,11 +318,13 @@ def test_a_key_that_is_gone_asks_once_unless_it_was_off(folder: RunFolder) -> No
     folder.write_config(changed("optim.nesterov", True, "optim.ema", None, "log.comet", "project"))
     assert "optim.nesterov: True -> None (decides something" in refused(folder, CONFIG)
     allowed = changed("run.allow_changes", ["optim.nesterov"])
-    changes = folder.check(allowed)
+    changes = check_run_folder(folder, allowed)
     assert changes.allowed == {"optim.nesterov": [True, None]}
     assert set(changes.free) == {"log.comet", "run.allow_changes"}
     folder.write_config(allowed)
-    assert folder.check(allowed) == Changes()  # requeued, where no file holds the key any more
+    assert (
+        check_run_folder(folder, allowed) == Changes()
+    )  # requeued, where no file holds the key any more
 
 
 def test_where_the_configuration_is_lost_that_of_the_newest_checkpoint_counts(
@@ -330,7 +335,7 @@ def test_where_the_configuration_is_lost_that_of_the_newest_checkpoint_counts(
     commit(folder, 80)
     (folder.step_folder(80) / "manifest.json").write_text("{")
     assert "run.seed: 3 -> 0" in refused(folder, CONFIG)
-    assert folder.check(changed("run.seed", 3)) == Changes()
+    assert check_run_folder(folder, changed("run.seed", 3)) == Changes()
 
 
 # ---------------------------------------------------------------- another run's checkpoint
@@ -354,10 +359,10 @@ def test_a_beginning_asks_only_what_the_tensors_and_the_place_mean(
     checkpoint = str(folder.step_folder(60))
     config = changed("run.resume", checkpoint, key, other(key))
     if not policy.on_load:
-        assert new.check(config).free[key] == [value_at(CONFIG, key), other(key)]
+        assert check_run_folder(new, config).free[key] == [value_at(CONFIG, key), other(key)]
         return
     message = refused(new, config)
-    assert message.startswith(f"run.resume ({checkpoint}) does not fit")
+    assert message.startswith(f"run.resume={checkpoint} does not match")
     difference = f"{value_at(CONFIG, key)!r} -> {other(key)!r}"
     assert f"  {key}: {difference} (decides {policy.decides})" in message
 
@@ -368,28 +373,28 @@ def test_a_beginning_takes_other_sizes_from_its_first_sample_on(
     config = changed("run.resume", str(folder.step_folder(60)), "train.global_batch_size", 4)
     stages = as_typed(refused(new, config), "data.stages")
     config["train"], config["data"]["stages"] = CONFIG["train"], stages
-    assert new.check(config).free["data.stages"] == [None, stages]
+    assert check_run_folder(new, config).free["data.stages"] == [None, stages]
 
 
 def test_the_command_that_began_a_run_goes_on_with_it(folder: RunFolder, new: RunFolder) -> None:
     """A job that is requeued gives the same command again."""
     checkpoint = folder.step_folder(5)
     config = changed("run.resume", str(checkpoint), "run.seed", 7)
-    new.check(config)
+    check_run_folder(new, config)
     new.write_config(config)
-    assert new.resume_from(str(checkpoint)) == str(checkpoint)  # killed before its first save
-    new.check(config)
+    assert new.resume_source(str(checkpoint)) == str(checkpoint)  # killed before its first save
+    check_run_folder(new, config)
     commit(new, 10, config)
-    assert new.resume_from(str(checkpoint)) == "auto"
-    assert new.check(config) == Changes()
+    assert new.resume_source(str(checkpoint)) == "auto"
+    assert check_run_folder(new, config) == Changes()
     assert "run.seed: 7 -> 8" in refused(new, changed("run.seed", 8, of=config))
     # Another checkpoint than the one that it began with is not taken for it.
     further = changed("run.resume", str(commit(folder, 7)), of=config)
-    assert "lies before step 10" in refused(new, further)
+    assert "is before step 10" in refused(new, further)
     # One that lies ahead is taken, as it was asked for.
     ahead = str(folder.step_folder(60))
     new.write_config(changed("run.resume", ahead, of=config))
-    assert new.resume_from(ahead) == ahead
+    assert new.resume_source(ahead) == ahead
 
 
 @pytest.mark.parametrize(
@@ -406,11 +411,11 @@ def test_a_damaged_manifest_is_told(folder: RunFolder, new: RunFolder, manifest:
     (checkpoint / "manifest.json").write_text(manifest)
     message = refused(new, changed("run.resume", str(checkpoint)))
     assert lines(message) == [message]
-    assert f"run.resume ({checkpoint}) is damaged" in message and "another checkpoint" in message
+    assert f"run.resume={checkpoint} is damaged" in message and "another checkpoint" in message
 
 
 def test_what_is_recorded_is_json(folder: RunFolder) -> None:
     config = changed("optim.betas", [0.8, 0.9], "run.allow_changes", ["optim.betas"])
-    changes = folder.check(config)
+    changes = check_run_folder(folder, config)
     for recorded in (changes.free, changes.allowed):
         assert json.loads(json.dumps(recorded)) == recorded

@@ -1,0 +1,219 @@
+"""The commit protocol of a checkpoint, one function per phase.
+
+A save that fails on any rank fails on all ranks, is never committed, and deletes only its own
+hidden folder. `checkpoint.saver` runs the protocol in the background.
+"""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict
+
+from checkpoint import retention
+from checkpoint.files import (
+    ALGORITHM,
+    ALGORITHMS,
+    FORMAT_VERSION,
+    Fingerprint,
+    HashedFiles,
+    write_synced,
+)
+from checkpoint.host_copy import State
+from data.files import sync_folder
+from resilience.run_folder import COMMITTED, MANIFEST, RunFolder
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be saved; the message names the ranks and reasons."""
+
+
+def write_checkpoint(
+    folder: RunFolder,
+    state: State,
+    position: dict[str, Any],
+    config: dict[str, Any],
+    group: dist.ProcessGroup | None,
+    report: Callable[[str], None],
+    extra_files: Mapping[str, bytes] | None = None,
+) -> int:
+    """Write and commit a checkpoint; all ranks call it.
+
+    Args:
+        state: Tensors by name, from `tensors_of` or a copy of them.
+        position: `Position` as a dictionary, with the stream shards of this rank.
+        config: Resolved configuration of the run.
+        report: Called on rank 0 with a message for each leftover that cannot be deleted.
+        extra_files: Small files saved with the checkpoint, by name.
+
+    Returns:
+        Bytes written by all ranks; 0 if the step was committed already.
+
+    Raises:
+        SaveFailed: On every rank; there is no new checkpoint.
+    """
+    fresh = on_rank_0(lambda: make_folder(folder, position["step"], report), _save_failed, group)
+    if fresh is None:
+        return 0
+    try:
+        written = write_shards(state, fresh, group)
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, (written, position["stream_shards"]), group=group)
+        files = {name: entry for part, _ in gathered for name, entry in part.items()}
+        stream_shards = {key: value for _, part in gathered for key, value in (part or {}).items()}
+
+        def complete() -> None:
+            files.update(write_extra_files(fresh, extra_files or {}))
+            complete_position = position | {"stream_shards": stream_shards or None}
+            write_manifest(fresh, files, complete_position, config)
+            commit(fresh)
+            publish(fresh, folder.step_folder(position["step"]))
+
+        on_rank_0(complete, _save_failed, group)
+    except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
+        if dist.get_rank() == 0:
+            retention.delete(fresh)  # if that fails, the next save deletes it
+        if isinstance(error, SaveFailed):
+            raise
+        message = one_line(error)
+        if not isinstance(error, CheckpointException):
+            message = f"rank {dist.get_rank()}: {message}"
+        raise SaveFailed(message) from error
+    return sum(int(entry["bytes"]) for entry in files.values())
+
+
+# ---------------------------------------------------------------- phases, in order
+
+
+def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> State:
+    """Return sharded tensors by name for DCP; missing optimizer state is initialized."""
+    if optimizer is None:
+        return {"model": dict(get_state_dict(model, ())[0])}
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": dict(model_state), "optimizer": dict(optimizer_state)}
+
+
+def make_folder(folder: RunFolder, step: int, report: Callable[[str], None]) -> Path | None:
+    """Create a hidden folder to write in, on rank 0; None if the step is committed already."""
+    checkpoints, target = folder.checkpoints, folder.step_folder(step)
+    if (target / COMMITTED).exists():
+        return None
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for error in retention.remove_leftovers(checkpoints):
+        report(error)
+    fresh = checkpoints / f".{target.name}-{uuid.uuid4().hex[:8]}"
+    fresh.mkdir()
+    return fresh
+
+
+def write_shards(
+    state: State, fresh: Path, group: dist.ProcessGroup | None
+) -> dict[str, Fingerprint]:
+    """Write and fsync the tensors of all ranks; return the fingerprints of this rank's files.
+
+    A single process uses no collective: for more than 32,768 elements, gloo's thread copies with an
+    OpenMP team that persists, and libgomp stops spinning in all teams when there are more threads
+    than cores. Each later step of the default run took 1.3 times as long.
+    """
+    writer = dcp.FileSystemWriter(fresh, sync_files=True, overwrite=False)
+    writer.fs = files = HashedFiles()
+    dcp.save(state, storage_writer=writer, process_group=group, no_dist=is_single_process(group))
+    return files.written
+
+
+def is_single_process(group: dist.ProcessGroup | None = None) -> bool:
+    """Return whether the group (default: all processes) has one process."""
+    return dist.get_world_size(group) == 1
+
+
+def write_extra_files(fresh: Path, files: Mapping[str, bytes]) -> dict[str, Fingerprint]:
+    """Write small files next to the shards and return their fingerprints, on rank 0."""
+    fingerprints: dict[str, Fingerprint] = {}
+    for name, content in files.items():
+        write_synced(fresh / name, content)
+        file_hash = ALGORITHMS[ALGORITHM](content).hexdigest()
+        fingerprints[name] = {"bytes": len(content), "hash": file_hash}
+    return fingerprints
+
+
+def write_manifest(
+    fresh: Path,
+    files: dict[str, Fingerprint],
+    position: dict[str, Any],
+    config: dict[str, Any],
+) -> None:
+    """Write the manifest, on rank 0: files with hashes, position and configuration."""
+    values = {
+        "format_version": FORMAT_VERSION,
+        "position": position,
+        "algorithm": ALGORITHM,
+        "files": files,
+        "config": config,
+    }
+    write_synced(fresh / MANIFEST, json.dumps(values, indent=1).encode())
+
+
+def commit(fresh: Path) -> None:
+    """Write `COMMITTED` with the SHA-256 of the manifest, on rank 0."""
+    digest = hashlib.sha256((fresh / MANIFEST).read_bytes()).hexdigest()
+    write_synced(fresh / COMMITTED, digest.encode())
+    sync_folder(fresh)
+
+
+def publish(fresh: Path, target: Path) -> None:
+    """Rename the hidden folder to its final name, on rank 0."""
+    if target.exists():  # its deletion was interrupted after COMMITTED was removed
+        target.rename(fresh.with_name(f"{fresh.name}.old"))  # deleted by the next save
+    fresh.rename(target)
+    try:
+        sync_folder(target.parent)
+    except OSError:
+        retention.uncommit(target)
+        raise
+
+
+# ---------------------------------------------------------------- across ranks
+
+
+def on_rank_0(
+    action: Callable[[], Any],
+    wrap: Callable[[Exception], Exception],
+    group: dist.ProcessGroup | None = None,
+    catch: tuple[type[Exception], ...] = (Exception,),
+) -> Any:
+    """Run `action` on rank 0; every rank returns its result or raises its wrapped error.
+
+    Args:
+        wrap: Converts an exception of `action` to the one that all ranks raise.
+        catch: Exceptions to propagate to all ranks.
+    """
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = action()
+        except catch as error:
+            answer[1] = wrap(error)
+    dist.broadcast_object_list(answer, group=group)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def _save_failed(error: Exception) -> SaveFailed:
+    return SaveFailed(f"rank 0: {one_line(error)}")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error, of each rank where it occurred, in one line without tracebacks."""
+    if isinstance(error, CheckpointException):
+        failures = sorted(error.failures.items())
+        return "; ".join(f"rank {rank}: {one_line(cause)}" for rank, (cause, _) in failures)
+    text = " ".join(str(error).split())
+    return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"

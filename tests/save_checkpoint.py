@@ -1,0 +1,25 @@
+"""Save a checkpoint in tests, without the background thread of `checkpoint.saver`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from checkpoint.position import Position
+from checkpoint.writer import tensors_of, write_checkpoint
+from resilience.run_folder import RunFolder
+
+
+def save(
+    folder: RunFolder,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    position: Position,
+    config: dict[str, Any],
+) -> Path:
+    """Save a checkpoint on all ranks and return its folder."""
+    values, state = dataclasses.asdict(position), tensors_of(model, optimizer)
+    write_checkpoint(folder, state, values, config, dist.group.WORLD, lambda error: None)
+    return folder.step_folder(position.step)

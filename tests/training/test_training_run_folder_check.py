@@ -1,0 +1,98 @@
+"""Starting or resuming a run in its folder is checked before anything is launched or written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_config import CONFIG, changed, commit
+
+from resilience.run_folder import COMMITTED, RunFolder, RunFolderError
+from training.resume_policy import Changes
+from training.run_folder_check import check_run_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """A run with its configuration and two checkpoints."""
+    folder = RunFolder(tmp_path / "run")
+    folder.write_config(CONFIG)
+    for step in (5, 40):
+        commit(folder, step)
+    return folder
+
+
+def content(folder: RunFolder) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+
+
+def test_same_configuration_resumes_without_writing(folder: RunFolder) -> None:
+    """Also covers reading back the configuration: careless YAML 1.1 turns 1e-8 into a string."""
+    before = content(folder)
+    assert check_run_folder(folder, CONFIG) == Changes()
+    assert content(folder) == before
+
+
+def test_first_launch_writes_nothing(tmp_path: Path) -> None:
+    assert check_run_folder(RunFolder(tmp_path / "new"), CONFIG) == Changes()
+    assert not (tmp_path / "new").exists()
+
+
+def test_everything_may_change_before_the_first_checkpoint(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_config(CONFIG)
+    old = CONFIG["model"]["dim"]
+    changes = check_run_folder(folder, changed("model.dim", 1))
+    assert changes == Changes(free={"model.dim": [old, 1]})
+
+
+def resuming(resume: str) -> dict[str, Any]:
+    return changed("run.resume", resume)
+
+
+def test_resume_never_is_rejected_if_checkpoints_exist(folder: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"run\.resume=never"):
+        check_run_folder(folder, resuming("never"))
+    check_run_folder(RunFolder(tmp_path / "new"), resuming("never"))
+
+
+def test_resume_path_must_be_a_committed_checkpoint(folder: RunFolder, tmp_path: Path) -> None:
+    new = RunFolder(tmp_path / "new")
+    check_run_folder(new, resuming(str(folder.step_folder(5))))
+    (folder.step_folder(5) / COMMITTED).unlink()
+    for path in (folder.step_folder(5), tmp_path / "nowhere"):
+        with pytest.raises(RunFolderError, match="is not a committed checkpoint"):
+            check_run_folder(new, resuming(str(path)))
+
+
+def test_renamed_checkpoint_can_be_resumed(folder: RunFolder, tmp_path: Path) -> None:
+    best = folder.step_folder(5).rename(tmp_path / "best")
+    check_run_folder(RunFolder(tmp_path / "new"), resuming(str(best)))
+    (best / "manifest.json").write_text("{")
+    with pytest.raises(RunFolderError, match=r"manifest\.json"):
+        check_run_folder(RunFolder(tmp_path / "new"), resuming(str(best)))
+
+
+def test_resume_path_before_the_newest_checkpoint_is_rejected(folder: RunFolder) -> None:
+    """The checkpoints of later steps would be overwritten."""
+    with pytest.raises(RunFolderError, match=r"before step 40.*run\.resume=auto to resume"):
+        check_run_folder(folder, resuming(str(folder.step_folder(5))))
+    check_run_folder(folder, resuming(str(folder.step_folder(40))))
+
+
+def test_missing_checkpoints_that_were_saved_are_an_error(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_config(CONFIG)
+    folder.event_log.write_text('{"event": "start", "step": 0}\n{"event": "sa')
+    check_run_folder(folder, CONFIG)  # killed before the first save
+    folder.event_log.write_text(
+        '{"event": "start", "step": 0}\ntorn{\n{"event": "save", "step": 5}\n'
+    )
+    with pytest.raises(RunFolderError, match=r"ledger\.jsonl records saved checkpoints"):
+        check_run_folder(folder, CONFIG)
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "", "a: b: c"])
+def test_unreadable_configuration_is_an_error(folder: RunFolder, text: str) -> None:
+    folder.config.write_text(text)
+    with pytest.raises(RunFolderError, match=r"config\.yaml cannot be read"):
+        check_run_folder(folder, CONFIG)

@@ -1,0 +1,125 @@
+"""Check before launch whether a configuration may start or resume a run in its folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from resilience.event_log import read_json_lines
+from resilience.run_folder import COMMITTED, RunFolder, RunFolderError, read_manifest
+from training.resume_policy import (
+    Changes,
+    changes_error,
+    compare,
+    compare_on_load,
+    differences,
+    load_error,
+    override_errors,
+)
+
+AddDefaults = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def check_run_folder(
+    folder: RunFolder, config: dict[str, Any], add_defaults: AddDefaults = lambda config: config
+) -> Changes:
+    """Check a configuration against the previous launch; reads names and small files only.
+
+    Args:
+        config: Resolved configuration, as plain dictionaries.
+        add_defaults: Adds the keys that the configuration of an older version lacks.
+
+    Returns:
+        Changes since the previous launch or, if the run starts from another run's checkpoint, since
+        that one was saved.
+
+    Raises:
+        RunFolderError: A change is not allowed, `run.resume=never` although the folder has
+            checkpoints, or saved checkpoints are missing.
+    """
+    steps = folder.committed_steps()
+    newest = folder.newest_manifest()
+    previous = folder.read_config() or (newest and newest["config"])
+    previous = add_defaults(previous) if previous else {}
+    if errors := override_errors(previous, config):
+        raise RunFolderError("\n".join(errors))
+    changes = _check_changes(folder, previous, config, steps)
+    resume = folder.resume_source(config["run"]["resume"])
+    if resume == "never" and steps:
+        raise RunFolderError(
+            f"run.resume=never, but {folder.checkpoints} has checkpoints, which are never "
+            "overwritten; use run.resume=auto to resume, or another run.name"
+        )
+    if resume not in ("auto", "never"):
+        start_changes = _check_checkpoint(folder, Path(resume), steps, config, add_defaults)
+        changes = changes if steps else start_changes
+    if resume == "auto" and not steps and _has_saved(folder):
+        raise RunFolderError(
+            f"{folder.event_log} records saved checkpoints, but {folder.checkpoints} has none; "
+            "restore them to resume, or use another run.name to start from scratch"
+        )
+    return changes
+
+
+def _check_changes(
+    folder: RunFolder, previous: dict[str, Any], config: dict[str, Any], steps: list[int]
+) -> Changes:
+    """Return the changes since the previous launch; all are free before the first checkpoint."""
+    if not previous:
+        return Changes()
+    if not steps:
+        return Changes(free=differences(previous, config))
+    samples = (folder.newest_position() or {"samples": 0})["samples"]
+    changes = compare(previous, config, samples)
+    if error := changes_error(changes, config, samples):
+        raise RunFolderError(
+            f"{folder.path} holds a run with a different configuration (key: there -> now).\n"
+            f"{error}"
+        )
+    return changes
+
+
+def _check_checkpoint(
+    folder: RunFolder,
+    checkpoint: Path,
+    steps: list[int],
+    config: dict[str, Any],
+    add_defaults: AddDefaults,
+) -> Changes:
+    """Check that this run can start or resume from the checkpoint named by `run.resume`."""
+    if not (checkpoint / COMMITTED).exists():
+        raise RunFolderError(
+            f"run.resume={checkpoint} is not a committed checkpoint; use auto, never, or a folder "
+            "like runs/NAME/checkpoints/step-00000100"
+        )
+    manifest = read_manifest(checkpoint)
+    if manifest is None:
+        raise RunFolderError(
+            f"run.resume={checkpoint} is damaged: its manifest.json has no position and "
+            "configuration; use another checkpoint"
+        )
+    if "train" not in manifest["config"]:
+        raise RunFolderError(
+            f"run.resume={checkpoint} has weights only, without optimizer state and position; use "
+            f"run.init_from={checkpoint} to start from its weights"
+        )
+    step, samples = manifest["position"]["step"], manifest["position"]["samples"]
+    if steps and steps[-1] > step:
+        raise RunFolderError(
+            f"run.resume={checkpoint} is before step {steps[-1]} of {folder.checkpoints}, and "
+            "checkpoints are never overwritten; use run.resume=auto to resume this run, or another "
+            "run.name to branch from the checkpoint"
+        )
+    if checkpoint.resolve().parent == folder.checkpoints.resolve():
+        return Changes()  # a checkpoint of this run: compared with its previous launch
+    changes = compare_on_load(add_defaults(manifest["config"]), config, samples)
+    if error := load_error(changes, config, samples):
+        raise RunFolderError(
+            f"run.resume={checkpoint} does not match this configuration (key: there -> now).\n"
+            f"{error}"
+        )
+    return changes
+
+
+def _has_saved(folder: RunFolder) -> bool:
+    """Return whether the event log records a save."""
+    return any(event.get("event") == "save" for event in read_json_lines(folder.event_log))
