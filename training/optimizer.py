@@ -1,7 +1,7 @@
-"""The optimizer: AdamW with decay groups, its moments kept in float32, bf16 or 8 bits.
+"""AdamW with weight-decay groups and moments stored in float32, bf16 or 8 bits.
 
-AdamW is elementwise, so it works on each rank's shard alone, whatever mesh it lies on. How a
-moment is kept in fewer bits is in `training.moments`.
+AdamW is elementwise, so each rank updates its local shards, independently of the mesh. The storage
+formats of low-bit moments are in `training.moments`.
 """
 
 from collections.abc import Callable
@@ -18,17 +18,17 @@ from training.moments import BLOCK, FloatMoment, Int8Moment, Moment
 
 StateFormat = Literal["fp32", "bf16", "int8"]
 
-# Values that are widened to float32 at a time; on CPU they should stay in the cache.
-_PIECE_CPU, _PIECE_DEVICE = 2**8 * BLOCK, 2**17 * BLOCK
+# Values of low-bit moments converted to float32 at a time; on CPU a chunk should fit in the cache.
+_CHUNK_CPU, _CHUNK_DEVICE = 2**8 * BLOCK, 2**17 * BLOCK
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, state: StateFormat = "fp32") -> "AdamW":
-    """AdamW with weight decay on matrices and none on vectors (the norms' weights).
+    """Return AdamW with weight decay on matrices and none on vectors (the norm weights).
 
-    Fused on CPUs and CUDA devices: one kernel instead of a dozen passes over the states.
+    On CPU and CUDA it is fused: one kernel instead of a dozen passes over the states.
 
     Args:
-        state: How the two moments are kept: 8, 4 or 2 bytes a parameter.
+        state: Format of the two moments: 8, 4 or 2 bytes per parameter.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim >= 2]
@@ -43,54 +43,54 @@ def build_optimizer(model: nn.Module, config: OptimConfig, state: StateFormat = 
         "eps": config.eps,
         "fused": parameters[0].device.type in ("cpu", "cuda"),
     }
-    return AdamW(groups, **options) if state == "fp32" else NarrowAdamW(groups, state, **options)
+    return AdamW(groups, **options) if state == "fp32" else LowBitAdamW(groups, state, **options)
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW on the local shards, with a step that can be made to change nothing.
+    """torch.optim.AdamW on local shards, with steps that can be skipped on the device.
 
-    Its kernel is called without DTensor, whose dispatch takes longer than the kernel on a small
-    model. State dicts are those of torch's AdamW: moments are placed like their parameter.
+    The kernel is called without DTensor, whose dispatch takes longer than the kernel on a small
+    model. State dicts equal those of torch.optim.AdamW: moments are sharded like their parameter.
     """
 
-    _skip: Tensor | None = None
+    _found_inf: Tensor | None = None
 
     def skip_if(self, found_inf: Tensor) -> None:
-        """Makes the next step, and that one alone, change nothing if `found_inf` is 1.
+        """Skip the next step if `found_inf` is 1.
 
-        Weights, moments and step counts stay bit for bit: the kernel reads the value and leaves.
-        The host does not wait for it.
+        A skipped step leaves weights, moments and step counts bit-identical. The fused kernel
+        reads the value, so the host does not wait for the device.
 
         Args:
-            found_inf: A float32 scalar on the parameters' device, 0 or 1.
+            found_inf: Float32 scalar on the parameters' device, 0 or 1.
         """
-        self._skip = found_inf
+        self._found_inf = found_inf
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step for every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         assert closure is None
-        skip, self._skip = self._skip, None
+        found_inf, self._found_inf = self._found_inf, None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for parameter in parameters:
                 if not self.state[parameter]:
-                    self._begin(parameter)
-            if skip is None or group["fused"]:
-                self._update(parameters, group, skip)
-            elif not skip.item():  # only the fused kernel can look by itself
+                    self._init_state(parameter)
+            if found_inf is None or group["fused"]:
+                self._update(parameters, group, found_inf)
+            elif not found_inf.item():  # only the fused kernel accepts found_inf
                 self._update(parameters, group, None)
 
-    def _begin(self, parameter: Tensor) -> None:
-        """The state before a parameter's first step."""
+    def _init_state(self, parameter: Tensor) -> None:
         self.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
 
-    def _update(self, parameters: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
-        """The step of a group's parameters, all in one kernel."""
+    def _update(
+        self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None
+    ) -> None:
         states = [self.state[parameter] for parameter in parameters]
         _adamw(
             group,
@@ -99,55 +99,51 @@ class AdamW(torch.optim.AdamW):
             [_local(state["exp_avg"]) for state in states],
             [_local(state["exp_avg_sq"]) for state in states],
             [state["step"] for state in states],
-            skip,
+            found_inf,
         )
 
 
-class NarrowAdamW(AdamW):
-    """AdamW whose moments are kept in bf16 or 8 bits, and computed with in float32.
+class LowBitAdamW(AdamW):
+    """AdamW with moments stored in bf16 or 8 bits and computed in float32.
 
-    Piece by piece the moments are widened, torch's own kernel makes the step, and they are narrowed
-    again. Vectors, of which there are few and each value counts for a whole channel, keep float32.
-    State dicts are those of torch's AdamW, with float32 moments placed like their parameter: a
-    checkpoint loads on any mesh and under any format.
+    For each chunk, the moments are converted to float32, torch's kernel updates them, and they are
+    converted back. Moments of vectors stay float32: there are few, and each value affects a whole
+    channel. State dicts equal those of torch.optim.AdamW, with float32 moments sharded like their
+    parameter, so a checkpoint loads on any mesh and with any format.
     """
 
     def __init__(self, groups: Any, state: Literal["bf16", "int8"], **options: Any) -> None:
         self.format = state
         super().__init__(groups, **options)
 
-    def _begin(self, parameter: Tensor) -> None:
+    def _init_state(self, parameter: Tensor) -> None:
         self.state[parameter] = {"step": torch.zeros((), device=parameter.device)}
         for key in ("exp_avg", "exp_avg_sq"):
             self.state[parameter][key] = self._moment(parameter, key)
 
-    def _update(self, parameters: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
+    def _update(
+        self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None
+    ) -> None:
         for parameter in parameters:
             state = self.state[parameter]
-            self._update_one(parameter, state, group, skip)
-            state["step"] += 1 if skip is None else 1 - skip
-
-    def _update_one(
-        self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any], skip: Tensor | None
-    ) -> None:
-        """One parameter's step on this rank's shard; what a skipped step reads it writes again."""
-        weights = _local(parameter).view(-1)  # (local size)
-        gradient = _local(parameter.grad).reshape(-1)  # (local size)
-        piece = _PIECE_CPU if weights.device.type == "cpu" else _PIECE_DEVICE
-        for start in range(0, len(weights), piece):
-            stop = min(start + piece, len(weights))
-            first, second = (
-                state["exp_avg"].read(start, stop),
-                state["exp_avg_sq"].read(start, stop),
-            )
-            count = state["step"].clone()  # which the kernel counts up
-            own = slice(start, stop)
-            _adamw(group, [weights[own]], [gradient[own]], [first], [second], [count], skip)
-            state["exp_avg"].write(start, first)
-            state["exp_avg_sq"].write(start, second)
+            weights = _local(parameter).view(-1)  # (local numel)
+            gradient = _local(parameter.grad).reshape(-1)  # (local numel)
+            chunk_size = _CHUNK_CPU if weights.device.type == "cpu" else _CHUNK_DEVICE
+            for start in range(0, len(weights), chunk_size):
+                stop = min(start + chunk_size, len(weights))
+                chunk = slice(start, stop)
+                first = state["exp_avg"].read(start, stop)
+                second = state["exp_avg_sq"].read(start, stop)
+                step = state["step"].clone()  # the kernel increments it in place
+                tensors = ([weights[chunk]], [gradient[chunk]], [first], [second], [step])
+                _adamw(group, *tensors, found_inf)
+                # A skipped step writes back what it has read.
+                state["exp_avg"].write(start, first)
+                state["exp_avg_sq"].write(start, second)
+            state["step"] += 1 if found_inf is None else 1 - found_inf
 
     def _moment(self, parameter: Tensor, key: str) -> Moment:
-        """A moment of zeros for this rank's shard."""
+        """Return a zero moment for this rank's shard."""
         local = _local(parameter)
         if parameter.ndim >= 2 and self.format == "int8":
             return Int8Moment(local.numel(), signed=key == "exp_avg", device=local.device)
@@ -155,30 +151,33 @@ class NarrowAdamW(AdamW):
         return FloatMoment(local.numel(), dtype, local.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """As of torch's AdamW; the moments lie on the CPU, as they may not fit beside the model."""
-        packed = super().state_dict()
-        for number, parameter in enumerate(self._parameters()):
-            if number in packed["state"]:
-                packed["state"][number] = {
-                    key: value if isinstance(value, Tensor) else _widened(value, parameter)
-                    for key, value in packed["state"][number].items()
+        """Return the state dict of torch.optim.AdamW with float32 moments on the CPU.
+
+        In float32, the moments may not fit into device memory next to the model.
+        """
+        state_dict = super().state_dict()
+        for index, parameter in enumerate(self._parameters()):
+            if index in state_dict["state"]:
+                state_dict["state"][index] = {
+                    key: value if isinstance(value, Tensor) else _to_float32(value, parameter)
+                    for key, value in state_dict["state"][index].items()
                 }
-        return packed
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave, here or under another format."""
-        names = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        steps = {name: {"step": of["step"]} for name, of in state_dict["state"].items()}
+        """Load a state dict saved with any moment format."""
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        steps = {key: {"step": state["step"]} for key, state in state_dict["state"].items()}
         super().load_state_dict({**state_dict, "state": steps})
-        for name, parameter in zip(names, self._parameters(), strict=True):
+        for parameter_key, parameter in zip(keys, self._parameters(), strict=True):
             for key in ("exp_avg", "exp_avg_sq"):
                 moment = self._moment(parameter, key)
-                values = _local(state_dict["state"][name][key]).reshape(-1)
+                values = _local(state_dict["state"][parameter_key][key]).reshape(-1)
                 moment.write(0, values.to(parameter.device))
                 self.state[parameter][key] = moment
 
     def _parameters(self) -> list[Tensor]:
-        """Every parameter, in the order of state dicts."""
+        """Return all parameters in the order of state dicts."""
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
 
@@ -189,9 +188,9 @@ def _adamw(
     first: list[Tensor],
     second: list[Tensor],
     steps: list[Tensor],
-    skip: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
-    """torch's kernel on plain tensors, in place; with `skip` of 1 it changes none of them."""
+    """Call torch's AdamW kernel on plain tensors, in place; `found_inf` of 1 changes nothing."""
     adamw(
         weights,
         gradients,
@@ -201,7 +200,7 @@ def _adamw(
         steps,
         foreach=False,
         fused=group["fused"],
-        found_inf=skip,
+        found_inf=found_inf,
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
@@ -210,19 +209,19 @@ def _adamw(
         eps=group["eps"],
         maximize=False,
     )
-    # The fused kernel does not say that it wrote; `parallel.mixed_precision` looks for it.
+    # The fused kernel does not increment the version, which `parallel.mixed_precision` checks.
     torch.autograd.graph.increment_version(weights)
 
 
 def _local(tensor: Tensor | None) -> Tensor:
-    """This rank's shard, without a history."""
+    """Return this rank's shard, detached."""
     assert tensor is not None
-    # Detached afterwards: that of a DTensor goes through its dispatch.
+    # Detached last, because DTensor.detach goes through the DTensor dispatch.
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def _widened(moment: Moment, parameter: Tensor) -> Tensor:
-    """A moment in float32 on the CPU, shaped and placed like its parameter."""
+def _to_float32(moment: Moment, parameter: Tensor) -> Tensor:
+    """Return a moment in float32 on the CPU, with its parameter's shape and placements."""
     local = _local(parameter)
     values = moment.read(0, local.numel()).view(local.shape)
     if isinstance(parameter, DTensor):

@@ -130,7 +130,7 @@ def test_a_budget_of_the_compiler_lies_between_all_recomputed_and_nothing() -> N
 def test_what_the_planner_knows_of_others_is_what_they_say() -> None:
     assert HEAD_CHUNK == model.loss.CHUNK
     assert planning.memory.HEAD_BLOCK == model.loss.BLOCK
-    pieces = (training.optimizer._PIECE_CPU, training.optimizer._PIECE_DEVICE)
+    pieces = (training.optimizer._CHUNK_CPU, training.optimizer._CHUNK_DEVICE)
     assert tuple(planning.memory.MOMENT_PIECE.values()) == pieces
     assert planning.memory.MOMENT_BLOCK == BLOCK
 

@@ -1,4 +1,4 @@
-"""Moments at rest: close to what was written, and the same again when written once more."""
+"""Stored moments are close to the values written and do not change when rewritten."""
 
 import shutil
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def values(kind: str, signed: bool = True) -> Tensor:
-    """Gradients' moments as they come: many magnitudes, zeros, tiny ones, a ragged end."""
+    """Return typical moments: many magnitudes, zeros, tiny values, an incomplete last block."""
     generator = torch.Generator().manual_seed(0)
     size = 40 * BLOCK + 17
     normal = torch.randn(size, generator=generator)
@@ -40,14 +40,14 @@ def int8(signed: bool, written: Tensor) -> Int8Moment:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("signed", [True, False])
-def test_writing_what_was_read_changes_no_bit_in_int8(kind: str, signed: bool) -> None:
+def test_int8_write_of_values_just_read_changes_no_bit(kind: str, signed: bool) -> None:
     first = int8(signed, values(kind, signed))
     read = first.read(0, first.size)
     assert torch.equal(int8(signed, read).read(0, first.size), read)
 
 
-def test_torchao_s_own_moment_shrinks_with_each_save_and_load() -> None:
-    """Why there is an Int8Moment: half of the blocks have their largest magnitude below zero."""
+def test_torchao_moment_shrinks_with_each_save_and_load() -> None:
+    """The reason for Int8Moment: in half of the blocks the largest magnitude is negative."""
     from torchao.optim.subclass_8bit import OptimState8bit
 
     written = values("normal")[: 40 * BLOCK]
@@ -58,10 +58,10 @@ def test_torchao_s_own_moment_shrinks_with_each_save_and_load() -> None:
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_int8_is_within_half_a_step_of_the_map(signed: bool) -> None:
-    """Of 256 levels in [-1, 1] the widest step is 0.9/64, of those in [0, 1] it is 0.9/128.
+def test_int8_error_is_within_half_a_level_distance(signed: bool) -> None:
+    """The largest distance of levels is 0.9/64 in [-1, 1] and 0.9/128 in [0, 1].
 
-    The first level beside 1.0 is half as far, as the levels are middles of their intervals.
+    The level next to 1.0 is half as far away, as levels are the midpoints of their intervals.
     """
     written = values("normal", signed)
     moment = int8(signed, written)
@@ -69,12 +69,12 @@ def test_int8_is_within_half_a_step_of_the_map(signed: bool) -> None:
     largest = largest.view(-1, BLOCK).abs().amax(dim=1).repeat_interleave(BLOCK)[: len(written)]
     error = (moment.read(0, moment.size) - written).abs() / largest
     half = 0.9 / (64 if signed else 128) / 2
-    assert 0.5 * half < error.max() <= half * (1 + 1e-5)  # and float32's rounding
+    assert 0.5 * half < error.max() <= half * (1 + 1e-5)  # plus float32 rounding
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_small_values_beside_large_ones_are_kept(signed: bool) -> None:
-    """The map's levels grow sparse towards zero: 8 signed ones share the decade below 1e-4."""
+def test_int8_keeps_small_values_in_blocks_with_large_ones(signed: bool) -> None:
+    """Each decade has fewer levels towards zero: 8 signed ones in the decade below 1e-4."""
     written = torch.tensor([1.0, 1e-1, 1e-2, 1e-3, 1e-4, 0.0]).repeat(BLOCK)[:BLOCK]
     found = int8(signed, written).read(0, BLOCK)
     assert torch.equal(found == 0, written == 0)
@@ -82,7 +82,7 @@ def test_small_values_beside_large_ones_are_kept(signed: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_float_moment_holds_the_nearest_number_of_its_type(dtype: torch.dtype) -> None:
+def test_float_moment_rounds_to_nearest(dtype: torch.dtype) -> None:
     written = values("many magnitudes")
     moment = FloatMoment(len(written), dtype, CPU)
     moment.write(0, written)
@@ -90,7 +90,7 @@ def test_a_float_moment_holds_the_nearest_number_of_its_type(dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("make", ["int8", "bf16"])
-def test_pieces_are_the_whole(make: str) -> None:
+def test_chunks_equal_whole_moment(make: str) -> None:
     written = values("normal")
     size = len(written)
 
@@ -99,16 +99,16 @@ def test_pieces_are_the_whole(make: str) -> None:
             return Int8Moment(size, True, CPU)
         return FloatMoment(size, torch.bfloat16, CPU)
 
-    whole, pieces = empty(), empty()
+    whole, chunked = empty(), empty()
     whole.write(0, written)
     for start in range(0, size, 8 * BLOCK):
-        pieces.write(start, written[start : start + 8 * BLOCK])
+        chunked.write(start, written[start : start + 8 * BLOCK])
         stop = min(start + 8 * BLOCK, size)
-        assert torch.equal(pieces.read(start, stop), whole.read(0, size)[start:stop])
+        assert torch.equal(chunked.read(start, stop), whole.read(0, size)[start:stop])
 
 
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 1])
-def test_shards_smaller_than_a_block(size: int) -> None:
+def test_shard_smaller_than_block(size: int) -> None:
     moment = Int8Moment(size, True, CPU)
     assert torch.equal(moment.read(0, size), torch.zeros(size))
     moment.write(0, torch.full((size,), -3.0))
@@ -116,16 +116,16 @@ def test_shards_smaller_than_a_block(size: int) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
-def test_compiled_as_on_gpus_it_gives_the_same_and_is_compiled_twice_at_most() -> None:
-    """Every shard has another number of blocks; the second compilation is for all of them."""
+def test_compiled_functions_equal_eager_ones_with_at_most_two_graphs_each() -> None:
+    """Each shard has a different number of blocks; the second graph has a dynamic shape."""
     torch._dynamo.reset()
     counters.clear()
     levels = moments._levels(True, CPU)
     for blocks in (40, 8, 5, 17, 40, 3):
         given = values("many magnitudes")[: blocks * BLOCK].view(blocks, BLOCK)
-        codes, scales = moments._compiled(moments._narrow)(given, levels)
-        expected_codes, expected_scales = moments._narrow(given, levels)
+        codes, scales = moments._compiled(moments._quantize)(given, levels)
+        expected_codes, expected_scales = moments._quantize(given, levels)
         assert torch.equal(codes, expected_codes) and torch.equal(scales, expected_scales)
-        widened = moments._compiled(moments._widen)(codes, scales, levels)
-        assert torch.equal(widened, moments._widen(codes, scales, levels))
-    assert counters["stats"]["unique_graphs"] == 4  # two of each function
+        values_again = moments._compiled(moments._dequantize)(codes, scales, levels)
+        assert torch.equal(values_again, moments._dequantize(codes, scales, levels))
+    assert counters["stats"]["unique_graphs"] == 4  # two per function
