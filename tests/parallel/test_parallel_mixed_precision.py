@@ -1,4 +1,4 @@
-"""One process without FSDP2: the same weights bit for bit, from copies that live while needed."""
+"""Mixed precision without FSDP2 matches FSDP2 bit for bit and frees its copies of the weights."""
 
 from dataclasses import replace
 from functools import partial
@@ -40,8 +40,8 @@ CASES = {
 }
 
 
-def sharded(model: Llama, mesh: DeviceMesh, case: Case) -> Llama:
-    """The plan with FSDP2 around the one shard."""
+def parallelize_with_fsdp2(model: Llama, mesh: DeviceMesh, case: Case) -> Llama:
+    """Apply the transforms with FSDP2 on a mesh of one rank."""
     if case.activation_checkpoint != "none":
         apply_activation_checkpoint(model, case.activation_checkpoint)
     if case.compile:
@@ -51,33 +51,35 @@ def sharded(model: Llama, mesh: DeviceMesh, case: Case) -> Llama:
     return model
 
 
-def differing(cases: dict[str, Case]) -> dict[str, list[str]]:
-    """What some steps leave different from what FSDP2 leaves, by case."""
-    found = {}
+def differences_from_fsdp2(cases: dict[str, Case]) -> dict[str, list[str]]:
+    """Train each case with and without FSDP2 and return the names of the tensors that differ."""
+    differences = {}
     for name, case in cases.items():
-        ends = []
-        for plan in (None, partial(sharded, case=case)):
+        results = []
+        for plan in (None, partial(parallelize_with_fsdp2, case=case)):
             run = build(case, plan=plan)
-            end: dict[str, Tensor] = {}
+            tensors: dict[str, Tensor] = {}
             for step in range(STEPS):
                 batches = local_batches(batch(step), 0, 1, case.n_micro)
-                end[f"scalars {step}"] = train_step(cast(Any, run), batches, OPTIM.lr)["scalars"]
+                tensors[f"scalars {step}"] = train_step(cast(Any, run), batches, OPTIM.lr)[
+                    "scalars"
+                ]
             for key, parameter in run.llama.named_parameters():
                 state = run.adamw.state[parameter]
-                end |= {key: parameter, f"{key} moment": state["exp_avg"]}
-            ends.append({key: local_block(tensor.detach())[0] for key, tensor in end.items()})
-        own, reference = ends
-        assert own.keys() == reference.keys()
-        found[name] = [key for key in own if not torch.equal(own[key], reference[key])]
-    return found
+                tensors |= {key: parameter, f"{key} moment": state["exp_avg"]}
+            results.append({key: local_block(t.detach())[0] for key, t in tensors.items()})
+        actual, expected = results
+        assert actual.keys() == expected.keys()
+        differences[name] = [key for key in actual if not torch.equal(actual[key], expected[key])]
+    return differences
 
 
-def test_steps_are_those_of_fsdp2_bit_for_bit() -> None:
-    assert on_ranks(1, differing, CASES)[0] == {name: [] for name in CASES}
+def test_steps_match_fsdp2_bit_for_bit() -> None:
+    assert on_ranks(1, differences_from_fsdp2, CASES)[0] == {name: [] for name in CASES}
 
 
-class Casts(TorchDispatchMode):
-    """Counts how often each tensor is the source of a copy into another format."""
+class CastRecorder(TorchDispatchMode):
+    """Record the source tensors of the casts of the weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,52 +91,53 @@ class Casts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def lives_of_copies() -> dict[str, Any]:
-    """Formats and memory of what the modules hold, at moments of a step of two micro-batches."""
+def copies_during_a_step() -> dict[str, Any]:
+    """Return dtype and memory of the bf16 copies at points of a step of two micro-batches."""
     run = build(Case(n_layers=2, param="bf16", tied=True))
     llama, masters = run.llama, list(run.llama.parameters())
-    found: dict[str, Any] = {"masters": len(masters)}
-    seen: list[nn.Parameter] = []
+    results: dict[str, Any] = {"masters": len(masters)}
+    copies: list[nn.Parameter] = []
 
-    def look(*_: Any) -> None:
-        seen[:] = llama.parameters()
+    def record_copies(*_: Any) -> None:
+        copies[:] = llama.parameters()
 
     def state() -> tuple[set[int], bool]:
-        """Bytes of the copies, by their number of elements; whether the masters are back."""
-        held = {p.untyped_storage().nbytes() // p.numel() for p in seen}
-        return held, all(a is b for a, b in zip(llama.parameters(), masters, strict=True))
+        """Return the bytes per element of the copies, and whether the masters are restored."""
+        n_bytes = {p.untyped_storage().nbytes() // p.numel() for p in copies}
+        return n_bytes, all(a is b for a, b in zip(llama.parameters(), masters, strict=True))
 
-    llama.loss.register_forward_pre_hook(look)
+    llama.loss.register_forward_pre_hook(record_copies)
     first, last = local_batches(batch(0), 0, 1, 2).micro_batches
-    with Casts() as casts:
+    with CastRecorder() as casts:
         with run.fabric.no_backward_sync(run.model, enabled=True):
             loss = run.model(*first)
-            found["forward"] = {p.dtype for p in seen}, state()
+            results["forward"] = {p.dtype for p in copies}, state()
             run.fabric.backward(loss)
-            found["first"] = state()
+            results["first_backward"] = state()
         run.fabric.backward(run.model(*last))
-        found["last"] = state()
-    found["casts"] = sorted(casts.sources) == sorted(p.data_ptr() for p in masters)
-    found["gradients"] = {p.grad.dtype for p in masters if p.grad is not None}
-    return found
+        results["last_backward"] = state()
+    results["casts"] = sorted(casts.sources) == sorted(p.data_ptr() for p in masters)
+    results["gradients"] = {p.grad.dtype for p in masters if p.grad is not None}
+    return results
 
 
-def test_copies_are_made_once_a_step_and_give_their_memory_back_with_the_last_gradients() -> None:
-    found = on_ranks(1, lives_of_copies)[0]
-    assert found["forward"] == ({torch.bfloat16}, ({2}, False))
-    assert found["first"] == ({2}, True)
-    assert found["last"] == ({0}, True)
-    assert found["casts"] and found["masters"] == 20  # nine a block, two around: no copy is twice
-    assert found["gradients"] == {torch.float32}
+def test_copies_are_made_once_per_step_and_freed_after_the_last_backward() -> None:
+    results = on_ranks(1, copies_during_a_step)[0]
+    assert results["forward"] == ({torch.bfloat16}, ({2}, False))
+    assert results["first_backward"] == ({2}, True)
+    assert results["last_backward"] == ({0}, True)
+    # Nine parameters per block and two others; the tied weight is copied only once.
+    assert results["casts"] and results["masters"] == 20
+    assert results["gradients"] == {torch.float32}
 
 
-def unseen_writes(folder: Path) -> list[str]:
-    """After which way of writing to the weights a forward still computes with those before."""
+def undetected_writes(folder: Path) -> list[str]:
+    """Return the kinds of writes to the weights after which a forward uses outdated copies."""
     case = Case(n_layers=2, param="bf16")
     run, fresh = build(case), build(case)
     tokens, positions, labels = local_batches(batch(0), 0, 1, 1).micro_batches[0]
     save(RunFolder(folder), run.llama, run.adamw, Position(1, 0, 0, "of the test"), {})
-    narrow = build_optimizer(run.llama, OPTIM, "int8")
+    optimizer_8bit = build_optimizer(run.llama, OPTIM, "int8")
 
     def logits(llama: Llama) -> Tensor:
         with torch.no_grad():
@@ -143,38 +146,38 @@ def unseen_writes(folder: Path) -> list[str]:
     writes = {
         "optimizer": run.adamw.step,
         "restoring": lambda: load(RunFolder(folder).step_folder(1), run.llama, run.adamw),
-        "8-bit optimizer": narrow.step,
+        "8-bit optimizer": optimizer_8bit.step,
         "initial weights": lambda: initialize_weights(run.llama, run.llama.config, SEED + 1),
     }
-    found = []
+    undetected = []
     for name, write in writes.items():
         run.fabric.backward(run.model(tokens, positions, labels))
-        before = logits(run.llama)  # there are copies now
+        before = logits(run.llama)  # creates copies
         write()
         fresh.llama.load_state_dict(run.llama.state_dict())
         after = logits(run.llama)
         if torch.equal(before, after) or not torch.equal(after, logits(fresh.llama)):
-            found.append(name)
-    return found
+            undetected.append(name)
+    return undetected
 
 
-def test_whoever_writes_to_the_weights_the_next_forward_knows(tmp_path: Path) -> None:
-    assert on_ranks(1, unseen_writes, tmp_path)[0] == []
+def test_forward_uses_the_new_weights_after_any_kind_of_write(tmp_path: Path) -> None:
+    assert on_ranks(1, undetected_writes, tmp_path)[0] == []
 
 
-def parameters_after_failure() -> set[torch.dtype]:
+def parameter_dtypes_after_failed_forward() -> set[torch.dtype]:
     run = build(Case(param="bf16"))
     with torch.no_grad(), pytest.raises(IndexError):
         run.model(torch.full((1, 4), run.llama.config.vocab_size))
     return {parameter.dtype for parameter in run.llama.parameters()}
 
 
-def test_a_forward_that_fails_leaves_the_parameters_as_they_were() -> None:
-    assert on_ranks(1, parameters_after_failure)[0] == {torch.float32}
+def test_failed_forward_restores_the_float32_parameters() -> None:
+    assert on_ranks(1, parameter_dtypes_after_failed_forward)[0] == {torch.float32}
 
 
-class Moved(TorchDispatchMode):
-    """Adds up the bytes that casts and sums of matrices of weights or gradients read and write."""
+class MemoryTraffic(TorchDispatchMode):
+    """Sum the bytes that casts and sums of weight and gradient matrices read and write."""
 
     def __init__(self, sizes: set[int], gathers: bool) -> None:
         super().__init__()
@@ -186,27 +189,27 @@ class Moved(TorchDispatchMode):
             self.bytes += sum(t.nbytes for part in args[:2] for t in part)
         elif func is torch.ops.aten._to_copy.default and args[0].numel() in self.sizes:
             self.bytes += args[0].nbytes + out.nbytes
-        elif func is torch.ops.fsdp.chunk_cat.default:  # into the buffer that is reduced
+        elif func is torch.ops.fsdp.chunk_cat.default:  # copy into the reduction buffer
             self.bytes += sum(t.nbytes for t in args[0]) + kwargs["out"].nbytes
         elif func is torch.ops.aten.add_.Tensor and args[0].numel() in self.sizes:
             self.bytes += 2 * args[0].nbytes + args[1].nbytes
         return out
 
 
-def moved_and_planned(cases: list[Case]) -> list[tuple[float, float]]:
-    """Bytes of a step by the operations that are seen, and by the closed form of speed.
+def measured_and_planned_bytes(cases: list[Case]) -> list[tuple[float, float]]:
+    """Return the bytes of a step, measured by operation and from the closed form of planning.
 
-    On a mesh, of gradients alone: what FSDP2 gathers is moved in other ways too.
+    On a mesh only gradients are compared, since FSDP2 moves gathered weights in other ways too.
     """
-    found = []
+    results = []
     for case in cases:
         run = build(case)
         matrices = [p for p in run.llama.parameters() if p.dim() == 2]
         sizes = {each.numel() for p in matrices for each in (p, local_block(p)[0])}
         batches = local_batches(batch(0), run.data_rank, case.mesh.dp, case.n_micro)
-        with Moved(sizes, gathers=case.world == 1) as moved:
-            for place, (tokens, positions, labels) in enumerate(batches.micro_batches, start=1):
-                with run.fabric.no_backward_sync(run.model, enabled=place < case.n_micro):
+        with MemoryTraffic(sizes, gathers=case.world == 1) as measured:
+            for number, (tokens, positions, labels) in enumerate(batches.micro_batches, start=1):
+                with run.fabric.no_backward_sync(run.model, enabled=number < case.n_micro):
                     run.fabric.backward(run.model(tokens, positions, labels))
         job = Job(
             model=run.llama.config,
@@ -219,18 +222,20 @@ def moved_and_planned(cases: list[Case]) -> list[tuple[float, float]]:
             micro_batch_size=BATCH // case.mesh.dp // case.n_micro,
         )
         rank = _Rank(job, load_hardware("cpu"))
-        form = rank.weights() if case.world == 1 else rank.elements * rank.sums()
-        found.append((moved.bytes, case.n_micro * form))  # the form is of a micro-batch
-    return found
+        per_micro_batch = rank.weights() if case.world == 1 else rank.elements * rank.sums()
+        results.append((measured.bytes, case.n_micro * per_micro_batch))
+    return results
 
 
-MOVING = [Case(param=param, n_micro=n, n_layers=2) for param in ("fp32", "bf16") for n in (1, 3)]
+TRAFFIC_CASES = [
+    Case(param=param, n_micro=n, n_layers=2) for param in ("fp32", "bf16") for n in (1, 3)
+]
 
 
-@pytest.mark.parametrize("reduce_gradients", ["alone", "step", "micro_batch"])
-def test_planned_bytes_of_casts_and_sums_are_those_of_a_step(reduce_gradients: str) -> None:
-    cases = MOVING
-    if reduce_gradients != "alone":
-        cases = [replace(each, dp=2, reduce_gradients=reduce_gradients) for each in MOVING]
-    for moved, planned in on_ranks(cases[0].world, moved_and_planned, cases)[0]:
-        assert moved == pytest.approx(planned, rel=0.02)  # vectors' gradients are left out
+@pytest.mark.parametrize("reduce_gradients", ["one_process", "step", "micro_batch"])
+def test_planned_bytes_of_casts_and_sums_match_a_real_step(reduce_gradients: str) -> None:
+    cases = TRAFFIC_CASES
+    if reduce_gradients != "one_process":
+        cases = [replace(each, dp=2, reduce_gradients=reduce_gradients) for each in TRAFFIC_CASES]
+    for measured, planned in on_ranks(cases[0].world, measured_and_planned_bytes, cases)[0]:
+        assert measured == pytest.approx(planned, rel=0.02)  # gradients of vectors are not counted

@@ -1,8 +1,8 @@
-"""A value that is not finite on one rank alone: no rank makes the update, and all know of it.
+"""A non-finite loss or gradient on one rank makes all ranks skip the update.
 
-One run sees a bad batch between good ones, the other never saw it: they end bit for bit alike,
-weights, moments and step counts, shard by shard. The bad value stands in one sample's share of the
-loss on one rank, from where it takes the way that a real one takes: through backward and norm.
+A run with a bad batch between good ones ends bit-identical to a run without it: weights, moments
+and step counts of each shard. The bad value is injected into the local loss of one rank and
+propagates as a real one would, through backward and gradient norm.
 """
 
 import math
@@ -28,34 +28,36 @@ CASES: list[tuple[Case, StateFormat]] = [
     (Case(cp=2, n_micro=1), "fp32"),
     (Case(dp_replicate=2), "fp32"),
 ]
-WAYS = ("loss_and_gradient", "loss_alone", "gradient_alone")
+FAULTS = ("loss_and_gradient", "loss_only", "gradient_only")
 BAD_RANK = 1
 
 
-class _Spoiled(torch.autograd.Function):
-    """A share of the loss, and its gradient, times one factor each."""
+class _ScaleLossAndGradient(torch.autograd.Function):
+    """Multiply the local loss and its gradient by one factor each."""
 
     @staticmethod
-    def forward(ctx: Any, share: Tensor, of_loss: float, of_gradient: float) -> Tensor:
-        ctx.factor = of_gradient
-        return share * of_loss
+    def forward(ctx: Any, loss: Tensor, loss_factor: float, gradient_factor: float) -> Tensor:
+        ctx.factor = gradient_factor
+        return loss * loss_factor
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient * ctx.factor, None, None
 
 
-def spoil(run: Any, way: str) -> Any:
-    """From here on this rank's loss, its gradient or both are not finite; gives back a handle."""
+def inject_fault(run: Any, fault: str) -> Any:
+    """Make this rank's loss, its gradient or both non-finite; return the handle of the hook."""
     factors = {
         "loss_and_gradient": (math.nan, math.nan),
-        "loss_alone": (math.inf, 1.0),
-        "gradient_alone": (1.0, math.inf),
-    }[way]
-    return run.llama.register_forward_hook(lambda _, __, loss: _Spoiled.apply(loss, *factors))
+        "loss_only": (math.inf, 1.0),
+        "gradient_only": (1.0, math.inf),
+    }[fault]
+    return run.llama.register_forward_hook(
+        lambda _, __, loss: _ScaleLossAndGradient.apply(loss, *factors)
+    )
 
 
-def run_with(case: Case, state: StateFormat) -> Any:
+def build_run(case: Case, state: StateFormat) -> Any:
     run = build(case)
     run.adamw = build_optimizer(run.llama, OPTIM, state)
     run.optimizer = run.fabric.setup_optimizers(run.adamw)
@@ -63,45 +65,45 @@ def run_with(case: Case, state: StateFormat) -> Any:
 
 
 def shards(run: Any) -> list[Tensor]:
-    """Copies of everything that a step changes, as this rank holds it."""
-    found = [local_block(parameter)[0] for parameter in run.llama.parameters()]
+    """Return copies of the local shards of parameters and optimizer state."""
+    tensors = [local_block(parameter)[0] for parameter in run.llama.parameters()]
     for state in run.adamw.state_dict()["state"].values():
-        found += [v.to_local() if isinstance(v, DTensor) else v for v in state.values()]
-    return [tensor.detach().clone() for tensor in found]
+        tensors += [v.to_local() if isinstance(v, DTensor) else v for v in state.values()]
+    return [tensor.detach().clone() for tensor in tensors]
 
 
-def take(run: Any, case: Case, number: int, way: str | None = None) -> list[float]:
-    """One step, in a bad way on one rank if told so: loss, norm, requests."""
+def take_step(run: Any, case: Case, number: int, fault: str | None = None) -> list[float]:
+    """Run one step, optionally with a fault on one rank; return loss, norm and requests."""
     batches = local_batches(batch(number), run.data_rank, case.mesh.dp, case.n_micro)
     rank = run.fabric.global_rank
-    spoiled = spoil(run, way) if way is not None and rank == BAD_RANK else None
+    hook = inject_fault(run, fault) if fault is not None and rank == BAD_RANK else None
     scalars = train_step(run, batches, OPTIM.lr, requests=StepRequests(rank, 1, 0))["scalars"]
-    if spoiled is not None:
-        spoiled.remove()
+    if hook is not None:
+        hook.remove()
     return cast(list[float], scalars.tolist())
 
 
 def run_case(case: Case, state: StateFormat) -> dict[str, Any]:
-    """The scalars of each step, and whether a bad step changed anything, here and afterwards."""
-    clean = run_with(case, state)
-    found: dict[str, Any] = {"clean": [take(clean, case, number) for number in (0, 1)]}
+    """Return the statistics of each step and whether bad steps changed the state of this rank."""
+    clean = build_run(case, state)
+    results: dict[str, Any] = {"clean": [take_step(clean, case, number) for number in (0, 1)]}
     expected = shards(clean)
-    for way in WAYS:
-        run = run_with(case, state)
-        bad = [take(run, case, 2, way)]  # the very first step
-        good = [take(run, case, 0)]
+    for fault in FAULTS:
+        run = build_run(case, state)
+        bad = [take_step(run, case, 2, fault)]  # already at the first step
+        good = [take_step(run, case, 0)]
         before = shards(run)
-        bad.append(take(run, case, 2, way))
-        kept = all(map(torch.equal, shards(run), before))
-        good.append(take(run, case, 1))
-        found[way] = {
+        bad.append(take_step(run, case, 2, fault))
+        unchanged = all(map(torch.equal, shards(run), before))
+        good.append(take_step(run, case, 1))
+        results[fault] = {
             "bad": bad,
             "good": good,
-            "kept": kept,
-            "same": all(map(torch.equal, shards(run), expected)),
-            "changes": not all(map(torch.equal, before, expected)),
+            "unchanged_by_bad_step": unchanged,
+            "final_state_equal": all(map(torch.equal, shards(run), expected)),
+            "changed_by_good_step": not all(map(torch.equal, before, expected)),
         }
-    return found
+    return results
 
 
 def run_cases() -> list[dict[str, Any]]:
@@ -109,8 +111,8 @@ def run_cases() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def found() -> list[list[dict[str, Any]]]:
-    """By rank, then by case."""
+def results() -> list[list[dict[str, Any]]]:
+    """Return the result of `run_case` by rank, then by case."""
     return on_ranks(2, run_cases)
 
 
@@ -120,51 +122,51 @@ every_case = pytest.mark.parametrize(
 
 
 @every_case
-@pytest.mark.parametrize("way", WAYS)
-def test_what_is_bad_on_one_rank_is_skipped_on_all_bit_for_bit(
-    found: Any, number: int, way: str
+@pytest.mark.parametrize("fault", FAULTS)
+def test_non_finite_value_on_one_rank_skips_the_update_on_all_ranks(
+    results: Any, number: int, fault: str
 ) -> None:
-    for rank in found:
-        seen = rank[number][way]
-        for loss, norm, *_ in seen["bad"]:
+    for rank in results:
+        result = rank[number][fault]
+        for loss, norm, *_ in result["bad"]:
             assert not (math.isfinite(loss) and math.isfinite(norm))
-            assert way != "loss_alone" or (not math.isfinite(loss) and math.isfinite(norm))
-            assert way != "gradient_alone" or (math.isfinite(loss) and not math.isfinite(norm))
-        assert seen["kept"] and seen["changes"]
+            assert fault != "loss_only" or (not math.isfinite(loss) and math.isfinite(norm))
+            assert fault != "gradient_only" or (math.isfinite(loss) and not math.isfinite(norm))
+        assert result["unchanged_by_bad_step"] and result["changed_by_good_step"]
 
 
 @every_case
-@pytest.mark.parametrize("way", WAYS)
-def test_good_steps_around_it_are_those_of_a_run_that_never_saw_it(
-    found: Any, number: int, way: str
+@pytest.mark.parametrize("fault", FAULTS)
+def test_good_steps_around_skipped_ones_match_a_run_without_them(
+    results: Any, number: int, fault: str
 ) -> None:
-    for rank in found:
-        assert rank[number][way]["good"] == rank[number]["clean"]
-        assert rank[number][way]["same"]
+    for rank in results:
+        assert rank[number][fault]["good"] == rank[number]["clean"]
+        assert rank[number][fault]["final_state_equal"]
 
 
 @every_case
-def test_all_ranks_read_the_same_scalars(found: Any, number: int) -> None:
-    """Loss, norm and requests: rank 1 asks for the first, both for the second."""
-    first, second = (rank[number] for rank in found)
-    assert str(first) == str(second)  # nan is nan
+def test_all_ranks_read_the_same_step_statistics(results: Any, number: int) -> None:
+    """Only rank 1 makes the first request; both ranks make the second."""
+    first, second = (rank[number] for rank in results)
+    assert str(first) == str(second)  # as text, because NaN is not equal to itself
     assert all(requests == [1, 2, 0, 0, 0] for _, _, *requests in first["clean"])
 
 
 def one_process() -> list[float]:
-    return take(run_with(Case(), "fp32"), Case(), 0)[:2]
+    return take_step(build_run(Case(), "fp32"), Case(), 0)[:2]
 
 
 @pytest.fixture(scope="module")
-def alone() -> list[float]:
-    """Loss and norm of the first step on one process."""
-    (found,) = on_ranks(1, one_process)
-    return cast(list[float], found)
+def expected() -> list[float]:
+    """Return loss and norm of the first step on one process."""
+    (stats,) = on_ranks(1, one_process)
+    return cast(list[float], stats)
 
 
 @every_case
-def test_the_loss_is_that_of_one_process_however_peers_share_it(
-    found: Any, alone: list[float], number: int
+def test_loss_and_norm_match_one_process_on_every_mesh(
+    results: Any, expected: list[float], number: int
 ) -> None:
-    """A sum in another order rounds differently: a few float32 units, 1e-7 each."""
-    assert found[0][number]["clean"][0][:2] == pytest.approx(alone, rel=3e-6)
+    """A sum in a different order rounds differently: a few float32 ulps of 1e-7."""
+    assert results[0][number]["clean"][0][:2] == pytest.approx(expected, rel=3e-6)

@@ -1,4 +1,4 @@
-"""SLURM's variables are read as SLURM itself reads them; tests/slurm has the real ones."""
+"""SLURM environment variables are parsed as SLURM does. tests/slurm uses a real SLURM."""
 
 import itertools
 import os
@@ -20,7 +20,7 @@ STEP = {
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=20))
-def test_tasks_of_each_node_come_out_of_slurms_short_form(tasks: list[int]) -> None:
+def test_tasks_per_node_are_parsed_from_the_compressed_form(tasks: list[int]) -> None:
     short = []
     for count, group in itertools.groupby(tasks):
         times = len(list(group))
@@ -40,10 +40,10 @@ NODES = [
 ]
 
 
-@pytest.mark.skipif(shutil.which("scontrol") is None, reason="SLURM is not installed: scontrol")
+@pytest.mark.skipif(shutil.which("scontrol") is None, reason="needs scontrol (SLURM)")
 @pytest.mark.parametrize("nodes", NODES)
-def test_tasks_meet_at_the_first_of_the_nodes_that_slurm_lists(nodes: str, tmp_path: Path) -> None:
-    conf = tmp_path / "slurm.conf"  # one that names no node of any cluster
+def test_rendezvous_address_is_the_first_node_listed_by_slurm(nodes: str, tmp_path: Path) -> None:
+    conf = tmp_path / "slurm.conf"  # a configuration without any nodes
     conf.write_text("ClusterName=none\nSlurmctldHost=localhost\n")
     listed = subprocess.run(
         ["scontrol", "show", "hostnames", nodes],
@@ -55,13 +55,13 @@ def test_tasks_meet_at_the_first_of_the_nodes_that_slurm_lists(nodes: str, tmp_p
     assert rendezvous({**STEP, "SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == listed[0]
 
 
-def test_what_a_person_sets_is_kept() -> None:
-    own = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    assert rendezvous({**STEP, **own}) == own
+def test_address_and_port_set_by_the_user_are_kept() -> None:
+    preset = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert rendezvous({**STEP, **preset}) == preset
 
 
-def test_steps_that_may_run_at_a_time_on_a_node_meet_at_different_ports() -> None:
-    """Neighbouring jobs, however often requeued, their steps, and starts still ending."""
+def test_job_steps_that_may_share_a_node_use_different_ports() -> None:
+    """Jobs with close ids, their steps, and requeued launches whose predecessors still exit."""
     ports = [
         int(
             rendezvous(
@@ -77,16 +77,16 @@ def test_steps_that_may_run_at_a_time_on_a_node_meet_at_different_ports() -> Non
     ]
     assert len(set(ports)) == len(ports)
     assert all(FIRST_PORT <= port < FIRST_PORT + N_PORTS for port in ports)
-    given_out = Path("/proc/sys/net/ipv4/ip_local_port_range")
-    if given_out.exists():
-        assert max(ports) < max(int(given_out.read_text().split()[0]), 32_768)
+    ephemeral = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if ephemeral.exists():
+        assert max(ports) < max(int(ephemeral.read_text().split()[0]), 32_768)
 
 
 # ---------------------------------------------------------------- the time limit
 
 
-def answering(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts a `squeue` that answers so before all others."""
+def install_squeue(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a fake `squeue` that runs `script` first on PATH."""
     squeue = folder / "squeue"
     squeue.write_text(f"#!/bin/sh\n{script}\n")
     squeue.chmod(0o755)
@@ -103,7 +103,7 @@ def answering(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Non
         ("3-04:05:06", 3, 4, 5, 6),
     ],
 )
-def test_time_left_is_what_squeue_answers(
+def test_time_left_is_read_from_squeue(
     answer: str,
     days: int,
     hours: int,
@@ -112,25 +112,25 @@ def test_time_left_is_what_squeue_answers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    answering(tmp_path, f'test "$2" = --jobs=4711 && echo {answer}', monkeypatch)
+    install_squeue(tmp_path, f'test "$2" = --jobs=4711 && echo {answer}', monkeypatch)
     expected = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    # The limit may have been moved since SLURM set the variable: its answer counts.
-    for known in ({}, {"SLURM_JOB_END_TIME": "1000"}):
-        assert slurm_time_left({"SLURM_JOB_ID": "4711", **known}, now=400.0) == expected
+    # The limit may have changed since SLURM set the variable, so squeue takes precedence.
+    for variables in ({}, {"SLURM_JOB_END_TIME": "1000"}):
+        assert slurm_time_left({"SLURM_JOB_ID": "4711", **variables}, now=400.0) == expected
 
 
 @pytest.mark.parametrize("answer", ["UNLIMITED", "NOT_SET", "INVALID", ""])
-def test_no_time_limit_is_none(
+def test_job_without_time_limit_returns_none(
     answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answering(tmp_path, f"echo {answer}", monkeypatch)
+    install_squeue(tmp_path, f"echo {answer}", monkeypatch)
     assert slurm_time_left({"SLURM_JOB_ID": "4711"}, now=400.0) is None
 
 
-def test_where_squeue_does_not_answer_the_variable_tells(
+def test_end_time_variable_is_used_if_squeue_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answering(tmp_path, "exit 1", monkeypatch)
+    install_squeue(tmp_path, "exit 1", monkeypatch)
     job = {"SLURM_JOB_ID": "4711"}
     assert slurm_time_left({**job, "SLURM_JOB_END_TIME": "1000"}, now=400.0) == 600
     assert slurm_time_left(job, now=400.0) is None
@@ -138,7 +138,9 @@ def test_where_squeue_does_not_answer_the_variable_tells(
     assert slurm_time_left({**job, "SLURM_JOB_END_TIME": "1000"}, now=400.0) == 600
 
 
-def test_outside_a_job_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answering(tmp_path, f"touch {tmp_path / 'asked'}; echo 5:00", monkeypatch)
+def test_squeue_is_not_called_outside_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_squeue(tmp_path, f"touch {tmp_path / 'called'}; echo 5:00", monkeypatch)
     assert slurm_time_left({}, now=400.0) is None
-    assert not (tmp_path / "asked").exists()
+    assert not (tmp_path / "called").exists()

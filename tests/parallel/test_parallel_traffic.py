@@ -1,4 +1,4 @@
-"""What a step sends, by formula, is what a traced step sends, and that what real processes send."""
+"""Communication of a step: closed forms match a traced step, which matches real processes."""
 
 from dataclasses import replace
 from typing import Any, cast
@@ -26,7 +26,7 @@ from parallel.traffic import Collective, Step, step_traffic, totals
 from train import train_step
 
 BYTES = {"fp32": 4, "bf16": 2}
-# tp=8 divides it. Its rows over tp are no multiple of most sizes of dp_shard, and fewer than 64.
+# tp=8 divides its dims; the rows per tp rank are not divisible by most dp_shard, and fewer than 64.
 MODEL = ModelConfig("small", 96, 2, 16, 8, 88, 136)
 
 # dp_replicate × dp_shard × cp × tp
@@ -65,7 +65,7 @@ CHANGES: list[dict[str, Any]] = [
     {"micro_batches": 3, "reshard_after_forward": False},
     {"micro_batches": 3, "reduce_gradients": "micro_batch"},
     {"micro_batches": 3, "reduce_gradients": "micro_batch", "param": "fp32"},
-    {"seq_len": 4608},  # the head takes several chunks, the last one is a part of one
+    {"seq_len": 4608},  # the output projection takes several chunks; the last one is shorter
     {"seq_len": 4608, "loss_parallel": False},
     {"tie_embeddings": True},
     {"param": "fp32"},
@@ -79,7 +79,7 @@ CASES: list[tuple[MeshShape, dict[str, Any]]] = [
 ]
 
 
-def both(
+def traced_and_closed_form(
     mesh: MeshShape,
     *,
     micro_batches: int = 1,
@@ -89,7 +89,7 @@ def both(
     reduce: Any = "fp32",
     **parallel: Any,
 ) -> tuple[Any, Any]:
-    """Count and payload by axis and kind: traced, and by formula."""
+    """Return count and payload by axis and kind, from a traced step and from the closed forms."""
     model = replace(MODEL, tie_embeddings=tie_embeddings)
     config = ParallelConfig(*mesh.sizes, **parallel)
     step = Step(micro_batches, 2, seq_len, BYTES[param], BYTES[reduce], CHUNK, norm_bytes=8)
@@ -98,18 +98,18 @@ def both(
 
 
 @pytest.mark.parametrize(("mesh", "change"), CASES, ids=str)
-def test_formulas_give_exactly_what_a_traced_step_sends(
+def test_closed_forms_equal_the_traffic_of_a_traced_step(
     mesh: MeshShape, change: dict[str, Any]
 ) -> None:
-    traced, by_formula = both(mesh, **change)
-    assert traced == by_formula
+    traced, closed_form = traced_and_closed_form(mesh, **change)
+    assert traced == closed_form
     assert bool(traced) == (mesh.world_size > 1)
 
 
-def test_a_plan_that_computes_the_same_and_sends_more_is_noticed(
+def test_tracing_detects_a_plan_with_equal_results_and_more_communication(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """w2 cut by rows instead of columns: its input and its output have to be gathered."""
+    """w2 is sharded by rows instead of columns, so its input and output must be gathered."""
     apply = parallel.tensor_parallel.parallelize_module
 
     def other_plan(module: nn.Module, mesh: Any, plan: dict[str, Any]) -> nn.Module:
@@ -119,11 +119,11 @@ def test_a_plan_that_computes_the_same_and_sends_more_is_noticed(
         return apply(module, mesh, plan)
 
     monkeypatch.setattr(parallel.tensor_parallel, "parallelize_module", other_plan)
-    traced, by_formula = both(MeshShape(1, 2, 1, 2), sequence_parallel=False)
-    assert ("tp", "all_gather") in traced.keys() - by_formula.keys()
+    traced, closed_form = traced_and_closed_form(MeshShape(1, 2, 1, 2), sequence_parallel=False)
+    assert ("tp", "all_gather") in traced.keys() - closed_form.keys()
 
 
-# Together they send everything that there is.
+# Together these cases use every kind of collective.
 REAL = [
     Case(dp=2, tp=2, n_layers=2, param="bf16", activation_checkpoint="full"),
     Case(dp_replicate=2, cp=2, n_layers=2, tied=True, activation_checkpoint="selective"),
@@ -132,25 +132,26 @@ REAL = [
 
 
 def real_steps() -> list[list[Collective]]:
-    """What this rank sends in a step of the program, case by case."""
-    found = []
+    """Return the collectives of this rank in a step of train.py, by case."""
+    collectives = []
     for case in REAL:
         run = build(case)
         batches = local_batches(batch(0), run.data_rank, case.mesh.dp, case.n_micro)
         with Recorder(case.mesh) as recorder:
             train_step(cast(Any, run), batches, OPTIM.lr)
-        found.append(recorder.collectives)
-    return found
+        collectives.append(recorder.collectives)
+    return collectives
 
 
 @pytest.fixture(scope="module")
-def sent() -> list[list[list[Collective]]]:
+def real_traffic() -> list[list[list[Collective]]]:
     return on_ranks(4, real_steps)
 
 
 @pytest.mark.parametrize("case", REAL, ids=lambda case: str(case.mesh))
-def test_a_traced_step_sends_what_each_of_four_real_processes_sends(sent: Any, case: Case) -> None:
-    """One by one, in the same order."""
+def test_traced_step_issues_the_collectives_of_four_real_processes_in_order(
+    real_traffic: Any, case: Case
+) -> None:
     sequences = BATCH // case.mesh.dp // case.n_micro
     step = Step(case.n_micro, sequences, SEQ, BYTES[case.param], 4, CHUNK, norm_bytes=8)
     traced = traced_step(
@@ -161,23 +162,23 @@ def test_a_traced_step_sends_what_each_of_four_real_processes_sends(sent: Any, c
         step,
     )
     assert traced
-    for of_rank in sent:
-        assert of_rank[REAL.index(case)] == traced
+    for by_case in real_traffic:
+        assert by_case[REAL.index(case)] == traced
 
 
-def test_a_collective_without_a_place_in_the_accounts_is_refused() -> None:
+def test_recorder_rejects_unknown_collectives() -> None:
     with fake_processes(2), Recorder(MeshShape(1, 2, 1, 1)), pytest.raises(KeyError, match="broad"):
         dist.broadcast(torch.zeros(3), src=0)
 
 
-def test_bytes_sent_are_those_of_a_ring() -> None:
-    """400 bytes on four ranks: three rounds of a quarter; to reduce to all, one ring each way."""
+def test_bytes_sent_follow_the_ring_algorithm() -> None:
+    """400 bytes on four ranks: three steps of 100 bytes; an all-reduce needs two such passes."""
     gathered, reduced = (Collective("tp", 4, kind, 1, 400) for kind in ("all_gather", "all_reduce"))
     assert (gathered.sent, reduced.sent) == (300, 600)
 
 
-def gathered_before_the_first_product(mesh: MeshShape) -> int:
-    """How many groups of weights rank 0 has gathered when the first block begins to compute."""
+def gathers_before_the_first_block(mesh: MeshShape) -> int:
+    """Return the number of weight groups rank 0 has gathered when the first block starts."""
     with fake_processes(mesh.world_size):
         device_mesh = init_device_mesh("cpu", mesh.sizes, mesh_dim_names=AXES)
         with torch.device("meta"):
@@ -185,14 +186,14 @@ def gathered_before_the_first_product(mesh: MeshShape) -> int:
         parallelize(llama, device_mesh, ParallelConfig(*mesh.sizes), PrecisionConfig())
         with FakeTensorMode(allow_non_fake_inputs=True), Recorder(mesh) as recorder:
             llama.to_empty(device="cpu")
-            found: list[int] = []
+            n_gathers: list[int] = []
             first = llama.get_submodule("layers.0.attention")
-            first.register_forward_pre_hook(lambda *_: found.append(len(recorder.collectives)))
+            first.register_forward_pre_hook(lambda *_: n_gathers.append(len(recorder.collectives)))
             tokens = torch.empty(1, 16, dtype=torch.int64)
             llama(tokens, tokens, tokens)
-    return found[0]
+    return n_gathers[0]
 
 
-def test_a_block_s_weights_are_gathered_while_the_one_before_it_computes() -> None:
-    """Those of the root, of the first block, and already of the second."""
-    assert gathered_before_the_first_product(MeshShape(1, 2, 1, 1)) == 3
+def test_weights_of_a_block_are_gathered_while_the_previous_block_computes() -> None:
+    """Before the first block: the weights of the root, the first and the second block."""
+    assert gathers_before_the_first_block(MeshShape(1, 2, 1, 1)) == 3

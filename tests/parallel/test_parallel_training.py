@@ -1,7 +1,7 @@
-"""A mesh changes nothing: weights, loss, gradients, norm and step are those of one process.
+"""Weights, loss, gradients, norm and optimizer steps on any mesh match one process.
 
-`train_step` of the program runs on every mesh, through Fabric and `MeshStrategy`; beside it a plain
-loop on the unsharded model, with torch's own clipping.
+`train_step` of train.py runs on each mesh through Fabric and `MeshStrategy`. The reference is a
+plain loop on the unsharded model with PyTorch's gradient clipping.
 """
 
 from functools import cache
@@ -58,44 +58,44 @@ CASES = [
 
 
 def run_case(case: Case) -> dict[str, Any]:
-    """Trains, and tells everything as whole tensors."""
+    """Train and return statistics, and weights and gradients as full tensors."""
     run = build(case)
-    found: dict[str, Any] = {"loss": [], "norm": [], "hash": []}
-    found["initial"] = {name: full_tensor(p) for name, p in run.llama.named_parameters()}
+    record: dict[str, Any] = {"loss": [], "norm": [], "hash": []}
+    record["initial"] = {name: full_tensor(p) for name, p in run.llama.named_parameters()}
     clipped: list[dict[str, Tensor]] = []
 
-    def note(*_: Any) -> None:
+    def record_gradients(*_: Any) -> None:
         if not clipped:
             clipped.append({n: full_tensor(p.grad) for n, p in run.llama.named_parameters()})
 
-    run.adamw.register_step_pre_hook(note)
+    run.adamw.register_step_pre_hook(record_gradients)
     for step in range(STEPS):
         batches = local_batches(batch(step), run.data_rank, case.mesh.dp, case.n_micro)
         tensors = train_step(cast(Any, run), batches, OPTIM.lr)
         loss, norm, *_ = tensors["scalars"].tolist()
-        found["loss"].append(loss)
-        found["norm"].append(norm)
-        found["hash"].append(tensors["batch_hash"].item())
-    found["gradients"] = clipped[0]
-    found["final"] = {name: full_tensor(p) for name, p in run.llama.named_parameters()}
-    found["tied"] = run.llama.output.weight is run.llama.tok_embeddings.weight
-    found |= without_gradients(run.model)
-    return found
+        record["loss"].append(loss)
+        record["norm"].append(norm)
+        record["hash"].append(tensors["batch_hash"].item())
+    record["gradients"] = clipped[0]
+    record["final"] = {name: full_tensor(p) for name, p in run.llama.named_parameters()}
+    record["tied"] = run.llama.output.weight is run.llama.tok_embeddings.weight
+    record |= without_gradients(run.model)
+    return record
 
 
 @torch.no_grad()
 def without_gradients(model: Any) -> dict[str, Tensor]:
-    """What validation and sampling ask for, each a row: the loss, and logits of whole rows."""
+    """Return the loss (as in validation) and the logits (as in sampling) of one row."""
     tokens, positions, labels = (field[:1] for field in batch(STEPS))
     logits = model(tokens)  # (batch, seq, vocab)
     return {
-        "held_out": model(tokens, positions, labels),
+        "validation_loss": model(tokens, positions, labels),
         "logits": logits.full_tensor() if isinstance(logits, DTensor) else logits,
     }
 
 
-def run_cases(chosen: list[Case]) -> dict[Case, dict[str, Any]]:
-    return {case: run_case(case) for case in chosen}
+def run_cases(cases: list[Case]) -> dict[Case, dict[str, Any]]:
+    return {case: run_case(case) for case in cases}
 
 
 # ---------------------------------------------------------------- on one process
@@ -103,37 +103,37 @@ def run_cases(chosen: list[Case]) -> dict[Case, dict[str, Any]]:
 
 @cache
 def reference(tied: bool, n_layers: int, max_norm: float) -> dict[str, Any]:
-    """The same steps on the unsharded model, the batch in one piece, with torch's own parts."""
+    """Run the same steps on the unsharded model without micro-batches, with PyTorch only."""
     config = model_config(tied, n_layers)
     model = Llama(config)
     initialize(model, config, SEED)
     adamw = build_optimizer(model, OPTIM)
-    found: dict[str, Any] = {"loss": [], "norm": []}
-    found["initial"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    record: dict[str, Any] = {"loss": [], "norm": []}
+    record["initial"] = {name: p.detach().clone() for name, p in model.named_parameters()}
     for step in range(STEPS):
         tokens, positions, labels = batch(step)
         loss = model(tokens, positions, labels) / (labels != IGNORE).sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         grads = {n: cast(Tensor, p.grad).clone() for n, p in model.named_parameters()}
-        found.setdefault("gradients", grads)
+        record.setdefault("gradients", grads)
         adamw.step()
         adamw.zero_grad()
-        found["loss"].append(loss.item())
-        found["norm"].append(norm.item())
-    found["final"] = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return found | without_gradients(model)
+        record["loss"].append(loss.item())
+        record["norm"].append(norm.item())
+    record["final"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return record | without_gradients(model)
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[Case, list[dict[str, Any]]]:
-    """The findings of each case by rank; one launch for each number of processes."""
-    found: dict[Case, list[dict[str, Any]]] = {}
+    """Return the results of each case by rank, with one launch per number of processes."""
+    by_case: dict[Case, list[dict[str, Any]]] = {}
     for world in sorted({case.world for case in CASES}):
-        chosen = [case for case in CASES if case.world == world]
-        ranks = on_ranks(world, run_cases, chosen)
-        found |= {case: [by_case[case] for by_case in ranks] for case in chosen}
-    return found
+        cases = [case for case in CASES if case.world == world]
+        ranks = on_ranks(world, run_cases, cases)
+        by_case |= {case: [rank[case] for rank in ranks] for case in cases}
+    return by_case
 
 
 def name_of(case: Case) -> str:
@@ -146,57 +146,56 @@ every_case = pytest.mark.parametrize("case", CASES, ids=name_of)
 
 
 @every_case
-def test_initial_weights_are_bit_for_bit_those_of_one_process(results: Any, case: Case) -> None:
+def test_initial_weights_are_bit_identical_to_one_process(results: Any, case: Case) -> None:
     expected = reference(case.tied, case.n_layers, case.max_norm)["initial"]
-    for found in results[case]:
-        assert found["initial"].keys() == expected.keys()
+    for result in results[case]:
+        assert result["initial"].keys() == expected.keys()
         for name, weight in expected.items():
-            assert torch.equal(found["initial"][name], weight), name
+            assert torch.equal(result["initial"][name], weight), name
 
 
 @every_case
-def test_mesh_changes_neither_loss_nor_norm(results: Any, case: Case) -> None:
-    """A sum in another order rounds differently: a few float32 units, 1e-7 each."""
+def test_loss_and_norm_match_one_process(results: Any, case: Case) -> None:
+    """A sum in a different order rounds differently: a few float32 ulps of 1e-7."""
     expected = reference(case.tied, case.n_layers, case.max_norm)
-    for found in results[case]:
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-        assert found["norm"] == pytest.approx(expected["norm"], rel=3e-6)
-        assert found["hash"] == [case.mesh.dp * (case.mesh.dp + 1) // 2] * STEPS
-        assert found["tied"] == case.tied
+    for result in results[case]:
+        assert result["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert result["norm"] == pytest.approx(expected["norm"], rel=3e-6)
+        assert result["hash"] == [case.mesh.dp * (case.mesh.dp + 1) // 2] * STEPS
+        assert result["tied"] == case.tied
     assert (min(expected["norm"]) > case.max_norm) == (case.max_norm < 1e6)
 
 
 @every_case
-def test_mesh_changes_no_clipped_gradient(results: Any, case: Case) -> None:
-    """Elements are sums of terms much larger than themselves, so the unit is the largest one."""
+def test_clipped_gradients_match_one_process(results: Any, case: Case) -> None:
+    """Elements are sums of much larger terms, so the error is relative to the largest element."""
     expected = reference(case.tied, case.n_layers, case.max_norm)["gradients"]
-    for found in results[case]:
+    for result in results[case]:
         for name, gradient in expected.items():
-            worst = (found["gradients"][name] - gradient).abs().max()
+            worst = (result["gradients"][name] - gradient).abs().max()
             assert worst <= 1e-5 * gradient.abs().max(), (name, worst)
 
 
 @every_case
-def test_mesh_changes_no_weight_after_adamw_steps(results: Any, case: Case) -> None:
-    """A step moves weights by 1e-3 and more; lost decay alone is 1e-4."""
+def test_weights_after_adamw_steps_match_one_process(results: Any, case: Case) -> None:
+    """A step changes weights by 1e-3 and more; missing weight decay alone would be 1e-4."""
     expected = reference(case.tied, case.n_layers, case.max_norm)
-    for found in results[case]:
+    for result in results[case]:
         for name, weight in expected["final"].items():
-            torch.testing.assert_close(found["final"][name], weight, rtol=0, atol=1e-6)
+            torch.testing.assert_close(result["final"][name], weight, rtol=0, atol=1e-6)
             assert (weight - expected["initial"][name]).abs().max() > 1e-4
 
 
 @every_case
-def test_mesh_changes_nothing_that_is_computed_without_gradients(results: Any, case: Case) -> None:
-    """Weights differ by 1e-6 at most, see above, and a logit is a sum over dim of them."""
+def test_validation_loss_and_logits_match_one_process(results: Any, case: Case) -> None:
+    """Weights differ by at most 1e-6 (see above), and a logit is a sum of dim such terms."""
     expected = reference(case.tied, case.n_layers, case.max_norm)
-    for found in results[case]:
-        torch.testing.assert_close(found["held_out"], expected["held_out"], rtol=1e-6, atol=0)
-        torch.testing.assert_close(found["logits"], expected["logits"], rtol=0, atol=1e-5)
+    for result in results[case]:
+        for key, rtol, atol in (("validation_loss", 1e-6, 0.0), ("logits", 0.0, 1e-5)):
+            torch.testing.assert_close(result[key], expected[key], rtol=rtol, atol=atol)
 
 
-def test_reference_batch_has_what_it_claims() -> None:
-    """Packed documents, masked labels, and numbers of targets that differ between the ranks."""
+def test_batch_has_packed_documents_masked_labels_and_unequal_targets_per_rank() -> None:
     for size in (2, 3):
         counts = [local_batches(batch(0), rank, size, 1).n_targets for rank in range(size)]
         assert len(set(counts)) == size
