@@ -1,4 +1,4 @@
-"""The order of samples: a bijection, exact quotas, whole epochs, never another one unknowingly."""
+"""The sample order: bijective, exact mixture quotas, complete epochs, and frozen values."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_order import slow_keys, slow_permute, slow_quotas, slow_walk
+from reference_order import reference_keys, reference_permute, reference_quotas, reference_walk
 
 from data.errors import DataError
 from data.order import BLOCK, Order, OrderStage, quotas
@@ -22,24 +22,24 @@ def stage_of(sources: Sources, first_sample: int = 0, seq_len: int = 8) -> Order
 
 
 def order_of(sources: Sources, seed: int) -> Order:
-    """The order of a run that is one stage."""
+    """Return the order of a run with one stage."""
     return Order([stage_of(sources)], seed)
 
 
-def slow_locate(sample: int, sources: Sources, seed: int) -> tuple[int, int, int]:
-    """One sample of a run of one stage, reached without those before its block."""
-    quota = slow_quotas({name: weight for name, weight, _ in sources})
+def reference_locate(sample: int, sources: Sources, seed: int) -> tuple[int, int, int]:
+    """Return (source, epoch, window) of one sample, computed from its mixture block only."""
+    quota = reference_quotas({name: weight for name, weight, _ in sources})
     layout = [name for name in sorted(quota) for _ in range(quota[name])]
-    block, place = divmod(sample, BLOCK)
-    keys = slow_keys("mixture", seed, block)
-    name = layout[slow_permute(place, BLOCK, keys)]
-    before = range(place if len(sources) > 1 else 0)
-    rank = sum(layout[slow_permute(p, BLOCK, keys)] == name for p in before)
+    block, position = divmod(sample, BLOCK)
+    keys = reference_keys("mixture", seed, block)
+    name = layout[reference_permute(position, BLOCK, keys)]
+    before = range(position if len(sources) > 1 else 0)
+    n_before = sum(layout[reference_permute(p, BLOCK, keys)] == name for p in before)
     if len(sources) == 1:
-        rank = place
-    windows = {name: n for name, _, n in sources}[name]
-    epoch, spot = divmod(quota[name] * block + rank, windows)
-    window = slow_permute(spot, windows, slow_keys("window", seed, name, epoch))
+        n_before = position
+    n_windows = {name: n for name, _, n in sources}[name]
+    epoch, draw = divmod(quota[name] * block + n_before, n_windows)
+    window = reference_permute(draw, n_windows, reference_keys("window", seed, name, epoch))
     return [name for name, _, _ in sources].index(name), epoch, window
 
 
@@ -47,13 +47,14 @@ def located(sources: Sources, seed: int, samples: Sequence[int]) -> list[list[in
     return np.stack(order_of(sources, seed).locate(np.array(samples)), axis=1).tolist()
 
 
-def test_order_equals_the_slow_reference_and_its_frozen_values() -> None:
+def test_order_equals_the_reference_and_frozen_values() -> None:
     samples = [0, 1, 2, 3, 499, BLOCK - 1, BLOCK, BLOCK + 1, 7 * BLOCK + 123, 10**9]
-    reference = [list(slow_locate(sample, MIXTURE, 42)) for sample in samples]
+    reference = [list(reference_locate(sample, MIXTURE, 42)) for sample in samples]
     assert located(MIXTURE, 42, samples) == reference
-    # Frozen: a change of these is a change of every run's order. Then raise ALGORITHM_VERSION.
+    # Frozen: a change here changes the sample order of every run and requires a new
+    # ALGORITHM_VERSION.
     assert reference == FROZEN_MIXTURE
-    single = [list(slow_locate(sample, [("stdlib", 1.0, 13_345)], 0)) for sample in samples]
+    single = [list(reference_locate(sample, [("stdlib", 1.0, 13_345)], 0)) for sample in samples]
     assert located([("stdlib", 1.0, 13_345)], 0, samples) == single == FROZEN_SINGLE
 
 
@@ -63,49 +64,52 @@ def test_order_equals_the_slow_reference_and_its_frozen_values() -> None:
     block=st.integers(0, 1000),
     seed=st.integers(0, 2**32),
 )
-def test_each_block_holds_exactly_the_quotas(weights: list[float], block: int, seed: int) -> None:
+def test_each_mixture_block_contains_exactly_the_quotas(
+    weights: list[float], block: int, seed: int
+) -> None:
     sources = [(f"s{i}", weight, 5000 + i) for i, weight in enumerate(weights)]
     order = order_of(sources, seed)
     source, _, _ = order.locate(np.arange(block * BLOCK, (block + 1) * BLOCK))
-    found = np.bincount(source, minlength=len(weights)).tolist()
-    reference = slow_quotas({name: weight for name, weight, _ in sources})
-    assert found == [reference[name] for name, _, _ in sources]
+    counts = np.bincount(source, minlength=len(weights)).tolist()
+    reference = reference_quotas({name: weight for name, weight, _ in sources})
+    assert counts == [reference[name] for name, _, _ in sources]
 
 
-def test_each_source_gives_each_window_once_before_any_twice_across_blocks() -> None:
+def test_each_window_is_drawn_once_per_epoch_across_blocks() -> None:
     source, epoch, window = order_of(MIXTURE, 3).locate(np.arange(BLOCK + 9999))
     for index, (_, _, n_windows) in enumerate(MIXTURE):
-        drawn, of_epoch = window[source == index], epoch[source == index]
-        assert (np.diff(of_epoch) >= 0).all()
-        whole = len(drawn) // n_windows
-        rows = np.sort(drawn[: whole * n_windows].reshape(whole, n_windows), axis=1)
+        windows, epochs = window[source == index], epoch[source == index]
+        assert (np.diff(epochs) >= 0).all()
+        n_epochs = len(windows) // n_windows
+        rows = np.sort(windows[: n_epochs * n_windows].reshape(n_epochs, n_windows), axis=1)
         assert (rows == np.arange(n_windows)).all()
 
 
 def test_epochs_blocks_seeds_and_source_names_each_change_the_order() -> None:
-    def first_epoch(name: str, seed: int, begin: int = 0) -> list[int]:
-        return (
-            order_of([(name, 1.0, 1000)], seed).locate(np.arange(begin, begin + 1000))[2].tolist()
-        )
+    def windows_of_epoch(name: str, seed: int, start: int = 0) -> list[int]:
+        samples = np.arange(start, start + 1000)
+        return order_of([(name, 1.0, 1000)], seed).locate(samples)[2].tolist()
 
-    runs = [first_epoch("a", 0), first_epoch("a", 1), first_epoch("b", 0)]
-    runs += [first_epoch("a", 0, 1000), first_epoch("a", 0, 2000), list(range(1000))]
+    runs = [windows_of_epoch("a", 0), windows_of_epoch("a", 1), windows_of_epoch("b", 0)]
+    runs += [windows_of_epoch("a", 0, 1000), windows_of_epoch("a", 0, 2000), list(range(1000))]
     for i, one in enumerate(runs):
         for other in runs[:i]:
-            # Two independent orders agree at about one place of all.
+            # Two independent orders agree at about one position.
             assert sum(x == y for x, y in zip(one, other, strict=True)) < 10
     source = order_of(MIXTURE, 0).locate(np.r_[0:999, BLOCK : BLOCK + 999])[0]
-    assert (source[:999] != source[999:]).sum() > 99  # of independent ones, about half differ
+    assert (source[:999] != source[999:]).sum() > 99  # about half of independent draws differ
 
 
 @settings(deadline=None, max_examples=25)
 @given(samples=st.lists(st.integers(0, 4 * BLOCK), min_size=1, max_size=8), seed=st.integers(0, 9))
-def test_a_sample_is_the_same_looked_up_alone_or_with_others(samples: list[int], seed: int) -> None:
-    together = located(MIXTURE, seed, samples)
-    assert together == [located(MIXTURE, seed, [sample])[0] for sample in samples]
+def test_samples_located_individually_and_as_a_batch_are_equal(
+    samples: list[int], seed: int
+) -> None:
+    batched = located(MIXTURE, seed, samples)
+    assert batched == [located(MIXTURE, seed, [sample])[0] for sample in samples]
 
 
-def test_listing_order_of_the_sources_does_not_matter() -> None:
+def test_order_of_the_sources_in_the_configuration_does_not_matter() -> None:
     samples = np.arange(5000)
     names = np.array([name for name, _, _ in MIXTURE])
     source, epoch, window = order_of(MIXTURE, 5).locate(samples)
@@ -115,7 +119,7 @@ def test_listing_order_of_the_sources_does_not_matter() -> None:
     assert (window == window_).all()
 
 
-def test_epochs_counts_what_locate_draws() -> None:
+def test_epochs_match_the_draws_of_locate() -> None:
     order, n_samples = order_of(MIXTURE, 1), BLOCK + 4321
     source, _, _ = order.locate(np.arange(n_samples))
     expected = {
@@ -124,7 +128,7 @@ def test_epochs_counts_what_locate_draws() -> None:
     assert order.epochs(n_samples) == expected
 
 
-def test_a_weight_that_rounds_to_nothing_and_a_source_without_window_are_refused() -> None:
+def test_weight_that_rounds_to_zero_and_source_without_windows_are_rejected() -> None:
     with pytest.raises(DataError, match=r"data\.sources\.b\.weight \(1e-06\).*use at least"):
         quotas([("a", 1.0), ("b", 1e-6)])
     with pytest.raises(DataError, match="has 0 windows"):
@@ -133,7 +137,7 @@ def test_a_weight_that_rounds_to_nothing_and_a_source_without_window_are_refused
 
 # ---------------------------------------------------------------- stages and blocks
 
-# Weights change, then the length (two windows in one), then weights, and the length again.
+# First the weights change, then seq_len (doubled), then the weights, then seq_len again.
 STAGES = [
     stage_of(MIXTURE),
     stage_of([("web", 0.0, 1000), ("code", 0.5, 77), ("books", 0.5, 50)], 900),
@@ -144,23 +148,23 @@ STAGES = [
 
 
 @pytest.mark.parametrize("block_tokens", [None, 80])
-def test_stages_equal_a_walk_from_the_first_sample_on_and_their_frozen_values(
+def test_stages_equal_counting_from_the_first_sample_and_frozen_values(
     block_tokens: int | None,
 ) -> None:
     n_samples = 3000
-    reference = slow_walk(STAGES, 42, n_samples, block_tokens)
+    reference = reference_walk(STAGES, 42, n_samples, block_tokens)
     order = Order(STAGES, 42, block_tokens)
     columns = order.locate(np.arange(n_samples))
-    found = [
+    actual = [
         (order.names[source], epoch, window)
         for source, epoch, window in zip(*(column.tolist() for column in columns), strict=True)
     ]
-    assert found == reference
+    assert actual == reference
     assert [list(reference[sample]) for sample in FROZEN_AT] == FROZEN_STAGES[block_tokens]
-    # A position reached at once is the one that the walk reaches.
+    # Samples located individually give the same result.
     for sample in (0, 899, 900, 1299, 1300, 1799, 1800, 2399, 2400, 2999):
-        alone = [int(column[0]) for column in order.locate(np.array([sample]))]
-        assert (order.names[alone[0]], *alone[1:]) == reference[sample]
+        single = [int(column[0]) for column in order.locate(np.array([sample]))]
+        assert (order.names[single[0]], *single[1:]) == reference[sample]
 
 
 @settings(deadline=None, max_examples=20)
@@ -172,7 +176,7 @@ def test_stages_equal_a_walk_from_the_first_sample_on_and_their_frozen_values(
     block_tokens=st.sampled_from([None, 1, 60]),
     data=st.data(),
 )
-def test_any_stages_equal_the_walk(
+def test_any_stages_equal_counting(
     changes: list[tuple[int, int]], block_tokens: int | None, data: st.DataObject
 ) -> None:
     stages, first = [], 0
@@ -187,34 +191,34 @@ def test_any_stages_equal_the_walk(
     n_samples = first + 300
     order = Order(stages, 1, block_tokens)
     columns = (column.tolist() for column in order.locate(np.arange(n_samples)))
-    found = [(order.names[s], epoch, window) for s, epoch, window in zip(*columns, strict=True)]
-    reference = slow_walk(stages, 1, n_samples, block_tokens)
-    assert found == reference
-    through = dict.fromkeys("ab", 0.0)
+    actual = [(order.names[s], epoch, window) for s, epoch, window in zip(*columns, strict=True)]
+    reference = reference_walk(stages, 1, n_samples, block_tokens)
+    assert actual == reference
+    epochs = dict.fromkeys("ab", 0.0)
     for sample, (name, _, _) in enumerate(reference):
         stage = [stage for stage in stages if stage.first_sample <= sample][-1]
-        through[name] += 1 / stage.n_windows[name]
-    assert order.epochs(n_samples) == pytest.approx(through)
+        epochs[name] += 1 / stage.n_windows[name]
+    assert order.epochs(n_samples) == pytest.approx(epochs)
 
 
 @pytest.mark.parametrize("block_tokens", [None, 80])
-def test_an_epoch_goes_on_through_new_weights_and_ends_with_a_new_length(
+def test_epoch_continues_across_a_change_of_weights_and_ends_at_a_change_of_seq_len(
     block_tokens: int | None,
 ) -> None:
     order = Order(STAGES, 7, block_tokens)
     source, epoch, window = order.locate(np.arange(2400))
     books = order.names.index("books")
-    for length in (slice(0, 1300), slice(1300, 2400)):
-        of_books = source[length] == books
-        epochs, windows = epoch[length][of_books], window[length][of_books]
+    for samples in (slice(0, 1300), slice(1300, 2400)):  # of equal seq_len
+        is_books = source[samples] == books
+        epochs, windows = epoch[samples][is_books], window[samples][is_books]
         assert (np.diff(epochs) >= 0).all()
-        for number in np.unique(epochs)[:-1]:  # whole ones, over the change of weights too
-            n = 50 if length.start == 0 else 25
+        for number in np.unique(epochs)[:-1]:  # complete, also across the change of weights
+            n = 50 if samples.start == 0 else 25
             assert sorted(windows[epochs == number].tolist()) == list(range(n))
     assert epoch[1300:][source[1300:] == books].min() > epoch[:1300][source[:1300] == books].max()
 
 
-def test_a_stage_to_come_changes_no_sample_before_it() -> None:
+def test_adding_a_later_stage_changes_no_earlier_sample() -> None:
     samples = np.arange(1800)
     for one, other in zip(
         Order(STAGES, 3).locate(samples), Order(STAGES[:3], 3).locate(samples), strict=True
@@ -222,7 +226,7 @@ def test_a_stage_to_come_changes_no_sample_before_it() -> None:
         assert (one == other).all()
 
 
-def test_weights_hold_exactly_from_a_stage_s_first_sample_on() -> None:
+def test_weights_are_exact_from_the_first_sample_of_a_stage() -> None:
     stages = [stage_of(MIXTURE), stage_of([("web", 3.0, 1000), ("code", 1.0, 77)], 1000)]
     stages[0] = stage_of([("web", 1.0, 1000), ("code", 1.0, 77)])
     source, _, _ = Order(stages, 0).locate(np.arange(1000, 1000 + 2 * BLOCK))
@@ -230,27 +234,27 @@ def test_weights_hold_exactly_from_a_stage_s_first_sample_on() -> None:
         assert np.bincount(block).tolist() == [BLOCK * 3 // 4, BLOCK // 4]
 
 
-def test_blocks_keep_reads_near_each_other_and_take_each_window_once() -> None:
+def test_shuffle_blocks_are_read_one_at_a_time_and_each_window_once_per_epoch() -> None:
     n, block = 1050, 100
     order = Order([stage_of([("a", 1.0, n)], seq_len=8)], 0, block_tokens=8 * block + 3)
     _, epoch, window = order.locate(np.arange(3 * n))
-    rounds = window.reshape(3, n)
-    assert (np.sort(rounds, axis=1) == np.arange(n)).all()
+    epochs = window.reshape(3, n)
+    assert (np.sort(epochs, axis=1) == np.arange(n)).all()
     assert epoch.tolist() == [e for e in range(3) for _ in range(n)]
-    for row in rounds:
+    for row in epochs:
         assert 1 + np.count_nonzero(np.diff(row // block)) == 11
-    assert (rounds[0] != rounds[1]).sum() > n - 20  # two independent orders agree at about one
+    assert (epochs[0] != epochs[1]).sum() > n - 20  # independent orders agree at about one position
 
 
-def test_a_stage_whose_weights_are_no_use_is_refused_by_its_key() -> None:
-    def refused(*sources: tuple[str, float, int]) -> str:
+def test_stage_with_invalid_weights_is_rejected_with_its_key() -> None:
+    def error(*sources: tuple[str, float, int]) -> str:
         with pytest.raises(DataError) as caught:
             Order([stage_of([("a", 1.0, 9), ("b", 1.0, 9)]), stage_of(sources, 100)], 0)
         return str(caught.value)
 
-    assert "data.stages[0].weights.b (1e-09) gives" in refused(("a", 1.0, 9), ("b", 1e-9, 9))
-    assert "every weight is 0" in refused(("a", 0.0, 9), ("b", 0.0, 9))
-    assert "data.sources.b has 0 windows" in refused(("a", 1.0, 9), ("b", 1.0, 0))
+    assert "data.stages[0].weights.b (1e-09) gives" in error(("a", 1.0, 9), ("b", 1e-9, 9))
+    assert "every weight is 0" in error(("a", 0.0, 9), ("b", 0.0, 9))
+    assert "data.sources.b has 0 windows" in error(("a", 1.0, 9), ("b", 1.0, 0))
 
 
 FROZEN_AT = [0, 899, 900, 1299, 1300, 1799, 1800, 2399, 2400, 2999]

@@ -1,4 +1,4 @@
-"""Stages: the samples of a step in closed form, against counting step by step."""
+"""The closed form of the samples of each step with stages equals counting step by step."""
 
 import pytest
 from hypothesis import given, settings
@@ -48,16 +48,16 @@ def test_any_stages_equal_counting_step_by_step(
     take(6)
     stages, problems = planned(*configs)
     assert problems == []
-    found = []
+    actual = []
     for step in range(len(expected)):
         stage = stages.at(step)
         first = stages.first_sample(step), stages.first_token(step)
-        found.append((*first, stage.seq_len, stage.global_batch_size, dict(stage.weights)))
+        actual.append((*first, stage.seq_len, stage.global_batch_size, dict(stage.weights)))
         assert stage.micro_batch_size == 2
-    assert found == expected
+    assert actual == expected
 
 
-def test_a_stage_that_begins_inside_a_step_or_has_no_source_is_told() -> None:
+def test_stage_that_starts_within_a_step_or_has_no_source_is_rejected() -> None:
     _, [problem] = planned(StageConfig(8), StageConfig(10, global_batch_size=2))
     assert problem.startswith("data.stages[1].from_sample (10)") and problem.endswith("12")
     _, [problem] = planned(StageConfig(8, {"a": 0.0, "b": 0.0}))
@@ -65,6 +65,6 @@ def test_a_stage_that_begins_inside_a_step_or_has_no_source_is_told() -> None:
 
 
 @pytest.mark.parametrize("step", [0, 1, 10**12])
-def test_a_run_without_stages_is_one(step: int) -> None:
+def test_run_without_stages_is_a_single_stage(step: int) -> None:
     stages, _ = planned()
     assert (stages.first_sample(step), stages.first_token(step)) == (4 * step, 32 * step)
