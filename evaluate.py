@@ -93,7 +93,7 @@ def measure_held_out(
     from evaluation.perplexity import measure
 
     evaluation = config.evaluation
-    n_windows = dataset.n_held_out(seq_len)
+    n_windows = dataset.n_validation_windows(seq_len)
     batches = validation_batches(
         dataset,
         samples=min(evaluation.samples or n_windows, n_windows),

@@ -49,7 +49,7 @@ def main(composed: DictConfig) -> None:
 def prepare_and_pack(config: PrepareJobConfig) -> None:
     """Prepares, packs where that is asked, and tells what the folder holds."""
     from data.packing import pack
-    from data.prepare import prepare
+    from data.preparation.pipeline import prepare
 
     manifest = prepare(config.data, config.tokenizer, progress=True)
     for seq_len in config.lengths:

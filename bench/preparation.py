@@ -24,7 +24,7 @@ from typing import Any
 
 from bench.measurement import spread, write
 from data.config import DataConfig, SourceConfig, TokenizerConfig
-from data.prepare import prepare
+from data.preparation.pipeline import prepare
 from data.tokenizer import Tokenizer, ready_tokenizer
 
 LLAMA3 = TokenizerConfig("llama3", 128_256)

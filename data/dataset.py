@@ -52,7 +52,7 @@ class Dataset:
         packing: Literal["best_fit"] | None = None,
         verify: bool = True,
     ) -> "Dataset":
-        """Opens and verifies a folder that `data.prepare` made.
+        """Opens and verifies a folder that `data.preparation.pipeline` made.
 
         Raises:
             DataError: not prepared, or damaged.
@@ -78,7 +78,7 @@ class Dataset:
             )
         return tokenizer
 
-    def n_held_out(self, seq_len: int) -> int:
+    def n_validation_windows(self, seq_len: int) -> int:
         """Validation windows of `seq_len` tokens, over all sources."""
         return sum(stream.n_windows(seq_len) for stream in self.validation.values())
 

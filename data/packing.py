@@ -21,7 +21,7 @@ from data.errors import DataError
 from data.files import Checksums, write_atomically
 from data.manifest import OFFSET, TOKEN, FileEntry, Manifest
 from data.pack_index import INDEX_FILE, PackedShard, PackIndex, anew, index_folder
-from data.preparation.progress import PreparationProgress
+from data.progress import PreparationProgress
 from data.shards import TokenStream, map_file
 
 

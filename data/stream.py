@@ -25,7 +25,7 @@ from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
 from data.loader import StepBatches, deal
 from data.sources.corpora import Corpus, Part, find, first_line
-from data.sources.reading import Position
+from data.sources.reading import RowPosition
 from data.sources.rows import Policy, Row, rows
 from data.stages import Stage, batches_from
 from data.tokenizer import Tokenizer, ready_tokenizer
@@ -97,9 +97,9 @@ class Lane:
 
     def _documents(self, place: Place) -> Iterator[tuple[Place, np.ndarray]]:
         """Every document from a place on, with its own place; after the last comes the first."""
-        begin = Position(place.piece, place.row)
+        begin = RowPosition(place.piece, place.row)
         for epoch in count(place.epoch):
-            whole, empty = begin == Position(), True
+            whole, empty = begin == RowPosition(), True
             for before, row in self._with_retries(begin):
                 if row.text:
                     empty = False
@@ -110,9 +110,9 @@ class Lane:
                     f"{self._name} has no text: see its filter and text_column, or use fewer "
                     "data.stream_shards"
                 )
-            begin = Position()
+            begin = RowPosition()
 
-    def _with_retries(self, begin: Position) -> Iterator[tuple[Position, Row]]:
+    def _with_retries(self, begin: RowPosition) -> Iterator[tuple[RowPosition, Row]]:
         """The rows of one epoch from a position on, each with its own position."""
         failures = 0
         while True:

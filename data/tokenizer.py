@@ -25,7 +25,7 @@ SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
+BOS_TOKEN, EOS_TOKEN = "<|begin_of_text|>", "<|end_of_text|>"
 # Names 2 to 11 of Llama 3's 256 special tokens; the others are reserved, counted on from 2.
 LLAMA3_NAMES = (
     "<|reserved_special_token_0|>",
@@ -67,8 +67,8 @@ class Tokenizer:
             name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.specials
         )
         self.vocab_size = len(ranks) + len(self.specials)
-        self.bos_id = self.specials[BEGIN]
-        self.eos_id = self.specials[END]
+        self.bos_id = self.specials[BOS_TOKEN]
+        self.eos_id = self.specials[EOS_TOKEN]
         self._bos = np.array([self.bos_id], dtype=np.uint32)
         self._eos = np.array([self.eos_id], dtype=np.uint32)
 
@@ -86,13 +86,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, no special token among them."""
-        return [token for piece in pieces(text) for token in self.encoding.encode_ordinary(piece)]
+        return [token for piece in split_text(text) for token in self.encoding.encode_ordinary(piece)]
 
     def encode_document(self, text: str) -> np.ndarray:
         """A document as begin-of-text, its ids, end-of-text: uint32 (tokens,)."""
         # Into arrays at once: a tenth of the memory of lists, and faster than those.
         ids = [
-            self.encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)
+            self.encoding.encode_to_numpy(piece, disallowed_special=()) for piece in split_text(text)
         ]
         return np.concatenate([self._bos, *ids, self._eos])
 
@@ -112,7 +112,7 @@ class Tokenizer:
         return self.encoding.decode([int(token) for token in ids], errors="replace")
 
 
-def pieces(text: str) -> Iterator[str]:
+def split_text(text: str) -> Iterator[str]:
     """The text cut where Meta's tokenizer cuts it: so that no piece makes tiktoken panic.
 
     Pieces of 400,000 characters, and in each no more than 25,000 characters of space, or of no
@@ -148,8 +148,8 @@ def special_names(name: str) -> list[str]:
     if name == "llama3":
         reserved = range(2, N_LLAMA3_SPECIALS - len(LLAMA3_NAMES))
         numbered = [f"<|reserved_special_token_{i}|>" for i in reserved]
-        return [BEGIN, END, *LLAMA3_NAMES, *numbered]
-    return [BEGIN, END, *(f"<|reserved_special_token_{i}|>" for i in range(N_SPECIALS - 2))]
+        return [BOS_TOKEN, EOS_TOKEN, *LLAMA3_NAMES, *numbered]
+    return [BOS_TOKEN, EOS_TOKEN, *(f"<|reserved_special_token_{i}|>" for i in range(N_SPECIALS - 2))]
 
 
 def model_file(ranks: dict[bytes, int]) -> bytes:
@@ -264,7 +264,7 @@ def _trained_by_library(texts: Iterable[str], n_ranks: int) -> Any:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    trained.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+    trained.train_from_iterator((piece for text in texts for piece in split_text(text)), trainer)
     return trained
 
 

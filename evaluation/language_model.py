@@ -19,7 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 from tqdm import tqdm
 
-from data.tokenizer import BEGIN, END, Tokenizer, pieces
+from data.tokenizer import BOS_TOKEN, EOS_TOKEN, Tokenizer, split_text
 from evaluation.errors import TaskError
 from evaluation.generation import SINGLE_PROCESS, Agreement, Sampling, generate
 from evaluation.likelihood import scoring
@@ -94,11 +94,11 @@ class LlameshModel(TemplateLM):
         Begin-of-text comes first, unless the text begins with its name or the caller says no.
         """
         if add_special_tokens is None:
-            add_special_tokens = not string.startswith(BEGIN)
+            add_special_tokens = not string.startswith(BOS_TOKEN)
         encoding = self.text.encoding
         ids = [
             token
-            for piece in pieces(string)
+            for piece in split_text(string)
             for token in encoding.encode(piece, allowed_special="all")
         ]
         return [self.text.bos_id, *ids] if add_special_tokens else ids
@@ -270,7 +270,7 @@ class _Wish:
                 f"a task sets generation_kwargs {', '.join(unknown)}, which generation here does "
                 f"not know: use {', '.join(sorted(GENERATION_KEYS))} in its file"
             )
-        self.stops = handle_stop_sequences(wish["until"], eos=END)
+        self.stops = handle_stop_sequences(wish["until"], eos=EOS_TOKEN)
         self.max_new_tokens = wish["max_gen_toks"]
         self.longest_prompt = max_length - self.max_new_tokens
         if self.longest_prompt < 1:

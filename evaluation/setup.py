@@ -77,7 +77,7 @@ def held_out_of(config: EvaluateJobConfig, weights: "Weights") -> "tuple[Dataset
     if evaluation.data is None and config.tasks and not Path(folder).exists():
         return None, seq_len
     dataset = Dataset.open(folder, document_mask=data.get("document_mask", True))
-    if not dataset.n_held_out(seq_len):
+    if not dataset.n_validation_windows(seq_len):
         raise DataError(
             f"{folder} holds no held-out window of {seq_len} tokens: prepare it with a larger "
             "data.validation_fraction, or use a shorter evaluation.seq_len"

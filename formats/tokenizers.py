@@ -16,9 +16,9 @@ from typing import Any, Literal
 from data.config import LLAMA3_VOCAB_SIZE, N_SPECIALS
 from data.errors import DataError
 from data.tokenizer import (
-    BEGIN,
+    BOS_TOKEN,
     BYTE_RANKS,
-    END,
+    EOS_TOKEN,
     MODEL_FILE,
     N_LLAMA3_SPECIALS,
     Tokenizer,
@@ -58,8 +58,8 @@ def write_hugging_face(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> 
         OSError: a file cannot be written.
     """
     names = {
-        "bos_token": BEGIN,
-        "eos_token": END,
+        "bos_token": BOS_TOKEN,
+        "eos_token": EOS_TOKEN,
         "pad_token": PAD.get(tokenizer.name, OTHER_PAD),
     }
     config = {
@@ -94,9 +94,9 @@ def _in_the_library(tokenizer: Tokenizer) -> Any:
         [
             processors.ByteLevel(trim_offsets=False),
             processors.TemplateProcessing(
-                single=f"{BEGIN} $A",
-                pair=f"{BEGIN} $A {BEGIN}:1 $B:1",
-                special_tokens=[(BEGIN, tokenizer.bos_id)],
+                single=f"{BOS_TOKEN} $A",
+                pair=f"{BOS_TOKEN} $A {BOS_TOKEN}:1 $B:1",
+                special_tokens=[(BOS_TOKEN, tokenizer.bos_id)],
             ),
         ]
     )

@@ -45,7 +45,7 @@ PRELOADED = (
         "training.optimizer",
         "resilience.watchdog",
     ),
-    *("evaluation.perplexity", "evaluation.sampling", "training.inspection", "data.prepare"),
+    *("evaluation.perplexity", "evaluation.sampling", "training.inspection", "data.preparation.pipeline"),
     *("formats.conversion", "formats.native", "evaluation.generation", "evaluation.inference"),
 )
 

@@ -100,7 +100,7 @@ def _prepare(config: JobConfig) -> "Dataset":
     from data.dataset import Dataset
     from data.manifest import Manifest
     from data.packing import pack, wait_until_packed
-    from data.prepare import prepare, wait_until_prepared
+    from data.preparation.pipeline import prepare, wait_until_prepared
 
     folder, data = Path(config.data.folder), config.data
 
@@ -124,7 +124,7 @@ def _prepare(config: JobConfig) -> "Dataset":
 def _check_size(dataset: "Dataset", config: JobConfig) -> None:
     """Raises DataError for tokens that are too few, or another vocabulary's."""
     dataset.check(config.stages(), config.model.vocab_size)
-    if config.validation.samples and not dataset.n_held_out(config.train.seq_len):
+    if config.validation.samples and not dataset.n_validation_windows(config.train.seq_len):
         raise DataError(
             f"data.validation_fraction ({config.data.validation_fraction}) held out no window of "
             f"train.seq_len ({config.train.seq_len}) tokens: use a larger fraction (and another "

@@ -18,7 +18,7 @@ from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 from data.errors import DataError
-from data.preparation.worker import Job, load, prepare_part
+from data.preparation.part import PartSettings, load, prepare_part
 from data.sources.corpora import Part
 from data.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ def shared_counters(n_parts: int) -> Array[c_int64]:
 
 
 def prepare_parts(
-    job: Job,
+    job: PartSettings,
     tokenizer: Tokenizer,
     parts: Sequence[tuple[int, Part]],
     n_workers: int,
@@ -83,7 +83,7 @@ def prepare_parts(
 
 
 def _prepare(
-    job: Job, tokenizer: Tokenizer, place: int, part: Part, counters: Array[c_int64]
+    job: PartSettings, tokenizer: Tokenizer, place: int, part: Part, counters: Array[c_int64]
 ) -> None:
     """One part, with its own counters."""
     own = slice(place * N_COUNTERS, (place + 1) * N_COUNTERS)
@@ -112,7 +112,7 @@ def _detached(descriptor: Any) -> _Inherited:
 _state: dict[str, Any] = {}
 
 
-def _begin(job: Job, counters: Array[c_int64], workers_end: Connection, lock: _Inherited) -> None:
+def _begin(job: PartSettings, counters: Array[c_int64], workers_end: Connection, lock: _Inherited) -> None:
     """Sets up a worker process."""
     threading.Thread(target=_end_with_main_process, args=(workers_end,), daemon=True).start()
     _state.update(job=job, counters=counters, lock=lock, tokenizer=load(job))

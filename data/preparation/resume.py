@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data.manifest import FORMAT_VERSION
-from data.preparation.claim import read_marker, sweep, write_marker
-from data.preparation.progress import PreparationProgress
-from data.preparation.worker import Record, record_path
+from data.preparation.state import read_marker, sweep, write_marker
+from data.progress import PreparationProgress
+from data.preparation.part import PartRecord, record_path
 from data.sources.corpora import Corpus, Part
 from data.tokenizer import MODEL_FILE, Tokenizer
 
@@ -29,7 +29,11 @@ def begin_or_go_on(
 ) -> None:
     """Leaves of a preparation before this one what this one would make too, and nothing else."""
     parts = [part for corpus in corpora.values() for part in corpus.parts]
-    cut = {name: repr((corpus.revision, corpus.parts)) for name, corpus in corpora.items()}
+    # `FileRange` was called `Piece`: hashes of preparations begun then stay valid.
+    cut = {
+        name: repr((corpus.revision, corpus.parts)).replace("FileRange(", "Piece(")
+        for name, corpus in corpora.items()
+    }
     now: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "configuration": wanted,
@@ -48,7 +52,7 @@ def begin_or_go_on(
         (folder / MODEL_FILE).unlink(missing_ok=True)
     elif policies[0] != policies[1]:
         for path in [record_path(folder, part) for part in parts]:
-            if not Record.read(path).is_clean:
+            if not PartRecord.read(path).is_clean:
                 path.unlink()
     kept = keep_done(folder, parts)
     if kept:
@@ -65,12 +69,12 @@ def _without_policy(values: Any) -> Any:
     return {name: value for name, value in values.items() if name != "data.invalid_text"}
 
 
-def keep_done(folder: Path, parts: Sequence[Part]) -> list[Record]:
+def keep_done(folder: Path, parts: Sequence[Part]) -> list[PartRecord]:
     """The records whose files are there; everything else of ours is removed."""
     kept, files = [], set()
     for part in parts:
         path = record_path(folder, part)
-        record = Record.read(path)
+        record = PartRecord.read(path)
         sizes = record.files()
         with suppress(FileNotFoundError):
             if record.n_closed and all(

@@ -35,7 +35,7 @@ ARROW_FILE = b"ARROW1"  # how an Arrow file begins; a stream of record batches b
 
 
 @dataclass(frozen=True)
-class Piece:
+class FileRange:
     """A stretch of a file or a dataset: from `begin` to `end`, or to its end where that is None.
 
     Counted in bytes (JSON lines, cut at line ends), row groups (Parquet), record batches (Arrow),
@@ -55,7 +55,7 @@ class Part:
 
     source: str
     number: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[FileRange, ...]
 
     @property
     def n_bytes(self) -> int:
@@ -162,9 +162,9 @@ def _revision(files: list[Path], sizes: list[int]) -> str:
     return digest.hexdigest()
 
 
-def _grouped(name: str, pieces: Iterable[Piece], part_bytes: int) -> Iterator[Part]:
+def _grouped(name: str, pieces: Iterable[FileRange], part_bytes: int) -> Iterator[Part]:
     """Parts of neighbouring pieces, each of `part_bytes` or a little more."""
-    number, group, n_bytes = 0, list[Piece](), 0
+    number, group, n_bytes = 0, list[FileRange](), 0
     for piece in pieces:
         group.append(piece)
         n_bytes += piece.n_bytes
@@ -175,7 +175,7 @@ def _grouped(name: str, pieces: Iterable[Piece], part_bytes: int) -> Iterator[Pa
         yield Part(name, number, tuple(group))
 
 
-def _pieces(file: Path, size: int, part_bytes: int, format_: str, key: str) -> Iterator[Piece]:
+def _pieces(file: Path, size: int, part_bytes: int, format_: str, key: str) -> Iterator[FileRange]:
     """A file whole, or a large one cut where its format allows."""
     path = str(file.absolute())
     plain_lines = format_ == "jsonl" and file.suffix not in COMPRESSED
@@ -191,10 +191,10 @@ def _pieces(file: Path, size: int, part_bytes: int, format_: str, key: str) -> I
             ) from None
         yield from _counted_pieces(path, size, sizes, part_bytes)
     else:
-        yield Piece(path, 0, size if plain_lines else None, size)
+        yield FileRange(path, 0, size if plain_lines else None, size)
 
 
-def _line_pieces(path: str, size: int, part_bytes: int) -> Iterator[Piece]:
+def _line_pieces(path: str, size: int, part_bytes: int) -> Iterator[FileRange]:
     """Byte ranges of about `part_bytes`, each ending with a line."""
     with open(path, "rb") as stream:
         begin = 0
@@ -203,11 +203,11 @@ def _line_pieces(path: str, size: int, part_bytes: int) -> Iterator[Piece]:
             while (read := stream.readline(MIB)) and not read.endswith(b"\n"):
                 pass
             end = min(stream.tell(), size) if read else size
-            yield Piece(path, begin, end, end - begin)
+            yield FileRange(path, begin, end, end - begin)
             begin = end
 
 
-def _counted_pieces(path: str, size: int, sizes: list[int], part_bytes: int) -> Iterator[Piece]:
+def _counted_pieces(path: str, size: int, sizes: list[int], part_bytes: int) -> Iterator[FileRange]:
     """Runs of row groups or record batches; a run's share of the file goes by their `sizes`."""
     total = max(sum(sizes), 1)
     begin = before = done = 0
@@ -215,7 +215,7 @@ def _counted_pieces(path: str, size: int, sizes: list[int], part_bytes: int) -> 
         done += each
         n_bytes = (done - before) * size // total
         if n_bytes >= part_bytes or number == len(sizes):
-            yield Piece(path, begin, number, n_bytes)
+            yield FileRange(path, begin, number, n_bytes)
             begin, before = number, done
 
 
@@ -248,7 +248,7 @@ def _hub_corpus(name: str, source: SourceConfig, key: str) -> Corpus:
             dataset = builder.as_streaming_dataset(split=source.split)
             n_shards = dataset.num_shards
             n_bytes = (builder.info.dataset_size or 0) // n_shards
-            pieces = [Piece(str(source.path), i, i + 1, n_bytes) for i in range(n_shards)]
+            pieces = [FileRange(str(source.path), i, i + 1, n_bytes) for i in range(n_shards)]
         else:
             builder.download_and_prepare()
             dataset = builder.as_dataset(split=source.split)
@@ -256,7 +256,7 @@ def _hub_corpus(name: str, source: SourceConfig, key: str) -> Corpus:
             part_bytes = min(max(size // N_PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
             rows = max(n_rows * part_bytes // max(size, 1), 1)
             pieces = [
-                Piece(str(source.path), i, min(i + rows, n_rows), size * rows // n_rows)
+                FileRange(str(source.path), i, min(i + rows, n_rows), size * rows // n_rows)
                 for i in range(0, n_rows, rows)
             ]
     except Exception as error:  # the library raises whatever its file systems raise

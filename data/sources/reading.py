@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from data.config import SourceConfig
-from data.sources.corpora import COMPRESSED, MIB, Piece, open_arrow
+from data.sources.corpora import COMPRESSED, MIB, FileRange, open_arrow
 
 BATCH_ROWS = 128  # of a table, turned into Python objects at once
 
 
-class Position(NamedTuple):
+class RowPosition(NamedTuple):
     """A place between two rows of a part."""
 
     piece: int = 0
@@ -27,7 +27,7 @@ class Position(NamedTuple):
     offset: int = 0  # bytes of the piece before it, where it is JSON lines that are not compressed
 
 
-class Raw(NamedTuple):
+class RawRow(NamedTuple):
     """One row as its format holds it; `problem` tells what is wrong with all of it."""
 
     values: Mapping[str, Any]
@@ -38,7 +38,7 @@ class Raw(NamedTuple):
     columns: Sequence[str] = ()
 
 
-def read(piece: Piece, source: SourceConfig, dataset: Any, begin: Position) -> Iterator[Raw]:
+def read(piece: FileRange, source: SourceConfig, dataset: Any, begin: RowPosition) -> Iterator[RawRow]:
     """The rows of a piece in its format."""
     if source.format == "jsonl":
         return _json_rows(piece, source.text_column, begin)
@@ -67,14 +67,14 @@ def _opened(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             yield cast(BinaryIO, io.BufferedReader(unpacked, MIB)), file
 
 
-def _text_rows(piece: Piece, column: str, begin: Position) -> Iterator[Raw]:
+def _text_rows(piece: FileRange, column: str, begin: RowPosition) -> Iterator[RawRow]:
     """A file as one document."""
     if begin.row == 0:
         with _opened(piece.path) as (stream, _):
-            yield Raw({column: stream.read()}, 1, piece.n_bytes)
+            yield RawRow({column: stream.read()}, 1, piece.n_bytes)
 
 
-def _json_rows(piece: Piece, column: str, begin: Position) -> Iterator[Raw]:
+def _json_rows(piece: FileRange, column: str, begin: RowPosition) -> Iterator[RawRow]:
     """One JSON object a line; blank lines are no rows."""
     row, packed = begin.row, piece.end is None
     with _opened(piece.path) as (stream, file):
@@ -90,7 +90,7 @@ def _json_rows(piece: Piece, column: str, begin: Position) -> Iterator[Raw]:
             if not line.isspace():
                 values, problem = _parsed(line, column)
                 offset = 0 if packed else place - piece.begin
-                yield Raw(values, row, place - before, offset, problem)
+                yield RawRow(values, row, place - before, offset, problem)
 
 
 def _parsed(line: bytes, column: str) -> tuple[Mapping[str, Any], str]:
@@ -112,7 +112,7 @@ def _parsed(line: bytes, column: str) -> tuple[Mapping[str, Any], str]:
 
 
 def _parquet_tables(
-    piece: Piece, source: SourceConfig, dataset: Any, skip: int
+    piece: FileRange, source: SourceConfig, dataset: Any, skip: int
 ) -> tuple[Iterator[Any], int]:
     """The row groups of a piece after `skip` rows, in small batches; the number of all rows."""
     import pyarrow.parquet
@@ -137,7 +137,7 @@ def _parquet_tables(
 
 
 def _arrow_tables(
-    piece: Piece, source: SourceConfig, dataset: Any, skip: int
+    piece: FileRange, source: SourceConfig, dataset: Any, skip: int
 ) -> tuple[Iterator[Any], int]:
     """The record batches of a piece after `skip` rows; nobody counts all rows before."""
     reader = open_arrow(piece.path)
@@ -159,7 +159,7 @@ def _arrow_tables(
 
 
 def _hub_tables(
-    piece: Piece, source: SourceConfig, dataset: Any, skip: int
+    piece: FileRange, source: SourceConfig, dataset: Any, skip: int
 ) -> tuple[Iterator[Any], int]:
     """The rows of a downloaded dataset, or one shard of a streamed one, after `skip` rows."""
     rows = dataset.with_format("arrow")
@@ -185,7 +185,7 @@ def _after(tables: Iterator[Any], skip: int) -> Iterator[Any]:
 
 def _table_rows(
     tables: Iterator[Any], source: SourceConfig, row: int, n_bytes: int
-) -> Iterator[Raw]:
+) -> Iterator[RawRow]:
     """The rows of Arrow tables or record batches, the wanted columns as Python objects."""
     for whole, names in tables:
         present = [name for name in names if name in _wanted_columns(source)]
@@ -195,7 +195,7 @@ def _table_rows(
             values = zip(*columns, strict=True) if columns else repeat((), table.num_rows)
             for each in values:
                 row += 1
-                yield Raw(dict(zip(present, each, strict=True)), row, n_bytes, columns=names)
+                yield RawRow(dict(zip(present, each, strict=True)), row, n_bytes, columns=names)
 
 
 def _objects(column: Any) -> list[Any]:
@@ -220,7 +220,7 @@ def _wanted_columns(source: SourceConfig) -> set[str]:
     return {source.text_column, *(column for column, _, _ in source.filter or [])}
 
 
-def place_of(piece: Piece, source: SourceConfig, row: int) -> str:
+def describe_location(piece: FileRange, source: SourceConfig, row: int) -> str:
     """Where a row of a piece is, for a person; the rows before the piece are counted only now."""
     if source.format in ("stdlib", "text"):
         return piece.path
@@ -240,7 +240,7 @@ def place_of(piece: Piece, source: SourceConfig, row: int) -> str:
     return f"row {row} of {piece.path}"
 
 
-def _lines_before(piece: Piece) -> int:
+def _lines_before(piece: FileRange) -> int:
     """How many lines of the file come before the piece."""
     left, lines = piece.begin, 0
     if not left:

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from data.config import SourceConfig
 from data.errors import DataError
-from data.sources.corpora import Part, Piece, first_line
-from data.sources.reading import Position, Raw, place_of, read
+from data.sources.corpora import Part, FileRange, first_line
+from data.sources.reading import RowPosition, RawRow, describe_location, read
 
 Policy = Literal["strict", "replace", "skip"]
 Outcome = Literal["text", "replaced", "empty", "filtered", "skipped"]
@@ -36,7 +36,7 @@ class Row(NamedTuple):
     outcome: Outcome
     text: str
     content: bytes
-    after: Position
+    after: RowPosition
     n_bytes: int  # of the input, an estimate
 
 
@@ -45,7 +45,7 @@ def rows(
     source: SourceConfig,
     policy: Policy = "strict",
     dataset: Any = None,
-    start: Position = Position(),  # noqa: B008 (a tuple)
+    start: RowPosition = RowPosition(),  # noqa: B008 (a tuple)
 ) -> Iterator[Row]:
     """The rows of a part from a position on.
 
@@ -59,13 +59,13 @@ def rows(
     key = f"data.sources.{part.source}"
     for number in range(start.piece, len(part.pieces)):
         piece = part.pieces[number]
-        begin = start if number == start.piece else Position()
+        begin = start if number == start.piece else RowPosition()
         last = begin.row
         try:
             for raw in read(piece, source, dataset, begin):
                 last = raw.row
                 outcome, text, content = _judged(raw, source, policy, piece, key)
-                after = Position(number, raw.row, raw.offset)
+                after = RowPosition(number, raw.row, raw.offset)
                 yield Row(outcome, text, content, after, raw.n_bytes)
         except DataError:
             raise
@@ -77,7 +77,7 @@ def rows(
 
 
 def _judged(
-    raw: Raw, source: SourceConfig, policy: Policy, piece: Piece, key: str
+    raw: RawRow, source: SourceConfig, policy: Policy, piece: FileRange, key: str
 ) -> tuple[Outcome, str, bytes]:
     """What becomes of a row: outcome, text, and the text as UTF-8."""
     readable = bool(raw.values) or not raw.problem
@@ -87,7 +87,7 @@ def _judged(
     if not problem:
         return ("text" if text else "empty"), text or "", content
     if policy == "strict":
-        place = place_of(piece, source, raw.row)
+        place = describe_location(piece, source, raw.row)
         if readable and source.text_column not in raw.values:
             raise DataError(
                 f"{key}.text_column ({source.text_column}) {problem} at {place}: "
@@ -102,7 +102,7 @@ def _judged(
     return "skipped", "", b""
 
 
-def _text_of(raw: Raw, source: SourceConfig) -> tuple[str | None, bytes, str]:
+def _text_of(raw: RawRow, source: SourceConfig) -> tuple[str | None, bytes, str]:
     """The text of a row, repaired (None where there is none), as UTF-8, and what was wrong."""
     column, problem = source.text_column, raw.problem
     if column not in raw.values:
@@ -134,14 +134,14 @@ def _text_of(raw: Raw, source: SourceConfig) -> tuple[str | None, bytes, str]:
     return text, content, problem
 
 
-def _meets_all(raw: Raw, source: SourceConfig, piece: Piece, key: str) -> bool:
+def _meets_all(raw: RawRow, source: SourceConfig, piece: FileRange, key: str) -> bool:
     """Whether a row meets every condition of the filter; null meets `!=` and `not in` alone."""
     for column, operation, value in source.filter or []:
         # A row of a table has every column; in JSON a key that is not there says null.
         if column not in raw.values and source.format != "jsonl":
             raise DataError(
                 f"{key}.filter ({column} {operation} {value}): {column} is no column at "
-                f"{place_of(piece, source, raw.row)}: use one of "
+                f"{describe_location(piece, source, raw.row)}: use one of "
                 f"{', '.join(map(str, raw.columns or raw.values))}"
             )
         found = raw.values.get(column)
@@ -152,7 +152,7 @@ def _meets_all(raw: Raw, source: SourceConfig, piece: Piece, key: str) -> bool:
             if options and _kind(found) not in map(_kind, options):
                 raise DataError(
                     f"{key}.filter ({column} {operation} {value}): "
-                    f"{place_of(piece, source, raw.row)} holds a {_kind(found)} in {column}, which "
+                    f"{describe_location(piece, source, raw.row)} holds a {_kind(found)} in {column}, which "
                     f"does not compare with a {_kind(options[0])}: change the condition"
                 )
             met = _COMPARE[operation](found, value)

@@ -20,7 +20,7 @@ from data.inspection_report import NO_LABEL, Reading, show_dataset, show_sample
 from data.loader import TrainLoader
 from data.manifest import SPLITS, Manifest
 from data.packing import pack
-from data.prepare import prepare
+from data.preparation.pipeline import prepare
 from data.shards import TokenStream
 from data.stages import Stages, plan_stages
 

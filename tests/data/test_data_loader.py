@@ -15,7 +15,7 @@ from data.config import DataConfig, SourceConfig, StageConfig, TokenizerConfig
 from data.dataset import Dataset
 from data.errors import DataError
 from data.loader import IGNORE, StepBatches, TrainLoader, make_batch, validation_batches
-from data.prepare import prepare
+from data.preparation.pipeline import prepare
 from data.stages import Stages, plan_stages
 
 SEQ_LEN, BATCH = 16, 12

@@ -21,8 +21,8 @@ import pytest
 from data.config import DataConfig, SourceConfig, StageConfig, TokenizerConfig
 from data.errors import DataError
 from data.manifest import SPLITS, Manifest
-from data.preparation import claim
-from data.prepare import configuration, is_validation, prepare, wait_until_prepared
+from data.preparation import state
+from data.preparation.pipeline import configuration, is_validation, prepare, wait_until_prepared
 from data.shards import TokenStream
 from data.sources.corpora import Corpus, find
 from data.tokenizer import load_tokenizer, ready_tokenizer
@@ -140,7 +140,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
         prepare(data, BYTE, progress=False)
     assert (folder / "tokenizer.model").read_text() == "someone's own"
     (folder / "tokenizer.model").unlink()
-    (folder / claim.MARKER_FILE).touch()  # as of a preparation that was killed at once
+    (folder / state.MARKER_FILE).touch()  # as of a preparation that was killed at once
     (folder / "s0").mkdir()
     (folder / "s0" / "notes.txt").write_text("someone's own")
     prepare(data, BYTE, progress=False)
@@ -325,7 +325,7 @@ def test_a_read_only_folder_is_told_and_read_where_it_is_prepared(tmp_path: Path
     )
     manifest = prepare(data, BYTE, progress=False)
     # As a kill after the manifest leaves it: there, only what is in the way of nobody remains.
-    (Path(data.folder) / claim.MARKER_FILE).touch()
+    (Path(data.folder) / state.MARKER_FILE).touch()
     with read_only(tmp_path / "disk"):
         assert prepare(data, BYTE, progress=False) == manifest
 
@@ -334,7 +334,7 @@ PEAK = """
 from pathlib import Path
 from data.config import *
 from data.sources.corpora import find
-from data.prepare import prepare
+from data.preparation.pipeline import prepare
 from data.sources.rows import rows
 {work}
 lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
@@ -399,10 +399,10 @@ def test_those_who_wait_see_a_preparation_while_its_sources_are_found(
     seen = []
 
     def looked_at(name: str, source: SourceConfig) -> Corpus:
-        seen.append(claim.is_claimed(Path(data.folder)))
+        seen.append(state.is_claimed(Path(data.folder)))
         return find(name, source)
 
-    monkeypatch.setattr("data.prepare.find", looked_at)
+    monkeypatch.setattr("data.preparation.pipeline.find", looked_at)
     prepare(data, BYTE, progress=False)
     assert seen == [True]
 

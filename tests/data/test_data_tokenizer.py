@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
 from data.manifest import SPLITS
-from data.prepare import is_validation, prepare
+from data.preparation.pipeline import is_validation, prepare
 from data.shards import TokenStream
 from data.tokenizer import (
     Tokenizer,
     _trained_by_library,
     load_tokenizer,
     model_file,
-    pieces,
+    split_text,
     read_tokenizer,
     ready_tokenizer,
     train_bpe,
@@ -141,7 +141,7 @@ def test_pieces_are_those_of_metas_tokenizer(
         for start in range(0, len(text), 400_000)
         for piece in split(text[start : start + 400_000], 25_000)
     ]
-    assert list(pieces(text)) == reference
+    assert list(split_text(text)) == reference
 
 
 @pytest.mark.parametrize("text", TEXTS)

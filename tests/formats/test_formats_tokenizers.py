@@ -22,7 +22,7 @@ from data.tokenizer import (
     byte_of_character,
     library_split,
     model_file,
-    pieces,
+    split_text,
     ready_tokenizer,
     train_bpe,
 )
@@ -153,8 +153,8 @@ def test_merges_and_all_splits_encode_as_tiktoken_whatever_the_ranks(
 
 def test_long_runs_differ_by_the_cuts_alone(bpe: Exported) -> None:
     text = "ab" * MAX_RUN + " " * (MAX_RUN + 1) + "b"
-    assert len(list(pieces(text))) > 1
-    cut = [token for piece in pieces(text) for token in library_ids(bpe.library, piece)]
+    assert len(list(split_text(text))) > 1
+    cut = [token for piece in split_text(text) for token in library_ids(bpe.library, piece)]
     assert cut == bpe.ours.encode(text)
 
 

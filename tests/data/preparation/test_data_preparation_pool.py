@@ -18,9 +18,9 @@ import pytest
 
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
-from data.preparation import claim, pool
-from data.preparation.worker import Job, load
-from data.prepare import prepare
+from data.preparation import pool, state
+from data.preparation.part import PartSettings, load
+from data.preparation.pipeline import prepare
 from data.sources import corpora
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -78,7 +78,7 @@ def preparing(data: DataConfig, before: str = "") -> Iterator[subprocess.Popen[s
     program = (
         f"{before}\n"
         f"from data.sources import corpora; corpora.MIN_PART_BYTES = {PART_BYTES}\n"
-        "from data.config import *; from data.prepare import prepare\n"
+        "from data.config import *; from data.preparation.pipeline import prepare\n"
         f"prepare({data!r}, {BYTE!r}, False)"
     )
     process = subprocess.Popen(
@@ -179,7 +179,7 @@ def test_ctrl_c_ends_all_of_them_and_the_next_start_goes_on(
     assert listing(data.folder) == expected
 
 
-def begin_deaf(job: Job, counters: Any, workers_end: Any, lock: Any) -> None:
+def begin_deaf(job: PartSettings, counters: Any, workers_end: Any, lock: Any) -> None:
     """Sets up a worker that does not hear that its main process died."""
     pool._state.update(job=job, tokenizer=load(job), counters=counters, kept=(workers_end, lock))
 
@@ -215,8 +215,8 @@ def test_a_lock_of_a_marker_that_is_gone_is_no_claim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one before may end, and remove its marker, between our opening and our locking it."""
-    marker_path = tmp_path / claim.MARKER_FILE
-    lock = claim.fcntl.flock
+    marker_path = tmp_path / state.MARKER_FILE
+    lock = state.fcntl.flock
     removed: list[bool] = []
 
     def late(file: Any, operation: int) -> None:
@@ -225,8 +225,8 @@ def test_a_lock_of_a_marker_that_is_gone_is_no_claim(
             removed.append(True)
         lock(file, operation)
 
-    monkeypatch.setattr(claim.fcntl, "flock", late)
-    with claim.claimed(tmp_path) as marker:
+    monkeypatch.setattr(state.fcntl, "flock", late)
+    with state.claimed(tmp_path) as marker:
         assert os.path.samestat(os.fstat(marker.fileno()), marker_path.stat())
 
 

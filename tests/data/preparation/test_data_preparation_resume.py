@@ -15,7 +15,7 @@ import pytest
 
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
-from data.prepare import prepare
+from data.preparation.pipeline import prepare
 from data.sources import corpora
 from data.sources.rows import Policy
 
@@ -55,7 +55,7 @@ PROGRAM = """
 import os, signal, sys, traceback
 from data.sources import corpora
 from data.config import *
-from data.prepare import prepare
+from data.preparation.pipeline import prepare
 from data.sources.rows import Policy
 corpora.MIN_PART_BYTES = 8_000
 calls = limit = 0
@@ -264,7 +264,7 @@ def test_a_file_that_the_system_refuses_is_no_end_either(tmp_path: Path) -> None
     program = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))\n"
         "from data.sources import corpora; corpora.MIN_PART_BYTES = 8_000\n"
-        "from data.config import *; from data.prepare import prepare\n"
+        "from data.config import *; from data.preparation.pipeline import prepare\n"
         f"prepare({data!r}, {BYTE!r}, False)"
     )
     done = subprocess.run(

@@ -1,6 +1,6 @@
 """What is told of a preparation, from its counts alone."""
 
-from data.preparation.progress import Done, _told
+from data.progress import Done, _told
 
 
 def test_input_that_counts_no_bytes_until_a_part_is_done_has_no_time_left_yet() -> None:

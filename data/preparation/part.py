@@ -17,7 +17,7 @@ from data.files import write_atomically
 from data.manifest import SPLITS, Shard
 from data.shards import ShardWriter
 from data.sources.corpora import Part
-from data.sources.reading import Position
+from data.sources.reading import RowPosition
 from data.sources.rows import Policy, rows
 from data.tokenizer import MODEL_FILE, Tokenizer, read_tokenizer
 
@@ -25,7 +25,7 @@ COUNTS = ("read", "empty", "filtered", "skipped", "replaced")
 
 
 @dataclass(frozen=True)
-class Job:
+class PartSettings:
     """What all parts of a preparation have in common; goes to each worker once."""
 
     folder: Path
@@ -38,10 +38,10 @@ class Job:
 
 
 @dataclass
-class Record:
+class PartRecord:
     """How far a part is: everything before `position` lies in `shards`."""
 
-    position: Position = Position()  # noqa: RUF009 (a tuple)
+    position: RowPosition = RowPosition()  # noqa: RUF009 (a tuple)
     n_bytes: int = 0
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     shards: dict[str, list[Shard]] = field(default_factory=lambda: {s: [] for s in SPLITS})
@@ -74,12 +74,12 @@ class Record:
         write_atomically(path, json.dumps(asdict(self)).encode())
 
     @classmethod
-    def read(cls, path: Path) -> "Record":
+    def read(cls, path: Path) -> "PartRecord":
         """The record of a part, an empty one where none can be read."""
         try:
             values = json.loads(path.read_bytes())
             return cls(
-                Position(*values.pop("position")),
+                RowPosition(*values.pop("position")),
                 shards={s: [Shard.from_json(each) for each in values["shards"][s]] for s in SPLITS},
                 **{name: value for name, value in values.items() if name != "shards"},
             )
@@ -93,7 +93,7 @@ def record_path(folder: Path, part: Part) -> Path:
 
 
 def prepare_part(
-    job: Job, tokenizer: Tokenizer, part: Part, tell: Callable[[int, int, int], None]
+    job: PartSettings, tokenizer: Tokenizer, part: Part, tell: Callable[[int, int, int], None]
 ) -> None:
     """Writes the shards of a part that are not there yet; its record says `done` then.
 
@@ -105,7 +105,7 @@ def prepare_part(
         OSError: the shards cannot be written.
     """
     path = record_path(job.folder, part)
-    record = Record.read(path)
+    record = PartRecord.read(path)
     n_documents, n_tokens = record.n_documents, record.n_tokens
     source, dataset = job.sources[part.source], job.datasets.get(part.source)
     writers = _writers(job, part, record)
@@ -148,18 +148,18 @@ def is_validation(text: str | bytes, fraction: float) -> bool:
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
-def load(job: Job) -> Tokenizer:
+def load(job: PartSettings) -> Tokenizer:
     """The tokenizer of a preparation, from its folder."""
     return read_tokenizer(job.folder / MODEL_FILE, job.tokenizer_name)
 
 
-def _writers(job: Job, part: Part, record: Record) -> dict[str, ShardWriter]:
+def _writers(job: PartSettings, part: Part, record: PartRecord) -> dict[str, ShardWriter]:
     """The next pair of shards of a part."""
     number = f"{part.number:05d}-{record.n_closed:03d}"
     return {s: ShardWriter(job.folder, f"{part.source}/{s}-{number}") for s in SPLITS}
 
 
-def _close(writers: dict[str, ShardWriter], record: Record) -> None:
+def _close(writers: dict[str, ShardWriter], record: PartRecord) -> None:
     """Finishes a pair of shards, of which one may have stayed empty."""
     for split, writer in writers.items():
         shard = writer.close()

@@ -22,7 +22,7 @@ from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.files import write_atomically
 from data.manifest import MANIFEST_FILE, SPLITS, Manifest, SourceEntry, TokenizerEntry
-from data.preparation.claim import (
+from data.preparation.state import (
     claimed,
     end_claim,
     end_killed_claim,
@@ -33,9 +33,9 @@ from data.preparation.claim import (
     remove_all,
 )
 from data.preparation.pool import N_COUNTERS, prepare_parts, shared_counters
-from data.preparation.progress import Done, PreparationProgress
+from data.progress import Done, PreparationProgress
 from data.preparation.resume import begin_or_go_on, keep_done
-from data.preparation.worker import COUNTS, Job, Record, is_validation, record_path
+from data.preparation.part import COUNTS, PartSettings, PartRecord, is_validation, record_path
 from data.sources.corpora import Corpus, Part, find
 from data.sources.rows import rows
 from data.tokenizer import (
@@ -258,7 +258,7 @@ def _train_tokenizer(work: _Work) -> Tokenizer:
 def _write_parts(work: _Work, parts: Sequence[Part], tokenizer: Tokenizer, marker: TextIO) -> None:
     """Tokenises every part that is not done."""
     data, folder = work.data, work.folder
-    job = Job(
+    job = PartSettings(
         folder,
         dict(data.sources),
         {name: corpus.dataset for name, corpus in work.corpora.items()},
@@ -271,7 +271,7 @@ def _write_parts(work: _Work, parts: Sequence[Part], tokenizer: Tokenizer, marke
     left = []
     for place, part in enumerate(parts):
         (folder / part.source).mkdir(exist_ok=True)
-        record = Record.read(record_path(folder, part))
+        record = PartRecord.read(record_path(folder, part))
         own = slice(place * N_COUNTERS, (place + 1) * N_COUNTERS)
         counters[own] = [record.n_bytes, record.n_documents, record.n_tokens]
         if not record.done:
@@ -290,7 +290,7 @@ def _manifest(work: _Work, tokenizer: Tokenizer) -> Manifest:
     """What the parts' records tell, in the order of the parts."""
     sources = {}
     for name, corpus in work.corpora.items():
-        records = [Record.read(record_path(work.folder, part)) for part in corpus.parts]
+        records = [PartRecord.read(record_path(work.folder, part)) for part in corpus.parts]
         counts = {each: sum(record.documents[each] for record in records) for each in COUNTS}
         shards = {s: [shard for record in records for shard in record.shards[s]] for s in SPLITS}
         sources[name] = SourceEntry(corpus.revision, counts, shards)
