@@ -150,10 +150,11 @@ def _meets_all(raw: RawRow, source: SourceConfig, piece: FileRange, key: str) ->
         else:
             options = value if isinstance(value, list) else [value]
             if options and _kind(found) not in map(_kind, options):
+                where = describe_location(piece, source, raw.row)
                 raise DataError(
-                    f"{key}.filter ({column} {operation} {value}): "
-                    f"{describe_location(piece, source, raw.row)} holds a {_kind(found)} in {column}, which "
-                    f"does not compare with a {_kind(options[0])}: change the condition"
+                    f"{key}.filter ({column} {operation} {value}): {where} holds a "
+                    f"{_kind(found)} in {column}, which does not compare with a "
+                    f"{_kind(options[0])}: change the condition"
                 )
             met = _COMPARE[operation](found, value)
         if not met:

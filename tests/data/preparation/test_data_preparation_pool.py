@@ -187,7 +187,7 @@ def begin_deaf(job: PartSettings, counters: Any, workers_end: Any, lock: Any) ->
 def test_a_second_preparation_is_refused_while_the_first_or_one_of_its_workers_lives(
     tmp_path: Path, rows: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claim, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(state, "PATIENCE_SECONDS", 0.1)
     data = data_of(tmp_path, rows)
     deaf = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
