@@ -86,13 +86,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, no special token among them."""
-        return [token for piece in split_text(text) for token in self.encoding.encode_ordinary(piece)]
+        return [
+            token for piece in split_text(text) for token in self.encoding.encode_ordinary(piece)
+        ]
 
     def encode_document(self, text: str) -> np.ndarray:
         """A document as begin-of-text, its ids, end-of-text: uint32 (tokens,)."""
         # Into arrays at once: a tenth of the memory of lists, and faster than those.
         ids = [
-            self.encoding.encode_to_numpy(piece, disallowed_special=()) for piece in split_text(text)
+            self.encoding.encode_to_numpy(piece, disallowed_special=())
+            for piece in split_text(text)
         ]
         return np.concatenate([self._bos, *ids, self._eos])
 
@@ -149,7 +152,11 @@ def special_names(name: str) -> list[str]:
         reserved = range(2, N_LLAMA3_SPECIALS - len(LLAMA3_NAMES))
         numbered = [f"<|reserved_special_token_{i}|>" for i in reserved]
         return [BOS_TOKEN, EOS_TOKEN, *LLAMA3_NAMES, *numbered]
-    return [BOS_TOKEN, EOS_TOKEN, *(f"<|reserved_special_token_{i}|>" for i in range(N_SPECIALS - 2))]
+    return [
+        BOS_TOKEN,
+        EOS_TOKEN,
+        *(f"<|reserved_special_token_{i}|>" for i in range(N_SPECIALS - 2)),
+    ]
 
 
 def model_file(ranks: dict[bytes, int]) -> bytes:

@@ -112,7 +112,9 @@ def _detached(descriptor: Any) -> _Inherited:
 _state: dict[str, Any] = {}
 
 
-def _begin(job: PartSettings, counters: Array[c_int64], workers_end: Connection, lock: _Inherited) -> None:
+def _begin(
+    job: PartSettings, counters: Array[c_int64], workers_end: Connection, lock: _Inherited
+) -> None:
     """Sets up a worker process."""
     threading.Thread(target=_end_with_main_process, args=(workers_end,), daemon=True).start()
     _state.update(job=job, counters=counters, lock=lock, tokenizer=load(job))

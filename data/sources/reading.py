@@ -38,7 +38,9 @@ class RawRow(NamedTuple):
     columns: Sequence[str] = ()
 
 
-def read(piece: FileRange, source: SourceConfig, dataset: Any, begin: RowPosition) -> Iterator[RawRow]:
+def read(
+    piece: FileRange, source: SourceConfig, dataset: Any, begin: RowPosition
+) -> Iterator[RawRow]:
     """The rows of a piece in its format."""
     if source.format == "jsonl":
         return _json_rows(piece, source.text_column, begin)

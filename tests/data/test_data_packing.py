@@ -139,7 +139,9 @@ def test_training_reads_the_packed_windows_in_an_order_of_seed_and_position_alon
 
 def test_validation_stays_concatenated(folder: Path) -> None:
     opened = Dataset.open(folder, packing="best_fit")
-    assert opened.n_validation_windows(SEQ_LEN) == Dataset.open(folder).n_validation_windows(SEQ_LEN)
+    assert opened.n_validation_windows(SEQ_LEN) == Dataset.open(folder).n_validation_windows(
+        SEQ_LEN
+    )
 
 
 def test_a_length_that_is_not_packed_names_the_command(folder: Path) -> None:
