@@ -45,7 +45,12 @@ PRELOADED = (
         "training.optimizer",
         "resilience.watchdog",
     ),
-    *("evaluation.perplexity", "evaluation.sampling", "training.inspection", "data.preparation.pipeline"),
+    *(
+        "evaluation.perplexity",
+        "evaluation.sampling",
+        "training.inspection",
+        "data.preparation.pipeline",
+    ),
     *("formats.conversion", "formats.native", "evaluation.generation", "evaluation.inference"),
 )
 

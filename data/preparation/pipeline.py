@@ -22,6 +22,9 @@ from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.files import write_atomically
 from data.manifest import MANIFEST_FILE, SPLITS, Manifest, SourceEntry, TokenizerEntry
+from data.preparation.part import COUNTS, PartRecord, PartSettings, is_validation, record_path
+from data.preparation.pool import N_COUNTERS, prepare_parts, shared_counters
+from data.preparation.resume import begin_or_go_on, keep_done
 from data.preparation.state import (
     claimed,
     end_claim,
@@ -32,10 +35,7 @@ from data.preparation.state import (
     refuse_foreign,
     remove_all,
 )
-from data.preparation.pool import N_COUNTERS, prepare_parts, shared_counters
 from data.progress import Done, PreparationProgress
-from data.preparation.resume import begin_or_go_on, keep_done
-from data.preparation.part import COUNTS, PartSettings, PartRecord, is_validation, record_path
 from data.sources.corpora import Corpus, Part, find
 from data.sources.rows import rows
 from data.tokenizer import (

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data.manifest import FORMAT_VERSION
+from data.preparation.part import PartRecord, record_path
 from data.preparation.state import read_marker, sweep, write_marker
 from data.progress import PreparationProgress
-from data.preparation.part import PartRecord, record_path
 from data.sources.corpora import Corpus, Part
 from data.tokenizer import MODEL_FILE, Tokenizer
 

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from data.config import SourceConfig
 from data.errors import DataError
-from data.sources.corpora import Part, FileRange, first_line
-from data.sources.reading import RowPosition, RawRow, describe_location, read
+from data.sources.corpora import FileRange, Part, first_line
+from data.sources.reading import RawRow, RowPosition, describe_location, read
 
 Policy = Literal["strict", "replace", "skip"]
 Outcome = Literal["text", "replaced", "empty", "filtered", "skipped"]

@@ -22,9 +22,9 @@ from data.tokenizer import (
     _trained_by_library,
     load_tokenizer,
     model_file,
-    split_text,
     read_tokenizer,
     ready_tokenizer,
+    split_text,
     train_bpe,
 )
 

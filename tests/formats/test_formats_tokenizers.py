@@ -22,8 +22,8 @@ from data.tokenizer import (
     byte_of_character,
     library_split,
     model_file,
-    split_text,
     ready_tokenizer,
+    split_text,
     train_bpe,
 )
 from formats.errors import FormatError
