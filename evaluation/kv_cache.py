@@ -97,12 +97,12 @@ class _CachingKernel(AttentionKernel):
     def mask(
         self,
         positions: Tensor | None,
-        places: Tensor | None,
+        token_indices: Tensor | None,
         like: Tensor,
-        key_places: Tensor | None = None,
+        key_indices: Tensor | None = None,
         n_documents: int | None = None,
     ) -> Mask:
-        assert places is None and key_places is None
+        assert token_indices is None and key_indices is None
         return self.rows.advance(positions)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:

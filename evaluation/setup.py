@@ -152,9 +152,9 @@ def harness_model(
 
 def number_format(config: EvaluateJobConfig, loaded: "InferenceContext") -> str:
     """In which numbers the model computes: `float32` or `bfloat16`."""
-    from parallel.data_parallel import mixed_precision
+    from parallel.data_parallel import mixed_precision_policy
 
-    policy = mixed_precision(config.precision, loaded.fabric.device.type)
+    policy = mixed_precision_policy(config.precision, loaded.fabric.device.type)
     return str(policy.param_dtype).removeprefix("torch.")
 
 

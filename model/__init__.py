@@ -1,5 +1,5 @@
-"""The Llama 3 model: configuration, blocks, loss, initial weights, closed forms of its size.
+"""Llama 3: configuration, blocks, loss, weight initialization, parameter and FLOP counts.
 
-Knows torch alone. Meshes, precision policies and compilation are applied from outside, by the names
-of modules and parameters, which are Meta's.
+Depends only on torch. Parallelism, mixed precision and compilation are applied from outside, by
+module and parameter name; the names are Meta's.
 """

@@ -1,9 +1,22 @@
 """The Llama 3 transformer (arXiv:2407.21783), with Meta's module and parameter names.
 
-Oblivious of meshes: a parallel plan hooks these modules by name and may hand them fewer heads, a
-part of the sequence between the blocks, or a loss of its own. Hence each module takes its input as
-the first positional argument, and seq is read only inside attention and the loss.
-Outside stay precision (weights are created in float32) and initial values (`model.init`).
+This module computes one complete, unsharded model in the dtype of its weights. `parallel` replaces
+or wraps parts of it, in the order of `parallel.parallelize`:
+
+- `float8` (`precision.fp8`): Linear layers of the blocks become torchao's `Float8Linear`.
+- `model.kernels.onednn_linear` (float32 on AMD CPUs): products of the blocks' Linear layers.
+- `tensor_parallel` (`parallel.tp` > 1): parameters become sharded DTensors, the forward of
+  `tok_embeddings` and `loss` are replaced, `RMSNorm.function` becomes `F.rms_norm`; inside
+  `Attention`, q, k and v have local heads.
+- `context_parallel` (`parallel.cp` > 1): `kernel` is replaced, and hooks on `Llama` cut the
+  sequence and combine the result.
+- `activation_checkpoint` (`parallel.activation_checkpoint`), `compilation` (`parallel.compile`):
+  wrap `TransformerBlock.forward`; compilation also the stages of `loss`.
+- `data_parallel` (more than one process) and `mixed_precision` (one process): parameters are
+  gathered and cast to `precision.param` around each block or forward.
+
+Hence each module takes its input as the first positional argument, and only attention and the loss
+depend on seq. Initial weights are in `model.init`.
 """
 
 from collections.abc import Callable
@@ -20,7 +33,7 @@ from model.rope import apply_rope, rope_frequencies, rope_rotations
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention with rotary position embedding."""
 
     def __init__(self, config: ModelConfig, kernel: AttentionKernel) -> None:
         super().__init__()
@@ -33,9 +46,9 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, rotations: Tensor, mask: Mask) -> Tensor:
-        """(batch, seq, dim) -> the same; the other arguments as in `TransformerBlock`."""
+        """(batch, seq, dim) -> (batch, seq, dim); other arguments as in `TransformerBlock`."""
         batch, seq, _ = x.shape
-        # The number of heads is what is left, so that sharded projections yield local heads.
+        # The number of heads is inferred, because sharded projections return local heads.
         q = self.wq(x).view(batch, seq, -1, self.head_dim)  # (batch, seq, heads, head_dim)
         k = self.wk(x).view(batch, seq, -1, self.head_dim)  # (batch, seq, kv_heads, head_dim)
         v = self.wv(x).view(batch, seq, -1, self.head_dim)  # (batch, seq, kv_heads, head_dim)
@@ -54,12 +67,12 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, seq, dim) -> the same."""
+        """(batch, seq, dim) -> (batch, seq, dim)."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then feed-forward, each normalised before and added to its input."""
+    """Attention, then feed-forward, with pre-normalization and residual connections."""
 
     def __init__(self, config: ModelConfig, kernel: AttentionKernel) -> None:
         super().__init__()
@@ -69,13 +82,13 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, x: Tensor, rotations: Tensor, mask: Mask) -> Tensor:
-        """One layer.
+        """Apply one layer.
 
         Args:
             x: (batch, seq, dim).
-            rotations: (batch or 1, seq, head_dim/2, 2) float32 from `rope_rotations`; a precision
-                policy must not cast them.
-            mask: From the attention kernel.
+            rotations: (batch or 1, seq, head_dim/2, 2) float32 from `rope_rotations`; mixed
+                precision must not cast them.
+            mask: From `AttentionKernel.mask`.
 
         Returns: (batch, seq, dim).
         """
@@ -84,7 +97,7 @@ class TransformerBlock(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens to logits, or with labels to the summed loss."""
+    """Map tokens to logits, or, given labels, to the summed loss."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -100,16 +113,15 @@ class Llama(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Make output.weight the very Parameter of tok_embeddings, where the configuration ties.
+        """Share the Parameter of tok_embeddings with output if `tie_embeddings` is set.
 
-        To be called again by whoever replaces the parameters of the two modules one by one, as
-        sharding does.
+        Call it again after replacing the parameters of both modules, as sharding does.
         """
         if self.config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama":
-        # Behind `to`, `to_empty` and the like; leaving the meta device makes two parameters of one.
+        # Called by `to`, `to_empty` and others; leaving the meta device separates tied weights.
         super()._apply(fn, recurse)
         self.tie_weights()
         return self
@@ -119,31 +131,31 @@ class Llama(nn.Module):
         tokens: Tensor,
         positions: Tensor | None = None,
         labels: Tensor | None = None,
-        places: Tensor | None = None,
+        token_indices: Tensor | None = None,
         n_documents: int | None = None,
     ) -> Tensor:
-        """Run the model.
+        """Compute logits or the loss.
 
         Args:
             tokens: (batch, seq) int64.
-            positions: (batch, seq) integers, restarting at 0 with each document, attention stays
-                inside documents. None: each row is one document from 0.
-            labels: (batch, seq) int64, the token to predict at each place, `model.loss.IGNORE`
-                where there is none.
-            places: (seq,) integers, where in the whole sequence these columns lie. None: they are
-                the whole sequence, in order.
-            n_documents: No more begin in these rows. None: a kernel that needs to know asks the
-                device, and the host waits.
+            positions: (batch, seq) integers, restarting at 0 with each document; attention stays
+                within documents. None: each row is one document starting at 0.
+            labels: (batch, seq) int64, the token to predict, `model.loss.IGNORE` where none.
+            token_indices: (seq,) integers, index of each column in the full sequence. None: the
+                columns are the full sequence, in order.
+            n_documents: Upper bound of the number of documents in these rows. None: kernels that
+                need the number read it from the device, which synchronizes.
 
         Returns:
-            Logits (batch, seq, vocab) without labels; with labels the float32 scalar sum of the
-            negative log-likelihoods of all targets, in nats.
+            Without labels the logits (batch, seq, vocab); with labels the float32 scalar sum of
+            the negative log-likelihoods of all targets, in nats.
         """
         x = self.tok_embeddings(tokens)  # (batch, seq, dim)
-        mask = self.kernel.mask(positions, places, like=x, n_documents=n_documents)
+        mask = self.kernel.mask(positions, token_indices, like=x, n_documents=n_documents)
         if positions is None:
-            whole = torch.arange(tokens.shape[1], device=tokens.device)
-            positions = (whole if places is None else places).unsqueeze(0)  # (1, seq)
+            if token_indices is None:
+                token_indices = torch.arange(tokens.shape[1], device=tokens.device)
+            positions = token_indices.unsqueeze(0)  # (1, seq)
         rotations = rope_rotations(positions, rope_frequencies(self.config, tokens.device))
         for block in self.layers:
             x = block(x, rotations, mask)  # (batch, seq, dim)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from model.kernels import onednn_linear as products
+from model.kernels.onednn_linear import LINEAR_OP
 from model.llama import Llama
 
 aten = torch.ops.aten
@@ -24,7 +24,7 @@ _KEPT = {
     aten.addmm.default,
     aten.bmm.default,
     aten._scaled_mm.default,
-    products.OPERATION,
+    LINEAR_OP,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,

@@ -47,7 +47,7 @@ class _Context:
         self.group = mesh.get_group()
         self.size, self.rank = mesh.size(), mesh.get_local_rank()
 
-    def places(self, seq: int, device: torch.device) -> Tensor:
+    def token_indices(self, seq: int, device: torch.device) -> Tensor:
         """(cp, seq / cp): the columns of each rank, head chunk and tail chunk, each ascending."""
         chunks = torch.arange(seq, device=device).unflatten(0, (2 * self.size, -1))
         heads, tails = chunks[: self.size], chunks[self.size :].flip(0)  # (cp, chunk) each
@@ -59,12 +59,12 @@ class _Context:
         whole = dict(zip(names, arguments, strict=False)) | named
         whole.pop("n_documents", None)  # no kernel for parts of documents asks for it
         seq = whole["tokens"].shape[1]
-        own = self.places(seq, whole["tokens"].device)[self.rank]  # (local seq,)
+        own = self.token_indices(seq, whole["tokens"].device)[self.rank]  # (local seq,)
         local = {
             name: value if value is None else value[:, own]  # (batch, local seq)
             for name, value in whole.items()
         }
-        return (), local | {"places": own}
+        return (), local | {"token_indices": own}
 
     def put_together(self, _: Any, __: Any, out: Tensor) -> Tensor:
         """From a local loss to that of whole sequences, or from local logits to whole ones."""
@@ -74,7 +74,7 @@ class _Context:
         logits = out.full_tensor() if isinstance(out, DTensor) else out  # (batch, local seq, vocab)
         parts = [torch.empty_like(logits) for _ in range(self.size)]
         dist.all_gather(parts, logits.contiguous(), group=self.group)
-        places = self.places(logits.shape[1] * self.size, logits.device)
+        places = self.token_indices(logits.shape[1] * self.size, logits.device)
         return torch.cat(parts, dim=1)[:, places.flatten().argsort()]  # (batch, seq, vocab)
 
 
@@ -92,15 +92,15 @@ class _GatheringKernel(AttentionKernel):
     def mask(
         self,
         positions: Tensor | None,
-        places: Tensor | None,
+        token_indices: Tensor | None,
         like: Tensor,
-        key_places: Tensor | None = None,
+        key_indices: Tensor | None = None,
         n_documents: int | None = None,
     ) -> Mask:
-        assert places is not None and key_places is None
-        seq = len(places) * self.context.size
-        keys = self.context.places(seq, places.device).flatten()  # (seq,)
-        return self.kernel.mask(positions, places, like, keys)
+        assert token_indices is not None and key_indices is None
+        seq = len(token_indices) * self.context.size
+        keys = self.context.token_indices(seq, token_indices.device).flatten()  # (seq,)
+        return self.kernel.mask(positions, token_indices, like, keys)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         local = torch.stack([k, v])  # (2, batch, local seq, kv_heads, head_dim)

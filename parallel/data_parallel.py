@@ -119,7 +119,7 @@ class _OneBuffer:
         """Nothing to send."""
 
 
-def mixed_precision(config: PrecisionConfig, device_type: str) -> MixedPrecisionPolicy:
+def mixed_precision_policy(config: PrecisionConfig, device_type: str) -> MixedPrecisionPolicy:
     """The policy that FSDP2 applies: `param` in forward and backward, `reduce` in the sum."""
     param = config.param
     if param == "auto":

@@ -1,9 +1,9 @@
-"""The plan: what is applied to a model on a mesh, in one fixed order.
+"""All transforms of a model on a mesh, in one fixed order.
 
-The products' number format, or their library, is set on whole matrices; tensor parallelism cuts
-these, context parallelism the sequences; then comes what a block keeps for its backward, then its
-compilation, and FSDP shards what is left of each matrix. An axis has a file of its own; here is
-only the order. The model knows nothing of it.
+fp8 or oneDNN replaces the products of complete matrices; tensor parallelism shards the matrices,
+context parallelism the sequences; then come activation checkpointing and compilation of each
+block, and FSDP2 shards what is left of each matrix. Each transform has its own file. The docstring
+of `model.llama` lists which part of the model each one replaces.
 """
 
 import torch
@@ -13,13 +13,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from model.config import ModelConfig
 from model.init import initialize
-from model.kernels.onednn_linear import apply_onednn_products, multiplies_by_onednn
+from model.kernels import prefers_onednn_linear
+from model.kernels.onednn_linear import apply_onednn_linear
 from model.llama import Llama
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.compilation import apply_async_tensor_parallel, apply_compile
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.context_parallel import apply_context_parallel
-from parallel.data_parallel import apply_data_parallel, mixed_precision
+from parallel.data_parallel import apply_data_parallel, mixed_precision_policy
 from parallel.float8 import apply_float8
 from parallel.mixed_precision import apply_mixed_precision
 from parallel.tensor_parallel import apply_tensor_parallel
@@ -28,16 +29,27 @@ from parallel.tensor_parallel import apply_tensor_parallel
 def parallelize(
     model: Llama, mesh: DeviceMesh, parallel: ParallelConfig, precision: PrecisionConfig
 ) -> Llama:
-    """Applies the plan to `model`, in place and in this order; returns it.
+    """Apply all transforms to `model` in place and return it.
 
     Args:
-        model: On the meta device, so that no rank ever holds the whole.
+        model: On the meta device, so that no rank allocates the complete model.
         mesh: Four axes named as in `parallel.mesh.AXES`.
     """
+    dtypes = mixed_precision_policy(precision, mesh.device_type)
+    param_dtype = dtypes.param_dtype or torch.float32
+    checkpoint = parallel.activation_checkpoint
+    if parallel.compile and checkpoint == "full":
+        # Equivalent; PyTorch 2.13 fails to compile a checkpoint around DTensors that saves nothing.
+        checkpoint = 0.0
+    budgeted = parallel.compile and checkpoint not in ("none", "selective", 1.0)
     if precision.fp8 is not None:
         apply_float8(model, precision.fp8)
-    elif multiplies_by_onednn(mesh, parallel, precision):
-        apply_onednn_products(model)
+    elif (
+        mesh["tp"].size() == 1
+        and not budgeted  # the compiler's choice of what to recompute ignores custom ops
+        and prefers_onednn_linear(mesh.device_type, param_dtype)
+    ):
+        apply_onednn_linear(model.layers)
     if mesh["tp"].size() > 1:
         apply_tensor_parallel(
             model,
@@ -47,31 +59,26 @@ def parallelize(
         )
     if mesh["cp"].size() > 1:
         apply_context_parallel(model, mesh["cp"])
-    kept = parallel.activation_checkpoint
-    if parallel.compile and kept == "full":
-        # The same, and PyTorch 2.13 fails to compile a checkpoint around DTensors that keeps none.
-        kept = 0.0
-    if kept in ("full", "selective"):
-        apply_activation_checkpoint(model, kept)
+    if checkpoint in ("full", "selective"):
+        apply_activation_checkpoint(model, checkpoint)
     if parallel.async_tp:
         apply_async_tensor_parallel(mesh["tp"])
     if parallel.compile:
-        apply_compile(model, memory_budget=kept if isinstance(kept, float) else 1.0)
-    formats = mixed_precision(precision, mesh.device_type)
+        apply_compile(model, memory_budget=checkpoint if isinstance(checkpoint, float) else 1.0)
     if mesh.size() == 1:
-        apply_mixed_precision(model, formats.param_dtype or torch.float32)
+        apply_mixed_precision(model, param_dtype)
     else:
-        apply_data_parallel(model, mesh, formats, parallel.reshard_after_forward)
+        apply_data_parallel(model, mesh, dtypes, parallel.reshard_after_forward)
     return model
 
 
 def initialize_weights(model: Llama, config: ModelConfig, seed: int) -> None:
-    """Gives every rank its shard of the run's initial weights, which no mesh changes."""
+    """Fill this rank's shards with the initial weights, which are the same on every mesh."""
     initialize(model, config, seed, local_block=local_block)
 
 
 def local_block(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """A parameter's local shard, and where it lies in the global tensor."""
+    """Return a parameter's local shard and its offsets in the global tensor."""
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.dim()
     _, offsets = compute_local_shape_and_global_offset(

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from model.attention import DOCUMENTS, AttentionKernel, Documents, block_mask, document_mask
+from model.attention import (
+    DOCUMENT_MULTIPLE,
+    AttentionKernel,
+    VarlenMask,
+    block_mask,
+    document_mask,
+)
 
 # Lengths of the documents in a row. Boundaries of 128-token tiles fall inside two documents.
 LENGTHS = (13, 1, 29, 5, 130, 100)
@@ -156,9 +162,9 @@ def test_varlen_attends_within_every_document_of_every_row(
     n_segments = int((positions == 0).sum()) + int((positions[:, 0] > 0).sum())
     n_documents = None if bound is None else n_segments + bound
     mask = kernel.mask(positions, None, like=q, n_documents=n_documents)
-    assert isinstance(mask, Documents)
+    assert isinstance(mask, VarlenMask)
     # With a bound, the remaining documents are empty.
-    assert len(mask.borders) == (n_segments + 1 if bound is None else DOCUMENTS + 1)
+    assert len(mask.cu_seqlens) == (n_segments + 1 if bound is None else DOCUMENT_MULTIPLE + 1)
     expected = reference_attention(q, k, v, reference_mask(positions))
     torch.testing.assert_close(kernel(q, k, v, mask).double(), expected, rtol=0, atol=1e-5)
 
@@ -174,7 +180,7 @@ def test_mask_of_a_subset_of_queries_equals_rows_of_the_full_mask(packed: bool, 
         expected = full[:, queries][:, :, keys].unsqueeze(1)
         local = None if positions is None else positions[:, queries]
         q = torch.zeros(2, len(queries), HEADS, HEAD_DIM)
-        mask = AttentionKernel("sdpa").mask(local, queries, q, key_places=keys)
+        mask = AttentionKernel("sdpa").mask(local, queries, q, key_indices=keys)
         assert isinstance(mask, Tensor) and torch.equal(mask == 0, expected)
         assert (mask[~expected] == -torch.inf).all()
 

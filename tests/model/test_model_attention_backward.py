@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model import kernels
 from model.attention import AttentionKernel
 from model.config import ModelConfig
 from model.init import initialize
@@ -24,7 +25,7 @@ BATCH, HEADS, HEAD_DIM, SEQ = 2, 4, 32, 2 * ROWS + 44  # the last block of queri
 OPERATION = torch.ops.llamesh.attention_backward.default
 
 pytestmark = pytest.mark.skipif(
-    not attention_backward.multiplies_in_bf16(), reason="needs a CPU with bf16 matrix products"
+    not kernels.has_bf16_units(), reason="needs a CPU with bf16 matrix products"
 )
 
 
@@ -75,7 +76,7 @@ def relative_error(grads: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> floa
 
 @pytest.mark.parametrize("kind", ["causal", "documents", "context_parallel"])
 @pytest.mark.parametrize("kv_heads", [2, 4])
-@pytest.mark.parametrize("scores", [1, attention_backward.SCORES])  # one head at a time, or all
+@pytest.mark.parametrize("scores", [1, attention_backward.SCORE_BYTES])  # one head at a time, or all
 @pytest.mark.parametrize(("common", "sharp"), [(0.0, 1.0), (4.0, 1.0), (0.0, 3.0)])
 def test_gradients_are_as_accurate_as_those_of_the_flash_kernel(
     kind: str,
@@ -89,7 +90,7 @@ def test_gradients_are_as_accurate_as_those_of_the_flash_kernel(
     keys = SEQ if mask is None else mask.shape[-1]
     q, k, v, gradient = inputs(kv_heads, keys, common, sharp)
     leaves = (q, k, v)
-    monkeypatch.setattr(attention_backward, "SCORES", scores)
+    monkeypatch.setattr(attention_backward, "SCORE_BYTES", scores)
 
     out = attention(q, k, v, mask)
     grads = torch.autograd.grad(out, leaves, gradient)
@@ -122,7 +123,7 @@ def test_custom_op_passes_opcheck(kind: str) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_gradients_equal_eager_ones(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_backward, "SHORTEST", 1)
+    monkeypatch.setattr(kernels, "MIN_ATTENTION_QUERIES", 1)
     kernel = AttentionKernel("auto")
     mask = masks("documents" if packed else "causal")
     q, k, v, gradient = (each.transpose(1, 2) for each in inputs(2, SEQ))
@@ -163,7 +164,7 @@ def test_auto_uses_custom_backward_for_long_bf16_rows_on_a_cpu_with_bf16_product
     expected: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("model.attention.multiplies_in_bf16", lambda: cpu_has_bf16)
+    monkeypatch.setattr(kernels, "has_bf16_units", lambda: cpu_has_bf16)
     q, k, v = (torch.randn(1, seq, 2, 16, dtype=dtype, requires_grad=True) for _ in range(3))
     with CallCounter() as counter:
         AttentionKernel(choice)(q, k, v, None).sum().backward()
@@ -174,7 +175,7 @@ def test_auto_uses_custom_backward_for_long_bf16_rows_on_a_cpu_with_bf16_product
 def test_activation_checkpointing_does_not_change_gradients(
     mode: Literal["full", "selective"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_backward, "SHORTEST", 1)
+    monkeypatch.setattr(kernels, "MIN_ATTENTION_QUERIES", 1)
     config = ModelConfig("small", 64, 2, 4, 2, 128, 256)
 
     def gradients(checkpointed: bool) -> list[Tensor]:

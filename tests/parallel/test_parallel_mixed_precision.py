@@ -20,7 +20,7 @@ from model.llama import Llama
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.compilation import apply_compile
 from parallel.config import PrecisionConfig
-from parallel.data_parallel import apply_data_parallel, mixed_precision
+from parallel.data_parallel import apply_data_parallel, mixed_precision_policy
 from parallel.parallelize import initialize_weights, local_block
 from planning.hardware import load_hardware
 from planning.job import Job
@@ -46,7 +46,7 @@ def parallelize_with_fsdp2(model: Llama, mesh: DeviceMesh, case: Case) -> Llama:
         apply_activation_checkpoint(model, case.activation_checkpoint)
     if case.compile:
         apply_compile(model)
-    formats = mixed_precision(PrecisionConfig(param=case.param), "cpu")
+    formats = mixed_precision_policy(PrecisionConfig(param=case.param), "cpu")
     apply_data_parallel(model, mesh, formats, None)
     return model
 

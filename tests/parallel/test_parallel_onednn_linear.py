@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.kernels import onednn_linear
+from model import kernels
+from model.kernels.onednn_linear import LINEAR_OP, OneDNNLinear, linear
 from model.llama import Llama
 from parallel.config import PrecisionConfig
 from parallel.mesh import AXES
@@ -35,7 +36,7 @@ def test_output_and_gradients_match_a_linear_layer() -> None:
         y = linear(*leaves)
         return [y, *torch.autograd.grad(y, leaves, gradient.to(y.dtype))]
 
-    actual = output_and_gradients(onednn_linear.linear, x, weight)
+    actual = output_and_gradients(linear, x, weight)
     exact = output_and_gradients(F.linear, x.double(), weight.double())
     gradient = gradient.abs()
     magnitudes = output_and_gradients(F.linear, x.abs().double(), weight.abs().double())
@@ -51,7 +52,7 @@ def test_custom_op_passes_opcheck(strides: str) -> None:
     x, weight = torch.randn(2, 5, 8), torch.randn(6, 8)
     if strides == "transposed":
         weight = torch.randn(8, 6).t()
-    torch.library.opcheck(onednn_linear.OPERATION, (x.requires_grad_(), weight.requires_grad_()))
+    torch.library.opcheck(LINEAR_OP, (x.requires_grad_(), weight.requires_grad_()))
 
 
 SUPPORTED = [
@@ -79,15 +80,15 @@ UNSUPPORTED = [
 def test_onednn_is_used_for_unsharded_float32_weights_where_mkl_is_slower(
     case: Case, slower: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onednn_linear, "_mkl_is_slower", lambda: slower)
+    monkeypatch.setattr(kernels, "_is_amd_cpu_with_mkl", lambda: slower)
     with fake_processes(case.world):
         mesh = init_device_mesh("cpu", case.mesh.sizes, mesh_dim_names=AXES)
         with torch.device("meta"):
             llama = Llama(model_config(tied=False, n_layers=1))
         parallelize(llama, mesh, case.parallel, PrecisionConfig(param=case.param))
     block: Any = llama.layers[0]
-    assert isinstance(block.feed_forward.w1, onednn_linear._Linear) == expected
-    assert not isinstance(llama.output, onednn_linear._Linear)
+    assert isinstance(block.feed_forward.w1, OneDNNLinear) == expected
+    assert not isinstance(llama.output, OneDNNLinear)
 
 
 class CallCounter(TorchDispatchMode):
@@ -98,13 +99,13 @@ class CallCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        self.count += operation == onednn_linear.OPERATION
+        self.count += operation == LINEAR_OP
         return operation(*args, **(kwargs or {}))
 
 
 def step(case: Case, slower: bool) -> tuple[float, list[Tensor], int]:
     """Return loss, gradients and the number of oneDNN calls in forward and backward."""
-    onednn_linear._mkl_is_slower = lambda: slower  # type: ignore[assignment]
+    kernels._is_amd_cpu_with_mkl = lambda: slower  # type: ignore[assignment]
     run = build(case)
     tokens, positions, labels = batch(0)
     with CallCounter() as counter:
