@@ -92,7 +92,10 @@ def set_up(
         config.checkpoint.interval_minutes if first else None,
     )
     requests.catch_signals(on_early_signal=exit_early)
-    fabric, strategy = launch(processes, mesh, config.parallel, config.precision, watchdog)
+    fabric, strategy = launch(
+        processes, mesh, config.parallel, config.precision, watchdog.watch_children
+    )
+    watchdog.connect()
     console = Console(enabled=fabric.is_global_zero)
     with torch.device("meta"):
         llama = Llama(config.model)

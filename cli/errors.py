@@ -12,6 +12,7 @@ from typing import Any
 from data.errors import DataError
 from evaluation.errors import TaskError
 from formats.errors import FormatError
+from parallel.errors import LaunchError
 from parallel.mesh import is_first_process
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolderError
@@ -21,10 +22,6 @@ TELLING_SECONDS = 10.0
 """How long the others wait at most for the first process to tell why none of them can start."""
 MEETING_SECONDS = 1.0
 """How long the first process waits at most for the others to find out that they cannot start."""
-
-
-class LaunchError(RuntimeError):
-    """The processes of a run could not find each other."""
 
 
 @contextmanager

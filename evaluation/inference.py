@@ -56,7 +56,8 @@ def load_model(
     from resilience.watchdog import Watchdog
 
     watchdog = Watchdog(WatchdogConfig(None, None, None))  # of the processes, not of their time
-    fabric, strategy = launch(processes, mesh, parallel, precision, watchdog)
+    fabric, strategy = launch(processes, mesh, parallel, precision, watchdog.watch_children)
+    watchdog.connect()
     with torch.device("meta"):
         llama = Llama(weights.model)
     model = fabric.setup_module(llama)

@@ -1,22 +1,32 @@
-"""Starts the processes of a program: Fabric on our mesh. Heavy: import it inside a function."""
+"""Launch of a program's processes: Fabric on the mesh of `parallel.mesh`.
 
+Also prepares each process: library warnings, memory allocation, and termination together with the
+launcher. Watching over the processes is left to the caller (`resilience.watchdog`). Imports
+Lightning Fabric and torch, so import this module inside functions.
+"""
+
+import ctypes
 import faulthandler
+import logging
 import os
+import signal
+import sys
+import warnings
 from functools import partial
 
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch.distributed import DistNetworkError
 
-from cli.errors import LaunchError
 from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.errors import LaunchError
 from parallel.host_memory import keep_freed_memory
 from parallel.mesh import MeshShape, Processes
 from parallel.parallelize import parallelize
-from parallel.quiet import quieten
 from parallel.slurm import rendezvous
-from parallel.strategy import MeshStrategy, end_with_main_process, end_with_torchrun
-from resilience.watchdog import Watchdog
+from parallel.strategy import MeshStrategy, OnChildren
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def launch(
@@ -24,23 +34,31 @@ def launch(
     mesh: MeshShape,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
-    watchdog: Watchdog,
+    on_children: OnChildren,
 ) -> tuple[Fabric, MeshStrategy]:
-    """Every process of the mesh returns from here, in one process group, looked after."""
-    quieten()
-    faulthandler.enable()  # what a crash outside of Python interrupted is told
+    """Start all processes and their process group; return in each of them.
+
+    Args:
+        on_children: Called in the main process with the processes that it started, before they
+            join the process group. Not called under `torchrun` and `srun`.
+
+    Raises:
+        LaunchError: The process group cannot be initialized.
+    """
+    silence_libraries()
+    faulthandler.enable()  # prints the Python stack after a crash outside of Python
     if processes.launcher == "self":
-        end_with_main_process()
+        _exit_with_main_process()
     elif processes.launcher == "torchrun":
-        end_with_torchrun()
+        # Otherwise the processes of a killed torchrun keep training into the run folder.
+        _kill_with_parent()
     else:
         os.environ.update(rendezvous(os.environ))
     if processes.accelerator == "cpu":
         keep_freed_memory()
-    plan = partial(parallelize, parallel=parallel, precision=precision)
-    strategy = MeshStrategy(mesh, plan, parallel.reduce_gradients)
-    strategy.on_children = watchdog.watch_children
-    # Fabric itself takes the tasks of a job named interactive for shells.
+    transform = partial(parallelize, parallel=parallel, precision=precision)
+    strategy = MeshStrategy(mesh, transform, parallel.reduce_gradients, on_children)
+    # Without it Fabric takes the tasks of a job named "interactive" for shells.
     environment = SLURMEnvironment() if processes.launcher == "srun" else None
     fabric = Fabric(
         accelerator=processes.accelerator,
@@ -54,9 +72,49 @@ def launch(
     except DistNetworkError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LaunchError(
-            f"the processes cannot meet at {address} (MASTER_ADDR and MASTER_PORT): "
-            f"{' '.join(str(error).split())}. Where another program has the port, choose another "
-            "MASTER_PORT, or leave it unset"
+            f"cannot initialize the process group at {address} (MASTER_ADDR:MASTER_PORT): "
+            f"{' '.join(str(error).split())}; if another program uses the port, choose another "
+            "MASTER_PORT or unset it"
         ) from error
-    watchdog.connect()
     return fabric, strategy
+
+
+def silence_libraries() -> None:
+    """Hide warnings meant for developers of the libraries, and all warnings of other local ranks.
+
+    The libraries' other warnings are shown on rank 0.
+    """
+    for name in (
+        *("lightning", "lightning.fabric", "lightning.pytorch", "torch.distributed"),
+        *("torchao", "torch.utils._pytree"),  # kernels not built for this machine; registrations
+        *("torch._dynamo", "torch._higher_order_ops"),  # hints for authors of the compiled code
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        warnings.simplefilter("ignore", category)
+    # Fabric warns on every machine that has SLURM installed, in a job or not.
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
+    # One process reads and writes checkpoints without collectives.
+    warnings.filterwarnings("ignore", message="torch.distributed is (disabled, )?unavailable or")
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        warnings.simplefilter("ignore")
+
+
+def _exit_with_main_process() -> None:
+    """Make Linux kill the processes that a run starts itself when the main process dies.
+
+    Every process calls it, the main process first. Otherwise a child of a killed main process
+    waits until its rendezvous or collective times out.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        os.environ["LLAMESH_MAIN_PID"] = str(os.getpid())  # inherited by the children
+    elif sys.platform == "linux":
+        _kill_with_parent()
+        if os.getppid() != int(os.environ["LLAMESH_MAIN_PID"]):  # it died before the call
+            os._exit(1)
+
+
+def _kill_with_parent() -> None:
+    """Make Linux kill this process when its parent dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

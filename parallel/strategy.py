@@ -1,22 +1,19 @@
-"""Fabric's strategy on a mesh with named axes.
+"""Lightning Fabric's strategy for a mesh with named axes.
 
-Fabric launches the processes, sets up their group and wraps model and optimizer. Its own
-`ModelParallelStrategy` knows two axes; `MeshStrategy` owns all of ours, and says what a gradient
-synchronisation and a global norm are on them. What the plan does to the model is not here but in
-`parallelize`; checkpoints are not Fabric's but `checkpoint`'s.
+Fabric starts the processes, initializes their group and wraps model and optimizer. Its
+`ModelParallelStrategy` supports two axes; `MeshStrategy` supports all axes of `parallel.mesh`, and
+defines gradient synchronization and the global norm on them. The transforms of the model are in
+`parallel.parallelize`; checkpoints are written by the package `checkpoint`, not by Fabric.
 """
 
-import ctypes
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from subprocess import Popen
 from typing import Any
 
 import torch
 from lightning.fabric.strategies import ModelParallelStrategy
+from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.fabric.strategies.parallel import ParallelStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from torch import nn
@@ -24,47 +21,20 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.data_parallel import hold_gradients
 from parallel.gradients import clip_grad_norm
-from parallel.launcher import Launcher
 from parallel.mesh import AXES, DATA_AXES, MeshShape
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def end_with_main_process() -> None:
-    """Makes Linux kill the processes that a run launches itself when the main one dies.
-
-    Every process of the run calls it, the main one first. Without it a child whose main process
-    was killed waits for it as long as a rendezvous or a collective call may take.
-    """
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        os.environ["LLAMESH_MAIN_PID"] = str(os.getpid())  # the children inherit it
-    elif sys.platform == "linux":
-        _end_with_parent()
-        if os.getppid() != int(os.environ["LLAMESH_MAIN_PID"]):  # it died before we asked
-            os._exit(1)
-
-
-def end_with_torchrun() -> None:
-    """Makes Linux kill this process when the `torchrun` that started it dies.
-
-    Without it the processes of a killed `torchrun` train on, into the folder of the next start.
-    """
-    if sys.platform == "linux":
-        _end_with_parent()
-
-
-def _end_with_parent() -> None:
-    """Asks Linux to kill this process when the one that started it dies."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+OnChildren = Callable[[list[Popen[Any]]], None]
+"""Called with the processes that the main process has started."""
 
 
 class MeshStrategy(ModelParallelStrategy):
-    """A mesh of `dp_replicate × dp_shard × cp × tp` processes that share one model.
+    """One model on a mesh of `dp_replicate × dp_shard × cp × tp` processes.
 
     Args:
         shape: Size of each axis; their product is the number of processes.
-        parallelize: Applies the plan to a model on the meta device, in place.
+        parallelize: Transforms a model on the meta device in place.
         reduce_gradients: `parallel.reduce_gradients`.
+        on_children: See `parallel.launch.launch`.
     """
 
     def __init__(
@@ -72,23 +42,22 @@ class MeshStrategy(ModelParallelStrategy):
         shape: MeshShape,
         parallelize: Callable[[Any, DeviceMesh], Any],
         reduce_gradients: str = "step",
+        on_children: OnChildren = lambda children: None,
     ) -> None:
         super().__init__(parallelize_fn=parallelize)
-        self.shape = shape
-        self.micro_batch_sync = MicroBatchSync(shards=reduce_gradients == "micro_batch")
+        self.shape, self.on_children = shape, on_children
+        self.micro_batch_sync = MicroBatchSync(every=reduce_gradients == "micro_batch")
         self._backward_sync_control = self.micro_batch_sync
-        self.on_children: Callable[[list[subprocess.Popen[Any]]], None] = lambda children: None
 
     def _configure_launcher(self) -> None:
-        """Where no other program starts the processes: `on_children` hears of those started."""
         assert self.cluster_environment is not None
         if not self.cluster_environment.creates_processes_externally:
-            self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+            self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
             self._launcher.on_children = self.on_children
 
     def setup_environment(self) -> None:
-        """Starts the process group and lays the mesh over it."""
-        # Not the parent's: it would build its own mesh of two axes.
+        """Initialize the process group and the device mesh."""
+        # Not the parent class's, which would build a mesh of two axes.
         ParallelStrategy.setup_environment(self)
         self._setup_distributed()
         self._device_mesh = init_device_mesh(
@@ -97,18 +66,19 @@ class MeshStrategy(ModelParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Which share of the samples this rank reads, in Fabric's words."""
+        """Number of data-parallel groups, and the group of this rank."""
         return {"num_replicas": self.shape.dp, "rank": self.shape.data_rank(self.global_rank)}
 
     def setup_module(self, module: Any) -> Any:
-        """Applies the plan on the meta device, then allocates each rank's shard, uninitialised.
+        """Transform the model on the meta device, then allocate this rank's shards.
 
-        Weights come afterwards, from `initialize_weights` or from a checkpoint: the parent would
-        call `reset_parameters`, whose random numbers repeat from shard to shard on a CPU mesh.
+        The shards are uninitialized; `initialize_weights` or a checkpoint fills them. The parent
+        class would call `reset_parameters`, which on a CPU mesh draws the same random numbers for
+        every shard.
         """
         module = self._parallelize_fn(module, self.device_mesh)
         module.to_empty(device=self.root_device)
-        module.tie_weights()  # `to_empty` gave the two ends of a tied weight a tensor each
+        module.tie_weights()  # `to_empty` separates tied weights
         return module
 
     def clip_gradients_norm(
@@ -119,12 +89,12 @@ class MeshStrategy(ModelParallelStrategy):
         norm_type: float | int = 2.0,
         error_if_nonfinite: bool = False,
     ) -> torch.Tensor:
-        """Clips by the global 2-norm over every axis; returns the norm before, a scalar."""
+        """Clip by the global 2-norm over all axes; return the norm before clipping, a scalar."""
         assert norm_type == 2.0 and not error_if_nonfinite
         return clip_grad_norm(module, max_norm, torch.empty(0, device=self.root_device))[0]
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums a tensor over the ranks that read different samples, in place; returns it."""
+        """Sum a tensor over the ranks that read different samples, in place, and return it."""
         for axis in DATA_AXES:
             if getattr(self.shape, axis) > 1:
                 torch.distributed.all_reduce(values, group=self.device_mesh.get_group(axis))
@@ -134,26 +104,42 @@ class MeshStrategy(ModelParallelStrategy):
 class MicroBatchSync(_BackwardSyncControl):
     """`fabric.no_backward_sync` for FSDP2.
 
-    Gradients stay unsharded on each rank while it is enabled; the first backward without it sums
-    them all over the data ranks, so that a step has one reduction however many micro-batches it
-    has. Weights that stay gathered between forward and backward stay so for the next micro-batch.
-    Fabric's own control leaves synchronisation off after an exit with `enabled=False`.
+    While it is enabled, gradients stay unsharded on each rank; the first backward without it sums
+    all of them over the data ranks, so that a step has one reduction for any number of
+    micro-batches. Weights that stay gathered between forward and backward also stay gathered for
+    the next micro-batch. Fabric's own control leaves synchronization off after an exit with
+    `enabled=False`.
 
     Args:
-        shards: Gradients are sharded all the same, and only replicas wait for the last micro-batch.
+        every: Reduce-scatter the gradients of every micro-batch; only the all-reduce over
+            `dp_replicate` waits for the last one.
     """
 
-    def __init__(self, shards: bool) -> None:
+    def __init__(self, every: bool) -> None:
         super().__init__()
-        self.shards = shards
+        self.every = every
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         return self._without_sync(module) if enabled else nullcontext()
 
     @contextmanager
     def _without_sync(self, module: Any) -> Iterator[None]:
-        hold_gradients(module, True, self.shards)
+        hold_gradients(module, True, self.every)
         try:
             yield
         finally:
-            hold_gradients(module, False, self.shards)
+            hold_gradients(module, False, self.every)
+
+
+class _Launcher(_SubprocessScriptLauncher):
+    """Fabric's launcher of local processes, without its supervision.
+
+    When a child dies, Fabric kills the main process up to five seconds later and prints no reason.
+    """
+
+    on_children: OnChildren
+
+    def _call_children_scripts(self) -> None:
+        super()._call_children_scripts()
+        self.on_children(self.procs)
+        self.procs = []  # Fabric's observer watches this list
