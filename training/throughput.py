@@ -12,7 +12,7 @@ import torch
 
 from cli.config import JobConfig
 from model.flops import flops_per_token
-from parallel.data_parallel import mixed_precision
+from parallel.data_parallel import mixed_precision_policy
 from parallel.mesh import MeshShape
 
 # Dense bf16 peak in TFLOP/s by device name, as torch.cuda.get_device_name returns it.
@@ -107,7 +107,7 @@ def build_throughput(
     config: JobConfig, mesh: MeshShape, device: torch.device, seq_len: int
 ) -> Throughput:
     """Return the throughput meter of a run for sequences of length `seq_len`."""
-    dtype = mixed_precision(config.precision, device.type).param_dtype or torch.float32
+    dtype = mixed_precision_policy(config.precision, device.type).param_dtype or torch.float32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return Throughput(
         flops_per_token(config.model, seq_len, causal=True),

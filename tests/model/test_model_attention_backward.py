@@ -76,7 +76,7 @@ def relative_error(grads: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> floa
 
 @pytest.mark.parametrize("kind", ["causal", "documents", "context_parallel"])
 @pytest.mark.parametrize("kv_heads", [2, 4])
-@pytest.mark.parametrize("scores", [1, attention_backward.SCORE_BYTES])  # one head at a time, or all
+@pytest.mark.parametrize("scores", [1, attention_backward.SCORE_BYTES])  # a head at a time, or all
 @pytest.mark.parametrize(("common", "sharp"), [(0.0, 1.0), (4.0, 1.0), (0.0, 3.0)])
 def test_gradients_are_as_accurate_as_those_of_the_flash_kernel(
     kind: str,
