@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cli.arguments import hydra_arguments
-from cli.config import load_prepare_config
+from cli.config import load_prepare_config, load_train_config
 from data.config import PrepareJobConfig
 from data.errors import DataError
+from resilience.run_folder import RunFolder
 from training.config_validation import ConfigError
 
 
@@ -28,8 +29,6 @@ def main(composed: DictConfig) -> None:
         config = load_prepare_config(composed)
         # Imported here, so that `--help` and a wrong configuration answer at once.
         if config.inspect is not None:
-            from training.inspection import inspect
-
             inspect(config)
         elif config.verify:
             from data.verification import verify_and_tell
@@ -44,6 +43,34 @@ def main(composed: DictConfig) -> None:
     except KeyboardInterrupt:
         print("Stopped. What is done is kept: the same command goes on with it.", file=sys.stderr)
         sys.exit(130)
+
+
+def inspect(config: PrepareJobConfig) -> None:
+    """Print the dataset and a sample of a run folder or dataset folder."""
+    from data.inspection_report import inspect_dataset
+    from data.manifest import MANIFEST_FILE
+    from training.inspection import inspect_run
+
+    folder = Path(config.inspect or "")
+    run = RunFolder(folder)
+    if run.config.exists():
+        errors = [
+            f"{key}={value} is determined by the run in {folder}; omit it, or inspect the run's "
+            "dataset folder"
+            for key in ("seq_len", "seed")
+            if (value := getattr(config, key)) is not None
+        ]
+        if errors:
+            raise ConfigError(errors)
+        inspect_run(run, config.sample, lambda values: load_train_config(OmegaConf.create(values)))
+    elif (folder / MANIFEST_FILE).exists():
+        inspect_dataset(folder, config)
+    else:
+        reason = "contains" if folder.is_dir() else "is not a folder and contains"
+        raise DataError(
+            f"inspect={folder} {reason} neither {run.config.name} of a run nor {MANIFEST_FILE} of "
+            "a dataset; use a folder like runs/NAME or shards/NAME"
+        )
 
 
 def prepare_and_pack(config: PrepareJobConfig) -> None:

@@ -5,6 +5,7 @@ columns or more. Text of documents goes out unwrapped, so that it can be copied.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -20,13 +21,17 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from data.config import SourceConfig
-from data.inspection import Lengths, Sample, document_lengths
+from data.config import DataConfig, PrepareJobConfig, SourceConfig
+from data.dataset import Dataset
+from data.errors import DataError
+from data.inspection import Lengths, Sample, document_lengths, read_sample
 from data.manifest import SPLITS, Manifest
+from data.stages import Stage, Stages
 from data.tokenizer import Tokenizer
 
 FATES = ("empty", "filtered", "skipped", "replaced")
 NO_LABEL = "⊘"
+SEQ_LEN, SEED = 256, 0  # defaults of train.py
 BAR_WIDTH, REST_WIDTH = 60, 58  # columns of the histogram: its bars at most, and all else
 # A document may hold what a terminal obeys: control characters are shown by their pictures.
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
@@ -43,6 +48,73 @@ class Reading(NamedTuple):
     n_steps: int | None
     values: dict[str, object]
     assumed: list[str]
+
+
+def inspect_dataset(folder: Path, config: PrepareJobConfig) -> None:
+    """Print a dataset, and a sample as a run with this configuration would read it.
+
+    Whatever the configuration leaves open has the default of `train.py` and is printed as assumed.
+
+    Raises:
+        DataError: The data is damaged, or `seq_len` is too long for a source.
+    """
+    data = config.data
+    dataset = Dataset.open(folder, data.document_mask, data.packing)
+    assumed = [key for key in ("seq_len", "seed") if getattr(config, key) is None]
+    weights = dict.fromkeys(dataset.train, 1.0)
+    if set(data.sources) == set(weights):
+        weights = {name: data.sources[name].weight for name in weights}
+    elif len(weights) > 1:
+        assumed.append("weights (of data.sources)")
+    if data.stages:
+        assumed.append("no data.stages")
+    seq_len = SEQ_LEN if config.seq_len is None else config.seq_len
+    console = stdout_console()
+    show_dataset(console, folder, dataset.manifest)
+    for name, stream in dataset.train.items():
+        if weights[name] and not data.packing and not stream.n_windows(seq_len):
+            raise DataError(
+                f"seq_len={seq_len} is too long for source {name}, which has "
+                f"{stream.n_tokens:,} training tokens; use at most {max(stream.n_tokens - 1, 1)}"
+            )
+    stages = Stages([Stage(0, 0, 0, seq_len, 1, None, weights)])
+    seed = SEED if config.seed is None else config.seed
+    print_sample(
+        console, dataset, data, config.sample, stages, seed, title=str(folder), assumed=assumed
+    )
+
+
+def print_sample(
+    console: Console,
+    dataset: Dataset,
+    data: DataConfig,
+    number: int,
+    stages: Stages,
+    seed: int,
+    *,
+    title: str,
+    n_steps: int | None = None,
+    assumed: Sequence[str] = (),
+) -> None:
+    """Print the sample with index `number` and the values that determine it.
+
+    Args:
+        title: Run or dataset folder.
+        n_steps: Length of the run, or None without a run.
+        assumed: Keys whose values are defaults.
+    """
+    blocks = data.shuffle_block_tokens
+    sample = read_sample(dataset, stages, number, seed=seed, shuffle_block_tokens=blocks)
+    values = {
+        "seed": seed,
+        "seq_len": sample.stage.seq_len,
+        "weights": dict(sample.stage.weights),
+        "document_mask": data.document_mask,
+        "packing": data.packing,
+        "shuffle_block_tokens": blocks,
+    }
+    reading = Reading(title, n_steps, values, list(assumed))
+    show_sample(console, sample, dataset.tokenizer(), reading)
 
 
 def show_dataset(console: Console, folder: Path, manifest: Manifest) -> None:

@@ -135,14 +135,14 @@ def test_wrong_uses_are_told_with_rule_and_remedy(run: Path, tmp_path: Path) -> 
         streaming = load_train_config(compose("train", hydra_arguments(arguments, "train")))
     RunFolder(tmp_path / "stream").write_config(plain(streaming))
     for arguments, told in (
-        ([f"inspect={tmp_path}"], f"inspect ({tmp_path}) holds neither a run's config.yaml nor"),
-        (["inspect=nowhere"], "inspect (nowhere) is no folder"),
-        ([f"inspect={without_data}"], "the run's data.folder (gone/shards) holds no prepared data"),
+        ([f"inspect={tmp_path}"], f"inspect={tmp_path} contains neither config.yaml of a run nor"),
+        (["inspect=nowhere"], "inspect=nowhere is not a folder"),
+        ([f"inspect={without_data}"], "the run's data.folder=gone/shards holds no prepared data"),
         ([f"inspect={other}"], "holds other tokens"),
-        ([f"inspect={broken}"], "is not a configuration of this program's runs"),
-        ([f"inspect={tmp_path}/stream"], "the run reads a stream (data.stream_shards 2)"),
-        ([f"inspect={run}", "seq_len=64"], "seq_len (64) is decided by the run"),
-        ([f"inspect={shards_of(run)}", "seq_len=10000000"], "seq_len (10000000) is too long"),
+        ([f"inspect={broken}"], "is not a valid configuration of train.py"),
+        ([f"inspect={tmp_path}/stream"], "the run streams its data (data.stream_shards=2)"),
+        ([f"inspect={run}", "seq_len=64"], "seq_len=64 is determined by the run"),
+        ([f"inspect={shards_of(run)}", "seq_len=10000000"], "seq_len=10000000 is too long"),
     ):
         exit_code, _, errors = prepare_program(*arguments)
         assert exit_code == 1 and told in errors, errors

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.files import write_atomically
 from parallel.step_scalars import StepScalars
 from resilience.event_log import RetryingWriter, json_line
 
@@ -261,10 +262,5 @@ def _truncate_lines(path: Path, last_step: int) -> None:
     after = b"".join(kept)
     if before.startswith(after):
         os.truncate(path, len(after))
-        return
-    temporary = path.with_suffix(".jsonl.tmp")
-    with open(temporary, "wb") as file:
-        file.write(after)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    else:
+        write_atomically(path, after)
