@@ -30,6 +30,7 @@ from resilience.exit_codes import ExitCode
 from resilience.lock import RunLock
 from resilience.signals import Requests
 from training.config import JobConfig
+from training.config_validation import ConfigError
 from training.metrics import log_metrics, step_metrics
 from training.preflight import acquire_run_lock, check_folder, prepare_data
 from training.recovery import Decision, check_step, initial_position, rewind
@@ -55,6 +56,8 @@ def main(composed: DictConfig) -> None:
         config, processes, mesh = check_config(composed)
         changes = check_folder(config)
         fit = check_plan(config, processes, mesh)
+        if fit is not None and fit.rejected:
+            raise ConfigError([fit.message])
         dataset = prepare_data(config)
         lock = acquire_run_lock(config)
         print_fit_check(fit)

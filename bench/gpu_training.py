@@ -32,10 +32,10 @@ from cli.config import check_config
 from parallel.float8 import apply_float8
 from parallel.mesh import MeshShape, Processes
 from planning.calibration import SIZES, matrix_tflops
-from planning.fit_check import PlanRequest, check_plan, given_choice, this_machine
+from planning.fit_check import check_plan, this_machine
 from planning.hardware import hardware_of, load_hardware
-from planning.memory import step_memory
-from planning.plan import GIB
+from planning.memory import GIB, step_memory
+from planning.request import PlanRequest, configured_choice
 from planning.speed import step_time
 from train import set_up, train_step
 from training.config import JobConfig
@@ -142,7 +142,8 @@ def measure(case: str, reduced: bool, words: list[str]) -> dict[str, Any]:
         try:
             given = composed(case, reduced, [*words, f"run.dir={folder}"])
             config, processes, mesh = check_config(given)
-            check_plan(config, processes, mesh)
+            if (fit := check_plan(config, processes, mesh)) and fit.rejected:
+                return {"skipped": fit.message}
         except ConfigError as error:
             return {"skipped": str(error)}
         found = measured(config, processes, mesh)
@@ -195,10 +196,12 @@ def beside_plan(
     on_gpu = processes.accelerator == "cuda"
     hardware = this_machine(processes)[0] if on_gpu else load_hardware("h200")
     tokens = config.train.global_batch_size * config.train.seq_len
-    job, _ = PlanRequest(config, processes.accelerator, tokens).jobs(given_choice(config, mesh))[0]
-    planned = {"peak_memory_gib": step_memory(job).peak / GIB}
+    spec, _ = PlanRequest(config, processes.accelerator, tokens).stages(
+        configured_choice(config, mesh)
+    )[0]
+    planned = {"peak_memory_gib": step_memory(spec).peak / GIB}
     if hardware is not None:
-        planned["step_seconds"] = step_time(job, hardware).total
+        planned["step_seconds"] = step_time(spec, hardware).total
     actual = {
         "peak_memory_gib": found["peak_memory_gib"],
         "step_seconds": found["step_seconds"]["median"],

@@ -4,7 +4,7 @@
 
 The claims: a thousand candidates take less than 2 s, and `train.py`'s verdict less than 50 ms
 beside its imports. Also told is what a process holds with its libraries and no tensor, which
-`planning.fit_check.PROCESS_GIB` leaves out of a rank's room on CPU.
+`planning.hardware.PROCESS_GIB` leaves out of a rank's room on CPU.
 """
 
 import subprocess
@@ -18,7 +18,7 @@ from bench.measurement import spread, write
 from cli.arguments import CONF, plan_arguments
 from cli.config import load_plan_config
 from parallel.mesh import plan_processes, resolve_mesh
-from planning.fit_check import PlanRequest, check_plan
+from planning.fit_check import check_plan
 from planning.search import search
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def searched(words: tuple[str, ...]) -> dict[str, object]:
     """How many choices a search plans, and its seconds, as a whole and for a thousand."""
     shared = ("data=fineweb_edu", "tokenizer=llama3", "train.seq_len=8192", "search=true")
     config = load_plan_config(compose("plan", plan_arguments([*words, *shared])))
-    asked = PlanRequest(config, "cuda", config.budget, config.is_hopper).search_space()
+    asked = config.request
     seconds = []
     for _ in range(REPEATS):
         begin = time.perf_counter()

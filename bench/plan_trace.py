@@ -19,8 +19,8 @@ from cli.arguments import CONF
 from cli.config import load_train_config
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
-from planning.job import Job
 from planning.memory import step_memory
+from planning.step_spec import StepSpec
 
 RUNS = 3
 SECONDS, GB, TOLERANCE = 30, 1.0, 0.05
@@ -45,12 +45,12 @@ def main() -> None:
 
 def trace() -> dict[str, float]:
     """A step of Llama 3.1 405B, all 126 layers recomputed, on dp_shard=64 × tp=8."""
-    from planning.traced import traced_memory
+    from planning.tracing import trace_memory
 
     words = ["model=llama3_1_405b", "data=fineweb_edu", "tokenizer=llama3", "train.seq_len=8192"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = load_train_config(compose("train", words))
-    job = Job(
+    spec = StepSpec(
         model=config.model,
         mesh=MeshShape(1, 64, 1, 8),
         parallel=ParallelConfig(activation_checkpoint="full"),
@@ -60,11 +60,11 @@ def trace() -> dict[str, float]:
         global_batch_size=64,
         micro_batch_size=1,
     )
-    traced = traced_memory(job).peak
+    traced = trace_memory(spec).peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "traced_gib": traced / 2**30,
-        "analytic_over_traced": step_memory(job).peak / traced,
+        "analytic_over_traced": step_memory(spec).peak / traced,
         "peak_gb": peak / 1e9,
     }
 

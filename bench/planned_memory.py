@@ -27,10 +27,10 @@ from bench.measurement import write
 from cli.arguments import CONF
 from cli.config import check_config, load_train_config
 from parallel.mesh import plan_processes, resolve_mesh
-from planning.fit_check import PlanRequest, given_choice
-from planning.job import Job
 from planning.memory import step_memory
-from planning.traced import traced_memory
+from planning.request import PlanRequest, configured_choice
+from planning.step_spec import StepSpec
+from planning.tracing import trace_memory
 from train import set_up, train_step
 from training.config_rules import INSTALLATION_RULES
 from training.preflight import prepare_data
@@ -130,25 +130,25 @@ def main() -> None:
 def compare(name: str) -> dict[str, Any]:
     """The peak of a case's fullest rank, and by how much each tier is beside it."""
     allocated = max(run(name))
-    job = planned_job(name)
-    analytic, traced = step_memory(job), traced_memory(job)
+    spec = planned_spec(name)
+    analytic, traced = step_memory(spec), trace_memory(spec)
     return {
-        "processes": job.mesh.world_size,
+        "processes": spec.mesh.world_size,
         "allocated_mb": allocated / 1e6,
         "analytic": analytic.peak / allocated - 1,
         "traced": traced.peak / allocated - 1,
-        "moment": traced.moment,
+        "moment": traced.phase,
     }
 
 
-def planned_job(name: str) -> Job:
+def planned_spec(name: str) -> StepSpec:
     """The case as the planner takes it."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = load_train_config(compose("train", [*SMALL, *CASES[name][1]]), *INSTALLATION_RULES)
     processes, _ = plan_processes(config.parallel, {})
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
     asked = PlanRequest(config, "cpu", config.stages().first_token(config.train.max_steps))
-    return asked.jobs(given_choice(config, mesh))[0][0]
+    return asked.stages(configured_choice(config, mesh))[0][0]
 
 
 def run(name: str) -> list[int]:

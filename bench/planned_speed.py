@@ -23,10 +23,10 @@ from cli.arguments import CONF
 from cli.config import load_train_config
 from parallel.mesh import AXES, MeshShape, plan_processes, resolve_mesh
 from planning.calibration import calibrate
-from planning.fit_check import PlanRequest, given_choice
-from planning.job import Job
+from planning.request import PlanRequest, configured_choice
 from planning.search import meshes
 from planning.speed import step_time
+from planning.step_spec import StepSpec
 from training.config_rules import INSTALLATION_RULES
 from training.preflight import prepare_data
 
@@ -53,7 +53,7 @@ def main() -> None:
     for turn in range(rounds):
         for mesh in grid if turn % 2 == 0 else grid[::-1]:
             seconds[mesh] += measured(mesh)
-    planned = {mesh: step_time(job_of(mesh), hardware) for mesh in grid}
+    planned = {mesh: step_time(spec_of(mesh), hardware) for mesh in grid}
     rows: dict[str, Any] = {}
     for mesh in sorted(grid, key=lambda mesh: statistics.median(seconds[mesh])):
         time, found = planned[mesh], spread(seconds[mesh])
@@ -93,12 +93,12 @@ def asked(mesh: MeshShape) -> tuple[PlanRequest, Any]:
     return PlanRequest(config, "cpu", tokens), config
 
 
-def job_of(mesh: MeshShape) -> Job:
+def spec_of(mesh: MeshShape) -> StepSpec:
     """A step on a mesh."""
     question, config = asked(mesh)
     processes, _ = plan_processes(config.parallel, {})
     resolved, _ = resolve_mesh(config.parallel, processes.world_size)
-    return question.jobs(given_choice(config, resolved))[0][0]
+    return question.stages(configured_choice(config, resolved))[0][0]
 
 
 def measured(mesh: MeshShape) -> list[float]:

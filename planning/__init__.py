@@ -1,1 +1,1 @@
-"""What a training run will hold, send and take, told before anything is launched."""
+"""Predict memory, communication, throughput and cost of a training run before launch."""

@@ -1,180 +1,178 @@
-"""What the forward keeps for the backward, and what a block's backward needs besides, in bytes.
+"""Closed forms of activation memory per rank, in bytes.
 
-Counted tensor by tensor as autograd saves them (eager), or as the compiler's partition keeps them;
-(batch, seq) are those of a micro-batch, local to the rank.
+Counts the tensors that autograd saves for the backward (eager), or that the compiler's partitioner
+keeps, and the buffers of a block's backward. All sizes are for one micro-batch and local to a rank:
+`local_tokens` are the tokens of a tensor-parallel group.
 """
 
-from planning.job import Job
+from planning.step_spec import StepSpec
 
-FLOAT32, INT64 = 4, 8
-HALF = 0.5  # of a budget from here on the feed-forward's first products are a part, both
-
-
-def block_input(job: Job) -> int:
-    """The hidden states between two blocks, local along seq under sequence parallelism."""
-    return _between(job) * job.model.dim * job.param_bytes
+FLOAT32, INT64 = 4, 8  # bytes
+HALF_BUDGET = 0.5
+"""Activation memory budget from which the compiler saves both input products of the FFN."""
 
 
-def _between(job: Job) -> int:
-    """Tokens of a rank between the tensor-parallel products."""
-    return job.local_tokens // (job.mesh.tp if cuts_tokens(job) else 1)
+def block_input_bytes(spec: StepSpec) -> int:
+    """Return the size of the hidden states between blocks, sharded under sequence parallelism."""
+    return _tokens_between_matmuls(spec) * spec.model.dim * spec.param_bytes
 
 
-def whole_hidden(job: Job) -> int:
-    """The hidden states where they enter tensor-parallel products, on each of its ranks."""
-    return job.local_tokens * job.model.dim * job.param_bytes
+def _tokens_between_matmuls(spec: StepSpec) -> int:
+    """Return the tokens per rank outside tensor-parallel matrix products."""
+    return spec.local_tokens // (spec.mesh.tp if uses_sequence_parallel(spec) else 1)
 
 
-def cuts_tokens(job: Job) -> bool:
-    """Whether tensor-parallel peers share out the tokens between the products."""
-    return job.mesh.tp > 1 and job.parallel.sequence_parallel
+def full_hidden_bytes(spec: StepSpec) -> int:
+    """Return the size of the unsharded hidden states that enter tensor-parallel products."""
+    return spec.local_tokens * spec.model.dim * spec.param_bytes
 
 
-def inputs(job: Job) -> int:
-    """Of a whole forward: tokens, positions, labels, RoPE's rotations, the mask."""
-    whole = job.micro_batch_size * job.seq_len
-    integers = 3 * whole * INT64
-    if job.mesh.cp > 1:
-        integers += 3 * job.local_tokens * INT64
-    rotations = _rows(job) * job.model.head_dim * FLOAT32
-    return integers + rotations + _mask_elements(job) * job.param_bytes
+def uses_sequence_parallel(spec: StepSpec) -> bool:
+    """Return whether tensor-parallel ranks shard the tokens between matrix products."""
+    return spec.mesh.tp > 1 and spec.parallel.sequence_parallel
 
 
-def _mask_elements(job: Job) -> int:
-    """Elements of the dense mask, where there is one: (batch or 1, local seq, seq)."""
-    if job.accelerator == "cuda" or not (job.document_mask or job.mesh.cp > 1):
-        return 0
-    return _rows(job) * job.seq_len
+def batch_bytes(spec: StepSpec) -> int:
+    """Return the size of tokens, positions, labels, RoPE rotations and the mask."""
+    integers = 3 * spec.micro_batch_size * spec.seq_len * INT64
+    if spec.mesh.cp > 1:
+        integers += 3 * spec.local_tokens * INT64
+    # (batch, local seq) if positions differ by sample (documents), else (1, local seq)
+    rows = spec.local_tokens // (1 if spec.document_mask else spec.micro_batch_size)
+    rotations = rows * spec.model.head_dim * FLOAT32
+    dense_mask = spec.accelerator == "cpu" and (spec.document_mask or spec.mesh.cp > 1)
+    mask = rows * spec.seq_len * spec.param_bytes if dense_mask else 0
+    return integers + rotations + mask
 
 
-def _rows(job: Job) -> int:
-    """(batch, local seq) where documents make each sample differ, else (1, local seq)."""
-    return job.local_tokens // (1 if job.document_mask else job.micro_batch_size)
+def head_saved_bytes(spec: StepSpec) -> int:
+    """Return what the last norm and the head save: full head input, plus its shard if sharded."""
+    shard = block_input_bytes(spec) if uses_sequence_parallel(spec) else 0
+    return _norm_saved_bytes(spec, compiled=False) + full_hidden_bytes(spec) + shard
 
 
-def kept_by_head(job: Job) -> int:
-    """The last norm's, and the head's input, whole on each rank and where it is cut as well."""
-    cut = block_input(job) if cuts_tokens(job) else 0
-    return _kept_by_norm(job, compiled=False) + whole_hidden(job) + cut
-
-
-def last_norm_backward(job: Job) -> tuple[int, int]:
-    """What is left of `kept_by_head`, and the last norm's steps in float32."""
-    elements = _between(job) * job.model.dim * FLOAT32
-    if many_operations(job):
+def last_norm_backward_bytes(spec: StepSpec) -> tuple[int, int]:
+    """Return the remainder of `head_saved_bytes` and the float32 temporaries of the last norm."""
+    elements = _tokens_between_matmuls(spec) * spec.model.dim * FLOAT32
+    if norm_is_decomposed(spec):
         return elements, 5 * elements
-    # Its input, its gradient and the result; where these have fewer bits, all three wide as well.
-    wide = elements if job.param_bytes == FLOAT32 else block_input(job) + 3 * elements
-    return block_input(job), block_input(job) + wide
+    # Input, gradient and result; for narrower types also a float32 copy of each.
+    wide = elements
+    if spec.param_bytes != FLOAT32:
+        wide = block_input_bytes(spec) + 3 * elements
+    return block_input_bytes(spec), block_input_bytes(spec) + wide
 
 
-def many_operations(job: Job) -> bool:
-    """Whether a norm that is not compiled is such, and not one kernel or function: of DTensors."""
-    return job.accelerator == "cpu" and job.mesh.tp > 1
+def norm_is_decomposed(spec: StepSpec) -> bool:
+    """Return whether an uncompiled RMSNorm runs as separate operations (DTensors on CPU)."""
+    return spec.accelerator == "cpu" and spec.mesh.tp > 1
 
 
-def _kept_by_norm(job: Job, compiled: bool) -> int:
-    """Of an RMSNorm: its input, and where it is many operations their results in float32."""
-    elements, roots = _between(job) * job.model.dim, _between(job) * FLOAT32
-    if compiled or not many_operations(job):
-        return block_input(job) + roots
-    # The input, widened where it has fewer bits, and the input over its root.
-    return 2 * elements * FLOAT32 + roots
+def _norm_saved_bytes(spec: StepSpec, compiled: bool) -> int:
+    """Return what an RMSNorm saves: its input, and float32 intermediates if decomposed."""
+    tokens = _tokens_between_matmuls(spec)
+    inverse_rms = tokens * FLOAT32
+    if compiled or not norm_is_decomposed(spec):
+        return block_input_bytes(spec) + inverse_rms
+    # The input in float32 and the normalized input.
+    return 2 * tokens * spec.model.dim * FLOAT32 + inverse_rms
 
 
-def _attention(job: Job) -> int:
-    """Queries, keys, values, result and logarithms of sums, as the kernel saves them."""
-    model, tp = job.model, job.mesh.tp
-    tokens, p = job.local_tokens, job.param_bytes
-    heads = model.n_heads // tp
-    width, kv_width = model.dim // tp, model.n_kv_heads * model.head_dim // tp
-    keys = tokens * job.mesh.cp
-    return 2 * tokens * width * p + 2 * keys * kv_width * p + tokens * heads * FLOAT32
+def _kv_width(spec: StepSpec) -> int:
+    return spec.model.n_kv_heads * spec.model.head_dim // spec.mesh.tp
 
 
-def kept_by_block(job: Job, checkpoint: str | float | None = None) -> int:
-    """Of one block, until its backward.
+def _attention_saved_bytes(spec: StepSpec) -> int:
+    """Return the size of queries, keys, values, output and log-sum-exp."""
+    tokens, p, tp = spec.local_tokens, spec.param_bytes, spec.mesh.tp
+    queries = tokens * spec.model.dim // tp * p
+    keys = tokens * spec.mesh.cp * _kv_width(spec) * p
+    return 2 * queries + 2 * keys + tokens * (spec.model.n_heads // tp) * FLOAT32
+
+
+def block_saved_bytes(spec: StepSpec, checkpoint: str | float | None = None) -> int:
+    """Return what one block keeps until its backward.
 
     Args:
-        checkpoint: In the place of the job's own `activation_checkpoint`.
+        checkpoint: Overrides `parallel.activation_checkpoint`.
     """
-    mode = job.parallel.activation_checkpoint if checkpoint is None else checkpoint
-    model, tp, tokens, p = job.model, job.mesh.tp, job.local_tokens, job.param_bytes
-    width, kv_width = model.dim // tp, model.n_kv_heads * model.head_dim // tp
-    ffn = model.ffn_dim // tp
+    mode = spec.parallel.activation_checkpoint if checkpoint is None else checkpoint
+    model, tp, tokens, p = spec.model, spec.mesh.tp, spec.local_tokens, spec.param_bytes
+    width, ffn = model.dim // tp, model.ffn_dim // tp
     if isinstance(mode, float):
-        return _kept_within(job, mode)
+        return _saved_within_budget(spec, mode)
     if mode == "full":
-        return block_input(job)
-    out = tokens * (width * p + model.n_heads // tp * FLOAT32)
+        return block_input_bytes(spec)
     if mode == "selective":
-        products = tokens * (width + 2 * kv_width + 2 * ffn) * p
-        # What goes back into the hidden states: compiled, of the first the sum over tp, and of the
-        # last nothing, since it is what comes next.
-        results = block_input(job)
-        if not job.parallel.compile:
-            results = 2 * (tokens * model.dim * p + (block_input(job) if tp > 1 else 0))
-        return block_input(job) + products + results + out
-    normed = 2 * tokens * model.dim * p  # inputs of attention and feed-forward, whole
-    inside = 3 if job.parallel.compile else 4  # a compiler computes silu again
-    norms = 2 * _kept_by_norm(job, job.parallel.compile)
-    return norms + normed + _attention(job) + inside * tokens * ffn * p
+        attention = tokens * (width * p + model.n_heads // tp * FLOAT32)
+        products = tokens * (width + 2 * _kv_width(spec) + 2 * ffn) * p
+        # Outputs added to the residual stream. Compiled: only the tp-reduced output of attention;
+        # the output of the FFN is the next block's input.
+        outputs = block_input_bytes(spec)
+        if not spec.parallel.compile:
+            outputs = 2 * (tokens * model.dim * p + (block_input_bytes(spec) if tp > 1 else 0))
+        return block_input_bytes(spec) + products + outputs + attention
+    normed = 2 * full_hidden_bytes(spec)  # inputs of attention and FFN
+    n_ffn_tensors = 3 if spec.parallel.compile else 4  # the compiler recomputes silu
+    norms = 2 * _norm_saved_bytes(spec, spec.parallel.compile)
+    return norms + normed + _attention_saved_bytes(spec) + n_ffn_tensors * tokens * ffn * p
 
 
-def _kept_within(job: Job, budget: float) -> int:
-    """Of one block, where the compiler may keep a share of what it would like to keep.
+def _saved_within_budget(spec: StepSpec, budget: float) -> int:
+    """Return what one block saves under a compiler memory budget.
 
-    It fills its budget with results of products (which of them is a knapsack's choice, and not
-    counted here), and above all of them, which `selective` keeps, it has nothing more to fill it
-    with until it may keep everything (torch/_functorch/partitioners.py: `choose_saved_values_set`).
-    What it has received it keeps besides, unless it keeps nothing.
+    The partitioner fills the budget with outputs of matrix products, selected by a knapsack solver
+    that is not modeled here. Beyond all of these (the `selective` mode) it saves nothing more until
+    everything fits (torch/_functorch/partitioners.py: `choose_saved_values_set`). Received tensors
+    are saved in addition unless the budget is 0.
     """
-    least, most = kept_by_block(job, "full"), kept_by_block(job, "none")
+    least, most = block_saved_bytes(spec, "full"), block_saved_bytes(spec, "none")
     if budget in (0, 1):
         return most if budget else least
-    gathered = 2 * whole_hidden(job) if cuts_tokens(job) else 0
-    if job.mesh.cp > 1:
-        kv_width = job.model.n_kv_heads * job.model.head_dim // job.mesh.tp
-        gathered += 2 * job.local_tokens * job.mesh.cp * kv_width * job.param_bytes
-    summed = block_input(job) if job.mesh.tp > 1 else 0
-    kept = least + gathered + summed + round(budget * (most - least))
-    return min(kept, kept_by_block(job, "selective") + gathered)
+    gathered = 2 * full_hidden_bytes(spec) if uses_sequence_parallel(spec) else 0
+    if spec.mesh.cp > 1:
+        keys = spec.local_tokens * spec.mesh.cp
+        gathered += 2 * keys * _kv_width(spec) * spec.param_bytes
+    reduced = block_input_bytes(spec) if spec.mesh.tp > 1 else 0
+    saved = least + gathered + reduced + round(budget * (most - least))
+    return min(saved, block_saved_bytes(spec, "selective") + gathered)
 
 
-def recomputed_by_block(job: Job) -> int:
-    """What recomputation brings back of a block until its feed-forward's backward is at work."""
-    mode = job.parallel.activation_checkpoint
+def block_recomputed_bytes(spec: StepSpec) -> int:
+    """Return what recomputation of a block holds during the backward of its FFN."""
+    mode = spec.parallel.activation_checkpoint
     if mode in ("none", 1.0):
         return 0
-    if job.parallel.compile:
-        return _recomputed_by_compiler(job)
-    whole = kept_by_block(job, "none")
+    if spec.parallel.compile:
+        return _recomputed_by_compiler(spec)
+    everything = block_saved_bytes(spec, "none")
     if mode == "full":
-        # The block's input is there already, but where a norm keeps it widened.
-        widened = many_operations(job) and job.param_bytes < FLOAT32
-        return whole - (0 if widened else block_input(job))
-    model, tp, tokens, p = job.model, job.mesh.tp, job.local_tokens, job.param_bytes
-    width, kv_width = model.dim // tp, model.n_kv_heads * model.head_dim // tp
-    # What was kept comes back as it is; what only led to it is let go once it was read.
-    values = 0 if job.mesh.cp > 1 else kv_width
-    kept = tokens * (width + values + 2 * model.ffn_dim // tp) * p
-    read = tokens * (width + kv_width + model.dim) * p + (block_input(job) if tp > 1 else 0)
-    return whole - kept - read - tokens * model.n_heads // tp * FLOAT32
+        # The block's input is already counted, unless the norm saves it in float32.
+        widened = norm_is_decomposed(spec) and spec.param_bytes < FLOAT32
+        return everything - (0 if widened else block_input_bytes(spec))
+    model, tp, tokens, p = spec.model, spec.mesh.tp, spec.local_tokens, spec.param_bytes
+    width = model.dim // tp
+    # Saved tensors are returned as they are; intermediates are freed after their last use.
+    values = 0 if spec.mesh.cp > 1 else _kv_width(spec)
+    saved = tokens * (width + values + 2 * model.ffn_dim // tp) * p
+    freed = tokens * (width + _kv_width(spec) + model.dim) * p
+    freed += block_input_bytes(spec) if tp > 1 else 0
+    return everything - saved - freed - tokens * model.n_heads // tp * FLOAT32
 
 
-def _recomputed_by_compiler(job: Job) -> int:
-    """The same where one kernel makes the input of the last product anew, with the gradients."""
-    mode = job.parallel.activation_checkpoint
-    again = job.local_tokens * job.model.ffn_dim // job.mesh.tp * job.param_bytes
-    # Meanwhile the gradient of the last product's result waits, gathered where tokens are cut.
-    waiting = whole_hidden(job) if cuts_tokens(job) else 0
-    if mode == "selective" or (isinstance(mode, float) and mode >= HALF):
-        return 2 * again + waiting  # and the rest when it is needed
-    # All that leads there, and what is not let go before the gradients are made.
-    return kept_by_block(job, "none") - kept_by_block(job) + again + waiting
+def _recomputed_by_compiler(spec: StepSpec) -> int:
+    """Return the same when one kernel recomputes the input of w2 together with its gradients."""
+    mode = spec.parallel.activation_checkpoint
+    w2_input = spec.local_tokens * spec.model.ffn_dim // spec.mesh.tp * spec.param_bytes
+    # The gathered gradient of the output of w2 is alive at the same time.
+    output_grad = full_hidden_bytes(spec) if uses_sequence_parallel(spec) else 0
+    if mode == "selective" or (isinstance(mode, float) and mode >= HALF_BUDGET):
+        return 2 * w2_input + output_grad  # the rest is recomputed on demand
+    # Everything up to w2, and what is not freed before the gradients are computed.
+    return block_saved_bytes(spec, "none") - block_saved_bytes(spec) + w2_input + output_grad
 
 
-def backward_buffers(job: Job) -> int:
-    """In the middle of a block's feed-forward: gradients, less what has been let go."""
-    ffn = job.model.ffn_dim // job.mesh.tp
-    return 2 * job.local_tokens * ffn * job.param_bytes + block_input(job)
+def backward_buffer_bytes(spec: StepSpec) -> int:
+    """Return the gradients alive during a block's FFN backward, minus freed activations."""
+    ffn = spec.model.ffn_dim // spec.mesh.tp
+    return 2 * spec.local_tokens * ffn * spec.param_bytes + block_input_bytes(spec)

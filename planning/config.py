@@ -9,8 +9,9 @@ from model.config_base import PositiveInt
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, resolve_mesh
 from planning.hardware import Hardware
+from planning.request import PlanRequest, planned_errors
 from training.config import JobConfig, TrainConfig
-from training.config_rules import device_errors, for_every_stage, fp8_size_errors, mesh_errors
+from training.config_rules import for_every_stage, fp8_size_errors
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,14 @@ class PlanJobConfig(JobConfig):
         return resolve_mesh(self.parallel, self.n_devices)[0]
 
     @property
-    def budget(self) -> int:
+    def token_budget(self) -> int:
         """Tokens to train on."""
         return self.tokens or self.stages().first_token(self.train.max_steps)
 
     @property
-    def is_hopper(self) -> bool:
-        """Whether the hardware has the symmetric memory of NVIDIA GPUs from Hopper on."""
-        return is_hopper(self.hardware)
-
-
-def is_hopper(hardware: Hardware) -> bool:
-    """Return whether the hardware is a Hopper GPU or newer: unlike A100 it has fp8 products."""
-    return hardware.accelerator == "cuda" and "fp8" in hardware.peak_tflops
+    def request(self) -> PlanRequest:
+        hardware = self.hardware
+        return PlanRequest(self, hardware.accelerator, self.token_budget, hardware.is_hopper)
 
 
 def planned_devices(parallel: ParallelConfig, hardware: Hardware, devices: int | None) -> int:
@@ -81,7 +77,7 @@ def hardware_errors(
             f"{hardware.name} ({hardware.accelerator}); use parallel.accelerator=auto or another "
             "hardware"
         )
-    if precision.fp8 is not None and not is_hopper(hardware):
+    if precision.fp8 is not None and not hardware.is_hopper:
         errors.append(
             f"precision.fp8={precision.fp8} needs 8-bit matrix products and hardware "
             f"{hardware.name} has none; use precision.fp8=null or hardware=h100"
@@ -105,26 +101,10 @@ def planned_mesh_errors(
     mesh, errors = resolve_mesh(parallel, planned_devices(parallel, hardware, devices))
     if errors:
         return errors
-    accelerator, hopper = hardware.accelerator, is_hopper(hardware)
+    accelerator, hopper = hardware.accelerator, hardware.is_hopper
     return planned_errors(
         accelerator, mesh, parallel, precision, model, train, data, hopper
     ) + for_every_stage(train, data, partial(fp8_size_errors, mesh, precision, model))
-
-
-def planned_errors(
-    accelerator: str,
-    mesh: MeshShape,
-    parallel: ParallelConfig,
-    precision: PrecisionConfig,
-    model: ModelConfig,
-    train: TrainConfig,
-    data: DataConfig,
-    hopper: bool,
-) -> list[str]:
-    """Return the errors of `train.py` for a mesh of devices that this machine need not have."""
-    return device_errors(
-        accelerator, mesh, parallel, precision, model, lambda: hopper
-    ) + mesh_errors(mesh, parallel, model, train, data)
 
 
 PLAN_RULES = (hardware_errors, planned_mesh_errors)

@@ -1,194 +1,95 @@
-"""A configuration as the planner takes it, and the planner's verdict before a run begins.
+"""The memory check before a run: do the ranks have the memory that a training step needs?
 
-`train.py` asks whether each rank has the memory that a step needs, before anything is allocated or
-written; `plan.py` asks much more, with the same jobs and the same rules (`planning.config`).
-Imports nothing heavy but where GPUs are asked for their memory.
+`train.py` runs it before anything is allocated or written. Imports torch only to query GPU memory.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from data.stages import plan_stages
 from parallel.mesh import MeshShape, Processes, is_first_process
-from planning.config import planned_errors
-from planning.hardware import PROCESS_GIB, Hardware, hardware_of, load_hardware
-from planning.job import Job, resolved_precision
-from planning.memory import Memory
-from planning.plan import GIB, PARTS, plan_run
-from planning.search import Choice, SearchSpace, fewest_devices, fullest, remedy
+from planning.hardware import LOCAL, PROCESS_GIB, Hardware, hardware_of, load_hardware
+from planning.memory import GIB, MemoryBreakdown
+from planning.plan import plan_run
+from planning.request import Choice, PlanRequest, configured_choice
+from planning.search import fewest_devices, fullest_stage, nearest_fit
 from training.config import JobConfig
-from training.config_rules import (
-    batch_errors,
-    for_every_stage,
-    fp8_size_errors,
-)
-from training.config_validation import ConfigError
 
-LOCAL = "local"
-"""The hardware file that `plan.py calibrate=true` writes of this machine."""
 CONTEXT_GIB = 0.5
-"""What CUDA keeps for itself on a GPU that no hardware file knows."""
+"""Memory of the CUDA context on GPUs without a hardware file."""
 
 
-def given_choice(config: JobConfig, mesh: MeshShape) -> Choice:
-    """What a configuration has chosen itself."""
-    parallel = config.parallel
-    return Choice(
-        mesh,
-        config.train.micro_batch_size,
-        parallel.activation_checkpoint,
-        parallel.reshard_after_forward,
-        parallel.reduce_gradients,
-    )
+@dataclass(frozen=True)
+class FitCheck:
+    """Result of the memory check.
+
+    Attributes:
+        message: One line with the memory of a step, and a remedy if it does not fit.
+        rejected: Whether the run must not start: it does not fit and `run.plan_check=refuse`.
+    """
+
+    fits: bool
+    message: str
+    rejected: bool = False
 
 
-class PlanRequest:
-    """One configuration: the jobs that it asks for, and the rules on what may be chosen for it."""
+def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> FitCheck | None:
+    """Compare the peak memory of a step with the memory of a rank on this machine.
 
-    def __init__(
-        self, config: JobConfig, accelerator: str, tokens: int, hopper: bool = True
-    ) -> None:
-        self.config, self.accelerator, self.tokens = config, accelerator, tokens
-        self.hopper = hopper
-        self.precision = resolved_precision(config.precision, accelerator)
-
-    def search_space(self) -> SearchSpace:
-        """The same as the search takes it."""
-        batch = self.config.train.global_batch_size
-        return SearchSpace(
-            parallel=self.config.parallel,
-            share=lambda mesh: batch // mesh.dp,
-            mesh_errors=self.mesh_errors,
-            choice_errors=self.choice_errors,
-            jobs=self.jobs,
-        )
-
-    def jobs(self, choice: Choice) -> list[tuple[Job, int]]:
-        """One for each length and batch that the run goes through, with its tokens."""
-        config, train = self.config, self.config.train
-        stages, _ = plan_stages(
-            config.data,
-            seq_len=train.seq_len,
-            global_batch_size=train.global_batch_size,
-            micro_batch_size=choice.micro_batch_size,
-        )
-        ends = [stage.first_token for stage in stages.all[1:]] + [self.tokens]
-        tokens: dict[Job, int] = {}
-        for stage, end in zip(stages.all, ends, strict=True):
-            own = min(end, self.tokens) - stage.first_token
-            if own <= 0 and stage.first_token:
-                continue  # the run ends before it
-            job = Job(
-                model=config.model,
-                mesh=choice.mesh,
-                parallel=choice.parallel(config.parallel),
-                precision=self.precision,
-                accelerator="cuda" if self.accelerator == "cuda" else "cpu",
-                seq_len=stage.seq_len,
-                global_batch_size=stage.global_batch_size,
-                micro_batch_size=stage.micro_batch_size
-                or stage.global_batch_size // choice.mesh.dp,
-                document_mask=config.data.document_mask,
-            )
-            tokens[job] = tokens.get(job, 0) + own
-        return list(tokens.items())
-
-    def mesh_errors(self, mesh: MeshShape) -> list[str]:
-        """What `train.py` has against a mesh, however a rank computes on it."""
-        config = self.config
-        whole = replace(config.train, micro_batch_size=None)
-        return planned_errors(
-            self.accelerator,
-            mesh,
-            config.parallel,
-            self.precision,
-            config.model,
-            whole,
-            config.data,
-            self.hopper,
-        )
-
-    def choice_errors(self, choice: Choice) -> list[str]:
-        """What it has against the rest of a choice; of one stage the share's divisors all do."""
-        config = self.config
-        if self.precision.fp8 is None and not config.data.stages:
-            return []
-        train = replace(config.train, micro_batch_size=choice.micro_batch_size)
-        return for_every_stage(
-            train,
-            config.data,
-            lambda sizes: (
-                batch_errors(choice.mesh, sizes)
-                or fp8_size_errors(choice.mesh, self.precision, config.model, sizes)
-            ),
-        )
-
-
-# ---------------------------------------------------------------- before a run begins
-
-
-def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str | None:
-    """The planner's verdict in a line, or None where `run.plan_check` is off.
-
-    Raises:
-        ConfigError: a step needs more memory than a rank has, and `run.plan_check` refuses that.
+    Returns:
+        The result, or None with `run.plan_check=off`.
     """
     if config.run.plan_check == "off":
         return None
-    hardware, room = this_machine(processes)
+    hardware, available = this_machine(processes)
     tokens = config.stages().first_token(config.train.max_steps)
-    question = PlanRequest(config, processes.accelerator, tokens).search_space()
-    given = given_choice(config, mesh)
-    jobs = question.jobs(given)
-    _, memory = fullest(jobs)
-    told = f"{memory.peak / GIB:.2f} of {room / GIB:.2f} GiB a rank ({parts(memory)})"
-    if memory.peak <= room:
+    request = PlanRequest(config, processes.accelerator, tokens)
+    choice = configured_choice(config, mesh)
+    stages = request.stages(choice)
+    _, memory = fullest_stage(stages)
+    used = f"{memory.peak / GIB:.2f} of {available / GIB:.2f} GiB per rank"
+    if memory.peak <= available:
         speed = ""
         if hardware is not None:
-            speed = f", about {plan_run(jobs, hardware).tokens_per_second:,.0f} tokens/s"
-        return f"plan: fits, {told}{speed}"
-    would_fit = _remedy(question, given, room, processes.per_node)
-    problem = f"the run does not fit, a step needs {told}: use {would_fit}"
+            speed = f"; about {plan_run(stages, hardware).tokens_per_second:,.0f} tokens/s"
+        return FitCheck(True, f"Memory plan: {used} (fits): {largest_parts(memory)}{speed}")
+    remedy = _remedy(request, choice, available, processes.per_node)
+    message = f"Memory plan: {used} (does not fit): {largest_parts(memory)}; {remedy}"
     if config.run.plan_check == "warn":
-        return f"plan: {problem}"
-    raise ConfigError([f"{problem}; run.plan_check=warn begins all the same"])
+        return FitCheck(False, message)
+    return FitCheck(False, f"{message}, or run.plan_check=warn to start anyway", rejected=True)
 
 
-def print_fit_check(verdict: str | None) -> None:
-    """Prints the verdict, on the first process."""
-    if verdict is not None and is_first_process():
-        print(verdict, flush=True)
+def print_fit_check(check: FitCheck | None) -> None:
+    """Print the result of the memory check on the first process."""
+    if check is not None and is_first_process():
+        print(check.message, flush=True)
 
 
-def parts(memory: Memory) -> str:
-    """The three largest parts of what a rank holds."""
-    sizes = sorted(((getattr(memory, part), part) for part in PARTS), reverse=True)
-    return ", ".join(f"{part} {size / GIB:.2f}" for size, part in sizes[:3])
+def largest_parts(memory: MemoryBreakdown) -> str:
+    """Return the three largest parts of a breakdown, in GiB."""
+    parts = sorted(memory.by_part().items(), key=lambda item: item[1], reverse=True)
+    return ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts[:3])
 
 
-def _remedy(question: SearchSpace, given: Choice, room: int, per_node: int) -> str:
-    """What would fit, as words to type."""
-
-    def of_rank(job: Job) -> int:
-        return room
-
-    choice = remedy(question, given, of_rank)
-    if choice is not None:
-        before = given.overrides
-        return " ".join(word for word in choice.overrides if word not in before)
-    found = fewest_devices(question, of_rank, given.mesh.world_size, per_node)
-    if found is None:
-        return "a smaller model, shorter sequences or a smaller batch: no mesh of any size fits"
-    devices, choice = found
-    return f"{devices} devices at least, with {' '.join(choice.overrides)}"
+def _remedy(request: PlanRequest, current: Choice, available: int, per_node: int) -> str:
+    """Return overrides that would make the run fit, for an error message."""
+    nearest = nearest_fit(request, current, lambda spec: available)
+    if nearest is not None:
+        changed = [word for word in nearest.overrides if word not in current.overrides]
+        return f"use {' '.join(changed)}"
+    fewest = fewest_devices(request, lambda spec: available, current.mesh.world_size, per_node)
+    if fewest is None:
+        return "no mesh of any size fits: use a smaller model, shorter sequences or a smaller batch"
+    devices, choice = fewest
+    return f"use at least {devices} devices with {' '.join(choice.overrides)}"
 
 
 def this_machine(processes: Processes) -> tuple[Hardware | None, int]:
-    """What is known of a device here, and the bytes that a rank's tensors may take.
+    """Return the hardware of this machine, if known, and the bytes available to a rank's tensors.
 
-    On CPU the ranks of a node share its memory, all of it: what others use now they may give back.
-    The hardware is that of a calibrated file, on GPUs also of a known card.
+    The hardware comes from the calibrated file or, on GPUs, from the device name. On CPU the ranks
+    of a node share its total memory; memory currently used by other processes is not subtracted,
+    because they may free it.
     """
     known = _calibrated(processes.accelerator)
     if processes.accelerator == "cuda":
@@ -202,7 +103,6 @@ def this_machine(processes: Processes) -> tuple[Hardware | None, int]:
 
 
 def _calibrated(accelerator: str) -> Hardware | None:
-    """What `plan.py calibrate=true` has measured here."""
     try:
         hardware = load_hardware(LOCAL)
     except ValueError:
@@ -211,23 +111,16 @@ def _calibrated(accelerator: str) -> Hardware | None:
 
 
 def machine_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that the processes on this machine may use together: all, or the cgroup's."""
+    """Return the bytes of memory of this machine, or of the cgroup if it is limited."""
     limits = []
-    for name, read in (
-        ("proc/meminfo", _total),
-        ("sys/fs/cgroup/memory.max", _number),
-        ("sys/fs/cgroup/memory/memory.limit_in_bytes", _number),
-    ):
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
-            limits.append(read((root / name).read_text()))
-        except (OSError, ValueError):  # "max", or another system
+            limits.append(int((root / "sys/fs/cgroup" / name).read_text()))
+        except (OSError, ValueError):  # "max", or not this version of cgroups
             continue
+    try:
+        total = (root / "proc/meminfo").read_text().partition("MemTotal:")[2].split()[0]
+        limits.append(int(total) * 1024)  # KiB
+    except (OSError, ValueError, IndexError):
+        pass
     return min(limits, default=2**60)
-
-
-def _total(meminfo: str) -> int:
-    """`MemTotal` of /proc/meminfo, which is in KiB."""
-    return int(meminfo.partition("MemTotal:")[2].split()[0]) * 1024
-
-
-_number: Callable[[str], int] = int

@@ -1,124 +1,122 @@
-"""A device and its links, as the planner sees them: the contents of conf/hardware/*.yaml.
+"""Hardware descriptions: one kind of device and its links, as in conf/hardware/*.yaml.
 
-Every figure has a unit in its name. A peak is the data sheet's, without structured sparsity; what
-is achieved comes from measurements of the operation alone, never from a training step that the
-planner is held against. Calibration writes the same file. Imports nothing heavy.
+Each number has its unit in the field name. Peaks are the data sheet's, without structured sparsity;
+achieved rates are microbenchmarks of a single operation, never training steps that the planner is
+validated against. Calibration writes the same format. Imports no heavy packages.
 """
 
-import dataclasses
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+from model.config_base import ConfigSection, PositiveInt
+from training.config_validation import validate
 
 FOLDER = Path(__file__).parent.parent / "conf" / "hardware"
+LOCAL = "local"
+"""Name of the hardware file that `plan.py calibrate=true` writes."""
 PROCESS_GIB = 0.45
-"""Of a process on CPU with its libraries and no tensor: what `bench.plan_search` finds."""
+"""Memory of a CPU process and its libraries without tensors, measured by `bench.plan_search`."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Hardware:
-    """One kind of device, and how `devices_per_node` of them are linked.
+Positive = Annotated[float, Gt(0), Lt(math.inf)]
+NonNegative = Annotated[float, Ge(0), Lt(math.inf)]
 
-    On GPUs the figures are a device's. On `cpu` they are a node's, which its ranks share, each of
-    them a device of its own.
 
-    Args:
-        memory_gib: Of a device, or of the node.
-        reserved_gib: Of it, what tensors of a rank cannot have: context, libraries, buffers of
-            collectives, gaps of the allocator.
-        peak_tflops, matrix_tflops: By precision; dense peak, and what large products achieve.
-        attention_tflops: What the fused kernel achieves on causal attention of long sequences, in
-            forward and backward together, counted as `model.flops` counts.
-        bandwidth_gb_s: Achieved by a copy, bytes read and written together.
-        link_gb_s, link_latency_us: Of a rank's link inside the node, one direction, achieved by
-            collectives (on `cpu` of all ranks together), and what a collective takes at least.
+@dataclass(frozen=True)
+class Hardware(ConfigSection):
+    """One kind of device and the links between `devices_per_node` of them.
+
+    On GPUs the numbers are per device. On `cpu` they are per node and shared by its ranks.
+
+    Attributes:
+        memory_gib: Memory of the device or node.
+        reserved_gib: Memory per rank unavailable to tensors: context, libraries, communication
+            buffers, fragmentation.
+        peak_tflops, matrix_tflops: By data type: dense peak, and rate achieved by large matrix
+            products.
+        attention_tflops: Rate of the fused kernel in causal attention over long sequences, forward
+            and backward, with FLOPs counted as in `model.flops`.
+        bandwidth_gb_s: Achieved by a copy, bytes read plus bytes written.
+        link_gb_s, link_latency_us: Per rank and direction inside a node, achieved by collectives
+            (on `cpu`: all ranks together), and the minimum time of a collective.
         network_gb_s, network_latency_us: The same between nodes.
-        price_per_hour: Of a device, in whatever currency; null where nobody said.
-        names: Pattern of the names under which torch.cuda knows it.
+        price_per_hour: Per device, in any currency; null if unknown.
+        names: Regular expression for the device name in torch.cuda.
     """
 
     name: str
     accelerator: Literal["cpu", "cuda"]
-    memory_gib: float
-    reserved_gib: float
-    peak_tflops: dict[str, float]
-    matrix_tflops: dict[str, float]
-    attention_tflops: dict[str, float]
-    bandwidth_gb_s: float
-    link_gb_s: float
-    link_latency_us: float
-    network_gb_s: float
-    network_latency_us: float
-    devices_per_node: int
+    memory_gib: Positive
+    reserved_gib: NonNegative
+    peak_tflops: dict[str, Positive]
+    matrix_tflops: dict[str, Positive]
+    attention_tflops: dict[str, Positive]
+    bandwidth_gb_s: Positive
+    link_gb_s: Positive
+    link_latency_us: NonNegative
+    network_gb_s: Positive
+    network_latency_us: NonNegative
+    devices_per_node: PositiveInt
     price_per_hour: float | None = None
     names: str | None = None
 
-    def problems(self) -> list[str]:
-        """Every broken rule, as messages that name key, value, rule and remedy."""
-        found = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            each = value.values() if isinstance(value, dict) else [value]
-            if field.name in ("name", "accelerator", "names", "price_per_hour"):
-                continue
-            zero_too = "latency" in field.name or field.name == "reserved_gib"
-            if not all(0 < one < math.inf or (zero_too and one == 0) for one in each):
-                found.append(
-                    f"hardware.{field.name} ({value}) is not above 0: use what the device has, or "
-                    "plan.py calibrate=true"
-                )
-        for key in ("matrix_tflops", "attention_tflops"):
-            if missing := self._missing(key):
-                found.append(
-                    f"hardware.{key} ({getattr(self, key)}) lacks {' and '.join(missing)}: add the "
-                    "rate in TFLOP/s"
-                )
-        return found
+    @property
+    def is_hopper(self) -> bool:
+        """Whether it is an NVIDIA GPU of the Hopper generation or newer, identified by fp8."""
+        return self.accelerator == "cuda" and "fp8" in self.peak_tflops
 
-    def _missing(self, key: str) -> list[str]:
-        """Precisions that every device computes in, and of which nothing is said."""
-        return [name for name in ("fp32", "bf16") if name not in getattr(self, key)]
+    def __post_init__(self) -> None:
+        errors = []
+        for key in ("matrix_tflops", "attention_tflops"):
+            rates = getattr(self, key)
+            if missing := [dtype for dtype in ("fp32", "bf16") if dtype not in rates]:
+                errors.append(
+                    f"hardware.{key}={rates} lacks {' and '.join(missing)}; add the rate in TFLOP/s"
+                )
+        if errors:
+            raise ValueError("\n".join(errors))
 
 
 def known_hardware() -> list[str]:
-    """The names of the files in conf/hardware."""
+    """Return the names of the files in conf/hardware."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load_hardware(name_or_path: str) -> Hardware:
-    """The hardware of that name, or of that file.
+    """Load a hardware description by name or path.
 
     Raises:
-        ValueError: there is none, or its figures are not what they should be.
+        ValueError: The file does not exist or is invalid.
     """
     import yaml
-    from pydantic import TypeAdapter, ValidationError
 
     path = FOLDER / f"{name_or_path}.yaml"
     if not path.exists():
         path = Path(name_or_path)
     if not path.is_file():
         raise ValueError(
-            f"hardware ({name_or_path}) is neither a name nor a file: use "
-            f"{', '.join(known_hardware())}, or the path of what plan.py calibrate=true wrote"
+            f"hardware={name_or_path} is neither a known name nor a file; use "
+            f"{', '.join(known_hardware())}, or the path of a file from plan.py calibrate=true"
         )
     try:
-        given: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        hardware = TypeAdapter(Hardware).validate_python(given)
-    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("expected a mapping of keys to values")
+        return validate(values, Hardware, prefix="hardware.")
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"hardware file {path} cannot be read ({reason}): mend it") from None
-    if problems := hardware.problems():
-        raise ValueError(f"hardware file {path}: {'; '.join(problems)}")
-    return hardware
+        raise ValueError(f"invalid hardware file {path}: {reason}") from None
 
 
 def hardware_of(device_name: str) -> Hardware | None:
-    """The hardware that torch.cuda calls by that name.
+    """Return the known hardware for a torch.cuda device name.
 
-    None for cards that no file describes, and for a slice of a card (MIG): its rates are not the
-    card's.
+    Returns None for unknown devices and for MIG slices, whose rates differ from the full device.
     """
     if " MIG " in f"{device_name} ":
         return None

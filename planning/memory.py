@@ -1,349 +1,376 @@
-"""What a rank holds at the fullest moment of a step, in closed form.
+"""Closed forms of peak memory per rank.
 
-Integers alone, some microseconds a call. Each function counts what `parallelize`, FSDP2 and
-autograd make a rank keep at one moment of a step; the fullest moment is the answer. A test holds
-the sum against the traced tier, which follows the tensors themselves. What a block keeps for its
-backward is in `planning.activations`.
+Integer arithmetic, a few microseconds per call. Each method of `_DistributedStep` counts what
+`parallelize`, FSDP2 and autograd keep alive in one phase of a step; the phase with the largest sum
+is the result. A test compares it with the traced step (`planning.tracing`). Activations are in
+`planning.activations`.
 """
 
 from dataclasses import dataclass, fields
 
 from parallel.traffic import block_matrices, root_matrices
 from planning.activations import (
-    backward_buffers,
-    block_input,
-    inputs,
-    kept_by_block,
-    kept_by_head,
-    last_norm_backward,
-    recomputed_by_block,
+    backward_buffer_bytes,
+    batch_bytes,
+    block_input_bytes,
+    block_recomputed_bytes,
+    block_saved_bytes,
+    head_saved_bytes,
+    last_norm_backward_bytes,
 )
-from planning.job import Job
+from planning.step_spec import StepSpec
 
-FLOAT32 = 4
-HEAD_BLOCK = {"cpu": 2**18, "cuda": 2**23}  # `model.loss.BLOCK`: elements in float32 at once
-MOMENT_BLOCK = 256  # 8-bit values that share a float32 scale
-MOMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + FLOAT32 / MOMENT_BLOCK}  # of a matrix's element
-MOMENT_PIECE = {"cpu": 2**16, "cuda": 2**25}  # values of a narrow moment that are widened at once
+GIB = 2**30
+FLOAT32 = 4  # bytes
+HEAD_BLOCK = {"cpu": 2**18, "cuda": 2**23}  # `model.loss.BLOCK`: logits in float32 at a time
+MOMENT_BLOCK = 256  # 8-bit values per float32 scale
+MOMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + FLOAT32 / MOMENT_BLOCK}  # per matrix element
+MOMENT_CHUNK = {"cpu": 2**16, "cuda": 2**25}  # low-precision values converted to float32 at a time
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank at the moment of a step at which it holds most, by what they are for.
+class MemoryBreakdown:
+    """Bytes per rank, by purpose, in the phase of a step with the largest total.
 
-    `parameters`, `gradients` and `optimizer` are the rank's shards, at rest; `activations` what the
-    forward keeps for the backward; `gathered` the weights that FSDP2 has gathered, or one process's
-    copies in the format of forward and backward, and gradients before they are reduced or handed
-    over; `logits` the head's chunk; `temporary` the rest. `moment` names it.
+    Attributes:
+        parameters, gradients, optimizer: Shards of this rank.
+        activations: Tensors saved for the backward.
+        gathered: Weights gathered by FSDP2 (with one process: low-precision copies of weights) and
+            gradients before reduction.
+        logits: One chunk of the head's output.
+        temporary: Everything else.
+        phase: Name of that phase.
     """
 
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    gathered: int
-    logits: int
-    temporary: int
-    moment: str = ""
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    gathered: int = 0
+    logits: int = 0
+    temporary: int = 0
+    phase: str = ""
 
     @property
     def peak(self) -> int:
-        """All of them."""
-        return sum(getattr(self, field.name) for field in fields(self) if field.name != "moment")
+        """Sum of all parts."""
+        return sum(self.by_part().values())
+
+    def by_part(self) -> dict[str, int]:
+        """Return the bytes by part, in the order of `PARTS`."""
+        return {part: getattr(self, part) for part in PARTS}
+
+    @property
+    def largest_part(self) -> str:
+        return max(PARTS, key=lambda part: getattr(self, part))
+
+
+PARTS = tuple(field.name for field in fields(MemoryBreakdown) if field.name != "phase")
+"""Parts of a memory breakdown, in display order."""
+
+
+def _fullest(*phases: MemoryBreakdown) -> MemoryBreakdown:
+    return max(phases, key=lambda memory: memory.peak)
 
 
 @dataclass(frozen=True)
 class _Group:
-    """What FSDP2 gathers and reduces together: a block, or what lies around the blocks."""
+    """An FSDP2 parameter group: one block, or the root (embedding, head, last norm).
 
-    elements: int  # of this rank's tp peer's part, padded to equal shards
+    `elements` are those of one tensor-parallel rank, padded to equal shards.
+    """
+
+    elements: int
     shards: int
 
-    def gathered(self, job: Job) -> int:
-        """Bytes in the format of forward and backward."""
-        return self.elements * job.param_bytes
+    def gathered(self, spec: StepSpec) -> int:
+        """Return the bytes of the gathered weights."""
+        return self.elements * spec.param_bytes
 
-    def to_reduce(self, job: Job) -> int:
-        """Bytes in the format of the gradients' sum, all shards together."""
-        return self.elements * job.reduce_bytes
+    def to_reduce(self, spec: StepSpec) -> int:
+        """Return the bytes of the unsharded gradients in the reduction's data type."""
+        return self.elements * spec.reduce_bytes
 
     @property
     def shard(self) -> int:
-        """Bytes of the rank's own part in float32."""
+        """Bytes of one float32 shard."""
         return self.elements // self.shards * FLOAT32
 
 
-def step_memory(job: Job) -> Memory:
-    """The fullest of a step's moments, of its last micro-batch where there are several."""
-    step = _Step(job) if job.mesh.world_size > 1 else _StepAlone(job)
-    last = job.model.n_layers - 1
-    moments = [step.head(), step.block_backward(0), step.root_backward(), step.update()]
-    if job.accelerator == "cpu":
-        moments.append(step.last_norm_backward())
+def step_memory(spec: StepSpec) -> MemoryBreakdown:
+    """Return the peak memory of a rank over the phases of a step.
+
+    With gradient accumulation, the last micro-batch is the fullest.
+    """
+    step = _DistributedStep(spec) if spec.mesh.world_size > 1 else _SingleProcessStep(spec)
+    last = spec.model.n_layers - 1
+    phases = [step.head(), step.block_backward(0), step.root_backward(), step.update()]
+    if spec.accelerator == "cpu":
+        phases.append(step.last_norm_backward())
     if last:
-        moments += [step.block_backward(1), step.block_backward(last)]
-    return max(moments, key=lambda memory: memory.peak)
+        phases += [step.block_backward(1), step.block_backward(last)]
+    return _fullest(*phases)
 
 
-class _Step:
-    """The moments of a step."""
+class _DistributedStep:
+    """Phases of a step under FSDP2."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        model, mesh = job.model, job.mesh
+    def __init__(self, spec: StepSpec) -> None:
+        self.spec = spec
+        model, mesh = spec.model, spec.mesh
         self.shards = mesh.dp_shard * mesh.cp
         dim, tp, layers = model.dim, mesh.tp, model.n_layers
         block, root = block_matrices(model, tp), root_matrices(model, tp)
         self.block, self.root = self._group(block), self._group(root)
         self.head_elements = model.vocab_size // tp * dim
-        self.head_weight = self.head_elements * job.param_bytes
-        self.ffn_weight = dim * model.ffn_dim // tp * job.param_bytes
-        self.elements = self._owned(block) * layers + self._owned(root)
+        self.head_weight = self.head_elements * spec.param_bytes
+        self.ffn_weight = dim * model.ffn_dim // tp * spec.param_bytes
+        self.elements = self._shard_elements(block) * layers + self._shard_elements(root)
         self.vectors = (2 * layers + 1) * -(-dim // self.shards)
-        reshard = job.parallel.reshard_after_forward
-        # Blocks whose weights stay gathered between forward and backward.
+        reshard = spec.parallel.reshard_after_forward
+        # Blocks whose weights remain gathered between forward and backward.
         self.kept_blocks = 0 if reshard else layers
         if reshard is None and self.shards > 1:
             self.kept_blocks = 1
-        # What a block's sum of gradients leaves behind; one shard's is the gradients themselves.
-        self.reduced = self.block.to_reduce(job) if self.shards > 1 else 0
-        several = job.micro_batches > 1
-        self.accumulates = several and job.parallel.reduce_gradients == "step"
-        self.accumulates_shards = several and not self.accumulates
+        # Reduce-scatter input still alive during the next block's backward (none with one shard).
+        self.reduced = self.block.to_reduce(spec) if self.shards > 1 else 0
+        accumulating = spec.micro_batches > 1
+        self.accumulates = accumulating and spec.parallel.reduce_gradients == "step"
+        self.accumulates_shards = accumulating and not self.accumulates
 
-    def _owned(self, matrices: list[tuple[int, int]]) -> int:
-        """Elements of the shards of the first rank, which has the most of each."""
+    def _shard_elements(self, matrices: list[tuple[int, int]]) -> int:
+        """Return the elements in the shards of rank 0, which are the largest."""
         return sum(-(-rows // self.shards) * columns for rows, columns in matrices)
 
     def _group(self, matrices: list[tuple[int, int]]) -> _Group:
-        return _Group(self._owned(matrices) * self.shards, self.shards)
+        return _Group(self._shard_elements(matrices) * self.shards, self.shards)
 
-    # ------------------------------------------------------------ at rest
-
-    def _parameters(self) -> int:
-        return self.elements * FLOAT32
-
-    def _optimizer(self) -> int:
-        moment = MOMENT_BYTES[self.job.precision.optimizer_state]
-        return int(2 * (moment * (self.elements - self.vectors) + FLOAT32 * self.vectors))
+    # ------------------------------------------------------------ persistent state
 
     def _gradients(self, blocks: int) -> int:
-        """Reduced shards of so many blocks, or of all where those of earlier micro-batches are."""
+        """Return reduced shards of `blocks` blocks, or of all if micro-batches reduce into them."""
         if self.accumulates_shards:
-            return self.job.model.n_layers * self.block.shard + self.root.shard
+            return self.spec.model.n_layers * self.block.shard + self.root.shard
         return blocks * self.block.shard
 
     def _accumulated(self, blocks: int) -> int:
-        """Sums over the micro-batches before, of blocks and root, that are not reduced yet."""
+        """Return gradients of `blocks` blocks and the root accumulated before reduction."""
         if not self.accumulates:
             return 0
-        return blocks * self.block.to_reduce(self.job) + self.root.to_reduce(self.job)
+        return blocks * self.block.to_reduce(self.spec) + self.root.to_reduce(self.spec)
 
-    def _memory(self, moment: str, **parts: int) -> Memory:
-        rest = dict.fromkeys(("gradients", "activations", "gathered", "logits", "temporary"), 0)
-        return Memory(
-            parameters=self._parameters(),
-            optimizer=self._optimizer(),
-            moment=moment,
-            **(rest | parts),
+    def _memory(self, phase: str, **parts: int) -> MemoryBreakdown:
+        moment = MOMENT_BYTES[self.spec.precision.optimizer_state]
+        matrices = self.elements - self.vectors
+        return MemoryBreakdown(
+            parameters=self.elements * FLOAT32,
+            optimizer=int(2 * (moment * matrices + FLOAT32 * self.vectors)),
+            phase=phase,
+            **parts,
         )
 
-    # ------------------------------------------------------------ moments
+    # ------------------------------------------------------------ phases
 
-    def head(self) -> Memory:
-        """A chunk of the head: every block's activations are there."""
-        job, model = self.job, self.job.model
-        rows = min(job.step.head_chunk, job.local_tokens)
-        vocab = model.vocab_size // job.mesh.tp
-        logits = rows * vocab * job.param_bytes
-        seen = vocab
-        if job.mesh.tp > 1 and not job.parallel.loss_parallel:
-            seen = model.vocab_size
-            logits += 2 * rows * seen * job.param_bytes
-        block = HEAD_BLOCK[job.accelerator]
-        in_float32 = 0 if job.parallel.compile else min(max(1, block // seen), rows) * seen
+    def head(self) -> MemoryBreakdown:
+        """Forward of one chunk of the head, with the activations of all blocks alive."""
+        spec, model = self.spec, self.spec.model
+        rows = min(spec.step.head_chunk, spec.local_tokens)
+        vocab = model.vocab_size // spec.mesh.tp
+        logits = rows * vocab * spec.param_bytes
+        logits_vocab = vocab
+        if spec.mesh.tp > 1 and not spec.parallel.loss_parallel:
+            logits_vocab = model.vocab_size
+            logits += 2 * rows * logits_vocab * spec.param_bytes
+        block = HEAD_BLOCK[spec.accelerator]
+        float32_rows = 0 if spec.parallel.compile else min(max(1, block // logits_vocab), rows)
+        float32_logits = float32_rows * logits_vocab
         return self._memory(
             "head",
-            activations=self._activations(model.n_layers) + kept_by_head(job),
+            activations=self._activations(model.n_layers) + head_saved_bytes(spec),
             logits=logits,
-            temporary=job.local_tokens * model.dim * job.param_bytes + in_float32 * FLOAT32,
-            **self._at_head(),
+            temporary=spec.local_tokens * model.dim * spec.param_bytes + float32_logits * FLOAT32,
+            **self._during_head(),
         )
 
-    def _at_head(self) -> dict[str, int]:
-        """Weights and gradients while the head is computed; the last all-gather is freed late."""
-        late = self.block.gathered(self.job) if self.shards > 1 else 0
-        behind = self._behind_head()
-        return behind | {"gathered": behind["gathered"] + late}
+    def _during_head(self) -> dict[str, int]:
+        """Return weights and gradients during the head; the last all-gather is still alive."""
+        last_gather = self.block.gathered(self.spec) if self.shards > 1 else 0
+        after = self._after_head()
+        return after | {"gathered": after["gathered"] + last_gather}
 
-    def _behind_head(self) -> dict[str, int]:
-        """Weights and gradients before the backward of the blocks."""
-        job = self.job
-        gathered = self.root.gathered(job) + self.kept_blocks * self.block.gathered(job)
-        gathered += self.head_weight + self._accumulated(job.model.n_layers)
+    def _after_head(self) -> dict[str, int]:
+        """Return weights and gradients between the head and the backward of the blocks."""
+        spec = self.spec
+        gathered = self.root.gathered(spec) + self.kept_blocks * self.block.gathered(spec)
+        gathered += self.head_weight + self._accumulated(spec.model.n_layers)
         return {"gradients": self._gradients(0), "gathered": gathered}
 
     def _activations(self, blocks: int) -> int:
-        return inputs(self.job) + blocks * kept_by_block(self.job)
+        return batch_bytes(self.spec) + blocks * block_saved_bytes(self.spec)
 
-    def last_norm_backward(self) -> Memory:
-        """Behind the head and before the blocks, where no kernel takes a norm's steps in one."""
-        left, steps = last_norm_backward(self.job)
+    def last_norm_backward(self) -> MemoryBreakdown:
+        """Backward of the last norm, if it is not one fused kernel."""
+        saved, temporaries = last_norm_backward_bytes(self.spec)
         return self._memory(
             "backward",
-            activations=self._activations(self.job.model.n_layers) + left,
-            temporary=steps,
-            **self._behind_head(),
+            activations=self._activations(self.spec.model.n_layers) + saved,
+            temporary=temporaries,
+            **self._after_head(),
         )
 
-    def block_backward(self, done: int) -> Memory:
-        """The backward of a block with `done` blocks behind it, in the middle or at its end."""
-        job, layers = self.job, self.job.model.n_layers
-        gathered = self.root.gathered(job) + self.head_weight
-        weights = self.block.gathered(job)
-        ahead = layers - done - 1  # blocks whose backward is still to come
+    def block_backward(self, done: int) -> MemoryBreakdown:
+        """Backward of a block after `done` others: its FFN, its end or its reduction."""
+        spec, layers = self.spec, self.spec.model.n_layers
+        gathered = self.root.gathered(spec) + self.head_weight
+        weights = self.block.gathered(spec)
+        pending_blocks = layers - done - 1  # blocks with a pending backward
         kept = self.kept_blocks - done if self.kept_blocks == layers else 0
         gathered += max(kept, 1) * weights
-        if self.shards > 1 and ahead and not kept > 1:
+        if self.shards > 1 and pending_blocks and not kept > 1:
             gathered += weights  # prefetched
         if done:
-            gathered += self.reduced  # of the block before, until this one's is there
+            gathered += self.reduced  # the previous block's, freed by this block's reduction
         accumulated = self._accumulated(layers - done)
-        rest = {"gradients": self._gradients(done)}
+        gradients = self._gradients(done)
         middle = self._memory(
             "backward",
-            activations=self._activations(layers - done) + recomputed_by_block(job),
+            activations=self._activations(layers - done) + block_recomputed_bytes(spec),
             gathered=gathered + accumulated + self.ffn_weight,
-            temporary=backward_buffers(job),
-            **rest,
+            temporary=backward_buffer_bytes(spec),
+            gradients=gradients,
         )
         end = self._memory(
             "reduction",
-            activations=self._activations(ahead) + block_input(job),
+            activations=self._activations(pending_blocks) + block_input_bytes(spec),
             gathered=gathered + accumulated + weights,
-            temporary=2 * block_input(job),
-            **rest,
+            temporary=2 * block_input_bytes(spec),
+            gradients=gradients,
         )
         reduced = self._memory(
             "reduction",
-            activations=self._activations(ahead),
+            activations=self._activations(pending_blocks),
             gathered=gathered - weights + self._reduction(self.block, accumulated, done > 0),
-            temporary=block_input(job),
-            **rest,
+            temporary=block_input_bytes(spec),
+            gradients=gradients,
         )
-        return max(middle, end, reduced, key=lambda memory: memory.peak)
+        return _fullest(middle, end, reduced)
 
     def _reduction(self, group: _Group, accumulated: int, old: bool) -> int:
-        """Gradients of a group before and after they are reduced, above `accumulated` ones."""
-        job = self.job
-        before = 0 if self.accumulates else group.gathered(job)
-        buffers = group.to_reduce(job) - (self.reduced if old else 0)
-        if self.shards > 1 or job.mesh.dp_replicate > 1:  # else input and result are one
-            buffers += group.to_reduce(job) // self.shards
+        """Return gradients of a group before and after reduction, plus `accumulated` ones."""
+        spec = self.spec
+        before = 0 if self.accumulates else group.gathered(spec)
+        buffers = group.to_reduce(spec) - (self.reduced if old else 0)
+        if self.shards > 1 or spec.mesh.dp_replicate > 1:  # else reduced in place
+            buffers += group.to_reduce(spec) // self.shards
         return accumulated + before + buffers
 
-    def root_backward(self) -> Memory:
-        """The sum of the gradients of embedding, head and last norm, when all else is done."""
-        job, layers = self.job, self.job.model.n_layers
+    def root_backward(self) -> MemoryBreakdown:
+        """Reduction of the gradients of embedding, head and last norm, after all blocks."""
+        spec, layers = self.spec, self.spec.model.n_layers
         accumulated = self._accumulated(0)
         before = self._memory(
             "reduction",
             gradients=self._gradients(layers),
-            gathered=2 * self.root.gathered(job) + self.reduced + accumulated,
-            activations=inputs(job),
-            temporary=block_input(job),
+            gathered=2 * self.root.gathered(spec) + self.reduced + accumulated,
+            activations=batch_bytes(spec),
+            temporary=block_input_bytes(spec),
         )
         after = self._memory(
             "reduction",
             gradients=self._gradients(layers),
             gathered=self._reduction(self.root, accumulated, old=False),
-            activations=inputs(job),
+            activations=batch_bytes(spec),
         )
-        return max(before, after, key=lambda memory: memory.peak)
+        return _fullest(before, after)
 
-    def update(self) -> Memory:
-        """The optimizer's step: all gradients are there, and moments in few bits are widened."""
-        job, layers = self.job, self.job.model.n_layers
-        piece = MOMENT_PIECE[job.accelerator]
+    def update(self) -> MemoryBreakdown:
+        """Optimizer step: all gradients alive, low-precision moments converted in chunks."""
+        spec, layers = self.spec, self.spec.model.n_layers
+        chunk = MOMENT_CHUNK[spec.accelerator]
         largest = max(self.root.elements, self.block.elements) // self.shards
-        narrow = job.precision.optimizer_state != "fp32"
+        narrow = spec.precision.optimizer_state != "fp32"
         return self._memory(
             "update",
             gradients=layers * self.block.shard + self.root.shard,
-            temporary=2 * min(piece, largest) * FLOAT32 if narrow else 0,
+            temporary=2 * min(chunk, largest) * FLOAT32 if narrow else 0,
         )
 
 
-class _StepAlone(_Step):
-    """Of one process, which gathers and reduces nothing: each gradient goes to its weight at once.
+class _SingleProcessStep(_DistributedStep):
+    """Phases of a step in one process: no gathering, each gradient is accumulated directly.
 
-    Where forward and backward are in fewer bits, weights have copies until their gradients come.
+    In mixed precision, low-precision copies of weights live until their gradients are computed.
     """
 
-    def _held(self, blocks: int, head: bool = False, moving: int = 0) -> dict[str, int]:
-        """Gradients that are there, and copies of the weights whose gradients are still to come.
+    def _grads_and_copies(
+        self, blocks: int, head: bool = False, in_flight: int = 0
+    ) -> dict[str, int]:
+        """Return existing gradients, and copies of the weights whose gradients are pending.
 
         Args:
-            blocks: Those whose gradients are still to come; the embedding's is.
-            head: Whether the head's is.
-            moving: Bytes of gradients on their way.
+            blocks: Blocks with pending gradients; the embedding's is always pending.
+            head: Whether the head's gradient is pending.
+            in_flight: Bytes of gradients not yet accumulated.
         """
-        job = self.job
-        waiting = blocks * self.block.elements + self.head_elements
-        if head and not job.model.tie_embeddings:
-            waiting += self.head_elements
-        there = self.elements - (0 if job.micro_batches > 1 else waiting)
-        copies = waiting * job.param_bytes if job.param_bytes < FLOAT32 else 0
-        return {"gradients": there * FLOAT32, "gathered": copies + moving}
+        spec = self.spec
+        pending = blocks * self.block.elements + self.head_elements
+        if head and not spec.model.tie_embeddings:
+            pending += self.head_elements
+        existing = self.elements - (0 if spec.micro_batches > 1 else pending)
+        copies = pending * spec.param_bytes if spec.param_bytes < FLOAT32 else 0
+        return {"gradients": existing * FLOAT32, "gathered": copies + in_flight}
 
-    def _handed_over(self) -> int:
-        """The largest gradient, head's or embedding's, on its way and as its weight gets it."""
-        widens = self.job.param_bytes < FLOAT32 and self.job.micro_batches == 1
+    def _accumulation(self) -> int:
+        """Return the gradient of head or embedding and its float32 copy during accumulation."""
+        widens = self.spec.param_bytes < FLOAT32 and self.spec.micro_batches == 1
         return self.head_weight + widens * self.head_elements * FLOAT32
 
-    def head(self) -> Memory:
-        """Its logits, or what becomes of its gradient when the loss is done."""
-        job, layers = self.job, self.job.model.n_layers
-        behind = self._memory(
+    def head(self) -> MemoryBreakdown:
+        """The head's logits, or the accumulation of its gradient, whichever is larger."""
+        layers = self.spec.model.n_layers
+        accumulation = self._memory(
             "head",
-            activations=self._activations(layers) + kept_by_head(job),
-            **self._held(layers, head=True, moving=self._handed_over()),
+            activations=self._activations(layers) + head_saved_bytes(self.spec),
+            **self._grads_and_copies(layers, head=True, in_flight=self._accumulation()),
         )
         logits = super().head()
-        return logits if job.model.tie_embeddings else max(logits, behind, key=lambda m: m.peak)
+        return logits if self.spec.model.tie_embeddings else _fullest(logits, accumulation)
 
-    def _at_head(self) -> dict[str, int]:
-        return self._held(self.job.model.n_layers, head=True, moving=self.head_weight)
+    def _during_head(self) -> dict[str, int]:
+        layers = self.spec.model.n_layers
+        return self._grads_and_copies(layers, head=True, in_flight=self.head_weight)
 
-    def _behind_head(self) -> dict[str, int]:
-        """Where the two ends are one weight, what the head makes of its gradient waits."""
-        tied = self.job.model.tie_embeddings
-        return self._held(self.job.model.n_layers, moving=self.head_weight if tied else 0)
+    def _after_head(self) -> dict[str, int]:
+        """With tied embeddings, the head's gradient stays alive until the embedding's is added."""
+        head_grad = self.head_weight if self.spec.model.tie_embeddings else 0
+        return self._grads_and_copies(self.spec.model.n_layers, in_flight=head_grad)
 
-    def block_backward(self, done: int) -> Memory:
-        job, ahead = self.job, self.job.model.n_layers - done - 1
-        tied = self.head_weight if job.model.tie_embeddings else 0
+    def block_backward(self, done: int) -> MemoryBreakdown:
+        spec, pending_blocks = self.spec, self.spec.model.n_layers - done - 1
+        head_grad = self.head_weight if spec.model.tie_embeddings else 0
         middle = self._memory(
             "backward",
-            activations=self._activations(ahead + 1) + recomputed_by_block(job),
-            temporary=backward_buffers(job),
-            **self._held(ahead + 1, moving=tied + self.ffn_weight),
+            activations=self._activations(pending_blocks + 1) + block_recomputed_bytes(spec),
+            temporary=backward_buffer_bytes(spec),
+            **self._grads_and_copies(pending_blocks + 1, in_flight=head_grad + self.ffn_weight),
         )
         end = self._memory(
             "backward",
-            activations=self._activations(ahead) + block_input(job),
-            temporary=2 * block_input(job),
-            **self._held(ahead, moving=tied),
+            activations=self._activations(pending_blocks) + block_input_bytes(spec),
+            temporary=2 * block_input_bytes(spec),
+            **self._grads_and_copies(pending_blocks, in_flight=head_grad),
         )
-        return max(middle, end, key=lambda memory: memory.peak)
+        return _fullest(middle, end)
 
-    def root_backward(self) -> Memory:
-        """The embedding's gradient when all else is done; to a tied one the head's is added."""
-        made = self._memory(
+    def root_backward(self) -> MemoryBreakdown:
+        """Gradient of the embedding, added to the head's if tied, after all blocks."""
+        n_grads = 3 if self.spec.model.tie_embeddings else 1
+        computed = self._memory(
             "backward",
-            activations=inputs(self.job),
-            temporary=block_input(self.job),
-            **self._held(0, moving=(3 if self.job.model.tie_embeddings else 1) * self.head_weight),
+            activations=batch_bytes(self.spec),
+            temporary=block_input_bytes(self.spec),
+            **self._grads_and_copies(0, in_flight=n_grads * self.head_weight),
         )
-        handed_over = self._memory("backward", **self._held(0, moving=self._handed_over()))
-        return max(made, handed_over, key=lambda memory: memory.peak)
+        in_flight = self._accumulation()
+        accumulation = self._memory("backward", **self._grads_and_copies(0, in_flight=in_flight))
+        return _fullest(computed, accumulation)

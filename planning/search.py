@@ -1,94 +1,31 @@
-"""The best way to run a job on some devices: every mesh, micro-batch, recomputation, resharding.
+"""Search for the fastest mesh, micro-batch size, activation checkpointing and resharding.
 
-Every choice is planned by the closed forms, so a thousand take about a second. What may be chosen
-is told by the caller's rules, which are those of `train.py`: there is no second copy of them.
+Every candidate is planned with the closed forms, about a second for a thousand. Validity is decided
+by the rules of `train.py` (`PlanRequest`).
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
-from typing import Literal
 
-from parallel.config import ParallelConfig
-from parallel.mesh import AXES, MeshShape
+from parallel.mesh import MeshShape
 from planning.hardware import Hardware
-from planning.job import Job
-from planning.memory import Memory, step_memory
-from planning.plan import GIB, PARTS, RunPlan, capacity, plan_run
+from planning.memory import GIB, MemoryBreakdown, step_memory
+from planning.plan import RunPlan, capacity, plan_run
+from planning.request import CheckpointMode, Choice, PlanRequest, ReduceMode
+from planning.step_spec import StepSpec
 
-Kept = Literal["none", "full", "selective"] | float
-Reduction = Literal["step", "micro_batch"]
-KEPT: tuple[Kept, ...] = ("none", "selective", "full")
-"""Choices of `parallel.activation_checkpoint`, the fastest first."""
-REDUCTIONS: tuple[Reduction, ...] = ("step", "micro_batch")
-"""Choices of `parallel.reduce_gradients`, the one that sends less first."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What is chosen: a mesh, and how a rank computes its share on it."""
-
-    mesh: MeshShape
-    micro_batch_size: int | None
-    activation_checkpoint: Kept
-    reshard_after_forward: bool | None
-    reduce_gradients: Reduction
-
-    def parallel(self, given: ParallelConfig) -> ParallelConfig:
-        """The configuration with this choice in it."""
-        mesh = self.mesh
-        return replace(
-            given,
-            dp_replicate=mesh.dp_replicate,
-            dp_shard=mesh.dp_shard,
-            cp=mesh.cp,
-            tp=mesh.tp,
-            activation_checkpoint=self.activation_checkpoint,
-            reshard_after_forward=self.reshard_after_forward,
-            reduce_gradients=self.reduce_gradients,
-        )
-
-    @property
-    def reshard(self) -> str:
-        """`parallel.reshard_after_forward` as a person types it."""
-        return {None: "null", True: "true", False: "false"}[self.reshard_after_forward]
-
-    @property
-    def overrides(self) -> tuple[str, ...]:
-        """The words that choose it, behind `python train.py`."""
-        size = "null" if self.micro_batch_size is None else self.micro_batch_size
-        return (
-            *(f"parallel.{axis}={n}" for axis, n in zip(AXES, self.mesh.sizes, strict=True)),
-            f"train.micro_batch_size={size}",
-            f"parallel.activation_checkpoint={self.activation_checkpoint}",
-            f"parallel.reshard_after_forward={self.reshard}",
-            f"parallel.reduce_gradients={self.reduce_gradients}",
-        )
-
-
-@dataclass(frozen=True)
-class SearchSpace:
-    """What is asked, and by which rules: the planner's view of one configuration.
-
-    Args:
-        parallel: Its parallel section; axes, checkpointing and resharding are what is chosen.
-        share: Sequences of a data rank in a step, of a mesh that the rules allow.
-        problems: What the rules say against a mesh, whatever is chosen on it; and against a choice.
-        jobs: The stages of the run under a choice, each with its tokens.
-    """
-
-    parallel: ParallelConfig
-    share: Callable[[MeshShape], int]
-    mesh_errors: Callable[[MeshShape], list[str]]
-    choice_errors: Callable[[Choice], list[str]]
-    jobs: Callable[[Choice], Sequence[tuple[Job, int | None]]]
+CHECKPOINT_MODES: tuple[CheckpointMode, ...] = ("none", "selective", "full")
+"""Values of `parallel.activation_checkpoint`, fastest first."""
+REDUCE_MODES: tuple[ReduceMode, ...] = ("step", "micro_batch")
+"""Values of `parallel.reduce_gradients`, least communication first."""
 
 
 @dataclass
-class Reason:
-    """Why choices are not among the best: how many, and one of them with the whole reason."""
+class Rejection:
+    """Number of candidates rejected for one reason, and an example."""
 
     count: int
     example: str
@@ -96,21 +33,20 @@ class Reason:
 
 @dataclass
 class SearchResult:
-    """What a search found: the best first, and why the others are not there."""
+    """The fastest candidates, in order, and the reasons for rejecting the rest."""
 
     candidates: int = 0
     best: list[tuple[Choice, RunPlan]] = field(default_factory=list)
     fitting: int = 0
-    reasons: dict[str, Reason] = field(default_factory=dict)
+    rejections: dict[str, Rejection] = field(default_factory=dict)
 
-    def refuse(self, why: str, example: str) -> None:
-        """Counts a choice under its reason."""
-        reason = self.reasons.setdefault(why, Reason(0, example))
-        reason.count += 1
+    def reject(self, reason: str, example: str) -> None:
+        """Count a rejected candidate."""
+        self.rejections.setdefault(reason, Rejection(0, example)).count += 1
 
 
 def meshes(devices: int) -> Iterator[MeshShape]:
-    """Every mesh of so many places."""
+    """Yield every mesh of `devices` ranks."""
     for tp in divisors(devices):
         for cp in divisors(devices // tp):
             for dp_shard in divisors(devices // tp // cp):
@@ -118,45 +54,49 @@ def meshes(devices: int) -> Iterator[MeshShape]:
 
 
 def divisors(number: int) -> list[int]:
-    """Ascending."""
-    low = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
+    """Return all divisors in ascending order."""
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return low + [number // n for n in reversed(low) if n * n != number]
 
 
-def choices(mesh: MeshShape, question: SearchSpace) -> Iterator[Choice]:
-    """Everything that may be chosen on a mesh that the rules allow."""
-    given = question.parallel.activation_checkpoint
-    kept = KEPT if given in KEPT else (given, *KEPT)
+def choices(mesh: MeshShape, request: PlanRequest) -> Iterator[Choice]:
+    """Yield the candidates on a valid mesh, without settings that have no effect there."""
+    current = request.config.parallel.activation_checkpoint
+    modes = CHECKPOINT_MODES if current in CHECKPOINT_MODES else (current, *CHECKPOINT_MODES)
     reshards = (None, True, False) if mesh.dp_shard * mesh.cp > 1 else (None,)
-    share, sums = question.share(mesh), mesh.dp * mesh.cp > 1
-    for size in divisors(share):
-        reductions = REDUCTIONS if size < share and sums else REDUCTIONS[:1]
-        for recomputed, reshard, reduction in product(kept, reshards, reductions):
-            yield Choice(mesh, size, recomputed, reshard, reduction)
+    batch_size, reduces = request.local_batch_size(mesh), mesh.dp * mesh.cp > 1
+    for size in divisors(batch_size):
+        reductions = REDUCE_MODES if size < batch_size and reduces else REDUCE_MODES[:1]
+        for mode, reshard, reduction in product(modes, reshards, reductions):
+            yield Choice(mesh, size, mode, reshard, reduction)
 
 
-def search(question: SearchSpace, devices: int, hardware: Hardware, keep: int = 10) -> SearchResult:
-    """Plans every choice for so many devices; the `keep` fastest of those that fit come back."""
-    found = SearchResult()
+def search(request: PlanRequest, devices: int, hardware: Hardware, keep: int = 10) -> SearchResult:
+    """Plan every candidate on `devices` devices and return the `keep` fastest that fit."""
+    result = SearchResult()
     fitting: list[tuple[Choice, RunPlan]] = []
     for mesh in meshes(devices):
-        if problems := question.mesh_errors(mesh):
-            found.candidates += 1
-            found.refuse(f"the rules: {_without_numbers(problems[0])}", f"{mesh}: {problems[0]}")
+        if errors := request.mesh_errors(mesh):
+            result.candidates += 1
+            result.reject(f"invalid: {_rule_of(errors[0])}", f"{mesh}: {errors[0]}")
             continue
-        for choice in choices(mesh, question):
-            found.candidates += 1
-            if problems := question.choice_errors(choice):
-                found.refuse(f"the rules: {_without_numbers(problems[0])}", problems[0])
+        for choice in choices(mesh, request):
+            result.candidates += 1
+            if errors := request.choice_errors(choice):
+                result.reject(f"invalid: {_rule_of(errors[0])}", errors[0])
                 continue
-            jobs = question.jobs(choice)
-            job, memory = fullest(jobs)
-            room = capacity(job, hardware)
-            if memory.peak > room:
-                found.refuse(*_too_full(choice, memory, room))
+            stages = request.stages(choice)
+            spec, memory = fullest_stage(stages)
+            limit = capacity(spec, hardware)
+            if memory.peak > limit:
+                needs = f"{memory.peak / GIB:.1f} of {limit / GIB:.1f} GiB"
+                result.reject(
+                    f"out of memory, largest part {memory.largest_part}",
+                    f"{' '.join(choice.overrides)}: {needs}",
+                )
                 continue
-            fitting.append((choice, plan_run(jobs, hardware)))
-    # Of equally fast ones that with fewer axes, and then that with most memory to spare.
+            fitting.append((choice, plan_run(stages, hardware)))
+    # Ties: fewer axes first, then lower peak memory.
     fitting.sort(
         key=lambda pair: (
             -pair[1].tokens_per_second,
@@ -164,115 +104,117 @@ def search(question: SearchSpace, devices: int, hardware: Hardware, keep: int = 
             pair[1].fullest.memory.peak,
         )
     )
-    found.fitting, found.best = len(fitting), fitting[:keep]
+    result.fitting, result.best = len(fitting), fitting[:keep]
     if slower := fitting[keep:]:
         choice, plan = slower[0]
-        speed = f"{plan.tokens_per_second:,.0f} tokens/s, {plan.fullest.limit}"
+        speed = f"{plan.tokens_per_second:,.0f} tokens/s, {plan.fullest.bottleneck}"
         example = f"{' '.join(choice.overrides)}: {speed}"
-        found.reasons["fits, and is slower"] = Reason(len(slower), example)
-    return found
+        result.rejections["fits, but slower"] = Rejection(len(slower), example)
+    return result
 
 
-def fullest(jobs: Sequence[tuple[Job, int | None]]) -> tuple[Job, Memory]:
-    """The stage that needs most memory, and what it needs."""
-    of_stages = [(job, step_memory(job)) for job, _ in jobs]
-    return max(of_stages, key=lambda pair: pair[1].peak)
+def fullest_stage(
+    stages: Sequence[tuple[StepSpec, int]],
+) -> tuple[StepSpec, MemoryBreakdown]:
+    """Return the stage with the highest peak memory, and its memory."""
+    memories = [(spec, step_memory(spec)) for spec, _ in stages]
+    return max(memories, key=lambda pair: pair[1].peak)
 
 
-def _too_full(choice: Choice, memory: Memory, room: int) -> tuple[str, str]:
-    """The reason of a choice that does not fit."""
-    part = max(PARTS, key=lambda part: getattr(memory, part))
-    needs = f"needs {memory.peak / GIB:.1f} GiB of {room / GIB:.1f}"
-    return f"does not fit, for its {part}", f"{' '.join(choice.overrides)}: {needs}"
+def _rule_of(error: str) -> str:
+    """Return a validation error without values and remedy, to group equal errors."""
+    rule = re.split(r"[:;] ", error)[0]
+    return re.sub(r" ?\([^)]*\)|=[^\s,]+|\b\d+ ", "", rule)
 
 
-def _without_numbers(problem: str) -> str:
-    """A broken rule without its values and remedy: the same for all who break it."""
-    rule = problem.partition(": ")[0]
-    return re.sub(r" ?\([^)]*\)|\b\d+ ", "", rule)
+# ---------------------------------------------------------------- remedies if nothing fits
 
 
-# ---------------------------------------------------------------- where nothing fits
+def nearest_fit(
+    request: PlanRequest, current: Choice, limit_of: Callable[[StepSpec], int]
+) -> Choice | None:
+    """Return the fitting choice on the same number of devices nearest to the current one.
 
-
-def remedy(question: SearchSpace, given: Choice, room: Callable[[Job], int]) -> Choice | None:
-    """What would fit on as many devices and is nearest to what was given; None where nothing does.
-
-    First the same mesh with another micro-batch size, with more recomputed, with weights freed
-    earlier; then another mesh.
+    Tries the same mesh with other micro-batch sizes, more recomputation and resharding first, then
+    other meshes.
 
     Args:
-        room: The bytes that a rank may hold.
+        limit_of: Bytes available to a rank.
     """
-    on_same = [] if question.mesh_errors(given.mesh) else [given.mesh]
-    others = sorted(meshes(given.mesh.world_size), key=lambda mesh: _distance(mesh, given.mesh))
+    on_same = [] if request.mesh_errors(current.mesh) else [current.mesh]
+    all_meshes = meshes(current.mesh.world_size)
+    others = sorted(all_meshes, key=lambda mesh: _mesh_distance(mesh, current.mesh))
     for mesh in [*on_same, *others]:
-        if question.mesh_errors(mesh):
+        if request.mesh_errors(mesh):
             continue
         ordered = sorted(
-            choices(mesh, question),
+            choices(mesh, request),
             key=lambda choice: (
-                choice.activation_checkpoint != given.activation_checkpoint,
-                _rank(choice.activation_checkpoint),
-                choice.reshard_after_forward != given.reshard_after_forward,
-                choice.reduce_gradients != given.reduce_gradients,
+                choice.activation_checkpoint != current.activation_checkpoint,
+                _recomputation(choice.activation_checkpoint),
+                choice.reshard_after_forward != current.reshard_after_forward,
+                choice.reduce_gradients != current.reduce_gradients,
                 -(choice.micro_batch_size or 0),
             ),
         )
         for choice in ordered:
-            if question.choice_errors(choice):
-                continue
-            job, memory = fullest(question.jobs(choice))
-            if memory.peak <= room(job):
+            if _is_valid_and_fits(request, choice, limit_of):
                 return choice
     return None
 
 
-def _rank(kept: Kept) -> float:
-    """How much is recomputed: `none` nothing, `full` all."""
-    return KEPT.index(kept) if isinstance(kept, str) else 2 - 2 * kept
+def _is_valid_and_fits(
+    request: PlanRequest, choice: Choice, limit_of: Callable[[StepSpec], int]
+) -> bool:
+    if request.choice_errors(choice):
+        return False
+    spec, memory = fullest_stage(request.stages(choice))
+    return memory.peak <= limit_of(spec)
 
 
-def _distance(mesh: MeshShape, given: MeshShape) -> tuple[int, ...]:
-    """How far a mesh is from another: axes that differ, the outer ones first."""
-    pairs = list(zip(mesh.sizes, given.sizes, strict=True))
+def _recomputation(mode: CheckpointMode) -> float:
+    """Return the amount of recomputation, from 0 (`none`) to 2 (`full`)."""
+    return CHECKPOINT_MODES.index(mode) if isinstance(mode, str) else 2 - 2 * mode
+
+
+def _mesh_distance(mesh: MeshShape, current: MeshShape) -> tuple[int, ...]:
+    """Return a sort key: number of differing axes, then preference for outer axes."""
+    pairs = zip(mesh.sizes, current.sizes, strict=True)
     return (sum(one != other for one, other in pairs), mesh.tp, mesh.cp, mesh.dp_replicate)
 
 
 def fewest_devices(
-    question: SearchSpace, room: Callable[[Job], int], more_than: int, per_node: int
+    request: PlanRequest, limit_of: Callable[[StepSpec], int], more_than: int, per_node: int
 ) -> tuple[int, Choice] | None:
-    """The smallest number of devices on which something fits, and what; None where no number does.
+    """Return the smallest number of devices on which some choice fits, and that choice.
 
-    Above one node whole nodes count. Of each mesh the most frugal choices are tried: replicas save
-    no memory, and nothing takes less than the whole share at once, or one sequence at a time, with
-    all recomputed, weights freed early and gradients reduced at once.
+    Beyond one node, only multiples of a node count. Only the choices with the least memory are
+    tried on each mesh: no replicas, full recomputation, resharding, and either the entire local
+    batch at once or one sequence at a time. Returns None if no number of devices suffices.
     """
-    stages = [
-        job for job, _ in question.jobs(Choice(MeshShape(1, 1, 1, 1), 1, "full", None, "step"))
+    specs = [
+        spec for spec, _ in request.stages(Choice(MeshShape(1, 1, 1, 1), 1, "full", None, "step"))
     ]
-    shards = divisors(math.gcd(*(job.global_batch_size for job in stages)))
-    cps = divisors(math.gcd(*(job.seq_len for job in stages)))
-    wider = [
+    shards = divisors(math.gcd(*(spec.global_batch_size for spec in specs)))
+    cps = divisors(math.gcd(*(spec.seq_len for spec in specs)))
+    candidates = [
         MeshShape(1, shard, cp, tp)
-        for tp in divisors(stages[0].model.n_heads)
+        for tp in divisors(specs[0].model.n_heads)
         for cp in cps
         for shard in shards
         if more_than < (size := shard * cp * tp) and (size % per_node == 0 or per_node % size == 0)
     ]
-    for mesh in sorted(wider, key=lambda mesh: (mesh.world_size, mesh.tp, mesh.cp)):
-        if question.mesh_errors(mesh):
+    for mesh in sorted(candidates, key=lambda mesh: (mesh.world_size, mesh.tp, mesh.cp)):
+        if request.mesh_errors(mesh):
             continue
         reshard = True if mesh.dp_shard * mesh.cp > 1 else None
-        frugal: tuple[tuple[int, Reduction], ...] = (
-            (question.share(mesh), "step"),
+        settings: tuple[tuple[int, ReduceMode], ...] = (
+            (request.local_batch_size(mesh), "step"),
             (1, "step"),
             (1, "micro_batch"),
         )
-        for size, reduction in frugal:
+        for size, reduction in settings:
             choice = Choice(mesh, size, "full", reshard, reduction)
-            if not question.choice_errors(choice):
-                job, memory = fullest(question.jobs(choice))
-                if memory.peak <= room(job):
-                    return mesh.world_size, choice
+            if _is_valid_and_fits(request, choice, limit_of):
+                return mesh.world_size, choice
     return None

@@ -1,9 +1,10 @@
-"""How long a step takes, in closed form: what is computed, what is passed over, what is waited for.
+"""Closed forms of the duration of a training step.
 
-Products take what a large product's rate gives them, or the time to read and write their matrices;
-other operations their bytes over the bandwidth of a copy; collectives what their ring sends
-(Patarasuk and Yuan 2009) over the slower link that they cross. FSDP2 gathers and sums beside the
-computation, tensor and context parallelism wait. docs/planning.md tells how well this holds.
+A matrix product takes the larger of its FLOPs at the rate of large products and its memory traffic;
+other operations take their memory traffic over the bandwidth of a copy; a collective takes the
+bytes of its ring algorithm (Patarasuk and Yuan 2009) over the slowest link it uses. FSDP2 overlaps
+communication with computation; tensor and context parallelism do not. docs/planning.md reports the
+accuracy.
 """
 
 from collections import defaultdict
@@ -13,241 +14,239 @@ from dataclasses import dataclass
 from parallel.mesh import AXES, MeshShape
 from parallel.traffic import Collective, block_matrices, root_matrices
 from planning.hardware import Hardware
-from planning.job import Job
+from planning.step_spec import DTYPE_BYTES, StepSpec
 
-IN_STEP = 0.80
-"""Share of a large product's rate that products keep inside a step, where clocks fall and waves of
-blocks do not fill the device: fitted to published runs that the back-tests leave out."""
+MATMUL_EFFICIENCY = 0.80
+"""Rate of matrix products inside a step relative to large products alone, due to lower clocks and
+wave quantization. Fitted to published runs that the back-tests exclude."""
 
-BESIDE = 0.10
-"""Share of the time of a collective that runs beside the computation by which it slows it."""
+OVERLAP_SLOWDOWN = 0.10
+"""Slowdown of the computation by overlapped communication, as a fraction of the latter's time."""
 
-FLOAT32 = 4
+FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step: computing, waiting, updating.
+    """Seconds of a step, by part.
 
-    `elementwise` is all that moves bytes and multiplies little: norms, RoPE, SiLU, casts, the
-    softmax, copies of weights. `exposed` are the parts of `communication`, by axis.
+    Attributes:
+        elementwise: All memory-bound operations: norms, RoPE, SiLU, casts, softmax, weight copies.
+        exposed: Communication that is not overlapped, by axis.
     """
 
     matrix: float
     attention: float
     elementwise: float
     optimizer: float
-    communication: float
     exposed: dict[str, float]
 
     @property
-    def compute(self) -> float:
-        """Forward and backward."""
-        return self.matrix + self.attention + self.elementwise
-
-    @property
     def total(self) -> float:
-        """The step."""
-        return self.compute + self.optimizer + self.communication
+        compute = self.matrix + self.attention + self.elementwise
+        return compute + self.optimizer + sum(self.exposed.values())
 
 
-def step_time(job: Job, hardware: Hardware) -> StepTime:
-    """The parts of a step of the job."""
-    rank = _Rank(job, hardware)
-    micro = job.micro_batches
-    matrix, attention = micro * rank.matrix(), micro * rank.attention()
-    elementwise = micro * rank.elementwise()
-    exposed = rank.exposed(job.traffic(), matrix + attention + elementwise)
+def step_time(spec: StepSpec, hardware: Hardware) -> StepTime:
+    """Return the duration of a step by part."""
+    costs = RankCosts(spec, hardware)
+    micro = spec.micro_batches
+    matrix, attention = micro * costs.matrix(), micro * costs.attention()
+    elementwise = micro * costs.elementwise()
     return StepTime(
         matrix=matrix,
         attention=attention,
         elementwise=elementwise,
-        optimizer=rank.optimizer(),
-        communication=sum(exposed.values()),
-        exposed=exposed,
+        optimizer=costs.optimizer(),
+        exposed=costs.exposed(spec.traffic(), matrix + attention + elementwise),
     )
 
 
-class _Rank:
-    """One rank's share of the hardware, and of the model."""
+class RankCosts:
+    """Times of one rank's operations. Matrix products to `sums` are per micro-batch."""
 
-    def __init__(self, job: Job, hardware: Hardware) -> None:
-        self.job, self.hardware = job, hardware
-        model, mesh = job.model, job.mesh
+    def __init__(self, spec: StepSpec, hardware: Hardware) -> None:
+        self.spec, self.hardware = spec, hardware
+        model, mesh = spec.model, spec.mesh
         tp = mesh.tp
-        self.width, self.kv = model.dim // tp, model.n_kv_heads * model.head_dim // tp
+        self.width, self.kv_width = model.dim // tp, model.n_kv_heads * model.head_dim // tp
         self.ffn, self.vocab = model.ffn_dim // tp, model.vocab_size // tp
-        self.tokens = job.local_tokens
-        self.between = self.tokens // tp if job.parallel.sequence_parallel else self.tokens
+        self.tokens = spec.local_tokens
+        self.norm_tokens = self.tokens // tp if spec.parallel.sequence_parallel else self.tokens
         self.shards = mesh.dp_shard * mesh.cp
-        on_cpu = job.accelerator == "cpu"
+        on_cpu = spec.accelerator == "cpu"
+        # Ranks that share the node's resources on CPU.
         self.sharing = min(mesh.world_size, hardware.devices_per_node) if on_cpu else 1
-        self.in_step = 1.0 if on_cpu else IN_STEP
+        self.efficiency = 1.0 if on_cpu else MATMUL_EFFICIENCY
         self.bandwidth = hardware.bandwidth_gb_s * 1e9 / self.sharing
         block, root = block_matrices(model, tp), root_matrices(model, tp)
         self.elements = model.n_layers * _elements(block) + _elements(root)
 
-    # ------------------------------------------------------------ of a micro-batch
+    # ------------------------------------------------------------ per micro-batch
 
     def recomputed(self) -> tuple[float, float]:
-        """Shares of a block's forward that are repeated: of products and kernels, of the rest."""
-        mode = self.job.parallel.activation_checkpoint
+        """Return the recomputed fractions of a block's matrix products and elementwise passes."""
+        mode = self.spec.parallel.activation_checkpoint
         if isinstance(mode, float):
             return 1 - mode, 1 - mode
         return {"none": (0.0, 0.0), "selective": (0.0, 1.0), "full": (1.0, 1.0)}[mode]
 
-    def product(self, m: int, k: int, n: int, precision: str) -> float:
-        """Seconds of (m, k) x (k, n)."""
-        size = {"fp32": 4, "bf16": 2, "fp8": 1}[precision]
-        rate = self.hardware.matrix_tflops[precision] * 1e12 * self.in_step / self.sharing
-        moved = size * (m * k + k * n) + self.job.param_bytes * m * n
+    def product(self, m: int, k: int, n: int, dtype: str) -> float:
+        """Return the seconds of an (m, k) × (k, n) product."""
+        size = 1 if dtype == "fp8" else DTYPE_BYTES[dtype]
+        rate = self.hardware.matrix_tflops[dtype] * 1e12 * self.efficiency / self.sharing
+        moved = size * (m * k + k * n) + self.spec.param_bytes * m * n
         return max(2 * m * k * n / rate, moved / self.bandwidth)
 
     def matrix(self) -> float:
-        """Products of forward and backward, two for each of the forward's, and recomputed ones."""
-        model, job = self.job.model, self.job
-        inside = "fp8" if job.precision.fp8 is not None else job.precision.param
+        """Return the seconds of products: forward, two per product in backward, recomputation."""
+        model, spec = self.spec.model, self.spec
+        dtype = "fp8" if spec.precision.fp8 is not None else spec.precision.param
         shapes = [
             (model.dim, self.width),
-            (model.dim, self.kv),
-            (model.dim, self.kv),
+            (model.dim, self.kv_width),
+            (model.dim, self.kv_width),
             (self.width, model.dim),
             (model.dim, self.ffn),
             (model.dim, self.ffn),
             (self.ffn, model.dim),
         ]
-        products = [self.product(self.tokens, k, n, inside) for k, n in shapes]
-        again = sum(products[:-1])  # nothing that follows the last one is needed
-        block = 3 * sum(products) + self.recomputed()[0] * again
-        head = self.product(self.tokens, model.dim, self.vocab, job.precision.param)
+        products = [self.product(self.tokens, k, n, dtype) for k, n in shapes]
+        recomputed = self.recomputed()[0] * sum(products[:-1])  # w2's output is not needed
+        block = 3 * sum(products) + recomputed
+        head = self.product(self.tokens, model.dim, self.vocab, spec.precision.param)
         return model.n_layers * block + 3 * head
 
     def attention(self) -> float:
-        """The kernel, of which a third is the forward; half the work where it skips what is masked.
+        """Return the seconds of attention; a third is the forward.
 
-        On CPU it does so where rows are plainly causal, and not under a mask of documents (our own
-        backward in bf16 does, which is not counted).
+        Kernels that skip masked blocks do half the work. On CPU only the plain causal kernel does
+        (and our bf16 backward, which is not counted).
         """
-        model, job = self.job.model, self.job
-        rate = self.hardware.attention_tflops[job.precision.param] * 1e12 / self.sharing
-        heads = model.n_heads // job.mesh.tp
-        flops = 6 * self.tokens * heads * model.head_dim * job.seq_len
-        if job.accelerator == "cpu" and (job.document_mask or job.mesh.cp > 1):
+        model, spec = self.spec.model, self.spec
+        rate = self.hardware.attention_tflops[spec.precision.param] * 1e12 / self.sharing
+        heads = model.n_heads // spec.mesh.tp
+        flops = 6 * self.tokens * heads * model.head_dim * spec.seq_len
+        if spec.accelerator == "cpu" and (spec.document_mask or spec.mesh.cp > 1):
             flops *= 2
         return model.n_layers * flops / rate * (1 + self.recomputed()[0] / 3)
 
     def elementwise(self) -> float:
-        """Bytes read and written outside of products, over the bandwidth."""
-        job, model = self.job, self.job.model
-        p, dim = job.param_bytes, model.dim
-        rope = self.tokens * (self.width + self.kv)
-        hidden, ffn = self.between * dim, self.tokens * self.ffn
+        """Return the seconds of memory traffic outside matrix products."""
+        spec, model = self.spec, self.spec.model
+        p, dim = spec.param_bytes, model.dim
+        rope = self.tokens * (self.width + self.kv_width)
+        hidden, ffn = self.norm_tokens * dim, self.tokens * self.ffn
         logits = self.tokens * self.vocab
-        if job.parallel.compile:  # one pass over what is read and what is written
+        if spec.parallel.compile:  # fused: each input is read once, each output written once
             forward = p * (8 * hidden + 2 * rope + 3 * ffn)
             backward = p * (20 * hidden + 2 * rope + 6 * ffn)
             head = (3 * p + 2) * logits
-        else:  # an operation, a pass; RoPE's is in float32, with casts around it
-            turned = (8 if p == 4 else 16 + 2 * p) * rope
-            forward = p * (10 * hidden + 5 * ffn) + turned
-            backward = p * (21 * hidden + 9 * ffn) + turned
+        else:  # one pass per operation; RoPE is computed in float32 between casts
+            rotation = (8 if p == 4 else 16 + 2 * p) * rope
+            forward = p * (10 * hidden + 5 * ffn) + rotation
+            backward = p * (21 * hidden + 9 * ffn) + rotation
             head = (4 * p + 40) * logits
-        if job.precision.fp8 is not None:  # each operand is read for its scale, read, and written
+        if spec.precision.fp8 is not None:  # each operand is read for its scale, read and written
             operands = 3 * (4 * self.tokens * dim + 3 * ffn)
             backward += operands * (2 * p + 1)
         moved = model.n_layers * (forward * (1 + self.recomputed()[1]) + backward) + head
         return (moved + self.weights()) / self.bandwidth
 
     def weights(self) -> float:
-        """Bytes of FSDP2's copies: cast and gathered, twice copied out; gradients summed.
+        """Return the bytes moved to cast, gather and copy out weights and to sum gradients.
 
-        One shard is cast and copied, once a step, as what stays gathered is gathered once. One
-        process casts weights where formats differ.
+        With one shard, FSDP2 casts and copies once per step, as it does for weights that stay
+        gathered. A single process casts weights in mixed precision only.
         """
-        p, first = self.job.param_bytes, 1 / self.job.micro_batches
-        if self.job.mesh.world_size == 1:
-            cast = 0 if p == FLOAT32 else (FLOAT32 + p) * first
+        p, per_step = self.spec.param_bytes, 1 / self.spec.micro_batches
+        if self.spec.mesh.world_size == 1:
+            cast = 0 if p == FLOAT32 else (FLOAT32 + p) * per_step
             return self.elements * (cast + self.sums())
         gathers = (FLOAT32 + p) / self.shards + (4 if self.shards > 1 else 2) * p
-        if self.shards == 1 or self.job.parallel.reshard_after_forward is False:
-            gathers *= first
+        if self.shards == 1 or self.spec.parallel.reshard_after_forward is False:
+            gathers *= per_step
         return self.elements * (gathers + self.sums())
 
     def sums(self) -> float:
-        """Bytes that the gradients of an element move from a backward to the step's sum.
+        """Return the bytes moved per gradient element between a backward and the step's sum.
 
-        The first are cast where formats differ, the next added to them. FSDP2 copies that sum into
-        the buffer it reduces; or what each micro-batch has, whose shards are added then.
+        The first micro-batch's gradients are cast if the data types differ, later ones are added.
+        FSDP2 copies the sum into its reduction buffer; with `reduce_gradients=micro_batch` it
+        copies each micro-batch's gradients and adds the reduced shards.
         """
-        p, first = self.job.param_bytes, 1 / self.job.micro_batches
-        alone = self.job.mesh.world_size == 1
-        reduce = FLOAT32 if alone else self.job.reduce_bytes
-        if not alone and self.job.parallel.reduce_gradients == "micro_batch":
-            return p + reduce + 3 * FLOAT32 / self.shards * (1 - first)
-        if not alone and first == 1:
+        p, per_step = self.spec.param_bytes, 1 / self.spec.micro_batches
+        single_process = self.spec.mesh.world_size == 1
+        reduce = FLOAT32 if single_process else self.spec.reduce_bytes
+        if not single_process and self.spec.parallel.reduce_gradients == "micro_batch":
+            return p + reduce + 3 * FLOAT32 / self.shards * (1 - per_step)
+        if not single_process and per_step == 1:
             return p + reduce
         cast = 0 if p == reduce else p + reduce
-        copied = 0 if alone else 2 * reduce
-        return (cast + copied) * first + (p + 2 * reduce) * (1 - first)
+        copied = 0 if single_process else 2 * reduce
+        return (cast + copied) * per_step + (p + 2 * reduce) * (1 - per_step)
 
-    # ------------------------------------------------------------ of a step
+    # ------------------------------------------------------------ per step
 
     def optimizer(self) -> float:
-        """AdamW and clipping, over this rank's shards."""
-        moments = {"fp32": 16, "bf16": 8 + 24, "int8": 4 + 40}[self.job.precision.optimizer_state]
+        """Return the seconds of gradient clipping and AdamW over this rank's shards."""
+        moments = {"fp32": 16, "bf16": 8 + 24, "int8": 4 + 40}[self.spec.precision.optimizer_state]
         clipping, update = 3 * FLOAT32, 3 * FLOAT32 + moments
         return self.elements / self.shards * (clipping + update) / self.bandwidth
 
     def exposed(self, traffic: Iterable[Collective], compute: float) -> dict[str, float]:
-        """Seconds that nothing is computed in, by axis.
+        """Return the seconds of communication that is not overlapped, by axis.
 
-        What FSDP2 sends hides behind the computation: what remains is what exceeds it, the first
-        gather and the last sum, and by how much the two disturb each other.
+        FSDP2 communication overlaps with computation, except for any excess over it, the first
+        gather and the last reduction, and a mutual slowdown.
         """
-        beside: dict[str, float] = defaultdict(float)
-        waited: dict[str, float] = defaultdict(float)
-        overlaps = self.job.accelerator == "cuda"
+        overlapped: dict[str, float] = defaultdict(float)
+        exposed: dict[str, float] = defaultdict(float)
+        on_cuda = self.spec.accelerator == "cuda"
         for each in traffic:
-            seconds = self.collective(each)
-            hidden = overlaps and each.part in ("weights", "gradients") and each.axis != "tp"
-            (beside if hidden else waited)[each.axis] += seconds
-        if self.job.parallel.async_tp and "tp" in waited:
-            waited["tp"] /= 2  # the products that feed a scatter and follow a gather hide it
-        together = sum(beside.values())
-        if together:
-            ends = 1 / (self.job.model.n_layers * self.job.micro_batches)
-            left = max(together - compute, together * ends) + BESIDE * min(together, compute)
-            for axis, seconds in beside.items():
-                waited[axis] += left * seconds / together
-        return dict(waited)
+            fsdp = each.part in ("weights", "gradients") and each.axis != "tp"
+            target = overlapped if on_cuda and fsdp else exposed
+            target[each.axis] += self.collective(each)
+        if self.spec.parallel.async_tp and "tp" in exposed:
+            exposed["tp"] /= 2  # overlapped with the products before a scatter or after a gather
+        total = sum(overlapped.values())
+        if total:
+            ends = 1 / (self.spec.model.n_layers * self.spec.micro_batches)
+            remaining = max(total - compute, total * ends) + OVERLAP_SLOWDOWN * min(total, compute)
+            for axis, seconds in overlapped.items():
+                exposed[axis] += remaining * seconds / total
+        return dict(exposed)
 
     def collective(self, each: Collective) -> float:
-        """Seconds of `count` collectives together."""
-        reach, inside = span(each.axis, self.job.mesh, self.hardware.devices_per_node)
+        """Return the seconds of all `count` collectives."""
         hardware = self.hardware
+        reach, ranks_per_node = span(each.axis, self.spec.mesh, hardware.devices_per_node)
         speed, latency = hardware.link_gb_s, hardware.link_latency_us
         if reach > hardware.devices_per_node:
-            # A ring for every adapter of the group's ranks in a node.
-            speed, latency = min(speed, hardware.network_gb_s * inside), hardware.network_latency_us
+            # One ring per network adapter of the group's ranks in a node.
+            speed = min(speed, hardware.network_gb_s * ranks_per_node)
+            latency = hardware.network_latency_us
         sending = float(each.sent) * self.sharing / (speed * 1e9)
         return sending + each.count * latency * 1e-6
 
 
 def span(axis: str, mesh: MeshShape, devices_per_node: int) -> tuple[int, int]:
-    """From first to last rank of a group that spans these axes, and how many of it a node has.
+    """Return the distance from first to last rank of a group, and its number of ranks per node.
 
-    Neighbours in rank share a node, tp innermost.
+    Consecutive ranks share a node; tp is the innermost axis.
+
+    Args:
+        axis: Axes of the group, joined by "+".
     """
-    spanned = axis.split("+")
-    stride, reach, inside = 1, 1, 1
+    axes = axis.split("+")
+    stride, reach, ranks_per_node = 1, 1, 1
     for name, size in zip(reversed(AXES), reversed(mesh.sizes), strict=True):
-        if name in spanned:
+        if name in axes:
             reach = stride * size
-            inside *= max(min(size, devices_per_node // stride), 1)
+            ranks_per_node *= max(min(size, devices_per_node // stride), 1)
         stride *= size
-    return reach, inside
+    return reach, ranks_per_node
 
 
 def _elements(matrices: list[tuple[int, int]]) -> int:
-    """Of all of them, by rows and columns."""
     return sum(rows * columns for rows, columns in matrices)

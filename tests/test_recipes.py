@@ -1,4 +1,4 @@
-"""Every recipe of conf/experiment passes train.py's own checks, and fits the machines it is for."""
+"""The recipes of conf/experiment are valid and fit on the hardware they are intended for."""
 
 from collections.abc import Iterator
 
@@ -9,12 +9,12 @@ from cli.arguments import CONF, hydra_arguments
 from cli.config import check_for_tasks
 from model.flops import parameter_count
 from parallel.mesh import resolve_mesh
-from planning.fit_check import PlanRequest, given_choice
 from planning.hardware import load_hardware
 from planning.plan import RunPlan, plan_run
+from planning.request import PlanRequest, configured_choice
 from training.config import JobConfig
 
-# recipe: devices a node, nodes, hardware.
+# recipe: devices per node, nodes, hardware
 MACHINES = {
     "smoke": (1, 1, "cpu"),
     "h200_1b": (1, 1, "h200"),
@@ -27,7 +27,7 @@ MACHINES = {
     "llama3_70b_paper": (8, 32, "h100"),
     "llama3_405b_paper": (8, 256, "h100"),
 }
-# What is published: peak learning rate, and tokens of a step from a number of tokens on.
+# Published settings: peak learning rate; (first token, sequence length, tokens per step).
 RATES = {"llama3_8b_paper": 3e-4, "llama3_70b_paper": 1.5e-4, "llama3_405b_paper": 8e-5}
 BATCHES = ((0, 4096, 2**22), (252e6, 8192, 2**23), (2.87e12, 8192, 2**24))
 
@@ -39,35 +39,35 @@ def _hydra() -> Iterator[None]:
 
 
 def load(recipe: str, *overrides: str) -> JobConfig:
-    """As its tasks would on the machines that it is for."""
+    """Load a recipe as the tasks on its machines do."""
     per_node, nodes, _ = MACHINES[recipe]
-    words = hydra_arguments([f"experiment={recipe}", *overrides], "train")
-    return check_for_tasks(compose("train", words), per_node, nodes)
+    arguments = hydra_arguments([f"experiment={recipe}", *overrides], "train")
+    return check_for_tasks(compose("train", arguments), per_node, nodes)
 
 
 def planned(recipe: str, *overrides: str) -> RunPlan:
-    """What plan.py says of a recipe on its machines, all stages."""
+    """Plan all stages of a recipe on its machines."""
     per_node, nodes, name = MACHINES[recipe]
     config, hardware = load(recipe, *overrides), load_hardware(name)
     mesh, _ = resolve_mesh(config.parallel, per_node * nodes)
     tokens = config.stages().first_token(config.train.max_steps)
-    question = PlanRequest(config, hardware.accelerator, tokens).search_space()
-    return plan_run(question.jobs(given_choice(config, mesh)), hardware)
+    request = PlanRequest(config, hardware.accelerator, tokens)
+    return plan_run(request.stages(configured_choice(config, mesh)), hardware)
 
 
-def test_every_recipe_has_its_machines() -> None:
+def test_every_recipe_has_machines() -> None:
     assert set(MACHINES) == {path.stem for path in (CONF / "experiment").glob("*.yaml")}
 
 
 @pytest.mark.parametrize("recipe", MACHINES)
-def test_a_recipe_passes_the_checks_on_its_machines(recipe: str) -> None:
+def test_recipe_is_valid_on_its_machines(recipe: str) -> None:
     per_node, nodes, _ = MACHINES[recipe]
     config = load(recipe)
     mesh, problems = resolve_mesh(config.parallel, per_node * nodes)
     assert mesh.world_size == per_node * nodes and not problems
     if "_paper" in recipe:
         return
-    # Where a name tells devices and size, they are those of the file.
+    # Devices and model size in the name match the file.
     assert (config.parallel.devices or per_node, config.parallel.num_nodes or nodes) == (
         per_node,
         nodes,
@@ -78,14 +78,14 @@ def test_a_recipe_passes_the_checks_on_its_machines(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", MACHINES)
-def test_every_stage_of_a_recipe_fits_its_machines(recipe: str) -> None:
+def test_every_stage_of_a_recipe_fits_on_its_machines(recipe: str) -> None:
     plan = planned(recipe)
     assert len(plan.stages) == (len(BATCHES) if recipe in RATES else 1)
     assert plan.fits, f"{plan.fullest.memory.peak} of {plan.fullest.capacity} bytes"
 
 
 @pytest.mark.parametrize(
-    ("recipe", "without"),
+    ("recipe", "override"),
     [
         ("h200_8b", "precision.optimizer_state=bf16"),
         ("h200_8b", "precision.optimizer_state=fp32"),
@@ -95,30 +95,30 @@ def test_every_stage_of_a_recipe_fits_its_machines(recipe: str) -> None:
         ("h100x512_405b", "parallel.activation_checkpoint=selective"),
     ],
 )
-def test_what_a_recipe_gives_as_the_reason_to_fit_is_one(recipe: str, without: str) -> None:
-    assert not planned(recipe, without).fits
+def test_recipe_does_not_fit_without_its_memory_saving_settings(recipe: str, override: str) -> None:
+    assert not planned(recipe, override).fits
 
 
 @pytest.mark.parametrize(
-    ("recipe", "other"),
+    ("recipe", "overrides"),
     [
         ("h100x256_70b", ("parallel.tp=8", "parallel.dp_shard=32")),
         ("h100x512_405b", ("parallel.tp=8", "parallel.dp_shard=64", "train.micro_batch_size=8")),
     ],
 )
-def test_eight_tensor_parallel_ranks_would_be_slower(recipe: str, other: tuple[str, ...]) -> None:
-    assert planned(recipe, *other).tokens_per_second < planned(recipe).tokens_per_second
+def test_tensor_parallel_size_8_is_slower(recipe: str, overrides: tuple[str, ...]) -> None:
+    assert planned(recipe, *overrides).tokens_per_second < planned(recipe).tokens_per_second
 
 
 @pytest.mark.parametrize("recipe", RATES)
-def test_a_paper_recipe_follows_the_published_settings(recipe: str) -> None:
+def test_paper_recipe_matches_published_settings(recipe: str) -> None:
     config = load(recipe)
     assert config.optim.lr == RATES[recipe] and config.optim.min_lr_ratio == 0.01
     assert config.optim.warmup_steps == 8000 and config.optim.schedule_steps == 1_200_000
     assert config.data.document_mask and config.model.rope_scaling is None
-    for stage, (begin, seq_len, tokens) in zip(config.stages().all, BATCHES, strict=True):
-        # A stage begins with a step, so at most half a step from the published count of tokens.
-        assert abs(stage.first_token - begin) <= tokens / 2
+    for stage, (first_token, seq_len, tokens) in zip(config.stages().all, BATCHES, strict=True):
+        # Stages start at a step boundary, within half a step of the published number of tokens.
+        assert abs(stage.first_token - first_token) <= tokens / 2
         assert (stage.seq_len, stage.seq_len * stage.global_batch_size) == (seq_len, tokens)
     last = config.stages().first_token(config.train.max_steps)
     assert abs(last - 15.6e12) <= tokens / 2

@@ -11,9 +11,9 @@ from bench import gpu_training, measurement
 from bench.gpu_training import AIMS, CASES, FIGURES, MICRO_BATCHES, compared, composed
 from cli.config import check_for_tasks
 from parallel.mesh import resolve_mesh
-from planning.fit_check import PlanRequest, given_choice
 from planning.hardware import load_hardware
 from planning.plan import plan_run
+from planning.request import PlanRequest, configured_choice
 
 TOKENS = MICRO_BATCHES * 2 * 64  # of a reduced step
 RESULTS = measurement.FOLDER / "gpu_training.json"
@@ -70,9 +70,9 @@ def test_in_full_it_passes_the_rules_and_fits_an_h200(case: str) -> None:
     assert config.model.vocab_size == 128_256 and config.data.document_mask
     assert config.parallel.compile and config.precision.param == "auto"
     mesh, _ = resolve_mesh(config.parallel, 1)
-    asked, choice = PlanRequest(config, "cuda", tokens=1), given_choice(config, mesh)
+    asked, choice = PlanRequest(config, "cuda", tokens=1), configured_choice(config, mesh)
     assert not asked.mesh_errors(mesh) + asked.choice_errors(choice)
-    jobs = asked.jobs(choice)
+    jobs = asked.stages(choice)
     assert jobs[0][0].micro_batches == MICRO_BATCHES
     assert jobs[0][0].seq_len == (8192 if "8b" in case else 4096)
     assert plan_run(jobs, load_hardware("h200")).fits

@@ -23,8 +23,8 @@ from parallel.config import PrecisionConfig
 from parallel.data_parallel import apply_data_parallel, mixed_precision_policy
 from parallel.parallelize import initialize_weights, local_block
 from planning.hardware import load_hardware
-from planning.job import Job
-from planning.speed import _Rank
+from planning.step_spec import StepSpec
+from planning.speed import RankCosts
 from resilience.run_folder import RunFolder
 from train import train_step
 from training.optimizer import build_optimizer
@@ -211,7 +211,7 @@ def measured_and_planned_bytes(cases: list[Case]) -> list[tuple[float, float]]:
             for number, (tokens, positions, labels) in enumerate(batches.micro_batches, start=1):
                 with run.fabric.no_backward_sync(run.model, enabled=number < case.n_micro):
                     run.fabric.backward(run.model(tokens, positions, labels))
-        job = Job(
+        spec = StepSpec(
             model=run.llama.config,
             mesh=case.mesh,
             parallel=case.parallel,
@@ -221,7 +221,7 @@ def measured_and_planned_bytes(cases: list[Case]) -> list[tuple[float, float]]:
             global_batch_size=BATCH,
             micro_batch_size=BATCH // case.mesh.dp // case.n_micro,
         )
-        rank = _Rank(job, load_hardware("cpu"))
+        rank = RankCosts(spec, load_hardware("cpu"))
         per_micro_batch = rank.weights() if case.world == 1 else rank.elements * rank.sums()
         results.append((measured.bytes, case.n_micro * per_micro_batch))
     return results

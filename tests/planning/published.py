@@ -1,8 +1,8 @@
-"""Published runs, as the planner takes them: what was trained, on what, by which software.
+"""Published training runs in the planner's terms: model, hardware, settings, throughput.
 
-Speeds are tokens/s of a device. `FITTED` are those that `planning.speed.IN_STEP` was chosen by,
-`TESTED` and `FURTHER` those that it has never seen. What another software does in another way is a
-parameter of the row: its attention kernel, its head, and what it recomputes.
+Throughput is in tokens/s per device. `planning.speed.MATMUL_EFFICIENCY` was fitted to `FITTED`;
+`HELD_OUT` and `ADDED_LATER` were not used. Differences of other software (attention kernel, head,
+recomputation) are parameters of a row.
 """
 
 from dataclasses import dataclass, replace
@@ -12,21 +12,21 @@ from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
 from planning.hardware import Hardware, load_hardware
-from planning.job import Job
+from planning.step_spec import StepSpec
 
 H100, H200, A100 = (load_hardware(name) for name in ("h100", "h200", "a100"))
 
 
 def with_attention(hardware: Hardware, tflops: float) -> Hardware:
-    """The same device under another attention kernel."""
+    """Return the same device with another attention kernel."""
     return replace(hardware, attention_tflops={**hardware.attention_tflops, "bf16": tflops})
 
 
-# Forward and backward together, by the kernels' own benchmarks on H100 (arXiv:2407.08608): cuDNN
-# about 1.7 times FlashAttention-2. Triton's, which llm-foundry had, is 1.8 times slower than
-# FlashAttention-2 by arXiv:2307.08691.
+# Forward and backward, from the authors' benchmarks on H100 (arXiv:2407.08608): cuDNN is about 1.7
+# times as fast as FlashAttention-2. The Triton kernel of llm-foundry is 1.8 times slower than
+# FlashAttention-2 (arXiv:2307.08691).
 CUDNN, TRITON = with_attention(H100, 450), with_attention(H100, 145)
-# 96 GB of HBM2e at 2.4 TB/s, limited to 500 W of 700: clocks go with the cube root of the power.
+# 96 GB of HBM2e at 2.4 TB/s, limited to 500 W of 700; clocks scale with the cube root of power.
 LIMITED = replace(
     H100,
     bandwidth_gb_s=H100.bandwidth_gb_s * 2.4 / 3.35,
@@ -38,19 +38,19 @@ LLAMA_70B = ModelConfig("70b", 8192, 80, 64, 8, 28672, 128256)
 
 
 def mpt(dim: int, layers: int, heads: int) -> ModelConfig:
-    """MPT: a feed-forward of two products of 4·dim, as three of 8/3·dim."""
+    """Return MPT, with its FFN of two products of 4·dim as three of 8/3·dim."""
     return ModelConfig("mpt", dim, layers, heads, heads, 8 * dim // 3, 50368, tie_embeddings=True)
 
 
 def qwen(dim: int, layers: int, heads: int, kv: int, ffn: int, tied: bool) -> ModelConfig:
-    """Qwen2.5, whose biases are left out."""
+    """Return Qwen2.5 without its biases."""
     vocab = 151936 if tied else 152064
     return ModelConfig("qwen", dim, layers, heads, kv, ffn, vocab, tie_embeddings=tied)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One published run: sequences of `seq_len`, `local` of them at a time, `micro` times."""
+    """One published run: `micro` micro-batches of `local` sequences of `seq_len` tokens."""
 
     name: str
     hardware: Hardware
@@ -60,17 +60,16 @@ class Row:
     local: int
     micro: int
     tokens_per_second: float
-    choices: dict[str, Any]
+    settings: dict[str, Any]
 
     @property
-    def job(self) -> Job:
-        """What the planner plans."""
-        mesh, choices = MeshShape(*self.mesh), dict(self.choices)
-        fp8, state = choices.pop("fp8", None), choices.pop("optimizer_state", "fp32")
-        return Job(
+    def spec(self) -> StepSpec:
+        mesh, settings = MeshShape(*self.mesh), dict(self.settings)
+        fp8, state = settings.pop("fp8", None), settings.pop("optimizer_state", "fp32")
+        return StepSpec(
             model=self.model,
             mesh=mesh,
-            parallel=ParallelConfig(**choices),
+            parallel=ParallelConfig(**settings),
             precision=PrecisionConfig("bf16", "fp32", state, fp8),
             accelerator="cuda",
             seq_len=self.seq_len,
@@ -83,7 +82,7 @@ class Row:
 EIGHT = (1, 8, 1, 1)
 FULL: dict[str, Any] = {"activation_checkpoint": "full"}
 COMPILED: dict[str, Any] = {"compile": True}
-# torchtitan keeps every other product, and attention; compiled or not.
+# torchtitan saves every other product, and attention; compiled or not.
 HALF: dict[str, Any] = {"activation_checkpoint": 0.5}
 SELECTIVE = HALF | COMPILED
 FP8: dict[str, Any] = {"fp8": "tensorwise"}
@@ -126,9 +125,8 @@ FITTED = [
     ),
 ]
 
-FURTHER = [
-    # The rest of what the same two reports of torchtitan measured, pipelines aside. Found later:
-    # nothing was chosen by them either.
+ADDED_LATER = [
+    # The remaining measurements of the two torchtitan reports, without pipeline parallelism.
     Row(
         "torchtitan 8B, 64 H200", H200, LLAMA_8B, (1, 64, 1, 1), 8192, 2, 1, 10753, SELECTIVE | FP8
     ),
@@ -152,7 +150,7 @@ FURTHER = [
     ),
 ]
 
-TESTED = [
+HELD_OUT = [
     Row("NeMo 8B, 8 H100", CUDNN, LLAMA_8B, EIGHT, 8192, 1, 1, 10682, COMPILED),
     Row("  fp8", CUDNN, LLAMA_8B, EIGHT, 8192, 1, 1, 14048, COMPILED | FP8),
     Row("torchtitan 8B, 8 H100", LIMITED, LLAMA_8B, EIGHT, 8192, 2, 1, 5762, HALF),

@@ -1,4 +1,4 @@
-"""Which file describes a card, and that the planner and the speed meter know the same peaks."""
+"""Matching of device names to hardware files, and consistency of peaks with training metrics."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ import torch
 from planning.hardware import hardware_of, known_hardware, load_hardware
 from training.throughput import peak_flops
 
-DESCRIBED = {
+KNOWN_DEVICES = {
     "NVIDIA A100-SXM4-80GB": "a100",
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
     "NVIDIA B200": "b200",
 }
-# Less memory, less bandwidth, other links or other clocks than those of the files.
-OTHERS = (
+# Devices with less memory, less bandwidth, other links or other clocks than those of the files.
+UNKNOWN_DEVICES = (
     *("NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe", "NVIDIA A100-PCIE-40GB"),
     *("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H100 80GB HBM2e", "NVIDIA H200 NVL"),
     *("NVIDIA GH200 480GB", "NVIDIA GB200", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"),
@@ -21,27 +21,25 @@ OTHERS = (
 )
 
 
-@pytest.mark.parametrize(("card", "name"), DESCRIBED.items())
-def test_a_card_is_described_by_the_file_whose_peak_the_speed_meter_uses(
-    card: str, name: str
-) -> None:
-    hardware = hardware_of(card)
+@pytest.mark.parametrize(("device", "name"), KNOWN_DEVICES.items())
+def test_device_name_matches_file_with_same_peak_as_metrics(device: str, name: str) -> None:
+    hardware = hardware_of(device)
     assert hardware is not None and hardware.name == name
-    assert hardware.peak_tflops["bf16"] * 1e12 == peak_flops(card, torch.bfloat16)
+    assert hardware.peak_tflops["bf16"] * 1e12 == peak_flops(device, torch.bfloat16)
 
 
-def test_every_card_that_a_file_describes_is_named_here() -> None:
+def test_every_hardware_file_with_device_names_is_covered() -> None:
     files = {name for name in known_hardware() if load_hardware(name).names is not None}
-    assert files == set(DESCRIBED.values())
+    assert files == set(KNOWN_DEVICES.values())
 
 
-@pytest.mark.parametrize("card", OTHERS)
-def test_a_card_of_another_kind_is_taken_for_none_of_them(card: str) -> None:
-    assert hardware_of(card) is None
+@pytest.mark.parametrize("device", UNKNOWN_DEVICES)
+def test_variants_of_known_devices_do_not_match(device: str) -> None:
+    assert hardware_of(device) is None
 
 
 @pytest.mark.parametrize("name", known_hardware())
-def test_what_is_achieved_is_below_the_peak(name: str) -> None:
+def test_achieved_rates_do_not_exceed_peak(name: str) -> None:
     hardware = load_hardware(name)
     for rates in (hardware.matrix_tflops, hardware.attention_tflops):
         for precision, rate in rates.items():

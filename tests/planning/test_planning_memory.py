@@ -1,7 +1,7 @@
-"""The closed forms of memory agree with the traced tier, over a grid of what changes them.
+"""Closed forms of memory against the traced step, over a grid of settings.
 
-Within 3%: what small buffers of one moment make of a model as small as this one, and least where
-blocks decide. What both take from elsewhere, as constants, is held against its owner.
+The tolerance of 3% covers small buffers of a single phase, which matter in a model this small.
+Constants copied from other packages are compared with their originals.
 """
 
 from dataclasses import replace
@@ -11,16 +11,15 @@ import pytest
 import torch
 
 import model.loss
-import planning.memory
-import planning.moments
 import training.optimizer
 from model.config import ModelConfig
 from model.flops import parameter_count
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
-from planning.job import HEAD_CHUNK, Job
+from planning import memory, tracing
 from planning.memory import step_memory
-from planning.traced import traced_memory
+from planning.step_spec import HEAD_CHUNK, StepSpec
+from planning.tracing import FakeAdamW, trace_memory
 from training.config import OptimConfig
 from training.moments import BLOCK
 
@@ -28,7 +27,7 @@ TOLERANCE = 0.03
 MODEL = ModelConfig("small", 128, 4, 8, 4, 352, 1024)
 PARALLEL = {key for key in ParallelConfig.__dataclass_fields__}
 
-# dp_replicate × dp_shard × cp × tp, and what else is chosen
+# accelerator, (dp_replicate, dp_shard, cp, tp), other settings
 GRID: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ("cpu", (1, 1, 1, 1), {}),
     ("cpu", (1, 1, 1, 1), {"activation_checkpoint": "selective", "document_mask": False}),
@@ -66,94 +65,90 @@ GRID: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
 ]
 
 
-def job_of(accelerator: str, sizes: tuple[int, int, int, int], changes: dict[str, Any]) -> Job:
-    """A job of the grid."""
-    param = changes.get("param", "bf16" if accelerator == "cuda" else "fp32")
-    state = changes.get("optimizer_state", "fp32")
+def make_spec(
+    accelerator: str, sizes: tuple[int, int, int, int], settings: dict[str, Any]
+) -> StepSpec:
+    param = settings.get("param", "bf16" if accelerator == "cuda" else "fp32")
+    state = settings.get("optimizer_state", "fp32")
     mesh = MeshShape(*sizes)
-    shapes = {key: changes[key] for key in ("n_layers", "tie_embeddings") if key in changes}
-    return Job(
+    shapes = {key: settings[key] for key in ("n_layers", "tie_embeddings") if key in settings}
+    return StepSpec(
         model=replace(MODEL, **shapes),
         mesh=mesh,
-        parallel=ParallelConfig(**{key: changes[key] for key in changes.keys() & PARALLEL}),
+        parallel=ParallelConfig(**{key: settings[key] for key in settings.keys() & PARALLEL}),
         precision=PrecisionConfig(param, "fp32", state),
         accelerator="cuda" if accelerator == "cuda" else "cpu",
-        seq_len=changes.get("seq_len", 512),
-        global_batch_size=2 * mesh.dp * changes.get("micro_batches", 1),
+        seq_len=settings.get("seq_len", 512),
+        global_batch_size=2 * mesh.dp * settings.get("micro_batches", 1),
         micro_batch_size=2,
-        document_mask=changes.get("document_mask", True),
+        document_mask=settings.get("document_mask", True),
     )
 
 
-@pytest.mark.parametrize(("accelerator", "sizes", "changes"), GRID)
-def test_closed_forms_are_what_a_traced_step_holds(
-    accelerator: str, sizes: tuple[int, int, int, int], changes: dict[str, Any]
+@pytest.mark.parametrize(("accelerator", "sizes", "settings"), GRID)
+def test_closed_forms_match_traced_step(
+    accelerator: str, sizes: tuple[int, int, int, int], settings: dict[str, Any]
 ) -> None:
-    job = job_of(accelerator, sizes, changes)
-    traced, analytic = traced_memory(job), step_memory(job)
+    spec = make_spec(accelerator, sizes, settings)
+    traced, analytic = trace_memory(spec), step_memory(spec)
     assert analytic.peak == pytest.approx(traced.peak, rel=TOLERANCE)
     assert analytic.parameters == traced.parameters
     assert analytic.optimizer == pytest.approx(traced.optimizer, rel=1e-3)  # blocks of 256 values
 
 
-def test_a_deep_model_lies_on_the_line_through_two_shallow_ones() -> None:
-    deep = job_of("cuda", (1, 2, 1, 1), {"n_layers": 7, "seq_len": 64})
-    from planning import traced
-
-    line = traced_memory(deep)
-    depths, traced.DEPTHS = traced.DEPTHS, (4, 7)
-    try:
-        whole = traced_memory(deep)
-    finally:
-        traced.DEPTHS = depths
-    assert line.peak == pytest.approx(whole.peak, rel=1e-3)  # a block's padding is rounded
+def test_deep_model_extrapolates_linearly_from_two_depths(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = make_spec("cuda", (1, 2, 1, 1), {"n_layers": 7, "seq_len": 64})
+    extrapolated = trace_memory(deep)
+    monkeypatch.setattr(tracing, "DEPTHS", (4, 7))
+    traced = trace_memory(deep)
+    assert extrapolated.peak == pytest.approx(traced.peak, rel=1e-3)  # padding of a block
 
 
-def test_gradients_that_wait_for_the_last_micro_batch_are_told_as_gathered() -> None:
-    """Both tiers; they are what keeps large models from several micro-batches."""
-    job = job_of("cuda", (1, 8, 1, 1), {"micro_batches": 3, "seq_len": 32})
-    whole = parameter_count(job.model) * 4  # bytes, float32
-    for memory in (traced_memory(job), step_memory(job)):
-        assert memory.gathered >= whole > memory.activations
+def test_unreduced_gradients_count_as_gathered() -> None:
+    """In both tiers. They prevent large models from accumulating over micro-batches."""
+    spec = make_spec("cuda", (1, 8, 1, 1), {"micro_batches": 3, "seq_len": 32})
+    gradients = parameter_count(spec.model) * 4  # bytes, float32
+    for breakdown in (trace_memory(spec), step_memory(spec)):
+        assert breakdown.gathered >= gradients > breakdown.activations
 
 
-def test_a_budget_of_the_compiler_lies_between_all_recomputed_and_nothing() -> None:
-    def of(checkpoint: str | float) -> int:
-        changes = {"activation_checkpoint": checkpoint, "compile": True}
-        return step_memory(job_of("cuda", (1, 2, 1, 1), changes)).peak
+def test_compiler_memory_budget_interpolates_between_full_and_no_recomputation() -> None:
+    def peak(checkpoint: str | float) -> int:
+        settings = {"activation_checkpoint": checkpoint, "compile": True}
+        return step_memory(make_spec("cuda", (1, 2, 1, 1), settings)).peak
 
-    budgets = [of(share) for share in (0.0, 0.25, 0.5, 1.0)]
-    assert budgets == sorted(budgets) and len({*budgets}) == 4
-    assert (budgets[0], budgets[-1]) == (of("full"), of("none"))
+    peaks = [peak(budget) for budget in (0.0, 0.25, 0.5, 1.0)]
+    assert peaks == sorted(peaks) and len({*peaks}) == 4
+    assert (peaks[0], peaks[-1]) == (peak("full"), peak("none"))
 
 
-def test_what_the_planner_knows_of_others_is_what_they_say() -> None:
+def test_constants_match_their_originals() -> None:
     assert HEAD_CHUNK == model.loss.CHUNK
-    assert planning.memory.HEAD_BLOCK == model.loss.BLOCK
-    pieces = (training.optimizer._CHUNK_CPU, training.optimizer._CHUNK_DEVICE)
-    assert tuple(planning.memory.MOMENT_PIECE.values()) == pieces
-    assert planning.memory.MOMENT_BLOCK == BLOCK
+    assert memory.HEAD_BLOCK == model.loss.BLOCK
+    chunks = (training.optimizer._CHUNK_CPU, training.optimizer._CHUNK_DEVICE)
+    assert tuple(memory.MOMENT_CHUNK.values()) == chunks
+    assert memory.MOMENT_BLOCK == BLOCK
 
 
 @pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
-def test_the_traced_optimizer_holds_what_the_optimizer_holds(state: Any) -> None:
-    def held(optimizer: Any) -> int:
-        found = 0
+def test_fake_optimizer_allocates_same_bytes_as_real_one(state: Any) -> None:
+    def state_bytes(optimizer: Any) -> int:
+        total = 0
         for state in optimizer.state.values():
             for name, moment in state.items():
                 parts = [moment] if isinstance(moment, torch.Tensor) else vars(moment).items()
                 for part in parts:
-                    # A step's count and the levels that all 8-bit moments share are left out.
+                    # Excludes the step count and the quantization levels shared by all moments.
                     key, tensor = part if isinstance(part, tuple) else (name, part)
                     if isinstance(tensor, torch.Tensor) and key not in ("step", "levels"):
-                        found += tensor.nbytes
-        return found
+                        total += tensor.nbytes
+        return total
 
     module = torch.nn.Sequential(torch.nn.Linear(37, 19), torch.nn.Linear(19, 5))
     for parameter in module.parameters():
         parameter.grad = torch.ones_like(parameter)
     real = training.optimizer.build_optimizer(module, OptimConfig(lr=1e-3), state)
-    fake = planning.moments.FakeAdamW(module, state, "cpu")
+    fake = FakeAdamW(module, state, "cpu")
     real.step()
     fake.step()
-    assert held(fake) == held(real)
+    assert state_bytes(fake) == state_bytes(real)

@@ -1,4 +1,4 @@
-"""The tracker counts what is alive, once, by what it is for: against cases counted by hand."""
+"""The memory tracker against cases counted by hand: live tensors, once, by category."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ from planning.memory_tracker import MemoryTracker
 FLOAT = 4  # bytes
 
 
-def test_a_step_of_adamw_holds_what_is_counted_by_hand() -> None:
+def test_adamw_step_matches_count_by_hand() -> None:
     rows, inner, columns = 2, 3, 5
     matrix, batch, output = inner * columns, rows * inner, rows * columns
     with MemoryTracker() as tracker:
@@ -38,8 +38,8 @@ def test_a_step_of_adamw_holds_what_is_counted_by_hand() -> None:
         "activations": FLOAT * (batch + output + 1),  # and the loss
         "update_temporaries": FLOAT * matrix,  # the root of the second moment
     }
-    # At the end of a forward: the step before has left no gradient, and `x`, `y` are made anew
-    # while the old `y` and `loss` still have their names.
+    # End of a forward: the previous step left no gradient; `x` and `y` are rebound while the old
+    # `y` and `loss` are still alive.
     assert tracker.peaks["forward"] == {
         "parameters": FLOAT * matrix,
         "optimizer": FLOAT * (2 * matrix + 1),
@@ -47,14 +47,14 @@ def test_a_step_of_adamw_holds_what_is_counted_by_hand() -> None:
     }
 
 
-def test_freed_memory_ends_and_views_count_once() -> None:
+def test_freed_memory_is_subtracted_and_views_count_once() -> None:
     with MemoryTracker() as tracker:
         a = torch.zeros(100)
         b = a.view(10, 10).t()[2:]
         a.add_(1)
         assert tracker.total() == FLOAT * 100
         del a
-        assert tracker.total() == FLOAT * 100  # `b` still holds it
+        assert tracker.total() == FLOAT * 100  # `b` still references it
         c = b + 1  # (8, 10)
         assert tracker.total() == FLOAT * 180
         c.untyped_storage().resize_(0)  # as FSDP2 frees its buffers
@@ -64,10 +64,10 @@ def test_freed_memory_ends_and_views_count_once() -> None:
     assert tracker.peaks == {"setup": {"setup": FLOAT * 180}}
 
 
-def test_an_autograd_graph_holds_what_its_backward_needs() -> None:
+def test_tensors_saved_by_autograd_are_counted() -> None:
     with MemoryTracker() as tracker:
         x = torch.ones(10, requires_grad=True)
-        y = x.exp().sin().sum()  # keeps exp(x), for both backwards; sin's result goes
+        y = x.exp().sin().sum()  # saves exp(x) for both backwards; the result of sin is freed
         assert tracker.total() == FLOAT * (10 + 10 + 1)
         del x, y
         assert tracker.total() == 0
@@ -75,22 +75,22 @@ def test_an_autograd_graph_holds_what_its_backward_needs() -> None:
 
 @pytest.fixture
 def four_ranks() -> Iterator[None]:
-    """This process as the first of four; the others are not there, and nothing is sent."""
+    """Make this process rank 0 of a fake process group of size 4."""
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     yield
     dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("four_ranks")
-def test_a_dtensor_counts_with_its_local_shard_and_trying_shapes_counts_nothing() -> None:
+def test_dtensor_counts_local_shard_and_shape_propagation_counts_nothing() -> None:
     mesh = init_device_mesh("cpu", (4,))
     with MemoryTracker() as tracker:
         weight = torch.nn.Parameter(DTensor.from_local(torch.ones(12, 8), mesh, [Shard(1)]))
-        x = DTensor.from_local(torch.ones(2, 12), mesh)  # on every rank the same
+        x = DTensor.from_local(torch.ones(2, 12), mesh)  # replicated
         y = x @ weight
         assert weight.shape == (12, 32) and y.shape == (2, 32)
         tracker.model = torch.nn.ParameterList([weight])
         tracker.optimizer = torch.optim.AdamW([weight])
         held = {"parameters": FLOAT * 12 * 8, "setup": FLOAT * (2 * 12 + 2 * 8)}
         assert tracker.held() == held
-    assert sum(tracker.peaks["setup"].values()) == sum(held.values())  # nor was it ever more
+    assert sum(tracker.peaks["setup"].values()) == sum(held.values())  # no earlier peak was higher

@@ -1,7 +1,7 @@
-"""What is planned: one training step of one model on one mesh, every choice made.
+"""The planner's input: one training step of one model on one mesh, fully resolved.
 
-The planner's own view of a configuration: no "auto" is left in it, and it knows nothing of files,
-data or who starts the processes. Imports nothing heavy.
+`StepSpec` contains no "auto" values and does not depend on files, data or the launcher. Imports no
+heavy packages.
 """
 
 from dataclasses import dataclass, replace
@@ -13,18 +13,19 @@ from parallel.mesh import MeshShape
 from parallel.traffic import Collective, Step, step_traffic
 
 HEAD_CHUNK = 2048
-"""Tokens whose logits exist at once: `model.loss.CHUNK`, held against it by a test."""
+"""Tokens per chunk of logits; equals `model.loss.CHUNK`, which importing would load torch."""
 
-BYTES = {"fp32": 4, "bf16": 2}
-"""Of an element."""
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
-class Job:
-    """One step: `global_batch_size` sequences of `seq_len` tokens on all of the mesh's ranks.
+class StepSpec:
+    """One optimizer step of `global_batch_size` sequences of `seq_len` tokens on a mesh.
 
-    `precision` holds no `auto` (see `resolved_precision`); `micro_batch_size` counts the sequences
-    that a data rank computes at a time. `document_mask`: attention stays inside documents.
+    Attributes:
+        precision: Data types, with `auto` resolved (see `resolved_precision`).
+        micro_batch_size: Sequences per data-parallel rank and micro-batch.
+        document_mask: Attention is restricted to documents.
     """
 
     model: ModelConfig
@@ -39,32 +40,32 @@ class Job:
 
     @property
     def micro_batches(self) -> int:
-        """Forwards and backwards of a rank in a step."""
+        """Micro-batches per rank and step (gradient accumulation steps)."""
         return self.global_batch_size // self.mesh.dp // self.micro_batch_size
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step, over the whole mesh."""
+        """Tokens per step over the entire mesh."""
         return self.global_batch_size * self.seq_len
 
     @property
     def local_tokens(self) -> int:
-        """Tokens of a micro-batch that a rank and its tp peers compute: (batch, seq / cp)."""
+        """Tokens of a micro-batch per tensor-parallel group: micro_batch_size × seq_len / cp."""
         return self.micro_batch_size * self.seq_len // self.mesh.cp
 
     @property
     def param_bytes(self) -> int:
-        """Of an element in forward and backward."""
-        return BYTES[self.precision.param]
+        """Bytes per element in forward and backward."""
+        return DTYPE_BYTES[self.precision.param]
 
     @property
     def reduce_bytes(self) -> int:
-        """Of an element in the sum of gradients."""
-        return BYTES[self.precision.reduce]
+        """Bytes per element in gradient reduction."""
+        return DTYPE_BYTES[self.precision.reduce]
 
     @property
     def step(self) -> Step:
-        """The same as `parallel.traffic` and `parallel.trace` take it."""
+        """The step as `parallel.traffic` and `parallel.trace` represent it."""
         return Step(
             micro_batches=self.micro_batches,
             micro_batch_size=self.micro_batch_size,
@@ -76,12 +77,12 @@ class Job:
         )
 
     def traffic(self) -> list[Collective]:
-        """What each rank sends in a step."""
+        """Return the collectives of each rank in one step."""
         return step_traffic(self.model, self.mesh, self.parallel, self.step)
 
 
 def resolved_precision(precision: PrecisionConfig, accelerator: str) -> PrecisionConfig:
-    """The same precision with `auto` decided as `parallel.data_parallel` decides it."""
+    """Resolve `auto` the same way as `parallel.data_parallel`."""
     param = precision.param
     if param == "auto":
         param = "bf16" if accelerator == "cuda" else "fp32"
