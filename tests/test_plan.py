@@ -141,15 +141,15 @@ def test_run_fits_if_every_stage_does_and_durations_add_up() -> None:
 
 def test_all_errors_are_reported_together_with_remedies() -> None:
     found = problems("hardwar.x=1", "devices=0", "tokens=0", "parallel.accelerator=cpu")
-    assert any("hardwar is not a key: did you mean hardware?" in each for each in found)
-    assert any(each.startswith("devices=0 must be at least 1; use null") for each in found)
-    assert any(each.startswith("tokens=0 must be at least 1; use") for each in found)
-    assert any("parallel.accelerator=cpu differs from that of hardware" in each for each in found)
+    assert any("Unknown key hardwar. Did you mean hardware?" in each for each in found)
+    assert any(each.startswith("devices=0 is below 1; use at least 1") for each in found)
+    assert any(each.startswith("tokens=0 is below 1; use") for each in found)
+    assert any("parallel.accelerator=cpu is not that of hardware h100" in each for each in found)
 
 
 def test_mesh_is_validated_by_the_rules_of_train() -> None:
     found = problems("parallel.tp=3", "devices=6")
-    assert any("parallel.tp (3) does not divide model.n_kv_heads (2)" in each for each in found)
+    assert any("parallel.tp=3 does not divide model.n_kv_heads=2" in each for each in found)
     [size] = problems("devices=6", "parallel.dp_shard=4")
     assert "4 places for 6 processes" in size
     [fp8] = problems("hardware=a100", "precision.fp8=tensorwise", *LLAMA_8B)
@@ -173,7 +173,7 @@ def test_unknown_hardware_lists_known_names(tmp_path: Path) -> None:
 
 def test_missing_max_steps_is_reported() -> None:
     [problem] = problems("train.max_steps=null", "optim.schedule_steps=1")
-    assert problem.startswith("train.max_steps (None)")
+    assert problem.startswith("train.max_steps=null ")
 
 
 def test_hardware_file_is_equivalent_to_known_hardware(tmp_path: Path) -> None:

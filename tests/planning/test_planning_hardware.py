@@ -1,9 +1,13 @@
 """Matching of device names to hardware files, and consistency of peaks with training metrics."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
-from planning.hardware import hardware_of, known_hardware, load_hardware
+from planning.hardware import FOLDER, hardware_of, known_hardware, load_hardware
 from training.throughput import peak_flops
 
 KNOWN_DEVICES = {
@@ -36,6 +40,17 @@ def test_every_hardware_file_with_device_names_is_covered() -> None:
 @pytest.mark.parametrize("device", UNKNOWN_DEVICES)
 def test_variants_of_known_devices_do_not_match(device: str) -> None:
     assert hardware_of(device) is None
+
+
+def test_invalid_hardware_file_is_rejected_with_all_errors(tmp_path: Path) -> None:
+    values = yaml.safe_load((FOLDER / "h100.yaml").read_text())
+    path = tmp_path / "broken.yaml"
+    path.write_text(yaml.safe_dump({**values, "memory_gib": -1, "link_gb_s": math.inf}))
+    with pytest.raises(ValueError, match=r"memory_gib=-1 .*hardware\.link_gb_s=inf "):
+        load_hardware(str(path))
+    path.write_text(yaml.safe_dump({**values, "matrix_tflops": {"fp32": 1.0}}))
+    with pytest.raises(ValueError, match=r"hardware\.matrix_tflops=.* lacks bf16"):
+        load_hardware(str(path))
 
 
 @pytest.mark.parametrize("name", known_hardware())
