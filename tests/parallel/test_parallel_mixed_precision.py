@@ -23,8 +23,8 @@ from parallel.config import PrecisionConfig
 from parallel.data_parallel import apply_data_parallel, mixed_precision_policy
 from parallel.parallelize import initialize_weights, local_block
 from planning.hardware import load_hardware
-from planning.step_spec import StepSpec
 from planning.speed import RankCosts
+from planning.step_spec import StepSpec
 from resilience.run_folder import RunFolder
 from train import train_step
 from training.optimizer import build_optimizer
