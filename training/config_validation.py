@@ -5,10 +5,12 @@ rules that tie sections together are functions whose parameters name those secti
 reported together, each with key, value, rule and remedy. Has no knowledge of Hydra.
 """
 
+import copy
 import dataclasses
 import difflib
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,6 +19,9 @@ Rule = Callable[..., list[str]]
 """Return error messages; each parameter is named for a section of the configuration."""
 
 Config = TypeVar("Config")
+
+NOT_A_NUMBER = "is not a number; use a number or a named choice"
+UNKNOWN = "unexpected_keyword_argument"  # pydantic's name for an unknown key of a dataclass
 
 
 class ConfigError(ValueError):
@@ -61,7 +66,11 @@ def validate(
         for key, items in by_key.items()
         for message in _messages(prefix, key, items, schema)
     ]
-    invalid = {key.partition(".")[0].partition("[")[0] for key in by_key}
+    values = copy.deepcopy(values)  # unknown keys are removed: the rules of their section apply
+    unknown = [key for key, items in by_key.items() if items[0]["type"] == UNKNOWN]
+    for key in unknown:
+        _remove(values, key)
+    invalid = {re.split(r"[.[]", key)[0] for key in by_key.keys() - unknown}
     sections: dict[str, Any] = {}
     hints = fields_of(schema)
     for name in hints.keys() & values.keys() - invalid:
@@ -119,7 +128,7 @@ def _members(annotation: Any) -> list[Any]:
 def _dotted(item: Any, values: Any) -> str:
     """Return the dotted key of a pydantic error, without the names of union members."""
     key = ""
-    absent = item["type"] in ("missing", "unexpected_keyword_argument")
+    absent = item["type"] in ("missing", UNKNOWN)
     for part in item["loc"]:
         known = part in values if isinstance(values, dict) else isinstance(part, int)
         if known or (absent and part == item["loc"][-1]):
@@ -131,6 +140,14 @@ def _dotted(item: Any, values: Any) -> str:
     return key.removeprefix(".")
 
 
+def _remove(values: Any, key: str) -> None:
+    """Delete a dotted key."""
+    *parents, last = key.replace("[", ".").replace("]", "").split(".")
+    for name in parents:
+        values = values[int(name) if isinstance(values, list) else name]
+    values.pop(last, None)
+
+
 def _messages(prefix: str, key: str, items: list[Any], schema: Any) -> list[str]:
     """Return the messages of one key from pydantic's errors."""
     item, name = items[0], prefix + key
@@ -139,7 +156,7 @@ def _messages(prefix: str, key: str, items: list[Any], schema: Any) -> list[str]
     annotations = list(annotations_along(schema, path))
     if kind == "value_error":  # raised by __post_init__, one message per line
         return str(item["ctx"]["error"]).split("\n")
-    if kind == "unexpected_keyword_argument":
+    if kind == UNKNOWN:
         parent = annotations[-1] if len(path) > 1 else schema
         known, above = fields_of(parent), name.rpartition(".")[0]
         near = difflib.get_close_matches(path[-1], known, n=1)
@@ -151,6 +168,8 @@ def _messages(prefix: str, key: str, items: list[Any], schema: Any) -> list[str]
         return [f"{name} has no value; add {'it ' if '[' in name else ''}{to}"]
     or_null = " or null" if annotations and type(None) in _members(annotations[-1]) else ""
     shown = f"{name}={_shown(value)}"
+    if isinstance(value, bool):
+        return [f"{shown} {NOT_A_NUMBER}"]
     pairs = [_rule_and_remedy(one["type"], one.get("ctx") or {}) for one in items]
     rule = next((rule for rule, _ in reversed(pairs) if rule), "has the wrong type")
     remedy = " or ".join(
@@ -189,7 +208,7 @@ def _shown(value: Any) -> str:
 def _booleans_as_numbers(key: str, given: Any, validated: Any) -> Iterator[str]:
     """Yield an error for each true or false that pydantic has converted to 1 or 0."""
     if isinstance(given, bool) and not isinstance(validated, bool):
-        yield f"{key}={_shown(given)} is not a boolean key; use a number or a named choice"
+        yield f"{key}={_shown(given)} {NOT_A_NUMBER}"
     elif isinstance(given, dict):
         for name, value in given.items():
             taken = validated[name] if isinstance(validated, dict) else getattr(validated, name)

@@ -1,4 +1,4 @@
-"""The default configuration and folders of runs that look real to those who read small files."""
+"""The default configuration, and run folders with minimal files."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ from training.config_validation import plain
 
 
 def default() -> JobConfig:
-    """The configuration of `python train.py`, without Hydra."""
+    """Return the configuration of `python train.py` without Hydra."""
     composed: Any = OmegaConf.load(CONF / "train.yaml")
     del composed["defaults"], composed["hydra"]
     for group, name in (("model", "llama3_2_1b"), ("data", "stdlib"), ("tokenizer", "llama3")):
@@ -27,7 +27,7 @@ CONFIG = plain(default())
 
 
 def leaves(config: dict[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys of all values."""
+    """Return the dotted keys of all values."""
     found = []
     for key, value in config.items():
         path = f"{prefix}{key}"
@@ -36,7 +36,7 @@ def leaves(config: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def value_at(config: dict[str, Any], key: str) -> Any:
-    """What a dotted key holds."""
+    """Return the value of a dotted key."""
     value: Any = config
     for name in key.split("."):
         value = value[name]
@@ -54,14 +54,14 @@ def changed(*keys_and_values: Any, of: dict[str, Any] = CONFIG) -> dict[str, Any
 
 
 def other(key: str) -> Any:
-    """Another value than the default's at a key."""
+    """Return a value other than the default of a key."""
     if key == "data.stages":
-        return [{"from_sample": 1, "seq_len": 8}]  # in any run's past
+        return [{"from_sample": 1, "seq_len": 8}]  # before the position of any run
     return "another" if isinstance(value_at(CONFIG, key), str | None) else 12345
 
 
 def commit(folder: RunFolder, step: int, config: dict[str, Any] = CONFIG, **position: Any) -> Path:
-    """A folder that looks like a committed checkpoint."""
+    """Create the folder of a committed checkpoint."""
     target = folder.step_folder(step)
     target.mkdir(parents=True)
     position = {"step": step, "samples": 2 * step, "data_hash": "same"} | position

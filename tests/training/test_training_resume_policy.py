@@ -1,4 +1,4 @@
-"""The resume contract: each key has its terms, and a start is told all that it may not change."""
+"""Resume policy: each key declares one, and a launch reports every forbidden change."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ SAMPLES = 128  # taken by the newest checkpoint of `folder`: whole batches of th
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    """A run that was started with the default configuration, and has checkpoints."""
+    """Return a run of the default configuration with checkpoints."""
     folder = RunFolder(tmp_path / "run")
     folder.write_config(CONFIG)
     commit(folder, 5)
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def refused(folder: RunFolder, config: dict[str, Any]) -> str:
-    """What a start is told, after a check that nothing was written."""
+    """Return the error of a launch, after checking that nothing was written."""
     before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
     with pytest.raises(RunFolderError) as error:
         check_run_folder(folder, config)
@@ -50,11 +50,11 @@ def change(key: str) -> str | None:
     return policy.change if policy else None
 
 
-# ---------------------------------------------------------------- the table
+# ---------------------------------------------------------------- policies
 
 
 def schema_keys(schema: Any, prefix: str = "") -> list[str]:
-    """Every key that a configuration can hold; `some` stands for a name that a person gives."""
+    """Return every key of a configuration; `some` stands for a name chosen by the user."""
     found = []
     for name, annotation in get_type_hints(schema).items():
         if name.startswith("__"):
@@ -75,13 +75,13 @@ def schema_keys(schema: Any, prefix: str = "") -> list[str]:
 KEYS = schema_keys(JobConfig)
 
 
-def test_every_key_of_the_configuration_has_its_terms() -> None:
+def test_every_key_has_a_policy() -> None:
     assert {"run.seed", "data.sources.some.weight", "model.rope_scaling.factor"} <= set(KEYS)
     assert [key for key in KEYS if policy_of(key) is None] == []
 
 
-def test_no_key_gets_terms_by_chance() -> None:
-    """A key added to what decides the run has none until somebody has thought about it."""
+def test_new_keys_have_no_policy_by_default() -> None:
+    """A key added to a section that affects results must declare its policy."""
     sections = ("model", "precision", "data", "tokenizer", "train", "optim", "run")
     assert [policy_of(f"{section}.new") for section in sections] == [None] * len(sections)
 
@@ -96,12 +96,12 @@ def test_no_key_gets_terms_by_chance() -> None:
         ("forbidden", "data.validation_fraction tokenizer.name tokenizer.vocab_size train.seq_len"),
     ],
 )
-def test_the_terms_are_those_that_were_promised(expected: str, keys: str) -> None:
+def test_policies_of_documented_keys(expected: str, keys: str) -> None:
     assert {key: change(key) for key in keys.split()} == dict.fromkeys(keys.split(), expected)
 
 
-def test_the_most_specific_pattern_decides() -> None:
-    """A weight is of a source, and all the same a matter of the order, as the batch size is."""
+def test_policy_closest_to_the_key_applies() -> None:
+    """The weight of a source belongs to the sample order, as the batch size does."""
     assert policy_of("data.sources.web.path") == policy_of("data.sources")
     weight, size = policy_of("data.sources.web.weight"), policy_of("train.seq_len")
     assert weight and size and weight.decides == size.decides
@@ -110,31 +110,31 @@ def test_the_most_specific_pattern_decides() -> None:
 # ---------------------------------------------------------------- one change
 
 
-REQUESTS = ("run.resume", "run.allow_changes")  # another value asks for something else to be done
+REQUESTS = ("run.resume", "run.allow_changes")  # other values request another action
 
 
 @pytest.mark.parametrize(
     "key", [key for key in leaves(CONFIG) if change(key) == "free" and key not in REQUESTS]
 )
-def test_a_free_key_changes_and_is_told(folder: RunFolder, key: str) -> None:
+def test_free_key_changes_and_is_reported(folder: RunFolder, key: str) -> None:
     difference = {key: [value_at(CONFIG, key), other(key)]}
     assert check_run_folder(folder, changed(key, other(key))) == Changes(free=difference)
 
 
 @pytest.mark.parametrize("key", [key for key in leaves(CONFIG) if change(key) == "forbidden"])
-def test_a_kept_key_is_refused_with_both_values_whatever_is_allowed(
+def test_forbidden_key_is_rejected_with_both_values_despite_an_override(
     folder: RunFolder, key: str
 ) -> None:
     config = changed(key, other(key))
-    told = f"  {key}: {value_at(CONFIG, key)!r} -> {other(key)!r} (decides "
+    found = f"  {key}: {value_at(CONFIG, key)!r} -> {other(key)!r} (decides "
     message = refused(folder, config)
-    assert told in message and "run.name=" in message and "run.allow_changes" not in message
+    assert found in message and "run.name=" in message and "run.allow_changes" not in message
     message = refused(folder, changed("run.allow_changes", [key], of=config))
     assert f"run.allow_changes lists {key}, which cannot change within a run" in message
 
 
-def as_typed(message: str, key: str) -> Any:
-    """The value that a message tells to type for a key, read as the program reads it."""
+def suggested_value(message: str, key: str) -> Any:
+    """Return the value that a message suggests for a key, as the program parses it."""
     [word] = [word for word in shlex.split(message) if word.startswith(f"{key}=")]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("train", hydra_arguments([word], "train"))
@@ -142,25 +142,23 @@ def as_typed(message: str, key: str) -> Any:
 
 
 @pytest.mark.parametrize("key", [key for key in leaves(CONFIG) if change(key) == "override"])
-def test_what_a_key_asks_for_when_typed_as_told_lets_it_change_once_and_for_all(
-    folder: RunFolder, key: str
-) -> None:
+def test_override_from_the_error_message_permits_the_change(folder: RunFolder, key: str) -> None:
     config = changed(key, other(key))
     message = refused(folder, config)
     difference = [value_at(CONFIG, key), other(key)]
     assert f"  {key}: {difference[0]!r} -> {difference[1]!r} (decides " in message
-    allowed = changed("run.allow_changes", as_typed(message, "run.allow_changes"), of=config)
+    allowed = changed("run.allow_changes", suggested_value(message, "run.allow_changes"), of=config)
     changes = check_run_folder(folder, allowed)
     assert changes.allowed == {key: difference} and set(changes.free) == {"run.allow_changes"}
-    folder.write_config(allowed)  # as a start does, before it trains
-    assert check_run_folder(folder, allowed) == Changes()  # requeued
+    folder.write_config(allowed)  # as a launch does before training
+    assert check_run_folder(folder, allowed) == Changes()  # requeued job
     assert set(check_run_folder(folder, config).free) == {"run.allow_changes"}
 
 
 # ---------------------------------------------------------------- many changes at once
 
 
-def test_every_difference_is_told_at_once_by_its_terms(folder: RunFolder) -> None:
+def test_all_changes_are_reported_together_by_policy(folder: RunFolder) -> None:
     config = changed(
         *("model.dim", 64, "run.seed", 9, "optim.lr", 1.0, "train.max_grad_norm", 2.0),
         *("optim.eps", 1e-6, "data.document_mask", False),
@@ -169,17 +167,17 @@ def test_every_difference_is_told_at_once_by_its_terms(folder: RunFolder) -> Non
     kept, rest = refused(folder, config).split("These keys change only with an explicit override:")
     asking, may = rest.split("Also changed, which is permitted:")
     assert "These keys cannot change within a run:" in kept and "run.name=" in kept
-    told = {
+    found = {
         name: {line.split(":")[0] for line in lines(part)} & set(leaves(CONFIG))
         for name, part in (("kept", kept), ("asking", asking), ("may", may))
     }
-    assert told == {
+    assert found == {
         "kept": {"run.seed", "model.dim"},
         "asking": {"train.max_grad_norm", "optim.eps"},
         "may": {"data.document_mask", "optim.lr", "run.allow_changes"},
     }
-    # What was allowed stays so when the remedy is typed in its place.
-    names = as_typed(asking, "run.allow_changes")
+    # The suggested override includes what was allowed before.
+    names = suggested_value(asking, "run.allow_changes")
     config = changed(
         *("model.dim", CONFIG["model"]["dim"], "run.seed", 0, "run.allow_changes", names), of=config
     )
@@ -190,12 +188,12 @@ def test_every_difference_is_told_at_once_by_its_terms(folder: RunFolder) -> Non
     )
 
 
-def test_another_set_of_sources_is_refused(folder: RunFolder) -> None:
+def test_changed_set_of_sources_is_rejected(folder: RunFolder) -> None:
     more = changed("data.sources.more", {"format": "text", "path": "books"})
     assert "data.sources.more: None -> {" in refused(folder, more)
 
 
-def test_what_a_key_is_a_part_of_can_be_allowed(folder: RunFolder) -> None:
+def test_override_of_a_section_covers_its_keys(folder: RunFolder) -> None:
     factor = "model.rope_scaling.factor"
     config = changed(factor, 8.0, "run.allow_changes", ["model.rope_scaling"])
     assert set(check_run_folder(folder, config).allowed) == {factor}
@@ -210,8 +208,8 @@ def test_what_a_key_is_a_part_of_can_be_allowed(folder: RunFolder) -> None:
         ("xyz", "list keys like"),
     ],
 )
-def test_allowing_what_is_no_key_is_refused(tmp_path: Path, name: str, said: str) -> None:
-    """At the very first start: a misspelt name would else be met at a later one, unattended."""
+def test_unknown_names_in_allow_changes_are_rejected(tmp_path: Path, name: str, said: str) -> None:
+    """Already at the first launch: a later one may be unattended."""
     message = refused(RunFolder(tmp_path), changed("run.allow_changes", ["optim.eps", name]))
     assert message.startswith(f"run.allow_changes lists {name}, ") and said in message
 
@@ -234,16 +232,14 @@ def test_allowing_what_is_no_key_is_refused(tmp_path: Path, name: str, said: str
         ([{"from_sample": 80, "seq_len": 512}], [{"from_sample": 80, "seq_len": 256}], False),
         (
             [{"from_sample": 80, "micro_batch_size": 4}],
-            [{"from_sample": 80, "micro_batch_size": 2}],  # as train.micro_batch_size may
+            [{"from_sample": 80, "micro_batch_size": 2}],  # free, as train.micro_batch_size
             True,
         ),
         ([{"from_sample": 80, "micro_batch_size": 4}], None, False),
         ([{"from_sampel": 80}], None, False),  # a damaged file
     ],
 )
-def test_stages_may_change_where_no_sample_has_been_taken(
-    folder: RunFolder, before: Any, now: Any, allowed: bool
-) -> None:
+def test_future_stages_may_change(folder: RunFolder, before: Any, now: Any, allowed: bool) -> None:
     folder.write_config(changed("data.stages", before))
     if allowed:
         changes = check_run_folder(folder, changed("data.stages", now))
@@ -252,16 +248,16 @@ def test_stages_may_change_where_no_sample_has_been_taken(
         assert "data.stages: " in refused(folder, changed("data.stages", now))
 
 
-def test_sizes_and_weights_may_change_by_the_stage_that_is_told(folder: RunFolder) -> None:
+def test_stage_from_the_error_message_permits_new_sizes_and_weights(folder: RunFolder) -> None:
     config = changed(
         *("train.seq_len", 128, "train.global_batch_size", 4, "data.sources.stdlib.weight", 2.0)
     )
     message = refused(folder, config)
-    [stage] = as_typed(message, "data.stages")
+    [stage] = suggested_value(message, "data.stages")
     wanted = {"seq_len": 128, "global_batch_size": 4, "weights": {"stdlib": 2.0}}
     assert stage == {"from_sample": SAMPLES, "micro_batch_size": None, **wanted}
     assert check_run_folder(folder, changed("data.stages", [stage])).forbidden == {}
-    # Beside stages that there are, only a person can place it.
+    # With existing stages, the user decides where to insert it.
     config = changed("data.stages", [{"from_sample": 500, "seq_len": 64}], of=config)
     assert f"{{from_sample:{SAMPLES},global_batch_size:4," in refused(folder, config)
     assert "data.stages=" not in refused(folder, config)
@@ -271,7 +267,7 @@ def test_sizes_and_weights_may_change_by_the_stage_that_is_told(folder: RunFolde
 
 
 def without(config: Any, names: set[str]) -> Any:
-    """A configuration without the keys of these names, wherever they are."""
+    """Return a configuration without keys of these names at any level."""
     if isinstance(config, list):
         return [without(one, names) for one in config]
     if not isinstance(config, dict):
@@ -279,7 +275,7 @@ def without(config: Any, names: set[str]) -> Any:
     return {key: without(value, names) for key, value in config.items() if key not in names}
 
 
-def test_keys_added_since_are_no_change_at_their_defaults() -> None:
+def test_new_keys_at_their_defaults_are_no_change() -> None:
     typed = default()
     stages = [{"from_sample": 64, "seq_len": 128}]
     typed = dataclasses.replace(
@@ -294,7 +290,7 @@ def test_keys_added_since_are_no_change_at_their_defaults() -> None:
     assert len(leaves(old)) < len(leaves(now)) - len(added)
     filled = with_defaults(old, typed)
     changes = compare(filled, now, samples=SAMPLES)
-    # Those that are elsewhere than at their default did change.
+    # Keys that differ from their default did change.
     assert changes.free == {"checkpoint.when_busy": ["wait", "skip"]}
     assert changes.unlisted == {
         "optim.weight_decay": [0.1, 0.3],
@@ -305,7 +301,7 @@ def test_keys_added_since_are_no_change_at_their_defaults() -> None:
 
 
 def load_train_config_with_stages(stages: list[dict[str, int]]) -> Any:
-    """The default's data, with stages."""
+    """Return the default data section with stages."""
     typed = ",".join(
         "{" + ",".join(f"{key}:{value}" for key, value in stage.items()) + "}" for stage in stages
     )
@@ -314,7 +310,7 @@ def load_train_config_with_stages(stages: list[dict[str, int]]) -> Any:
         return load_train_config(compose("train", words)).data
 
 
-def test_a_key_that_is_gone_asks_once_unless_it_was_off(folder: RunFolder) -> None:
+def test_removed_key_needs_one_override_unless_it_was_null(folder: RunFolder) -> None:
     folder.write_config(changed("optim.nesterov", True, "optim.ema", None, "log.comet", "project"))
     assert "optim.nesterov: True -> None (decides something" in refused(folder, CONFIG)
     allowed = changed("run.allow_changes", ["optim.nesterov"])
@@ -324,10 +320,10 @@ def test_a_key_that_is_gone_asks_once_unless_it_was_off(folder: RunFolder) -> No
     folder.write_config(allowed)
     assert (
         check_run_folder(folder, allowed) == Changes()
-    )  # requeued, where no file holds the key any more
+    )  # requeued job, where no file holds the key any more
 
 
-def test_where_the_configuration_is_lost_that_of_the_newest_checkpoint_counts(
+def test_lost_configuration_is_read_from_the_newest_checkpoint(
     folder: RunFolder,
 ) -> None:
     folder.config.unlink()
@@ -343,7 +339,7 @@ def test_where_the_configuration_is_lost_that_of_the_newest_checkpoint_counts(
 
 @pytest.fixture
 def new(tmp_path: Path) -> RunFolder:
-    """The folder of a run that has not begun."""
+    """Return the folder of a run that has not started."""
     return RunFolder(tmp_path / "new")
 
 
@@ -351,7 +347,7 @@ def new(tmp_path: Path) -> RunFolder:
     "key",
     [key for key in leaves(CONFIG) if key not in REQUESTS],
 )
-def test_a_beginning_asks_only_what_the_tensors_and_the_place_mean(
+def test_start_from_another_run_checks_only_tensors_and_position(
     folder: RunFolder, new: RunFolder, key: str
 ) -> None:
     policy = policy_of(key)
@@ -367,17 +363,15 @@ def test_a_beginning_asks_only_what_the_tensors_and_the_place_mean(
     assert f"  {key}: {difference} (decides {policy.decides})" in message
 
 
-def test_a_beginning_takes_other_sizes_from_its_first_sample_on(
-    folder: RunFolder, new: RunFolder
-) -> None:
+def test_start_from_another_run_changes_sizes_by_a_stage(folder: RunFolder, new: RunFolder) -> None:
     config = changed("run.resume", str(folder.step_folder(60)), "train.global_batch_size", 4)
-    stages = as_typed(refused(new, config), "data.stages")
+    stages = suggested_value(refused(new, config), "data.stages")
     config["train"], config["data"]["stages"] = CONFIG["train"], stages
     assert check_run_folder(new, config).free["data.stages"] == [None, stages]
 
 
-def test_the_command_that_began_a_run_goes_on_with_it(folder: RunFolder, new: RunFolder) -> None:
-    """A job that is requeued gives the same command again."""
+def test_command_that_started_a_run_resumes_it(folder: RunFolder, new: RunFolder) -> None:
+    """A requeued job repeats its command."""
     checkpoint = folder.step_folder(5)
     config = changed("run.resume", str(checkpoint), "run.seed", 7)
     check_run_folder(new, config)
@@ -388,10 +382,10 @@ def test_the_command_that_began_a_run_goes_on_with_it(folder: RunFolder, new: Ru
     assert new.resume_source(str(checkpoint)) == "auto"
     assert check_run_folder(new, config) == Changes()
     assert "run.seed: 7 -> 8" in refused(new, changed("run.seed", 8, of=config))
-    # Another checkpoint than the one that it began with is not taken for it.
+    # Another checkpoint than the initial one is rejected.
     further = changed("run.resume", str(commit(folder, 7)), of=config)
-    assert "is before step 10" in refused(new, further)
-    # One that lies ahead is taken, as it was asked for.
+    assert "lies before step 10" in refused(new, further)
+    # One of a later step is loaded as requested.
     ahead = str(folder.step_folder(60))
     new.write_config(changed("run.resume", ahead, of=config))
     assert new.resume_source(ahead) == ahead
@@ -406,7 +400,7 @@ def test_the_command_that_began_a_run_goes_on_with_it(folder: RunFolder, new: Ru
         '{"position": 5, "config": {}}',
     ],
 )
-def test_a_damaged_manifest_is_told(folder: RunFolder, new: RunFolder, manifest: str) -> None:
+def test_damaged_manifest_is_reported(folder: RunFolder, new: RunFolder, manifest: str) -> None:
     checkpoint = folder.step_folder(5)
     (checkpoint / "manifest.json").write_text(manifest)
     message = refused(new, changed("run.resume", str(checkpoint)))
@@ -414,7 +408,7 @@ def test_a_damaged_manifest_is_told(folder: RunFolder, new: RunFolder, manifest:
     assert f"run.resume={checkpoint} is damaged" in message and "another checkpoint" in message
 
 
-def test_what_is_recorded_is_json(folder: RunFolder) -> None:
+def test_recorded_changes_are_json(folder: RunFolder) -> None:
     config = changed("optim.betas", [0.8, 0.9], "run.allow_changes", ["optim.betas"])
     changes = check_run_folder(folder, config)
     for recorded in (changes.free, changes.allowed):

@@ -1,4 +1,4 @@
-"""What fp8 needs of GPU, model and batch: refused with key, value, rule and remedy."""
+"""Requirements of fp8 on GPU, model and batch."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ ONE = MeshShape(1, 1, 1, 1)
 
 @pytest.fixture
 def gpus_of(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`gpus_of((8, 0))`: as if the machine had GPUs of that compute capability."""
+    """`gpus_of((8, 0))` mocks GPUs of that compute capability."""
 
     def pretend(capability: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -30,7 +30,7 @@ def gpus_of(monkeypatch: pytest.MonkeyPatch) -> Any:
     return pretend
 
 
-def problems(
+def errors(
     recipe: Any = "tensorwise",
     mesh: MeshShape = ONE,
     model: ModelConfig = MODEL,
@@ -40,9 +40,9 @@ def problems(
     return fp8_errors(accelerator, mesh, PrecisionConfig(fp8=recipe), model, train, DATA)
 
 
-def test_without_fp8_nothing_is_asked() -> None:
+def test_without_fp8_there_are_no_errors() -> None:
     odd = replace(TRAIN, seq_len=7)
-    assert problems(None, train=odd, accelerator="cpu") == []
+    assert errors(None, train=odd, accelerator="cpu") == []
     assert inference_errors(PrecisionConfig()) == []
 
 
@@ -58,14 +58,14 @@ def test_without_fp8_nothing_is_asked() -> None:
         ("rowwise", (10, 0), None),
     ],
 )
-def test_a_gpu_that_lacks_the_products(
+def test_gpu_without_fp8_products_is_rejected(
     gpus_of: Any, recipe: str, capability: tuple[int, int], said: tuple[str, ...] | None
 ) -> None:
     gpus_of(capability)
-    found = problems(recipe)
+    found = errors(recipe)
     assert len(found) == (said is not None)
     for part in (f"precision.fp8={recipe}", *(said or ())):
-        assert all(part in problem for problem in found), found
+        assert all(part in error for error in found), found
 
 
 @pytest.mark.parametrize(
@@ -84,39 +84,39 @@ def test_a_gpu_that_lacks_the_products(
         ),
     ],
 )
-def test_widths_that_are_no_multiple_of_16_on_a_rank(
+def test_local_widths_must_be_multiples_of_16(
     gpus_of: Any, key: str, model: ModelConfig, tp: int, remedy: str | None
 ) -> None:
     gpus_of((9, 0))
-    found = [problem for problem in problems(mesh=MeshShape(1, 1, 1, tp), model=model)]
-    told = [problem for problem in found if key in problem]
-    assert len(told) == (remedy is not None), found
-    assert all(str(remedy) in problem and "precision.fp8=null" in problem for problem in told)
+    found = [error for error in errors(mesh=MeshShape(1, 1, 1, tp), model=model)]
+    matching = [error for error in found if key in error]
+    assert len(matching) == (remedy is not None), found
+    assert all(str(remedy) in error and "precision.fp8=null" in error for error in matching)
 
 
 @pytest.mark.parametrize(
     ("micro_batch_size", "seq_len", "cp", "fits"),
     [(1, 32, 1, True), (1, 40, 1, False), (2, 40, 1, True), (None, 20, 1, True), (1, 48, 2, False)],
 )
-def test_micro_batches_that_are_no_multiple_of_16_tokens(
+def test_micro_batches_must_be_multiples_of_16_tokens(
     gpus_of: Any, micro_batch_size: int | None, seq_len: int, cp: int, fits: bool
 ) -> None:
     gpus_of((9, 0))
     train = replace(TRAIN, micro_batch_size=micro_batch_size, seq_len=seq_len)
-    found = problems(mesh=MeshShape(1, 1, cp, 1), train=train)
+    found = errors(mesh=MeshShape(1, 1, cp, 1), train=train)
     assert len(found) == (not fits)
-    for problem in found:
-        assert f"train.seq_len={seq_len}" in problem
-        assert f"multiple of {16 * cp}" in problem and "precision.fp8=null" in problem
+    for error in found:
+        assert f"train.seq_len={seq_len}" in error
+        assert f"multiple of {16 * cp}" in error and "precision.fp8=null" in error
 
 
-def test_fp8_with_fp32_parameters() -> None:
+def test_fp8_rejects_fp32_parameters() -> None:
     for param, refused in (("auto", False), ("bf16", False), ("fp32", True)):
         found = precision_errors(PrecisionConfig(param=param, fp8="rowwise"))  # type: ignore[arg-type]
         assert len(found) == refused
-        assert all("precision.param=bf16" in problem for problem in found)
+        assert all("precision.param=bf16" in error for error in found)
 
 
-def test_evaluation_computes_without_fp8() -> None:
-    [problem] = inference_errors(PrecisionConfig(fp8="rowwise"))
-    assert problem == "precision.fp8=rowwise is for training only; use precision.fp8=null"
+def test_inference_rejects_fp8() -> None:
+    [error] = inference_errors(PrecisionConfig(fp8="rowwise"))
+    assert error == "precision.fp8=rowwise is for training only; use precision.fp8=null"
