@@ -1,4 +1,4 @@
-"""What is shown is what training reads: samples, counts, lengths; and docs/shards.md tells true."""
+"""Inspection shows samples, counts and lengths as training reads them; docs/shards.md is valid."""
 
 import io
 import re
@@ -35,7 +35,7 @@ STAGES = [
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """Two sources of sixty short documents each, in shards of 500 tokens and less, also packed."""
+    """Prepare and pack two sources of sixty short documents in shards of up to 500 tokens."""
     root = tmp_path_factory.mktemp("inspection")
     sources = {}
     for name in ("a", "b"):
@@ -61,8 +61,8 @@ def stages(config: DataConfig) -> Stages:
     return planned
 
 
-def shown(sample: Sample, dataset: Dataset) -> str:
-    """What the screen shows of a sample."""
+def rendered(sample: Sample, dataset: Dataset) -> str:
+    """Return the console output for a sample."""
     console = Console(file=io.StringIO(), width=80)
     show_sample(console, sample, dataset.tokenizer(), Reading("it", 100, {}, []))
     assert isinstance(console.file, io.StringIO)
@@ -72,7 +72,7 @@ def shown(sample: Sample, dataset: Dataset) -> str:
 @pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize("packing", [None, "best_fit"])
 @pytest.mark.parametrize("blocks", [None, 64])
-def test_a_sample_is_the_row_that_training_computes_at_its_position(
+def test_sample_equals_the_row_of_the_training_batch(
     config: DataConfig,
     stages: Stages,
     packing: Literal["best_fit"] | None,
@@ -105,7 +105,7 @@ def test_a_sample_is_the_row_that_training_computes_at_its_position(
 
 
 @pytest.mark.parametrize("packing", [None, "best_fit"])
-def test_the_screen_has_each_document_its_places_and_its_masked_label(
+def test_output_lists_each_document_with_its_token_range_and_masked_label(
     config: DataConfig, stages: Stages, packing: Literal["best_fit"] | None
 ) -> None:
     dataset = Dataset.open(config.folder, packing=packing)
@@ -113,22 +113,22 @@ def test_the_screen_has_each_document_its_places_and_its_masked_label(
     n_boundaries = n_padding = 0
     for number in range(0, 90, 3):
         sample = read_sample(dataset, stages, number, seed=SEED)
-        text = shown(sample, dataset)
-        found = re.findall(
+        text = rendered(sample, dataset)
+        documents = re.findall(
             r"document (\d+)/(\d+), tokens? (\d+)(?: … (\d+))? \((\d+)\)(.*?) ─+\n"
             r"(.*?)(?=\n(?:document |padding |\Z)|\Z)",
             text,
             flags=re.DOTALL,
         )
         decoded = []
-        for place, (k, n, begin, last, size, told, content) in enumerate(found, start=1):
-            end = int(last or begin) + 1
-            ids = sample.tokens[int(begin) : end]
-            assert (int(k), int(n), int(size)) == (place, len(found), len(ids))
-            assert ("begun before" in told) == (ids[0] != tokenizer.bos_id)
-            assert ("goes on" in told) == (ids[-1] != tokenizer.eos_id)
+        for index, (k, n, first, last, size, notes, content) in enumerate(documents, start=1):
+            end = int(last or first) + 1
+            ids = sample.tokens[int(first) : end]
+            assert (int(k), int(n), int(size)) == (index, len(documents), len(ids))
+            assert ("begun before" in notes) == (ids[0] != tokenizer.bos_id)
+            assert ("goes on" in notes) == (ids[-1] != tokenizer.eos_id)
             has_mark = content.endswith(f" {NO_LABEL}")
-            # Without one, a line end closes a document's last line where it has none.
+            # Without the mark, a newline is added to a document that does not end with one.
             assert has_mark == (end - 1 in sample.masked())
             content = content.removesuffix(f" {NO_LABEL}")
             expected = tokenizer.decode(ids)
@@ -143,7 +143,7 @@ def test_the_screen_has_each_document_its_places_and_its_masked_label(
     assert bool(n_padding) == bool(packing)
 
 
-def test_what_a_terminal_obeys_is_shown_and_not_sent(tmp_path: Path) -> None:
+def test_terminal_control_characters_are_escaped(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("red \x1b[31m bell \x07 \x9b0m\nend\ttab" * 3)
     sources = {"text": SourceConfig("text", str(tmp_path / "a.txt"))}
     data = DataConfig("x", str(tmp_path / "shards"), sources, validation_fraction=0)
@@ -151,25 +151,25 @@ def test_what_a_terminal_obeys_is_shown_and_not_sent(tmp_path: Path) -> None:
     dataset = Dataset.open(data.folder)
     stages, _ = plan_stages(data, seq_len=40, global_batch_size=1, micro_batch_size=None)
     windows = [read_sample(dataset, stages, n, seed=0) for n in range(2)]
-    texts = [shown(sample, dataset) for sample in windows]
+    texts = [rendered(sample, dataset) for sample in windows]
     assert not any(set(text) & {"\x1b", "\x07", "\x9b"} for text in texts)
     assert any("red ␛[31m bell ␇ \ufffd0m\nend\ttab" in text for text in texts)
 
 
-def test_counts_and_lengths_are_those_of_the_shards(
+def test_counts_and_lengths_match_the_shards(
     config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.inspection.OFFSETS_AT_A_TIME", 7)  # a shard has twenty and more
+    monkeypatch.setattr("data.inspection.OFFSETS_AT_A_TIME", 7)  # a shard has more than twenty
     folder = Path(config.folder)
     manifest = Manifest.read(folder)
     console = Console(file=io.StringIO(), width=100)
     show_dataset(console, folder, manifest)
     assert isinstance(console.file, io.StringIO)
-    words = [line.split() for line in console.file.getvalue().splitlines()]
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
     for name in config.sources:
-        assert [name, "61", "1", "0", "0", "0"] in words  # the fixture's documents
+        assert [name, "61", "1", "0", "0", "0"] in lines  # the documents of the fixture
         for split in SPLITS:
-            (line,) = [line for line in words if line[:2] == [name, split]]
+            (line,) = [line for line in lines if line[:2] == [name, split]]
             n_documents, n_tokens = (
                 manifest.n_documents(split, name),
                 manifest.n_tokens(split, name),
@@ -179,7 +179,7 @@ def test_counts_and_lengths_are_those_of_the_shards(
         assert manifest.n_documents("train", name) + manifest.n_documents("validation", name) == 60
     sizes = np.array(
         [
-            2 + len(path.read_bytes())  # begin, bytes, end
+            2 + len(path.read_bytes())  # BOS, bytes, EOS
             for source in config.sources.values()
             for path in Path(source.path or "").glob("*.txt")
             if path.stat().st_size
@@ -187,29 +187,28 @@ def test_counts_and_lengths_are_those_of_the_shards(
     )
     lengths = document_lengths(folder, manifest)
     for power in range(64):
-        there = sizes[(sizes >= 2**power) & (sizes < 2 ** (power + 1))]
-        assert (lengths.documents[power], lengths.tokens[power]) == (len(there), there.sum())
-        if len(there):
-            (line,) = [line for line in words if line[:2] == [f"{2**power:,}", str(len(there))]]
+        in_bin = sizes[(sizes >= 2**power) & (sizes < 2 ** (power + 1))]
+        assert (lengths.documents[power], lengths.tokens[power]) == (len(in_bin), in_bin.sum())
+        if len(in_bin):
+            (line,) = [line for line in lines if line[:2] == [f"{2**power:,}", str(len(in_bin))]]
 
 
-def test_a_damaged_file_is_told_by_its_name(config: DataConfig, stages: Stages) -> None:
+def test_damaged_file_is_reported_by_name(config: DataConfig, stages: Stages) -> None:
     folder = Path(config.folder)
     for ending in ("offsets", "tokens"):
         path = next(folder.glob(f"a/train-*.{ending}"))
-        whole = path.read_bytes()
-        path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        original = path.read_bytes()
+        path.write_bytes(bytes([original[0] ^ 1]) + original[1:])
         try:
             with pytest.raises(DataError, match=f"{path.name} is damaged"):
                 document_lengths(folder, Manifest.read(folder))
                 for number in range(200):
                     read_sample(Dataset.open(folder), stages, number, seed=SEED)
         finally:
-            path.write_bytes(whole)
+            path.write_bytes(original)
 
 
-def test_the_page_on_shards_reads_them_with_numpy_alone(tmp_path: Path) -> None:
-    """Its example, as it stands there, beside our own reader."""
+def test_numpy_example_in_docs_reads_the_same_window_as_token_stream(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for i in range(40):

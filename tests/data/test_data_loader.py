@@ -1,4 +1,4 @@
-"""Batches: the same samples on every mesh, documents kept apart, threads that end."""
+"""Training and validation batches: independence of ranks and threads, labels and data checks."""
 
 import gc
 import threading
@@ -40,9 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned(
     micro: int | None = None, weights: dict[str, float] | None = None, *changes: StageConfig
 ) -> Stages:
-    """Stages over the sources a and b that begin with `SEQ_LEN` and `BATCH`."""
-    given = weights or {"a": 1.0, "b": 1.0}
-    sources = {name: SourceConfig("stdlib", weight=weight) for name, weight in given.items()}
+    """Return stages over the sources a and b whose first stage has `SEQ_LEN` and `BATCH`."""
+    weights = weights or {"a": 1.0, "b": 1.0}
+    sources = {name: SourceConfig("stdlib", weight=weight) for name, weight in weights.items()}
     data = DataConfig("x", "x", sources, stages=list(changes))
     stages, problems = plan_stages(
         data, seq_len=SEQ_LEN, global_batch_size=BATCH, micro_batch_size=micro
@@ -73,29 +73,29 @@ def loader(
     )
 
 
-def joined(*steps: StepBatches) -> list[torch.Tensor]:
-    """All rows of the micro-batches, one after another: tokens, positions, labels."""
+def concatenated(*steps: StepBatches) -> list[torch.Tensor]:
+    """Return tokens, positions and labels of all micro-batches, concatenated."""
     return [
         torch.cat(parts) for parts in zip(*(b for s in steps for b in s.micro_batches), strict=True)
     ]
 
 
 @pytest.mark.parametrize(("size", "micro"), [(1, 1), (1, 12), (2, 3), (3, 2), (6, 1), (12, 1)])
-def test_ranks_and_micro_batches_only_deal_out_the_one_process_batch(
+def test_ranks_and_micro_batches_partition_the_batch_of_one_process(
     folder: Path, size: int, micro: int
 ) -> None:
     for step in (0, 1, 5000):
-        whole = loader(folder).step(step)
-        parts = [loader(folder, rank, size, micro).step(step) for rank in range(size)]
-        assert all(len(batch.tokens) == micro for part in parts for batch in part.micro_batches)
-        for one, other in zip(joined(whole), joined(*parts), strict=True):
-            assert torch.equal(one, other)
-        assert sum(part.digest for part in parts) == whole.digest
-        assert sum(part.n_targets for part in parts) == whole.n_targets
-        assert whole.n_targets == int((joined(whole)[2] != IGNORE).sum())
-        for part in (whole, *parts):  # a bound for what attention has to keep apart
-            begun = [int(torch.eq(batch.positions, 0).sum()) for batch in part.micro_batches]  # type: ignore[arg-type]
-            assert all(n >= found for n, found in zip(part.n_documents, begun, strict=True))
+        full = loader(folder).step(step)
+        ranks = [loader(folder, rank, size, micro).step(step) for rank in range(size)]
+        assert all(len(batch.tokens) == micro for rank in ranks for batch in rank.micro_batches)
+        for expected, actual in zip(concatenated(full), concatenated(*ranks), strict=True):
+            assert torch.equal(expected, actual)
+        assert sum(rank.digest for rank in ranks) == full.digest
+        assert sum(rank.n_targets for rank in ranks) == full.n_targets
+        assert full.n_targets == int((concatenated(full)[2] != IGNORE).sum())
+        for each in (full, *ranks):  # an upper bound on the documents that attention separates
+            starts = [int(torch.eq(batch.positions, 0).sum()) for batch in each.micro_batches]  # type: ignore[arg-type]
+            assert all(bound >= n for bound, n in zip(each.n_documents, starts, strict=True))
 
 
 def test_digest_changes_with_the_step_and_with_any_token(folder: Path) -> None:
@@ -105,46 +105,47 @@ def test_digest_changes_with_the_step_and_with_any_token(folder: Path) -> None:
     stream = changed.dataset.train["a"]
     window = stream.window
 
-    def with_one_other_token(index: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    def with_one_changed_token(index: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         tokens, starts = window(index, seq_len)
         changed = tokens.copy()
         changed[3] ^= 1
         return changed, starts
 
-    stream.window = with_one_other_token  # type: ignore[method-assign]
+    stream.window = with_one_changed_token  # type: ignore[method-assign]
     assert changed.step(0).digest != step.digest
 
     same_windows = loader(folder)
-    place = same_windows.order.locate(np.arange(BATCH))
-    same_windows.order.locate = lambda samples: place  # type: ignore
+    windows = same_windows.order.locate(np.arange(BATCH))
+    same_windows.order.locate = lambda samples: windows  # type: ignore
     assert same_windows.step(0).digest == step.digest
-    assert same_windows.step(1).digest != step.digest  # the same tokens as other samples
+    assert same_windows.step(1).digest != step.digest  # equal tokens, other sample indices
 
 
-def test_an_epoch_of_steps_reads_each_window_once(folder: Path) -> None:
-    one = loader(folder, weights={"a": 1.0, "b": 1e-4})
-    n_windows = one.dataset.train["a"].n_windows(SEQ_LEN)
-    source, epoch, window = one.order.locate(np.arange(n_windows + 40))
+def test_epoch_reads_each_window_once(folder: Path) -> None:
+    train_loader = loader(folder, weights={"a": 1.0, "b": 1e-4})
+    n_windows = train_loader.dataset.train["a"].n_windows(SEQ_LEN)
+    source, epoch, window = train_loader.order.locate(np.arange(n_windows + 40))
     first = window[(source == 0) & (epoch == 0)]
     assert sorted(first.tolist()) == list(range(n_windows))
 
 
-def test_positions_and_labels_stop_at_each_document(folder: Path) -> None:
-    one = loader(folder)
-    bos, eos = one.dataset.manifest.tokenizer.bos_id, one.dataset.manifest.tokenizer.eos_id
-    tokens, positions, labels = joined(*(one.step(step) for step in range(20)))
+def test_positions_restart_and_labels_are_masked_at_document_boundaries(folder: Path) -> None:
+    train_loader = loader(folder)
+    tokenizer = train_loader.dataset.manifest.tokenizer
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    tokens, positions, labels = concatenated(*(train_loader.step(step) for step in range(20)))
     expected = torch.zeros_like(positions)
     for row in range(len(tokens)):
         for i in range(1, SEQ_LEN):
             expected[row, i] = 0 if tokens[row, i] == bos else expected[row, i - 1] + 1
     assert torch.equal(positions, expected)
-    assert torch.equal(labels == IGNORE, tokens == eos)  # what follows is another document's
+    assert torch.equal(labels == IGNORE, tokens == eos)  # the next token is in another document
     inside = labels[:, :-1] != IGNORE
     assert torch.equal(labels[:, :-1][inside], tokens[:, 1:][inside])
     assert (labels == IGNORE).any()
 
 
-def test_without_the_document_mask_a_row_is_one_document_and_every_label_counts(
+def test_without_document_mask_a_row_is_one_document_and_all_labels_are_targets(
     folder: Path,
 ) -> None:
     masked, plain = loader(folder).step(3), loader(folder, mask=False).step(3)
@@ -153,7 +154,7 @@ def test_without_the_document_mask_a_row_is_one_document_and_every_label_counts(
         torch.cat([getattr(batch, name) for batch in plain.micro_batches])
         for name in ("tokens", "labels")
     )
-    assert torch.equal(tokens, joined(masked)[0])
+    assert torch.equal(tokens, concatenated(masked)[0])
     assert torch.equal(labels[:, :-1], tokens[:, 1:])
     assert plain.n_targets == labels.numel()
     assert plain.digest == masked.digest
@@ -161,28 +162,28 @@ def test_without_the_document_mask_a_row_is_one_document_and_every_label_counts(
 
 @settings(deadline=None, max_examples=50)
 @given(starts=st.sets(st.integers(0, 8)))
-def test_a_batch_equals_the_definition_for_any_document_starts(starts: set[int]) -> None:
+def test_batch_matches_the_definition_for_any_document_starts(starts: set[int]) -> None:
     window = np.arange(100, 109, dtype=np.uint32)
     batch = make_batch([(window, np.array(sorted(starts), dtype=np.int64))], True)
-    begin = [max([s for s in starts if s <= i], default=0) for i in range(8)]
+    start_of = [max([s for s in starts if s <= i], default=0) for i in range(8)]
     assert batch.positions is not None
-    assert batch.positions.tolist() == [[i - b for i, b in enumerate(begin)]]
+    assert batch.positions.tolist() == [[i - start for i, start in enumerate(start_of)]]
     assert batch.labels.tolist() == [[IGNORE if i + 1 in starts else 101 + i for i in range(8)]]
-    for part in (batch.tokens, batch.positions, batch.labels):
-        assert part.dtype == torch.int64 and part.is_contiguous()
+    for field in (batch.tokens, batch.positions, batch.labels):
+        assert field.dtype == torch.int64 and field.is_contiguous()
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("prefetch", [1, 2, 7])
-def test_steps_read_ahead_are_the_steps_read_alone_from_any_position(
+def test_prefetched_steps_equal_steps_read_individually(
     folder: Path, threads: int, prefetch: int
 ) -> None:
     steps = loader(folder, threads=threads, prefetch=prefetch).steps(11)
-    alone = loader(folder)
+    reference = loader(folder)
     for number in range(11, 25):
-        ahead, here = next(steps), alone.step(number)
-        assert ahead.digest == here.digest
-        for one, other in zip(joined(ahead), joined(here), strict=True):
+        actual, expected = next(steps), reference.step(number)
+        assert actual.digest == expected.digest
+        for one, other in zip(concatenated(actual), concatenated(expected), strict=True):
             assert torch.equal(one, other)
     steps.close()
 
@@ -192,13 +193,12 @@ SKIPS = ((2, 3), (6, 9), (15, 16))
 
 @pytest.mark.parametrize("first", [0, 2, 7])
 @pytest.mark.parametrize(("size", "threads", "prefetch"), [(1, 1, 0), (2, 3, 4), (3, 1, 2)])
-def test_skipped_batches_are_left_out_and_all_others_stay(
+def test_skipped_batches_are_excluded_and_others_keep_number_and_content(
     folder: Path, size: int, threads: int, prefetch: int, first: int
 ) -> None:
-    """The list of all batches without those of the ranges, under their own numbers."""
     stages = planned(None, {"a": 1.0, "b": 1.0}, *STAGED[:2])
-    left_out = {number for begin, stop in SKIPS for number in range(begin, stop)}
-    kept = [number for number in range(first, 18) if number not in left_out]
+    skipped = {number for start, stop in SKIPS for number in range(start, stop)}
+    kept = [number for number in range(first, 18) if number not in skipped]
     ranks = [
         loader(folder, r, size, threads=threads, prefetch=prefetch, stages=stages)
         for r in range(size)
@@ -206,9 +206,9 @@ def test_skipped_batches_are_left_out_and_all_others_stay(
     for rank in ranks:
         steps = rank.steps(first, SKIPS)
         for number in kept:
-            found, expected = next(steps), rank.step(number)
-            assert (found.number, found.digest) == (number, expected.digest)
-            for one, other in zip(joined(found), joined(expected), strict=True):
+            actual, expected = next(steps), rank.step(number)
+            assert (actual.number, actual.digest) == (number, expected.digest)
+            for one, other in zip(concatenated(actual), concatenated(expected), strict=True):
                 assert torch.equal(one, other)
         steps.close()
 
@@ -220,92 +220,92 @@ STAGED = [
 ]
 
 
-def test_stages_read_the_samples_and_lengths_that_they_tell(folder: Path) -> None:
-    """Against the order and the streams themselves, sample by sample."""
+def test_stages_set_the_weights_sequence_length_and_batch_size_of_each_step(folder: Path) -> None:
+    """The expected windows are read from order and streams, sample by sample."""
     stages = planned(2, {"a": 1.0, "b": 1.0}, *STAGED)
-    one = loader(folder, stages=stages)
-    dataset = one.dataset
+    train_loader = loader(folder, stages=stages)
+    dataset = train_loader.dataset
     sample = 0
     for step in range(15):
         seq_len = SEQ_LEN if sample < 96 else 24
         batch, micro = (BATCH, 2) if sample < 132 else (6, 1)
-        found = one.step(step)
-        assert [b.tokens.shape for b in found.micro_batches] == [(micro, seq_len)] * (
+        batches = train_loader.step(step)
+        assert [b.tokens.shape for b in batches.micro_batches] == [(micro, seq_len)] * (
             batch // micro
         )
-        for row in joined(found)[0]:
-            source, _, window = (int(c[0]) for c in one.order.locate(np.array([sample])))
-            name = one.order.names[source]
+        for row in concatenated(batches)[0]:
+            source, _, window = (int(c[0]) for c in train_loader.order.locate(np.array([sample])))
+            name = train_loader.order.names[source]
             assert name == "b" or not 60 <= sample < 96
             expected = dataset.train[name].window(window, seq_len)[0][:-1]
             assert row.tolist() == expected.tolist()
             sample += 1
 
 
-def test_a_change_of_ranks_threads_and_read_ahead_keeps_every_digest(folder: Path) -> None:
-    """Three starts of one run, on 1, 3 and 2 data ranks: the digest of each step stays."""
+def test_digests_do_not_depend_on_ranks_threads_or_prefetch(folder: Path) -> None:
+    """A run is resumed twice, on 1, 3 and 2 data ranks."""
     stages = planned(None, {"a": 1.0, "b": 1.0}, *STAGED[:2])
-    alone = [loader(folder, stages=stages).step(step).digest for step in range(18)]
-    found: list[int] = []
+    expected = [loader(folder, stages=stages).step(step).digest for step in range(18)]
+    digests: list[int] = []
     for size, threads, prefetch in ((1, 1, 1), (3, 2, 4), (2, 3, 2)):
         ranks = [
             loader(folder, r, size, threads=threads, prefetch=prefetch, stages=stages).steps(
-                len(found)
+                len(digests)
             )
             for r in range(size)
         ]
-        found += [sum(next(rank).digest for rank in ranks) for _ in range(6)]
+        digests += [sum(next(rank).digest for rank in ranks) for _ in range(6)]
         for rank in ranks:
             rank.close()
-    assert found == alone
+    assert digests == expected
 
 
-def test_memory_stands_still_over_many_steps(folder: Path) -> None:
-    """What Python holds after 400 steps is what it held after 40, within 64 kB of its own books."""
+def test_memory_does_not_grow_over_many_steps(folder: Path) -> None:
+    """Python's allocations after 400 steps exceed those after 40 by less than 64 kB."""
     steps = loader(folder, threads=2).steps(0)
     tracemalloc.start()
     try:
-        held: list[int] = []
+        allocated: list[int] = []
         for _ in range(2):
-            for _ in range(40 if not held else 360):
+            for _ in range(40 if not allocated else 360):
                 next(steps)
             gc.collect()
-            held.append(tracemalloc.get_traced_memory()[0])
+            allocated.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
         steps.close()
-    assert held[1] - held[0] < 2**16
+    assert allocated[1] - allocated[0] < 2**16
 
 
 def loader_threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("llamesh-loader")]
 
 
-def test_threads_end_with_their_iterator_and_errors_reach_the_reader(folder: Path) -> None:
-    together = loader(folder, threads=3, prefetch=3)
-    meeting, alone = threading.Barrier(3, timeout=60), together.step
+def test_threads_exit_with_their_iterator_and_errors_reach_the_reader(folder: Path) -> None:
+    concurrent = loader(folder, threads=3, prefetch=3)
+    barrier, read_step = threading.Barrier(3, timeout=60), concurrent.step
 
-    def met(number: int) -> StepBatches:
+    def step_after_barrier(number: int) -> StepBatches:
         if number < 3:
-            meeting.wait()  # a quick step would leave its thread for the next one
-        return alone(number)
+            barrier.wait()  # otherwise one thread might read several steps
+        return read_step(number)
 
-    together.step = met  # type: ignore
-    steps = together.steps(0)
+    concurrent.step = step_after_barrier  # type: ignore
+    steps = concurrent.steps(0)
     next(steps)
     assert len(loader_threads()) == 3
     steps.close()
     assert loader_threads() == []
 
     broken = loader(folder)
-    whole_step = broken.step
+    intact_step = broken.step
 
-    def step(number: int) -> StepBatches:
+    def failing_step(number: int) -> StepBatches:
         if number == 2:
             raise OSError("the folder vanished")
-        return whole_step(number)
+        return intact_step(number)
 
-    broken.step = step  # type: ignore
+    broken.step = failing_step  # type: ignore
     steps = broken.steps(0)
     next(steps), next(steps)
     with pytest.raises(OSError, match="the folder vanished"):
@@ -316,7 +316,7 @@ def test_threads_end_with_their_iterator_and_errors_reach_the_reader(folder: Pat
 @pytest.mark.parametrize(
     ("samples", "size", "micro"), [(10, 1, 4), (10, 2, 4), (7, 3, 2), (9**9, 4, 8)]
 )
-def test_validation_rows_are_dealt_once_and_every_rank_gets_equal_shapes(
+def test_validation_rows_are_distributed_once_and_all_ranks_get_equal_shapes(
     folder: Path, samples: int, size: int, micro: int
 ) -> None:
     dataset = Dataset.open(folder)
@@ -337,19 +337,19 @@ def test_validation_rows_are_dealt_once_and_every_rank_gets_equal_shapes(
     streams = dataset.validation
     chosen = [(name, i) for name, i in order if i < streams[name].n_windows(SEQ_LEN)][:samples]
     for name, stream in streams.items():
-        of_ranks = [rank[name] for rank in ranks]
-        assert {len(batches) for batches in of_ranks} == {len(of_ranks[0])}
+        by_rank = [rank[name] for rank in ranks]
+        assert {len(batches) for batches in by_rank} == {len(by_rank[0])}
         rows = []
-        for group in zip(*of_ranks, strict=True):
+        for group in zip(*by_rank, strict=True):
             for batch in group:
                 assert batch.tokens.shape == (micro, SEQ_LEN)
                 real = (batch.labels != IGNORE).any(dim=1)
                 rows += batch.tokens[real].tolist()
-        indices = [i for of, i in chosen if of == name]
+        indices = [i for source, i in chosen if source == name]
         assert rows == [stream.window(i, SEQ_LEN)[0][:-1].tolist() for i in indices]
 
 
-def test_data_that_does_not_fit_the_model_is_told_all_at_once(folder: Path) -> None:
+def test_all_mismatches_of_data_and_model_are_reported_together(folder: Path) -> None:
     dataset = Dataset.open(folder)
     dataset.check(planned(), vocab_size=272)
     n_tokens = dataset.train["a"].n_tokens
@@ -373,7 +373,7 @@ def test_data_that_does_not_fit_the_model_is_told_all_at_once(folder: Path) -> N
         dataset.check(planned(2, {"a": 1.0, "b": 1.0, "c": 1.0}), 272)
 
 
-def test_a_source_that_a_stage_leaves_out_may_be_too_short_for_it(folder: Path) -> None:
+def test_source_with_weight_zero_in_a_stage_may_be_too_short_for_it(folder: Path) -> None:
     dataset = Dataset.open(folder)
     dataset.train["b"].n_tokens = 20  # one window of 16, none of 24
     dataset.check(planned(2, {"a": 1.0, "b": 1.0}, StageConfig(24, {"b": 0.0}, seq_len=24)), 272)
@@ -381,15 +381,15 @@ def test_a_source_that_a_stage_leaves_out_may_be_too_short_for_it(folder: Path) 
         dataset.check(planned(2, {"a": 1.0, "b": 1.0}, StageConfig(24, seq_len=24)), 272)
 
 
-def test_another_tokenizer_file_is_told(folder: Path) -> None:
+def test_replaced_tokenizer_file_is_rejected(folder: Path) -> None:
     path = folder / "tokenizer.model"
-    whole = path.read_bytes()
+    original = path.read_bytes()
     swapped = (
-        whole.replace(b" 65\n", b" x\n").replace(b" 66\n", b" 65\n").replace(b" x\n", b" 66\n")
+        original.replace(b" 65\n", b" x\n").replace(b" 66\n", b" 65\n").replace(b" x\n", b" 66\n")
     )
     path.write_bytes(swapped)
     try:
         with pytest.raises(DataError, match="is not the tokenizer that made the tokens"):
             Dataset.open(folder).tokenizer()
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)

@@ -1,4 +1,4 @@
-"""Token ids: those of Meta's own class, of the trained model, and back to the same text."""
+"""Token ids match Meta's tokenizer and the training library, and decode to the same text."""
 
 import importlib.util
 import json
@@ -42,7 +42,7 @@ TEXTS = [
 ]
 
 
-# Sentences of many scripts, emoji with their joiners, code of this very repository.
+# Sentences in many scripts, emoji with joiners, and source code of this repository.
 CORPUS = [
     "Tiếng Việt có dấu; Ελληνικά; עברית עם ניקוד: שָׁלוֹם; ไทยไม่เว้นวรรค; ქართული; አማርኛ",
     "पहले १२३ और ৪৫৬, फिर ١٢٣٬٤٥٦٫٧٨٩ — ①②③ Ⅳ ½ 1234567890 3.14e-10",
@@ -91,10 +91,10 @@ def test_llama3_ids_equal_those_of_metas_tokenizer(llama3: Tokenizer) -> None:
         assert document.dtype == np.uint32
 
 
-def test_a_prepared_corpus_holds_the_ids_of_metas_tokenizer(
+def test_prepared_shards_contain_the_ids_of_metas_tokenizer(
     llama3: Tokenizer, tmp_path: Path
 ) -> None:
-    """From the file to the shards: each text as Meta's own class encodes it, special tokens too."""
+    """Special tokens included."""
     from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 
     meta = MetaTokenizer.get_instance()
@@ -112,9 +112,9 @@ def test_a_prepared_corpus_holds_the_ids_of_metas_tokenizer(
     assert manifest.n_documents("train") + manifest.n_documents("validation") == len(texts)
     for split in SPLITS:
         stream = TokenStream(Path(data.folder), manifest.shards(split))
-        tokens, starts = stream.window(0, stream.n_tokens - 1)  # all of them
-        held = [text for text in texts if is_validation(text, 0.3) == (split == "validation")]
-        expected = [meta.encode(text, bos=True, eos=True) for text in held]
+        tokens, starts = stream.window(0, stream.n_tokens - 1)  # all tokens
+        in_split = [text for text in texts if is_validation(text, 0.3) == (split == "validation")]
+        expected = [meta.encode(text, bos=True, eos=True) for text in in_split]
         assert starts.tolist() == [0, *np.cumsum([len(ids) for ids in expected])[:-1].tolist()]
         assert tokens.tolist() == [token for ids in expected for token in ids]
 
@@ -129,9 +129,7 @@ def test_a_prepared_corpus_holds_the_ids_of_metas_tokenizer(
         max_size=12,
     ),
 )
-def test_pieces_are_those_of_metas_tokenizer(
-    llama3: Tokenizer, runs: list[tuple[str, int]]
-) -> None:
+def test_pieces_match_metas_tokenizer(llama3: Tokenizer, runs: list[tuple[str, int]]) -> None:
     from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 
     split = MetaTokenizer._split_whitespaces_or_nonwhitespaces
@@ -145,20 +143,20 @@ def test_pieces_are_those_of_metas_tokenizer(
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_every_text_comes_back_from_its_ids(trained: Tokenizer, text: str) -> None:
+def test_ids_decode_to_the_original_text(trained: Tokenizer, text: str) -> None:
     for tokenizer in (byte(), trained):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
-        assert max(ids, default=0) < len(tokenizer.ranks)  # no special token out of text
+        assert max(ids, default=0) < len(tokenizer.ranks)  # text never encodes to special tokens
     assert byte().decode([byte().bos_id]) == "<|begin_of_text|>"
 
 
-def test_byte_ids_are_the_bytes() -> None:
+def test_byte_tokenizer_ids_equal_utf8_bytes() -> None:
     assert byte().encode("é x") == list("é x".encode())
     assert byte().vocab_size == 272
 
 
-def test_bpe_ids_equal_those_of_the_library_that_trained_it() -> None:
+def test_bpe_ids_match_the_training_library() -> None:
     text = Path(__file__).read_text()
     ours, theirs = train_bpe([text], 600), _trained_by_library([text], 584)
     assert ours.vocab_size == 600
@@ -166,8 +164,8 @@ def test_bpe_ids_equal_those_of_the_library_that_trained_it() -> None:
         assert ours.encode(sample) == theirs.encode(sample).ids
 
 
-def test_trained_file_is_a_function_of_the_corpus_alone(trained: Tokenizer) -> None:
-    """In processes with other hash seeds and numbers of threads, where chance would show."""
+def test_trained_tokenizer_file_depends_on_the_corpus_only(trained: Tokenizer) -> None:
+    """Train in processes with different hash seeds and thread counts to detect randomness."""
     program = (
         "import sys; from pathlib import Path; from data.tokenizer import *; "
         f"text = Path({__file__!r}).read_text(); "
@@ -176,24 +174,24 @@ def test_trained_file_is_a_function_of_the_corpus_alone(trained: Tokenizer) -> N
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed}
         environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-        written = subprocess.run(
+        content = subprocess.run(
             [sys.executable, "-c", program], env=environment, capture_output=True, check=True
         ).stdout
-        assert written == model_file(trained.ranks)
+        assert content == model_file(trained.ranks)
 
 
-def test_tokenizer_file_comes_back_with_the_same_hash(trained: Tokenizer, tmp_path: Path) -> None:
+def test_tokenizer_file_round_trip_keeps_the_hash(trained: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(model_file(trained.ranks))
-    again = read_tokenizer(path, "bpe")
-    assert again.ranks == trained.ranks
-    assert again.hash == trained.hash
+    reread = read_tokenizer(path, "bpe")
+    assert reread.ranks == trained.ranks
+    assert reread.hash == trained.hash
     assert load_tokenizer(TokenizerConfig("bpe", 600), tmp_path).hash == trained.hash
     assert read_tokenizer(path, "llama3").hash != trained.hash  # other special tokens
     assert byte().hash != trained.hash
 
 
-def test_bad_tokenizer_files_are_told(trained: Tokenizer, tmp_path: Path) -> None:
+def test_invalid_tokenizer_files_are_rejected(trained: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="prepare the data first"):
         load_tokenizer(TokenizerConfig("bpe", 600), tmp_path)
     path = tmp_path / "tokenizer.model"
@@ -206,10 +204,10 @@ def test_bad_tokenizer_files_are_told(trained: Tokenizer, tmp_path: Path) -> Non
     path.write_bytes(b"".join(lines[:300] + lines[301:]))
     with pytest.raises(DataError, match="is damaged"):
         read_tokenizer(path, "bpe")
-    without_a_byte = {
+    missing_byte = {
         token if token != b"z" else b"zzzz": trained.ranks[token] for token in trained.ranks
     }
-    path.write_bytes(model_file(without_a_byte))
+    path.write_bytes(model_file(missing_byte))
     with pytest.raises(DataError, match="is damaged"):
         read_tokenizer(path, "bpe")
     path.write_bytes(b"".join(lines))
@@ -219,7 +217,7 @@ def test_bad_tokenizer_files_are_told(trained: Tokenizer, tmp_path: Path) -> Non
         train_bpe(["short"], 4096)
 
 
-def test_a_missing_llama3_package_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_for_missing_llama3_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="extra `llama3`"):
         ready_tokenizer(TokenizerConfig("llama3", 128_256))
