@@ -98,10 +98,10 @@ def test_segments_of_a_split_document_are_full_except_the_last_and_overlap_by_on
     lengths: list[int], capacity: int
 ) -> None:
     for n in lengths:
-        begins, sizes, n_cut = cut(np.array([7]), 7 + n, capacity)
+        starts, sizes, n_cut = cut(np.array([7]), 7 + n, capacity)
         assert sizes[:-1].tolist() == [capacity] * (len(sizes) - 1)
-        assert begins[1:].tolist() == (begins + sizes - 1)[:-1].tolist()
-        assert begins[0] == 7 and begins[-1] + sizes[-1] == 7 + n
+        assert starts[1:].tolist() == (starts + sizes - 1)[:-1].tolist()
+        assert starts[0] == 7 and starts[-1] + sizes[-1] == 7 + n
         assert n_cut == (n > capacity) == (len(sizes) > 1)
 
 

@@ -1,4 +1,4 @@
-"""Preparation: each format end to end, repeated, refused, bounded in memory, bad input told."""
+"""prepare.py: all source formats, repeated runs, bounded memory, and errors for bad input."""
 
 import json
 import os
@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Downloaded datasets go here, not to the user's folder."""
+def temporary_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redirect the Hugging Face datasets cache to a temporary folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / ".cache"))
 
 
@@ -47,7 +47,7 @@ def write_texts(folder: Path, texts: list[str] = TEXTS) -> str:
 
 
 def write_jsonl(path: Path, texts: list[str] = TEXTS) -> str:
-    # The second column changes its type half way, which must be of no interest.
+    # The type of the second column changes half way, which must not matter.
     rows = [{"text": text, "meta": i if i < 20 else {"a": [i]}} for i, text in enumerate(texts)]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return str(path)
@@ -80,18 +80,20 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("format_", ["text", "jsonl", "parquet", "huggingface"])
-def test_each_format_ends_as_the_tokens_of_its_documents(format_: str, tmp_path: Path) -> None:
+def test_each_format_is_prepared_as_the_tokens_of_its_documents(
+    format_: str, tmp_path: Path
+) -> None:
     data = data_of(tmp_path, source_of(format_, tmp_path))
     manifest = prepare(data, BYTE, progress=False)
     tokenizer = load_tokenizer(BYTE, data.folder)
     for split in SPLITS:
         expected = [text for text in TEXTS if is_validation(text, 0.2) == (split == "validation")]
         stream = TokenStream(Path(data.folder), manifest.shards(split))
-        tokens, starts = stream.window(0, stream.n_tokens - 1)  # all of them
-        cuts = [*starts.tolist(), stream.n_tokens]
-        parts = [tokens[a:b] for a, b in pairwise(cuts)]
-        assert [tokenizer.decode(part[1:-1]) for part in parts] == expected
-        assert {(part[0], part[-1]) for part in parts} == {(tokenizer.bos_id, tokenizer.eos_id)}
+        tokens, starts = stream.window(0, stream.n_tokens - 1)  # all tokens
+        bounds = [*starts.tolist(), stream.n_tokens]
+        documents = [tokens[a:b] for a, b in pairwise(bounds)]
+        assert [tokenizer.decode(ids[1:-1]) for ids in documents] == expected
+        assert {(ids[0], ids[-1]) for ids in documents} == {(tokenizer.bos_id, tokenizer.eos_id)}
         assert manifest.n_documents(split) == len(expected) > 0
     assert sorted(path.name for path in Path(data.folder).iterdir()) == [
         "manifest.json",
@@ -100,7 +102,7 @@ def test_each_format_ends_as_the_tokens_of_its_documents(format_: str, tmp_path:
     ]
 
 
-def test_preparing_twice_gives_the_same_bytes_and_the_second_time_nothing_is_done(
+def test_preparation_is_deterministic_and_does_nothing_if_already_prepared(
     tmp_path: Path,
 ) -> None:
     source = source_of("text", tmp_path)
@@ -112,13 +114,13 @@ def test_preparing_twice_gives_the_same_bytes_and_the_second_time_nothing_is_don
     assert listing(Path(one.folder)) == listing(Path(two.folder))
 
     before = {p: p.stat().st_mtime_ns for p in Path(one.folder).rglob("*")}
-    weighted = {"s0": replace(source, weight=3.0)}  # weights are for reading, not for preparing
+    weighted = {"s0": replace(source, weight=3.0)}  # weights affect reading only
     assert prepare(replace(one, sources=weighted), bpe, progress=False) == manifest
     assert before == {p: p.stat().st_mtime_ns for p in Path(one.folder).rglob("*")}
     assert wait_until_prepared(one.folder) == manifest
 
 
-def test_another_configuration_of_a_prepared_folder_is_refused_with_the_difference(
+def test_preparing_with_another_configuration_is_rejected_with_the_difference(
     tmp_path: Path,
 ) -> None:
     data = data_of(tmp_path, source_of("text", tmp_path))
@@ -131,34 +133,35 @@ def test_another_configuration_of_a_prepared_folder_is_refused_with_the_differen
     assert listing(Path(data.folder)) == before
 
 
-def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+def test_files_not_written_by_prepare_are_not_modified(tmp_path: Path) -> None:
     data = data_of(tmp_path, source_of("text", tmp_path))
     folder = Path(data.folder)
     folder.mkdir()
-    (folder / "tokenizer.model").write_text("someone's own")
+    (folder / "tokenizer.model").write_text("user file")
     with pytest.raises(DataError, match=r"no preparation made \(tokenizer\.model"):
         prepare(data, BYTE, progress=False)
-    assert (folder / "tokenizer.model").read_text() == "someone's own"
+    assert (folder / "tokenizer.model").read_text() == "user file"
     (folder / "tokenizer.model").unlink()
-    (folder / state.MARKER_FILE).touch()  # as of a preparation that was killed at once
+    (folder / state.MARKER_FILE).touch()  # as if a preparation was killed right after its start
     (folder / "s0").mkdir()
-    (folder / "s0" / "notes.txt").write_text("someone's own")
+    (folder / "s0" / "notes.txt").write_text("user file")
     prepare(data, BYTE, progress=False)
-    assert (folder / "s0" / "notes.txt").read_text() == "someone's own"
+    assert (folder / "s0" / "notes.txt").read_text() == "user file"
 
 
-def test_the_validation_split_holds_its_share_and_no_document_moves_when_the_corpus_grows() -> None:
+def test_validation_split_has_the_configured_fraction_and_depends_on_the_text_only() -> None:
+    """A document therefore stays in its split when the corpus grows."""
     texts = [f"text {i}" for i in range(4000)]
-    held_out = [is_validation(text, 0.1) for text in texts]
-    # Binomial: 400 expected, standard deviation 19; five of them.
-    assert abs(sum(held_out) - 400) < 95
-    assert [is_validation(text, 0.2) for text in texts].count(True) > sum(held_out)
-    wider = [is_validation(text, 0.2) for text in texts]
-    assert all(b for a, b in zip(held_out, wider, strict=True) if a)
+    validation = [is_validation(text, 0.1) for text in texts]
+    # Binomial distribution: mean 400, standard deviation 19; the bound is five deviations.
+    assert abs(sum(validation) - 400) < 95
+    assert [is_validation(text, 0.2) for text in texts].count(True) > sum(validation)
+    larger = [is_validation(text, 0.2) for text in texts]
+    assert all(b for a, b in zip(validation, larger, strict=True) if a)
     assert not any(is_validation(text, 0.0) for text in texts)
 
 
-def test_what_became_of_each_document_is_counted_and_told(
+def test_empty_filtered_skipped_and_replaced_documents_are_counted_and_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rows.jsonl"
@@ -172,9 +175,9 @@ def test_what_became_of_each_document_is_counted_and_told(
     manifest = prepare(data, BYTE)
     counts = {"read": 7, "empty": 2, "filtered": 1, "skipped": 2, "replaced": 1}
     assert manifest.sources["s0"].documents == counts
-    assert manifest.n_documents("train") == 2  # nothing is lost: 7 - 2 - 1 - 2
-    told = capsys.readouterr().err
-    assert "7 read, 2 empty, 1 filtered, 2 skipped, 1 replaced" in told
+    assert manifest.n_documents("train") == 2  # 7 - 2 - 1 - 2
+    output = capsys.readouterr().err
+    assert "7 read, 2 empty, 1 filtered, 2 skipped, 1 replaced" in output
     source = replace(source, filter=[("n", ">", 1)])
     data = replace(data, folder=str(tmp_path / "other"), sources={"s0": source})
     with pytest.raises(DataError, match=r"data\.sources\.s0 has no token to train on .*6 filtered"):
@@ -182,9 +185,11 @@ def test_what_became_of_each_document_is_counted_and_told(
     assert not Path(data.folder).exists()
 
 
-def test_what_only_the_reader_uses_is_no_part_of_the_configuration(tmp_path: Path) -> None:
+def test_keys_used_only_for_reading_are_not_part_of_the_preparation_configuration(
+    tmp_path: Path,
+) -> None:
     data = data_of(tmp_path, source_of("jsonl", tmp_path))
-    wanted = configuration(data, BYTE)
+    expected = configuration(data, BYTE)
     source = replace(data.sources["s0"], weight=3.0)
     reading = replace(
         *(data,),
@@ -198,29 +203,29 @@ def test_what_only_the_reader_uses_is_no_part_of_the_configuration(tmp_path: Pat
         prefetch=3,
         verify_reads=False,
     )
-    assert configuration(reading, BYTE) == wanted
+    assert configuration(reading, BYTE) == expected
     for changed in (
         replace(data, validation_fraction=0.5),
         replace(data, shard_tokens=5),
         replace(data, invalid_text="skip"),
         replace(data, sources={"s0": replace(data.sources["s0"], filter=[("n", "==", 1)])}),
     ):
-        assert configuration(changed, BYTE) != wanted
+        assert configuration(changed, BYTE) != expected
 
 
-def test_a_refusal_of_the_caller_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_check_of_the_caller_leaves_no_files(tmp_path: Path) -> None:
     data = data_of(tmp_path / "new" / "folder", source_of("text", tmp_path))
 
-    def refuse(manifest: Manifest) -> None:
+    def fail(manifest: Manifest) -> None:
         raise DataError("too small")
 
     with pytest.raises(DataError, match="too small"):
-        prepare(data, BYTE, progress=False, check=refuse)
+        prepare(data, BYTE, progress=False, check=fail)
     assert not (tmp_path / "new").exists()
 
 
-def test_long_runs_and_one_long_document_are_prepared_in_bounded_memory(tmp_path: Path) -> None:
-    """Ten million characters as one document, and what makes tiktoken panic, as Meta cuts it."""
+def test_very_long_documents_and_whitespace_runs_are_prepared(tmp_path: Path) -> None:
+    """One document has ten million characters; another makes tiktoken panic unless split."""
     texts = ["naïve 🙂 " * 1_000_000, " " * 1_000_000 + "a", "<|end_of_text|> is text"]
     source = SourceConfig("jsonl", write_jsonl(tmp_path / "rows.jsonl", texts))
     data = replace(data_of(tmp_path, source), validation_fraction=0.0)
@@ -231,17 +236,17 @@ def test_long_runs_and_one_long_document_are_prepared_in_bounded_memory(tmp_path
     assert [b - a for a, b in pairwise([*starts.tolist(), stream.n_tokens])] == expected
     tokenizer = load_tokenizer(BYTE, data.folder)
     assert tokenizer.decode(tokens[starts[2] + 1 : -1]) == texts[2]
-    assert (tokens >= 256).sum() == 2 * len(texts)  # no special token but those around
+    assert (tokens >= 256).sum() == 2 * len(texts)  # special tokens occur only at the boundaries
 
 
-def test_two_sources_lie_side_by_side(tmp_path: Path) -> None:
+def test_two_sources_are_prepared_into_one_dataset(tmp_path: Path) -> None:
     data = data_of(tmp_path, source_of("text", tmp_path), source_of("jsonl", tmp_path))
     manifest = prepare(data, BYTE, progress=False)
     assert manifest.n_tokens("train", "s0") == manifest.n_tokens("train", "s1") > 0
 
 
 def bad_inputs(folder: Path) -> dict[str, tuple[SourceConfig, str]]:
-    """Sources that must be refused, with what the message must tell."""
+    """Return sources that must be rejected, with the expected message."""
     (folder / "empty").mkdir()
     (folder / "empty.jsonl").touch()
     write_texts(folder / "latin")
@@ -287,7 +292,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[SourceConfig, str]]:
     }
 
 
-def test_bad_input_is_told_with_its_key_and_nothing_is_written(tmp_path: Path) -> None:
+def test_bad_input_is_reported_with_its_key_and_nothing_is_written(tmp_path: Path) -> None:
     for name, (source, message) in bad_inputs(tmp_path).items():
         data = data_of(tmp_path, source)
         with pytest.raises(DataError, match=message) as caught:
@@ -296,7 +301,7 @@ def test_bad_input_is_told_with_its_key_and_nothing_is_written(tmp_path: Path) -
         assert not Path(data.folder).exists(), name
 
 
-def test_an_unwritable_folder_is_told(tmp_path: Path) -> None:
+def test_error_names_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     data = replace(data_of(tmp_path, source_of("text", tmp_path)), folder=str(tmp_path / "file/x"))
     with pytest.raises(DataError, match=r"data\.folder .* cannot be written"):
@@ -305,17 +310,17 @@ def test_an_unwritable_folder_is_told(tmp_path: Path) -> None:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """The folder on a file system that cannot be written, whoever we are."""
+    """Remount the folder read-only, which also applies to root."""
     steps = ["--bind", str(folder), str(folder)], ["-o", "remount,ro,bind", str(folder)]
     if any(subprocess.run(["mount", *step], capture_output=True).returncode for step in steps):
-        pytest.skip("needs the right to mount a file system")
+        pytest.skip("needs permission to mount a file system")
     try:
         yield
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_read_only_folder_is_told_and_read_where_it_is_prepared(tmp_path: Path) -> None:
+def test_read_only_folder_is_rejected_unless_it_is_already_prepared(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     data = data_of(tmp_path / "disk", source_of("text", tmp_path))
     with read_only(tmp_path / "disk"), pytest.raises(DataError) as caught:
@@ -324,7 +329,7 @@ def test_a_read_only_folder_is_told_and_read_where_it_is_prepared(tmp_path: Path
         caught.value
     )
     manifest = prepare(data, BYTE, progress=False)
-    # As a kill after the manifest leaves it: there, only what is in the way of nobody remains.
+    # As if the process was killed after writing the manifest: only the marker remains.
     (Path(data.folder) / state.MARKER_FILE).touch()
     with read_only(tmp_path / "disk"):
         assert prepare(data, BYTE, progress=False) == manifest
@@ -338,24 +343,24 @@ from data.preparation.pipeline import prepare
 from data.sources.rows import rows
 {work}
 lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-print(lines["VmHWM"].split()[0])  # kB; what getrusage tells counts our parent's memory too
+print(lines["VmHWM"].split()[0])  # kB; getrusage would include the memory of the parent process
 """
 
 
 def peak_mib(work: str) -> float:
-    """The most memory that a process needs for some Python."""
-    done = subprocess.run(
+    """Return the peak memory of a process that runs the statements `work`."""
+    process = subprocess.run(
         [sys.executable, "-c", PEAK.replace("{work}", work)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    return int(done.stdout) / 1024
+    return int(process.stdout) / 1024
 
 
 def write_mib(path: Path, n_mib: int) -> SourceConfig:
-    """Documents of 5 kB in the format that the name tells."""
+    """Write documents of 5 kB in the format given by the suffix of `path`."""
     table = pyarrow.table({"text": [f"{i % 7919:04} " * 1000 for i in range(n_mib * 200)]})
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(table, path)  # one row group
@@ -363,7 +368,7 @@ def write_mib(path: Path, n_mib: int) -> SourceConfig:
         with pyarrow.ipc.new_file(path, table.schema) as writer:
             writer.write_table(table, max_chunksize=100)
     else:
-        with pyarrow.output_stream(path) as stream:  # packed by its suffix
+        with pyarrow.output_stream(path) as stream:  # compressed according to its suffix
             for text in table["text"].to_pylist():
                 stream.write(json.dumps({"text": text}).encode() + b"\n")
     format_ = path.suffix[1:] if path.suffix in (".parquet", ".arrow") else "jsonl"
@@ -371,8 +376,8 @@ def write_mib(path: Path, n_mib: int) -> SourceConfig:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
-def test_reading_needs_no_more_memory_for_a_larger_file(name: str, tmp_path: Path) -> None:
-    """48 MiB more. Arrow's files are mapped, so that what is read of them may count as memory."""
+def test_memory_for_reading_does_not_grow_with_the_file(name: str, tmp_path: Path) -> None:
+    """The second file is 48 MiB larger. Arrow files are memory-mapped and therefore excluded."""
     peaks = []
     for n_mib in (16, 64):
         source = write_mib(tmp_path / name, n_mib)
@@ -381,8 +386,8 @@ def test_reading_needs_no_more_memory_for_a_larger_file(name: str, tmp_path: Pat
     assert peaks[1] - peaks[0] < 8
 
 
-def test_a_preparation_needs_no_more_memory_for_a_larger_corpus(tmp_path: Path) -> None:
-    """14 MiB more, whose tokens take four times that."""
+def test_memory_for_preparation_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """The second corpus is 14 MiB larger, and its tokens take four times that."""
     peaks = []
     for n_mib in (2, 16):
         source = write_mib(tmp_path / "a.jsonl", n_mib)
@@ -391,23 +396,23 @@ def test_a_preparation_needs_no_more_memory_for_a_larger_corpus(tmp_path: Path) 
     assert peaks[1] - peaks[0] < 7
 
 
-def test_those_who_wait_see_a_preparation_while_its_sources_are_found(
+def test_folder_is_claimed_while_sources_are_located(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dataset is downloaded meanwhile, for longer than they wait for nobody."""
+    """Locating a source may download a dataset, which can exceed the idle timeout of waiters."""
     data = data_of(tmp_path, source_of("text", tmp_path))
-    seen = []
+    claimed = []
 
-    def looked_at(name: str, source: SourceConfig) -> Corpus:
-        seen.append(state.is_claimed(Path(data.folder)))
+    def record_claim(name: str, source: SourceConfig) -> Corpus:
+        claimed.append(state.is_claimed(Path(data.folder)))
         return find(name, source)
 
-    monkeypatch.setattr("data.preparation.pipeline.find", looked_at)
+    monkeypatch.setattr("data.preparation.pipeline.find", record_claim)
     prepare(data, BYTE, progress=False)
-    assert seen == [True]
+    assert claimed == [True]
 
 
-def test_waiting_for_a_preparation_that_never_comes_ends(tmp_path: Path) -> None:
+def test_waiting_for_a_preparation_times_out_if_no_process_prepares(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no process has been at it"):
         wait_until_prepared(tmp_path, poll_seconds=0.01, idle_seconds=0.05)
 
@@ -416,7 +421,7 @@ def test_bpe_without_a_path_has_no_existing_tokenizer() -> None:
     assert ready_tokenizer(TokenizerConfig("bpe", 300)) is None
 
 
-def test_the_program_prepares_and_tells_errors_without_a_traceback(tmp_path: Path) -> None:
+def test_prepare_py_prepares_and_prints_errors_without_a_traceback(tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "texts")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -434,7 +439,7 @@ def test_the_program_prepares_and_tells_errors_without_a_traceback(tmp_path: Pat
     assert Manifest.read(tmp_path / "shards").tokenizer.name == "byte"
 
 
-def test_ctrl_c_ends_the_program_with_one_line(tmp_path: Path) -> None:
+def test_ctrl_c_stops_prepare_py_with_one_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "some text " * 100}) * 1 + "\n")
     with path.open("a") as stream:
@@ -454,6 +459,6 @@ def test_ctrl_c_ends_the_program_with_one_line(tmp_path: Path) -> None:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=30)
+    _, output = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert told == "Stopped. What is done is kept: the same command goes on with it.\n"
+    assert output == "Stopped. What is done is kept: the same command goes on with it.\n"

@@ -1,4 +1,4 @@
-"""Shards: what was written is what is read, across borders; damage is told, never read."""
+"""Token shards: reading returns what was written, across shard boundaries; damage is detected."""
 
 import hashlib
 import json
@@ -25,13 +25,13 @@ LENGTHS = [5, 1, 30, 7, 7, 12, 40, 3]
 
 
 def documents(lengths: list[int]) -> list[np.ndarray]:
-    """Documents of given lengths, all tokens different."""
+    """Return documents of the given lengths whose tokens are all different."""
     ends = np.cumsum(lengths)
     return [np.arange(end - n, end, dtype=np.uint32) for n, end in zip(lengths, ends, strict=True)]
 
 
 def write(folder: Path, lengths: list[int], per_shard: int) -> Manifest:
-    """A dataset whose training documents lie `per_shard` in a shard; nothing is held out."""
+    """Write a dataset with `per_shard` documents per shard and no validation data."""
     shards: list[Shard] = []
     for number, group in groupby(enumerate(documents(lengths)), lambda item: item[0] // per_shard):
         writer = ShardWriter(folder, f"source/train-00000-{number:03d}")
@@ -59,7 +59,7 @@ def write(folder: Path, lengths: list[int], per_shard: int) -> Manifest:
     seq_len=st.integers(1, 25),
     checked=st.booleans(),
 )
-def test_windows_are_those_of_the_concatenated_documents(
+def test_windows_equal_slices_of_the_concatenated_documents(
     tmp_path_factory: pytest.TempPathFactory,
     lengths: list[int],
     per_shard: int,
@@ -69,22 +69,22 @@ def test_windows_are_those_of_the_concatenated_documents(
     folder = tmp_path_factory.mktemp("shards")
     manifest = write(folder, lengths, per_shard)
     stream = TokenStream(folder, manifest.shards("train"), checked)
-    whole = np.concatenate(documents(lengths))
-    begins = np.cumsum([0, *lengths[:-1]])
-    assert stream.n_tokens == len(whole) == manifest.n_tokens("train")
-    assert stream.n_windows(seq_len) == (len(whole) - 1) // seq_len
+    concatenated = np.concatenate(documents(lengths))
+    document_starts = np.cumsum([0, *lengths[:-1]])
+    assert stream.n_tokens == len(concatenated) == manifest.n_tokens("train")
+    assert stream.n_windows(seq_len) == (len(concatenated) - 1) // seq_len
     for index in range(stream.n_windows(seq_len)):
         tokens, starts = stream.window(index, seq_len)
         span = range(index * seq_len, index * seq_len + seq_len + 1)
         assert tokens.dtype == np.uint32
-        assert tokens.tolist() == whole[span.start : span.stop].tolist()
-        assert starts.tolist() == [begin - span.start for begin in begins if begin in span]
+        assert tokens.tolist() == concatenated[span.start : span.stop].tolist()
+        assert starts.tolist() == [s - span.start for s in document_starts if s in span]
     with pytest.raises(IndexError):
         stream.window(stream.n_windows(seq_len), seq_len)
 
 
 def test_files_have_the_documented_layout_hashes_and_checksums(tmp_path: Path) -> None:
-    lengths = [300_000, 1, 299_999]  # over two MiB of tokens
+    lengths = [300_000, 1, 299_999]  # more than two MiB of tokens
     (shard,) = write(tmp_path, lengths, 3).shards("train")
     tokens = (tmp_path / "source/train-00000-000.tokens").read_bytes()
     offsets = (tmp_path / "source/train-00000-000.offsets").read_bytes()
@@ -102,21 +102,21 @@ def test_files_have_the_documented_layout_hashes_and_checksums(tmp_path: Path) -
 
 @settings(deadline=None, max_examples=20)
 @given(cuts=st.lists(st.integers(1, 3 * CRC_BLOCK), max_size=4))
-def test_checksums_do_not_depend_on_the_pieces_that_came(cuts: list[int]) -> None:
+def test_checksums_do_not_depend_on_the_sizes_of_the_updates(cuts: list[int]) -> None:
     content = bytes(3 * CRC_BLOCK - 5) + b"end.."
-    whole, pieces = Checksums(), Checksums()
-    whole.update(content)
-    places = [0, *sorted(cut % len(content) for cut in cuts), len(content)]
-    for begin, end in pairwise(places):
-        pieces.update(content[begin:end])
-    assert (pieces.crc32, pieces.sha256) == (whole.crc32, whole.sha256)
+    expected, actual = Checksums(), Checksums()
+    expected.update(content)
+    bounds = [0, *sorted(cut % len(content) for cut in cuts), len(content)]
+    for start, end in pairwise(bounds):
+        actual.update(content[start:end])
+    assert (actual.crc32, actual.sha256) == (expected.crc32, expected.sha256)
 
 
-def test_manifest_comes_back_equal(tmp_path: Path) -> None:
+def test_manifest_round_trip_is_lossless(tmp_path: Path) -> None:
     assert write(tmp_path, LENGTHS, 2) == Manifest.read(tmp_path)
 
 
-def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_shard_gets_its_final_name_only_when_complete(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "source/train-00000-000")
     assert writer.close() is None and not list(tmp_path.iterdir())
     writer.add(documents([3])[0])
@@ -128,46 +128,48 @@ def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- damage
 
 
-def test_damaged_folders_are_refused_when_they_are_opened(tmp_path: Path) -> None:
+def test_damaged_folder_is_rejected_when_opened(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.folder .* run prepare\.py"):
         Manifest.read(tmp_path)
     write(tmp_path, LENGTHS, 2)
     shard, manifest = tmp_path / "source/train-00000-001.tokens", tmp_path / "manifest.json"
-    whole, described = shard.read_bytes(), json.loads(manifest.read_bytes())
+    intact, valid = shard.read_bytes(), json.loads(manifest.read_bytes())
 
-    shard.write_bytes(whole[:-4])
+    shard.write_bytes(intact[:-4])
     with pytest.raises(DataError, match=r"train-00000-001\.tokens has 144 bytes, .* says 148"):
         Manifest.read(tmp_path)
     shard.unlink()
     with pytest.raises(DataError, match=r"train-00000-001\.tokens is missing"):
         Manifest.read(tmp_path)
-    shard.write_bytes(whole)
+    shard.write_bytes(intact)
     assert Manifest.read(tmp_path).n_tokens("train") == sum(LENGTHS)
 
-    def refused(values: object, message: str) -> None:
+    def assert_rejected(values: object, message: str) -> None:
         manifest.write_text(json.dumps(values))
         with pytest.raises(DataError, match=message):
             Manifest.read(tmp_path)
 
-    refused({**described, "version": 1}, "has version 1, this program reads 2: delete the folder")
-    refused({**described, "format": "other"}, "is not the manifest")
-    refused({**described, "sources": {"source": {}}}, "is damaged")
-    small = {**described["tokenizer"], "vocab_size": 100}
-    refused({**described, "tokenizer": small}, "holds the id 104, beyond the tokenizer's 100")
-    manifest.write_text(json.dumps(described)[:-9])
+    assert_rejected(
+        {**valid, "version": 1}, "has version 1, this program reads 2: delete the folder"
+    )
+    assert_rejected({**valid, "format": "other"}, "is not the manifest")
+    assert_rejected({**valid, "sources": {"source": {}}}, "is damaged")
+    small = {**valid["tokenizer"], "vocab_size": 100}
+    assert_rejected({**valid, "tokenizer": small}, "holds the id 104, beyond the tokenizer's 100")
+    manifest.write_text(json.dumps(valid)[:-9])
     with pytest.raises(DataError, match="cannot be read"):
         Manifest.read(tmp_path)
 
 
-def flip(path: Path, place: int) -> None:
+def flip_bit(path: Path, offset: int) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[offset] ^= 1
     path.write_bytes(content)
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of one shard of over two MiB."""
+    """Write a dataset with one shard of more than two MiB."""
     folder = tmp_path_factory.mktemp("large")
     write(folder, [300_000, 1, 299_999], 3)
     return folder
@@ -178,28 +180,28 @@ def copy(large: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(large, tmp_path / "copy"))
 
 
-def test_a_flipped_byte_is_told_by_the_reader_of_its_mib_and_by_no_other(copy: Path) -> None:
+def test_flipped_bit_is_detected_by_reads_of_its_mib_only(copy: Path) -> None:
     path = copy / "source/train-00000-000.tokens"
-    flip(path, CRC_BLOCK + 77)
+    flip_bit(path, CRC_BLOCK + 77)
     stream = TokenStream(copy, Manifest.read(copy).shards("train"))
     per_block = CRC_BLOCK // 4
     assert stream.window(0, 1000)[0][-1] == 1000
     assert stream.window(2 * per_block // 1000 + 1, 1000)[0].size == 1001
-    for index in (per_block // 1000, per_block // 1000 + 9):  # the first reaches into it
+    for index in (per_block // 1000, per_block // 1000 + 9):  # the first one overlaps MiB 1
         with pytest.raises(DataError, match=r"train-00000-000\.tokens is damaged: MiB 1 .*verify"):
             stream.window(index, 1000)
     unverified = TokenStream(copy, Manifest.read(copy).shards("train"), verify=False)
     assert unverified.window(per_block // 1000 + 9, 1000)[0].size == 1001
 
 
-def test_a_flipped_byte_in_offsets_is_told_when_the_shard_is_opened(copy: Path) -> None:
-    flip(copy / "source/train-00000-000.offsets", 9)
+def test_flipped_bit_in_offsets_is_detected_when_the_shard_is_opened(copy: Path) -> None:
+    flip_bit(copy / "source/train-00000-000.offsets", 9)
     stream = TokenStream(copy, Manifest.read(copy).shards("train"))
     with pytest.raises(DataError, match=r"train-00000-000\.offsets is damaged: MiB 0"):
         stream.window(0, 10)
 
 
-def test_a_replaced_shard_of_the_same_size_is_told(copy: Path) -> None:
+def test_replaced_shard_of_the_same_size_is_detected(copy: Path) -> None:
     path = copy / "source/train-00000-000.tokens"
     path.write_bytes(np.arange(600_000, dtype="<u4")[::-1].tobytes())
     stream = TokenStream(copy, Manifest.read(copy).shards("train"))
@@ -208,7 +210,7 @@ def test_a_replaced_shard_of_the_same_size_is_told(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["tokens", "offsets"])
-def test_a_file_that_goes_or_shrinks_before_it_is_opened_is_told(copy: Path, ending: str) -> None:
+def test_file_removed_or_truncated_before_it_is_opened_is_detected(copy: Path, ending: str) -> None:
     path = copy / f"source/train-00000-000.{ending}"
     stream = TokenStream(copy, Manifest.read(copy).shards("train"))
     os.truncate(path, path.stat().st_size - 8)
@@ -219,7 +221,7 @@ def test_a_file_that_goes_or_shrinks_before_it_is_opened_is_told(copy: Path, end
         stream.window(0, 10)
 
 
-def test_a_file_removed_after_it_was_opened_is_read_on(copy: Path) -> None:
+def test_file_removed_after_opening_remains_readable(copy: Path) -> None:
     stream = TokenStream(copy, Manifest.read(copy).shards("train"))
     before = stream.window(0, 1000)[0].copy()
     shutil.rmtree(copy)
@@ -227,13 +229,13 @@ def test_a_file_removed_after_it_was_opened_is_read_on(copy: Path) -> None:
     assert stream.window(598, 1000)[0][0] == 598_000
 
 
-def test_verify_names_each_damaged_file_and_finds_a_whole_folder_whole(copy: Path) -> None:
-    told: list[tuple[int, int]] = []
-    assert verify(copy, lambda done, total: told.append((done, total))) == []
-    assert told == [(600_000 * 4 + 4 * 8, 600_000 * 4 + 4 * 8)]
-    flip(copy / "source/train-00000-000.tokens", 0)
-    flip(copy / "source/train-00000-000.tokens", 2 * CRC_BLOCK)
-    flip(copy / "source/train-00000-000.offsets", 30)
+def test_verify_names_each_damaged_file_and_passes_an_intact_folder(copy: Path) -> None:
+    progress: list[tuple[int, int]] = []
+    assert verify(copy, lambda done, total: progress.append((done, total))) == []
+    assert progress == [(600_000 * 4 + 4 * 8, 600_000 * 4 + 4 * 8)]
+    flip_bit(copy / "source/train-00000-000.tokens", 0)
+    flip_bit(copy / "source/train-00000-000.tokens", 2 * CRC_BLOCK)
+    flip_bit(copy / "source/train-00000-000.offsets", 30)
     lines = (copy / MODEL_FILE).read_bytes().splitlines(keepends=True)
     (copy / MODEL_FILE).write_bytes(lines[0] + b"".join(lines[1:]).replace(b" 65\n", b" 066\n", 1))
     tokenizer, tokens, offsets = verify(copy)
@@ -243,8 +245,8 @@ def test_verify_names_each_damaged_file_and_finds_a_whole_folder_whole(copy: Pat
 
 
 @pytest.mark.parametrize("file", ["tokens", "offsets"])
-def test_verify_reads_what_the_content_says_too(copy: Path, file: str) -> None:
-    """A writer at fault would have hashed its own mistake."""
+def test_verify_also_checks_content_with_valid_checksums(copy: Path, file: str) -> None:
+    """A faulty writer computes valid hashes of wrong content."""
     path = copy / f"source/train-00000-000.{file}"
     if file == "tokens":
         content = np.full(600_000, 700_000, dtype="<u4").tobytes()
@@ -261,12 +263,12 @@ def test_verify_reads_what_the_content_says_too(copy: Path, file: str) -> None:
     assert ("ids up to 700000" if file == "tokens" else "does not ascend") in problem
 
 
-def test_blocks_that_another_thread_compares_meanwhile_are_no_error(tmp_path: Path) -> None:
-    """The other thread is done right after this one looked for the first time."""
+def test_blocks_verified_concurrently_by_another_thread_are_no_error(tmp_path: Path) -> None:
+    """The other thread marks all blocks right after this thread's first look-up."""
 
-    class Overtaken(bytearray):
-        def __getitem__(self, place):  # type: ignore[no-untyped-def]
-            before = super().__getitem__(place)
+    class MarkedByAnotherThread(bytearray):
+        def __getitem__(self, index):  # type: ignore[no-untyped-def]
+            before = super().__getitem__(index)
             self[:] = b"\1" * len(self)
             return before
 
@@ -274,6 +276,6 @@ def test_blocks_that_another_thread_compares_meanwhile_are_no_error(tmp_path: Pa
     stream = TokenStream(tmp_path, manifest.shards("train"))
     stream.read(0, 0, 1)
     shard = stream._maps[0]
-    stream._maps[0] = _Map(*shard[:3], Overtaken(2))
+    stream._maps[0] = _Map(*shard[:3], MarkedByAnotherThread(2))
     tokens, _ = stream.read(0, 0, manifest.n_tokens("train"))
     assert (tokens == np.arange(len(tokens))).all()

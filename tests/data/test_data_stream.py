@@ -1,6 +1,6 @@
-"""Lanes of a stream: windows against a slow reference, resumed anywhere, on any data ranks.
+"""Streaming: windows equal a simple reference and resume at any step on any number of ranks.
 
-A local folder of files stands for the hub: the code that reads it is the same.
+A local folder replaces the Hugging Face hub; both are read by the same code.
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ from data.stream import Lane, Place, StreamDataset, StreamLoader
 
 BYTE = TokenizerConfig("byte", 272)
 BOS, EOS = 256, 257
-N_FILES, LANES, SEQ_LEN = 7, 4, 16
-# Three steps of epoch 0, and on through a second and a third one in the shorter lanes.
+N_FILES, N_SHARDS, SEQ_LEN = 7, 4, 16
+# Three steps in epoch 0; the shorter stream shards continue into a second and a third epoch.
 STEPS, BATCH = 30, 8
 
 Rows = list[list[dict[str, Any]]]  # by file
 
 
 def some_rows(seed: int = 5) -> Rows:
-    """Rows of files: texts of many lengths, some empty, some null, with a score."""
+    """Return the rows of each file: texts of many lengths, some empty or null, and a score."""
     draw = random.Random(seed)
     texts = [None, "", "a", "äöü", "x" * 100]
 
@@ -44,14 +44,14 @@ def some_rows(seed: int = 5) -> Rows:
         text = draw.choice([*texts, "".join(draw.choices("ab \n", k=draw.randrange(60)))])
         return {"text": text, "score": draw.randrange(4)}
 
-    # Over 128 rows in one file: more than the library's tables that are read at a time.
+    # One file has more than 128 rows, the size of the tables read by the library.
     return [
         [row() for _ in range(draw.choice([6, 9, 12]) + 130 * (i == 1))] for i in range(N_FILES)
     ]
 
 
 def write(folder: Path, files: Rows, format_: str) -> Path:
-    """A dataset's folder of JSON lines or Parquet files."""
+    """Write a dataset folder of JSON Lines or Parquet files."""
     folder.mkdir(parents=True)
     for number, rows in enumerate(files):
         path = folder / f"part-{number}.{format_}"
@@ -64,10 +64,10 @@ def write(folder: Path, files: Rows, format_: str) -> Path:
     return folder
 
 
-def config(folder: Path, lanes: int = LANES, **source: Any) -> DataConfig:
-    """A stream of the folder."""
+def config(folder: Path, n_shards: int = N_SHARDS, **source: Any) -> DataConfig:
+    """Return the configuration of a stream of the folder."""
     sources = {"web": SourceConfig("huggingface", str(folder), **source)}
-    return DataConfig("web", "unused", sources, stream_shards=lanes)
+    return DataConfig("web", "unused", sources, stream_shards=n_shards)
 
 
 @pytest.fixture(scope="module", params=["jsonl", "parquet"])
@@ -80,30 +80,30 @@ def dataset(folder: Path) -> StreamDataset:
     return StreamDataset.open(config(folder), BYTE)
 
 
-def loader(dataset: StreamDataset, rank: int = 0, size: int = 1, **how: Any) -> StreamLoader:
-    """The loader of one data rank."""
-    stage = Stage(0, 0, 0, SEQ_LEN, BATCH, how.pop("micro_batch_size", None), {"web": 1.0})
-    return StreamLoader(dataset, stage, rank=rank, size=size, **how)
+def loader(dataset: StreamDataset, rank: int = 0, size: int = 1, **options: Any) -> StreamLoader:
+    """Return the loader of one data rank."""
+    stage = Stage(0, 0, 0, SEQ_LEN, BATCH, options.pop("micro_batch_size", None), {"web": 1.0})
+    return StreamLoader(dataset, stage, rank=rank, size=size, **options)
 
 
 def take(
     loader: StreamLoader, first_batch: int, n_steps: int, skips: Sequence[tuple[int, int]] = ()
 ) -> list[StepBatches]:
-    """Some steps; those that were read ahead are thrown away."""
+    """Return some steps and discard prefetched ones."""
     steps = loader.steps(first_batch, skips)
-    found = list(islice(steps, n_steps))
+    batches = list(islice(steps, n_steps))
     steps.close()
-    return found
+    return batches
 
 
-# ---------------------------------------------------------------- the slow and obvious reference
+# ---------------------------------------------------------------- reference
 
 
-def lane_tokens(files: Rows, lane: int, n_tokens: int) -> tuple[list[int], set[int]]:
-    """The tokens of a lane from its beginning, and where its documents begin."""
-    shares = [N_FILES // LANES + (i < N_FILES % LANES) for i in range(LANES)]
-    mine = files[sum(shares[:lane]) : sum(shares[: lane + 1])]
-    texts = [row["text"] for rows in mine for row in rows if row["text"]]
+def shard_tokens(files: Rows, shard: int, n_tokens: int) -> tuple[list[int], set[int]]:
+    """Return the first tokens of a stream shard and the indices of document starts."""
+    n_files = [N_FILES // N_SHARDS + (i < N_FILES % N_SHARDS) for i in range(N_SHARDS)]
+    shard_files = files[sum(n_files[:shard]) : sum(n_files[: shard + 1])]
+    texts = [row["text"] for rows in shard_files for row in rows if row["text"]]
     tokens: list[int] = []
     starts = set()
     while len(tokens) < n_tokens:
@@ -113,36 +113,36 @@ def lane_tokens(files: Rows, lane: int, n_tokens: int) -> tuple[list[int], set[i
     return tokens, starts
 
 
-def reference_windows(files: Rows, lane: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Concatenate, cut."""
-    tokens, starts = lane_tokens(files, lane, 10_000)
-    for begin in range(0, 10_000 - SEQ_LEN, SEQ_LEN):
-        inside = [i for i in range(SEQ_LEN + 1) if begin + i in starts]
-        yield tokens[begin : begin + SEQ_LEN + 1], inside
+def reference_windows(files: Rows, shard: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Concatenate the documents and split them into windows."""
+    tokens, starts = shard_tokens(files, shard, 10_000)
+    for start in range(0, 10_000 - SEQ_LEN, SEQ_LEN):
+        document_starts = [i for i in range(SEQ_LEN + 1) if start + i in starts]
+        yield tokens[start : start + SEQ_LEN + 1], document_starts
 
 
-@pytest.mark.parametrize("lane", range(LANES))
-def test_windows_equal_the_lanes_documents_end_to_end_and_cut(
-    dataset: StreamDataset, lane: int
+@pytest.mark.parametrize("shard", range(N_SHARDS))
+def test_windows_equal_slices_of_the_concatenated_documents(
+    dataset: StreamDataset, shard: int
 ) -> None:
-    read = dataset.lane(lane)
+    read = dataset.lane(shard)
     epochs = set()
-    for expected in islice(reference_windows(some_rows(), lane), 500):
+    for expected in islice(reference_windows(some_rows(), shard), 500):
         tokens, starts = read.window(SEQ_LEN)
         assert (tokens.tolist(), starts.tolist()) == expected
         assert tokens.dtype == np.uint32 and starts.dtype == np.int64
         epochs.add(read.place.epoch)
-    assert len(epochs) > 1  # the documents came to their end, and began again
+    assert len(epochs) > 1  # all documents were read at least once
 
 
-def test_batches_are_those_of_the_lanes_windows(dataset: StreamDataset) -> None:
-    windows = [reference_windows(some_rows(), lane) for lane in range(LANES)]
+def test_batches_consist_of_the_windows_of_all_stream_shards(dataset: StreamDataset) -> None:
+    windows = [reference_windows(some_rows(), shard) for shard in range(N_SHARDS)]
     for step, batches in enumerate(take(loader(dataset), 0, STEPS)):
-        rows = [next(windows[row // (BATCH // LANES)]) for row in range(BATCH)]
+        rows = [next(windows[row // (BATCH // N_SHARDS)]) for row in range(BATCH)]
         arrays = [(np.array(tokens), np.array(starts, dtype=np.int64)) for tokens, starts in rows]
-        (found,) = batches.micro_batches
+        (actual,) = batches.micro_batches
         expected = make_batch(arrays, document_mask=True)
-        for one, other in zip(found, expected, strict=True):
+        for one, other in zip(actual, expected, strict=True):
             assert one is not None and other is not None and torch.equal(one, other)
         assert batches.n_targets == int((expected.labels != -100).sum())
         assert batches.digest == sum(
@@ -153,34 +153,38 @@ def test_batches_are_those_of_the_lanes_windows(dataset: StreamDataset) -> None:
         )
 
 
-def test_lanes_are_what_the_library_deals(dataset: StreamDataset, folder: Path) -> None:
+def test_stream_shards_equal_those_of_the_datasets_library(
+    dataset: StreamDataset, folder: Path
+) -> None:
     import datasets
 
-    whole = datasets.load_dataset(str(folder), split="train", streaming=True)
-    for lane in range(LANES):
-        part = whole.shard(num_shards=LANES, index=lane)
-        tokens = [t for row in part if row["text"] for t in [BOS, *row["text"].encode(), EOS]]
-        read = dataset.lane(lane)
-        found = [t for _ in range(len(tokens) // SEQ_LEN) for t in read.window(SEQ_LEN)[0][:-1]]
-        assert found == tokens[: len(found)]
+    streaming = datasets.load_dataset(str(folder), split="train", streaming=True)
+    for shard in range(N_SHARDS):
+        rows = streaming.shard(num_shards=N_SHARDS, index=shard)
+        tokens = [t for row in rows if row["text"] for t in [BOS, *row["text"].encode(), EOS]]
+        read = dataset.lane(shard)
+        actual = [t for _ in range(len(tokens) // SEQ_LEN) for t in read.window(SEQ_LEN)[0][:-1]]
+        assert actual == tokens[: len(actual)]
 
 
-# ---------------------------------------------------------------- on any mesh, resumed anywhere
+# ---------------------------------------------------------------- data ranks and resuming
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_data_ranks_together_take_the_same_batches(dataset: StreamDataset, size: int) -> None:
-    alone = take(loader(dataset), 0, STEPS)
+def test_data_ranks_together_read_the_batches_of_one_rank(
+    dataset: StreamDataset, size: int
+) -> None:
+    one_rank = take(loader(dataset), 0, STEPS)
     ranks = [
         take(loader(dataset, rank, size, micro_batch_size=1), 0, STEPS) for rank in range(size)
     ]
-    for step, whole in enumerate(alone):
-        parts = [rank[step] for rank in ranks]
-        assert sum(part.digest for part in parts) == whole.digest
-        assert sum(part.n_targets for part in parts) == whole.n_targets
-        rows = torch.cat([batch.tokens for part in parts for batch in part.micro_batches])
-        assert torch.equal(rows, whole.micro_batches[0].tokens)
-        assert {k: v for part in parts for k, v in (part.lanes or {}).items()} == whole.lanes
+    for step, expected in enumerate(one_rank):
+        local = [rank[step] for rank in ranks]
+        assert sum(each.digest for each in local) == expected.digest
+        assert sum(each.n_targets for each in local) == expected.n_targets
+        rows = torch.cat([batch.tokens for each in local for batch in each.micro_batches])
+        assert torch.equal(rows, expected.micro_batches[0].tokens)
+        assert {k: v for each in local for k, v in (each.lanes or {}).items()} == expected.lanes
 
 
 def digests(batches: list[StepBatches]) -> list[int]:
@@ -191,13 +195,13 @@ def digests(batches: list[StepBatches]) -> list[int]:
     "stops", [(1,), (13,), (7, 8), (3, 17), (2, 9, 20), (10, 11, 12, 25)], ids=str
 )
 @pytest.mark.parametrize("prefetch", [0, 5])
-def test_resumed_again_and_again_on_other_ranks_the_steps_are_the_same(
+def test_steps_are_unchanged_after_repeated_resumes_on_other_numbers_of_ranks(
     dataset: StreamDataset, stops: tuple[int, ...], prefetch: int
 ) -> None:
     expected = digests(take(loader(dataset), 0, STEPS))
     assert len(set(expected)) == STEPS
     places: dict[str, list[int]] | None = None
-    found: list[int] = []
+    actual: list[int] = []
     for number, (first, last) in enumerate(pairwise((0, *stops, STEPS))):
         size = (1, 2, 4)[number % 3]
         ranks = [
@@ -208,33 +212,33 @@ def test_resumed_again_and_again_on_other_ranks_the_steps_are_the_same(
             )
             for rank in range(size)
         ]
-        found += [sum(rank[i].digest for rank in ranks) for i in range(last - first)]
+        actual += [sum(rank[i].digest for rank in ranks) for i in range(last - first)]
         saved = {k: v for rank in ranks for k, v in (rank[-1].lanes or {}).items()}
-        places = json.loads(json.dumps(saved))  # as a manifest holds them
-    assert found == expected
+        places = json.loads(json.dumps(saved))  # as stored in a manifest
+    assert actual == expected
 
 
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("prefetch", [0, 3])
-def test_skipped_batches_are_read_past_and_leave_the_lanes_where_they_were(
+def test_skipped_batches_are_excluded_and_stream_positions_are_unchanged(
     dataset: StreamDataset, size: int, prefetch: int
 ) -> None:
-    """From two stops, the second inside a range: as all batches without those of the ranges."""
+    """Reading starts at batch 0 and resumes at batch 5, the first of a skipped range."""
     skips = ((0, 2), (5, 8), (11, 12))
     for rank in range(size):
-        whole = take(loader(dataset, rank, size), 0, 15)
-        kept = [whole[number] for number in (2, 3, 4, 8, 9, 10, 12, 13, 14)]
-        found = take(loader(dataset, rank, size, prefetch=prefetch, threads=2), 0, 3, skips)
-        places = found[-1].lanes
-        again = loader(dataset, rank, size, places=places, prefetch=prefetch)
-        found += take(again, found[-1].number + 1, 6, skips)
-        for one, other in zip(found, kept, strict=True):
+        unskipped = take(loader(dataset, rank, size), 0, 15)
+        kept = [unskipped[number] for number in (2, 3, 4, 8, 9, 10, 12, 13, 14)]
+        actual = take(loader(dataset, rank, size, prefetch=prefetch, threads=2), 0, 3, skips)
+        places = actual[-1].lanes
+        resumed = loader(dataset, rank, size, places=places, prefetch=prefetch)
+        actual += take(resumed, actual[-1].number + 1, 6, skips)
+        for one, other in zip(actual, kept, strict=True):
             assert (one.number, one.digest, one.lanes) == (other.number, other.digest, other.lanes)
             assert torch.equal(one.micro_batches[0].tokens, other.micro_batches[0].tokens)
 
 
-def test_a_lane_goes_on_after_any_window(dataset: StreamDataset) -> None:
-    """Lane 0 has the file of over 128 rows; its windows go through documents' ends and the wrap."""
+def test_stream_shard_resumes_after_any_window(dataset: StreamDataset) -> None:
+    """Shard 0 has the file of more than 128 rows; windows cross documents and the epoch end."""
     reads = dataset.lane(0)
     windows, places = [], [Place()]
     for _ in range(400):
@@ -242,22 +246,26 @@ def test_a_lane_goes_on_after_any_window(dataset: StreamDataset) -> None:
         places.append(reads.place)
     assert places[-1].epoch >= 1
     for number in range(0, 397, 7):
-        again = dataset.lane(0, places[number])
-        assert [again.window(SEQ_LEN)[0].tolist() for _ in range(3)] == windows[number : number + 3]
+        resumed = dataset.lane(0, places[number])
+        assert [resumed.window(SEQ_LEN)[0].tolist() for _ in range(3)] == windows[
+            number : number + 3
+        ]
 
 
-def test_filter_and_column_choose_what_a_lane_reads(tmp_path: Path) -> None:
+def test_filter_selects_the_rows_of_a_stream_shard(tmp_path: Path) -> None:
     files = some_rows()
     folder = write(tmp_path / "web", files, "jsonl")
-    chosen = config(folder, filter=[("score", ">=", 2)])
-    dataset = StreamDataset.open(chosen, BYTE)
+    filtered = config(folder, filter=[("score", ">=", 2)])
+    dataset = StreamDataset.open(filtered, BYTE)
     kept = [[row for row in rows if row["score"] >= 2] for rows in files]
     read = dataset.lane(1)
     for expected, _ in islice(reference_windows(kept, 1), 100):
         assert read.window(SEQ_LEN)[0].tolist() == expected
 
 
-def test_the_hash_tells_another_stream(folder: Path, tmp_path: Path) -> None:
+def test_hash_changes_with_every_setting_that_changes_the_stream(
+    folder: Path, tmp_path: Path
+) -> None:
     def hash_of(changed: DataConfig, tokenizer: TokenizerConfig = BYTE) -> str:
         return StreamDataset.open(changed, tokenizer).hash
 
@@ -266,7 +274,7 @@ def test_the_hash_tells_another_stream(folder: Path, tmp_path: Path) -> None:
     grown = some_rows()
     grown[3].append({"text": "one more", "score": 0})
     others = [
-        config(folder, lanes=2),
+        config(folder, n_shards=2),
         config(folder, text_column="score"),
         config(folder, filter=[("score", ">", 1)]),
         config(write(tmp_path / "web", grown, "jsonl")),
@@ -275,7 +283,7 @@ def test_the_hash_tells_another_stream(folder: Path, tmp_path: Path) -> None:
     assert len({hash_of(same), *map(hash_of, others)}) == 1 + len(others)
 
 
-def test_a_local_dataset_that_changed_under_its_name_has_another_hash(tmp_path: Path) -> None:
+def test_hash_changes_when_the_files_of_a_local_dataset_change(tmp_path: Path) -> None:
     folder = write(tmp_path / "web", some_rows(), "jsonl")
     before = StreamDataset.open(config(folder), BYTE).hash
     with (folder / "part-2.jsonl").open("a") as file:
@@ -283,47 +291,49 @@ def test_a_local_dataset_that_changed_under_its_name_has_another_hash(tmp_path: 
     assert StreamDataset.open(config(folder), BYTE).hash != before
 
 
-# ---------------------------------------------------------------- what is refused, what goes wrong
+# ---------------------------------------------------------------- errors
 
 
-def test_more_lanes_than_files_are_refused_with_the_number_that_fits(folder: Path) -> None:
-    dataset = StreamDataset.open(config(folder, lanes=8), BYTE)
+def test_more_stream_shards_than_files_are_rejected_with_the_largest_valid_number(
+    folder: Path,
+) -> None:
+    dataset = StreamDataset.open(config(folder, n_shards=8), BYTE)
     with pytest.raises(DataError, match=r"data.stream_shards \(8\).* 7 files.*use 4, the largest"):
         dataset.check(global_batch_size=8, size=2)
     with pytest.raises(DataError, match="use fewer data ranks than 8, or prepare"):
         dataset.check(global_batch_size=8, size=8)
-    StreamDataset.open(config(folder, lanes=7), BYTE).check(global_batch_size=7, size=1)
+    StreamDataset.open(config(folder, n_shards=7), BYTE).check(global_batch_size=7, size=1)
 
 
-def test_a_tokenizer_to_be_trained_is_refused(folder: Path) -> None:
+def test_tokenizer_that_must_be_trained_is_rejected(folder: Path) -> None:
     with pytest.raises(DataError, match=r"tokenizer.path \(null\).*prepares nothing"):
         StreamDataset.open(config(folder), TokenizerConfig("bpe", 1000))
 
 
-def test_a_dataset_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_error_names_the_key_of_a_missing_dataset(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"data.sources.web.path \(.*empty\) cannot be read"):
         StreamDataset.open(config(tmp_path / "empty"), BYTE)
 
 
-def test_a_lane_without_text_is_refused_rather_than_read_forever(folder: Path) -> None:
+def test_stream_shard_without_text_is_rejected_instead_of_read_forever(folder: Path) -> None:
     dataset = StreamDataset.open(config(folder, filter=[("score", ">", 9)]), BYTE)
     with pytest.raises(DataError, match=r"lane 2, has no text: see its filter"):
         dataset.lane(2).window(SEQ_LEN)
 
 
-def test_bad_text_meets_the_policy(tmp_path: Path) -> None:
+def test_invalid_text_is_replaced_skipped_or_rejected_as_configured(tmp_path: Path) -> None:
     rows = [[{"text": "good"}, {"text": "b\0d"}, {"text": "fine"}]]
     folder = write(tmp_path / "web", rows, "jsonl")
-    read = {}
+    texts = {}
     for policy in ("replace", "skip"):
-        kept = dataclasses.replace(config(folder, lanes=1), invalid_text=policy)
-        dataset = StreamDataset.open(kept, BYTE)
+        data_config = dataclasses.replace(config(folder, n_shards=1), invalid_text=policy)
+        dataset = StreamDataset.open(data_config, BYTE)
         tokens = dataset.lane(0).window(14)[0].tolist()
-        read[policy] = dataset.tokenizer().decode(t for t in tokens if t < BOS)
-    assert read["replace"].startswith("goodb\ufffdd")
-    assert read["skip"].startswith("goodfine")
-    strict = StreamDataset.open(config(folder, lanes=1), BYTE)
+        texts[policy] = dataset.tokenizer().decode(t for t in tokens if t < BOS)
+    assert texts["replace"].startswith("goodb\ufffdd")
+    assert texts["skip"].startswith("goodfine")
+    strict = StreamDataset.open(config(folder, n_shards=1), BYTE)
     with pytest.raises(DataError, match=r"row 2 of shard 0 .* NUL"):
         strict.lane(0).window(14)
     steps = StreamLoader(strict, Stage(0, 0, 0, 14, 1, None, {}), rank=0, size=1).steps(0)
@@ -331,42 +341,46 @@ def test_bad_text_meets_the_policy(tmp_path: Path) -> None:
         next(steps)
 
 
-class Flaky:
-    """`data.sources.rows.rows`, cut off after every third row, at most `cuts` times."""
+class FlakyRows:
+    """`data.sources.rows.rows` with a connection error after every third row, at most `n_errors`.
 
-    def __init__(self, cuts: int) -> None:
-        self.cuts, self.real = cuts, data.sources.rows.rows
+    Attributes:
+        n_errors: Number of errors still to be raised.
+    """
+
+    def __init__(self, n_errors: int) -> None:
+        self.n_errors, self.real = n_errors, data.sources.rows.rows
 
     def __call__(self, *arguments: Any) -> Iterator[Any]:
         for number, row in enumerate(self.real(*arguments)):
-            if number == 3 and self.cuts:
-                self.cuts -= 1
+            if number == 3 and self.n_errors:
+                self.n_errors -= 1
                 raise DataError("cannot be read") from ConnectionError("Server Disconnected")
             yield row
 
 
-def windows_of(lane: Lane, n: int) -> list[list[int]]:
-    return [lane.window(SEQ_LEN)[0].tolist() for _ in range(n)]
+def windows_of(shard: Lane, n: int) -> list[list[int]]:
+    return [shard.window(SEQ_LEN)[0].tolist() for _ in range(n)]
 
 
-def test_a_lost_connection_loses_no_row(
+def test_lost_connection_loses_no_row(
     dataset: StreamDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = windows_of(dataset.lane(0), 200)
     monkeypatch.setattr(data.stream, "RETRY_SECONDS", (0.0, 0.0))
-    flaky = Flaky(cuts=1000)
+    flaky = FlakyRows(n_errors=1000)
     monkeypatch.setattr(data.stream, "rows", flaky)
     assert windows_of(dataset.lane(0), 200) == expected
-    assert flaky.cuts < 960  # it was cut off again and again
+    assert flaky.n_errors < 960  # the connection was lost many times
 
 
-def test_a_connection_that_stays_lost_is_told(
+def test_permanently_lost_connection_is_reported_after_three_attempts(
     dataset: StreamDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tries = []
+    attempts = []
 
     def lost(*arguments: Any) -> Iterator[Any]:
-        tries.append(arguments)
+        attempts.append(arguments)
         raise DataError("cannot be read") from ConnectionError("Server Disconnected")
         yield
 
@@ -374,10 +388,10 @@ def test_a_connection_that_stays_lost_is_told(
     monkeypatch.setattr(data.stream, "rows", lost)
     with pytest.raises(DataError, match=r"lane 3, cannot be read on after 3 attempts \(Connection"):
         dataset.lane(3).window(SEQ_LEN)
-    assert len(tries) == 3
+    assert len(attempts) == 3
 
 
-def test_files_that_vanish_while_a_lane_reads_are_told(tmp_path: Path) -> None:
+def test_files_removed_while_a_stream_shard_is_read_are_reported(tmp_path: Path) -> None:
     folder = write(tmp_path / "web", some_rows(), "jsonl")
     dataset = StreamDataset.open(config(folder), BYTE)
     read = dataset.lane(3)
