@@ -1,4 +1,4 @@
-"""Real workers, real signals: nothing is lost with who dies, and nobody is left behind."""
+"""Killed workers and main processes lose no data and leave no processes (real signals)."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from data.preparation.part import PartSettings, load
 from data.preparation.pipeline import prepare
 from data.sources import corpora
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 BYTE = TokenizerConfig("byte", 272)
 ROOT = Path(__file__).parents[3]
@@ -38,7 +38,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three million characters in sixty parts."""
+    """Write three million characters in sixty parts."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     texts = (f"Document {i}, naïve 🙂 " + f"line {i}\n" * (i % 90) for i in range(7500))
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -47,7 +47,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The folder of a preparation by one process that nothing disturbed."""
+    """Return the files of an uninterrupted preparation by one process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpora, "MIN_PART_BYTES", PART_BYTES)
         data = replace(data_of(tmp_path_factory.mktemp("expected"), rows), workers=1)
@@ -74,7 +74,7 @@ def listing(folder: Path | str) -> dict[str, bytes]:
 
 @contextmanager
 def preparing(data: DataConfig, before: str = "") -> Iterator[subprocess.Popen[str]]:
-    """A process of its own session that prepares; `before` is Python that it runs first."""
+    """Prepare in a process with a new session; `before` is Python code to run first."""
     program = (
         f"{before}\n"
         f"from data.sources import corpora; corpora.MIN_PART_BYTES = {PART_BYTES}\n"
@@ -96,8 +96,8 @@ def preparing(data: DataConfig, before: str = "") -> Iterator[subprocess.Popen[s
         process.wait()
 
 
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    """Waits for a condition that is sure to come."""
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until the condition is true; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -108,9 +108,9 @@ def n_records(data: DataConfig) -> int:
     return len(list(Path(data.folder).glob("*/part-*.json")))
 
 
-def group(process: subprocess.Popen[str]) -> dict[int, str]:
-    """The living processes of its session with their commands: itself, its workers."""
-    found = {}
+def session_processes(process: subprocess.Popen[str]) -> dict[int, str]:
+    """Return pid and command of the live processes in the session: main process and workers."""
+    commands = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
@@ -119,128 +119,131 @@ def group(process: subprocess.Popen[str]) -> dict[int, str]:
             except (FileNotFoundError, ProcessLookupError):
                 continue
             if int(session) == process.pid and state != "Z":
-                found[int(folder.name)] = command
-    return found
+                commands[int(folder.name)] = command
+    return commands
 
 
 def workers(process: subprocess.Popen[str]) -> list[int]:
-    return [pid for pid, command in group(process).items() if "spawn_main" in command]
+    return [pid for pid, command in session_processes(process).items() if "spawn_main" in command]
 
 
-def test_killed_with_workers_at_any_time_it_leaves_nobody_and_ends_the_same(
+def test_preparation_killed_at_random_times_leaves_no_process_and_resumes_byte_identical(
     tmp_path: Path, rows: Path, expected: dict[str, bytes]
 ) -> None:
-    chance = random.Random(1)
+    rng = random.Random(1)
     interrupted = 0
     data = data_of(tmp_path, rows)
     for _ in range(4):
         with preparing(data) as process:
-            goal = n_records(data) + chance.randrange(1, 15)
-            while n_records(data) < goal and process.poll() is None:
+            target = n_records(data) + rng.randrange(1, 15)
+            while n_records(data) < target and process.poll() is None:
                 time.sleep(0.002)
             process.kill()
             process.wait()
-            until(lambda: not group(process), seconds=10)
+            wait_until(lambda: not session_processes(process), seconds=10)
         interrupted += not (Path(data.folder) / "manifest.json").exists()
     assert interrupted > 1
     prepare(replace(data, workers=2), BYTE, progress=False)
     assert listing(data.folder) == expected
 
 
-def test_a_worker_that_dies_is_told_and_the_next_start_goes_on(
+def test_dead_worker_is_reported_and_the_next_launch_resumes(
     tmp_path: Path, rows: Path, expected: dict[str, bytes]
 ) -> None:
     data = data_of(tmp_path, rows)
     with preparing(data) as process:
-        until(lambda: n_records(data) > 3)
+        wait_until(lambda: n_records(data) > 3)
         os.kill(workers(process)[0], signal.SIGKILL)
-        _, told = process.communicate(timeout=30)
-        assert "DataError: a worker process of the preparation died" in told
-        assert "keeps what is done" in told
-        until(lambda: not group(process), seconds=10)
+        _, stderr = process.communicate(timeout=30)
+        assert "DataError: a worker process of the preparation died" in stderr
+        assert "keeps what is done" in stderr
+        wait_until(lambda: not session_processes(process), seconds=10)
     done = n_records(data)
     assert done > 3
     prepare(data, BYTE, progress=False)
     assert listing(data.folder) == expected
 
 
-def test_ctrl_c_ends_all_of_them_and_the_next_start_goes_on(
+def test_ctrl_c_stops_all_processes_and_the_next_launch_resumes(
     tmp_path: Path, rows: Path, expected: dict[str, bytes]
 ) -> None:
     data = data_of(tmp_path, rows)
     with preparing(data) as process:
-        until(lambda: n_records(data) > 3)
-        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
-        _, told = process.communicate(timeout=30)
-        assert told.count("Traceback") == 1 and "KeyboardInterrupt" in told  # of the main process
-        until(lambda: not group(process), seconds=10)
+        wait_until(lambda: n_records(data) > 3)
+        os.killpg(process.pid, signal.SIGINT)  # a terminal signals the whole process group
+        _, stderr = process.communicate(timeout=30)
+        # Only the main process prints a traceback.
+        assert stderr.count("Traceback") == 1 and "KeyboardInterrupt" in stderr
+        wait_until(lambda: not session_processes(process), seconds=10)
     assert not list(Path(data.folder).glob("*/*.tmp"))
     prepare(data, BYTE, progress=False)
     assert listing(data.folder) == expected
 
 
-def begin_deaf(job: PartSettings, counters: Any, workers_end: Any, lock: Any) -> None:
-    """Sets up a worker that does not hear that its main process died."""
+def initialize_detached_worker(
+    job: PartSettings, counters: Any, workers_end: Any, lock: Any
+) -> None:
+    """Initialize a worker that does not notice the death of its main process."""
     pool._state.update(job=job, tokenizer=load(job), counters=counters, kept=(workers_end, lock))
 
 
-def test_a_second_preparation_is_refused_while_the_first_or_one_of_its_workers_lives(
+def test_second_preparation_is_rejected_while_the_first_or_one_of_its_workers_is_alive(
     tmp_path: Path, rows: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(state, "PATIENCE_SECONDS", 0.1)
     data = data_of(tmp_path, rows)
-    deaf = (
+    detach_workers = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import test_data_preparation_pool as deaf; from data.preparation import pool\n"
-        "pool._begin = deaf.begin_deaf"
+        "import test_data_preparation_pool as this_module; from data.preparation import pool\n"
+        "pool._begin = this_module.initialize_detached_worker"
     )
-    with preparing(data, deaf) as process:
-        until(lambda: n_records(data) > 1)
+    with preparing(data, detach_workers) as process:
+        wait_until(lambda: n_records(data) > 1)
         with pytest.raises(DataError, match="is being prepared by another process"):
             prepare(data, BYTE, progress=False)
         process.kill()
         process.wait()
-        left = workers(process)
-        assert len(left) == N_WORKERS
-        for worker in left:
+        remaining = workers(process)
+        assert len(remaining) == N_WORKERS
+        for worker in remaining:
             with pytest.raises(DataError, match="is being prepared by another process"):
                 prepare(data, BYTE, progress=False)
             os.kill(worker, signal.SIGKILL)
-        until(lambda: not group(process), seconds=10)
+        wait_until(lambda: not session_processes(process), seconds=10)
     prepare(data, BYTE, progress=False)
     assert listing(data.folder) == expected
 
 
-def test_a_lock_of_a_marker_that_is_gone_is_no_claim(
+def test_lock_on_a_removed_marker_file_is_not_a_claim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one before may end, and remove its marker, between our opening and our locking it."""
+    """The previous process may exit and remove the marker between our open and our lock."""
     marker_path = tmp_path / state.MARKER_FILE
     lock = state.fcntl.flock
     removed: list[bool] = []
 
-    def late(file: Any, operation: int) -> None:
+    def remove_then_lock(file: Any, operation: int) -> None:
         if not removed:
             marker_path.unlink()
             removed.append(True)
         lock(file, operation)
 
-    monkeypatch.setattr(state.fcntl, "flock", late)
+    monkeypatch.setattr(state.fcntl, "flock", remove_then_lock)
     with state.claimed(tmp_path) as marker:
         assert os.path.samestat(os.fstat(marker.fileno()), marker_path.stat())
 
 
-def test_a_downloaded_and_a_streamed_dataset_go_to_workers(
+def test_workers_prepare_downloaded_and_streamed_datasets(
     tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library's own objects, in other processes: the same tokens as of the files, in order."""
+    """Datasets objects are sent to workers; tokens and order equal those of the files."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / ".cache"))
     lines = rows.read_text().splitlines(keepends=True)
     folder = tmp_path / "set"
     folder.mkdir()
     for i in range(3):
         (folder / f"{i}.jsonl").write_text("".join(lines[i * 400 : (i + 1) * 400]))
-    found = []
+    tokens = []
     for number, source in enumerate(
         (
             SourceConfig("jsonl", str(folder)),
@@ -254,18 +257,18 @@ def test_a_downloaded_and_a_streamed_dataset_go_to_workers(
         prepare(data, BYTE, progress=False)
         shards = sorted(Path(data.folder).glob("rows/train-*.tokens"))
         assert len(shards) > 2
-        found.append(b"".join(shard.read_bytes() for shard in shards))
-    assert found[0] == found[1] == found[2]
+        tokens.append(b"".join(shard.read_bytes() for shard in shards))
+    assert tokens[0] == tokens[1] == tokens[2]
 
 
-def test_two_started_together_end_as_one(
+def test_two_concurrent_preparations_produce_one_valid_dataset(
     tmp_path: Path, rows: Path, expected: dict[str, bytes]
 ) -> None:
     data = data_of(tmp_path, rows)
     with preparing(data) as one, preparing(data) as other:
-        told = [process.communicate(timeout=60)[1] for process in (one, other)]
+        outputs = [process.communicate(timeout=60)[1] for process in (one, other)]
         codes = sorted(process.returncode for process in (one, other))
     assert codes in ([0, 0], [0, 1])
     if codes == [0, 1]:
-        assert any("is being prepared by another process" in each for each in told)
+        assert any("is being prepared by another process" in each for each in outputs)
     assert listing(data.folder) == expected

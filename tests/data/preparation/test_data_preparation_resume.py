@@ -1,6 +1,6 @@
-"""Killed at any instant, stopped by bad text or a full disk: the next start goes on, byte-equal.
+"""A preparation stopped by a kill, invalid text or a full disk resumes with byte-equal results.
 
-Every preparation here is cut into many parts and shards, so that there is something to go on with.
+All preparations here have many parts and shards, so that an interrupted one has completed parts.
 """
 
 import json
@@ -35,7 +35,7 @@ def write_lines(path: Path, texts: list[str] = TEXTS) -> Path:
 
 
 def data_of(folder: Path, path: Path, workers: int = 1) -> DataConfig:
-    """Two sources of the same file, in about thirty parts of several shards each."""
+    """Configure two sources of the same file, with about thirty parts of several shards each."""
     sources = {name: SourceConfig("jsonl", str(path)) for name in ("one", "two")}
     return DataConfig(
         "corpus", str(folder), sources, validation_fraction=0.2, shard_tokens=3000, workers=workers
@@ -83,20 +83,20 @@ for data, limit in {jobs!r}:
 
 
 def run_until_killed(*jobs: tuple[DataConfig, int]) -> list[int]:
-    """Prepares each in a process that kills itself before that one of its changes to the disk.
+    """Prepare each dataset in a process that kills itself before the given file operation.
 
     Returns:
-        of each how many changes there were, 0 when it was killed
+        The number of file operations of each process, 0 if it was killed.
     """
     program = PROGRAM.replace("{jobs!r}", repr(jobs))
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    return [int(line) for line in done.stdout.splitlines()]
+    assert process.returncode == 0 and not process.stderr, process.stderr
+    return [int(line) for line in process.stdout.splitlines()]
 
 
-def test_workers_and_interruptions_leave_no_trace(tmp_path: Path) -> None:
+def test_result_does_not_depend_on_workers_or_interruptions(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl")
     uninterrupted = data_of(tmp_path / "a", path)
     (n_changes,) = run_until_killed((uninterrupted, -1))
@@ -109,18 +109,18 @@ def test_workers_and_interruptions_leave_no_trace(tmp_path: Path) -> None:
     prepare(three, BYTE, progress=False)
     assert listing(three.folder) == expected
 
-    # Kills at every kind of change (the first ones, some in the middle, the manifest and what is
-    # removed after it), each folder twice, before it may finish with another number of workers.
-    places = [*range(1, 16), *range(16, n_changes - 60, 61), *range(n_changes - 60, n_changes, 6)]
-    killed = [data_of(tmp_path / f"killed-{place}", path) for place in places]
-    assert not any(run_until_killed(*zip(killed, places, strict=True)))
+    # Kill at every kind of file operation (the first ones, some in the middle, the manifest and the
+    # removals after it), twice per folder, then finish with another number of workers.
+    limits = [*range(1, 16), *range(16, n_changes - 60, 61), *range(n_changes - 60, n_changes, 6)]
+    killed = [data_of(tmp_path / f"killed-{limit}", path) for limit in limits]
+    assert not any(run_until_killed(*zip(killed, limits, strict=True)))
     run_until_killed(*((data, 40) for data in killed))
     for number, data in enumerate(killed):
         prepare(replace(data, workers=1 + (number % 4 == 0)), BYTE, progress=False)
         assert listing(data.folder) == expected, data.folder
 
 
-def test_parts_that_are_done_are_not_read_again(tmp_path: Path) -> None:
+def test_completed_parts_are_not_read_again(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl")
     data = data_of(tmp_path / "a", path)
     assert run_until_killed((data, 300)) == [0]
@@ -128,16 +128,16 @@ def test_parts_that_are_done_are_not_read_again(tmp_path: Path) -> None:
     assert len(done) > 5
     assert all(each["done"] for each in done[:-1])
     before = {file: file.stat().st_mtime_ns for file in Path(data.folder).glob("*/*.tokens")}
-    kept = {entry for each in done for entry in _files(each)}
+    completed = {entry for each in done for entry in _files(each)}
     content = path.read_bytes()
     first = content.index(b"\n")
-    path.write_bytes(b"#" * first + content[first:])  # the first part can no more be read
-    with pytest.raises(DataError, match="not JSON"):  # of source `two`, which has not begun
+    path.write_bytes(b"#" * first + content[first:])  # makes the first part unreadable
+    with pytest.raises(DataError, match="not JSON"):  # raised by source `two`, not yet started
         prepare(data, BYTE, progress=False)
     path.write_bytes(content)
     prepare(data, BYTE, progress=False)
     for file, written in before.items():
-        if file.relative_to(data.folder).as_posix() in kept:
+        if file.relative_to(data.folder).as_posix() in completed:
             assert file.stat().st_mtime_ns == written
 
 
@@ -157,22 +157,24 @@ CHANGES: dict[str, Callable[[Path, DataConfig], DataConfig]] = {
 }
 
 
-@pytest.mark.parametrize("what", CHANGES)
-def test_a_changed_input_or_configuration_starts_anew_and_says_so(
-    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_input_or_configuration_restarts_with_a_message(
+    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_lines(tmp_path / "rows.jsonl")
     data = data_of(tmp_path / "a", path)
     assert run_until_killed((data, 300)) == [0]
-    data = CHANGES[what](path, data)
+    data = CHANGES[change](path, data)
     fresh = replace(data, folder=str(tmp_path / "b"))
     prepare(fresh, BYTE, progress=False)
     prepare(data, BYTE)
-    assert f"starting anew, changed since: {what}" in capsys.readouterr().err
+    assert f"starting anew, changed since: {change}" in capsys.readouterr().err
     assert listing(data.folder) == listing(fresh.folder)
 
 
-def test_going_on_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_prints_the_number_of_completed_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = data_of(tmp_path / "a", write_lines(tmp_path / "rows.jsonl"))
     assert run_until_killed((data, 300)) == [0]
     n_done = sum(json.loads(record.read_text())["done"] for record in records(data.folder))
@@ -181,7 +183,7 @@ def test_going_on_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE, TokenizerConfig("bpe", 290, None, 20_000)])
-def test_after_a_strict_preparation_stopped_at_bad_text_another_policy_goes_on(
+def test_preparation_stopped_by_invalid_text_resumes_with_another_policy(
     tokenizer: TokenizerConfig, tmp_path: Path
 ) -> None:
     path = write_lines(tmp_path / "rows.jsonl", [*TEXTS[:250], "a\0b", *TEXTS[250:]])
@@ -194,18 +196,18 @@ def test_after_a_strict_preparation_stopped_at_bad_text_another_policy_goes_on(
     with pytest.raises(DataError, match="line 251"):
         prepare(strict, tokenizer, progress=False)
     assert {file: file.stat().st_mtime_ns for file in done[:-1]} == times
-    ways: list[tuple[Policy, str]] = [("skip", "skipped"), ("replace", "replaced")]
-    for policy, count in ways:
+    policies: list[tuple[Policy, str]] = [("skip", "skipped"), ("replace", "replaced")]
+    for policy, count in policies:
         fresh = replace(strict, folder=str(tmp_path / policy), invalid_text=policy)
         manifest = prepare(fresh, tokenizer, progress=False)
         assert manifest.sources["two"].documents[count] == 1
-        loosened = replace(strict, invalid_text=policy, folder=str(tmp_path / f"{policy}-again"))
-        shutil.copytree(strict.folder, loosened.folder)
-        prepare(loosened, tokenizer, progress=False)
-        assert listing(loosened.folder) == listing(fresh.folder)
+        resumed = replace(strict, invalid_text=policy, folder=str(tmp_path / f"{policy}-resumed"))
+        shutil.copytree(strict.folder, resumed.folder)
+        prepare(resumed, tokenizer, progress=False)
+        assert listing(resumed.folder) == listing(fresh.folder)
 
 
-def test_a_stricter_policy_keeps_nothing_that_it_would_refuse(tmp_path: Path) -> None:
+def test_stricter_policy_does_not_keep_parts_that_it_would_reject(tmp_path: Path) -> None:
     texts = [*TEXTS[:20], "a\0b", *TEXTS[20:250], *TEXTS[250:]]
     path = write_lines(tmp_path / "rows.jsonl", texts)
     for policy in ("strict", "replace"):
@@ -222,10 +224,10 @@ def test_a_stricter_policy_keeps_nothing_that_it_would_refuse(tmp_path: Path) ->
             assert listing(changed.folder) == listing(fresh.folder)
 
 
-def test_a_disk_that_fills_up_leaves_nothing_half_written_and_the_next_start_goes_on(
+def test_full_disk_leaves_no_partial_files_and_the_next_launch_resumes(
     tmp_path: Path,
 ) -> None:
-    """A real file system of 400 kB, which then grows."""
+    """The test mounts a file system of 400 kB and enlarges it afterwards."""
     path = write_lines(tmp_path / "rows.jsonl")
     expected = data_of(tmp_path / "expected", path)
     prepare(expected, BYTE, progress=False)
@@ -237,28 +239,28 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written_and_the_next_start_goe
         check=False,
     )
     if mounted.returncode:
-        pytest.skip("needs the right to mount a file system")
+        pytest.skip("needs permission to mount a file system")
     try:
         data = data_of(small / "shards", path, workers=2)
         with pytest.raises(DataError, match=r"data\.folder .*No space left on device.: make room"):
             prepare(data, BYTE, progress=False)
         done = records(data.folder)
         assert len(done) > 3
-        whole = listing(expected.folder)
+        complete = listing(expected.folder)
         for name, content in listing(data.folder).items():
-            if name in whole:
-                assert content == whole[name]
+            if name in complete:
+                assert content == complete[name]
             else:
                 assert name == "preparing.json" or Path(name).name.startswith("part-")
         subprocess.run(["mount", "-o", "remount,size=20m", str(small)], check=True)
         prepare(data, BYTE, progress=False)
-        assert listing(data.folder) == whole
+        assert listing(data.folder) == complete
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
-def test_a_file_that_the_system_refuses_is_no_end_either(tmp_path: Path) -> None:
-    """Where nothing can be mounted: a limit on the size of files, as a quota would be."""
+def test_preparation_resumes_after_a_file_size_limit(tmp_path: Path) -> None:
+    """The limit acts like a quota and needs no permission to mount."""
     path = write_lines(tmp_path / "rows.jsonl")
     data = replace(data_of(tmp_path / "a", path), shard_tokens=10**6)
     program = (
@@ -267,10 +269,10 @@ def test_a_file_that_the_system_refuses_is_no_end_either(tmp_path: Path) -> None
         "from data.config import *; from data.preparation.pipeline import prepare\n"
         f"prepare({data!r}, {BYTE!r}, False)"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert "cannot be written (File too large): make room" in done.stderr
+    assert "cannot be written (File too large): make room" in process.stderr
     assert not list(tmp_path.glob("a/*/*.tmp"))
     prepare(data, BYTE, progress=False)
     fresh = replace(data, folder=str(tmp_path / "b"))

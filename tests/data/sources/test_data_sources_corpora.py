@@ -1,4 +1,4 @@
-"""Sources are found, and cut by what they are: every row in one part, in order, whoever reads."""
+"""Locating sources and splitting them into parts: each row is in one part, in order."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ LOCAL = [
 
 
 def write(path: Path, texts: list[str] = TEXTS) -> SourceConfig:
-    """A file in the format and compression that its name tells, and the source that it is."""
+    """Write a file in the format and compression given by its name; return its source."""
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
     if path.suffix == ".gz":
@@ -56,30 +56,30 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_the_parts_of_a_file_hold_each_row_once_in_order(
+def test_parts_of_a_file_contain_each_row_once_in_order(
     name: str, tmp_path: Path, small_parts: None
 ) -> None:
     source = write(tmp_path / name)
     corpus = find("s", source)
     assert texts_of(corpus, source) == TEXTS
     assert [part.number for part in corpus.parts] == list(range(len(corpus.parts)))
-    packed = name.endswith((".gz", ".zst"))
-    assert len(corpus.parts) == 1 if packed else len(corpus.parts) > 10
+    compressed = name.endswith((".gz", ".zst"))
+    assert len(corpus.parts) == 1 if compressed else len(corpus.parts) > 10
     size = (tmp_path / name).stat().st_size
-    assert abs(sum(part.n_bytes for part in corpus.parts) - size) <= len(corpus.parts)  # rounded
+    assert abs(sum(part.n_bytes for part in corpus.parts) - size) <= len(corpus.parts)  # rounding
 
 
-def test_a_folder_is_read_in_sorted_order_with_every_compression(
+def test_folder_is_read_in_sorted_order_with_every_compression(
     tmp_path: Path, small_parts: None
 ) -> None:
     for i, name in enumerate(["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.ndjson"]):
         write(tmp_path / name, TEXTS[i * 50 : (i + 1) * 50])
-    (tmp_path / "notes.md").write_text("of no interest")
+    (tmp_path / "notes.md").write_text("not a data file")
     source = SourceConfig("jsonl", str(tmp_path))
     assert texts_of(find("s", source), source) == TEXTS
 
 
-def test_small_files_share_a_part_and_a_large_one_is_cut(tmp_path: Path) -> None:
+def test_small_files_are_grouped_into_a_part_and_a_large_one_is_split(tmp_path: Path) -> None:
     for i in range(50):
         (tmp_path / f"{i:02}.txt").write_text(f"text {i}")
     source = SourceConfig("text", str(tmp_path))
@@ -91,11 +91,11 @@ def test_small_files_share_a_part_and_a_large_one_is_cut(tmp_path: Path) -> None
     large.write_text(row * 5000)
     source = SourceConfig("jsonl", str(large))
     parts = find("s", source).parts
-    assert len(parts) == 5  # of a MiB each
+    assert len(parts) == 5  # one MiB each
     assert all(part.n_bytes % len(row) == 0 for part in parts)
 
 
-def test_a_line_longer_than_a_part_stays_whole(tmp_path: Path, small_parts: None) -> None:
+def test_line_longer_than_a_part_is_not_split(tmp_path: Path, small_parts: None) -> None:
     texts = ["a" * 10, "b" * 5000, "", "c", "d" * 301]
     source = write(tmp_path / "rows.jsonl", texts)
     assert texts_of(find("s", source), source) == texts
@@ -105,7 +105,7 @@ def test_a_line_longer_than_a_part_stays_whole(tmp_path: Path, small_parts: None
     assert texts_of(find("s", source), source) == texts
 
 
-def test_the_revision_of_files_is_their_names_and_sizes_wherever_they_lie(tmp_path: Path) -> None:
+def test_revision_of_files_depends_on_names_and_sizes_but_not_on_the_folder(tmp_path: Path) -> None:
     def revision(folder: str, files: dict[str, str]) -> str:
         for name, content in files.items():
             path = tmp_path / folder / name
@@ -120,7 +120,7 @@ def test_the_revision_of_files_is_their_names_and_sizes_wherever_they_lie(tmp_pa
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_dataset_is_read_downloaded_or_streamed(
+def test_dataset_can_be_downloaded_or_streamed(
     streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / ".cache"))
@@ -133,13 +133,13 @@ def test_a_dataset_is_read_downloaded_or_streamed(
     assert corpus.revision == find("s", source).revision
 
 
-def test_a_saved_dataset_is_read_as_arrow(tmp_path: Path) -> None:
+def test_dataset_saved_to_disk_is_read_as_arrow(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"), num_shards=3)
     source = SourceConfig("arrow", str(tmp_path / "saved"))
     assert texts_of(find("s", source), source) == TEXTS
 
 
-def test_the_standard_library_is_read_without_its_tests() -> None:
+def test_standard_library_source_excludes_its_tests() -> None:
     source = SourceConfig("stdlib")
     files = source_files(source)
     assert {"argparse.py", "__future__.py"} <= {file.name for file in files}
@@ -148,7 +148,7 @@ def test_the_standard_library_is_read_without_its_tests() -> None:
     assert first.text == files[0].read_text(encoding="utf-8")
 
 
-def test_a_large_file_that_is_not_whole_is_told(tmp_path: Path, small_parts: None) -> None:
+def test_truncated_large_file_is_reported(tmp_path: Path, small_parts: None) -> None:
     for name in ("rows.parquet", "file.arrow"):
         source = write(tmp_path / name)
         content = (tmp_path / name).read_bytes()

@@ -1,4 +1,4 @@
-"""Each row is text, or repaired, filtered, skipped, refused; and reading goes on after any row."""
+"""Rows are read, repaired, filtered, skipped or rejected, and reading resumes after any row."""
 
 import json
 from pathlib import Path
@@ -24,10 +24,10 @@ def read(source: SourceConfig, policy: Policy = "strict") -> list[Row]:
 
 
 def outcomes(source: SourceConfig, policy: Policy) -> list[tuple[str, str]]:
-    found = read(source, policy)
-    assert all(row.content == row.text.encode() for row in found)
-    assert {row.outcome for row in found} <= set(get_args(Outcome))
-    return [(row.outcome, row.text) for row in found]
+    result = read(source, policy)
+    assert all(row.content == row.text.encode() for row in result)
+    assert {row.outcome for row in result} <= set(get_args(Outcome))
+    return [(row.outcome, row.text) for row in result]
 
 
 def json_lines(path: Path, *lines: bytes) -> SourceConfig:
@@ -36,7 +36,7 @@ def json_lines(path: Path, *lines: bytes) -> SourceConfig:
 
 
 def table(path: Path, columns: dict[str, Any]) -> SourceConfig:
-    """A Parquet or an Arrow file, by its name."""
+    """Write a Parquet or Arrow file, depending on the suffix."""
     values = pyarrow.table(columns)
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(values, path)
@@ -47,13 +47,13 @@ def table(path: Path, columns: dict[str, Any]) -> SourceConfig:
 
 
 def not_utf8(*texts: bytes) -> pyarrow.Array:
-    """Strings that Arrow takes for UTF-8 unseen, as it does those of a file."""
+    """Return strings that Arrow does not validate as UTF-8, as when reading a file."""
     raw = pyarrow.array(texts, pyarrow.binary())
     return pyarrow.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2])
 
 
 @pytest.mark.parametrize("name", [*LOCAL, "huggingface", "streaming"])
-def test_reading_goes_on_after_any_row(
+def test_reading_resumes_after_any_row(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
@@ -68,22 +68,22 @@ def test_reading_goes_on_after_any_row(
     corpus = find("s", source)
     total = 0
     for part in corpus.parts:
-        whole = list(rows(part, source, dataset=corpus.dataset))
-        total += len(whole)
-        for number, row in enumerate(whole[::17]):
+        expected = list(rows(part, source, dataset=corpus.dataset))
+        total += len(expected)
+        for number, row in enumerate(expected[::17]):
             rest = list(rows(part, source, "strict", corpus.dataset, row.after))
-            assert rest == whole[number * 17 + 1 :]  # the places too
+            assert rest == expected[number * 17 + 1 :]  # positions included
     assert total == len(TEXTS)
 
 
-def test_a_group_of_files_goes_on_inside_and_between_them(tmp_path: Path) -> None:
+def test_reading_a_group_of_files_resumes_within_and_between_files(tmp_path: Path) -> None:
     for i in range(3):
         write(tmp_path / f"{i}.jsonl", TEXTS[i * 3 : i * 3 + 3])
     source = SourceConfig("jsonl", str(tmp_path))
     (part,) = find("s", source).parts
-    whole = list(rows(part, source))
-    for number, row in enumerate(whole):
-        assert list(rows(part, source, start=row.after)) == whole[number + 1 :]
+    expected = list(rows(part, source))
+    for number, row in enumerate(expected):
+        assert list(rows(part, source, start=row.after)) == expected[number + 1 :]
 
 
 BAD_LINES = [
@@ -103,7 +103,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "message", "repaired"), BAD_LINES)
-def test_a_bad_line_is_told_repaired_or_skipped(
+def test_invalid_line_is_rejected_repaired_or_skipped(
     line: bytes, message: str, repaired: str | None, tmp_path: Path
 ) -> None:
     source = json_lines(tmp_path / "a.jsonl", b'{"text": "one"}', line, b'{"text": "two"}')
@@ -118,7 +118,7 @@ def test_a_bad_line_is_told_repaired_or_skipped(
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_bad_text_in_a_table_is_told_repaired_or_skipped(name: str, tmp_path: Path) -> None:
+def test_invalid_text_in_a_table_is_rejected_repaired_or_skipped(name: str, tmp_path: Path) -> None:
     source = table(tmp_path / name, {"text": not_utf8(b"one", b"a\xffb", b"a\0b", b"")})
     with pytest.raises(DataError, match=rf"row 2 of .*{name} is not UTF-8 .byte 0xff"):
         read(source)
@@ -139,12 +139,12 @@ def test_bad_text_in_a_table_is_told_repaired_or_skipped(name: str, tmp_path: Pa
     assert outcomes(other, "skip") == [("skipped", "")] * 2
 
 
-def test_bytes_in_a_table_are_text_where_they_are_utf8(tmp_path: Path) -> None:
+def test_utf8_bytes_in_a_table_are_read_as_text(tmp_path: Path) -> None:
     source = table(tmp_path / "a.parquet", {"text": pyarrow.array(["ü".encode(), None])})
     assert outcomes(source, "strict") == [("text", "ü"), ("empty", "")]
 
 
-def test_a_bad_text_file_is_told_with_its_line_repaired_or_skipped(tmp_path: Path) -> None:
+def test_invalid_text_file_is_rejected_with_its_line_repaired_or_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"fine\r\nna\xefve\n")
     (tmp_path / "b.txt").write_bytes(b"a\0b")
     (tmp_path / "c.txt").write_bytes(b"one\r\ntwo\rthree\n")
@@ -157,7 +157,7 @@ def test_a_bad_text_file_is_told_with_its_line_repaired_or_skipped(tmp_path: Pat
     assert outcomes(source, "skip") == [("skipped", ""), ("skipped", ""), good]
 
 
-def test_blank_lines_are_no_rows_and_null_is_empty(tmp_path: Path) -> None:
+def test_blank_lines_are_ignored_and_null_is_empty(tmp_path: Path) -> None:
     source = json_lines(tmp_path / "a.jsonl", b"", b'{"text": null}', b"  ", b'{"text": ""}')
     assert outcomes(source, "strict") == [("empty", "")] * 2
 
@@ -171,7 +171,7 @@ FILTERED = {"n": [1, 2, 3, None], "tag": ["a", "b", None, "c"], "good": [True, F
         ([("n", ">=", 2)], [2, 3]),
         ([("n", "<", 2.5)], [1, 2]),
         ([("n", "==", 2)], [2]),
-        ([("n", "!=", 2)], [1, 3, 4]),  # null is another value than 2
+        ([("n", "!=", 2)], [1, 3, 4]),  # null differs from 2
         ([("tag", "in", ["a", "c"])], [1, 4]),
         ([("tag", "not in", ["a", "c"])], [2, 3]),
         ([("tag", "<=", "b")], [1, 2]),
@@ -180,7 +180,7 @@ FILTERED = {"n": [1, 2, 3, None], "tag": ["a", "b", None, "c"], "good": [True, F
     ],
 )
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
-def test_a_filter_keeps_the_rows_that_meet_all_its_conditions(
+def test_filter_keeps_the_rows_that_meet_all_conditions(
     name: str, conditions: list[Any], kept: list[int], tmp_path: Path
 ) -> None:
     columns = {"text": ["t1", "t2", "t3", "t4"], **FILTERED}
@@ -206,7 +206,7 @@ def test_a_filter_keeps_the_rows_that_meet_all_its_conditions(
     ],
 )
 @pytest.mark.parametrize("policy", get_args(Policy))
-def test_a_filter_that_cannot_be_asked_is_refused_under_every_policy(
+def test_filter_with_an_invalid_column_or_type_is_rejected_under_every_policy(
     condition: Any, message: str, policy: Policy, tmp_path: Path
 ) -> None:
     columns = {"text": ["t1", "t2", "t3", "t4"], **FILTERED}
@@ -216,7 +216,7 @@ def test_a_filter_that_cannot_be_asked_is_refused_under_every_policy(
         read(source, policy)
 
 
-def test_a_key_that_a_line_of_json_lacks_is_null_to_the_filter(tmp_path: Path) -> None:
+def test_filter_treats_a_missing_json_key_as_null(tmp_path: Path) -> None:
     source = json_lines(tmp_path / "a.jsonl", b'{"text": "t1"}', b'{"text": "t2", "n": 2}')
     above = SourceConfig("jsonl", source.path, filter=[("n", ">", 1)])
     assert outcomes(above, "strict") == [("filtered", ""), ("text", "t2")]
@@ -224,7 +224,7 @@ def test_a_key_that_a_line_of_json_lacks_is_null_to_the_filter(tmp_path: Path) -
     assert outcomes(other, "strict") == [("text", "t1"), ("text", "t2")]
 
 
-def test_a_row_that_the_filter_leaves_out_need_not_be_text(tmp_path: Path) -> None:
+def test_filtered_row_may_have_invalid_text(tmp_path: Path) -> None:
     lines = [b'{"text": 3, "n": 1}', b'{"text": "a\xff", "n": 1}', b'{"text": "good", "n": 2}']
     source = json_lines(tmp_path / "a.jsonl", *lines)
     source = SourceConfig("jsonl", source.path, filter=[("n", ">", 1)])
@@ -232,7 +232,7 @@ def test_a_row_that_the_filter_leaves_out_need_not_be_text(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", [name for name in LOCAL if name != "rows.jsonl"])
-def test_a_file_that_was_cut_off_is_told(name: str, tmp_path: Path) -> None:
+def test_truncated_file_is_reported(name: str, tmp_path: Path) -> None:
     source = write(tmp_path / name)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) // 2])
@@ -240,7 +240,7 @@ def test_a_file_that_was_cut_off_is_told(name: str, tmp_path: Path) -> None:
         read(source)
 
 
-def test_line_numbers_count_from_the_file_not_the_part(
+def test_line_numbers_count_from_the_start_of_the_file_not_of_the_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpora, "MIN_PART_BYTES", 100)
