@@ -1,24 +1,33 @@
-# make train: set up and train the default model. make test: lint, types and all tests.
-# make storm: one run under sixty random kills.
+# make train: set up and train the default model.
+# make check: format, lint and types. make test-quick: unit tests, about two minutes.
+# make test: the checks and all tests except slow ones. make test-slow: random kills, SLURM clusters.
+# make storm: one run with sixty random kills.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard *.py) model data parallel resilience checkpoint formats evaluation training planning cli slurm bench tests
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test storm check clean
+.PHONY: train check test test-quick test-slow storm clean
 
 train: .venv/.installed
 	$(BIN)/python train.py
-
-test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-
-storm: .venv/.installed-dev
-	$(BIN)/python -m pytest -s tests/faults/test_storm.py --storm=60
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy $(SOURCES)
+
+test: check
+	$(PYTEST) -m "not slow"
+
+test-quick: .venv/.installed-dev
+	$(PYTEST) -m quick
+
+test-slow: .venv/.installed-dev
+	$(PYTEST) -m slow
+
+storm: .venv/.installed-dev
+	$(BIN)/python -m pytest -s tests/faults/test_storm.py --storm=60
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

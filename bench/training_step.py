@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from bench.measurement import spread, write
-from bench.ranks_per_sample import MODELS, PEERS, Loop, installed, logits_of
+from bench.peers import MODELS, PEERS, Loop, installed, logits_of
 from bench.turns import Remote
 from cli.arguments import CONF
 from cli.config import check_config

@@ -25,18 +25,37 @@ LONGEST = (
     *("test_train_data", "test_data_preparation_pool", "test_data_preparation_resume"),
     *("test_faults_damage", "test_sweep", "test_readme"),
 )
+# Names and fixtures by which a test module starts processes.
+LAUNCHING_NAMES = {"start_program", "start_python", "on_ranks", "subprocess", "Cluster"}
+LAUNCHING_FIXTURES = {"fork_server", "smoke_run", "command", "uninterrupted", "train_modules"}
 REPRODUCIBLE_KEYS = ("batch_hash", "samples", "tokens", "loss", "grad_norm", "lr")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--storm", type=int, default=6, help="number of kills in test_storm.py")
+    parser.addoption("--storm", type=int, default=15, help="number of kills in test_storm.py")
     parser.addoption("--storm-seed", type=int, default=None, help="seed printed by a failed storm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest files first, so that the last file does not run alone for long."""
+    """Mark the unit tests `quick`, and order the files longest first.
+
+    The last file to finish then does not run alone for long.
+    """
+    for item in items:
+        if is_quick(item):
+            item.add_marker(pytest.mark.quick)
     order = {name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def is_quick(item: pytest.Item) -> bool:
+    """Return whether a test starts no process and is not in a file of long tests."""
+    assert isinstance(item, pytest.Function)
+    return not (
+        item.path.stem in LONGEST
+        or LAUNCHING_NAMES & vars(item.module).keys()
+        or LAUNCHING_FIXTURES & {*item.fixturenames}
+    )
 
 
 def pytest_sessionfinish() -> None:

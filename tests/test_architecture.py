@@ -1,11 +1,11 @@
-"""The house keeps its rules: who imports whom, sizes that one reads with pleasure, a fast `--help`.
+"""The layer order, the libraries of each package, the start-up imports and the line budget.
 
-The table reads like that of the design. What a module imports only for its type annotations, under
-`TYPE_CHECKING`, runs no code, so it may come from anywhere, but for `model`, which knows torch
-alone. Imports inside functions count like those at the top.
+The table is that of the design: a package imports only packages before it. Imports under
+`TYPE_CHECKING` and inside functions count.
 """
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -13,122 +13,99 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
-HOUSE = {"model", "parallel", "data", "training", "formats", "evaluation", "planning", "program"}
-CHEAP = ("hydra", "omegaconf")  # what answers `--help`
-
-# package: what of the house it may import, and which libraries. A dotted name allows itself and
-# what is below it; the standard library is open to all.
-MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "model": ((), ("torch",)),
-    "parallel": (("model",), ("torch", "torchao", "lightning.fabric")),
+# Lowest layer first: each package, and the libraries that it may import. A dotted name permits
+# itself and its submodules; the standard library is open to all.
+LAYERS: dict[str, tuple[str, ...]] = {
+    "model": ("torch",),
     "data": (
-        (),
-        (
-            *("torch", "numpy", "datasets", "pyarrow", "fsspec", "zstandard", "isal"),
-            *("tiktoken", "tokenizers", "llama_models", "rich"),
-        ),
+        *("torch", "numpy", "datasets", "pyarrow", "fsspec", "zstandard", "isal", "xxhash"),
+        *("tiktoken", "tokenizers", "llama_models", "filelock", "rich"),
     ),
+    "parallel": ("torch", "torchao", "lightning.fabric"),
+    "resilience": ("torch", "filelock", "yaml"),
+    "checkpoint": ("torch", "xxhash", "filelock"),
+    "formats": ("torch", "safetensors", "tokenizers", "xxhash", "pydantic"),
+    "evaluation": ("torch", "numpy", "lightning.fabric", "lm_eval", "tqdm"),
     "training": (
-        (),
-        (
-            *("torch", "torchao", "lightning.fabric", "yaml", "rich"),
-            *("matplotlib", "tensorboard", "wandb", "xxhash"),
-        ),
+        *("torch", "torchao", "lightning.fabric", "numpy", "yaml", "rich", "pydantic"),
+        *("matplotlib", "tensorboard", "wandb"),
     ),
-    # Our checkpoints are the third format, so it reads and writes them as training does.
-    "formats": (
-        (
-            *("model", "data.tokenizer", "data.config", "data.errors"),
-            *("checkpoint.files", "checkpoint.writer"),
-            *("checkpoint.position", "resilience.run_folder"),
-        ),
-        ("torch", "safetensors", "tokenizers", "xxhash", "pydantic"),
-    ),
-    "evaluation": (("model", "data.tokenizer"), ("torch", "numpy", "lm_eval", "tqdm")),
-    "planning": (("model", "parallel"), ("torch", "matplotlib", "yaml", "pydantic")),
-    "program": (
-        ("model", "parallel", "data", "training", "formats", "evaluation", "planning"),
-        ("torch", "lightning.fabric", "pydantic", *CHEAP),
-    ),
-    # The programs.
-    "train": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
-    "evaluate": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
-    "prepare": (("data", "program"), CHEAP),
-    "convert": (("formats", "program", "parallel.host_memory"), CHEAP),
-    "plan": (("parallel", "planning", "program"), CHEAP),
-    "generate": (tuple(HOUSE), ("torch", "lightning.fabric", *CHEAP)),
-    "slurm": (("program", "training"), ("submitit", *CHEAP)),
+    "planning": ("torch", "matplotlib", "yaml", "pydantic", "rich"),
+    "cli": ("hydra", "omegaconf", "pydantic", "rich"),
+}
+ORDER = tuple(LAYERS)
+# Packages that import fewer of the earlier packages than the order permits.
+RESTRICTED: dict[str, tuple[str, ...]] = {"data": (), "parallel": ("model",)}
+PROGRAM_LIBRARIES = ("torch", "lightning.fabric", "hydra", "omegaconf")
+FOLDERS = {  # outside the layers: may import any package, and these libraries
+    "slurm": ("submitit", "hydra", "omegaconf"),
     "bench": (
-        (*HOUSE, "train"),
-        (
-            *("torch", "lightning.fabric", "numpy", "datasets", "tiktoken"),
-            *("transformers", "litgpt"),
-            *CHEAP,
-        ),
+        *PROGRAM_LIBRARIES,
+        *("numpy", "datasets", "tiktoken", "transformers", "litgpt", "bench", "train"),
     ),
 }
-# package: what it never touches, not even for types.
-NEVER = {"model": ("torch.distributed", "lightning", *sorted(HOUSE - {"model"}))}
+# Validated dataclasses: pydantic declares the constraints of their fields.
+CONFIG_LIBRARIES = ("pydantic", "annotated_types")
 
-MAX_FILE, MAX_FUNCTION, MAX_TRAIN = 350, 60, 300
-HELP_SECONDS = 1.0
+CORE = ("train.py", "model", "parallel")
+MAX_CORE_LINES = 3500
+MAX_HELP_SECONDS = 1.0
+
+TRAIN_MODULES = Path(__file__).with_name("train_modules.txt")
+# Modules of features that are off in `experiment=smoke`, and libraries that only they need.
+OPTIONAL = (
+    *("evaluation.harness", "evaluation.generation", "evaluation.language_model", "formats"),
+    *("parallel.float8", "parallel.tensor_parallel", "parallel.context_parallel"),
+    *("data.stream", "training.wandb_logger", "planning.picture", "planning.answer"),
+    *("wandb", "lm_eval", "torchao", "datasets", "pyarrow", "safetensors", "llama_models"),
+    *("submitit", "litgpt"),
+)
 
 
 @dataclass(frozen=True)
 class Import:
-    """One imported name, and where; `typing` when it is for type annotations alone."""
+    """One imported name and its line."""
 
     module: str
     line: int
-    typing: bool
 
 
-def files() -> list[Path]:
-    """The programs, slurm's among them, and the modules of every package."""
-    packages = [path.parent for path in ROOT.glob("*/__init__.py")]
-    inside = [file for package in packages for file in package.rglob("*.py")]
-    return sorted([*ROOT.glob("*.py"), *ROOT.glob("slurm/*.py"), *inside])
+def source_files() -> list[Path]:
+    """Return the programs, slurm/*.py and the modules of every package."""
+    packages = [path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests"]
+    modules = [file for package in packages for file in package.rglob("*.py")]
+    return sorted([*ROOT.glob("*.py"), *ROOT.glob("slurm/*.py"), *modules])
 
 
 def package_of(path: Path) -> str:
-    """`model` for model/rope.py, `train` for train.py."""
-    first = path.relative_to(ROOT).parts[0]
-    return first.removesuffix(".py")
+    """Return `model` for model/rope.py and `train` for train.py."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 @cache
-def tree(path: Path) -> ast.Module:
+def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def imports(node: ast.AST, typing: bool = False) -> Iterator[Import]:
-    """Every import below a node, wherever it stands."""
-    for child in ast.iter_child_nodes(node):
+def imports(node: ast.AST) -> Iterator[Import]:
+    """Yield every import below a node, at any depth."""
+    for child in ast.walk(node):
         if isinstance(child, ast.Import):
             for alias in child.names:
-                yield Import(alias.name, child.lineno, typing)
+                yield Import(alias.name, child.lineno)
         elif isinstance(child, ast.ImportFrom):
-            assert child.level == 0, "relative imports hide the package"
+            assert child.level == 0, f"line {child.lineno}: relative import"
             for alias in child.names:
-                yield Import(f"{child.module}.{alias.name}", child.lineno, typing)
-        elif isinstance(child, ast.If) and ast.unparse(child.test) in (
-            "TYPE_CHECKING",
-            "typing.TYPE_CHECKING",
-        ):
-            for part in child.body:
-                yield from imports(ast.Module([part], []), typing=True)
-            for part in child.orelse:
-                yield from imports(ast.Module([part], []), typing)
-        else:
-            yield from imports(child, typing)
+                yield Import(f"{child.module}.{alias.name}", child.lineno)
 
 
 def within(module: str, names: tuple[str, ...]) -> bool:
-    """Whether a module is one of the names or below one."""
+    """Return whether a module is one of `names` or a submodule of one."""
     return any(f"{module}.".startswith(f"{name}.") for name in names)
 
 
@@ -136,26 +113,40 @@ def is_standard(module: str) -> bool:
     return module.partition(".")[0] in sys.stdlib_module_names
 
 
-every_file = pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def allowed_imports(path: Path) -> tuple[str, ...]:
+    """Return the packages and libraries that a file may import."""
+    package = package_of(path)
+    if package in FOLDERS:
+        return (*ORDER, *FOLDERS[package])
+    if path.parent == ROOT:
+        return (*ORDER, *PROGRAM_LIBRARIES)
+    earlier = RESTRICTED.get(package, ORDER[: ORDER.index(package)])
+    config = CONFIG_LIBRARIES if path.name == "config.py" else ()
+    return (package, *earlier, *LAYERS[package], *config)
 
 
-def test_every_package_and_program_has_its_row() -> None:
-    assert {package_of(path) for path in files()} == set(MAY_IMPORT)
+every_file = pytest.mark.parametrize(
+    "path", source_files(), ids=lambda path: str(path.relative_to(ROOT))
+)
+
+
+def test_every_package_is_in_the_table() -> None:
+    programs = {path.stem for path in ROOT.glob("*.py")}
+    assert {package_of(path) for path in source_files()} - programs == {*ORDER, *FOLDERS}
 
 
 @every_file
-def test_imports_keep_to_the_table(path: Path) -> None:
-    package = package_of(path)
-    own, libraries = MAY_IMPORT[package]
-    for found in imports(tree(path)):
-        here = f"{path.relative_to(ROOT)}:{found.line} imports {found.module}"
-        assert not within(found.module, NEVER.get(package, ())), here
-        if not found.typing:
-            allowed = within(found.module, (package, *own, *libraries))
-            assert is_standard(found.module) or allowed, here
+def test_package_imports_only_earlier_packages_and_its_libraries(path: Path) -> None:
+    allowed = allowed_imports(path)
+    errors = [
+        f"{path.relative_to(ROOT)}:{each.line} imports {each.module}"
+        for each in imports(parse(path))
+        if not is_standard(each.module) and not within(each.module, allowed)
+    ]
+    assert not errors, "\n".join(errors)
 
 
-def test_the_walk_sees_imports_wherever_they_stand() -> None:
+def test_imports_are_found_at_any_depth() -> None:
     source = """
 import a
 if TYPE_CHECKING:
@@ -171,56 +162,103 @@ class Class:
     def method(self):
         from g.h import i as j
 """
-    found = {(each.module, each.typing) for each in imports(ast.parse(source))}
-    assert found == {
-        ("a", False),
-        ("b.c", True),
-        ("d", False),
-        ("e.f", False),
-        ("g.h.i", False),
-    }
+    found = {each.module for each in imports(ast.parse(source))}
+    assert found == {"a", "b.c", "d", "e.f", "g.h.i"}
 
 
-def test_model_reads_no_environment_and_no_process_group() -> None:
-    for path in files():
+def test_model_uses_no_environment_variable_and_no_process_group() -> None:
+    for path in source_files():
         if package_of(path) == "model":
-            for node in ast.walk(tree(path)):
+            for node in ast.walk(parse(path)):
                 if isinstance(node, ast.Attribute):
                     assert node.attr not in ("environ", "getenv", "distributed"), path
-            assert not any(within(found.module, ("os",)) for found in imports(tree(path))), path
+            forbidden = ("os", "torch.distributed")
+            assert not any(within(each.module, forbidden) for each in imports(parse(path))), path
 
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in files() if path.name == "config.py" and package_of(path) != "program"],
+    [
+        path
+        for path in source_files()
+        # The root configuration composes those of the other packages.
+        if path.name == "config.py" and package_of(path) != "cli"
+    ],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
-def test_configurations_of_packages_import_the_standard_library_alone(path: Path) -> None:
-    for found in imports(tree(path)):
-        assert is_standard(found.module), f"{path}:{found.line} imports {found.module}"
+def test_package_configuration_imports_no_library_but_pydantic(path: Path) -> None:
+    for each in imports(parse(path)):
+        allowed = (*CONFIG_LIBRARIES, *allowed_imports_of_config(path))
+        assert is_standard(each.module) or within(each.module, allowed), f"{path}:{each.line}"
+
+
+def allowed_imports_of_config(path: Path) -> tuple[str, ...]:
+    """Return the configuration modules of the packages before a file's package."""
+    return tuple(f"{name}.config" for name in ORDER[: ORDER.index(package_of(path)) + 1])
 
 
 @every_file
-def test_every_module_says_what_it_is(path: Path) -> None:
-    assert ast.get_docstring(tree(path)), path
+def test_every_module_has_a_docstring(path: Path) -> None:
+    assert ast.get_docstring(parse(path)), path
 
 
-@every_file
-def test_files_and_functions_have_a_size_that_one_reads_with_pleasure(path: Path) -> None:
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= (MAX_TRAIN if path.name == "train.py" else MAX_FILE)
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            length = node.end_lineno - node.lineno + 1
-            assert length <= MAX_FUNCTION, f"{path}:{node.lineno} {node.name} has {length} lines"
+def test_core_stays_within_its_line_budget() -> None:
+    lines = {
+        path: len(path.read_text(encoding="utf-8").splitlines())
+        for path in source_files()
+        if path.relative_to(ROOT).parts[0] in CORE
+    }
+    assert sum(lines.values()) < MAX_CORE_LINES
+
+
+# ---------------------------------------------------------------- start-up
+
+RECORD_MODULES = """
+import json, runpy, sys
+path, sys.argv, sys.path[0] = sys.argv[1], sys.argv[2:], ""
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    with open(path, "w") as file:
+        json.dump(sorted(sys.modules), file)
+"""
+
+
+@pytest.fixture(scope="module")
+def train_modules(data_overrides: list[str], tmp_path_factory: Any) -> list[str]:
+    """Return the modules that a run of `python train.py experiment=smoke` has imported."""
+    folder = tmp_path_factory.mktemp("modules")
+    overrides = [*data_overrides, f"run.dir={folder / 'run'}", "train.max_steps=1"]
+    subprocess.run(
+        [
+            *(sys.executable, "-c", RECORD_MODULES, str(folder / "modules.json")),
+            *("train.py", "experiment=smoke", "parallel.accelerator=cpu", *overrides),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=True,
+    )
+    return json.loads((folder / "modules.json").read_text())
+
+
+def test_plain_training_imports_the_listed_modules(train_modules: list[str]) -> None:
+    """The list is a file, so that a change shows which modules it adds to every start."""
+    listed = set(TRAIN_MODULES.read_text().split())
+    imported = {name for name in train_modules if within(name, ORDER)}
+    assert not imported - listed, f"add to {TRAIN_MODULES.name} if every run needs them"
+    assert not listed - imported, f"remove from {TRAIN_MODULES.name}"
+
+
+def test_plain_training_imports_no_optional_feature(train_modules: list[str]) -> None:
+    assert [name for name in train_modules if within(name, OPTIONAL)] == []
 
 
 @pytest.mark.parametrize(
-    "program", ["train.py", "prepare.py", "evaluate.py", "generate.py", "plan.py"]
+    "program", ["train.py", "prepare.py", "evaluate.py", "generate.py", "convert.py", "plan.py"]
 )
-def test_help_takes_less_than_a_second_and_loads_nothing_heavy(program: str) -> None:
-    """Measured in seconds of processor time: others on the machine hardly change those."""
+def test_help_takes_less_than_a_second_and_imports_nothing_heavy(program: str) -> None:
+    """Processor time, which other load on the machine hardly changes."""
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", program, "--help"],
         cwd=ROOT,
@@ -229,15 +267,15 @@ def test_help_takes_less_than_a_second_and_loads_nothing_heavy(program: str) -> 
         text=True,
     )
     assert process.stdout is not None and process.stderr is not None
-    # The help fits into the pipe's buffer, so the other stream can be read first.
-    loaded, text = process.stderr.read(), process.stdout.read()
+    # The help fits into the pipe's buffer, so standard error can be read first.
+    import_times, text = process.stderr.read(), process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     process.stdout.close()
     process.stderr.close()
     assert process.returncode == 0 and f"python {program}" in text
-    names = {line.rpartition("|")[2].strip() for line in loaded.splitlines()}
-    assert "hydra" in names  # the list is the one that is meant
+    names = {line.rpartition("|")[2].strip() for line in import_times.splitlines()}
+    assert "hydra" in names  # the list is that of the program
     heavy = {"torch", "numpy", "lightning", "datasets", "tiktoken", "matplotlib", "pydantic"}
     assert not heavy & names
-    assert usage.ru_utime + usage.ru_stime < HELP_SECONDS
+    assert usage.ru_utime + usage.ru_stime < MAX_HELP_SECONDS

@@ -62,7 +62,14 @@ def test_make_targets_run_the_programs() -> None:
             check=True,
         ).stdout
         assert "constraints.txt" in shown
-        target = {"train": "train.py", "test": "pytest", "storm": "test_storm.py --storm="}
+        target = {
+            "train": "train.py",
+            "check": "mypy",
+            "test": 'pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"',
+            "test-quick": "-m quick",
+            "test-slow": "-m slow",
+            "storm": "test_storm.py --storm=",
+        }
         assert target[command[1]] in shown
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from bench.ranks_per_sample import LOSSES, MODELS, PEERS, logits_of
 from conftest import start_python
 
+from bench.peers import LOSSES, MODELS, PEERS, logits_of
 from bench.training_step import KEPT, Contender
 from bench.turns import Remote
 from model.config import ModelConfig

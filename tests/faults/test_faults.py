@@ -1,4 +1,4 @@
-"""One fault, one run of the real program: what it says, how it ends, and how it goes on."""
+"""One fault per run of the program: its messages, its exit code, and how it resumes."""
 
 import os
 import re
@@ -16,35 +16,35 @@ from resilience import lock
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolder
 
-FORWARD = "model.llama.Llama.forward"  # once a step on each rank, as the run is here
+FORWARD = "model.llama.Llama.forward"  # called once a step on each rank of this run
 ALWAYS = 10**9
 TP2 = "parallel.tp=2"
 
 
-def test_every_exit_code_is_in_the_table_of_the_documents() -> None:
-    told = re.findall(r"^\| (\d+) \|", (ROOT / "docs/faults.md").read_text(), re.MULTILINE)
-    assert [int(code) for code in told] == [int(code) for code in ExitCode]
+def test_documentation_lists_every_exit_code() -> None:
+    documented = re.findall(r"^\| (\d+) \|", (ROOT / "docs/faults.md").read_text(), re.MULTILINE)
+    assert [int(code) for code in documented] == [int(code) for code in ExitCode]
 
 
-# ---------------------------------------------------------------- numbers
+# ---------------------------------------------------------------- non-finite losses
 
 
-def test_updates_that_are_not_finite_on_one_rank_are_skipped_on_all_and_told(
+def test_non_finite_update_on_one_rank_is_skipped_on_all_ranks_and_reported(
     fork_server: ForkServer, train_arguments: Any, uninterrupted: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     bad = Fault(rank=1, function=FORWARD, call=9, last_call=10, action="nan")
-    start = fork_server.run(train_arguments(folder, TP2), 2, bad)
-    assert start.exit_codes == {0: 0, 1: 0}, start.output()
-    calm, found = uninterrupted(2, TP2), reproducible_metrics(folder)
-    assert [line["batch_hash"] for line in found] == [line["batch_hash"] for line in calm]
-    assert found[:8] == calm[:8]  # and the steps from 11 on go on from the weights of step 8
+    launch = fork_server.run(train_arguments(folder, TP2), 2, bad)
+    assert launch.exit_codes == {0: 0, 1: 0}, launch.output()
+    expected, found = uninterrupted(2, TP2), reproducible_metrics(folder)
+    assert [line["batch_hash"] for line in found] == [line["batch_hash"] for line in expected]
+    assert found[:8] == expected[:8]
     assert [line["step"] for line in read_events(folder) if line["event"] == "skip"] == [9, 10]
     assert (
-        "Step 10: " in start.output()
-        and "samples 72 to 79; 2 consecutive, 2 in total" in start.output()
+        "Step 10: " in launch.output()
+        and "samples 72 to 79; 2 consecutive, 2 in total" in launch.output()
     )
-    # The steps after the bad ones are those of a run that was stopped in between.
+    # Stopping and resuming after the skipped steps does not change the steps that follow.
     again = tmp_path / "again"
     stopped = fork_server.run(train_arguments(again, TP2), 2, bad, Fault(0, 14, "SIGTERM", FORWARD))
     assert stopped.exit_codes == {0: ExitCode.TERMINATED, 1: ExitCode.TERMINATED}, stopped.output()
@@ -52,23 +52,23 @@ def test_updates_that_are_not_finite_on_one_rank_are_skipped_on_all_and_told(
     assert reproducible_metrics(again) == found
 
 
-def test_a_crash_outside_of_python_is_told_with_the_place_it_interrupted(
+def test_crash_in_native_code_prints_the_python_traceback(
     fork_server: ForkServer, train_arguments: Any, tmp_path: Path
 ) -> None:
     crash = Fault(rank=0, call=6, action="SIGSEGV", function=FORWARD)
-    start = fork_server.run(train_arguments(tmp_path / "run"), 1, crash)
-    assert start.exit_codes == {0: -11}
-    assert "Fatal Python error: Segmentation fault" in start.output()
-    assert re.search(r'File ".*train.py", line \d+ in train_step', start.output())
+    launch = fork_server.run(train_arguments(tmp_path / "run"), 1, crash)
+    assert launch.exit_codes == {0: -11}
+    assert "Fatal Python error: Segmentation fault" in launch.output()
+    assert re.search(r'File ".*train.py", line \d+ in train_step', launch.output())
 
 
-def test_three_in_a_row_rewind_and_leave_their_samples_out_whatever_is_killed_then(
+def test_three_consecutive_skips_rewind_and_exclude_their_samples_despite_later_kills(
     fork_server: ForkServer, train_arguments: Any, uninterrupted: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     bad = Fault(rank=0, function=FORWARD, call=10, last_call=12, action="nan")
-    start = fork_server.run(train_arguments(folder), 1, bad)
-    assert start.exit_codes == {0: 0}, start.output()
+    launch = fork_server.run(train_arguments(folder), 1, bad)
+    assert launch.exit_codes == {0: 0}, launch.output()
     longer = uninterrupted(1, f"train.max_steps={FAULT_STEPS + 3}", "optim.schedule_steps=24")
     hashes = [line["batch_hash"] for line in longer]
     found = reproducible_metrics(folder)
@@ -78,7 +78,7 @@ def test_three_in_a_row_rewind_and_leave_their_samples_out_whatever_is_killed_th
     events = [line for line in read_events(folder) if line["event"] in ("rewind", "rewound")]
     assert [(line["event"], line["step"]) for line in events] == [("rewind", 12), ("rewound", 12)]
     assert (events[0]["skip"], events[1]["to"]) == ([9, 12], 8)
-    # Killed between the decision and its end, then once more on the way: the same run.
+    # Killed during the rewind and once more after it, the run gives the same result.
     again = tmp_path / "again"
     kill = Fault(rank=0, function="training.recovery._load_or_initialize", call=2, action="SIGKILL")
     assert fork_server.run(train_arguments(again), 1, bad, kill).exit_codes == {0: -9}
@@ -87,18 +87,18 @@ def test_three_in_a_row_rewind_and_leave_their_samples_out_whatever_is_killed_th
     assert fork_server.run(arguments, 1).exit_codes == {0: 0}
     assert reproducible_metrics(again) == found
     starts = [line["step"] for line in read_events(again) if line["event"] == "start"]
-    assert starts == [0, 8, 12]  # what was decided once is done once
+    assert starts == [0, 8, 12]  # the rewind is not repeated
 
 
-def test_run_whose_losses_stay_bad_ends_with_a_code_of_its_own(
+def test_run_whose_losses_stay_non_finite_exits_with_diverged(
     fork_server: ForkServer, train_arguments: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     bad = Fault(rank=0, function=FORWARD, call=10, last_call=ALWAYS, action="nan")
     few = ("faults.max_consecutive_skips=2", "faults.max_rewinds=2")
-    start = fork_server.run(train_arguments(folder, *few), 1, bad)
-    assert start.exit_codes == {0: ExitCode.DIVERGED}, start.output()
-    assert "faults.max_rewinds=2" in start.output()
+    launch = fork_server.run(train_arguments(folder, *few), 1, bad)
+    assert launch.exit_codes == {0: ExitCode.DIVERGED}, launch.output()
+    assert "faults.max_rewinds=2" in launch.output()
     skips = [line["skip"] for line in read_events(folder) if line["event"] == "rewind"]
     assert skips == [[9, 11], [8, 13]] or len(skips) == 2
     assert read_events(folder)[-1]["code"] == ExitCode.DIVERGED
@@ -109,36 +109,38 @@ def test_run_whose_losses_stay_bad_ends_with_a_code_of_its_own(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A run's folder whose checkpoints lie on a disk of 2 MB, which holds one of 1.6 MB."""
+    """Return a run folder whose checkpoints are on a disk of 2 MB; one checkpoint has 1.6 MB."""
     disk = tmp_path / "run" / "checkpoints"
     disk.mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small disk needs root")
+        pytest.skip("mounting a small disk requires root")
     try:
         yield tmp_path / "run"
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_full_disk_ends_the_run_or_is_told_as_asked_and_it_goes_on_when_there_is_room(
+def test_full_disk_ends_or_continues_the_run_as_configured_and_it_resumes_with_free_space(
     fork_server: ForkServer, train_arguments: Any, uninterrupted: Any, small_disk: Path
 ) -> None:
-    start = fork_server.run(train_arguments(small_disk, TP2), 2)
-    assert start.exit_codes == {0: ExitCode.SAVE_FAILED, 1: ExitCode.SAVE_FAILED}, start.output()
+    launch = fork_server.run(train_arguments(small_disk, TP2), 2)
+    assert launch.exit_codes == {0: ExitCode.SAVE_FAILED, 1: ExitCode.SAVE_FAILED}, launch.output()
     assert (
-        "Could not save a checkpoint at step 8" in start.output()
-        and "No space left" in start.output()
+        "Could not save a checkpoint at step 8" in launch.output()
+        and "No space left" in launch.output()
     )
-    assert "Traceback" not in start.output() + start.output(1)
+    assert "Traceback" not in launch.output() + launch.output(1)
     disk = small_disk / "checkpoints"
     assert [path.name for path in disk.iterdir()] == ["step-00000004"]
-    start = fork_server.run(train_arguments(small_disk, TP2, "checkpoint.on_failure=continue"), 2)
-    assert start.exit_codes[0] == ExitCode.SAVE_FAILED, start.output()  # the last one was not saved
+    launch = fork_server.run(train_arguments(small_disk, TP2, "checkpoint.on_failure=continue"), 2)
+    assert launch.exit_codes[0] == ExitCode.SAVE_FAILED, (
+        launch.output()
+    )  # the last step was not saved
     assert reproducible_metrics(small_disk) == uninterrupted(2, TP2)
     subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
-    start = fork_server.run(train_arguments(small_disk, TP2), 2)
-    assert start.exit_codes == {0: 0, 1: 0}, start.output()
+    launch = fork_server.run(train_arguments(small_disk, TP2), 2)
+    assert launch.exit_codes == {0: 0, 1: 0}, launch.output()
     assert reproducible_metrics(small_disk) == uninterrupted(2, TP2)
 
 
@@ -146,7 +148,7 @@ def test_full_disk_ends_the_run_or_is_told_as_asked_and_it_goes_on_when_there_is
 def stopped_run(
     fork_server: ForkServer, train_arguments: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A run of two ranks with checkpoints at steps 4 and 8."""
+    """Return a killed run of two ranks with checkpoints at steps 4 and 8."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     kills = [Fault(rank, 10, "SIGKILL", FORWARD) for rank in (0, 1)]
     fork_server.run(train_arguments(folder, TP2, "checkpoint.async_save=false"), 2, *kills)
@@ -156,7 +158,7 @@ def stopped_run(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files of a run but for its lock, which tells who was there last."""
+    """Return the files of a run except its lock, which names the last process."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -166,7 +168,7 @@ def copy_of(folder: Path, to: Path) -> Path:
     return to
 
 
-def test_file_that_one_rank_alone_cannot_read_lets_all_fall_back_together(
+def test_file_unreadable_on_one_rank_makes_all_ranks_fall_back(
     fork_server: ForkServer,
     train_arguments: Any,
     uninterrupted: Any,
@@ -175,48 +177,48 @@ def test_file_that_one_rank_alone_cannot_read_lets_all_fall_back_together(
 ) -> None:
     folder = copy_of(stopped_run, tmp_path / "run")
     newest = str(folder / "checkpoints" / "step-00000008")
-    plan = Fault(1, 1, "EACCES", folder=newest, event="read __0_0.*", last_call=ALWAYS)
-    start = fork_server.run(train_arguments(folder, TP2), 2, plan)
-    assert start.exit_codes == {0: 0, 1: 0}, start.output()
-    told = re.search(r"Skipped damaged step-00000008.*", start.output())
-    assert told and "rank 1" in told[0] and "Permission denied" in told[0]
+    unreadable = Fault(1, 1, "EACCES", folder=newest, event="read __0_0.*", last_call=ALWAYS)
+    launch = fork_server.run(train_arguments(folder, TP2), 2, unreadable)
+    assert launch.exit_codes == {0: 0, 1: 0}, launch.output()
+    message = re.search(r"Skipped damaged step-00000008.*", launch.output())
+    assert message and "rank 1" in message[0] and "Permission denied" in message[0]
     assert reproducible_metrics(folder) == uninterrupted(2, TP2)
 
 
-def test_without_a_whole_checkpoint_the_run_stops_and_changes_nothing(
+def test_run_without_a_valid_checkpoint_stops_and_changes_no_file(
     fork_server: ForkServer, train_arguments: Any, stopped_run: Path, tmp_path: Path
 ) -> None:
     folder = copy_of(stopped_run, tmp_path / "run")
     for step in (4, 8):
         os.truncate(folder / f"checkpoints/step-{step:08d}/__1_0.distcp", 100)
     before = contents(folder)
-    start = fork_server.run(train_arguments(folder, TP2), 2)
-    assert start.exit_codes == {0: ExitCode.NO_CHECKPOINT, 1: ExitCode.NO_CHECKPOINT}, (
-        start.output()
+    launch = fork_server.run(train_arguments(folder, TP2), 2)
+    assert launch.exit_codes == {0: ExitCode.NO_CHECKPOINT, 1: ExitCode.NO_CHECKPOINT}, (
+        launch.output()
     )
     for part in ("step-00000004", "step-00000008", "__1_0.distcp"):
-        assert part in start.output()
+        assert part in launch.output()
     assert contents(folder) == before
 
 
-# ---------------------------------------------------------------- clocks and folders
+# ---------------------------------------------------------------- time limit and lock
 
 
-def test_time_limit_saves_and_stops_before_it_and_the_run_goes_on(
+def test_run_saves_and_stops_before_its_time_limit(
     fork_server: ForkServer, train_arguments: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     long = f"train.max_steps={ALWAYS}"
-    start = fork_server.run(
+    launch = fork_server.run(
         train_arguments(folder, long, "optim.schedule_steps=24", "run.time_limit=0.1"), 1
     )
-    assert start.exit_codes == {0: ExitCode.STOPPED}, start.output()
+    assert launch.exit_codes == {0: ExitCode.STOPPED}, launch.output()
     events = read_events(folder)
     assert [event["event"] for event in events[-2:]] == ["save", "stop"]
     assert events[-1]["reason"] == "stopped"
 
 
-def test_second_run_in_a_folder_is_refused_with_host_process_and_age(
+def test_second_run_in_a_folder_is_rejected_with_host_pid_and_age(
     command: Any, tmp_path: Path
 ) -> None:
     held = lock.acquire_lock(RunFolder(tmp_path / "run"), print)

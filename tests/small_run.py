@@ -1,7 +1,7 @@
-"""A small run on any mesh, without data and folder, which the tests of this package train.
+"""A small model, optimizer and batch on any mesh, without a dataset or run folder.
 
-Dims that neither 3 nor 3·2 divides make the shards uneven; packed documents, masked labels and a
-rank with few targets make the batch so.
+Shards are uneven: neither 3 nor 6 divides the dims. Batches are uneven too: packed documents,
+masked labels and a rank with few targets.
 """
 
 from collections.abc import Callable
@@ -29,13 +29,13 @@ from training.optimizer import build_optimizer
 
 SEED, STEPS = 7, 2
 BATCH, SEQ, VOCAB = 12, 16, 58
-# The first steps of Adam divide a gradient by itself; this eps keeps rounding errors small.
+# In its first steps Adam divides a gradient by itself; this eps keeps rounding errors small.
 OPTIM = OptimConfig(lr=1e-2, eps=1e-2, weight_decay=0.5)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to spread the model over processes, and to cut its batch."""
+    """Mesh, model and training options of one run."""
 
     dp: int = 1  # dp_shard
     tp: int = 1
@@ -45,7 +45,7 @@ class Case:
     sequence_parallel: bool = True
     loss_parallel: bool = True
     n_micro: int = 2
-    max_norm: float = 0.5  # below the norm of the reference: it clips
+    max_norm: float = 0.5  # below the reference's gradient norm, so gradients are clipped
     param: Any = "fp32"
     n_layers: int = 1
     activation_checkpoint: Any = "none"
@@ -81,15 +81,15 @@ def model_config(tied: bool, n_layers: int) -> ModelConfig:
     return ModelConfig("small", 40, n_layers, 4, 2, 52, VOCAB, tie_embeddings=tied)
 
 
-Plan = Callable[[Llama, DeviceMesh], Llama]
-"""What is applied to a model on the meta device."""
+ParallelizeFn = Callable[[Llama, DeviceMesh], Llama]
+"""Transform of a model on the meta device."""
 
-Whole = tuple[Tensor, Tensor, Tensor]
-"""Tokens, positions and labels of a global batch, each (batch, seq)."""
+GlobalBatch = tuple[Tensor, Tensor, Tensor]
+"""Tokens, positions and labels, each (batch, seq)."""
 
 
-def batch(step: int) -> Whole:
-    """Packed documents; the first samples have many targets, the last ones hardly any."""
+def batch(step: int) -> GlobalBatch:
+    """Return packed documents whose first samples have many targets and the last ones few."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, VOCAB, (BATCH, SEQ), generator=generator)
     labels = torch.randint(0, VOCAB, (BATCH, SEQ), generator=generator)
@@ -99,24 +99,30 @@ def batch(step: int) -> Whole:
         positions[row, cut:] = torch.arange(SEQ - cut)
         labels[row, cut - 1] = IGNORE
         labels[row, SEQ - row :] = IGNORE
-    labels[-2] = IGNORE  # a whole micro-batch without a target on some meshes
+    labels[-2] = IGNORE  # on some meshes, a micro-batch without a target
     return tokens, positions, labels
 
 
-def local_batches(whole: Whole, rank: int, size: int, n_micro: int) -> StepBatches:
-    """What one data rank computes."""
+def local_batches(global_batch: GlobalBatch, rank: int, size: int, n_micro: int) -> StepBatches:
+    """Return the micro-batches of one data-parallel rank."""
     rows = BATCH // size
-    own = [field[rank * rows : (rank + 1) * rows] for field in whole]
-    pieces = list(zip(*(field.chunk(n_micro) for field in own), strict=True))
-    assert len(pieces) == n_micro
-    n_documents = [int((positions == 0).sum()) for _, positions, _ in pieces]
-    micro_batches = [Batch(*fields) for fields in pieces]
-    n_targets = int((own[2] != IGNORE).sum())
+    local = [field[rank * rows : (rank + 1) * rows] for field in global_batch]
+    chunks = list(zip(*(field.chunk(n_micro) for field in local), strict=True))
+    assert len(chunks) == n_micro
+    n_documents = [int((positions == 0).sum()) for _, positions, _ in chunks]
+    micro_batches = [Batch(*fields) for fields in chunks]
+    n_targets = int((local[2] != IGNORE).sum())
     return StepBatches(micro_batches, n_documents, n_targets, digest=rank + 1)
 
 
-def build(case: Case, accelerator: str = "cpu", plan: Plan | None = None) -> SimpleNamespace:
-    """As `train.set_up` does, without data and folder; with another `plan` than the case's."""
+def build(
+    case: Case, accelerator: str = "cpu", plan: ParallelizeFn | None = None
+) -> SimpleNamespace:
+    """Return the run state that `train_step` needs.
+
+    Args:
+        plan: Replaces `parallelize` with the case's settings.
+    """
     config = model_config(case.tied, case.n_layers)
     precision = PrecisionConfig(param=case.param)
     plan = plan or partial(parallelize, parallel=case.parallel, precision=precision)
@@ -142,6 +148,6 @@ def build(case: Case, accelerator: str = "cpu", plan: Plan | None = None) -> Sim
 
 
 def full_tensor(tensor: Any) -> Tensor:
-    """A copy of all of it, on every rank."""
-    found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return found.detach().clone()
+    """Return a copy of the unsharded tensor on every rank."""
+    result: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return result.detach().clone()
