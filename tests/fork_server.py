@@ -33,25 +33,19 @@ OFFLINE = TESTS / "faults" / "offline"  # a stub of W&B whose server is unreacha
 TIMEOUT_SECONDS = 600  # of one launch; reached only by a hang
 # Modules that the programs import at start-up, including those imported inside functions.
 PRELOADED = (
-    *("train", "evaluate", "prepare", "convert", "generate"),
-    *("torch", "lightning.fabric", "torch.distributed.checkpoint"),
+    *("train", "evaluate", "prepare", "convert", "generate", "plan"),
+    *("torch", "lightning.fabric", "torch.distributed.checkpoint", "torch.utils.tensorboard"),
+    *("pydantic.main", "pydantic.dataclasses"),
     *("model.llama", "parallel.parallelize", "parallel.launch", "data.stream"),
-    *("pydantic.main", "pydantic.dataclasses", "torch.utils.tensorboard"),
-    *("checkpoint.restore", "checkpoint.saver", "training.console"),
+    *("checkpoint.restore", "checkpoint.saver", "resilience.loss_monitor", "resilience.watchdog"),
+    *("training.console", "training.metrics", "training.throughput", "training.optimizer"),
     *(
-        "training.metrics",
-        "training.throughput",
-        "resilience.loss_monitor",
-        "training.optimizer",
-        "resilience.watchdog",
-    ),
-    *(
-        "evaluation.perplexity",
-        "evaluation.sampling",
         "training.inspection",
         "data.preparation.pipeline",
+        "evaluation.perplexity",
+        "evaluation.sampling",
     ),
-    *("formats.conversion", "formats.native", "evaluation.generation", "evaluation.inference"),
+    *("evaluation.generation", "evaluation.inference", "formats.conversion", "formats.native"),
 )
 
 

@@ -124,7 +124,7 @@ def test_every_problem_of_every_run_is_told_and_of_which(
     assert (code, out) == (1, "")
     lines = err.splitlines()
     assert lines[0] == "Not submitted:" and len(lines) == 4
-    [unknown] = [line for line in lines if "run.sed is not a key" in line]
+    [unknown] = [line for line in lines if "Unknown key run.sed" in line]
     assert "(in " not in unknown  # every run has it
     [rate] = [line for line in lines if "optim.lr (-1.0)" in line]
     assert rate.endswith("(in lr_-1-tp_1, lr_-1-tp_2)")
