@@ -1,8 +1,8 @@
-"""A real SLURM of two nodes on this machine, for as long as the tests need it.
+"""A SLURM cluster of two nodes on this machine.
 
-munged, slurmctld and one slurmd for each node, on free ports and in a folder of their own, with
-their own key and configuration (`SLURM_CONF`): a SLURM that the machine may belong to is neither
-used nor disturbed. The nodes are names alone; both are this machine.
+Runs munged, slurmctld and one slurmd per node on free ports, in a temporary folder, with a separate
+key and configuration (`SLURM_CONF`). A cluster that the machine belongs to is not affected. Both
+nodes are this machine under different names.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from typing import Any
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = ("n1", "n2")
 TASKS_PER_NODE = 2
-DEADLINE = 120  # seconds for something that takes a few: only what hangs gets there
+DEADLINE = 120  # seconds for something that takes a few; reached only by a hang
 
 CONFIGURATION = """
 ClusterName=llamesh
@@ -62,38 +62,38 @@ PartitionName=urgent Nodes=n1,n2 PriorityTier=2 PreemptMode=OFF
 
 
 def missing_commands() -> list[str]:
-    """Those of SLURM's programs that are not installed here."""
+    """Return the SLURM programs that are not installed."""
     return [name for name in COMMANDS if shutil.which(name, path=_path()) is None]
 
 
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    """Polls until the condition holds, and returns its value."""
+def wait_for(condition: Callable[[], Any], description: str) -> Any:
+    """Poll until the condition holds and return its value."""
     end = time.monotonic() + DEADLINE
     while not (value := condition()):
-        assert time.monotonic() < end, f"waited {DEADLINE} s for {what}"
+        assert time.monotonic() < end, f"timed out after {DEADLINE} s waiting for {description}"
         time.sleep(0.2)
     return value
 
 
 class Cluster:
-    """The running SLURM; `environment` is what its commands are called with."""
+    """A running cluster; its commands need the variables in `environment`."""
 
     def __init__(self) -> None:
-        # Not pytest's folder: the socket's path may have 107 characters, and munged wants every
-        # user to be able to reach it.
+        # Not pytest's folder: a socket path is limited to 107 characters, and munged requires that
+        # every user can reach it.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.folder.chmod(0o755)
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))},
             "PATH": _path(),
             "SLURM_CONF": str(self.folder / "slurm.conf"),
-            "MASTER_ADDR": "127.0.0.1",  # the nodes' names are known to SLURM alone
+            "MASTER_ADDR": "127.0.0.1",  # the node names cannot be resolved outside SLURM
             "OMP_NUM_THREADS": "1",
         }
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
-        """Starts every daemon and waits until both nodes are idle."""
+        """Start every daemon and wait until both nodes are idle."""
         ports = _free_ports(1 + len(NODES))
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 "
@@ -124,12 +124,12 @@ class Cluster:
         wait_for(lambda: self.states() == dict.fromkeys(NODES, "idle"), "two idle nodes")
 
     def start_node(self, name: str) -> None:
-        """Starts a node's slurmd."""
-        # What runs on the node inherits the variable: so `kill_node` finds it.
+        """Start the slurmd of a node."""
+        # Inherited by all processes of the node, so that `kill_node` finds them.
         self._daemon(f"slurmd-{name}", "-D", "-N", name, SLURMD_NODENAME=name)
 
     def kill_node(self, name: str) -> None:
-        """Takes a node away, as a power cut does: its daemon and everything that runs on it."""
+        """Kill a node's daemon and all its processes, as a power failure would."""
         daemon = self.daemons.pop(f"slurmd-{name}")
         for pid in _processes(f"SLURMD_NODENAME={name}", self.folder):
             with contextlib.suppress(ProcessLookupError):
@@ -138,14 +138,14 @@ class Cluster:
         daemon.wait()
 
     def states(self) -> dict[str, str]:
-        """The state of every node."""
+        """Return the state of every node."""
         done = self.run("sinfo", "-h", "-N", "-p", "batch", "-o", "%N %t", check=False)
         return dict(line.split() for line in done.stdout.splitlines())
 
     def run(
         self, *command: str, check: bool = True, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Runs one of SLURM's commands from the checkout and waits for it."""
+        """Run a SLURM command from the checkout and wait for it."""
         done = subprocess.run(
             command,
             cwd=Path(__file__).parents[2],
@@ -160,21 +160,21 @@ class Cluster:
         return done
 
     def submit(self, *arguments: str) -> str:
-        """`sbatch` with these arguments; returns the job's number."""
+        """Run `sbatch` and return the job ID."""
         return self.run("sbatch", "--parsable", *arguments).stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What SLURM knows of a job, by its names."""
+        """Return the fields of `scontrol show job`."""
         text = self.run("scontrol", "show", "job", "-o", number).stdout
-        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+        return dict(field.split("=", 1) for field in text.split() if "=" in field)
 
     def wait_for_state(self, number: str, *states: str) -> dict[str, str]:
-        """Polls until a job is in one of the states; told what became of it, if it is not."""
+        """Poll until a job is in one of the states; fail if it ends in another one."""
         ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
 
         def reached() -> dict[str, str] | None:
             job = self.job(number)
-            # A requeued job passes through such states while its processes are being ended.
+            # A requeued job passes through such states while its processes are terminated.
             done = job["JobState"] in ends - {*states} and job["Requeue"] == "0"
             assert not done, f"job {number} is {job['JobState']}"
             return job if job["JobState"] in states else None
@@ -182,17 +182,16 @@ class Cluster:
         return wait_for(reached, f"job {number} to be {' or '.join(states)}")
 
     def start_requeued(self, number: str, restarts: int) -> None:
-        """Spares a requeued job the delay after which SLURM starts it again."""
+        """Shorten the delay before SLURM restarts a requeued job, and wait until it runs."""
 
         def runs() -> bool:
             for node in (node for node, state in self.states().items() if "dr" in state):
-                # A node that was slow to end the old start: its administrator looks at it.
+                # SLURM drained a node that was slow to terminate the job, as for an administrator.
                 self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
             job = self.job(number)
             if job["JobState"] == "PENDING" and job.get("Restarts") == str(restarts):
-                # SLURM sets the delay when the old start is quite gone. It is there because the old
-                # start's credential is revoked, and one made in the same second with it: so a few
-                # seconds have to stay of it.
+                # SLURM sets the delay once the job's processes are gone. It revokes their
+                # credential and any created in the same second, so keep a few seconds.
                 begin = job.get("EligibleTime", "Unknown")
                 later = datetime.now() + timedelta(seconds=10)
                 if begin != "Unknown" and datetime.fromisoformat(begin) > later:
@@ -204,7 +203,7 @@ class Cluster:
         wait_for(runs, f"job {number} to run again")
 
     def stop(self) -> None:
-        """Ends every daemon and every process of every job."""
+        """Kill every daemon and every process of every job."""
         for daemon in self.daemons.values():
             daemon.kill()
             daemon.wait()
@@ -216,7 +215,7 @@ class Cluster:
     def _daemon(self, name: str, *arguments: str, **environment: str) -> None:
         log = (self.folder / f"{name}.out").open("ab")
         self.daemons[name] = subprocess.Popen(
-            # Linux ends the daemon with the process that started it, whatever ends that.
+            # The kernel kills the daemon when this process dies for any reason.
             ["setpriv", "--pdeathsig", "KILL", name.partition("-")[0], *arguments],
             env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
@@ -228,12 +227,12 @@ class Cluster:
 
 
 def _path() -> str:
-    """Where programs are looked for: daemons lie in sbin, which a user's PATH may lack."""
+    """Return PATH with sbin, which contains the daemons and may be missing from it."""
     return f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Return unused ports."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -242,7 +241,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _processes(variable: str, folder: Path) -> list[int]:
-    """The processes of this cluster that have a variable in their environment."""
+    """Return the processes of this cluster that have a variable in their environment."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The real program under a real SLURM of two nodes: trained, requeued, robbed of a node."""
+"""Training on a SLURM cluster of two nodes: signals, requeuing, node failure, invalid requests."""
 
 import os
 import sys
@@ -11,11 +11,15 @@ from cluster import TASKS_PER_NODE, Cluster, missing_commands, wait_for
 from conftest import FAULT_STEPS, ROOT, read_events, reproducible_metrics
 from fork_server import ForkServer
 
-pytestmark = pytest.mark.skipif(
-    bool(missing_commands()), reason=f"SLURM is not installed: {', '.join(missing_commands())}"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(missing_commands()),
+        reason=f"SLURM is not installed: {', '.join(missing_commands())}",
+    ),
+]
 MESH = ("parallel.tp=2", "parallel.dp_shard=2")
-STANDS = 9  # the text sample of every ninth step goes into a pipe that nobody reads
+PAUSE_INTERVAL = 9  # text samples of these steps are written to a pipe without a reader
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    """`slurm/train.sbatch` with its one line changed, to the Python that runs the tests."""
+    """Return slurm/train.sbatch with its one line adapted to the Python that runs the tests."""
     text = (ROOT / "slurm/train.sbatch").read_text()
     line = "source .venv/bin/activate\n"
     assert text.count(line) == 1
@@ -40,12 +44,12 @@ def script(tmp_path: Path) -> Path:
 
 
 def steps_of(folder: Path) -> int:
-    """How many steps have figures."""
+    """Return the number of steps in metrics.jsonl."""
     metrics = folder / "metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def test_job_goes_on_exactly_after_usr1_and_after_the_loss_of_a_node(
+def test_job_resumes_bit_for_bit_after_usr1_and_after_a_node_failure(
     cluster: Cluster,
     fork_server: ForkServer,
     train_arguments: Any,
@@ -53,8 +57,8 @@ def test_job_goes_on_exactly_after_usr1_and_after_the_loss_of_a_node(
     script: Path,
     tmp_path: Path,
 ) -> None:
-    sampled = (f"validation.interval={STANDS}", "validation.sample_tokens=1")
-    calm = uninterrupted(4, *MESH, *sampled)  # four processes that no SLURM started
+    sampled = (f"validation.interval={PAUSE_INTERVAL}", "validation.sample_tokens=1")
+    expected = uninterrupted(4, *MESH, *sampled)  # launched without SLURM
     folder, output = tmp_path / "run", tmp_path / "output.txt"
     folder.mkdir()
     os.mkfifo(folder / "samples.txt")
@@ -62,17 +66,17 @@ def test_job_goes_on_exactly_after_usr1_and_after_the_loss_of_a_node(
         *("--nodes=2", f"--ntasks-per-node={TASKS_PER_NODE}", f"--output={output}"),
         *(str(script), *train_arguments(folder, *MESH, *sampled)),
     )
-    wait_for(lambda: steps_of(folder) == STANDS, f"step {STANDS}")
+    wait_for(lambda: steps_of(folder) == PAUSE_INTERVAL, f"step {PAUSE_INTERVAL}")
 
     cluster.run("scancel", "--signal=USR1", job)
-    assert "step 9" in (folder / "samples.txt").read_text()  # which lets the run go on
+    assert "step 9" in (folder / "samples.txt").read_text()  # lets the run continue
     cluster.start_requeued(job, restarts=1)
-    wait_for(lambda: steps_of(folder) == 2 * STANDS, f"step {2 * STANDS}")
+    wait_for(lambda: steps_of(folder) == 2 * PAUSE_INTERVAL, f"step {2 * PAUSE_INTERVAL}")
     stop = next(event for event in read_events(folder) if event["event"] == "stop")
-    assert (stop["reason"], stop["step"], stop["code"]) == ("stopped", STANDS + 1, 75)
+    assert (stop["reason"], stop["step"], stop["code"]) == ("stopped", PAUSE_INTERVAL + 1, 75)
 
     cluster.kill_node("n2")
-    # SLURM finds out by itself after SlurmdTimeout; a test need not wait for that.
+    # SLURM detects the failure itself after SlurmdTimeout; do not wait for that.
     cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=gone")
     (folder / "samples.txt").unlink()
     cluster.start_node("n2")
@@ -80,13 +84,13 @@ def test_job_goes_on_exactly_after_usr1_and_after_the_loss_of_a_node(
     cluster.start_requeued(job, restarts=2)
     cluster.wait_for_state(job, "COMPLETED")
     assert "launched by srun" in output.read_text()
-    assert reproducible_metrics(folder) == calm
+    assert reproducible_metrics(folder) == expected
     starts = [event["step"] for event in read_events(folder) if event["event"] == "start"]
-    assert starts == [0, STANDS + 1, 16]
-    assert [len(calm), steps_of(folder)] == [FAULT_STEPS] * 2
+    assert starts == [0, PAUSE_INTERVAL + 1, 16]
+    assert [len(expected), steps_of(folder)] == [FAULT_STEPS] * 2
 
 
-def test_counts_that_do_not_fit_are_refused_before_anything_is_launched(
+def test_task_counts_that_do_not_match_the_mesh_are_rejected_before_launch(
     cluster: Cluster, train_arguments: Any, tmp_path: Path
 ) -> None:
     def srun(*arguments: str) -> str:
@@ -102,13 +106,13 @@ def test_counts_that_do_not_fit_are_refused_before_anything_is_launched(
         return done.stderr
 
     assert "3 tasks unevenly on 2 nodes (2, 1)" in srun("srun", "-N2", "-n3")
-    told = srun("srun", "-N2", "-n2", "--ntasks-per-node=1")
-    assert "the mesh (" in told and "has 4 places for 2 processes" in told
+    stderr = srun("srun", "-N2", "-n2", "--ntasks-per-node=1")
+    assert "the mesh (" in stderr and "has 4 places for 2 processes" in stderr
     assert "add --ntasks-per-node=2" in srun("srun", "-N2", "-n4")
     assert not (tmp_path / "run").exists()
 
 
-def test_script_that_forgets_srun_is_refused_with_the_word(
+def test_job_script_without_srun_is_rejected(
     cluster: Cluster, train_arguments: Any, tmp_path: Path
 ) -> None:
     output = tmp_path / "output.txt"

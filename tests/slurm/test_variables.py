@@ -1,4 +1,4 @@
-"""What `parallel.slurm` reads in the tasks of a real SLURM is what was asked of that SLURM."""
+"""`parallel.slurm` reads the values that a SLURM cluster was asked for in its tasks."""
 
 import json
 import sys
@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 from cluster import NODES, TASKS_PER_NODE, Cluster, missing_commands, wait_for
 
-pytestmark = pytest.mark.skipif(
-    bool(missing_commands()), reason=f"SLURM is not installed: {', '.join(missing_commands())}"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(missing_commands()),
+        reason=f"SLURM is not installed: {', '.join(missing_commands())}",
+    ),
+]
 MINUTES = 10
-# What a task reads; MASTER_ADDR is the tests' own and would be kept.
-TELL = """
+# Run by each task. MASTER_ADDR is set by the test cluster and would be kept.
+TASK_SCRIPT = """
 import json, os, time
 from parallel.slurm import rendezvous, slurm_time_left, started_by_srun, tasks_per_node
 environment = {name: value for name, value in os.environ.items() if name != "MASTER_ADDR"}
@@ -38,35 +42,35 @@ def cluster() -> Iterator[Cluster]:
 
 
 def read_in_tasks(cluster: Cluster, *options: str) -> list[Any]:
-    """What each task of a step of its own job reads."""
-    told = cluster.run("srun", *options, sys.executable, "-c", TELL).stdout
-    return [json.loads(line) for line in told.splitlines()]
+    """Return the values read by each task of a new job."""
+    output = cluster.run("srun", *options, sys.executable, "-c", TASK_SCRIPT).stdout
+    return [json.loads(line) for line in output.splitlines()]
 
 
-def test_tasks_know_their_number_their_meeting_place_and_the_time_left(cluster: Cluster) -> None:
+def test_tasks_read_task_counts_rendezvous_and_time_left(cluster: Cluster) -> None:
     options = ("-N2", f"--ntasks-per-node={TASKS_PER_NODE}", f"--time={MINUTES}")
     first, *others = read_in_tasks(cluster, *options)
-    by_srun, tasks, meeting, left = first
+    by_srun, tasks, address, left = first
     assert by_srun and tasks == [TASKS_PER_NODE] * len(NODES)
-    assert meeting["MASTER_ADDR"] == NODES[0]
+    assert address["MASTER_ADDR"] == NODES[0]
     assert 0 < left <= MINUTES * 60
     assert len(others) == TASKS_PER_NODE * len(NODES) - 1
     assert all(other[:3] == first[:3] for other in others)
 
 
-def test_uneven_tasks_and_no_time_limit_are_known(cluster: Cluster) -> None:
+def test_uneven_tasks_and_unlimited_time_are_read(cluster: Cluster) -> None:
     for _, tasks, _, left in read_in_tasks(cluster, "-N2", "-n3", "--time=UNLIMITED"):
         assert tasks == [2, 1] and left is None
 
 
-def test_task_of_an_array_knows_its_own_limit_and_goes_back_into_the_queue_alone(
+def test_array_task_reads_its_own_limit_and_is_requeued_without_the_others(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     script = tmp_path / "array.sh"
     script.write_text(
         "#!/bin/bash\n"
-        f"srun {sys.executable} -c '{TELL}'\n"
-        # The last task is the one that has the array's number.
+        f"srun {sys.executable} -c '{TASK_SCRIPT}'\n"
+        # The last task has the job ID of the array.
         "if [[ $SLURM_JOB_ID == $SLURM_ARRAY_JOB_ID ]]; then source slurm/requeue.sh 75; fi\n"
         "sleep 60\n"
     )
