@@ -1,10 +1,10 @@
-"""Converts weights: our checkpoints ↔ Hugging Face folders ↔ Meta folders, tensor by tensor.
+"""Convert weights between native checkpoints, Hugging Face folders and Meta folders.
 
     python convert.py source=runs/llama3_tiny/checkpoints/step-00000160 target=llama3_tiny_hf
     python convert.py source=Llama-3.1-8B target=llama3_1_8b format=native
     python convert.py source=Meta-Llama-3-70B target=one_part format=meta parts=1
 
-What the source is, its files tell. Nothing is left of a conversion that fails or is killed.
+The source format is detected from its files. A failed or killed conversion leaves no target folder.
 """
 
 import sys
@@ -22,22 +22,22 @@ from formats.config import ConvertJobConfig
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="convert")
 def main(composed: DictConfig) -> None:
-    """Checks the configuration, opens the source, writes the target."""
-    with exit_on_user_error("Not converted"):
+    """Load the configuration and convert; user errors exit with a message."""
+    with exit_on_user_error("Conversion failed"):
         run(load_convert_config(composed))
 
 
 def run(config: ConvertJobConfig) -> None:
-    """Converts, and tells what it did.
+    """Convert and print a summary.
 
     Raises:
-        FormatError: the source cannot be read, or the target not be written; nothing is left of it.
+        FormatError: The source cannot be read or the target cannot be written.
     """
-    from evaluation.inference import tokenizer_of
     from formats.conversion import convert
-    from formats.pieces import DTYPE_OF
-    from formats.recognition import open_weights
-    from formats.target import check_target
+    from formats.detection import open_weights
+    from formats.output_folder import check_target
+    from formats.stored_tensor import DTYPES
+    from formats.tokenizers import resolve_tokenizer
     from formats.weights import FORMATS
     from parallel.host_memory import give_freed_memory_back
 
@@ -45,22 +45,22 @@ def run(config: ConvertJobConfig) -> None:
     target = Path(config.target)
     check_target(target, config.overwrite)
     weights = open_weights(Path(config.source))
-    kind = config.format or ("hf" if weights.format == "native" else "native")
-    begin = time.perf_counter()
+    format = config.format or ("hf" if weights.format == "native" else "native")
+    start = time.perf_counter()
     n_bytes = convert(
         weights,
-        tokenizer_of(weights, config.tokenizer_path),
+        resolve_tokenizer(weights.folder, config.tokenizer_path),
         target,
-        kind,
-        dtype=None if config.dtype is None else DTYPE_OF[config.dtype],
+        format,
+        dtype=None if config.dtype is None else DTYPES[config.dtype],
         parts=config.parts,
         file_bytes=int(config.file_gb * 1e9),
         overwrite=config.overwrite,
     )
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - start
     print(
-        f"{target}: {FORMATS[kind]}, {n_bytes / 1e9:,.3f} GB in {seconds:,.1f} s, "
-        f"from the {FORMATS[weights.format]} {weights.folder}"
+        f"{target}: {FORMATS[format]}, {n_bytes / 1e9:,.3f} GB in {seconds:,.1f} s, "
+        f"converted from {FORMATS[weights.format]} {weights.folder}"
     )
 
 

@@ -1,12 +1,16 @@
-"""Evaluates weights: `python evaluate.py evaluation.checkpoint=…`.
+"""Evaluate trained weights: `python evaluate.py evaluation.checkpoint=…`.
 
-Loss, perplexity and bits per byte on held-out text, by source, on any mesh; with `tasks=[…]` named
-benchmarks through lm-eval. The weights are a checkpoint of ours, which tells on which data, or a
-Hugging Face or Meta folder. What is measured goes to `evaluation.json` beside the weights.
+Computes loss, perplexity and bits per byte on held-out text by data source, on any mesh, and with
+`tasks=[…]` benchmarks through lm-eval. Weights are a native checkpoint, which records its dataset,
+or a Hugging Face or Meta folder. Results are printed and written to `evaluation.json` in the folder
+of the weights.
 """
 
+import dataclasses
 import json
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,111 +21,154 @@ from cli.arguments import hydra_arguments
 from cli.config import load_evaluate_config
 from cli.errors import exit_on_user_error
 from evaluation.config import EvaluateJobConfig
-from evaluation.setup import (
-    check_mesh,
-    check_tasks,
-    held_out_of,
-    number_format,
-    versions,
-    write_figures,
-)
+from training.config_validation import ConfigError
 
 if TYPE_CHECKING:
     from data.dataset import Dataset
+    from evaluation.held_out import LossTotals
     from evaluation.inference import InferenceContext
-    from evaluation.perplexity import Measured
+    from formats.weights import Weights
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(composed: DictConfig) -> None:
-    """Checks, launches, evaluates, tells."""
-    with exit_on_user_error("Not evaluated"):
-        config = load_evaluate_config(composed)
-        check_tasks(config)
-        evaluate(config)
+    """Load the configuration and evaluate; user errors exit with a message."""
+    with exit_on_user_error("Evaluation failed"):
+        evaluate(load_evaluate_config(composed))
 
 
 def evaluate(config: EvaluateJobConfig) -> None:
-    """Everything that is asked of the weights; printed, and written beside them.
+    """Measure everything the configuration requests; rank 0 prints and writes the results.
 
     Raises:
-        FormatError, DataError, ConfigError: weights, text or mesh are not what they have to be.
+        FormatError, DataError, TaskError, ConfigError: Weights, text, tasks or mesh are invalid.
     """
-    from evaluation.inference import fingerprint_together, load_model, tokenizer_of
-    from formats.recognition import open_weights
+    from evaluation.lm_eval_tasks import task_errors
+    from formats.detection import open_weights
+    from formats.tokenizers import resolve_tokenizer
+    from formats.weights import fingerprint
+    from parallel.data_parallel import mixed_precision_policy
 
+    if errors := task_errors(config.tasks, config.task_folder, config.parallel.cp):
+        raise ConfigError(errors)
     weights = open_weights(Path(config.evaluation.checkpoint))
-    held_out, seq_len = held_out_of(config, weights)
-    tokenizer = tokenizer_of(weights, config.tokenizer_path) if config.tasks else None
-    parallel, processes, mesh = check_mesh(config, weights.model, seq_len)
-    loaded = load_model(weights, processes, mesh, parallel, config.precision)
-    figures: dict[str, Any] = {
+    held_out, seq_len = open_held_out(
+        weights, config.evaluation.data, config.evaluation.seq_len, optional=bool(config.tasks)
+    )
+    tokenizer = resolve_tokenizer(weights.folder, config.tokenizer_path) if config.tasks else None
+    context = launch(config, weights, seq_len)
+    policy = mixed_precision_policy(config.precision, context.fabric.device.type)
+    results: dict[str, Any] = {
         "checkpoint": str(weights.folder),
         "format": weights.format,
         "step": weights.step,
-        "weights_hash": fingerprint_together(weights),
-        "precision": number_format(config, loaded),
+        "weights_hash": fingerprint(weights),
+        "precision": str(policy.param_dtype).removeprefix("torch."),
     }
     if held_out is not None:
-        figures |= {"data": str(held_out.folder), "data_hash": held_out.hash, "seq_len": seq_len}
-        figures |= describe(measure_held_out(config, loaded, held_out, seq_len))
+        results |= {"data": str(held_out.folder), "data_hash": held_out.hash, "seq_len": seq_len}
+        results |= loss_metrics(held_out_loss(config, context, held_out, seq_len))
     if tokenizer is not None:
-        from evaluation.harness import run_tasks
-        from evaluation.setup import harness_model
+        from evaluation.lm_eval_model import LlameshLM
+        from evaluation.lm_eval_tasks import run_tasks
 
-        figures["tasks"] = run_tasks(
-            harness_model(config, loaded, tokenizer),
+        results["tasks"] = run_tasks(
+            LlameshLM.on_mesh(context, tokenizer, config.evaluation.micro_batch_size),
             config.tasks,
             folder=config.task_folder,
             num_fewshot=config.num_fewshot,
             limit=config.limit,
         )
-    figures["versions"] = versions(bool(config.tasks))
-    loaded.watchdog.close()
-    if loaded.fabric.is_global_zero:
-        write_figures(config, figures)
-        print(json.dumps(figures, indent=1))
+    results["versions"] = versions("torch", "llamesh", *(["lm_eval"] if config.tasks else []))
+    context.watchdog.close()
+    if context.fabric.is_global_zero:
+        output = config.evaluation.output or Path(config.evaluation.checkpoint) / "evaluation.json"
+        write_results(Path(output), results)
+        print(json.dumps(results, indent=1))
 
 
-def measure_held_out(
-    config: EvaluateJobConfig, loaded: "InferenceContext", dataset: "Dataset", seq_len: int
-) -> "dict[str, Measured]":
-    """The loss on the held-out windows, by source; every rank gets the same."""
+def launch(config: EvaluateJobConfig, weights: "Weights", seq_len: int) -> "InferenceContext":
+    """Load the model on its mesh; raise ConfigError if the mesh does not fit the model."""
+    from evaluation.inference import load_model, plan_inference
+    from training.config_rules import model_errors
+
+    parallel = config.parallel
+    if config.tasks:  # their sequences have arbitrary lengths, and scoring needs logits
+        parallel = dataclasses.replace(parallel, sequence_parallel=False, loss_parallel=False)
+    # The number of windows need not be divisible: every data rank has its own micro-batches.
+    processes, mesh, errors = plan_inference(parallel, weights.model, seq_len, model_errors)
+    if errors:
+        raise ConfigError(errors)
+    return load_model(weights, processes, mesh, parallel, config.precision)
+
+
+def held_out_loss(
+    config: EvaluateJobConfig, context: "InferenceContext", dataset: "Dataset", seq_len: int
+) -> "dict[str, LossTotals]":
+    """Return the loss on the held-out windows by data source, equal on all ranks."""
     import torch
 
     from data.loader import validation_batches
-    from evaluation.perplexity import measure
+    from evaluation.held_out import evaluate_loss
 
-    evaluation = config.evaluation
     n_windows = dataset.n_validation_windows(seq_len)
     batches = validation_batches(
         dataset,
-        samples=min(evaluation.samples or n_windows, n_windows),
+        samples=min(config.evaluation.samples or n_windows, n_windows),
         seq_len=seq_len,
-        micro_batch_size=evaluation.micro_batch_size,
-        rank=loaded.data_rank,
-        size=loaded.mesh.dp,
+        micro_batch_size=config.evaluation.micro_batch_size,
+        rank=context.data_rank,
+        size=context.mesh.dp,
     )
-    lengths = torch.tensor(dataset.tokenizer().byte_lengths())
-    sum_over_data = loaded.strategy.sum_over_data
-    return measure(loaded.model, batches, loaded.fabric.device, sum_over_data, lengths)
+    byte_lengths = torch.tensor(dataset.tokenizer().byte_lengths())
+    sum_over_data = context.strategy.sum_over_data
+    return evaluate_loss(context.model, batches, context.fabric.device, sum_over_data, byte_lengths)
 
 
-def describe(measured: "dict[str, Measured]") -> dict[str, Any]:
-    """Loss in nats a token, perplexity, and bits a byte, over all sources and of each."""
-    from evaluation.perplexity import NOTHING
+def loss_metrics(by_source: "dict[str, LossTotals]") -> dict[str, Any]:
+    """Return loss in nats per token, perplexity and bits per byte, in total and by source."""
+    from evaluation.held_out import LossTotals
 
-    def figures(of: "Measured") -> dict[str, Any]:
+    def metrics(totals: LossTotals) -> dict[str, Any]:
         return {
-            "loss": of.loss,
-            "perplexity": of.perplexity,
-            "bits_per_byte": of.bits_per_byte,
-            "targets": of.targets,
-            "bytes": of.n_bytes,
+            "loss": totals.loss,
+            "perplexity": totals.perplexity,
+            "bits_per_byte": totals.bits_per_byte,
+            "targets": totals.targets,
+            "bytes": totals.n_bytes,
         }
 
-    whole = figures(sum(measured.values(), NOTHING))
-    return whole | {"sources": {name: figures(of) for name, of in measured.items()}}
+    sources = {name: metrics(totals) for name, totals in by_source.items()}
+    return metrics(sum(by_source.values(), LossTotals())) | {"sources": sources}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of the packages that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):  # llamesh itself may run from a checkout
+            found[name] = version(name)
+    return found
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write the results atomically.
+
+    Raises:
+        FormatError: The file cannot be written.
+    """
+    from formats.errors import FormatError
+
+    text = json.dumps(results, indent=1)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.rename(path)
+    except OSError as error:
+        raise FormatError(
+            f"{path} cannot be written ({error.strerror}); set evaluation.output to another file. "
+            f"Results:\n{text}"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 
 from bench.measurement import write
 from formats.conversion import convert
-from formats.pieces import n_bytes
+from formats.stored_tensor import n_bytes
 from formats.weights import Weights
 from model.config import ModelConfig
 

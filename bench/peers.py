@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from data.loader import StepBatches
-from formats.configuration import to_hugging_face
-from formats.hugging_face import TURNED, hugging_face_name
-from formats.rope_pairing import to_halves
+from formats.config_json import to_hugging_face
+from formats.hugging_face import PERMUTED, hugging_face_name, to_halves
 from model.llama import Llama
 from parallel.compilation import apply_compile
 from training.config import OptimConfig
@@ -38,7 +37,7 @@ def transformers_weights(model: Llama) -> dict[str, Tensor]:
     """Our parameters under the names of `transformers`, in its pairing for RoPE."""
     head_dim = model.config.head_dim
     return {
-        hugging_face_name(name): to_halves(values, head_dim) if name.endswith(TURNED) else values
+        hugging_face_name(name): to_halves(values, head_dim) if name.endswith(PERMUTED) else values
         for name, values in model.state_dict().items()
     }
 

@@ -1,1 +1,1 @@
-"""What a model is worth: held-out loss and generated text. Knows torch, `model`, and tokenizers."""
+"""Evaluation of trained weights: held-out loss, benchmarks through lm-eval, text generation."""

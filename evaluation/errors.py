@@ -1,5 +1,5 @@
-"""What evaluation raises where the user can act."""
+"""Errors of evaluation that the user can fix."""
 
 
 class TaskError(RuntimeError):
-    """A benchmark cannot be loaded or asked of this model; the message names task and remedy."""
+    """A benchmark cannot be loaded or run on this model; the message names task and remedy."""

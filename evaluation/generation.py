@@ -1,8 +1,7 @@
-"""Text from a model: prompts in, the tokens that follow out, one column of the cache at a time.
+"""Text generation: token sampling, batched generation with a KV cache, and samples while training.
 
-What is drawn for a prompt depends on the seed, the prompt and its number alone: not on the prompts
-beside it, the device or the mesh. Which prompts there are and what becomes of their text is for
-others to say.
+The tokens drawn for a prompt depend only on the seed, the prompt and its index, not on the batch,
+the device or the mesh. Reading prompts and printing text are left to the caller.
 """
 
 import random
@@ -11,20 +10,20 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from evaluation.kv_cache import cached
+from evaluation.kv_cache import kv_cache
 from model.llama import Llama
+from parallel.mesh import DATA_AXES
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn: from the `top_k` likeliest, and of them the fewest that reach `top_p`.
-
-    A temperature of 0 takes the likeliest one.
-    """
+class SamplingParams:
+    """Token sampling: temperature, top-k and top-p filtering; temperature 0 is greedy."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -34,33 +33,65 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """What follows a prompt; `stopped` where it ended by itself, before its limit."""
+    """Generated tokens of one prompt; `stopped` is False if a length limit ended them."""
 
     tokens: list[int]
     stopped: bool
 
 
-class Agreement(Protocol):
-    """What the processes of a mesh tell each other while they generate."""
+class TextTokenizer(Protocol):
+    """The part of a tokenizer that `sample_text` uses."""
 
-    def chosen(self, tokens: Tensor) -> Tensor:
-        """The tokens (batch,) that the first of the ranks with the same prompts has chosen."""
+    bos_id: int
+    eos_id: int
 
-    def any_left(self, left: bool) -> bool:
-        """Whether any rank still has a row to go on with: sharded weights are gathered by all."""
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
 
 
 class SingleProcessSync:
-    """The agreement of one process."""
+    """Synchronization of generation in a single process: nothing to do."""
 
-    def chosen(self, tokens: Tensor) -> Tensor:
+    def broadcast_tokens(self, tokens: Tensor) -> Tensor:
         return tokens
 
-    def any_left(self, left: bool) -> bool:
-        return left
+    def any_active(self, active: bool) -> bool:
+        return active
 
 
+class GenerationSync:
+    """Synchronization of generation between the processes of a mesh.
+
+    Logits of tensor-parallel ranks may differ by rounding, so the first of them chooses the tokens.
+    Data ranks have different prompts but gather sharded weights together, so all of them run a step
+    while any has an unfinished row.
+    """
+
+    def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:
+        self.mesh, self.device = mesh, device
+
+    def broadcast_tokens(self, tokens: Tensor) -> Tensor:
+        """Return the tokens (batch,) of the first tensor-parallel rank."""
+        if self.mesh["tp"].size() > 1:
+            dist.broadcast(tokens, group=self.mesh["tp"].get_group(), group_src=0)
+        return tokens
+
+    def any_active(self, active: bool) -> bool:
+        """Return whether any data rank has an unfinished row."""
+        axes = [axis for axis in DATA_AXES if self.mesh[axis].size() > 1]
+        if not axes:
+            return active
+        count = torch.tensor(int(active), device=self.device)
+        for axis in axes:
+            dist.all_reduce(count, group=self.mesh[axis].get_group())
+        return bool(count)
+
+
+Sync = SingleProcessSync | GenerationSync
 SINGLE_PROCESS = SingleProcessSync()
+
+
+# ---------------------------------------------------------------- generation
 
 
 @torch.no_grad()
@@ -69,127 +100,169 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
     stop: Sequence[int],
     device: torch.device,
-    agree: Agreement = SINGLE_PROCESS,
+    sync: Sync = SINGLE_PROCESS,
     on_token: Callable[[int, int], bool | None] | None = None,
     first_prompt: int = 0,
 ) -> list[Completion]:
-    """Completes a batch of prompts.
+    """Complete a batch of prompts with a KV cache.
 
-    A row ends at a token of `stop`, after `max_new_tokens`, or where the model's context does; the
-    batch ends when all rows have.
+    A row ends at a token in `stop`, after `max_new_tokens`, or at the end of the context; the batch
+    ends when all rows have ended.
 
     Args:
-        model: A Llama, or Fabric's wrapper of one, whole along seq (`kv_cache.cached`).
-        prompts: Token ids, at least one and at most `max_seq_len` each.
+        model: A Llama or Fabric's wrapper of one, without context or sequence parallelism.
+        prompts: Token ids, 1 to `max_seq_len` per prompt.
         max_new_tokens: At least 1.
-        stop: Ids that end a text and are no part of it.
-        device: Where the model is.
-        agree: With the other processes, which all call this at the same time.
-        on_token: Called as `on_token(row, token)` with each token as it is chosen, rows in order;
-            where it returns True, the row ends after this token.
-        first_prompt: The number of the first prompt among all those that a run completes.
+        stop: Token ids that end a row; not part of its completion.
+        device: Device of the model.
+        sync: Synchronizes the processes of a mesh; all of them call `generate` together.
+        on_token: Called as `on_token(row, token)` for each generated token; returning True ends the
+            row after this token.
+        first_prompt: Index of the first prompt among all prompts of the program.
 
-    Returns: One for each prompt.
+    Returns:
+        One completion per prompt.
     """
     llama = model if isinstance(model, Llama) else model.module
     assert isinstance(llama, Llama)
     lengths = [len(prompt) for prompt in prompts]
-    limit = llama.config.max_seq_len
-    assert prompts and min(lengths) >= 1 and max(lengths) <= limit and max_new_tokens >= 1
-    rooms = [min(max_new_tokens, limit + 1 - length) for length in lengths]
-    # The last token of a row is chosen and never fed.
-    places = max(length + room - 1 for length, room in zip(lengths, rooms, strict=True))
-    rows = [_Row(room, frozenset(stop)) for room in rooms]
-    draw = _Draws(sampling, first_prompt, len(prompts))
+    context = llama.config.max_seq_len
+    assert prompts and min(lengths) >= 1 and max(lengths) <= context and max_new_tokens >= 1
+    limits = [min(max_new_tokens, context + 1 - length) for length in lengths]
+    # The last token of a row is sampled but never fed to the model.
+    capacity = max(length + limit - 1 for length, limit in zip(lengths, limits, strict=True))
+    rows = [_Row(limit, frozenset(stop)) for limit in limits]
+    sampler = _TokenSampler(sampling, range(first_prompt, first_prompt + len(prompts)))
     tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)  # (batch, seq)
-    for number, prompt in enumerate(prompts):
-        tokens[number, : len(prompt)] = torch.tensor(prompt)
+    for index, prompt in enumerate(prompts):
+        tokens[index, : len(prompt)] = torch.tensor(prompt)
     tokens, positions = tokens.to(device), torch.tensor(lengths, device=device).unsqueeze(1)
-    # Of other shapes than training's batches: not worth a compilation.
-    with torch.compiler.set_stance("force_eager"), cached(llama, lengths, places):
+    # Shapes differ from those of training batches; compiling them does not pay off.
+    with torch.compiler.set_stance("force_eager"), kv_cache(llama, lengths, capacity):
         logits = model(tokens)  # (batch, 1, vocab)
         while True:
-            chosen = agree.chosen(draw(logits))  # (batch,)
-            for number, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
-                if row.takes(token) and on_token is not None and on_token(number, token):
-                    row.is_open, row.stopped = False, True
-            if not agree.any_left(any(row.is_open for row in rows)):
+            sampled = sync.broadcast_tokens(sampler(logits[:, 0]))  # (batch,)
+            for index, (row, token) in enumerate(zip(rows, sampled.tolist(), strict=True)):
+                if row.append(token) and on_token is not None and on_token(index, token):
+                    row.is_active, row.stopped = False, True
+            if not sync.any_active(any(row.is_active for row in rows)):
                 return [Completion(row.tokens, row.stopped) for row in rows]
-            # A row that has ended is fed on, into its last places, which nobody reads any more.
-            logits = model(chosen.unsqueeze(1), positions.clamp(max=places - 1))
+            # Finished rows still take part; what they add to the cache does not affect other rows.
+            logits = model(sampled.unsqueeze(1), positions.clamp(max=capacity - 1))
             positions = positions + 1
 
 
+@torch.no_grad()
+def sample_text(
+    model: nn.Module,
+    tokenizer: TextTokenizer,
+    prompt: str,
+    *,
+    n_tokens: int,
+    temperature: float,
+    seed: int,
+    device: torch.device,
+    seq_multiple: int = 1,
+) -> str:
+    """Return the prompt with a continuation of up to `n_tokens` tokens, on any mesh.
+
+    Used during training: works under every parallelism by running a full forward per token instead
+    of a KV cache. All ranks pass the same arguments and draw the same random numbers. All forwards
+    run even if the text ends earlier, so that ranks whose rounding differs join the same number of
+    collectives.
+
+    Args:
+        model: Called as `model(tokens)`; returns logits (1, seq, vocab), possibly a DTensor.
+        seq_multiple: The sequence is padded to a multiple of this.
+    """
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    seq_len = -(-(len(ids) + n_tokens) // seq_multiple) * seq_multiple
+    tokens = torch.zeros(1, seq_len, dtype=torch.int64, device=device)  # (batch, seq)
+    tokens[0, : len(ids)] = torch.tensor(ids)
+    sampler = _TokenSampler(SamplingParams(temperature, seed=seed), range(1))
+    with torch.compiler.set_stance("force_eager"):
+        for index in range(len(ids), len(ids) + n_tokens):
+            # Attention is causal: padding and later tokens do not affect these logits.
+            tokens[:, index] = sampler(model(tokens)[:, index - 1])
+    generated = tokens[0, len(ids) : len(ids) + n_tokens].tolist()
+    if tokenizer.eos_id in generated:
+        generated = generated[: generated.index(tokenizer.eos_id)]
+    return prompt + tokenizer.decode(generated)
+
+
 class _Row:
-    """A completion on its way."""
+    """State of one row of a batch."""
 
-    def __init__(self, room: int, stop: frozenset[int]) -> None:
-        self.room, self.stop = room, stop
+    def __init__(self, limit: int, stop: frozenset[int]) -> None:
+        self.limit, self.stop = limit, stop
         self.tokens: list[int] = []
-        self.is_open, self.stopped = True, False
+        self.is_active, self.stopped = True, False
 
-    def takes(self, token: int) -> bool:
-        """Whether the token belongs to the text."""
-        if not self.is_open:
+    def append(self, token: int) -> bool:
+        """Return whether the token is part of the completion."""
+        if not self.is_active:
             return False
         if token in self.stop:
-            self.is_open, self.stopped = False, True
+            self.is_active, self.stopped = False, True
             return False
         self.tokens.append(token)
-        self.is_open = len(self.tokens) < self.room
+        self.is_active = len(self.tokens) < self.limit
         return True
 
 
-class _Draws:
-    """Chooses the tokens of a batch, with a stream of random numbers for each row.
+# ---------------------------------------------------------------- sampling
 
-    The streams are Python's own, on the CPU: of a graphics card's nobody promises that the next
-    release, or another card, repeats them.
+
+class _TokenSampler:
+    """Sample the next token of each row with an independent random stream per prompt index.
+
+    The streams are Python's, on the CPU: CUDA does not guarantee that another release or device
+    reproduces its random numbers.
     """
 
-    def __init__(self, sampling: Sampling, first_prompt: int, batch: int) -> None:
+    def __init__(self, sampling: SamplingParams, prompt_indices: range) -> None:
         self.sampling = sampling
-        numbers = range(first_prompt, first_prompt + batch)
-        # A string is hashed by SHA-512: neighbouring numbers have nothing in common.
-        self.streams = [random.Random(f"{sampling.seed}/{number}") for number in numbers]
+        # String seeds are hashed with SHA-512, so neighboring indices give unrelated streams.
+        self.streams = [random.Random(f"{sampling.seed}/{index}") for index in prompt_indices]
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """(batch, 1, vocab), maybe a DTensor -> (batch,)."""
+        """Map logits (batch, vocab), possibly a DTensor, to tokens (batch,)."""
         if isinstance(logits, DTensor):
             logits = logits.full_tensor()
-        scores = logits[:, 0].float()  # (batch, vocab)
+        logits = logits.float()
         if self.sampling.temperature == 0:
-            return scores.argmax(dim=-1)
+            return logits.argmax(dim=-1)
         uniform = torch.tensor([stream.random() for stream in self.streams], dtype=torch.float64)
-        return drawn(scores, self.sampling, uniform.to(scores.device))
+        return sample_tokens(logits, self.sampling, uniform.to(logits.device))
 
 
-def drawn(scores: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """Tokens by the inverse of the distribution function over those that the filters leave.
+def sample_tokens(logits: Tensor, sampling: SamplingParams, uniform: Tensor) -> Tensor:
+    """Sample tokens by inverting the cumulative distribution after filtering.
 
-    The filters are those of transformers' `generate`, in its order: temperature, top-k, top-p.
+    The filters are applied in the order of transformers' `generate`: temperature, top-k, top-p.
 
     Args:
-        scores: Logits, (batch, vocab).
-        sampling: Of a temperature above 0.
-        uniform: (batch,) float64 in [0, 1).
+        logits: (batch, vocab).
+        sampling: Has a temperature above 0.
+        uniform: Random numbers in [0, 1), (batch,) float64.
 
-    Returns: (batch,) int64.
+    Returns:
+        Tokens (batch,) int64.
     """
-    scores = scores / sampling.temperature
+    scores = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
-        least = scores.topk(sampling.top_k, dim=-1).values[:, -1:]  # (batch, 1)
-        scores = scores.masked_fill(scores < least, -torch.inf)
+        smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]  # (batch, 1)
+        scores = scores.masked_fill(scores < smallest, -torch.inf)
     if sampling.top_p is not None:
-        # Stable: of equally likely tokens the lower id comes first, on every device.
+        # Stable: tokens of equal probability are ordered by id on every device.
         ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-        reached = ranked.double().softmax(dim=-1).cumsum(dim=-1)  # (batch, vocab)
-        # What comes before a kept token does not reach top_p; the likeliest one is always kept.
-        beyond = F.pad(reached[:, :-1] >= sampling.top_p, (1, 0))
-        scores = scores.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
+        cumulative = ranked.double().softmax(dim=-1).cumsum(dim=-1)  # (batch, vocab)
+        # Drop tokens whose predecessors already reach top_p; the most likely one is always kept.
+        dropped = F.pad(cumulative[:, :-1] >= sampling.top_p, (1, 0))
+        scores = scores.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
     cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)  # (batch, vocab)
-    cumulative = cumulative / cumulative[:, -1:]  # so that the last is 1, above every number drawn
+    cumulative = cumulative / cumulative[:, -1:]  # the last entry is 1, above every random number
     return (cumulative <= uniform.unsqueeze(1)).sum(dim=-1)

@@ -1,26 +1,31 @@
-"""Weights from the disk in a model on a mesh, and the tokenizer that belongs to them."""
+"""Load weights into a model on a mesh, ready for evaluation and generation."""
 
-import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formats.errors import FormatError
+from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape, Processes, plan_processes, resolve_mesh
+from resilience.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-    from data.tokenizer import Tokenizer
+    from evaluation.generation import GenerationSync
     from formats.weights import Weights
     from parallel.strategy import MeshStrategy
     from resilience.watchdog import Watchdog
 
+ModelRule = Callable[[MeshShape, ParallelConfig, ModelConfig, int], list[str]]
+
 
 @dataclass(frozen=True)
 class InferenceContext:
-    """A model that is ready to be asked, on every process of its mesh."""
+    """A model in evaluation mode on every process of its mesh."""
 
     fabric: "Fabric"
     strategy: "MeshStrategy"
@@ -31,8 +36,46 @@ class InferenceContext:
 
     @property
     def data_rank(self) -> int:
-        """Which of the mesh's `dp` shares of the work this process does."""
+        """Index of this process among the `dp` data ranks."""
         return self.mesh.data_rank(self.fabric.global_rank)
+
+    @property
+    def sync(self) -> "GenerationSync":
+        """Synchronization of `generate` between the processes."""
+        from evaluation.generation import GenerationSync
+
+        return GenerationSync(self.strategy.device_mesh, self.fabric.device)
+
+    @contextmanager
+    def exit_on_interrupt(self) -> Iterator[None]:
+        """Exit all processes on Ctrl-C or when the reader of stdout is closed; rank 0 decides."""
+        if not self.fabric.is_global_zero:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # children exit with the main process
+        try:
+            yield
+        except KeyboardInterrupt:
+            code = int(ExitCode.INTERRUPTED)
+        except BrokenPipeError:
+            code = 128 + signal.SIGPIPE
+        except Exception as error:
+            self.watchdog.wait_for_abort(error)  # exits here if another rank failed
+            raise
+        else:
+            return
+        os._exit(code)  # other ranks may be waiting in a collective
+
+
+def plan_inference(
+    parallel: ParallelConfig, model: ModelConfig, seq_len: int, rule: ModelRule
+) -> tuple[Processes, MeshShape, list[str]]:
+    """Return the processes and the mesh, and the configuration errors found.
+
+    Args:
+        rule: Returns the errors of combining mesh, parallelism, model and sequence length.
+    """
+    processes, errors = plan_processes(parallel)
+    mesh, mesh_errors = resolve_mesh(parallel, processes.world_size)
+    return processes, mesh, errors + (mesh_errors or rule(mesh, parallel, model, seq_len))
 
 
 def load_model(
@@ -42,106 +85,26 @@ def load_model(
     parallel: ParallelConfig,
     precision: PrecisionConfig,
 ) -> InferenceContext:
-    """Launches the processes and fills each one's shard of the model.
+    """Launch the processes and load each rank's shard of the weights.
 
     Raises:
-        FormatError: on every rank: the weights are damaged, or one of them cannot read its shard.
-        LaunchError: the processes cannot find each other.
+        FormatError: On all ranks, if the weights are damaged or a rank cannot read its shard.
+        LaunchError: The processes cannot connect to each other.
     """
     import torch
 
+    from formats.weights import load_weights
     from model.llama import Llama
     from parallel.launch import launch
     from resilience.config import WatchdogConfig
     from resilience.watchdog import Watchdog
 
-    watchdog = Watchdog(WatchdogConfig(None, None, None))  # of the processes, not of their time
+    watchdog = Watchdog(WatchdogConfig(None, None, None))  # detects dead ranks, without time limits
     fabric, strategy = launch(processes, mesh, parallel, precision, watchdog.watch_children)
     watchdog.connect()
     with torch.device("meta"):
         llama = Llama(weights.model)
     model = fabric.setup_module(llama)
-    fill_together(llama, weights)
+    load_weights(llama, weights)
     model.eval()
     return InferenceContext(fabric, strategy, mesh, model, weights, watchdog)
-
-
-def fill_together(llama: Any, weights: "Weights") -> None:
-    """Gives every rank its shard of whole weights; all raise where one cannot read its own.
-
-    Raises:
-        FormatError: a checkpoint is not as it was saved, or a file cannot be read; the message
-            names the ranks.
-    """
-    import torch.distributed as dist
-
-    from checkpoint.restore import find_damage
-    from formats.weights import fill
-    from parallel.parallelize import local_block
-
-    if weights.format == "native" and (damage := find_damage(weights.folder)):
-        raise FormatError(f"{weights.folder} is damaged: {damage}")
-
-    problem = None
-    try:
-        fill(llama, weights, local_block)
-    except FormatError as error:
-        problem = str(error)
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, problem)
-    if problems := [f"{each} (rank {rank})" for rank, each in enumerate(told) if each is not None]:
-        raise FormatError("; ".join(problems))
-
-
-def fingerprint_together(weights: "Weights") -> str:
-    """The hash of the weights, of which every rank reads a share."""
-    import torch.distributed as dist
-
-    from formats.weights import fingerprint
-
-    def gather(own: dict[str, str]) -> list[dict[str, str]]:
-        shares: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, own)
-        return shares
-
-    return fingerprint(weights, dist.get_rank(), dist.get_world_size(), gather)
-
-
-def tokenizer_of(weights: "Weights", choice: str | None = "auto") -> "Tokenizer | None":
-    """The tokenizer of weights: the one that lies beside them, or another.
-
-    Args:
-        choice: `auto`, the path of a `tokenizer.model`, a `tokenizer.json` or a folder with one of
-            them, or None for none.
-
-    Raises:
-        FormatError: there is none, or it cannot be read.
-    """
-    from formats.tokenizers import find_tokenizer, read_tokenizer_file
-
-    if choice is None:
-        return None
-    if choice != "auto":
-        path = Path(choice)
-        found = find_tokenizer(path) if path.is_dir() else read_tokenizer_file(path)
-    else:
-        found = find_tokenizer(weights.folder) or _of_its_data(weights.folder)
-    if found is None:
-        raise FormatError(
-            f"{weights.folder if choice == 'auto' else choice} holds no tokenizer.model and no "
-            "tokenizer.json: name one by tokenizer_path=PATH, or do without by tokenizer_path=null"
-        )
-    return found
-
-
-def _of_its_data(folder: Path) -> "Tokenizer | None":
-    """The tokenizer of a run's data, for checkpoints from before they carried their own."""
-    from data.config import TokenizerConfig
-    from data.errors import DataError
-    from data.tokenizer import load_tokenizer
-
-    try:
-        config = json.loads((folder / "manifest.json").read_text())["config"]
-        return load_tokenizer(TokenizerConfig(**config["tokenizer"]), config["data"]["folder"])
-    except (OSError, ValueError, KeyError, TypeError, DataError):
-        return None

@@ -1,9 +1,9 @@
-"""Keys and values of the tokens so far, so that a step of generation computes one column a row.
+"""KV cache for generation: each step computes one column per row.
 
-The cache lives in the attention kernels, as context parallelism does: the model stays as it is, and
-a sharded one allocates what its local kv_heads need, in the dtype that it computes in. Rows of
-different lengths are padded on the right. A token's place in the cache is its position, so what was
-padding is written over by the tokens that follow, and no query sees it before.
+The cache is held by the attention kernels, so the model is unchanged, and a sharded model allocates
+only its local kv heads, in its compute data type. Rows of different lengths are padded on the
+right. The cache index of a token is its position, so padding is overwritten by generated tokens
+before any query attends to it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,27 +19,27 @@ from model.llama import Attention, Llama
 
 
 @contextmanager
-def cached(llama: Llama, lengths: Sequence[int], places: int) -> Iterator[None]:
-    """Within it `llama` remembers, and yields logits of each row's last token: (batch, 1, vocab).
+def kv_cache(llama: Llama, lengths: Sequence[int], capacity: int) -> Iterator[None]:
+    """Enable the KV cache of `llama`, which then returns logits of the last token only.
 
-    The first call is `llama(tokens)`, with the prompts (batch, seq), padded on the right. Each one
-    after it is `llama(tokens, positions)`, both (batch, 1): one more token of every row, and its
-    place in its row.
+    The first call is `llama(tokens)` with the prompts (batch, seq), padded on the right. Each later
+    call is `llama(tokens, positions)`, both (batch, 1): one token per row and its position. The
+    logits are (batch, 1, vocab).
 
     Args:
-        llama: Its activations are whole along seq: neither context nor sequence parallelism.
-        lengths: Tokens of each prompt.
-        places: Tokens that a row may come to have; the cache is allocated for so many.
+        llama: Without context and sequence parallelism.
+        lengths: Number of tokens of each prompt.
+        capacity: Number of tokens per row to allocate.
     """
     kernel = llama.kernel
-    assert type(kernel) is AttentionKernel, "context parallelism holds parts of rows"
+    assert type(kernel) is AttentionKernel, "context parallelism is not supported"
     attentions = [module for module in llama.modules() if isinstance(module, Attention)]
-    rows = _Rows(lengths, places)
+    state = _CacheState(lengths, capacity)
     for attention in attentions:
-        attention.kernel = _CachingKernel(kernel.choice, rows)
+        attention.kernel = _CachedAttention(kernel.choice, state)
     llama.kernel = attentions[0].kernel
-    # Before the hooks of tensor parallelism, which hand the norm a DTensor.
-    handle = llama.norm.register_forward_pre_hook(rows.keep_last_columns, prepend=True)
+    # Before the hooks of tensor parallelism, which convert the input to a DTensor.
+    handle = llama.norm.register_forward_pre_hook(state.keep_last_columns, prepend=True)
     try:
         yield
     finally:
@@ -49,50 +49,48 @@ def cached(llama: Llama, lengths: Sequence[int], places: int) -> Iterator[None]:
             attention.kernel = kernel
 
 
-class _Rows:
-    """What the layers share: how far the rows are, and where the tokens of this call go."""
+class _CacheState:
+    """State shared by all layers: row lengths, and the positions of the current call."""
 
-    def __init__(self, lengths: Sequence[int], places: int) -> None:
-        self.lengths, self.places = lengths, places
-        self.used = 0  # places of the longest row that hold a token
-        self.positions: Tensor | None = None  # (batch,) of this call's tokens; None: the prompts
+    def __init__(self, lengths: Sequence[int], capacity: int) -> None:
+        self.lengths, self.capacity = lengths, capacity
+        self.used = 0  # number of cached tokens of the longest row
+        self.positions: Tensor | None = None  # (batch,) of the current call; None for the prompts
 
     def advance(self, positions: Tensor | None) -> Tensor | None:
-        """Takes in where the tokens of a call go; returns what their queries see, None for all.
+        """Start a call and return its attention mask (batch, 1, 1, keys) bool; None for no mask.
 
         Args:
             positions: (batch, 1), or None for the prompts.
-
-        Returns: (batch, 1, 1, keys) bool.
         """
         if positions is None:
             self.used, self.positions = max(self.lengths), None
             return None
-        self.used = min(self.used + 1, self.places)
+        self.used = min(self.used + 1, self.capacity)
         self.positions = positions.squeeze(1)
         if len(set(self.lengths)) == 1:
-            return None  # without a mask there are faster kernels
+            return None  # faster kernels are available without a mask
         keys = torch.arange(self.used, device=positions.device)
         return (keys <= positions)[:, None, None]
 
     def keep_last_columns(self, _: Any, arguments: tuple[Tensor, ...]) -> Tensor:
-        """(batch, seq, dim) of the prompts -> (batch, 1, dim) of each one's last token.
+        """Reduce the prompts' hidden states (batch, seq, dim) to (batch, 1, dim) before the head.
 
-        The head over all columns would be by far the largest tensor of all: a vocabulary wide.
+        Logits of all columns would be by far the largest tensor.
         """
         (x,) = arguments
         if self.positions is not None:
             return x
         last = torch.tensor(self.lengths, device=x.device) - 1  # (batch,)
-        return x[torch.arange(len(last), device=x.device), last].unsqueeze(1)
+        return x[torch.arange(len(last), device=x.device), last].unsqueeze(1)  # (batch, 1, dim)
 
 
-class _CachingKernel(AttentionKernel):
-    """An attention kernel of one layer whose keys and values are those of all tokens so far."""
+class _CachedAttention(AttentionKernel):
+    """Attention kernel of one layer that attends to the cached keys and values."""
 
-    def __init__(self, choice: str, rows: _Rows) -> None:
+    def __init__(self, choice: str, state: _CacheState) -> None:
         super().__init__(choice)
-        self.rows = rows
+        self.state = state
 
     def mask(
         self,
@@ -103,23 +101,22 @@ class _CachingKernel(AttentionKernel):
         n_documents: int | None = None,
     ) -> Mask:
         assert token_indices is None and key_indices is None
-        return self.rows.advance(positions)
+        return self.state.advance(positions)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        positions = self.rows.positions
+        positions = self.state.positions
         if positions is None:
-            # Zeros: a place that no token of its row has reached is masked, and NaN would shine
-            # through a mask.
-            shape = (k.shape[0], self.rows.places, *k.shape[2:])
+            # Zero-initialized: unused entries are masked, but NaN propagates through masking.
+            shape = (k.shape[0], self.state.capacity, *k.shape[2:])
             self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
             self.k[:, : k.shape[1]], self.v[:, : v.shape[1]] = k, v
             return super().__call__(q, k, v, None)
         assert mask is None or isinstance(mask, Tensor)
-        each = torch.arange(len(positions), device=positions.device)
-        self.k[each, positions], self.v[each, positions] = k[:, 0], v[:, 0]
-        keys = self.k[:, : self.rows.used].transpose(1, 2)  # (batch, kv_heads, keys, head_dim)
-        values = self.v[:, : self.rows.used].transpose(1, 2)  # (batch, kv_heads, keys, head_dim)
-        # The heads that share keys stand as queries: nothing is expanded to all heads.
+        rows = torch.arange(len(positions), device=positions.device)
+        self.k[rows, positions], self.v[rows, positions] = k[:, 0], v[:, 0]
+        keys = self.k[:, : self.state.used].transpose(1, 2)  # (batch, kv_heads, keys, head_dim)
+        values = self.v[:, : self.state.used].transpose(1, 2)  # (batch, kv_heads, keys, head_dim)
+        # Heads of a group become queries of one kv head, so keys and values are not expanded.
         grouped = q.view(q.shape[0], k.shape[2], -1, q.shape[3])  # (batch, kv_heads, group, …)
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
         return out.reshape(q.shape)  # (batch, 1, heads, head_dim)

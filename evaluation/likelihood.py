@@ -1,8 +1,8 @@
-"""Log-probabilities of chosen tokens, without the logits of all the others.
+"""Log-probabilities of selected target tokens, without materializing all logits.
 
-The head is the largest part of a short answer's cost and by far the largest tensor, so it is
-computed where a token is asked for and nowhere else, a chunk of tokens at a time. The layer that
-holds the loss already knows what a parallel plan has made of the head; this one stands in for it.
+For short answers the output head dominates both time and memory, so it is computed only at the
+positions of targets, in chunks. `TargetScores` replaces the model's loss layer, which already
+implements the head under the active parallelism.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ from model.loss import CrossEntropySum
 
 
 class TargetScores(nn.Module):
-    """In the place of a model's loss: a score of each target instead of the sum over all.
+    """Replacement for a model's loss layer that returns one score per target instead of a sum.
 
     Args:
-        loss: The layer whose place it takes.
+        loss: The layer to replace.
     """
 
     def __init__(self, loss: CrossEntropySum) -> None:
@@ -29,15 +29,16 @@ class TargetScores(nn.Module):
         self.nll = loss.nll
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """Scores of the logits hidden · weightᵀ.
+        """Score the targets under the logits hidden · weightᵀ.
 
         Args:
-            hidden: (batch, seq, dim); under tensor parallelism a DTensor, as `weight` is.
+            hidden: (batch, seq, dim), like `weight` a DTensor under tensor parallelism.
             weight: (vocab, dim).
-            targets: (3, targets) int64: row and column where the token is predicted, and the token.
+            targets: (3, targets) int64: row, column of the prediction, token id.
 
-        Returns: (2, targets) float32: the log-probability in nats, and 1 where no other token is
-            likelier.
+        Returns:
+            (2, targets) float32: the log-probability in nats, and 1 where the target is the most
+            likely token.
         """
         if isinstance(hidden, DTensor):
             hidden = hidden.full_tensor()
@@ -47,27 +48,27 @@ class TargetScores(nn.Module):
         for first in range(0, targets.shape[1], self.chunk):
             chunk = slice(first, first + self.chunk)
             rows, columns, tokens = targets[:, chunk]
-            own = hidden[rows, columns] @ weight.t()  # (rows, local vocab)
-            logits = self.vocabulary.gather(own)  # (rows, vocab)
+            local = hidden[rows, columns] @ weight.t()  # (rows, local vocab)
+            logits = self.vocabulary.gather(local)  # (rows, vocab)
             scores[0, chunk] = -self.nll(logits, tokens, with_gradient=False)
-            scores[1, chunk] = self._is_likeliest(logits, tokens)
+            scores[1, chunk] = self._is_argmax(logits, tokens)
         return scores
 
-    def _is_likeliest(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """(rows, vocab), (rows) -> (rows) bool; of equally likely ones the lowest id counts."""
-        values, places = logits.max(dim=-1)  # (rows)
+    def _is_argmax(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """(rows, vocab), (rows) -> (rows) bool; ties are resolved to the lowest token id."""
+        values, indices = logits.max(dim=-1)  # (rows)
         highest = values.to(torch.float32, copy=True)
         self.vocabulary.maximum_(highest)
-        # An id is exact in float32, whose negative makes the maximum the lowest of them.
-        lowest = -(places + self.vocabulary.first).float()
+        # Token ids are exact in float32; the maximum of their negatives is the lowest id.
+        lowest = -(indices + self.vocabulary.first).float()
         lowest = torch.where(values.float() == highest, lowest, -torch.inf)
         self.vocabulary.maximum_(lowest)
         return lowest == -tokens.float()
 
 
 @contextmanager
-def scoring(llama: Llama) -> Iterator[None]:
-    """Within it `llama(tokens, None, targets)` yields the scores of `TargetScores`."""
+def target_scoring(llama: Llama) -> Iterator[None]:
+    """Make `llama(tokens, None, targets)` return the scores of `TargetScores`."""
     loss = llama.loss
     llama.loss = TargetScores(loss)  # type: ignore[assignment]
     try:

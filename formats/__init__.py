@@ -1,1 +1,1 @@
-"""Weights at rest: our checkpoints, Hugging Face folders and Meta's, read and written alike."""
+"""Weights and tokenizers in native, Hugging Face and Meta formats: reading, writing, conversion."""

@@ -1,4 +1,4 @@
-"""From one format to another: weights, their configuration, and the tokenizer."""
+"""Convert weights with their configuration and tokenizer from any format to any other."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from data.tokenizer import Tokenizer
-from formats.configuration import generation_config, to_hugging_face
+from formats.config_json import generation_config, to_hugging_face
 from formats.errors import FormatError
 from formats.hugging_face import CONFIG, config_dtype, write_hugging_face
-from formats.meta import parts_problem, write_meta
-from formats.pieces import n_bytes
-from formats.target import check_room, check_target, fresh_folder
-from formats.tokenizers import stop_ids
+from formats.meta import check_parts, write_meta
+from formats.output_folder import atomic_folder, check_free_space, check_target
+from formats.stored_tensor import n_bytes
+from formats.tokenizers import stop_token_ids
 from formats.tokenizers import write_hugging_face as write_tokenizer
 from formats.weights import Format, Weights
 
@@ -28,49 +28,49 @@ def convert(
     file_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> int:
-    """Writes `weights` as a folder of another format, or of the same one; returns its bytes.
+    """Write `weights` as a folder of the given format and return its size in bytes.
 
-    Nothing is written where something is wrong, and nothing is left of what fails half-way.
+    All checks run before anything is written, and a failed conversion leaves no files.
 
     Args:
-        tokenizer: Travels along; None leaves it out.
-        dtype: Of the values; None keeps their bits.
-        parts: Of a Meta folder.
-        file_bytes: Of a safetensors file of a Hugging Face folder.
-        overwrite: Replace the weights under that name.
+        tokenizer: Written with the weights unless None.
+        dtype: Data type to write; None keeps the stored values bit for bit.
+        parts: Number of tensor-parallel parts of a Meta folder.
+        file_bytes: Maximum size of a safetensors file of a Hugging Face folder.
+        overwrite: Whether to replace existing weights at `target`.
 
     Raises:
-        FormatError: the target exists, does not fit the disk, cannot be written, or cannot be cut
-            into so many parts; the tokenizer has more tokens than the model; the source is damaged
+        FormatError: The target exists, does not fit on the disk, cannot be written, or cannot be
+            split into `parts`; the tokenizer has more tokens than the model; the source is damaged
             or cannot be read.
     """
     check_target(target, overwrite)
-    if format == "meta" and (problem := parts_problem(parts, weights)):
-        raise FormatError(problem)
+    if format == "meta":
+        check_parts(parts, weights)
     check_vocabulary(weights, tokenizer)
     sizes = [n_bytes(shape, dtype or weights.dtype(name)) for name, shape in weights.shapes.items()]
-    check_room(target, sum(sizes))
+    check_free_space(target, sum(sizes))
     if damage := weights.damage():
-        raise FormatError(f"{weights.folder} is damaged: {damage}. Use another checkpoint")
-    with fresh_folder(target, overwrite) as folder:
-        write(weights, tokenizer, folder, format, dtype, parts, file_bytes)
+        raise FormatError(f"{weights.folder} is damaged: {damage}; use another checkpoint")
+    with atomic_folder(target, overwrite) as folder:
+        _write(weights, tokenizer, folder, format, dtype, parts, file_bytes)
     return sum(path.stat().st_size for path in target.iterdir())
 
 
 def check_vocabulary(weights: Weights, tokenizer: Tokenizer | None) -> None:
-    """Whether the model has an embedding for every token.
+    """Check that the model has an embedding for every token.
 
     Raises:
-        FormatError: it has not.
+        FormatError: The tokenizer has more tokens than the model.
     """
     if tokenizer is not None and tokenizer.vocab_size > weights.model.vocab_size:
         raise FormatError(
-            f"{weights.folder}: the tokenizer's {tokenizer.vocab_size} tokens are more than the "
-            f"model's vocab_size ({weights.model.vocab_size}): use the model's own tokenizer"
+            f"{weights.folder}: the tokenizer has {tokenizer.vocab_size} tokens, more than "
+            f"vocab_size={weights.model.vocab_size} of the model; use the model's own tokenizer"
         )
 
 
-def write(
+def _write(
     weights: Weights,
     tokenizer: Tokenizer | None,
     folder: Path,
@@ -79,24 +79,23 @@ def write(
     parts: int,
     file_bytes: int,
 ) -> None:
-    """Writes everything into an empty folder."""
-    beside = {} if tokenizer is None else tokenizer.files()
+    tokenizer_files = {} if tokenizer is None else tokenizer.files()
     if format == "native":
         from formats.native import write_native
 
-        told = None
+        description = None
         if tokenizer is not None:
-            told = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size}
-        write_native(weights, folder, dtype, told, beside)
+            description = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size}
+        write_native(weights, folder, dtype, description, tokenizer_files)
         return
     if format == "meta":
         write_meta(weights, folder, dtype, parts)
-        for name, content in beside.items():
+        for name, content in tokenizer_files.items():
             (folder / name).write_bytes(content)
         return
     write_hugging_face(weights, folder, dtype, file_bytes)
     bos_id = None if tokenizer is None else tokenizer.bos_id
-    eos_ids = [] if tokenizer is None else stop_ids(tokenizer)
+    eos_ids = [] if tokenizer is None else stop_token_ids(tokenizer)
     config = to_hugging_face(weights.model, config_dtype(weights, dtype), bos_id, eos_ids)
     for name, values in (
         (CONFIG, config),

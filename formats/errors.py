@@ -1,4 +1,4 @@
-"""What is wrong with a folder of weights."""
+"""Errors of reading and writing weights."""
 
 
 class FormatError(RuntimeError):

@@ -1,4 +1,9 @@
-"""Hugging Face folders of weights: `model-0000n-of-….safetensors`, their index, `config.json`."""
+"""Hugging Face folders: `model-0000n-of-….safetensors` with their index, and `config.json`.
+
+Meta's RoPE rotates elements 2i and 2i + 1 of a head together, Hugging Face's rotates i and
+i + head_dim / 2. The rows of wq and wk are therefore permuted within each head when they are read
+or written; no value changes.
+"""
 
 import json
 from collections.abc import Sequence
@@ -8,14 +13,20 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from formats.configuration import from_hugging_face, read_json
+from formats.config_json import from_hugging_face, read_json
 from formats.errors import FormatError
-from formats.pieces import DTYPES, Piece, StoredTensor, bytes_of, n_bytes, unreadable
-from formats.rope_pairing import to_halves, to_pairs
+from formats.stored_tensor import (
+    SAFETENSORS_DTYPES,
+    StoredTensor,
+    TensorSlice,
+    bytes_of,
+    n_bytes,
+    unreadable,
+)
 from formats.weights import Weights, check_tensors, parameter_shapes
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-NAMES = {  # ours to theirs, within a layer and outside
+HUGGING_FACE_NAMES = {  # by Meta's name, without layer and `.weight`
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
@@ -29,21 +40,33 @@ NAMES = {  # ours to theirs, within a layer and outside
     "norm": "model.norm",
     "output": "lm_head",
 }
-TURNED = ("attention.wq.weight", "attention.wk.weight")  # whose rows RoPE pairs
-FROM_FILE = {name: dtype for dtype, name in DTYPES.items()}
+PERMUTED = ("attention.wq.weight", "attention.wk.weight")
+TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
 def hugging_face_name(name: str) -> str:
-    """`layers.3.attention.wq.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    """Map `layers.3.attention.wq.weight` to `model.layers.3.self_attn.q_proj.weight`."""
     stem, prefix = name.removesuffix(".weight"), ""
     if stem.startswith("layers."):
         _, layer, stem = stem.split(".", 2)
         prefix = f"model.layers.{layer}."
-    return f"{prefix}{NAMES[stem]}.weight"
+    return f"{prefix}{HUGGING_FACE_NAMES[stem]}.weight"
+
+
+def to_halves(rows: Tensor, head_dim: int) -> Tensor:
+    """Permute the rows of any number of heads, (heads · head_dim, dim), from Meta's order."""
+    pairs = rows.unflatten(0, (-1, head_dim // 2, 2))  # (heads, pair, member, dim)
+    return pairs.transpose(1, 2).reshape(rows.shape)
+
+
+def to_pairs(rows: Tensor, head_dim: int) -> Tensor:
+    """Permute the rows of any number of heads, (heads · head_dim, dim), to Meta's order."""
+    halves = rows.unflatten(0, (-1, 2, head_dim // 2))  # (heads, member, pair, dim)
+    return halves.transpose(1, 2).reshape(rows.shape)
 
 
 class HuggingFaceWeights(Weights):
-    """A folder that `transformers` loads."""
+    """A folder that `transformers` can load."""
 
     format = "hf"
 
@@ -51,8 +74,8 @@ class HuggingFaceWeights(Weights):
         return hugging_face_name(name)
 
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """As `Weights.read`, in Meta's pairing: of wq and wk the heads are read whole."""
-        if not name.endswith(TURNED):
+        """Read a block as `Weights.read` does; wq and wk are read by whole heads and permuted."""
+        if not name.endswith(PERMUTED):
             return super().read(name, offsets, sizes)
         head_dim = self.model.head_dim
         first = offsets[0] // head_dim * head_dim
@@ -63,32 +86,33 @@ class HuggingFaceWeights(Weights):
 
 
 def open_hugging_face(folder: Path) -> HuggingFaceWeights:
-    """A folder with a `config.json` and safetensors files.
+    """Open a folder with a `config.json` and safetensors files.
 
     Raises:
-        FormatError: a file is missing, damaged or at odds with another one.
+        FormatError: A file is missing, damaged, or inconsistent with another one.
     """
     model = from_hugging_face(folder / CONFIG)
     stored: dict[str, StoredTensor] = {}
     if (folder / INDEX).exists():
-        named = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(named, dict):
-            raise FormatError(f"{folder / INDEX} has no weight_map: get it again")
-        for file in sorted(set(named.values())):
-            stored |= _tensors_of(folder / file)
-        if absent := [f"{name} in {file}" for name, file in named.items() if name not in stored]:
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise FormatError(f"{folder / INDEX} has no weight_map; download or copy it again")
+        for file in sorted(set(weight_map.values())):
+            stored |= _read_header(folder / file)
+        absent = [f"{name} in {file}" for name, file in weight_map.items() if name not in stored]
+        if absent:
             raise FormatError(
-                f"{folder / INDEX} names tensors that are not there: {', '.join(absent[:8])}: "
-                "get the folder again"
+                f"{folder / INDEX} lists tensors that do not exist ({', '.join(absent[:8])}); "
+                "download or copy the folder again"
             )
     elif (folder / SINGLE).exists():
-        stored = _tensors_of(folder / SINGLE)
+        stored = _read_header(folder / SINGLE)
     else:
         raise FormatError(
-            f"{folder} holds neither {SINGLE} nor {INDEX}: of Hugging Face's folders those with "
-            "safetensors are read"
+            f"{folder} contains neither {SINGLE} nor {INDEX}; only Hugging Face folders with "
+            "safetensors files can be read"
         )
-    # What old releases wrote too: frequencies, which are computed, and the tied head once more.
+    # Old releases also stored RoPE frequencies, which are computed, and a copy of a tied output.
     stored = {
         name: tensor
         for name, tensor in stored.items()
@@ -100,49 +124,49 @@ def open_hugging_face(folder: Path) -> HuggingFaceWeights:
     return HuggingFaceWeights(folder, model, stored)
 
 
-def _tensors_of(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, not read; the library has looked at all of its header."""
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file without reading their values."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt"):
-            pass  # the header is sound, and the file as long as it tells
+            pass  # validates the header and the file length
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header: dict[str, Any] = json.loads(file.read(length))
     except FileNotFoundError:
         raise FormatError(
-            f"{path} does not exist, and the folder's index names it: get it again"
+            f"{path} does not exist but is listed in {INDEX}; download or copy it again"
         ) from None
     except OSError as error:
         raise unreadable(path, error) from None
     except (SafetensorError, ValueError) as error:
-        raise FormatError(f"{path} is damaged ({error}): get it again") from None
+        raise FormatError(f"{path} is damaged ({error}); download or copy it again") from None
     header.pop("__metadata__", None)
     stored = {}
     for name, entry in header.items():
-        if entry["dtype"] not in FROM_FILE:
+        if entry["dtype"] not in TORCH_DTYPES:
             raise FormatError(
-                f"{path}: {name} has dtype {entry['dtype']}: use weights in F32, BF16 or F16"
+                f"{path}: {name} has dtype={entry['dtype']}; use weights in F32, BF16 or F16"
             )
         shape = tuple(entry["shape"])
         start = 8 + length + entry["data_offsets"][0]
-        piece = Piece([0] * len(shape), shape, path, start)
-        stored[name] = StoredTensor(FROM_FILE[entry["dtype"]], shape, [piece])
+        full = TensorSlice([0] * len(shape), shape, path, start)
+        stored[name] = StoredTensor(TORCH_DTYPES[entry["dtype"]], shape, [full])
     return stored
 
 
 def write_hugging_face(
     weights: Weights, folder: Path, dtype: torch.dtype | None, file_bytes: int
 ) -> None:
-    """Writes the tensors and their index, a slab at a time.
+    """Write the tensors slab by slab, and their index.
 
-    The library writes a file from tensors that are all in memory, so the header is written here:
-    its length in 8 bytes, JSON, then the values (safetensors' README, "Format").
+    The safetensors library needs all tensors of a file in memory, so the file is written here: the
+    length of the header in 8 bytes, the header as JSON, the values (safetensors' README, "Format").
 
     Args:
-        dtype: Of the values; None keeps what they have.
-        file_bytes: A file is closed when the next tensor would make it larger.
+        dtype: Data type to write; None keeps the stored one.
+        file_bytes: Maximum size of the values in a file, unless a single tensor is larger.
     """
     files: list[list[str]] = [[]]
     filled, total = 0, 0
@@ -153,15 +177,15 @@ def write_hugging_face(
             filled = 0
         files[-1].append(name)
         filled, total = filled + size, total + size
-    named: dict[str, str] = {}
-    for place, names in enumerate(files, start=1):
-        file_name = f"model-{place:05d}-of-{len(files):05d}.safetensors"
-        named |= {hugging_face_name(name): file_name for name in names}
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(files, start=1):
+        file_name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        weight_map |= {hugging_face_name(name): file_name for name in names}
         with (folder / file_name).open("xb") as file:
             _write_header(file, weights, names, dtype)
             for name in names:
                 _write_values(file, weights, name, dtype)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(named.items()))}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -169,34 +193,34 @@ def _write_header(
     file: BinaryIO, weights: Weights, names: list[str], dtype: torch.dtype | None
 ) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
+    start = 0
     for name in names:
         shape = weights.shapes[name]
-        kept = dtype or weights.dtype(name)
-        end = place + n_bytes(shape, kept)
+        written_dtype = dtype or weights.dtype(name)
+        end = start + n_bytes(shape, written_dtype)
         header[hugging_face_name(name)] = {
-            "dtype": DTYPES[kept],
+            "dtype": SAFETENSORS_DTYPES[written_dtype],
             "shape": list(shape),
-            "data_offsets": [place, end],
+            "data_offsets": [start, end],
         }
-        place = end
+        start = end
     content = json.dumps(header, separators=(",", ":")).encode()
-    content += b" " * (-len(content) % 8)  # values begin at a multiple of 8
+    content += b" " * (-len(content) % 8)  # aligns the values to 8 bytes
     file.write(len(content).to_bytes(8, "little") + content)
 
 
 def _write_values(file: BinaryIO, weights: Weights, name: str, dtype: torch.dtype | None) -> None:
-    turned = name.endswith(TURNED)
+    permuted = name.endswith(PERMUTED)
     head_dim = weights.model.head_dim
-    for slab in weights.slabs(name, rows_at_a_time=head_dim if turned else 1):
-        values = to_halves(slab, head_dim) if turned else slab
+    for slab in weights.slabs(name, row_multiple=head_dim if permuted else 1):
+        values = to_halves(slab, head_dim) if permuted else slab
         if dtype is not None:
             values = values.to(dtype)
         file.write(bytes_of(values.contiguous()))
 
 
 def config_dtype(weights: Weights, dtype: torch.dtype | None) -> str:
-    """The dtype of all values as torch names it, for a configuration; of mixed ones the widest."""
-    kinds = {dtype or weights.dtype(name) for name in weights.shapes}
-    widest = max(kinds, key=lambda kind: (kind.itemsize, str(kind)))
+    """Return the `torch_dtype` of a `config.json`: the widest data type among the tensors."""
+    dtypes = {dtype or weights.dtype(name) for name in weights.shapes}
+    widest = max(dtypes, key=lambda each: (each.itemsize, str(each)))
     return str(widest).removeprefix("torch.")

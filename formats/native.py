@@ -1,16 +1,15 @@
-"""Our checkpoints as weights: read from those that training saved, written as weights alone.
+"""Native checkpoints: read the weights of a training checkpoint, write a weights-only checkpoint.
 
-What training saves lies in files of PyTorch's distributed checkpoint, each tensor in as many chunks
-as ranks held it, each chunk a little file of `torch.save` inside. Written here are no optimizer and
-no position, so that a run can begin with the weights and not go on from them.
+Training saves with PyTorch's distributed checkpoint (DCP), which stores each tensor in one chunk
+per rank and each chunk as a `torch.save` archive embedded in a larger file. A checkpoint written
+here has no optimizer state and no position: a run can be initialized from it but not resumed.
 """
 
 import dataclasses
 import errno
 import pickle
 import warnings
-from collections.abc import Sequence
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,22 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.utils import _create_file_view
 
-from checkpoint.files import HashedFiles, find_file_damage, verify_manifest
+from checkpoint.files import MANIFEST, HashedFiles, find_file_damage, verify_manifest
 from checkpoint.position import Position
 from checkpoint.writer import commit, write_extra_files, write_manifest
-from formats.configuration import checked
+from formats.config_json import validated_config
 from formats.errors import FormatError
-from formats.pieces import Piece, StoredTensor, unreadable
+from formats.stored_tensor import StoredTensor, TensorSlice, unreadable
 from formats.weights import Weights, check_tensors, parameter_shapes
 from model.config import ModelConfig
 
-PREFIX = "model."  # of the weights' names in the files, beside the optimizer's
+PREFIX = "model."  # of the parameters' names in the files, next to "optimizer."
 
 
 class NativeWeights(Weights):
-    """A committed checkpoint, of a run or of weights alone."""
+    """A committed checkpoint of a training run, or a weights-only checkpoint."""
 
     format = "native"
 
@@ -55,100 +55,62 @@ class NativeWeights(Weights):
         return name
 
     def damage(self) -> str | None:
-        """As `Weights.damage`: reads every file, by this process alone."""
+        """Return the first difference from the stored hashes; this process reads every file."""
         found = (
             find_file_damage(self.folder / name, entry, self.algorithm)
             for name, entry in self.files.items()
         )
-        return next((told for told in found if told is not None), None)
+        return next(filter(None, found), None)
 
 
-class Chunk(Piece):
-    """A piece inside a file of its own inside a file; where its values begin is found when asked.
+def _first_value_offset(path: Path, offset: int, length: int) -> int:
+    """Return the byte offset of the first value of a chunk's embedded archive.
 
-    A checkpoint of many ranks has as many chunks of each tensor, and a reader needs few of them.
+    Args:
+        offset, length: Byte range of the archive in the file.
     """
-
-    def __init__(
-        self, offsets: Sequence[int], shape: Sequence[int], path: Path, begin: int, length: int
-    ) -> None:
-        super().__init__(offsets, shape, path)
-        self.begin, self.length = begin, length
-
-    def start(self) -> int:
-        """The place of its first value in the file."""
-        return self._values
-
-    @cached_property
-    def _values(self) -> int:
-        try:
-            with self.path.open("rb") as file, FakeTensorMode():
-                part: Any = _Part(file, self.begin, self.length)
-                tensor = torch.load(part, weights_only=True)
-        except OSError as error:
-            raise unreadable(self.path, error) from None
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            told = str(error).splitlines()[0]
-            raise FormatError(f"{self.path} is damaged ({told}): use another checkpoint") from None
-        offset: int = tensor.untyped_storage()._checkpoint_offset
-        return self.begin + offset + tensor.storage_offset() * tensor.element_size()
-
-
-class _Part:
-    """A part of an open file that looks like a file, as far as `torch.load` looks."""
-
-    def __init__(self, file: Any, begin: int, length: int) -> None:
-        self.file, self.begin, self.length = file, begin, length
-        self.seek(0)
-
-    def tell(self) -> int:
-        """The place in the part."""
-        return int(self.file.tell()) - self.begin
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Moves to a place of the part."""
-        base = (0, self.tell() if whence == 1 else 0, self.length)[whence]
-        self.file.seek(self.begin + base + offset)
-        return base + offset
-
-    def read(self, size: int = -1) -> bytes:
-        """Bytes from the place on, up to the part's end."""
-        left = self.length - self.tell()
-        content: bytes = self.file.read(left if size < 0 else min(size, left))
-        return content
-
-    def readline(self) -> bytes:
-        """Bytes up to a line's end."""
-        content: bytes = self.file.readline(self.length - self.tell())
-        return content
+    try:
+        with path.open("rb") as file, FakeTensorMode():
+            archive: Any = _create_file_view(file, offset, length)
+            tensor = torch.load(archive, weights_only=True)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise FormatError(f"{path} is damaged ({reason}); use another checkpoint") from None
+    storage_offset: int = tensor.untyped_storage()._checkpoint_offset
+    return offset + storage_offset + tensor.storage_offset() * tensor.element_size()
 
 
 def open_native(folder: Path) -> NativeWeights:
-    """A committed checkpoint, saved by training or by conversion, on any mesh.
+    """Open a committed checkpoint saved by training, on any mesh, or by conversion.
 
     Raises:
-        FormatError: it is damaged, or its tensors are not those of its configuration.
+        FormatError: It is damaged, or its tensors do not match its configuration.
     """
     try:
         manifest = verify_manifest(folder)
         values = dict(manifest["config"]["model"])
         metadata = dcp.FileSystemReader(folder).read_metadata()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-        told = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
-        raise FormatError(f"{folder} is damaged: {told}. Use another checkpoint") from None
-    except pickle.UnpicklingError as error:
-        raise FormatError(f"{folder} is damaged: {error}. Use another checkpoint") from None
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError),
+        pickle.UnpicklingError,
+    ) as error:
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
+        raise FormatError(f"{folder} is damaged: {reason}; use another checkpoint") from None
     name = values.pop("name", folder.name)
-    model = checked(folder / "manifest.json", name, {**values, "attention": "auto"})
+    model = validated_config(folder / MANIFEST, name, {**values, "attention": "auto"})
     stored = {}
     for key, entry in metadata.state_dict_metadata.items():
         if not key.startswith(PREFIX) or not isinstance(entry, TensorStorageMetadata):
             continue
         chunks = []
         for chunk in entry.chunks:
-            place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-            path = folder / place.relative_path
-            chunks.append(Chunk(chunk.offsets, chunk.sizes, path, place.offset, place.length))
+            archive = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            path = folder / archive.relative_path
+            # Determined on first use: a reader needs few of the many chunks.
+            start = partial(_first_value_offset, path, archive.offset, archive.length)
+            chunks.append(TensorSlice(chunk.offsets, chunk.sizes, path, start))
         shape = tuple(entry.size)
         stored[key.removeprefix(PREFIX)] = StoredTensor(entry.properties.dtype, shape, chunks)
     if model.tie_embeddings:
@@ -162,50 +124,50 @@ def write_native(
     folder: Path,
     dtype: torch.dtype | None,
     tokenizer: dict[str, Any] | None,
-    beside: dict[str, bytes],
+    extra_files: dict[str, bytes],
 ) -> None:
-    """Writes a committed checkpoint of weights alone into an empty folder, tensor by tensor.
+    """Write a committed weights-only checkpoint into an empty folder, tensor by tensor.
 
     Args:
-        dtype: Of the values; None keeps what they have.
-        tokenizer: Its configuration, where there is one.
-        beside: Small files that travel with the weights, by name.
+        dtype: Data type to write; None keeps the stored one.
+        tokenizer: Configuration of the tokenizer, if any.
+        extra_files: Content of small files to store with the weights, by name.
     """
     state = {
         f"{PREFIX}{name}": torch.empty(shape, dtype=dtype or weights.dtype(name), device="meta")
         for name, shape in weights.shapes.items()
     }
-    # A file a tensor: PyTorch keeps the tensors of a file until it is written.
+    # One file per tensor, since DCP keeps all tensors of a file in memory until it is written.
     writer = dcp.FileSystemWriter(
         folder, single_file_per_rank=False, sync_files=True, overwrite=False
     )
     writer.fs = files = HashedFiles()
     try:
-        with warnings.catch_warnings(action="ignore"):  # that no processes are there is meant
-            dcp.save(state, storage_writer=writer, planner=_OneByOne(weights), no_dist=True)
-    except CheckpointException as error:  # no Exception, and around what is one
+        with warnings.catch_warnings(action="ignore"):  # DCP warns that no_dist is set
+            dcp.save(state, storage_writer=writer, planner=_ReadOnWrite(weights), no_dist=True)
+    except CheckpointException as error:  # a BaseException that wraps the causes
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, FormatError | OSError):
             raise cause from None
-        told = str(cause).splitlines()[0]  # a full disk, which PyTorch notices by its counting
-        raise OSError(errno.EIO, told) from None
+        # PyTorch reports a full disk as a RuntimeError about the number of written bytes.
+        raise OSError(errno.EIO, str(cause).splitlines()[0]) from None
     model = dataclasses.asdict(weights.model)
     config = {"model": model, "tokenizer": tokenizer}
     position = dataclasses.asdict(Position(step=0, samples=0, tokens=0, data_hash=""))
-    written = files.written | write_extra_files(folder, beside)
+    written = files.written | write_extra_files(folder, extra_files)
     write_manifest(folder, written, position, config)
     commit(folder)
 
 
-class _OneByOne(DefaultSavePlanner):
-    """Gives out each tensor when its turn to be written has come."""
+class _ReadOnWrite(DefaultSavePlanner):
+    """Save planner that reads each tensor when it is written."""
 
     def __init__(self, weights: Weights) -> None:
         super().__init__(flatten_state_dict=False)
         self.weights = weights
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """The values of one parameter, in the dtype that the plan tells."""
+        """Return the values of one parameter in the planned data type."""
         name = write_item.index.fqn.removeprefix(PREFIX)
         shape = self.weights.shapes[name]
         values = self.weights.read(name, [0] * len(shape), shape)

@@ -1,9 +1,10 @@
-"""Tokenizers at rest: `tokenizer.json` and its companions out, that and `tokenizer.model` in.
+"""Read `tokenizer.model` and `tokenizer.json`; write the tokenizer files of a Hugging Face folder.
 
-The ids of the written file are those of `Tokenizer.encode`, but for two kinds of text. The names
-of special tokens in a text become special tokens in Hugging Face's tokenizers (unless loaded with
-`split_special_tokens=True`), and are text here. Runs of over 25,000 characters of space, or of no
-space, and texts of over 400,000 are cut by Meta's tokenizer and so here, and not there.
+The written tokenizer produces the token ids of `Tokenizer.encode`, with two exceptions. Names of
+special tokens in a text are encoded as special tokens by Hugging Face (unless loaded with
+`split_special_tokens=True`) and as ordinary text by `Tokenizer.encode`. Texts over 400,000
+characters and runs of over 25,000 whitespace or non-whitespace characters are split by Meta's
+tokenizer and therefore by ours, but not by Hugging Face.
 """
 
 import json
@@ -13,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from data.config import LLAMA3_VOCAB_SIZE, N_SPECIALS
+from data.config import LLAMA3_VOCAB_SIZE, N_SPECIALS, TokenizerConfig
 from data.errors import DataError
 from data.tokenizer import (
     BOS_TOKEN,
@@ -24,43 +25,44 @@ from data.tokenizer import (
     Tokenizer,
     byte_of_character,
     library_split,
+    load_tokenizer,
     read_tokenizer,
     special_names,
 )
 from formats.errors import FormatError
 
 TOKENIZER_JSON = "tokenizer.json"
-LLAMA3_STOPS = ("<|eom_id|>", "<|eot_id|>")  # end a message and a turn: `stop_tokens` of Meta's
-# What pads a batch: a token that no text has, so that a mask made from it hides no end of text.
-PAD = {"llama3": "<|finetune_right_pad_id|>"}
-OTHER_PAD = "<|reserved_special_token_0|>"
+LLAMA3_STOPS = ("<|eom_id|>", "<|eot_id|>")  # end of message and of turn: Meta's `stop_tokens`
+# Not the end-of-text token: a padding mask derived from it would also hide the end of a text.
+LLAMA3_PAD = "<|finetune_right_pad_id|>"
+DEFAULT_PAD = "<|reserved_special_token_0|>"
 N_LLAMA3_RANKS = LLAMA3_VOCAB_SIZE - N_LLAMA3_SPECIALS
 
 
-def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids that end a text: end-of-text and, of `llama3`, what ends a message and a turn."""
+def stop_token_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that end a generated text; for `llama3` also end of message and of turn."""
     names = LLAMA3_STOPS if tokenizer.name == "llama3" else ()
     return [tokenizer.eos_id, *(tokenizer.specials[name] for name in names)]
 
 
-# ---------------------------------------------------------------- out
+# ---------------------------------------------------------------- write
 
 
 def write_hugging_face(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
-    """Writes what `transformers.AutoTokenizer.from_pretrained(folder)` loads.
+    """Write the files that `transformers.AutoTokenizer.from_pretrained(folder)` loads.
 
     Args:
-        folder: Exists; of its files `tokenizer.json`, `tokenizer_config.json` and
+        folder: An existing folder, to which `tokenizer.json`, `tokenizer_config.json` and
             `special_tokens_map.json` are written.
-        max_seq_len: Of the model; the loaded tokenizer warns of texts of more tokens.
+        max_seq_len: Context length of the model; the loaded tokenizer warns about longer texts.
 
     Raises:
-        OSError: a file cannot be written.
+        OSError: A file cannot be written.
     """
     names = {
         "bos_token": BOS_TOKEN,
         "eos_token": EOS_TOKEN,
-        "pad_token": PAD.get(tokenizer.name, OTHER_PAD),
+        "pad_token": LLAMA3_PAD if tokenizer.name == "llama3" else DEFAULT_PAD,
     }
     config = {
         **names,
@@ -74,20 +76,21 @@ def write_hugging_face(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> 
         ("special_tokens_map.json", names),
     ):
         (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    # Not by the library's `save`, whose errors are no OSErrors.
-    content = _in_the_library(tokenizer).to_str(pretty=True)
+    # The library's `save` does not raise OSError.
+    content = _to_library(tokenizer).to_str(pretty=True)
     (folder / TOKENIZER_JSON).write_text(content, encoding="utf-8")
 
 
-def _in_the_library(tokenizer: Tokenizer) -> Any:
-    """The tokenizer as the library's own object, built like the published Llama 3's."""
+def _to_library(tokenizer: Tokenizer) -> Any:
+    """Return a `tokenizers.Tokenizer` structured like the published one of Llama 3."""
     from tokenizers import AddedToken, decoders, models, processors
     from tokenizers import Tokenizer as LibraryTokenizer
 
-    written = _writer()
-    vocabulary = {written(token): rank for token, rank in tokenizer.ranks.items()}
-    merges = [(written(left), written(right)) for left, right in merges_of(tokenizer.ranks)]
-    # A piece of text that is a token is that token, as in tiktoken, whether merges reach it or not.
+    as_text = _byte_level_encoder()
+    vocabulary = {as_text(token): rank for token, rank in tokenizer.ranks.items()}
+    merges = [(as_text(left), as_text(right)) for left, right in bpe_merges(tokenizer.ranks)]
+    # ignore_merges: text that equals a token is encoded as that token, as in tiktoken, even if no
+    # sequence of merges produces it.
     built = LibraryTokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     built.pre_tokenizer = library_split()
     built.post_processor = processors.Sequence(
@@ -101,52 +104,86 @@ def _in_the_library(tokenizer: Tokenizer) -> Any:
         ]
     )
     built.decoder = decoders.ByteLevel()
-    # Their ids count on from the vocabulary's, in this order.
+    # Their ids follow those of the vocabulary, in this order.
     built.add_special_tokens(
         [AddedToken(name, special=True, normalized=False) for name in tokenizer.specials]
     )
     return built
 
 
-def _writer() -> Callable[[bytes], str]:
-    """What writes bytes in the characters of the byte-level alphabet."""
+def _byte_level_encoder() -> Callable[[bytes], str]:
+    """Return a function that maps bytes to the characters of the byte-level alphabet."""
     character = {byte: character for character, byte in byte_of_character().items()}
     return lambda token: "".join(character[byte] for byte in token)
 
 
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges that make the library's BPE that of tiktoken, in their order.
+def bpe_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Return the ordered merges with which the library's BPE equals tiktoken's.
 
-    tiktoken joins, again and again, the leftmost of the pairs whose joined bytes have the lowest
-    rank. So what becomes of the bytes between two borders of tokens depends on them alone, and a
-    token only ever comes from the two parts that encoding its own bytes comes to last. These are
-    its merge; where encoding them ends in more parts, as for 588 of Llama 3's tokens, it has none.
-    The list of all splits of each token, which transformers' converter writes, gives the same ids:
-    its other pairs never stand side by side. For Llama 3 it has 280,147 entries, this one 127,156.
+    tiktoken repeatedly merges the leftmost pair whose concatenation has the lowest rank. The result
+    between two token boundaries therefore depends only on the bytes between them, and a token is
+    only ever formed from the two parts that remain last when its own bytes are encoded. This pair
+    is its merge. A token whose bytes end in more than two parts, as 588 of Llama 3's do, has none.
+    The converter of transformers lists all splits of each token, with the same ids, since its other
+    pairs are never adjacent: 280,147 entries for Llama 3 instead of 127,156.
     """
-    merges, none = [], len(ranks)
+    merges, no_rank = [], len(ranks)
     for token in sorted(ranks, key=lambda token: ranks[token]):
-        parts = [token[place : place + 1] for place in range(len(token))]
+        parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
-            joined = [ranks.get(left + right, none) for left, right in pairwise(parts)]
-            rank = min(joined)
-            if rank == none:
+            pair_ranks = [ranks.get(left + right, no_rank) for left, right in pairwise(parts)]
+            lowest = min(pair_ranks)
+            if lowest == no_rank:
                 break
-            place = joined.index(rank)
-            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+            i = pair_ranks.index(lowest)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
     return merges
 
 
-# ---------------------------------------------------------------- in
+# ---------------------------------------------------------------- read
+
+
+def resolve_tokenizer(folder: Path, choice: str | None = "auto") -> Tokenizer | None:
+    """Return the tokenizer for the weights in `folder`.
+
+    Args:
+        choice: `auto` for the tokenizer in `folder`; the path of a `tokenizer.model`, a
+            `tokenizer.json`, or a folder with either; or None for no tokenizer.
+
+    Raises:
+        FormatError: There is no such tokenizer, or it cannot be read.
+    """
+    if choice is None:
+        return None
+    if choice == "auto":
+        found = find_tokenizer(folder) or _tokenizer_of_dataset(folder)
+    else:
+        path = Path(choice)
+        found = find_tokenizer(path) if path.is_dir() else read_tokenizer_file(path)
+    if found is None:
+        raise FormatError(
+            f"{folder if choice == 'auto' else choice} contains neither {MODEL_FILE} nor "
+            f"{TOKENIZER_JSON}; use tokenizer_path=PATH, or tokenizer_path=null for no tokenizer"
+        )
+    return found
+
+
+def _tokenizer_of_dataset(checkpoint: Path) -> Tokenizer | None:
+    """Return the tokenizer of a run's dataset; old checkpoints do not contain the tokenizer."""
+    try:
+        config = json.loads((checkpoint / "manifest.json").read_text())["config"]
+        return load_tokenizer(TokenizerConfig(**config["tokenizer"]), config["data"]["folder"])
+    except (OSError, ValueError, KeyError, TypeError, DataError):
+        return None
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder: its `tokenizer.model`, else its `tokenizer.json`, else None.
+    """Return the tokenizer in a folder, preferring `tokenizer.model`; None if there is none.
 
     Raises:
-        FormatError: it cannot be read.
+        FormatError: It cannot be read.
     """
     for name in (MODEL_FILE, TOKENIZER_JSON):
         if (folder / name).exists():
@@ -155,13 +192,13 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def read_tokenizer_file(path: Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json` or, under any other name, a `tokenizer.model`.
+    """Read a `tokenizer.json` or, under any other suffix, a `tokenizer.model`.
 
-    The latter tells no special tokens: 128,000 ranks are `llama3`'s, the 256 bytes in their order
-    are `byte`, and everything else is a `bpe`.
+    A `tokenizer.model` does not list special tokens, so its kind follows from its ranks: 128,000
+    ranks are `llama3`, the 256 bytes in order are `byte`, anything else is `bpe`.
 
     Raises:
-        FormatError: it cannot be read.
+        FormatError: It cannot be read.
     """
     if path.suffix == ".json":
         return read_tokenizer_json(path)
@@ -173,7 +210,7 @@ def read_tokenizer_file(path: Path) -> Tokenizer:
 
 
 def _small_name(ranks: dict[bytes, int]) -> str:
-    """The name of a tokenizer with 16 special tokens."""
+    """Return the name of a tokenizer with 16 special tokens."""
     return "byte" if ranks == BYTE_RANKS else "bpe"
 
 
@@ -187,9 +224,9 @@ class _Added:
 
 @dataclass(frozen=True)
 class _Model:
-    """The BPE in a `tokenizer.json`, without what Llama 3's has not.
+    """The `model` section of a `tokenizer.json`, restricted to the features of Llama 3's BPE.
 
-    Its merges are pairs, and in older files words with a blank between them.
+    Merges are pairs; in files of older releases, strings separated by a space.
     """
 
     type: Literal["BPE"]
@@ -205,7 +242,7 @@ class _Model:
 
 @dataclass(frozen=True)
 class _File:
-    """What decides the ids in a `tokenizer.json`."""
+    """The fields of a `tokenizer.json` that determine the token ids."""
 
     model: _Model
     added_tokens: list[_Added]
@@ -214,111 +251,118 @@ class _File:
 
 
 def read_tokenizer_json(path: Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json` that encodes like one of ours.
+    """Read a `tokenizer.json` that is equivalent to one of our tokenizers.
 
-    The number of its special tokens tells its name: 256 are `llama3`'s, whatever a release calls
-    those after the first two, and 16 are those of `byte` and `bpe`.
+    256 special tokens identify `llama3`, regardless of the names of all but the first two, which
+    differ between releases; 16 identify `byte` and `bpe`.
 
     Raises:
-        FormatError: it cannot be read, or is another kind of tokenizer.
+        FormatError: It cannot be read, or is another kind of tokenizer.
     """
     from pydantic import TypeAdapter, ValidationError
 
-    # Not loaded by the library: some damaged files make it abort the process.
+    # Parsed without the library, which aborts the process on some damaged files.
     try:
         file = TypeAdapter(_File).validate_json(path.read_bytes(), strict=True)
     except OSError as error:
-        raise FormatError(f"{path} cannot be read ({error}): get it again") from None
+        raise FormatError(f"{path} cannot be read ({error}); download or copy it again") from None
     except ValidationError as error:
-        wrong = error.errors()[0]
-        if not wrong["loc"]:  # no JSON, or no object
-            raise FormatError(f"{path} cannot be read ({wrong['msg']}): get it again") from None
-        key, value = ".".join(map(str, wrong["loc"])), _short(wrong["input"])
-        raise _refusal(path, f"{key} ({value}): {wrong['msg']}") from None
+        first = error.errors()[0]
+        if not first["loc"]:  # not JSON, or not an object
+            raise FormatError(
+                f"{path} cannot be read ({first['msg']}); download or copy it again"
+            ) from None
+        key, value = ".".join(map(str, first["loc"])), _shortened(first["input"])
+        raise _unsupported(path, f"{key}={value}: {first['msg']}") from None
     if file.pre_tokenizer != json.loads(library_split().__getstate__()):
-        what = _short(file.pre_tokenizer)
-        raise _refusal(path, f"pre_tokenizer ({what}) is not Llama 3's pattern and ByteLevel")
-    ranks = _ranks_of(path, file.model.vocab)
+        value = _shortened(file.pre_tokenizer)
+        raise _unsupported(path, f"pre_tokenizer={value} is not Llama 3's pattern and ByteLevel")
+    ranks = _vocabulary_ranks(path, file.model.vocab)
     _check_merges(path, file.model, ranks)
     return Tokenizer(_name_by_specials(path, file.added_tokens, ranks), ranks)
 
 
-def _refusal(path: Path, rule: str) -> FormatError:
+def _unsupported(path: Path, reason: str) -> FormatError:
     return FormatError(
-        f"{path} is no tokenizer of Llama 3's kind: {rule}. Use the model's tokenizer.model, or "
-        "the tokenizer.json of Llama 3 or of a folder that convert.py wrote"
+        f"{path} is not a tokenizer like Llama 3's: {reason}; use the model's tokenizer.model, or "
+        "the tokenizer.json of Llama 3 or of a folder written by convert.py"
     )
 
 
-def _short(value: Any) -> str:
-    """A value of the file, in JSON, as long as a message bears."""
+def _shortened(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _ranks_of(path: Path, vocabulary: dict[str, int]) -> dict[bytes, int]:
-    """The bytes of each token, and its id.
+def _vocabulary_ranks(path: Path, vocabulary: dict[str, int]) -> dict[bytes, int]:
+    """Return the id of each token by its bytes.
 
     Raises:
-        FormatError: they are not bytes, all 256 among them, numbered from 0 on.
+        FormatError: A token is not a byte sequence, a single byte is missing, or the ids are not
+            consecutive from 0.
     """
     as_byte = byte_of_character()
     ranks = {}
     for token, rank in vocabulary.items():
-        if strange := set(token) - as_byte.keys():
-            raise _refusal(
-                path, f"token {_short(token)} has {_short(min(strange))}, no byte's name"
+        if invalid := set(token) - as_byte.keys():
+            raise _unsupported(
+                path,
+                f"token {_shortened(token)} contains {_shortened(min(invalid))}, which is not in "
+                "the byte-level alphabet",
             )
         ranks[bytes(as_byte[character] for character in token)] = rank
     if sorted(ranks.values()) != list(range(len(ranks))):
-        raise _refusal(path, f"the ids of its {len(ranks)} tokens do not count from 0 on")
+        raise _unsupported(path, f"the ids of its {len(ranks)} tokens are not consecutive from 0")
     if absent := [value for value in range(256) if bytes([value]) not in ranks]:
-        raise _refusal(path, f"the byte {absent[0]} is no token")
+        raise _unsupported(path, f"byte {absent[0]} is not a token")
     return ranks
 
 
 def _check_merges(path: Path, model: _Model, ranks: dict[bytes, int]) -> None:
-    """Whether the library encodes with these merges as tiktoken does with the ranks.
+    """Check that BPE with these merges is equivalent to tiktoken's with these ranks.
 
     Raises:
-        FormatError: it does not.
+        FormatError: It is not.
     """
     merges = [tuple(each.split(" ")) if isinstance(each, str) else each for each in model.merges]
     for pair in merges:
         if len(pair) != 2 or not {*pair, "".join(pair)} <= model.vocab.keys():
-            raise _refusal(path, f"the merge {_short(pair)} does not make a token of two tokens")
+            raise _unsupported(path, f"merge {_shortened(pair)} does not join two tokens into one")
     order = [model.vocab["".join(pair)] for pair in merges]
-    for place, (first, second) in enumerate(pairwise(order)):
+    for i, (first, second) in enumerate(pairwise(order)):
         if first > second:
-            early, late = _short(merges[place]), _short(merges[place + 1])
-            raise _refusal(path, f"the merge {early} comes before {late}, which has the lower id")
-    reached = merges_of(ranks)
-    written = _writer()
-    if absent := {(written(left), written(right)) for left, right in reached} - set(merges):
-        raise _refusal(path, f"{len(absent)} merges are absent, {_short(min(absent))} among them")
-    unreached = len(ranks) - 256 - len(reached)
-    if unreached and not model.ignore_merges:
-        rule = f"ignore_merges (false) loses {unreached} tokens that no merge reaches"
-        raise _refusal(path, rule)
+            early, late = _shortened(merges[i]), _shortened(merges[i + 1])
+            raise _unsupported(path, f"merge {early} precedes {late}, which has a lower id")
+    required = bpe_merges(ranks)
+    as_text = _byte_level_encoder()
+    if absent := {(as_text(left), as_text(right)) for left, right in required} - set(merges):
+        example = _shortened(min(absent))
+        raise _unsupported(path, f"{len(absent)} required merges are missing, including {example}")
+    unreachable = len(ranks) - 256 - len(required)
+    if unreachable and not model.ignore_merges:
+        raise _unsupported(
+            path, f"with ignore_merges=false, {unreachable} tokens are not reachable by merges"
+        )
 
 
 def _name_by_specials(path: Path, added: list[_Added], ranks: dict[bytes, int]) -> str:
-    """The name of the tokenizer that has these special tokens.
+    """Return the name of the tokenizer with these special tokens.
 
     Raises:
-        FormatError: none has.
+        FormatError: None of our tokenizers has them.
     """
     names = {token.id: token.content for token in added}
     name = "llama3" if len(names) == N_LLAMA3_SPECIALS else _small_name(ranks)
-    ours = special_names(name)
-    if len(added) != len(ours) or sorted(names) != list(range(len(ranks), len(ranks) + len(ours))):
-        rule = (
-            f"its {len(added)} special tokens are not {N_LLAMA3_SPECIALS} or {N_SPECIALS} with the "
-            f"ids from {len(ranks)} on"
+    expected = special_names(name)
+    ids = list(range(len(ranks), len(ranks) + len(expected)))
+    if len(added) != len(expected) or sorted(names) != ids:
+        raise _unsupported(
+            path,
+            f"{len(added)} special tokens found; expected {N_LLAMA3_SPECIALS} or {N_SPECIALS} with "
+            f"consecutive ids from {len(ranks)}",
         )
-        raise _refusal(path, rule)
-    fixed = 2 if name == "llama3" else len(ours)
-    for place, special in enumerate(ours[:fixed], start=len(ranks)):
-        if names[place] != special:
-            raise _refusal(path, f"token {place} ({_short(names[place])}) is not {special}")
+    n_fixed = 2 if name == "llama3" else len(expected)
+    for token, special in enumerate(expected[:n_fixed], start=len(ranks)):
+        if names[token] != special:
+            raise _unsupported(path, f"token {token} is {_shortened(names[token])}, not {special}")
     return name

@@ -42,8 +42,7 @@ PRELOADED = (
     *(
         "training.inspection",
         "data.preparation.pipeline",
-        "evaluation.perplexity",
-        "evaluation.sampling",
+        "evaluation.held_out",
     ),
     *("evaluation.generation", "evaluation.inference", "formats.conversion", "formats.native"),
 )

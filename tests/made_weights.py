@@ -1,4 +1,4 @@
-"""Weights that tests make: in memory, in Meta's files, and the plain Llama that they belong to."""
+"""Random weights for tests: in memory and in Meta's files, and a reference Llama to run them."""
 
 import dataclasses
 import json
@@ -20,11 +20,11 @@ KINDS = {
     "scaled": dataclasses.replace(SMALL, rope_scaling=SCALED),
     "tied": dataclasses.replace(SMALL, rope_scaling=RopeScaling(32.0), tie_embeddings=True),
 }
-SEQ = 48  # beyond the original context of `scaled`
+SEQ = 48  # longer than the original context of `scaled`
 
 
 class MadeWeights(Weights):
-    """Random weights in memory, large enough for attention to be far from uniform."""
+    """Random weights in memory, scaled so that attention is far from uniform."""
 
     format = "native"
 
@@ -49,8 +49,8 @@ class MadeWeights(Weights):
         return tensor.contiguous()
 
 
-def whole(weights: Weights, name: str) -> Tensor:
-    """All of one parameter."""
+def full_tensor(weights: Weights, name: str) -> Tensor:
+    """Read a full parameter."""
     shape = weights.shapes[name]
     return weights.read(name, [0] * len(shape), shape)
 
@@ -60,19 +60,19 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def assert_same_weights(one: Weights, other: Weights) -> None:
-    """Bit for bit, and of the same configuration but for its label."""
+    """Assert equality bit for bit, and of the configurations except for the name."""
     assert dataclasses.replace(one.model, name="") == dataclasses.replace(other.model, name="")
     assert one.shapes == parameter_shapes(one.model) == other.shapes
     for name in one.shapes:
-        assert same_bits(whole(one, name), whole(other, name)), name
+        assert same_bits(full_tensor(one, name), full_tensor(other, name)), name
 
 
 def filled(weights: Weights) -> Llama:
-    """Our model with these weights, in float32."""
+    """Return our model with these weights in float32."""
     model = Llama(weights.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(whole(weights, name))
+            parameter.copy_(full_tensor(weights, name))
     return model
 
 
@@ -82,31 +82,31 @@ def tokens_of(model: ModelConfig) -> Tensor:
 
 
 def meta_parts(weights: MadeWeights, parts: int) -> list[dict[str, Tensor]]:
-    """What each tensor-parallel part holds, written down from Meta's model by hand."""
-    by_columns = ("wo.weight", "w2.weight")
+    """Return the tensors of each part, implemented independently after Meta's model."""
+    row_parallel = ("wo.weight", "w2.weight")
     tensors = dict(weights.tensors)
     tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
     kv_rows = weights.model.n_kv_heads * weights.model.head_dim
     found: list[dict[str, Tensor]] = []
     for part in range(parts):
-        own = {}
+        local = {}
         for name, tensor in tensors.items():
             if tensor.ndim == 1:
-                own[name] = tensor
+                local[name] = tensor
             elif name.endswith(("wk.weight", "wv.weight")) and parts > weights.model.n_kv_heads:
-                # Fewer heads than parts: neighbours hold the same head.
+                # Fewer kv heads than parts: consecutive parts store the same head.
                 head = part * weights.model.n_kv_heads // parts
                 rows = kv_rows // weights.model.n_kv_heads
-                own[name] = tensor[head * rows : (head + 1) * rows].clone()
+                local[name] = tensor[head * rows : (head + 1) * rows].clone()
             else:
-                dim = 1 if name.endswith(by_columns) else 0
-                own[name] = tensor.chunk(parts, dim)[part].clone()
-        found.append(own)
+                dim = 1 if name.endswith(row_parallel) else 0
+                local[name] = tensor.chunk(parts, dim)[part].clone()
+        found.append(local)
     return found
 
 
 def write_meta_by_hand(weights: MadeWeights, folder: Path, parts: int, **params: object) -> None:
-    """A folder as Meta publishes it, made by torch and json alone."""
+    """Write a folder as Meta publishes it, using only torch and json."""
     model = weights.model
     folder.mkdir(parents=True)
     for part, tensors in enumerate(meta_parts(weights, parts)):
@@ -117,7 +117,7 @@ def write_meta_by_hand(weights: MadeWeights, folder: Path, parts: int, **params:
         "n_heads": model.n_heads,
         "n_kv_heads": model.n_kv_heads,
         "vocab_size": model.vocab_size,
-        "ffn_dim_multiplier": 0.5,  # of 170 is 85, the next multiple of 32 is 96
+        "ffn_dim_multiplier": 0.5,  # 0.5 · 170 = 85, rounded up to a multiple of 32: 96
         "multiple_of": 32,
         "norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
@@ -128,7 +128,7 @@ def write_meta_by_hand(weights: MadeWeights, folder: Path, parts: int, **params:
 
 
 def plain_llama(tensors: dict[str, Tensor], model: ModelConfig, tokens: Tensor) -> Tensor:
-    """Logits (batch, seq, vocab) by the formulas alone: complex rotation, scores written out."""
+    """Return reference logits (batch, seq, vocab): complex rotation, explicit attention scores."""
     head_dim, scaling = model.head_dim, model.rope_scaling
     frequencies = []
     for pair in range(head_dim // 2):
@@ -145,8 +145,9 @@ def plain_llama(tensors: dict[str, Tensor], model: ModelConfig, tokens: Tensor) 
                 )
                 frequency = (1 - smooth) * frequency / scaling.factor + smooth * frequency
         frequencies.append(frequency)
-    places = torch.arange(tokens.shape[1]).double()
-    turns = torch.exp(1j * torch.outer(places, torch.tensor(frequencies).double()))  # (seq, pair)
+    positions = torch.arange(tokens.shape[1]).double()
+    angles = torch.outer(positions, torch.tensor(frequencies).double())
+    rotations = torch.exp(1j * angles)  # (seq, pair)
 
     def weight(name: str) -> Tensor:
         return tensors[f"{name}.weight"].double()
@@ -156,14 +157,14 @@ def plain_llama(tensors: dict[str, Tensor], model: ModelConfig, tokens: Tensor) 
 
     def rotated(x: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * turns.unsqueeze(1)).flatten(-2)
+        return torch.view_as_real(pairs * rotations.unsqueeze(1)).flatten(-2)
 
     x = weight("tok_embeddings")[tokens]  # (batch, seq, dim)
     for layer in range(model.n_layers):
-        at = f"layers.{layer}."
-        h = norm(x, f"{at}attention_norm")
+        prefix = f"layers.{layer}."
+        h = norm(x, f"{prefix}attention_norm")
         q, k, v = (
-            (h @ weight(f"{at}attention.{each}").T).unflatten(-1, (-1, head_dim))
+            (h @ weight(f"{prefix}attention.{each}").T).unflatten(-1, (-1, head_dim))
             for each in ("wq", "wk", "wv")
         )
         q, k = rotated(q), rotated(k)  # (batch, seq, heads, head_dim)
@@ -172,11 +173,11 @@ def plain_llama(tensors: dict[str, Tensor], model: ModelConfig, tokens: Tensor) 
         for head in range(model.n_heads):
             scores = q[:, :, head] @ k[:, :, head // group].transpose(1, 2) / math.sqrt(head_dim)
             later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-            shares = scores.masked_fill(later, -math.inf).softmax(-1)  # (batch, seq, keys)
-            heads.append(shares @ v[:, :, head // group])
-        x = x + torch.cat(heads, -1) @ weight(f"{at}attention.wo").T
-        h = norm(x, f"{at}ffn_norm")
-        gate, up = (h @ weight(f"{at}feed_forward.{each}").T for each in ("w1", "w3"))
-        x = x + (gate * gate.sigmoid() * up) @ weight(f"{at}feed_forward.w2").T
+            probs = scores.masked_fill(later, -math.inf).softmax(-1)  # (batch, seq, keys)
+            heads.append(probs @ v[:, :, head // group])
+        x = x + torch.cat(heads, -1) @ weight(f"{prefix}attention.wo").T
+        h = norm(x, f"{prefix}ffn_norm")
+        gate, up = (h @ weight(f"{prefix}feed_forward.{each}").T for each in ("w1", "w3"))
+        x = x + (gate * gate.sigmoid() * up) @ weight(f"{prefix}feed_forward.w2").T
     last = "tok_embeddings" if model.tie_embeddings else "output"
     return norm(x, "norm") @ weight(last).T

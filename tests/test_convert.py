@@ -1,4 +1,4 @@
-"""A model trained here goes out with `convert.py`, and others make of it what we make of it."""
+"""`convert.py` on a trained checkpoint: other programs compute the same results from its output."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from made_weights import assert_same_weights, filled
 
 from data.dataset import Dataset
 from data.loader import validation_batches
-from formats.recognition import open_weights
+from formats.detection import open_weights
 from formats.weights import fingerprint
 
 PROMPT = "def encode(self, "
@@ -25,17 +25,17 @@ SAMPLES = 8
 def checkpoint(
     fork_server: ForkServer, train_arguments: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Saved by two ranks; documents do not end attention, as transformers knows none."""
+    """A checkpoint saved by two ranks, without a document mask, as in transformers."""
     run = tmp_path_factory.mktemp("trained") / "run"
     steps = ["train.max_steps=12", "checkpoint.interval=null", "data.document_mask=false"]
-    start = fork_server.run(train_arguments(run, *steps, "optim.lr=1e-2", "parallel.tp=2"), 2)
-    assert start.exit_codes == {0: 0, 1: 0}, start.output()
+    launch = fork_server.run(train_arguments(run, *steps, "optim.lr=1e-2", "parallel.tp=2"), 2)
+    assert launch.exit_codes == {0: 0, 1: 0}, launch.output()
     return run / "checkpoints" / "step-00000012"
 
 
 @pytest.fixture(scope="module")
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint as a Hugging Face folder, by the program."""
+    """The checkpoint converted to a Hugging Face folder by `convert.py`."""
     target = tmp_path_factory.mktemp("exported") / "hf"
     done = start_program(["convert.py", f"source={checkpoint}", f"target={target}"])
     assert done.returncode == 0, done.stderr
@@ -45,46 +45,48 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def told(exported: Path, checkpoint: Path, tmp_path_factory: Any) -> tuple[dict[str, Any], Any]:
-    """What transformers tells of the folder; the tokens that it saw, and its logits."""
-    place = tmp_path_factory.mktemp("told")
+def reference(
+    exported: Path, checkpoint: Path, tmp_path_factory: Any
+) -> tuple[dict[str, Any], Any]:
+    """Results of transformers on the exported folder; its input tokens and logits."""
+    folder = tmp_path_factory.mktemp("reference")
     config = json.loads((checkpoint / "manifest.json").read_text())["config"]
     dataset = Dataset.open(config["data"]["folder"], document_mask=False)
     windows = validation_batches(
         dataset, samples=SAMPLES, seq_len=64, micro_batch_size=SAMPLES, rank=0, size=1
     )
     (batch,) = windows["text"]
-    torch.save((batch.tokens, batch.labels), place / "windows.pt")
+    torch.save((batch.tokens, batch.labels), folder / "windows.pt")
     script = [sys.executable, str(ROOT / "tests" / "transformers_reads.py"), str(exported)]
     done = subprocess.run(
-        [*script, str(place / "windows.pt"), PROMPT, str(place / "logits.pt")],
-        cwd=place,
+        [*script, str(folder / "windows.pt"), PROMPT, str(folder / "logits.pt")],
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    logits = torch.load(place / "logits.pt", weights_only=True)
+    logits = torch.load(folder / "logits.pt", weights_only=True)
     return json.loads(done.stdout), (batch.tokens, logits)
 
 
-def test_transformers_computes_the_same_logits(checkpoint: Path, told: Any) -> None:
-    answer, (tokens, expected) = told
-    assert answer["dtype"] == "torch.float32"
+def test_transformers_computes_equal_logits(checkpoint: Path, reference: Any) -> None:
+    results, (tokens, expected) = reference
+    assert results["dtype"] == "torch.float32"
     with torch.no_grad():
         logits = filled(open_weights(checkpoint))(tokens)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
-    assert expected.std() > 0.5  # it has learned something to differ in
+    assert expected.std() > 0.5  # the model has learned something
 
 
-def test_the_loss_on_the_same_text_is_the_same_whichever_the_format(
-    checkpoint: Path, exported: Path, told: Any, fork_server: ForkServer
+def test_held_out_loss_equals_transformers_and_hash_is_equal_in_all_formats(
+    checkpoint: Path, exported: Path, reference: Any, fork_server: ForkServer
 ) -> None:
     hashes = set()
     for folder, mesh in ((checkpoint, "tp"), (exported, "dp_shard")):
         data = json.loads((checkpoint / "manifest.json").read_text())["config"]["data"]["folder"]
         more = [] if folder == checkpoint else [f"evaluation.data={data}", "evaluation.seq_len=64"]
-        start = fork_server.run(
+        launch = fork_server.run(
             [
                 *(f"evaluation.checkpoint={folder}", f"evaluation.samples={SAMPLES}", *more),
                 *("parallel.accelerator=cpu", f"parallel.{mesh}=2"),
@@ -92,16 +94,16 @@ def test_the_loss_on_the_same_text_is_the_same_whichever_the_format(
             2,
             program="evaluate.py",
         )
-        assert start.exit_codes == {0: 0, 1: 0}, start.output()
-        figures = json.loads((folder / "evaluation.json").read_text())
-        hashes.add(figures["weights_hash"])
+        assert launch.exit_codes == {0: 0, 1: 0}, launch.output()
+        results = json.loads((folder / "evaluation.json").read_text())
+        hashes.add(results["weights_hash"])
         if folder == checkpoint:
-            # A window of a foreign folder ends attention at documents, as ours do by default.
-            assert figures["loss"] == pytest.approx(told[0]["loss"], rel=1e-6)
+            # Other folders are evaluated with the default document mask, transformers without.
+            assert results["loss"] == pytest.approx(reference[0]["loss"], rel=1e-6)
     assert hashes == {fingerprint(open_weights(checkpoint))}
 
 
-def test_the_greedy_text_is_the_same(checkpoint: Path, told: Any) -> None:
+def test_greedy_text_equals_transformers(checkpoint: Path, reference: Any) -> None:
     done = start_program(
         [
             *("generate.py", f"checkpoint={checkpoint}", f"prompt={PROMPT}", "temperature=0"),
@@ -109,12 +111,12 @@ def test_the_greedy_text_is_the_same(checkpoint: Path, told: Any) -> None:
         ]
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == told[0]["text"] + "\n"
-    assert len(told[0]["text"]) > len(PROMPT)
+    assert done.stdout == reference[0]["text"] + "\n"
+    assert len(reference[0]["text"]) > len(PROMPT)
     assert "tokens/s" in done.stderr
 
 
-def test_there_and_back_through_the_program_is_bit_for_bit(
+def test_round_trip_through_all_formats_is_bit_exact(
     checkpoint: Path, exported: Path, fork_server: ForkServer, tmp_path: Path
 ) -> None:
     for source, target, format in (
@@ -124,8 +126,8 @@ def test_there_and_back_through_the_program_is_bit_for_bit(
     ):
         parts = ["parts=2"] if format == "meta" else []
         arguments = [f"source={source}", f"target={tmp_path / target}", f"format={format}", *parts]
-        start = fork_server.run(arguments, 1, program="convert.py")
-        assert start.exit_codes == {0: 0}, start.output()
+        launch = fork_server.run(arguments, 1, program="convert.py")
+        assert launch.exit_codes == {0: 0}, launch.output()
         assert_same_weights(open_weights(tmp_path / target), open_weights(checkpoint))
     tokenizer = (checkpoint / "tokenizer.model").read_bytes()
     assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == tokenizer
@@ -135,33 +137,33 @@ def test_there_and_back_through_the_program_is_bit_for_bit(
             assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_bad_input_is_told_and_nothing_is_written(
+def test_invalid_input_is_rejected_and_nothing_is_written(
     checkpoint: Path, exported: Path, fork_server: ForkServer, tmp_path: Path
 ) -> None:
-    def refused(*arguments: str) -> str:
-        start = fork_server.run([*arguments], 1, program="convert.py")
-        assert start.exit_codes == {0: 1}, start.output()
+    def error_of(*arguments: str) -> str:
+        launch = fork_server.run([*arguments], 1, program="convert.py")
+        assert launch.exit_codes == {0: 1}, launch.output()
         assert list(tmp_path.iterdir()) == []
-        told = start.output()
-        assert told.startswith("Not converted") and "Traceback" not in told
-        return told
+        message = launch.output()
+        assert message.startswith("Conversion failed") and "Traceback" not in message
+        return message
 
     out = f"target={tmp_path / 'out'}"
-    found = refused(f"source={checkpoint}", out, "parts=2", "file_gb=0", "formt=hf", "dtype=int8")
+    found = error_of(f"source={checkpoint}", out, "parts=2", "file_gb=0", "formt=hf", "dtype=int8")
     assert "formt is not a key: did you mean format?" in found
     assert "parts (2) has a meaning for Meta's folders alone" in found
     assert "file_gb (0.0) is not above 0" in found
     assert "dtype ('int8') has the wrong type or choice" in found
-    assert "source has no value" in refused(out)
-    assert "is no folder" in refused("source=nowhere", out)
-    parts = refused(f"source={checkpoint}", out, "format=meta", "parts=3")
-    assert "parts (3) does not divide model.n_heads (4)" in parts and "use 1 or 2" in parts
+    assert "source has no value" in error_of(out)
+    assert "is not a folder" in error_of("source=nowhere", out)
+    parts = error_of(f"source={checkpoint}", out, "format=meta", "parts=3")
+    assert "parts=3 does not divide model.n_heads=4" in parts and "use 1 or 2" in parts
     run = checkpoint.parent.parent
-    assert f"name a checkpoint in it, as {checkpoint}" in refused(f"source={run}", out)
-    exists = refused(f"source={checkpoint}", f"target={exported}")
-    assert "exists, and nothing is written over it" in exists
-    llama3 = refused(f"source={checkpoint}", out, f"tokenizer_path={_llama3()}")
-    assert "the tokenizer's 128256 tokens are more than the model's vocab_size (272)" in llama3
+    assert f"use one of its checkpoints, for example {checkpoint}" in error_of(f"source={run}", out)
+    exists = error_of(f"source={checkpoint}", f"target={exported}")
+    assert "exists; use another folder, or overwrite=true" in exists
+    llama3 = error_of(f"source={checkpoint}", out, f"tokenizer_path={_llama3()}")
+    assert "the tokenizer has 128256 tokens, more than vocab_size=272 of the model" in llama3
 
 
 def _llama3() -> Path:

@@ -1,8 +1,8 @@
-"""What transformers makes of an exported folder, in a process of its own: JSON on stdout.
+"""Evaluate an exported folder with transformers in a separate process; print JSON to stdout.
 
     python transformers_reads.py FOLDER WINDOWS.pt PROMPT LOGITS.pt
 
-WINDOWS.pt holds tokens and labels, each (batch, seq), labels of -100 where there is none.
+WINDOWS.pt contains tokens and labels, each (batch, seq); masked labels are -100.
 """
 
 import json
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    """Logits to a file; loss and a greedy text to stdout."""
+    """Write logits to a file; print loss and greedy text."""
     folder, windows, prompt, logits_file = sys.argv[1:]
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -25,13 +25,13 @@ def main() -> None:
     loss = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), labels.flatten())
     ids = tokenizer(prompt, return_tensors="pt")
     text = model.generate(**ids, max_new_tokens=40, do_sample=False)[0]
-    told = {
+    results = {
         "dtype": str(model.dtype),
         "loss": loss.item(),
         "text": tokenizer.decode(text, skip_special_tokens=True),
         "ids": tokenizer(prompt)["input_ids"],
     }
-    print(json.dumps(told))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

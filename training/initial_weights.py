@@ -25,7 +25,7 @@ def check_initial_weights(run: RunConfig, model: ModelConfig) -> None:
         FormatError: they cannot be read.
         ConfigError: every key in which they differ, with both values.
     """
-    from formats.recognition import open_weights
+    from formats.detection import open_weights
 
     there = open_weights(Path(str(run.init_from))).model
     found = []

@@ -18,7 +18,7 @@ def validate(run: Run) -> float:
     """Return the mean loss over the validation windows; it does not depend on the mesh."""
     from data.dataset import Dataset
     from data.loader import validation_batches
-    from evaluation.perplexity import NOTHING, measure
+    from evaluation.held_out import LossTotals, evaluate_loss
 
     assert isinstance(run.dataset, Dataset)  # streams have no validation split
     batches = validation_batches(
@@ -30,8 +30,8 @@ def validate(run: Run) -> float:
         size=run.mesh.dp,
     )
     watched = {name: _watched(run, of_source) for name, of_source in batches.items()}
-    measured = measure(run.model, watched, run.fabric.device, run.strategy.sum_over_data)
-    return sum(measured.values(), NOTHING).loss
+    measured = evaluate_loss(run.model, watched, run.fabric.device, run.strategy.sum_over_data)
+    return sum(measured.values(), LossTotals()).loss
 
 
 def _watched(run: Run, batches: "list[Batch]") -> "Iterator[Batch]":
@@ -43,7 +43,7 @@ def _watched(run: Run, batches: "list[Batch]") -> "Iterator[Batch]":
 
 def write_sample(run: Run) -> None:
     """Generate text on all ranks; rank 0 appends it to `samples.txt`."""
-    from evaluation.sampling import sample_text
+    from evaluation.generation import sample_text
 
     config = run.config.validation
     if config.sample_tokens == 0:
@@ -56,7 +56,7 @@ def write_sample(run: Run) -> None:
         temperature=config.temperature,
         seed=run.position.step,
         device=run.fabric.device,
-        multiple_of=run.mesh.seq_multiple,
+        seq_multiple=run.mesh.seq_multiple,
     )
     if run.metrics is not None:
         run.metrics.write_sample(run.position.step, text)

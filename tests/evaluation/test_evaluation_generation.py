@@ -1,7 +1,7 @@
-"""Generation: neither the cache nor the batch changes a token.
+"""Generation: neither the KV cache nor the batch changes a token.
 
-The models are small and random, with weights large enough that attention looks at all of a text; so
-a cache that lost or misplaced a single key would soon choose another token.
+The models are small and random, with weights large enough for attention to cover the full text, so
+a cache that lost or misplaced a single key would soon change a token.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from reference_models import paired_models, scaled_down
 from torch import nn
 from transformers.generation import logits_process
 
-from evaluation.generation import Completion, Sampling, drawn, generate
-from evaluation.kv_cache import cached
+from evaluation.generation import Completion, SamplingParams, generate, sample_tokens
+from evaluation.kv_cache import kv_cache
 from model.config import ModelConfig, RopeScaling
 from model.llama import Llama
 
@@ -26,13 +26,13 @@ VOCAB, CONTEXT, STOP = 61, 48, 60
 BASE = ModelConfig("small", 32, 2, 4, 2, 48, VOCAB, max_seq_len=CONTEXT)
 CONFIGS = {
     "grouped heads": BASE,
-    "a head of keys for each": dataclasses.replace(BASE, n_kv_heads=4),
-    "one head of keys": dataclasses.replace(BASE, n_kv_heads=1),
+    "one kv head per head": dataclasses.replace(BASE, n_kv_heads=4),
+    "one kv head": dataclasses.replace(BASE, n_kv_heads=1),
     "tied": dataclasses.replace(BASE, tie_embeddings=True),
-    "scaled positions": dataclasses.replace(BASE, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16)),
+    "RoPE scaling": dataclasses.replace(BASE, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16)),
 }
-GREEDY = Sampling()
-WARM = Sampling(temperature=0.9, top_k=20, top_p=0.9, seed=3)
+GREEDY = SamplingParams()
+WARM = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=3)
 
 
 def random_llama(config: ModelConfig) -> Llama:
@@ -62,18 +62,18 @@ def complete(model: nn.Module, prompts: Sequence[Sequence[int]], **changed: Any)
 
 @torch.no_grad()
 def without_cache(llama: Llama, prompt: list[int], n_tokens: int) -> list[int]:
-    """The likeliest token each time, of a forward over all of the text."""
+    """Greedy generation with a full forward per token."""
     tokens = list(prompt)
     for _ in range(n_tokens):
         tokens.append(int(llama(torch.tensor([tokens]))[0, -1].argmax()))
     return tokens[len(prompt) :]
 
 
-# ---------------------------------------------------------------- the cache
+# ---------------------------------------------------------------- KV cache
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_cached_tokens_equal_those_without_a_cache_one_by_one(kind: str) -> None:
+def test_cached_generation_equals_full_forwards(kind: str) -> None:
     llama = random_llama(CONFIGS[kind])
     prompts = random_prompts(9, 1, 17, 30)
     together = complete(llama, prompts)
@@ -81,20 +81,20 @@ def test_cached_tokens_equal_those_without_a_cache_one_by_one(kind: str) -> None
         expected = without_cache(llama, prompt, 16)
         assert completion == Completion(expected, stopped=False)
         assert complete(llama, [prompt]) == [completion]
-        assert len(set(expected)) > 3  # more than the one token that a dead model repeats
+        assert len(set(expected)) > 3  # not a single repeated token
 
 
-def test_rows_of_one_length_need_no_mask_and_get_the_same_tokens(llama: Llama) -> None:
+def test_rows_of_equal_length_are_generated_without_mask(llama: Llama) -> None:
     prompts = random_prompts(11, 11, 11)
     expected = [without_cache(llama, prompt, 16) for prompt in prompts]
     assert [each.tokens for each in complete(llama, prompts)] == expected
 
 
-def test_what_is_cached_has_the_size_of_the_heads_of_keys(llama: Llama) -> None:
-    """Of 2 heads of keys for 4 of queries; the numbers are those that the model computes in."""
+def test_cache_has_the_shape_of_the_kv_heads_and_the_compute_dtype(llama: Llama) -> None:
+    """The model has 4 heads and 2 kv heads."""
     halved = random_llama(BASE).bfloat16()
     for model, dtype in ((llama, torch.float32), (halved, torch.bfloat16)):
-        with torch.no_grad(), cached(model, [3, 5], 20):
+        with torch.no_grad(), kv_cache(model, [3, 5], 20):
             model(torch.ones(2, 5, dtype=torch.int64))
             kernels = [cast(Any, layer).attention.kernel for layer in model.layers]
             tensors = [tensor for kernel in kernels for tensor in (kernel.k, kernel.v)]
@@ -102,7 +102,7 @@ def test_what_is_cached_has_the_size_of_the_heads_of_keys(llama: Llama) -> None:
         assert {tensor.dtype for tensor in tensors} == {dtype}
 
 
-def test_the_head_computes_one_column_a_row(llama: Llama) -> None:
+def test_head_computes_one_column_per_row(llama: Llama) -> None:
     shapes = []
     handle = llama.output.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape)))
     complete(llama, random_prompts(9, 30), max_new_tokens=3)
@@ -110,21 +110,21 @@ def test_the_head_computes_one_column_a_row(llama: Llama) -> None:
     assert shapes == [(2, 1, VOCAB)] * 3
 
 
-def test_the_model_is_as_before_also_after_a_failure(llama: Llama) -> None:
+def test_model_is_restored_after_an_error(llama: Llama) -> None:
     kernel, tokens = llama.kernel, torch.tensor(random_prompts(12))
     with torch.no_grad():
         before = llama(tokens)
-        with pytest.raises(KeyError), cached(llama, [3], 8):
+        with pytest.raises(KeyError), kv_cache(llama, [3], 8):
             raise KeyError
         assert llama.kernel is kernel
         assert torch.equal(llama(tokens), before)
 
 
-# ---------------------------------------------------------------- what is chosen
+# ---------------------------------------------------------------- sampling
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
-def test_a_prompt_gets_the_same_text_in_any_batch(llama: Llama, sampling: Sampling) -> None:
+def test_completion_does_not_depend_on_the_batch(llama: Llama, sampling: SamplingParams) -> None:
     prompts = random_prompts(5, 21, 2, 13)
     together = complete(llama, prompts, sampling=sampling)
     pairs = [
@@ -132,14 +132,14 @@ def test_a_prompt_gets_the_same_text_in_any_batch(llama: Llama, sampling: Sampli
         *complete(llama, prompts[2:], sampling=sampling, first_prompt=2),
     ]
     single = [
-        complete(llama, [prompt], sampling=sampling, first_prompt=number)[0]
-        for number, prompt in enumerate(prompts)
+        complete(llama, [prompt], sampling=sampling, first_prompt=index)[0]
+        for index, prompt in enumerate(prompts)
     ]
     assert together == pairs == single
 
 
-def test_the_number_of_a_prompt_and_the_seed_decide_what_is_drawn(llama: Llama) -> None:
-    """The same prompt four times over is completed in four ways; a seed repeats."""
+def test_draws_depend_on_prompt_index_and_seed(llama: Llama) -> None:
+    """Four copies of a prompt get different completions, reproducible with the same seed."""
     prompts = random_prompts(7) * 4
     first = complete(llama, prompts, sampling=WARM)
     assert len({tuple(each.tokens) for each in first}) == 4
@@ -151,62 +151,64 @@ def test_the_number_of_a_prompt_and_the_seed_decide_what_is_drawn(llama: Llama) 
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(temperature=0.7),
-        Sampling(temperature=1.0, top_k=5),
-        Sampling(temperature=1.3, top_p=0.8),
-        Sampling(temperature=0.9, top_k=12, top_p=0.6),
-        Sampling(temperature=1.0, top_k=1000, top_p=1.0),
-        Sampling(temperature=1.0, top_p=1e-9),
+        SamplingParams(temperature=0.7),
+        SamplingParams(temperature=1.0, top_k=5),
+        SamplingParams(temperature=1.3, top_p=0.8),
+        SamplingParams(temperature=0.9, top_k=12, top_p=0.6),
+        SamplingParams(temperature=1.0, top_k=1000, top_p=1.0),
+        SamplingParams(temperature=1.0, top_p=1e-9),
     ],
     ids=str,
 )
-def test_draws_follow_the_probabilities_that_transformers_leaves(sampling: Sampling) -> None:
-    """A grid of uniform numbers gives each token its share of the grid, to one point of it."""
+def test_draws_follow_the_distribution_filtered_by_transformers(sampling: SamplingParams) -> None:
+    """On a grid of uniform numbers, frequencies equal the probabilities to one grid point."""
     generator = torch.Generator().manual_seed(1)
     scores = 2 * torch.randn(1, VOCAB, generator=generator)
-    scores[0, 7] = scores[0, 8] = scores.topk(5).values[0, -1]  # three as likely as the fifth
+    scores[0, 7] = scores[0, 8] = scores.topk(5).values[0, -1]  # ties with the fifth
     n = 20_000
     uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    tokens = drawn(scores.expand(n, -1), sampling, uniform)
+    tokens = sample_tokens(scores.expand(n, -1), sampling, uniform)
     warped = logits_process.TemperatureLogitsWarper(sampling.temperature)(cast(Any, None), scores)
     if sampling.top_k is not None:
         warped = logits_process.TopKLogitsWarper(sampling.top_k)(cast(Any, None), warped)
     if sampling.top_p is not None:
         warped = logits_process.TopPLogitsWarper(sampling.top_p)(cast(Any, None), warped)
     expected = warped.softmax(-1)[0]
-    shares = torch.bincount(tokens, minlength=VOCAB) / n
-    torch.testing.assert_close(shares, expected, rtol=0, atol=1.5 / n)
+    frequencies = torch.bincount(tokens, minlength=VOCAB) / n
+    torch.testing.assert_close(frequencies, expected, rtol=0, atol=1.5 / n)
 
 
-def test_text_follows_the_probabilities_of_the_model() -> None:
-    """1000 rows of a coin (0.8, 0.2); four standard deviations are allowed."""
+def test_draws_follow_the_distribution_of_the_model() -> None:
+    """1000 rows with probabilities (0.8, 0.2); tolerance: four standard deviations."""
     llama = random_llama(dataclasses.replace(BASE, vocab_size=2))
     coin = torch.tensor([0.8, 0.2])
     llama.register_forward_hook(lambda _, __, out: coin.log().expand_as(out))
-    found = complete(llama, [[0]] * 1000, max_new_tokens=2, sampling=Sampling(temperature=1.0))
-    for place in range(2):
-        count = Counter(each.tokens[place] for each in found)
+    found = complete(
+        llama, [[0]] * 1000, max_new_tokens=2, sampling=SamplingParams(temperature=1.0)
+    )
+    for index in range(2):
+        count = Counter(each.tokens[index] for each in found)
         assert abs(count[0] / 1000 - 0.8) < 4 * (0.8 * 0.2 / 1000) ** 0.5
 
 
-# ---------------------------------------------------------------- where a text ends
+# ---------------------------------------------------------------- end of a row
 
 
-def test_a_row_ends_at_its_stop_and_the_others_go_on(llama: Llama) -> None:
+def test_row_ends_at_stop_token_while_others_continue(llama: Llama) -> None:
     prompts = random_prompts(5, 21, 2)
     free = [each.tokens for each in complete(llama, prompts)]
-    # A token that one row has early and the others have late or never.
+    # A token that occurs early in one row and later or never in the others.
     stop = free[1][2]
     ends = [tokens.index(stop) if stop in tokens else None for tokens in free]
     assert ends[1] is not None and ends != [ends[1]] * 3
-    told: list[tuple[int, int]] = []
-    found = complete(llama, prompts, stop=[stop], on_token=lambda *token: told.append(token))
+    received: list[tuple[int, int]] = []
+    found = complete(llama, prompts, stop=[stop], on_token=lambda *token: received.append(token))
     for row, completion in enumerate(found):
         assert completion == Completion(free[row][: ends[row]], stopped=ends[row] is not None)
-        assert [token for number, token in told if number == row] == completion.tokens
+        assert [token for index, token in received if index == row] == completion.tokens
 
 
-def test_a_batch_ends_when_all_its_rows_have(llama: Llama) -> None:
+def test_batch_ends_when_all_rows_have_ended(llama: Llama) -> None:
     prompts = random_prompts(5, 21)
     free = [each.tokens for each in complete(llama, prompts)]
     calls: list[Any] = []
@@ -216,22 +218,22 @@ def test_a_batch_ends_when_all_its_rows_have(llama: Llama) -> None:
     assert len(calls) <= 4
 
 
-def test_the_listener_can_end_a_row(llama: Llama) -> None:
+def test_on_token_can_end_a_row(llama: Llama) -> None:
     prompts = random_prompts(5, 21)
     free = complete(llama, prompts)
     seen = Counter[int]()
 
-    def third_of_the_first(row: int, token: int) -> bool:
+    def is_third_of_first_row(row: int, token: int) -> bool:
         seen[row] += 1
         return row == 0 and seen[row] == 3
 
-    first, second = complete(llama, prompts, on_token=third_of_the_first)
+    first, second = complete(llama, prompts, on_token=is_third_of_first_row)
     assert first == Completion(free[0].tokens[:3], stopped=True)
     assert second == free[1]
 
 
-def test_a_text_ends_with_the_context(llama: Llama) -> None:
-    """The last token that the context has room to predict is predicted from all of it."""
+def test_row_ends_at_the_context_length(llama: Llama) -> None:
+    """The last token is predicted from a full context."""
     prompts = random_prompts(CONTEXT - 3, CONTEXT, 4)
     found = complete(llama, prompts, max_new_tokens=100)
     assert [len(each.tokens) for each in found] == [4, 1, CONTEXT - 3]
@@ -241,21 +243,21 @@ def test_a_text_ends_with_the_context(llama: Llama) -> None:
     ]
 
 
-# ---------------------------------------------------------------- other programs
+# ---------------------------------------------------------------- transformers
 
 
 @pytest.mark.parametrize("name", ["llama3_8b", "llama3_2_1b"])
-def test_greedy_text_equals_that_of_transformers(name: str) -> None:
-    """One untied and one tied twin, this one with scaled positions; a text may end."""
+def test_greedy_text_equals_transformers(name: str) -> None:
+    """An untied model, and a tied one with RoPE scaling; some texts end with a stop token."""
     config = scaled_down(next(path for path in FILES if path.stem == name))
     ours, theirs = paired_models(config)
     stop, ends = theirs.config.eos_token_id, []
     for prompt in random_prompts(5, 20, 9, vocab=config.vocab_size):
-        told = cast(Any, theirs).generate(
+        expected = cast(Any, theirs).generate(
             torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=0
         )
         (found,) = complete(ours, [prompt], max_new_tokens=40, stop=[stop])
-        assert found.tokens + [stop] * found.stopped == told[0, len(prompt) :].tolist()
+        assert found.tokens + [stop] * found.stopped == expected[0, len(prompt) :].tolist()
         ends.append(found.stopped)
         assert len(set(found.tokens)) > 5
     assert not all(ends)

@@ -1,4 +1,4 @@
-"""What `generate.py` refuses before it launches anything, in words; and prompts as they stand."""
+"""`generate.py` before launch: configuration errors, and prompts passed through unchanged."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def _hydra() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights with a byte tokenizer."""
+    """A Hugging Face folder with a byte tokenizer."""
     byte = ready_tokenizer(TokenizerConfig(name="byte", vocab_size=272))
     folder = tmp_path_factory.mktemp("generation") / "hf"
     model = dataclasses.replace(SMALL, vocab_size=272, max_seq_len=CONTEXT)
@@ -49,7 +49,7 @@ def composed(*arguments: str) -> Any:
 
 
 def load(*arguments: str) -> GenerateJobConfig:
-    """As `python generate.py ARGUMENTS` reads it."""
+    """Load the configuration like `python generate.py ARGUMENTS`."""
     return load_generate_config(composed("checkpoint=here", *arguments))
 
 
@@ -57,7 +57,7 @@ def load(*arguments: str) -> GenerateJobConfig:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["prompt="], "prompt ('') is empty"),
         (["prompt=x", "prompts=y.txt"], "prompts (y.txt) and prompt ('x') are both given"),
@@ -75,13 +75,13 @@ def load(*arguments: str) -> GenerateJobConfig:
         (["precision.fp8=rowwise"], "precision.fp8 (rowwise) is for training alone"),
     ],
 )
-def test_wrong_keys_are_told(arguments: list[str], told: str) -> None:
+def test_invalid_values_are_rejected(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         load(*arguments)
-    assert [problem.startswith(told) for problem in error.value.errors] == [True]
+    assert [each.startswith(message) for each in error.value.errors] == [True]
 
 
-def test_the_checkpoint_has_to_be_named() -> None:
+def test_checkpoint_is_required() -> None:
     with pytest.raises(ConfigError, match="checkpoint has no value: add checkpoint="):
         load_generate_config(composed("prompt=x"))
 
@@ -93,8 +93,8 @@ def test_the_checkpoint_has_to_be_named() -> None:
 @example(" def ")
 @example("12")
 @example("true")
-def test_a_prompt_is_what_the_shell_handed_over(text: str) -> None:
-    """Also for processes that are started with the rewritten arguments, and rewrite them again."""
+def test_prompt_is_passed_through_unchanged(text: str) -> None:
+    """Also when the arguments are rewritten again, by processes that inherit them."""
     arguments = hydra_arguments([f"prompt={text}"], "generate", texts=("prompt",))
     again = hydra_arguments(arguments, "generate", texts=("prompt",))
     values: Any = OmegaConf.to_container(compose("generate", again), resolve=True)
@@ -105,99 +105,106 @@ def test_a_prompt_is_what_the_shell_handed_over(text: str) -> None:
 
 
 @pytest.fixture
-def refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`refused("prompt=…", …)`: the problems that end the program before it launches anything."""
+def errors_of(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Function that returns the errors raised before launch: `errors_of("prompt=…", …)`."""
 
     def launch(*_: Any) -> None:
-        pytest.fail("it was launched")
+        pytest.fail("launched")
 
     monkeypatch.setattr(evaluation.inference, "load_model", launch)
 
-    def problems(*arguments: str) -> list[str]:
+    def errors(*arguments: str) -> list[str]:
         config = load_generate_config(composed(f"checkpoint={checkpoint}", CPU, *arguments))
         with pytest.raises((ConfigError, FormatError)) as error:
             generate.run(config)
-        return getattr(error.value, "problems", [str(error.value)])
+        return getattr(error.value, "errors", [str(error.value)])
 
-    return problems
+    return errors
 
 
-def test_a_prompt_that_the_context_does_not_hold_is_refused(refused: Any) -> None:
-    """The context holds the token that begins a text, and 63 bytes."""
-    assert refused(f"prompt={'a' * CONTEXT}") == [
-        "prompt has 65 tokens, 1 more than the model's context (max_seq_len) of 64: shorten it"
+def test_prompt_longer_than_the_context_is_rejected(errors_of: Any) -> None:
+    """The context of 64 tokens fits the begin-of-text token and 63 bytes."""
+    assert errors_of(f"prompt={'a' * CONTEXT}") == [
+        "prompt has 65 tokens, 1 more than the model's context length (max_seq_len=64); shorten it"
     ]
-    with pytest.raises(pytest.fail.Exception, match="it was launched"):
-        refused(f"prompt={'a' * (CONTEXT - 1)}")
+    with pytest.raises(pytest.fail.Exception, match="launched"):
+        errors_of(f"prompt={'a' * (CONTEXT - 1)}")
 
 
-def test_all_bad_lines_of_a_file_are_told_by_their_numbers(refused: Any, tmp_path: Path) -> None:
+def test_all_invalid_lines_of_a_file_are_reported_with_line_numbers(
+    errors_of: Any, tmp_path: Path
+) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("good\n\n" + "a" * 100 + "\r\nalso good\n\n")
-    assert refused(f"prompts={file}") == [
-        f"prompts ({file}) line 2 is empty: give the beginning of a text",
-        f"prompts ({file}) line 3 has 101 tokens, 37 more than the model's context (max_seq_len) "
-        "of 64: shorten it",
-        f"prompts ({file}) line 5 is empty: give the beginning of a text",
+    assert errors_of(f"prompts={file}") == [
+        f"prompts={file} line 2 is empty; use at least one character",
+        f"prompts={file} line 3 has 101 tokens, 37 more than the model's context length "
+        "(max_seq_len=64); shorten it",
+        f"prompts={file} line 5 is empty; use at least one character",
     ]
     file.write_text("x\n" + "\n" * 30)
-    told = refused(f"prompts={file}")
-    assert len(told) == 11 and told[-1] == f"and 20 more prompts of {file}"
+    errors = errors_of(f"prompts={file}")
+    assert len(errors) == 11 and errors[-1] == f"and 20 more prompts of {file}"
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
-        (b"", "holds no prompt: write one a line"),
-        (b"\n \n", "holds no prompt"),
+        (b"", "contains no prompts; write one prompt per line"),
+        (b"\n \n", "contains no prompts"),
         (b"caf\xe9\n", "cannot be read ('utf-8' codec can't decode"),
-        (None, "cannot be read (No such file or directory): name a text file in UTF-8"),
+        (None, "cannot be read (No such file or directory); use a text file in UTF-8"),
     ],
 )
-def test_files_without_prompts_are_refused(
-    refused: Any, tmp_path: Path, content: bytes | None, told: str
+def test_file_without_prompts_is_rejected(
+    errors_of: Any, tmp_path: Path, content: bytes | None, message: str
 ) -> None:
     for name in ("prompts.txt", "prompts.jsonl"):
         file = tmp_path / name
         if content is not None:
             file.write_bytes(content)
-        (problem,) = refused(f"prompts={file}")
-        assert problem.startswith(f"prompts ({file}) {told}")
+        (error,) = errors_of(f"prompts={file}")
+        assert error.startswith(f"prompts={file} {message}")
 
 
-def test_lines_that_are_no_prompts_are_told(refused: Any, tmp_path: Path) -> None:
+def test_invalid_json_lines_are_rejected(errors_of: Any, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     lines = ['{"prompt": "good"}', '{"prompt": 3}', '{"text": "x"}', "def", '["x"]', ""]
     file.write_text("\n".join([*lines, json.dumps({"prompt": "good"})]))
-    told = refused(f"prompts={file}")
-    assert [problem.partition(" is not an object")[0] for problem in told] == [
-        f"prompts ({file}) line {n}" for n in (2, 3, 4, 5, 6)
+    errors = errors_of(f"prompts={file}")
+    assert [error.partition(" is not an object")[0] for error in errors] == [
+        f"prompts={file} line {n}" for n in (2, 3, 4, 5, 6)
     ]
-    file.write_text('{"prompt": "half a character: \\ud83d"}\n{"prompt": ""}\n')
-    first, second = refused(f"prompts={file}")
-    assert "line 1 is not a text: it holds half a character" in first
+    file.write_text('{"prompt": "unpaired surrogate: \\ud83d"}\n{"prompt": ""}\n')
+    first, second = errors_of(f"prompts={file}")
+    assert "line 1 is not valid text: it contains an unpaired surrogate" in first
     assert "line 2 is empty" in second
 
 
-def test_what_is_no_folder_of_weights_is_refused(refused: Any, tmp_path: Path) -> None:
-    assert "holds no weights" in refused("prompt=x", f"checkpoint={tmp_path}")[0]
-    assert "is no folder" in refused("prompt=x", f"checkpoint={tmp_path / 'x'}")[0]
+def test_folder_without_weights_is_rejected(errors_of: Any, tmp_path: Path) -> None:
+    assert "contains no weights" in errors_of("prompt=x", f"checkpoint={tmp_path}")[0]
+    assert "is not a folder" in errors_of("prompt=x", f"checkpoint={tmp_path / 'x'}")[0]
 
 
-def test_axes_without_a_use_are_refused(refused: Any) -> None:
-    told = refused("prompt=x", "parallel.dp_shard=2", "parallel.cp=2", "parallel.devices=null")
-    assert [problem.partition(" has no use")[0] for problem in told] == [
-        "parallel.dp_shard (2)",
-        "parallel.cp (2)",
+def test_unsupported_mesh_axes_are_rejected(errors_of: Any) -> None:
+    errors = errors_of("prompt=x", "parallel.dp_shard=2", "parallel.cp=2", "parallel.devices=null")
+    assert [error.partition(" is not supported")[0] for error in errors] == [
+        "parallel.dp_shard=2",
+        "parallel.cp=2",
     ]
-    (told,) = refused("prompt=x", "parallel.tp=5")[:1]
-    assert told.startswith("parallel.tp (5) does not divide model.n_heads (16)")
+    (error,) = errors_of("prompt=x", "parallel.tp=5")[:1]
+    assert error.startswith("parallel.tp (5) does not divide model.n_heads (16)")
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
-    refused: Any, checkpoint: Path, tmp_path: Path
+def test_tokenizer_larger_than_the_model_vocabulary_is_rejected(
+    errors_of: Any, checkpoint: Path, tmp_path: Path
 ) -> None:
-    convert(MadeWeights(SMALL), None, tmp_path / "hf", "hf")  # of 144 tokens
-    told = refused(f"checkpoint={tmp_path / 'hf'}", f"tokenizer_path={checkpoint}", "prompt=x")
-    assert "tokenizer's 272 tokens are more than the model's vocab_size (144)" in told[0]
-    assert "holds no tokenizer.model" in refused(f"checkpoint={tmp_path / 'hf'}", "prompt=x")[0]
+    convert(MadeWeights(SMALL), None, tmp_path / "hf", "hf")  # vocab_size=144
+    (error,) = errors_of(
+        f"checkpoint={tmp_path / 'hf'}", f"tokenizer_path={checkpoint}", "prompt=x"
+    )
+    assert "the tokenizer has 272 tokens, more than vocab_size=144 of the model" in error
+    assert (
+        "contains neither tokenizer.model"
+        in errors_of(f"checkpoint={tmp_path / 'hf'}", "prompt=x")[0]
+    )

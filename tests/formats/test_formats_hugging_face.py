@@ -1,4 +1,4 @@
-"""Hugging Face's folders: bit for bit there and back, what transformers writes, what is refused."""
+"""Hugging Face folders: lossless round trips, transformers compatibility, rejected input."""
 
 import json
 from collections.abc import Callable
@@ -15,45 +15,44 @@ from made_weights import (
     MadeWeights,
     assert_same_weights,
     filled,
+    full_tensor,
     same_bits,
     tokens_of,
-    whole,
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from formats.conversion import convert
+from formats.detection import open_weights
 from formats.errors import FormatError
-from formats.recognition import open_weights
 from formats.weights import fingerprint
 
-FILE_BYTES = 60_000  # so that the small model has several files
+FILE_BYTES = 60_000  # small enough for several files
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_native_to_hugging_face_to_native_is_bit_for_bit(
+def test_round_trip_native_to_hugging_face_is_bit_exact(
     kind: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     made = MadeWeights(KINDS[kind], dtype)
     convert(made, None, tmp_path / "native", "native")
     native = open_weights(tmp_path / "native")
     convert(native, None, tmp_path / "hf", "hf", file_bytes=FILE_BYTES)
-    there = open_weights(tmp_path / "hf")
-    convert(there, None, tmp_path / "again", "native")
+    exported = open_weights(tmp_path / "hf")
+    convert(exported, None, tmp_path / "again", "native")
     again = open_weights(tmp_path / "again")
-    assert (native.format, there.format, again.format) == ("native", "hf", "native")
-    for weights in (native, there, again):
+    assert (native.format, exported.format, again.format) == ("native", "hf", "native")
+    for weights in (native, exported, again):
         assert_same_weights(weights, made)
-    hashes = {fingerprint(weights) for weights in (made, native, there, again)}
-    assert len(hashes) == 1  # whichever the format
+    assert len({fingerprint(weights) for weights in (made, native, exported, again)}) == 1
     names = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
     assert len(names) > 2
     assert names[0] == f"model-00001-of-{len(names):05d}.safetensors"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_loads_it_with_equal_logits_and_rewrites_what_we_read(
+def test_transformers_loads_the_export_with_equal_logits_and_its_own_export_is_readable(
     kind: str, tmp_path: Path
 ) -> None:
     made = MadeWeights(KINDS[kind])
@@ -61,20 +60,22 @@ def test_transformers_loads_it_with_equal_logits_and_rewrites_what_we_read(
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", dtype="auto", output_loading_info=True
     )
-    theirs, told = loaded
-    assert not any(told.values())
+    theirs, loading_info = loaded
+    assert not any(loading_info.values())
     assert theirs.dtype == torch.float32
     tokens = tokens_of(made.model)
     with torch.no_grad():
         expected = theirs(tokens).logits
         logits = filled(open_weights(tmp_path / "hf"))(tokens)
-    # Both in float32 in another order, as in tests/model/test_model_parity.py.
+    # Both are float32 with different summation order, as in tests/model/test_model_parity.py.
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-    theirs.save_pretrained(tmp_path / "theirs")  # in one file and in their newest words
+    theirs.save_pretrained(tmp_path / "theirs")  # a single file with the newest keys
     assert_same_weights(open_weights(tmp_path / "theirs"), made)
 
 
-def test_old_releases_wrote_frequencies_and_a_tied_head_as_tensors(tmp_path: Path) -> None:
+def test_stored_rope_frequencies_and_tied_output_of_old_releases_are_ignored(
+    tmp_path: Path,
+) -> None:
     made = MadeWeights(KINDS["tied"])
     convert(made, None, tmp_path / "hf", "hf")
     (path,) = (tmp_path / "hf").glob("*.safetensors")
@@ -89,55 +90,57 @@ def test_old_releases_wrote_frequencies_and_a_tied_head_as_tensors(tmp_path: Pat
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same weights in each format."""
-    place = tmp_path_factory.mktemp("formats")
+    parent = tmp_path_factory.mktemp("formats")
     for format in ("native", "hf", "meta"):
         parts = 4 if format == "meta" else 1
-        convert(MadeWeights(SMALL), None, place / format, format, parts=parts)
-    return {format: place / format for format in ("native", "hf", "meta")}
+        convert(MadeWeights(SMALL), None, parent / format, format, parts=parts)
+    return {format: parent / format for format in ("native", "hf", "meta")}
 
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_any_block_is_that_of_the_whole(folders: dict[str, Path], data: st.DataObject) -> None:
-    """A shard may begin and end anywhere, amid a head too, or be empty."""
+def test_any_block_equals_the_slice_of_the_full_tensor(
+    folders: dict[str, Path], data: st.DataObject
+) -> None:
+    """A shard may start and end anywhere, also inside a head, or be empty."""
     weights = open_weights(folders[data.draw(st.sampled_from(sorted(folders)))])
     name = data.draw(st.sampled_from(sorted(weights.shapes)))
     offsets, sizes = [], []
     for length in weights.shapes[name]:
-        begin = data.draw(st.integers(0, length))
-        offsets.append(begin)
-        sizes.append(data.draw(st.integers(0, length - begin)))
+        offset = data.draw(st.integers(0, length))
+        offsets.append(offset)
+        sizes.append(data.draw(st.integers(0, length - offset)))
     expected = MadeWeights(SMALL).read(name, offsets, sizes)
     assert same_bits(weights.read(name, offsets, sizes), expected)
 
 
-def test_a_cast_rounds_as_torch_does(tmp_path: Path) -> None:
+def test_dtype_conversion_rounds_like_torch(tmp_path: Path) -> None:
     made = MadeWeights(SMALL)
     for format in ("native", "hf", "meta"):
         convert(made, None, tmp_path / format, format, dtype=torch.bfloat16)
         found = open_weights(tmp_path / format)
         for name, tensor in made.tensors.items():
-            assert same_bits(whole(found, name), tensor.bfloat16())
+            assert same_bits(full_tensor(found, name), tensor.bfloat16())
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-# ---------------------------------------------------------------- bad input
+# ---------------------------------------------------------------- invalid input
 
 
-def parts_of(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
 def truncate(folder: Path) -> None:
-    content = parts_of(folder)[1].read_bytes()
-    parts_of(folder)[1].write_bytes(content[:-100])
+    content = files_of(folder)[1].read_bytes()
+    files_of(folder)[1].write_bytes(content[:-100])
 
 
 def change_tensors(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """Changes the tensors of the first part, and the index with them."""
+    """Return a function that changes the tensors of the first file and the index."""
 
-    def spoil(folder: Path) -> None:
-        path = parts_of(folder)[0]
+    def damage(folder: Path) -> None:
+        path = files_of(folder)[0]
         tensors = load_file(path)
         before = set(tensors)
         change(tensors)
@@ -149,43 +152,43 @@ def change_tensors(change: Callable[[dict[str, Any]], object]) -> Callable[[Path
             del names[name]
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
-    return spoil
+    return damage
 
 
 def change_json(name: str, **changes: object) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         values = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps(values | changes))
 
-    return spoil
+    return damage
 
 
 def remove_weights(folder: Path) -> None:
-    for path in [*parts_of(folder), *folder.glob("*.index.json")]:
+    for path in [*files_of(folder), *folder.glob("*.index.json")]:
         path.unlink()
 
 
-def name_a_missing_tensor(folder: Path) -> None:
+def list_a_missing_tensor(folder: Path) -> None:
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    index["weight_map"]["model.layers.7.mlp.up_proj.weight"] = parts_of(folder)[0].name
+    index["weight_map"]["model.layers.7.mlp.up_proj.weight"] = files_of(folder)[0].name
     path.write_text(json.dumps(index))
 
 
 EMBEDDING = "model.embed_tokens.weight"
-BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+INVALID: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, "model-00002-of-.* is damaged"),
-    "a part missing": (lambda f: parts_of(f)[1].unlink(), "model-00002-of-.* does not exist"),
-    "header": (lambda f: parts_of(f)[0].write_bytes(b"\xff" * 64), "is damaged"),
-    "index": (name_a_missing_tensor, "names tensors that are not there: model.layers.7"),
+    "a file missing": (lambda f: files_of(f)[1].unlink(), "model-00002-of-.* does not exist"),
+    "header": (lambda f: files_of(f)[0].write_bytes(b"\xff" * 64), "is damaged"),
+    "index": (list_a_missing_tensor, "lists tensors that do not exist .model.layers.7"),
     "broken index": (
         lambda f: (f / "model.safetensors.index.json").write_text("[]"),
-        "holds no object",
+        "is not a JSON object",
     ),
     "missing": (change_tensors(lambda t: t.pop(EMBEDDING)), "missing: model.embed_tokens.weight"),
     "extra": (
         change_tensors(lambda t: t.update({"lora.a": torch.ones(2)})),
-        "not a Llama's: lora.a",
+        "unknown: lora.a",
     ),
     "shape": (
         change_tensors(lambda t: t.update({EMBEDDING: torch.ones(9, 64)})),
@@ -193,46 +196,45 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "dtype": (
         change_tensors(lambda t: t.update({EMBEDDING: torch.ones(144, 64).double()})),
-        "has dtype F64: use weights in F32, BF16 or F16",
+        "has dtype=F64; use weights in F32, BF16 or F16",
     ),
     "no weights": (
         remove_weights,
-        "holds neither model.safetensors nor model.safetensors.index.json",
+        "contains neither model.safetensors nor model.safetensors.index.json",
     ),
     "mistral": (
         change_json("config.json", model_type="mistral", architectures=["MistralForCausalLM"]),
-        r"model_type \(mistral\) with architectures \(MistralForCausalLM\) is not Llama 3's",
+        "model_type=mistral with architectures=MistralForCausalLM is not Llama 3",
     ),
     "classifier": (
         change_json("config.json", architectures=["LlamaForSequenceClassification"]),
         "LlamaForSequenceClassification",
     ),
-    "bias": (change_json("config.json", attention_bias=True), r"attention_bias \(True\)"),
-    "activation": (change_json("config.json", hidden_act="gelu"), r"hidden_act \(gelu\)"),
+    "bias": (change_json("config.json", attention_bias=True), "attention_bias=True"),
+    "activation": (change_json("config.json", hidden_act="gelu"), "hidden_act=gelu"),
     "quantised": (change_json("config.json", quantization_config={"bits": 4}), "quantization_"),
-    "head_dim": (change_json("config.json", head_dim=32), r"head_dim \(32\) other than"),
+    "head_dim": (change_json("config.json", head_dim=32), r"head_dim=32 \(not hidden_size"),
     "yarn": (
         change_json("config.json", rope_scaling={"rope_type": "yarn", "factor": 2.0}),
-        r"rope_type \(yarn\)",
+        "rope_type=yarn",
     ),
-    "a size missing": (change_json("config.json", intermediate_size=None), r"ffn_dim \(None\)"),
+    "a size missing": (change_json("config.json", intermediate_size=None), "ffn_dim=None"),
     "heads": (change_json("config.json", num_key_value_heads=5), "model.n_kv_heads"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_folders_are_told_and_nothing_is_written(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_folder_is_rejected_and_nothing_is_written(case: str, tmp_path: Path) -> None:
     convert(MadeWeights(SMALL), None, tmp_path / "hf", "hf", file_bytes=FILE_BYTES)
-    spoil, message = BAD[case]
-    spoil(tmp_path / "hf")
+    damage, message = INVALID[case]
+    damage(tmp_path / "hf")
     with pytest.raises(FormatError, match=message):
         convert(open_weights(tmp_path / "hf"), None, tmp_path / "out", "native")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_the_configuration_of_every_published_model_is_transformers_own(tmp_path: Path) -> None:
-    """What we write is read by transformers as what its own words say."""
-    from formats.configuration import from_hugging_face, to_hugging_face
+def test_config_json_round_trips_through_transformers(tmp_path: Path) -> None:
+    from formats.config_json import from_hugging_face, to_hugging_face
 
     for kind, model in KINDS.items():
         path = tmp_path / kind / "config.json"
@@ -244,7 +246,7 @@ def test_the_configuration_of_every_published_model_is_transformers_own(tmp_path
         assert (config.bos_token_id, config.eos_token_id) == (1, [2, 3])
         scaling = model.rope_scaling
         assert rope["rope_type"] == ("llama3" if scaling else "default")
-        LlamaForCausalLM(config)  # it is complete
+        LlamaForCausalLM(config)  # has all required keys
         config.save_pretrained(tmp_path / kind / "theirs")
         ours = from_hugging_face(tmp_path / kind / "theirs" / "config.json")
         assert ours.rope_scaling == scaling

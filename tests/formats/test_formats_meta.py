@@ -1,4 +1,4 @@
-"""Meta's folders: in any number of parts they come in as what they are, and go out bit for bit."""
+"""Meta folders: reading and writing any number of parts, params.json, rejected input."""
 
 import dataclasses
 import json
@@ -24,27 +24,29 @@ from made_weights import (
     write_meta_by_hand,
 )
 
-from formats.configuration import _meta_ffn_factors, from_meta, meta_ffn_dim, to_meta
+from formats.config_json import _meta_ffn_factors, from_meta, meta_ffn_dim, to_meta
 from formats.conversion import convert
+from formats.detection import open_weights
 from formats.errors import FormatError
-from formats.recognition import open_weights
 from model.config import ModelConfig
 
 CONF = Path(__file__).parent.parent.parent / "conf" / "model"
-# What a published file leaves untold and a small model has otherwise.
-UNTOLD: dict[str, object] = {"context_length": SMALL.max_seq_len}
+# Omitted in published files, and different for the small model.
+EXTRA_PARAMS: dict[str, object] = {"context_length": SMALL.max_seq_len}
 
 
 def params_of(model: ModelConfig) -> dict[str, object]:
     scaling = model.rope_scaling
     if scaling is None:
-        return UNTOLD
-    return UNTOLD | {f"rope_{key}": value for key, value in dataclasses.asdict(scaling).items()}
+        return EXTRA_PARAMS
+    return EXTRA_PARAMS | {
+        f"rope_{key}": value for key, value in dataclasses.asdict(scaling).items()
+    }
 
 
 @pytest.mark.parametrize("parts", [1, 2, 8])
 @pytest.mark.parametrize("kind", KINDS)
-def test_comes_in_with_the_logits_of_a_plain_llama_and_goes_out_bit_for_bit(
+def test_meta_weights_give_reference_logits_and_round_trip_bit_exactly(
     kind: str, parts: int, tmp_path: Path
 ) -> None:
     made = MadeWeights(KINDS[kind], torch.bfloat16)
@@ -57,7 +59,7 @@ def test_comes_in_with_the_logits_of_a_plain_llama_and_goes_out_bit_for_bit(
         logits = filled(weights)(tokens)
     expected = plain_llama(made.tensors, made.model, tokens)
     scale = expected.abs().max().item()
-    # float32 against float64: measured 2e-6 of the largest logit; a wrong pairing changes a third.
+    # float32 vs. float64: measured 2e-6 of the largest logit; a wrong RoPE pairing changes a third.
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-5 * scale)
 
     convert(weights, None, tmp_path / "native", "native")
@@ -71,7 +73,7 @@ def test_comes_in_with_the_logits_of_a_plain_llama_and_goes_out_bit_for_bit(
 
 def test_parts_are_merged_and_split(tmp_path: Path) -> None:
     made = MadeWeights(SMALL)
-    write_meta_by_hand(made, tmp_path / "8", 8, **UNTOLD)
+    write_meta_by_hand(made, tmp_path / "8", 8, **EXTRA_PARAMS)
     for before, after in ((8, 2), (2, 1), (1, 4)):
         source = open_weights(tmp_path / str(before))
         convert(source, None, tmp_path / str(after), "meta", parts=after)
@@ -80,20 +82,20 @@ def test_parts_are_merged_and_split(tmp_path: Path) -> None:
         assert_same_weights(found, made)
 
 
-def test_more_parts_than_heads_of_keys_hold_a_head_several_times(tmp_path: Path) -> None:
+def test_more_parts_than_kv_heads_replicate_heads(tmp_path: Path) -> None:
     made = MadeWeights(SMALL)
-    write_meta_by_hand(made, tmp_path / "16", 16, **UNTOLD)
+    write_meta_by_hand(made, tmp_path / "16", 16, **EXTRA_PARAMS)
     assert_same_weights(open_weights(tmp_path / "16"), made)
-    with pytest.raises(FormatError, match=r"parts \(16\) does not divide model.n_kv_heads \(8\)"):
+    with pytest.raises(FormatError, match=r"parts=16 does not divide model\.n_kv_heads=8"):
         convert(open_weights(tmp_path / "16"), None, tmp_path / "out", "meta", parts=16)
     assert not (tmp_path / "out").exists()
 
 
-def test_each_rank_reads_the_bytes_of_its_shard_alone(
+def test_reading_a_block_reads_only_its_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = MadeWeights(SMALL)
-    write_meta_by_hand(made, tmp_path / "meta", 2, **UNTOLD)
+    write_meta_by_hand(made, tmp_path / "meta", 2, **EXTRA_PARAMS)
     weights = open_weights(tmp_path / "meta")
     read, real = [0], os.preadv
 
@@ -126,7 +128,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_params_are_those_that_meta_publishes(name: str, tmp_path: Path) -> None:
+def test_params_json_equals_the_published_one(name: str, tmp_path: Path) -> None:
     import yaml
     from pydantic import TypeAdapter
 
@@ -135,7 +137,7 @@ def test_params_are_those_that_meta_publishes(name: str, tmp_path: Path) -> None
     published = resolve_model(PUBLISHED[name])
     assert published is not None
     assert to_meta(model) == published.arch_args
-    # And come back as what they were, the factor of the RoPE scaling too.
+    # They are read back unchanged, including the factor of the RoPE scaling.
     path = tmp_path / "params.json"
     path.write_text(json.dumps(to_meta(model)))
     found = from_meta(path, model.vocab_size, model.ffn_dim, model.tie_embeddings)
@@ -143,11 +145,11 @@ def test_params_are_those_that_meta_publishes(name: str, tmp_path: Path) -> None
 
 
 @given(dim=st.integers(2, 20_000), ffn_dim=st.integers(1, 80_000))
-def test_metas_formula_gives_any_width(dim: int, ffn_dim: int) -> None:
+def test_meta_ffn_factors_reproduce_any_width(dim: int, ffn_dim: int) -> None:
     assert meta_ffn_dim(dim, *_meta_ffn_factors(dim, ffn_dim)) == ffn_dim
 
 
-# ---------------------------------------------------------------- bad input
+# ---------------------------------------------------------------- invalid input
 
 
 class Malice:
@@ -160,15 +162,15 @@ class Malice:
         return os.system, (f"touch {self.marker}",)
 
 
-def test_a_file_that_carries_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
+def test_file_with_code_is_rejected_without_executing_it(tmp_path: Path) -> None:
     made = MadeWeights(SMALL)
-    write_meta_by_hand(made, tmp_path / "meta", 1, **UNTOLD)
+    write_meta_by_hand(made, tmp_path / "meta", 1, **EXTRA_PARAMS)
     part = tmp_path / "meta" / "consolidated.00.pth"
     torch.save({**meta_parts(made, 1)[0], "norm.weight": Malice(tmp_path / "ran")}, part)
-    with pytest.raises(FormatError, match="might run code: it is not read"):
+    with pytest.raises(FormatError, match="could execute code, so it is not loaded"):
         open_weights(tmp_path / "meta")
     assert not (tmp_path / "ran").exists()
-    torch.load(part, weights_only=False)  # the test is one: read without care it runs
+    torch.load(part, weights_only=False)  # verifies that the file does contain code
     assert (tmp_path / "ran").exists()
 
 
@@ -177,7 +179,7 @@ def truncate(folder: Path) -> None:
     os.truncate(path, path.stat().st_size - 1000)
 
 
-def cut_values_short(folder: Path) -> None:
+def drop_tensors(folder: Path) -> None:
     torch.save({"tok_embeddings.weight": torch.zeros(3)}, folder / "consolidated.01.pth")
 
 
@@ -189,27 +191,33 @@ def change_params(**changes: object) -> Any:
     return change
 
 
-BAD = {
+INVALID = {
     "truncated": (truncate, "consolidated.01.pth is damaged"),
-    "a part missing": (lambda f: (f / "consolidated.00.pth").unlink(), "must count from"),
+    "a part missing": (
+        lambda f: (f / "consolidated.00.pth").unlink(),
+        "not numbered consecutively from",
+    ),
     "no params": (lambda f: (f / "params.json").unlink(), "params.json cannot be read"),
     "broken params": (lambda f: (f / "params.json").write_text("{"), "params.json cannot be read"),
-    "parts disagree": (cut_values_short, "do not hold the same tensors"),
-    "no tensors": (lambda f: torch.save([1], f / "consolidated.01.pth"), "no dictionary of"),
+    "parts disagree": (drop_tensors, "contain different tensors"),
+    "no tensors": (lambda f: torch.save([1], f / "consolidated.01.pth"), "not a dictionary of"),
     "layers": (change_params(n_layers=3), "missing: layers.2.attention.wq.weight"),
-    "too few layers": (change_params(n_layers=1), "not a Llama's: layers.1.attention.wq.weight"),
+    "too few layers": (change_params(n_layers=1), "unknown: layers.1.attention.wq.weight"),
     "vocabulary": (change_params(vocab_size=99), r"tok_embeddings.weight \[144, 64\], not \[99, "),
-    "width": (change_params(multiple_of=64), "tell a feed-forward of 128, and the tensors have 96"),
+    "width": (
+        change_params(multiple_of=64),
+        "give a feed-forward width of 128, but the tensors have 96",
+    ),
     "heads": (change_params(n_heads=5), "model.n_heads"),
     "text": (change_params(norm_eps="small"), "norm_eps"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_folders_are_told_and_nothing_is_written(case: str, tmp_path: Path) -> None:
-    write_meta_by_hand(MadeWeights(SMALL), tmp_path / "meta", 2, **UNTOLD)
-    spoil, message = BAD[case]
-    spoil(tmp_path / "meta")
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_folder_is_rejected_and_nothing_is_written(case: str, tmp_path: Path) -> None:
+    write_meta_by_hand(MadeWeights(SMALL), tmp_path / "meta", 2, **EXTRA_PARAMS)
+    damage, message = INVALID[case]
+    damage(tmp_path / "meta")
     with pytest.raises(FormatError, match=message):
         convert(open_weights(tmp_path / "meta"), None, tmp_path / "out", "native")
     assert [path.name for path in tmp_path.iterdir()] == ["meta"]

@@ -1,4 +1,4 @@
-"""Tokenizers out and in: the same ids in Hugging Face's libraries, the same tokenizer again."""
+"""Tokenizer files: equal ids in Hugging Face's libraries, lossless round trips, rejected input."""
 
 import importlib.util
 import json
@@ -28,16 +28,16 @@ from data.tokenizer import (
 )
 from formats.errors import FormatError
 from formats.tokenizers import (
+    bpe_merges,
     find_tokenizer,
-    merges_of,
     read_tokenizer_file,
     read_tokenizer_json,
-    stop_ids,
+    stop_token_ids,
     write_hugging_face,
 )
 
-# The first 768 code points, so every first byte of two-byte characters; and a step through the
-# others, since a letter for one regex engine must be one for the other.
+# The first 768 code points include every first byte of two-byte characters; a sample of the others
+# checks that both regex engines classify letters alike.
 LOW = [chr(value) for value in range(0x300)]
 HIGH = [chr(value) for value in range(0x300, 0x110000, 37) if not 0xD800 <= value < 0xE000]
 CORPUS = [
@@ -69,7 +69,7 @@ CORPUS = [
 
 @dataclass(frozen=True)
 class Exported:
-    """A tokenizer, the folder that it was written to, and what the library loads from there."""
+    """A tokenizer, the folder it was written to, and the library's tokenizer loaded from it."""
 
     ours: Tokenizer
     folder: Path
@@ -78,7 +78,7 @@ class Exported:
 
 def made(name: Literal["llama3", "bpe", "byte"]) -> Tokenizer:
     if name == "bpe":
-        # Runs and few letters, so that a piece of text has many ways to be merged.
+        # Runs of few letters, so that many merge orders are possible.
         letters = "".join(random.Random(0).choices("aaab ", k=20_000))
         return train_bpe([*CORPUS[:10], Path(__file__).read_text(encoding="utf-8"), letters], 1200)
     if name == "llama3" and importlib.util.find_spec("llama_models") is None:
@@ -108,7 +108,7 @@ def library_ids(library: LibraryTokenizer, text: str) -> list[int]:
     return library.encode(text, add_special_tokens=False).ids
 
 
-def test_exported_ids_equal_ours_on_a_mixed_corpus(exported: Exported) -> None:
+def test_exported_ids_equal_ours_on_mixed_corpus(exported: Exported) -> None:
     encoded = exported.library.encode_batch(CORPUS, add_special_tokens=False)
     for text, theirs in zip(CORPUS, encoded, strict=True):
         assert theirs.ids == exported.ours.encode(text), ascii(text)[:200]
@@ -117,7 +117,8 @@ def test_exported_ids_equal_ours_on_a_mixed_corpus(exported: Exported) -> None:
 @settings(deadline=None, max_examples=300)
 @given(text=st.one_of(st.text(), st.text("ab '\n", max_size=200), st.text("aeinrst", max_size=80)))
 def test_exported_ids_equal_ours_on_any_text(exported: Exported, text: str) -> None:
-    assume(not any(name in text for name in exported.ours.specials))  # drawn, since in our source
+    # Hypothesis also draws string constants of our source, such as names of special tokens.
+    assume(not any(name in text for name in exported.ours.specials))
     assert library_ids(exported.library, text) == exported.ours.encode(text)
 
 
@@ -126,49 +127,51 @@ def test_exported_ids_equal_ours_on_any_text(exported: Exported, text: str) -> N
     tokens=st.lists(st.text("ab", min_size=2, max_size=7), unique=True, max_size=60),
     texts=st.lists(st.text("ab", min_size=1, max_size=60), min_size=20, max_size=20),
 )
-def test_merges_and_all_splits_encode_as_tiktoken_whatever_the_ranks(
+def test_required_merges_and_all_splits_encode_like_tiktoken(
     tokens: list[str], texts: list[str]
 ) -> None:
-    """Vocabularies in any order, with tokens that no merge reaches: harder than trained ones."""
-    ranks = BYTE_RANKS | {token.encode(): 256 + place for place, token in enumerate(tokens)}
+    """Arbitrary rank orders and tokens without a merge, which trained vocabularies rarely have."""
+    ranks = BYTE_RANKS | {token.encode(): 256 + i for i, token in enumerate(tokens)}
     splits = [
-        (token[:place].encode(), token[place:].encode())
+        (token[:i].encode(), token[i:].encode())
         for token in tokens
-        for place in range(1, len(token))
-        if {token[:place].encode(), token[place:].encode()} <= ranks.keys()
+        for i in range(1, len(token))
+        if {token[:i].encode(), token[i:].encode()} <= ranks.keys()
     ]
     ours, character = Tokenizer("bpe", ranks), {b: c for c, b in byte_of_character().items()}
 
-    def written(token: bytes) -> str:
+    def as_text(token: bytes) -> str:
         return "".join(character[byte] for byte in token)
 
-    vocabulary = {written(token): rank for token, rank in ranks.items()}
-    for merges in (merges_of(ranks), splits):
-        pairs = [(written(left), written(right)) for left, right in merges]
+    vocabulary = {as_text(token): rank for token, rank in ranks.items()}
+    for merges in (bpe_merges(ranks), splits):
+        pairs = [(as_text(left), as_text(right)) for left, right in merges]
         library = LibraryTokenizer(models.BPE(vocabulary, pairs, ignore_merges=True))
         library.pre_tokenizer = library_split()
         for text in [*texts, *tokens]:
             assert library_ids(library, text) == ours.encode(text), text
 
 
-def test_long_runs_differ_by_the_cuts_alone(bpe: Exported) -> None:
+def test_long_runs_differ_only_where_meta_splits_them(bpe: Exported) -> None:
     text = "ab" * MAX_RUN + " " * (MAX_RUN + 1) + "b"
     assert len(list(split_text(text))) > 1
-    cut = [token for piece in split_text(text) for token in library_ids(bpe.library, piece)]
-    assert cut == bpe.ours.encode(text)
+    split_ids = [token for piece in split_text(text) for token in library_ids(bpe.library, piece)]
+    assert split_ids == bpe.ours.encode(text)
 
 
-def test_auto_tokenizer_loads_the_folder(exported: Exported) -> None:
-    """Beside a `config.json`, which makes some releases choose another class for llama."""
+def test_auto_tokenizer_loads_the_export(exported: Exported) -> None:
+    """Next to a `config.json`, for which some releases choose another tokenizer class."""
     from transformers import AutoTokenizer
 
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (exported.folder / "config.json").write_text(json.dumps(config))
     loaded, ours = AutoTokenizer.from_pretrained(exported.folder), exported.ours
     assert (loaded.bos_token_id, loaded.eos_token_id) == (ours.bos_id, ours.eos_id)
-    assert ours.eos_id < loaded.pad_token_id < ours.vocab_size  # hides no end of text
+    assert (
+        ours.eos_id < loaded.pad_token_id < ours.vocab_size
+    )  # padding does not mask the end of text
     assert (len(loaded), loaded.model_max_length) == (ours.vocab_size, 8192)
-    assert loaded.clean_up_tokenization_spaces is False  # which old releases heed, and new ones not
+    assert loaded.clean_up_tokenization_spaces is False  # has an effect in old releases only
     for text in [*CORPUS[:10], "no clean-up : it 's , isn 't it ?"]:
         ids = ours.encode(text)
         assert loaded(text).input_ids == [ours.bos_id, *ids]
@@ -180,34 +183,34 @@ def test_auto_tokenizer_loads_the_folder(exported: Exported) -> None:
     assert as_text.input_ids == ours.encode(names)
 
 
-def test_a_tokenizer_comes_back_from_what_was_written(exported: Exported, tmp_path: Path) -> None:
+def test_exported_tokenizer_is_read_back_unchanged(exported: Exported, tmp_path: Path) -> None:
     ours = exported.ours
     again = find_tokenizer(exported.folder)
     assert again is not None
     assert (again.name, again.hash) == (ours.name, ours.hash)
     (tmp_path / "tokenizer.model").write_bytes(model_file(ours.ranks))
-    (tmp_path / "tokenizer.json").write_text("not looked at")
+    (tmp_path / "tokenizer.json").write_text("not read")
     from_ranks = find_tokenizer(tmp_path)
     assert from_ranks is not None
     assert (from_ranks.name, from_ranks.hash) == (ours.name, ours.hash)
 
 
-def test_a_folder_without_tokenizer_has_none(tmp_path: Path) -> None:
+def test_folder_without_tokenizer_returns_none(tmp_path: Path) -> None:
     assert find_tokenizer(tmp_path) is None
     assert find_tokenizer(tmp_path / "missing") is None
 
 
-def test_stop_ids_are_metas() -> None:
+def test_stop_token_ids_equal_metas() -> None:
     byte, llama3 = made("byte"), made("llama3")
-    assert stop_ids(byte) == [byte.eos_id]
+    assert stop_token_ids(byte) == [byte.eos_id]
     from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 
     meta = MetaTokenizer.get_instance()
-    assert stop_ids(llama3) == sorted(meta.stop_tokens)
+    assert stop_token_ids(llama3) == sorted(meta.stop_tokens)
 
 
-def test_files_of_older_releases_are_read(tmp_path: Path) -> None:
-    """Merges as words, all splits of each token, and other names of Llama 3's reserved tokens."""
+def test_files_of_older_releases_are_readable(tmp_path: Path) -> None:
+    """String merges, all splits of each token, other names of Llama 3's reserved tokens."""
     ranks = BYTE_RANKS | {b"aa": 256, b"aaa": 257, b"aaaa": 258}
     llama3 = Tokenizer("llama3", ranks)
     write_hugging_face(llama3, tmp_path, 8192)
@@ -232,86 +235,94 @@ def swap_first_merges(values: Any) -> None:
 
 
 Edit = Callable[[Any], object]
-BAD: dict[str, tuple[Edit, str]] = {
+INVALID: dict[str, tuple[Edit, str]] = {
     "another model": (
         lambda v: v["model"].update(type="WordPiece"),
-        r'model\.type \("WordPiece"\).* \'BPE\'',
+        r'model\.type="WordPiece".* \'BPE\'',
     ),
-    "no model": (lambda v: v.pop("model"), "model .*Field required"),
-    "no specials": (lambda v: v.pop("added_tokens"), "added_tokens .*Field required"),
-    "a normalizer": (lambda v: v.update(normalizer={"type": "NFC"}), "normalizer .*NFC"),
-    "dropout": (lambda v: v["model"].update(dropout=0.1), r"model\.dropout \(0\.1\)"),
+    "no model": (lambda v: v.pop("model"), "model=.*Field required"),
+    "no specials": (lambda v: v.pop("added_tokens"), "added_tokens=.*Field required"),
+    "a normalizer": (lambda v: v.update(normalizer={"type": "NFC"}), "normalizer=.*NFC"),
+    "dropout": (lambda v: v["model"].update(dropout=0.1), r"model\.dropout=0\.1"),
     "byte fallback": (lambda v: v["model"].update(byte_fallback=True), "byte_fallback"),
     "another pattern": (
         lambda v: v["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+"),
-        "pre_tokenizer .* is not Llama 3's pattern",
+        "pre_tokenizer=.* is not Llama 3's pattern",
     ),
-    "a blank before": (
+    "prefix space": (
         lambda v: v["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
-        "pre_tokenizer .* is not Llama 3's pattern",
+        "pre_tokenizer=.* is not Llama 3's pattern",
     ),
-    "not an id": (lambda v: v["model"]["vocab"].update(a="1"), r'model\.vocab\.a \("1"\)'),
-    "a gap": (lambda v: v["model"]["vocab"].update(a=9999), "do not count from 0 on"),
-    "no byte": (lambda v: rename(v, "z", "zzzz"), "the byte 122 is no token"),
-    "not bytes": (lambda v: rename(v, "z", "日"), 'token "日" has "日", no byte\'s name'),
-    "merges in disorder": (swap_first_merges, "comes before .* which has the lower id"),
-    "a merge less": (lambda v: v["model"]["merges"].pop(5), "1 merges are absent"),
+    "not an id": (lambda v: v["model"]["vocab"].update(a="1"), r'model\.vocab\.a="1"'),
+    "a gap": (lambda v: v["model"]["vocab"].update(a=9999), "are not consecutive from 0"),
+    "no byte": (lambda v: rename(v, "z", "zzzz"), "byte 122 is not a token"),
+    "not bytes": (
+        lambda v: rename(v, "z", "日"),
+        'token "日" contains "日", which is not in the byte-level alphabet',
+    ),
+    "merges in disorder": (swap_first_merges, "precedes .* which has a lower id"),
+    "a merge less": (lambda v: v["model"]["merges"].pop(5), "1 required merges are missing"),
     "a strange merge": (
         lambda v: v["model"]["merges"].append(["日", "a"]),
-        'the merge .*"日", "a".* does not make a token',
+        'merge .*"日", "a".* does not join two tokens',
     ),
-    "a special less": (lambda v: v["added_tokens"].pop(), "15 special tokens are not 256 or 16"),
-    "a special too high": (lambda v: v["added_tokens"][3].update(id=5000), "16 special tokens"),
+    "a special less": (
+        lambda v: v["added_tokens"].pop(),
+        "15 special tokens found; expected 256 or 16",
+    ),
+    "special id gap": (lambda v: v["added_tokens"][3].update(id=5000), "16 special tokens"),
     "another special": (
         lambda v: v["added_tokens"][0].update(content="<s>"),
-        r'token 1184 \("<s>"\) is not <\|begin_of_text\|>',
+        r'token 1184 is "<s>", not <\|begin_of_text\|>',
     ),
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_another_kind_of_tokenizer_is_refused(bpe: Exported, tmp_path: Path, what: str) -> None:
-    edit, message = BAD[what]
+@pytest.mark.parametrize("case", INVALID)
+def test_unsupported_tokenizer_is_rejected(bpe: Exported, tmp_path: Path, case: str) -> None:
+    edit, message = INVALID[case]
     values = json.loads((bpe.folder / "tokenizer.json").read_text(encoding="utf-8"))
     edit(values)
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(FormatError, match=message) as caught:
         find_tokenizer(tmp_path)
-    assert str(path) in str(caught.value) and "Use the model's" in str(caught.value)
+    assert str(path) in str(caught.value) and "use the model's" in str(caught.value)
 
 
-def test_tokens_that_only_ignore_merges_keeps_are_refused_without_it(tmp_path: Path) -> None:
+def test_unreachable_tokens_are_rejected_without_ignore_merges(tmp_path: Path) -> None:
     unreached = Tokenizer("bpe", BYTE_RANKS | {b"abc": 256})
     write_hugging_face(unreached, tmp_path, 8192)
     path = tmp_path / "tokenizer.json"
     assert read_tokenizer_json(path).encode("abc") == [256]
     path.write_text(path.read_text().replace('"ignore_merges": true', '"ignore_merges": false'))
     assert library_ids(LibraryTokenizer.from_file(str(path)), "abc") != [256]
-    with pytest.raises(FormatError, match=r"ignore_merges \(false\) loses 1 token"):
+    with pytest.raises(FormatError, match="with ignore_merges=false, 1 tokens are not reachable"):
         read_tokenizer_json(path)
 
 
-def test_damaged_files_are_told(bpe: Exported, tmp_path: Path) -> None:
-    path, whole = tmp_path / "tokenizer.json", (bpe.folder / "tokenizer.json").read_bytes()
+def test_damaged_files_are_rejected(bpe: Exported, tmp_path: Path) -> None:
+    path, content = tmp_path / "tokenizer.json", (bpe.folder / "tokenizer.json").read_bytes()
     contents = (
         b"",
         b"[]",
         b"null",
         b"\xff\xfe",
         b"[" * 100_000,
-        whole[:-3],
-        whole[: len(whole) // 2],
+        content[:-3],
+        content[: len(content) // 2],
     )
-    for content in contents:
-        path.write_bytes(content)
-        with pytest.raises(FormatError, match=r"tokenizer\.json cannot be read .*: get it again"):
+    for damaged in contents:
+        path.write_bytes(damaged)
+        with pytest.raises(
+            FormatError, match=r"tokenizer\.json cannot be read .*; download or copy"
+        ):
             read_tokenizer_file(path)
     path.unlink()
     with pytest.raises(FormatError, match="cannot be read"):
         read_tokenizer_file(path)
     model = tmp_path / "tokenizer.model"
-    for content in (b"", b"\n\x0e\n\x05<unk>", model_file(bpe.ours.ranks)[:-9]):
-        model.write_bytes(content)
+    for damaged in (b"", b"\n\x0e\n\x05<unk>", model_file(bpe.ours.ranks)[:-9]):
+        model.write_bytes(damaged)
         with pytest.raises(FormatError, match=r"tokenizer\.model\) is"):
             find_tokenizer(tmp_path)

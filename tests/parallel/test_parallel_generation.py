@@ -6,11 +6,10 @@ from distributed import on_ranks
 from small_run import VOCAB, Case, build
 from torch import Tensor
 
-from evaluation.generation import Completion, Sampling, generate
-from evaluation.generation_sync import GenerationSync
+from evaluation.generation import Completion, GenerationSync, SamplingParams, generate
 
 # The logits are large, so that attention is far from uniform.
-SAMPLING = [Sampling(), Sampling(temperature=40.0, top_k=20, top_p=0.9, seed=3)]
+SAMPLING = [SamplingParams(), SamplingParams(temperature=40.0, top_k=20, top_p=0.9, seed=3)]
 PROMPTS = [[5, 50, 7], [1, 2, 3, 4, 5, 6, 7], [57], [9, 9, 8, 30, 31]]
 N_TOKENS = 16
 
@@ -20,8 +19,8 @@ Completions = list[list[Completion]]  # by sampling setting, then by prompt
 class DivergingSync(GenerationSync):
     """Simulate a rank that would choose a different token than rank 0 at every step."""
 
-    def chosen(self, tokens: Tensor) -> Tensor:
-        return super().chosen((tokens + 1) % VOCAB)
+    def broadcast_tokens(self, tokens: Tensor) -> Tensor:
+        return super().broadcast_tokens((tokens + 1) % VOCAB)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +72,7 @@ def completions(case: Case) -> Completions:
             sampling=sampling,
             stop=[],
             device=run.fabric.device,
-            agree=sync,
+            sync=sync,
             first_prompt=run.data_rank * n_prompts,
         )
         for sampling in SAMPLING

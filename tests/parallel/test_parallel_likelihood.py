@@ -10,7 +10,7 @@ from small_run import VOCAB, Case, build
 
 from data.config import TokenizerConfig
 from data.tokenizer import ready_tokenizer
-from evaluation.language_model import LlameshModel
+from evaluation.lm_eval_model import LlameshLM
 
 CONTEXTS = [[5, 50, 7], [1], [57, 57], [8, 30, 31, 2]]
 # Every token after each context, so that exactly one is the greedy choice; then texts of several
@@ -70,7 +70,7 @@ def likelihoods(case: Case) -> Likelihoods:
         dist.all_gather_object(gathered, local)
         return gathered[:: case.mesh.ranks_per_sample]
 
-    return LlameshModel(
+    return LlameshLM(
         run.model,
         tokenizer,
         device=run.fabric.device,
@@ -78,7 +78,7 @@ def likelihoods(case: Case) -> Likelihoods:
         stop=[],
         data_rank=run.data_rank,
         data_size=case.mesh.dp,
-        gather=gather,
-        multiple_of=case.tp,
+        all_gather=gather,
+        seq_multiple=case.tp,
         is_first=False,
     )._loglikelihood_tokens(REQUESTS)

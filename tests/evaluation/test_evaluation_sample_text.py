@@ -1,4 +1,4 @@
-"""Text samples: the likeliest token by hand, the end of the text, and padding that is not seen."""
+"""Text samples during training: greedy reference, end of text, padding, distribution of draws."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evaluation.sampling import sample_text
+from evaluation.generation import sample_text
 from model.config import ModelConfig
 from model.init import initialize
 from model.llama import Llama
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Letters:
-    """A token for each letter from a to z."""
+    """Tokenizer with one token per letter from a to z."""
 
     bos_id, eos_id = BOS, EOS
 
@@ -28,7 +28,7 @@ class Letters:
 
 
 class Alphabet(nn.Module):
-    """Says the next letter, and ends the text after z; notes what it is asked."""
+    """Model that predicts the next letter and the end of text after z; records input lengths."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def llama() -> Llama:
     initialize(model, config, seed=0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(20)  # an untrained model likes to repeat one token
+            parameter.mul_(20)  # an untrained model tends to repeat one token
         model.output.weight[EOS] = 0
     return model
 
@@ -57,55 +57,57 @@ def sample(model: nn.Module, prompt: str = "cab", **changed: Any) -> str:
     return sample_text(model, Letters(), prompt, **arguments)
 
 
-def test_temperature_zero_takes_the_likeliest_token_of_a_growing_text(llama: Llama) -> None:
+def test_temperature_zero_is_greedy(llama: Llama) -> None:
     ids = [BOS, *Letters().encode("cab")]
     with torch.no_grad():
         for _ in range(12):
             ids.append(int(llama(torch.tensor([ids]))[0, -1].argmax()))
     expected = Letters().decode(ids[1:])
     assert sample(llama) == expected.partition("#")[0] if EOS in ids else expected
-    assert len(set(expected)) > 3  # more than the one token that a dead model repeats
+    assert len(set(expected)) > 3  # not a single repeated token
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("multiple_of", [2, 7, 16])
-def test_padding_changes_nothing(llama: Llama, temperature: float, multiple_of: int) -> None:
+@pytest.mark.parametrize("seq_multiple", [2, 7, 16])
+def test_padding_does_not_change_the_text(
+    llama: Llama, temperature: float, seq_multiple: int
+) -> None:
     plain = sample(llama, temperature=temperature)
-    assert sample(llama, temperature=temperature, multiple_of=multiple_of) == plain
+    assert sample(llama, temperature=temperature, seq_multiple=seq_multiple) == plain
 
 
-@pytest.mark.parametrize("multiple_of", [1, 2, 5])
-def test_the_model_sees_lengths_that_the_mesh_divides(multiple_of: int) -> None:
+@pytest.mark.parametrize("seq_multiple", [1, 2, 5])
+def test_input_lengths_are_divisible_by_the_mesh(seq_multiple: int) -> None:
     model = Alphabet()
-    sample(model, multiple_of=multiple_of)
+    sample(model, seq_multiple=seq_multiple)
     assert len(model.lengths) == 12
-    assert all(length % multiple_of == 0 for length in model.lengths)
+    assert all(length % seq_multiple == 0 for length in model.lengths)
 
 
-def test_text_stops_at_its_end_and_every_rank_still_runs_every_forward() -> None:
+def test_text_ends_at_end_of_text_but_all_forwards_run() -> None:
     model = Alphabet()
     assert sample(model, "w") == "wxyz"
     assert len(model.lengths) == 12
 
 
-def test_text_without_an_end_has_as_many_tokens_as_asked() -> None:
+def test_text_without_end_has_the_requested_length() -> None:
     assert sample(Alphabet(), "a", n_tokens=5) == "abcdef"
 
 
-def test_an_empty_prompt_starts_from_the_beginning_of_a_text(llama: Llama) -> None:
+def test_empty_prompt_starts_from_begin_of_text(llama: Llama) -> None:
     with torch.no_grad():
         likeliest = int(llama(torch.tensor([[BOS]]))[0, -1].argmax())
     assert sample(llama, "", n_tokens=1) == Letters().decode([likeliest])
 
 
-def test_a_seed_repeats_and_another_one_differs(llama: Llama) -> None:
+def test_same_seed_repeats_and_other_seeds_differ(llama: Llama) -> None:
     texts = {seed: sample(llama, temperature=5.0, seed=seed) for seed in range(4)}
     assert texts[0] == sample(llama, temperature=5.0, seed=0)
     assert len(set(texts.values())) > 1
 
 
-def test_draws_follow_the_probabilities_of_the_temperature() -> None:
-    """200 draws from (0.8, 0.2) and its sharpened form; four standard deviations are allowed."""
+def test_draws_follow_the_distribution_at_the_temperature() -> None:
+    """200 draws from (0.8, 0.2) at temperatures 1 and 0.5; tolerance: four standard deviations."""
 
     class Coin(nn.Module):
         def forward(self, tokens: Tensor) -> Tensor:
@@ -115,6 +117,9 @@ def test_draws_follow_the_probabilities_of_the_temperature() -> None:
 
     for temperature in (1.0, 0.5):
         powers = [0.8 ** (1 / temperature), 0.2 ** (1 / temperature)]
-        share = powers[0] / sum(powers)
+        probability = powers[0] / sum(powers)
         text = sample(Coin(), "", n_tokens=200, temperature=temperature)
-        assert abs(text.count("a") / 200 - share) < 4 * (share * (1 - share) / 200) ** 0.5
+        assert (
+            abs(text.count("a") / 200 - probability)
+            < 4 * (probability * (1 - probability) / 200) ** 0.5
+        )

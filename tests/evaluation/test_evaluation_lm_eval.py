@@ -1,7 +1,7 @@
-"""Benchmarks: lm-eval's scores of a model here are those of its own `hf` model on the export.
+"""Benchmarks: scores equal those of lm-eval's own `hf` model on the exported weights.
 
-The tasks are files of the test's own, the models small twins with weights of one size, so that
-answers differ by much more than rounding. Nothing may leave the machine.
+Tasks are local files and models are small pairs with weights of equal scale, so that answers differ
+by much more than rounding. Network access fails the tests.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from data.tokenizer import Tokenizer, train_bpe
-from evaluation import harness
+from evaluation import lm_eval_tasks
 from evaluation.errors import TaskError
-from evaluation.harness import run_tasks, task_errors
-from evaluation.language_model import LlameshModel
-from formats.tokenizers import stop_ids, write_hugging_face
+from evaluation.lm_eval_model import LlameshLM
+from evaluation.lm_eval_tasks import run_tasks, task_errors
+from formats.tokenizers import stop_token_ids, write_hugging_face
 from model.llama import Llama
 
 CPU = torch.device("cpu")
 CONTEXT = 96
 TASKS = ["toy_choice", "toy_text", "toy_answer"]
-# Texts with all that encoding is particular about: spaces at the seam, an empty context, a name of
-# a special token, characters of several bytes, and more tokens than the context has.
+# Special cases of encoding: spaces at the boundary of a pair, an empty context, names of special
+# tokens, multi-byte characters, and more tokens than the context length.
 QUESTIONS = [
     ("The sky is", ["blue", "made of green cheese", "blue"[::-1], "b"], 0),
     ("Two and two make ", ["four", " five", "4"], 0),
@@ -63,7 +63,7 @@ def models(tokenizer: Tokenizer) -> tuple[Llama, LlamaForCausalLM]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three task files, and what they ask."""
+    """A folder with three task files and their data."""
     folder = tmp_path_factory.mktemp("tasks")
     kinds: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         "toy_choice": (
@@ -116,13 +116,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever looks for another machine fails."""
+    """Make network connections fail."""
 
-    def refused(*arguments: Any) -> None:
-        raise AssertionError(f"a connection to {arguments}")
+    def fail(*arguments: Any) -> None:
+        raise AssertionError(f"network connection to {arguments}")
 
-    monkeypatch.setattr(socket.socket, "connect", refused)
-    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    monkeypatch.setattr(socket.socket, "connect", fail)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
 
 
 @pytest.fixture(scope="module")
@@ -131,19 +131,19 @@ def theirs(
     tokenizer: Tokenizer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Any:
-    """lm-eval's own model of the twin and of the exported tokenizer, one request at a time."""
+    """lm-eval's own model with the same weights and the exported tokenizer, with batch size 1."""
     from lm_eval.models.huggingface import HFLM
 
     folder = tmp_path_factory.mktemp("exported")
     write_hugging_face(tokenizer, folder, CONTEXT)
-    models[1].generation_config.eos_token_id = stop_ids(tokenizer)
+    models[1].generation_config.eos_token_id = stop_token_ids(tokenizer)
     loaded = AutoTokenizer.from_pretrained(folder)
     return HFLM(pretrained=models[1], tokenizer=loaded, batch_size=1)
 
 
-def ours(model: nn.Module, tokenizer: Tokenizer, **changed: Any) -> LlameshModel:
-    options = {"device": CPU, "batch_size": 4, "stop": stop_ids(tokenizer), **changed}
-    return LlameshModel(model, tokenizer, **options)
+def ours(model: nn.Module, tokenizer: Tokenizer, **changed: Any) -> LlameshLM:
+    options = {"device": CPU, "batch_size": 4, "stop": stop_token_ids(tokenizer), **changed}
+    return LlameshLM(model, tokenizer, **options)
 
 
 def requests(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:
@@ -152,11 +152,13 @@ def requests(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:
 
 PAIRS = requests("loglikelihood", [(q, each) for q, options, _ in QUESTIONS for each in options])
 ROLLING = requests("loglikelihood_rolling", [(text,) for text in TEXTS])
-WISHES = [
+GENERATION_KWARGS = [
     {"until": ["a", "ß"], "max_gen_toks": 16, "do_sample": False},
     {"until": "\n\n", "max_gen_toks": 40, "temperature": 0.0},
 ]
-GENERATE = requests("generate_until", [(text, wish) for wish in WISHES for text in PROMPTS])
+GENERATE = requests(
+    "generate_until", [(text, kwargs) for kwargs in GENERATION_KWARGS for text in PROMPTS]
+)
 SAMPLED = requests(
     "generate_until",
     [(text, {"max_gen_toks": 12, "do_sample": True, "temperature": 1.0}) for text in PROMPTS * 2],
@@ -167,18 +169,18 @@ def numbers(answers: list[tuple[float, bool]]) -> list[float]:
     return [value for value, _ in answers]
 
 
-# ---------------------------------------------------------------- against lm-eval's own
+# ---------------------------------------------------------------- parity with lm-eval's hf model
 
 
-def test_there_are_texts_that_the_context_does_not_hold(tokenizer: Tokenizer) -> None:
+def test_some_texts_exceed_the_context_length(tokenizer: Tokenizer) -> None:
     for texts in ([text for text, _, _ in QUESTIONS], TEXTS, PROMPTS):
         assert max(len(tokenizer.encode(text)) for text in texts) > CONTEXT + 1
 
 
-def test_answers_equal_those_of_the_hf_model(
+def test_answers_equal_the_hf_model(
     models: tuple[Llama, LlamaForCausalLM], tokenizer: Tokenizer, theirs: Any
 ) -> None:
-    """Log-probabilities to the rounding of float32: sums of up to a few hundred nats."""
+    """Log-probabilities are sums of up to a few hundred nats: tolerance is float32 rounding."""
     lm = ours(models[0], tokenizer)
     expected, found = theirs.loglikelihood(PAIRS), lm.loglikelihood(PAIRS)
     assert numbers(found) == pytest.approx(numbers(expected), rel=1e-5)
@@ -190,10 +192,10 @@ def test_answers_equal_those_of_the_hf_model(
     assert len(set(texts)) > 5
 
 
-def test_greedy_continuations_are_told_as_such(
+def test_greedy_continuations_are_marked(
     models: tuple[Llama, LlamaForCausalLM], tokenizer: Tokenizer, theirs: Any
 ) -> None:
-    """What the model itself continues with, and the same with another last token."""
+    """A greedy continuation, the same with another last token, and its first token."""
     llama, context = models[0], [tokenizer.bos_id, 65, 66]
     greedy = list(context)
     with torch.no_grad():
@@ -201,13 +203,13 @@ def test_greedy_continuations_are_told_as_such(
             greedy.append(int(llama(torch.tensor([greedy]))[0, -1].argmax()))
     right = greedy[len(context) :]
     wrong = [*right[:-1], (right[-1] + 1) % tokenizer.vocab_size]
-    asked = [(None, context, each) for each in (right, wrong, right[:1])]
-    found = ours(llama, tokenizer)._loglikelihood_tokens(asked)
+    pairs = [(None, context, each) for each in (right, wrong, right[:1])]
+    found = ours(llama, tokenizer)._loglikelihood_tokens(pairs)
     assert [greedy for _, greedy in found] == [True, False, True]
-    assert numbers(found) == pytest.approx(numbers(theirs._loglikelihood_tokens(asked)), rel=1e-5)
+    assert numbers(found) == pytest.approx(numbers(theirs._loglikelihood_tokens(pairs)), rel=1e-5)
 
 
-def test_scores_of_tasks_equal_those_of_the_hf_model(
+def test_task_scores_equal_the_hf_model(
     models: tuple[Llama, LlamaForCausalLM], tokenizer: Tokenizer, theirs: Any, folder: Path
 ) -> None:
     from lm_eval import simple_evaluate
@@ -239,31 +241,31 @@ def test_scores_of_tasks_equal_those_of_the_hf_model(
 # ---------------------------------------------------------------- batches and ranks
 
 
-class Shared(Exception):
-    """Carries what a data rank would have gathered."""
+class Gathered(Exception):
+    """Carries the answers that a data rank passes to all_gather."""
 
 
-def on_data_ranks(size: int, ask: Callable[..., Any]) -> Any:
-    """What the first of several data ranks answers; the others come first, one by one."""
+def on_data_ranks(size: int, answer: Callable[..., Any]) -> Any:
+    """Return the answer of data rank 0 after running the other data ranks one by one."""
 
-    def caught(own: list[Any]) -> list[list[Any]]:
-        raise Shared(own)
+    def capture(answers: list[Any]) -> list[list[Any]]:
+        raise Gathered(answers)
 
-    shares = []
+    others = []
     for rank in range(1, size):
-        with pytest.raises(Shared) as share:
-            ask(data_rank=rank, data_size=size, gather=caught)
-        shares.append(share.value.args[0])
-    return ask(data_rank=0, data_size=size, gather=lambda own: [own, *shares])
+        with pytest.raises(Gathered) as gathered:
+            answer(data_rank=rank, data_size=size, all_gather=capture)
+        others.append(gathered.value.args[0])
+    return answer(data_rank=0, data_size=size, all_gather=lambda answers: [answers, *others])
 
 
 @pytest.mark.parametrize("kind", ["pairs", "rolling", "greedy", "sampled"])
-def test_neither_batch_size_nor_data_ranks_change_an_answer(
+def test_answers_do_not_depend_on_batch_size_or_data_ranks(
     models: tuple[Llama, LlamaForCausalLM], tokenizer: Tokenizer, kind: str
 ) -> None:
-    """Texts exactly, also drawn ones; numbers to float32's rounding, which shapes decide."""
+    """Texts are equal, also sampled ones; numbers to float32 rounding, which depends on shapes."""
 
-    def ask(**options: Any) -> list[Any]:
+    def answer(**options: Any) -> list[Any]:
         lm = ours(models[0], tokenizer, **options)
         if kind == "pairs":
             return numbers(lm.loglikelihood(PAIRS))
@@ -271,62 +273,62 @@ def test_neither_batch_size_nor_data_ranks_change_an_answer(
             return lm.loglikelihood_rolling(ROLLING)
         return lm.generate_until(GENERATE if kind == "greedy" else SAMPLED)
 
-    expected: Any = ask(batch_size=1)
+    expected: Any = answer(batch_size=1)
     assert len(set(expected)) > len(expected) // 2
     if kind in ("pairs", "rolling"):
         expected = pytest.approx(expected, rel=1e-5)
-        assert ask(multiple_of=7) == expected
-    assert ask(batch_size=7) == expected
-    assert on_data_ranks(2, lambda **options: ask(batch_size=3, **options)) == expected
-    assert on_data_ranks(5, lambda **options: ask(batch_size=4, **options)) == expected
+        assert answer(seq_multiple=7) == expected
+    assert answer(batch_size=7) == expected
+    assert on_data_ranks(2, lambda **options: answer(batch_size=3, **options)) == expected
+    assert on_data_ranks(5, lambda **options: answer(batch_size=4, **options)) == expected
 
 
-def test_data_ranks_make_as_many_forwards(
+def test_data_ranks_run_equally_many_forwards(
     models: tuple[Llama, LlamaForCausalLM], tokenizer: Tokenizer
 ) -> None:
-    """Of 5 rows in batches of 2, two ranks have one and a half each."""
+    """5 rows in batches of 2 on two ranks: 2 forwards each, one of them empty."""
     calls = [0, 0]
-    asked = [(None, [1] * n, [2]) for n in range(1, 6)]
+    pairs = [(None, [1] * n, [2]) for n in range(1, 6)]
 
-    def ask(data_rank: int, **options: Any) -> None:
+    def answer(data_rank: int, **options: Any) -> None:
         def count(*_: Any) -> None:
             calls[data_rank] += 1
 
         handle = models[0].register_forward_pre_hook(count)
         try:
             lm = ours(models[0], tokenizer, batch_size=2, data_rank=data_rank, **options)
-            lm._loglikelihood_tokens(asked)
+            lm._loglikelihood_tokens(pairs)
         finally:
             handle.remove()
 
-    on_data_ranks(2, ask)
+    on_data_ranks(2, answer)
     assert calls == [2, 2]
 
 
-def test_a_batch_ends_when_its_texts_have_come_to_a_stop(
+def test_batch_ends_when_all_texts_reach_a_stop_sequence(
     models: tuple[Llama, LlamaForCausalLM], tokenizer: Tokenizer
 ) -> None:
-    """At the first two letters of each, also where they are of two tokens."""
+    """The stops are the first two letters of each text, which may span two tokens."""
     lm = ours(models[0], tokenizer)
 
-    def ask(*stops: str) -> list[str]:
-        wish = {"until": list(stops), "max_gen_toks": 40}
-        return lm.generate_until(requests("generate_until", [(text, wish) for text in PROMPTS]))
+    def answer(*stops: str) -> list[str]:
+        kwargs = {"until": list(stops), "max_gen_toks": 40}
+        return lm.generate_until(requests("generate_until", [(text, kwargs) for text in PROMPTS]))
 
-    free, shapes = ask(), list[tuple[int, ...]]()
+    free, shapes = answer(), list[tuple[int, ...]]()
     pairs = [re.search("[a-zA-Z]{2}", text) for text in free]
     stops = sorted({pair.group() for pair in pairs if pair is not None})
     expected = [cut_at_stops(text, stops, None) for text in free]
     assert all(len(text) < 20 for text in expected)
     handle = models[0].register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     try:
-        assert ask(*stops) == expected
+        assert answer(*stops) == expected
     finally:
         handle.remove()
     assert len(shapes) < 2 * 25
 
 
-def test_processes_but_the_first_print_nothing(
+def test_only_the_first_process_prints(
     models: tuple[Llama, LlamaForCausalLM],
     tokenizer: Tokenizer,
     folder: Path,
@@ -341,7 +343,7 @@ def test_processes_but_the_first_print_nothing(
             assert "stderr" in name or other["results"][task][name] == score
 
 
-def test_answers_that_differ_in_their_last_token_cost_one_row_and_no_column_more(
+def test_continuations_that_differ_in_the_last_token_share_a_row(
     models: tuple[Llama, LlamaForCausalLM], tokenizer: Tokenizer
 ) -> None:
     llama, shapes = models[0], []
@@ -355,52 +357,52 @@ def test_answers_that_differ_in_their_last_token_cost_one_row_and_no_column_more
     assert shapes == [((1, 9), 4)]
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- rejected configurations
 
 
-def test_unknown_tasks_are_refused_with_near_names(
+def test_unknown_task_is_rejected_with_similar_names(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without lm-eval's own 14,000 tasks, which take seconds to list."""
-    index = harness._index.__wrapped__
-    monkeypatch.setattr(harness, "_index", lambda folder, include_defaults: index(folder, False))
+    """Runs without lm-eval's own 14,000 tasks, which take seconds to index."""
+    index = lm_eval_tasks._index.__wrapped__
+    monkeypatch.setattr(lm_eval_tasks, "_index", lambda folder, _=None, **__: index(folder, False))
     assert task_errors([*TASKS, "toy_*", str(folder / "toy_text.yaml")], str(folder)) == []
-    (problem,) = task_errors(["toy_choise"], str(folder))
-    assert "tasks (toy_choise) is neither" in problem and "use toy_choice" in problem
-    (problem,) = task_errors(TASKS, str(tmp_path / "none"))
-    assert problem.startswith("task_folder (") and "is not a folder" in problem
+    (error,) = task_errors(["toy_choise"], str(folder))
+    assert "tasks=toy_choise is not a task or group" in error and "use toy_choice" in error
+    (error,) = task_errors(TASKS, str(tmp_path / "none"))
+    assert error.startswith("task_folder=") and "is not a folder" in error
 
 
-def test_without_lm_eval_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_lm_eval_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    (problem,) = task_errors(["hellaswag"], None)
-    assert "pip install '.[lm-eval]'" in problem
+    (error,) = task_errors(["hellaswag"], None)
+    assert "pip install '.[lm-eval]'" in error
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("kwargs", "message"),
     [
-        ({"max_gen_toks": CONTEXT}, "leaves no room for a prompt"),
+        ({"max_gen_toks": CONTEXT}, "leaves no context for a prompt"),
         ({"max_gen_toks": 4, "num_beams": 10}, "num_beams"),
         ({"max_gen_toks": 4, "penalty_alpha": 0.6}, "penalty_alpha"),
     ],
 )
-def test_what_a_task_cannot_have_is_told(
+def test_unsupported_task_options_are_rejected(
     models: tuple[Llama, LlamaForCausalLM],
     tokenizer: Tokenizer,
-    wish: dict[str, Any],
+    kwargs: dict[str, Any],
     message: str,
 ) -> None:
     with pytest.raises(TaskError, match=message):
-        ours(models[0], tokenizer).generate_until(requests("generate_until", [("a", wish)]))
-    with pytest.raises(TaskError, match="leave it out"):
+        ours(models[0], tokenizer).generate_until(requests("generate_until", [("a", kwargs)]))
+    with pytest.raises(TaskError, match="remove the task"):
         ours(models[0], tokenizer)._loglikelihood_tokens([(None, [1], [2] * (CONTEXT + 1))])
 
 
-def test_a_task_whose_data_is_missing_is_told(
+def test_task_with_missing_data_is_rejected(
     models: tuple[Llama, LlamaForCausalLM], tokenizer: Tokenizer, folder: Path, tmp_path: Path
 ) -> None:
     text = (folder / "toy_text.yaml").read_text()
     (tmp_path / "lost.yaml").write_text(text.replace("toy_text.jsonl", "lost.jsonl"))
-    with pytest.raises(TaskError, match=r"tasks \(toy_text\) cannot be loaded"):
+    with pytest.raises(TaskError, match=r"tasks=\[.toy_text.\] cannot be loaded"):
         run_tasks(ours(models[0], tokenizer), ["toy_text"], folder=str(tmp_path))

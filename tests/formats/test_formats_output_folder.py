@@ -1,4 +1,4 @@
-"""The folder that is written: whole under its name, or not there at all."""
+"""Output folders: complete under the target name, or absent."""
 
 import os
 import shutil
@@ -13,20 +13,20 @@ from made_weights import SMALL, MadeWeights, assert_same_weights
 from torch import Tensor
 
 from formats.conversion import convert
+from formats.detection import open_weights
 from formats.errors import FormatError
-from formats.recognition import open_weights
 from formats.weights import Format
 
 FORMATS: tuple[Format, ...] = ("native", "hf", "meta")
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_target_is_replaced_only_when_asked_and_only_if_it_is_weights(
+def test_target_is_replaced_only_with_overwrite_and_only_if_it_contains_weights(
     format: Format, tmp_path: Path
 ) -> None:
     made, target = MadeWeights(SMALL), tmp_path / "out"
     convert(made, None, target, format)
-    with pytest.raises(FormatError, match="exists, and nothing is written over it: name another"):
+    with pytest.raises(FormatError, match="exists; use another folder, or overwrite=true"):
         convert(made, None, target, format)
     for other in FORMATS:
         convert(made, None, target, other, overwrite=True)
@@ -34,18 +34,20 @@ def test_a_target_is_replaced_only_when_asked_and_only_if_it_is_weights(
         assert os.listdir(tmp_path) == ["out"]
     shutil.rmtree(target)
     target.mkdir()
-    (target / "thesis.tex").write_text("all of it")
-    (target / "config.json").write_text("{}")  # which many a folder has
-    with pytest.raises(FormatError, match="holds no weights, and overwrite=true replaces weights"):
+    (target / "thesis.tex").write_text("text")
+    (target / "config.json").write_text("{}")  # a common file name
+    with pytest.raises(
+        FormatError, match="contains no weights, and overwrite=true only replaces weights"
+    ):
         convert(made, None, target, format, overwrite=True)
     assert (target / "thesis.tex").exists()
     (tmp_path / "link").symlink_to(target)
-    with pytest.raises(FormatError, match="is a file or a link"):
+    with pytest.raises(FormatError, match="is a file or a symbolic link"):
         convert(made, None, tmp_path / "link", format, overwrite=True)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_flipped_bit_of_a_checkpoint_goes_nowhere(format: Format, tmp_path: Path) -> None:
+def test_corrupted_checkpoint_is_not_converted(format: Format, tmp_path: Path) -> None:
     convert(MadeWeights(SMALL), None, tmp_path / "source", "native")
     largest = max((tmp_path / "source").iterdir(), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
@@ -57,23 +59,23 @@ def test_a_flipped_bit_of_a_checkpoint_goes_nowhere(format: Format, tmp_path: Pa
 
 
 class FailingWeights(MadeWeights):
-    """Whose last tensor cannot be read."""
+    """Weights whose last tensor cannot be read."""
 
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         if name == "output.weight":
-            raise FormatError("the disk is gone")
+            raise FormatError("disk failure")
         return super().read(name, offsets, sizes)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_source_that_fails_half_way_leaves_nothing(format: Format, tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="the disk is gone"):
+def test_failed_conversion_leaves_no_files(format: Format, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="disk failure"):
         convert(FailingWeights(SMALL), None, tmp_path / "out", format)
     assert os.listdir(tmp_path) == []
-    # Nor does it take what was there.
+    # An existing target is kept.
     made = MadeWeights(SMALL)
     convert(made, None, tmp_path / "out", format)
-    with pytest.raises(FormatError, match="the disk is gone"):
+    with pytest.raises(FormatError, match="disk failure"):
         convert(FailingWeights(SMALL), None, tmp_path / "out", format, overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
     assert_same_weights(open_weights(tmp_path / "out"), made)
@@ -81,26 +83,26 @@ def test_a_source_that_fails_half_way_leaves_nothing(format: Format, tmp_path: P
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 200 kB, where the weights need 490."""
+    """A file system of 200 kB; the weights need 490 kB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("only root may mount a small file system, and not everywhere")
+        pytest.skip("mounting a small file system requires root")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_full_disk_is_told_before_and_leaves_nothing_after(
+def test_full_disk_is_reported_and_leaves_no_files(
     format: Format, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(FormatError, match=r"needs 0.00 GB, and .* make room"):
+    with pytest.raises(FormatError, match=r"needs 0.00 GB, but .* free; free space"):
         convert(MadeWeights(SMALL), None, small_disk / "out", format)
     assert os.listdir(small_disk) == []
-    # Where another program fills it in the meantime.
-    monkeypatch.setattr("formats.conversion.check_room", lambda target, needed: None)
-    with pytest.raises(FormatError, match=r"target \(.*out\) cannot be written \(.*\): make room"):
+    # Simulate another program filling the disk after the check.
+    monkeypatch.setattr("formats.conversion.check_free_space", lambda target, n_bytes: None)
+    with pytest.raises(FormatError, match=r"target=.*out cannot be written \(.*\); free space"):
         convert(MadeWeights(SMALL), None, small_disk / "out", format)
     assert os.listdir(small_disk) == []
 
@@ -114,14 +116,16 @@ from formats.conversion import convert
 class Waiting(MadeWeights):
     def read(self, name, offsets, sizes):
         if name == "norm.weight":
-            print("half-way", flush=True)
+            print("halfway", flush=True)
             sys.stdin.read()
         return super().read(name, offsets, sizes)
 convert(Waiting(SMALL), None, Path({target!r}), "hf")
 """
 
 
-def test_a_killed_conversion_leaves_no_target_and_the_next_one_clears_up(tmp_path: Path) -> None:
+def test_killed_conversion_leaves_no_target_and_the_next_one_deletes_its_files(
+    tmp_path: Path,
+) -> None:
     root = Path(__file__).parent.parent.parent
     target = tmp_path / "out"
     code = SLOW.format(paths=[str(root), str(root / "tests")], target=str(target))
@@ -129,29 +133,31 @@ def test_a_killed_conversion_leaves_no_target_and_the_next_one_clears_up(tmp_pat
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "half-way\n"
-    (hidden,) = tmp_path.iterdir()
-    assert hidden.name.startswith(".out-")
+    assert process.stdout.readline() == "halfway\n"
+    hidden, lock = sorted(tmp_path.iterdir())
+    assert hidden.name.startswith(".out-") and lock.name == f"{hidden.name}.lock"
     made = MadeWeights(SMALL)
-    convert(made, None, target, "native")  # another one to the same name, at the same time
-    assert hidden.exists(), "it is at work"
+    convert(made, None, target, "native")  # a concurrent conversion to the same target
+    assert hidden.exists(), "the folder of a running conversion was deleted"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [hidden.name, "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [hidden.name, lock.name, "out"]
     convert(made, None, target, "hf", overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
     assert_same_weights(open_weights(target), made)
 
 
-def test_what_holds_no_weights_is_told_with_what_would(tmp_path: Path) -> None:
+def test_error_for_folder_without_weights_lists_supported_formats(tmp_path: Path) -> None:
     with pytest.raises(
-        FormatError, match="is no folder: name one with weights, a checkpoint or a Hugging"
+        FormatError, match="is not a folder; use a folder with weights: a checkpoint or a Hugging"
     ):
         open_weights(tmp_path / "nowhere")
-    with pytest.raises(FormatError, match="holds no weights: name a folder with COMMITTED"):
+    with pytest.raises(FormatError, match="contains no weights; use a folder with COMMITTED"):
         open_weights(tmp_path)
     step = tmp_path / "run" / "checkpoints" / "step-00000002"
     step.parent.mkdir(parents=True)
     convert(MadeWeights(SMALL), None, step, "native")
-    with pytest.raises(FormatError, match=r"is a run's folder: name a checkpoint in it, as .*02"):
+    with pytest.raises(
+        FormatError, match=r"is a run folder; use one of its checkpoints, for example .*02"
+    ):
         open_weights(tmp_path / "run")

@@ -1,4 +1,8 @@
-"""`config.json` and `params.json`: a model's configuration in the words of other programs."""
+"""Convert `ModelConfig` to and from Hugging Face's `config.json` and Meta's `params.json`.
+
+Reading rejects architectures and options that Llama 3 does not have; writing produces keys that all
+releases of `transformers`, or Meta's own programs, accept.
+"""
 
 import json
 import math
@@ -9,8 +13,8 @@ from typing import Any
 from formats.errors import FormatError
 from model.config import ModelConfig
 
-# What Llama 3 has no place for, and the only value with which a folder is one all the same.
-PLAIN = {
+# Options of Hugging Face's Llama that our model lacks, with the only value that is accepted.
+SUPPORTED_VALUES = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -18,50 +22,50 @@ PLAIN = {
     "quantization_config": None,
     "sliding_window": None,
 }
-# Multiplier and multiple by which Meta's files tell the width of the feed-forward, by dim.
-PUBLISHED_FFN = {
+# ffn_dim_multiplier and multiple_of of Meta's published params.json, by dim.
+PUBLISHED_FFN_FACTORS = {
     2048: (1.5, 256),
     3072: (1.0, 256),
     4096: (1.3, 1024),
     8192: (1.3, 4096),
     16384: (1.2, 4096),
 }
-SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
+ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file.
+    """Return the JSON object in a file.
 
     Raises:
-        FormatError: there is none.
+        FormatError: The file cannot be read or is not a JSON object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FormatError(f"{path} cannot be read ({error}): get it again") from None
+        raise FormatError(f"{path} cannot be read ({error}); download or copy it again") from None
     if not isinstance(values, dict):
-        raise FormatError(f"{path} holds no object: get it again")
+        raise FormatError(f"{path} is not a JSON object; download or copy it again")
     return values
 
 
-def checked(path: Path, name: str, values: dict[str, Any]) -> ModelConfig:
-    """A configuration from keys of ours.
+def validated_config(path: Path, name: str, values: dict[str, Any]) -> ModelConfig:
+    """Return the `ModelConfig` with these values, read from `path`.
 
     Raises:
-        FormatError: a key is missing, of another type, or breaks a rule.
+        FormatError: A key is missing, has the wrong type or an invalid value.
     """
     from pydantic import TypeAdapter, ValidationError
 
     try:
         model = TypeAdapter(ModelConfig).validate_python({"name": name, **values})
     except ValidationError as error:
-        told = "; ".join(
+        reasons = "; ".join(
             f"{'.'.join(map(str, item['loc']))}={item['input']!r}: {item['msg']}"
             if item["loc"]
             else str(item["ctx"]["error"])
             for item in error.errors()
         )
-        raise FormatError(f"{path} tells no Llama 3 ({told}): correct it") from None
+        raise FormatError(f"{path} is not a valid Llama 3 configuration: {reasons}") from None
     return model
 
 
@@ -69,44 +73,46 @@ def checked(path: Path, name: str, values: dict[str, Any]) -> ModelConfig:
 
 
 def from_hugging_face(path: Path) -> ModelConfig:
-    """The configuration in a `config.json`, of old releases of transformers and of new ones.
+    """Read a `config.json` written by any release of transformers.
 
     Raises:
-        FormatError: another architecture, or something that Llama 3 has not.
+        FormatError: The architecture is not Llama's, or an option is not supported.
     """
     values = read_json(path)
-    kind, classes = values.get("model_type"), values.get("architectures") or ["LlamaForCausalLM"]
-    if kind != "llama" or "LlamaForCausalLM" not in classes:
+    model_type = values.get("model_type")
+    classes = values.get("architectures") or ["LlamaForCausalLM"]
+    if model_type != "llama" or "LlamaForCausalLM" not in classes:
         raise FormatError(
-            f"{path}: model_type ({kind}) with architectures ({', '.join(classes)}) is not "
-            "Llama 3's: use a folder of llama with LlamaForCausalLM"
+            f"{path}: model_type={model_type} with architectures={', '.join(classes)} is not "
+            "Llama 3; use a model with model_type=llama and architectures=LlamaForCausalLM"
         )
-    strange = [
-        f"{key} ({values[key]})"
-        for key, plain in PLAIN.items()
-        if values.get(key, plain) not in (plain, None)
+    unsupported = [
+        f"{key}={values[key]}"
+        for key, supported in SUPPORTED_VALUES.items()
+        if values.get(key, supported) not in (supported, None)
     ]
     heads, dim = values.get("num_attention_heads"), values.get("hidden_size")
     head_dim = values.get("head_dim")
     if head_dim is not None and isinstance(heads, int) and head_dim * heads != dim:
-        strange.append(f"head_dim ({head_dim}) other than hidden_size / num_attention_heads")
+        unsupported.append(f"head_dim={head_dim} (not hidden_size / num_attention_heads)")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        strange.append(f"rope_type ({kind})")
-    if strange:
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        unsupported.append(f"rope_type={rope_type}")
+    if unsupported:
         raise FormatError(
-            f"{path} asks for what Llama 3 has not: {', '.join(strange)}. Use another folder"
+            f"{path} sets options that Llama 3 does not have: {', '.join(unsupported)}; use the "
+            "weights of a Llama 3 model"
         )
     scaling = None
-    if kind == "llama3":
+    if rope_type == "llama3":
         scaling = {
             "factor": rope.get("factor"),
             "low_freq_factor": rope.get("low_freq_factor"),
             "high_freq_factor": rope.get("high_freq_factor"),
             "original_max_seq_len": rope.get("original_max_position_embeddings"),
         }
-    return checked(
+    return validated_config(
         path,
         path.parent.name,
         {
@@ -128,11 +134,11 @@ def from_hugging_face(path: Path) -> ModelConfig:
 def to_hugging_face(
     model: ModelConfig, dtype: str, bos_id: int | None, eos_ids: Sequence[int]
 ) -> dict[str, Any]:
-    """The content of a `config.json`, in words that every release of transformers reads.
+    """Return the content of a `config.json` that every release of transformers reads.
 
     Args:
-        dtype: Of the weights, as torch names it.
-        bos_id, eos_ids: What begins and ends a text; None and nothing without a tokenizer.
+        dtype: Data type of the weights, as in `torch_dtype`.
+        bos_id, eos_ids: Token ids that start and end a text; None and empty without a tokenizer.
     """
     scaling = model.rope_scaling
     return {
@@ -169,7 +175,7 @@ def to_hugging_face(
 
 
 def generation_config(bos_id: int | None, eos_ids: Sequence[int]) -> dict[str, Any]:
-    """The content of a `generation_config.json`: where a text begins and ends."""
+    """Return the content of a `generation_config.json`."""
     return {"bos_token_id": bos_id, "eos_token_id": _one_or_many(eos_ids), "do_sample": False}
 
 
@@ -181,27 +187,30 @@ def _one_or_many(ids: Sequence[int]) -> int | list[int] | None:
 
 
 def from_meta(path: Path, vocab_size: int, ffn_dim: int, tied: bool) -> ModelConfig:
-    """The configuration in a `params.json`.
+    """Read a `params.json`.
 
     Args:
-        vocab_size, ffn_dim: Of the tensors: the file tells them not always, or by a formula.
-        tied: The head's weights are the embedding's.
+        vocab_size, ffn_dim: Sizes of the stored tensors; the file may omit the vocabulary size and
+            gives the feed-forward width by a formula.
+        tied: Whether the output weights equal the embedding.
 
     Raises:
-        FormatError: it tells no Llama 3, or another width than the tensors have.
+        FormatError: A value is invalid or contradicts the sizes of the tensors.
     """
     values = read_json(path)
     multiplier, multiple_of = values.get("ffn_dim_multiplier"), values.get("multiple_of", 256)
     if isinstance(values.get("dim"), int):
-        told = meta_ffn_dim(values["dim"], multiplier, multiple_of)
-        if told != ffn_dim:
+        computed = meta_ffn_dim(values["dim"], multiplier, multiple_of)
+        if computed != ffn_dim:
             raise FormatError(
-                f"{path}: ffn_dim_multiplier ({multiplier}) and multiple_of ({multiple_of}) tell a "
-                f"feed-forward of {told}, and the tensors have {ffn_dim}: get the folder again"
+                f"{path}: ffn_dim_multiplier={multiplier} and multiple_of={multiple_of} give a "
+                f"feed-forward width of {computed}, but the tensors have {ffn_dim}; download or "
+                "copy the folder again"
             )
-    untold = _untold(bool(values.get("use_scaled_rope", False)), tied)
-    scaling = {key: values.get(f"rope_{key}", untold[f"rope_{key}"]) for key in SCALING}
-    return checked(
+    scaled = bool(values.get("use_scaled_rope", False))
+    defaults = _published_defaults(scaled, tied)
+    scaling = {key: values.get(f"rope_{key}", defaults[f"rope_{key}"]) for key in ROPE_SCALING_KEYS}
+    return validated_config(
         path,
         path.parent.name,
         {
@@ -215,18 +224,18 @@ def from_meta(path: Path, vocab_size: int, ffn_dim: int, tied: bool) -> ModelCon
             else values["vocab_size"],
             "norm_eps": values.get("norm_eps", 1e-5),
             "rope_theta": values.get("rope_theta", 500_000.0),
-            "rope_scaling": scaling if values.get("use_scaled_rope", False) else None,
+            "rope_scaling": scaling if scaled else None,
             "tie_embeddings": tied,
-            "max_seq_len": values.get("context_length", untold["context_length"]),
+            "max_seq_len": values.get("context_length", defaults["context_length"]),
         },
     )
 
 
 def to_meta(model: ModelConfig) -> dict[str, Any]:
-    """The content of a `params.json`.
+    """Return the content of a `params.json`.
 
-    Of a published model it has the published keys and no other, since some of Meta's programs stop
-    at a key that they do not know.
+    For a published model these are exactly the published keys, since some of Meta's programs reject
+    unknown ones.
     """
     multiplier, multiple_of = _meta_ffn_factors(model.dim, model.ffn_dim)
     scaling = model.rope_scaling
@@ -242,18 +251,18 @@ def to_meta(model: ModelConfig) -> dict[str, Any]:
         "rope_theta": model.rope_theta,
         "use_scaled_rope": scaling is not None,
     }
-    told = {"context_length": model.max_seq_len}
+    optional: dict[str, Any] = {"context_length": model.max_seq_len}
     if scaling is not None:
-        told |= {f"rope_{key}": getattr(scaling, key) for key in SCALING}
-    untold = _untold(scaling is not None, model.tie_embeddings)
-    return values | {key: value for key, value in told.items() if value != untold[key]}
+        optional |= {f"rope_{key}": getattr(scaling, key) for key in ROPE_SCALING_KEYS}
+    defaults = _published_defaults(scaling is not None, model.tie_embeddings)
+    return values | {key: value for key, value in optional.items() if value != defaults[key]}
 
 
-def _untold(scaled: bool, tied: bool) -> dict[str, Any]:
-    """What a published `params.json` leaves to those who know.
+def _published_defaults(scaled: bool, tied: bool) -> dict[str, Any]:
+    """Return the values that published `params.json` files omit.
 
-    The factor is 32 in the releases of 3.2, whose text models are the ones with tied embeddings,
-    and 8 in all others that scale.
+    `rope_factor` is 32 in release 3.2, whose text models are the only ones with tied embeddings,
+    and 8 in all other releases with RoPE scaling.
     """
     return {
         "context_length": 131_072 if scaled else 8192,
@@ -265,7 +274,7 @@ def _untold(scaled: bool, tied: bool) -> dict[str, Any]:
 
 
 def meta_ffn_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:
-    """The width of the feed-forward: `FeedForward` in Meta's llama-models, model.py."""
+    """Return the feed-forward width: `FeedForward` in Meta's llama-models, model.py."""
     width = int(2 * (4 * dim) / 3)
     if multiplier is not None:
         width = int(multiplier * width)
@@ -273,13 +282,13 @@ def meta_ffn_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:
 
 
 def _meta_ffn_factors(dim: int, ffn_dim: int) -> tuple[float, int]:
-    """A multiplier and a multiple with which Meta's formula gives `ffn_dim`.
+    """Return an ffn_dim_multiplier and multiple_of for which Meta's formula yields `ffn_dim`.
 
-    The published ones where they do, else others.
+    Published factors are preferred.
     """
-    published = PUBLISHED_FFN.get(dim)
+    published = PUBLISHED_FFN_FACTORS.get(dim)
     if published is not None and meta_ffn_dim(dim, *published) == ffn_dim:
         return published
     multiple_of = math.gcd(ffn_dim, 256)
-    # Amid the numbers that are rounded up to it, so that no last digit matters.
+    # The middle of the interval that rounds up to ffn_dim, so float rounding has no effect.
     return (ffn_dim - multiple_of // 2 + 0.5) / int(2 * (4 * dim) / 3), multiple_of

@@ -1,0 +1,170 @@
+"""Loss on held-out text by data source, independent of mesh and batch size."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from data.errors import DataError
+
+if TYPE_CHECKING:
+    from data.dataset import Dataset
+    from formats.weights import Weights
+
+DEFAULT_MAX_SEQ_LEN = 2048  # window length of weights without a training run
+
+
+class Batch(Protocol):
+    """A batch of windows, each field (micro_batch, seq) int64.
+
+    `positions` is None if every row is a single document.
+    """
+
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor | None: ...
+    @property
+    def labels(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LossTotals:
+    """Summed loss in nats, with the number of targets and bytes of text it covers."""
+
+    nats: float = 0.0
+    targets: int = 0
+    n_bytes: int = 0
+
+    def __add__(self, other: "LossTotals") -> "LossTotals":
+        return LossTotals(
+            self.nats + other.nats, self.targets + other.targets, self.n_bytes + other.n_bytes
+        )
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood in nats per token.
+
+        Raises:
+            ValueError: There are no targets.
+        """
+        if self.targets == 0:
+            raise ValueError("the held-out windows contain no target; evaluate more windows")
+        return self.nats / self.targets
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinity on overflow."""
+        return math.exp(self.loss) if self.loss < 709 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Loss in bits per byte of text, comparable across tokenizers."""
+        return self.nats / math.log(2) / self.n_bytes
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: nn.Module,
+    batches: Mapping[str, Iterable[Batch]],
+    device: torch.device,
+    sum_over_data: Callable[[Tensor], Tensor],
+    byte_lengths: Tensor | None = None,
+) -> dict[str, LossTotals]:
+    """Return the loss over the targets of all ranks' batches, by data source.
+
+    Args:
+        model: Called as `model(tokens, positions, labels)`; returns the sum over the targets.
+        batches: Batches of this data rank; every rank has the same number of each source.
+        device: Device of the model.
+        sum_over_data: Sums a tensor over the data ranks in place.
+        byte_lengths: Number of bytes of each token (vocab,) int64, 0 for special tokens; None to
+            skip counting bytes.
+    """
+    totals = torch.zeros(len(batches), 3, dtype=torch.float64, device=device)  # (source, total)
+    for total, source_batches in zip(totals, batches.values(), strict=True):
+        for batch in source_batches:
+            labels, positions = batch.labels.to(device), batch.positions
+            if positions is not None:
+                positions = positions.to(device)
+            total[0] += model(batch.tokens.to(device), positions, labels)
+            total[1] += (labels >= 0).sum()
+            if byte_lengths is not None:
+                total[2] += byte_lengths[batch.labels[batch.labels >= 0]].sum()
+    return {
+        name: LossTotals(nats, int(targets), int(n_bytes))
+        for name, (nats, targets, n_bytes) in zip(
+            batches, sum_over_data(totals).tolist(), strict=True
+        )
+    }
+
+
+def open_validation_windows(
+    weights: "Weights", folder: str | None, seq_len: int | None, optional: bool
+) -> "tuple[Dataset | None, int]":
+    """Return the dataset with held-out text and the window length in tokens.
+
+    Args:
+        folder: A prepared dataset; None for the one that the weights were trained on.
+        seq_len: Window length; None for that of the training run.
+        optional: Whether to return no dataset, instead of raising, if `folder` is None and the
+            training dataset is unknown or no longer exists.
+
+    Raises:
+        DataError: There is no held-out text, or it uses another tokenizer than the weights.
+    """
+    from data.dataset import Dataset
+
+    data, train = weights.config.get("data") or {}, weights.config.get("train") or {}
+    default_seq_len = min(weights.model.max_seq_len, DEFAULT_MAX_SEQ_LEN)
+    seq_len = seq_len or train.get("seq_len") or default_seq_len
+    trained_on = data.get("folder")
+    if folder is None and (trained_on is None or data.get("stream_shards") is not None):
+        if optional:
+            return None, seq_len
+        if trained_on is not None:
+            raise DataError(
+                f"data.stream_shards={data['stream_shards']} in the configuration of this "
+                "checkpoint: it was trained on a stream, which has no held-out text; set "
+                "evaluation.data to a prepared dataset, or set tasks"
+            )
+        raise DataError(
+            f"{weights.folder} does not name a dataset with held-out text; set evaluation.data to "
+            "a prepared dataset (like shards/stdlib-bpe, made by prepare.py), or set tasks"
+        )
+    path = Path(str(folder or trained_on))
+    if folder is None and optional and not path.exists():
+        return None, seq_len
+    dataset = Dataset.open(path, document_mask=data.get("document_mask", True))
+    if not dataset.n_validation_windows(seq_len):
+        raise DataError(
+            f"{path} contains no held-out window of {seq_len} tokens; prepare it with a larger "
+            "data.validation_fraction, or reduce evaluation.seq_len"
+        )
+    _check_vocabulary(dataset, weights)
+    return dataset, seq_len
+
+
+def _check_vocabulary(dataset: "Dataset", weights: "Weights") -> None:
+    """Raise DataError if dataset and weights use different tokenizers."""
+    from formats.tokenizers import find_tokenizer
+
+    data_tokenizer, model_tokenizer = dataset.tokenizer(), find_tokenizer(weights.folder)
+    if model_tokenizer is not None and model_tokenizer.ranks != data_tokenizer.ranks:
+        raise DataError(
+            f"{dataset.folder} was tokenized with {data_tokenizer.name} "
+            f"({data_tokenizer.vocab_size:,} tokens), but {weights.folder} uses "
+            f"{model_tokenizer.name} ({model_tokenizer.vocab_size:,} tokens); prepare the text "
+            f"with tokenizer={model_tokenizer.name} and tokenizer.path set to that folder's "
+            "tokenizer.model"
+        )
+    if data_tokenizer.vocab_size > weights.model.vocab_size:
+        raise DataError(
+            f"{dataset.folder} has {data_tokenizer.vocab_size:,} tokens, more than "
+            f"vocab_size={weights.model.vocab_size:,} of {weights.folder}; prepare the text with "
+            "the model's own tokenizer"
+        )

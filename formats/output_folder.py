@@ -1,0 +1,105 @@
+"""The output folder of a conversion: written under a hidden name, synced, then renamed.
+
+A conversion that fails or is killed leaves nothing under the target name. Hidden folders of killed
+conversions are deleted by the next conversion to the same target.
+"""
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from data.files import sync_folder
+from formats.detection import detect_format
+from formats.errors import FormatError
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Check that a folder may be written at `target`.
+
+    Raises:
+        FormatError: Something exists there and must not be replaced.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise FormatError(f"target={target} is a file or a symbolic link; use another folder")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise FormatError(f"target={target} exists; use another folder, or overwrite=true")
+    if detect_format(target) is None:
+        raise FormatError(
+            f"target={target} contains no weights, and overwrite=true only replaces weights; use "
+            "another folder"
+        )
+
+
+def check_free_space(target: Path, n_bytes: int) -> None:
+    """Check that the file system of `target` has `n_bytes` free.
+
+    Raises:
+        FormatError: It has less.
+    """
+    parent = next(path for path in target.absolute().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < n_bytes:
+        raise FormatError(
+            f"target={target} needs {n_bytes / 1e9:,.2f} GB, but {parent} has "
+            f"{free / 1e9:,.2f} GB free; free space, use another folder, or dtype=bf16"
+        )
+
+
+@contextmanager
+def atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a hidden folder that is renamed to `target` on success and deleted on error.
+
+    Raises:
+        FormatError: It cannot be written.
+    """
+    check_target(target, overwrite)
+    hidden = _hidden_name(target)
+    lock = FileLock(f"{hidden}.lock")  # held while writing; released when the process dies
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _delete_leftovers(target)
+        with lock:
+            hidden.mkdir()
+            yield hidden
+            for path in [*hidden.rglob("*"), hidden]:
+                sync_folder(path)
+            _publish(hidden, target)
+    except OSError as error:
+        raise FormatError(
+            f"target={target} cannot be written ({error.strerror or error}); free space, fix the "
+            "permissions, or use another folder. The incomplete output was deleted"
+        ) from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _hidden_name(target: Path) -> Path:
+    return target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
+
+
+def _delete_leftovers(target: Path) -> None:
+    """Delete hidden folders of conversions to the same target that are no longer running."""
+    for leftover in target.parent.glob(f".{target.name}-????????"):
+        with suppress(Timeout), FileLock(f"{leftover}.lock", blocking=False) as lock:
+            shutil.rmtree(leftover)
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _publish(hidden: Path, target: Path) -> None:
+    """Rename the folder to `target`; an existing target is moved away first and deleted last."""
+    replaced = None
+    if target.exists():
+        replaced = _hidden_name(target)
+        target.rename(replaced)
+    hidden.rename(target)
+    sync_folder(target.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
