@@ -103,7 +103,7 @@ def evaluate_loss(
     }
 
 
-def open_validation_windows(
+def open_held_out(
     weights: "Weights", folder: str | None, seq_len: int | None, optional: bool
 ) -> "tuple[Dataset | None, int]":
     """Return the dataset with held-out text and the window length in tokens.
