@@ -43,6 +43,7 @@ def evaluate(config: EvaluateJobConfig) -> None:
     Raises:
         FormatError, DataError, TaskError, ConfigError: Weights, text, tasks or mesh are invalid.
     """
+    from evaluation.held_out import open_held_out
     from evaluation.lm_eval_tasks import task_errors
     from formats.detection import open_weights
     from formats.tokenizers import resolve_tokenizer
