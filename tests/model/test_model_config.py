@@ -1,4 +1,4 @@
-"""The published configurations, their rules, and the closed forms of size and arithmetic."""
+"""Published model configurations, their validation, and closed forms of size and FLOPs."""
 
 import dataclasses
 from pathlib import Path
@@ -37,14 +37,14 @@ PUBLISHED_COUNTS = {
 }
 
 
-def test_there_is_a_file_for_each_published_model_and_the_default() -> None:
+def test_conf_has_a_file_for_each_published_model_and_the_default() -> None:
     assert {path.stem for path in FILES} == {*PUBLISHED_COUNTS, "llama3_tiny"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_file_writes_every_key_and_breaks_no_rule(path: Path) -> None:
+def test_file_sets_every_key_and_is_valid(path: Path) -> None:
     written = OmegaConf.load(path)
-    # The attention kernel is a choice of the run, in train.yaml.
+    # train.yaml sets the attention kernel, which is a property of the run.
     fields = {field.name for field in dataclasses.fields(ModelConfig)} - {"attention"}
     assert set(written) == fields
     if written.rope_scaling is not None:
@@ -54,7 +54,7 @@ def test_file_writes_every_key_and_breaks_no_rule(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_parameter_count_is_the_published_one_and_that_of_the_modules(path: Path) -> None:
+def test_parameter_count_equals_published_count_and_sum_over_modules(path: Path) -> None:
     config = read(path)
     with torch.device("meta"):
         counted = sum(parameter.numel() for parameter in Llama(config).parameters())
@@ -63,14 +63,14 @@ def test_parameter_count_is_the_published_one_and_that_of_the_modules(path: Path
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_flops_per_token_are_those_that_pytorch_counts(tie: bool) -> None:
+def test_flops_per_token_equal_pytorch_flop_counter(tie: bool) -> None:
     config = dataclasses.replace(SMALL, tie_embeddings=tie)
     model, seq = Llama(config), 16
     tokens = torch.zeros(2, seq, dtype=torch.int64)
-    # The kernel that does not skip the masked half: PyTorch counts what the full convention says.
+    # The math kernel does not skip the masked half, so PyTorch counts by the full convention.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens, labels=tokens).backward()
-    # 6·N includes the norms' weights, PyTorch counts matrix products alone.
+    # 6·N includes the norm weights; PyTorch counts matrix products only.
     norms = sum(p.numel() for n, p in model.named_parameters() if n.endswith("norm.weight"))
     matrix_flops = counter.get_total_flops() // tokens.numel()
     full = flops_per_token(config, seq, causal=False)
