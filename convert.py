@@ -23,7 +23,7 @@ from formats.config import ConvertJobConfig
 @hydra.main(version_base="1.3", config_path="conf", config_name="convert")
 def main(composed: DictConfig) -> None:
     """Load the configuration and convert; user errors exit with a message."""
-    with exit_on_user_error("Conversion failed"):
+    with exit_on_user_error():
         run(load_convert_config(composed))
 
 

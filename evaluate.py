@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(composed: DictConfig) -> None:
     """Load the configuration and evaluate; user errors exit with a message."""
-    with exit_on_user_error("Evaluation failed"):
+    with exit_on_user_error():
         evaluate(load_evaluate_config(composed))
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(composed: DictConfig) -> None:
     """Load the configuration and generate; user errors exit with a message."""
-    with exit_on_user_error("Generation failed"):
+    with exit_on_user_error():
         run(load_generate_config(composed))
 
 

@@ -30,7 +30,7 @@ PLANNER_KEYS = ("hardware", "devices", "tokens", "trace", "search", "calibrate",
 @hydra.main(version_base="1.3", config_path="conf", config_name="plan")
 def main(composed: DictConfig) -> None:
     """Validate the configuration, then calibrate, search or plan."""
-    with exit_on_user_error("Cannot plan"):
+    with exit_on_user_error():
         config = load_plan_config(composed)
         if config.calibrate:
             calibrate()

@@ -1,4 +1,4 @@
-"""How a program ends that cannot start: one process tells why, all end with the same code."""
+"""Report a user error on the first process and exit all processes with the same code."""
 
 import os
 import signal
@@ -18,67 +18,65 @@ from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolderError
 from training.config_validation import ConfigError
 
-TELLING_SECONDS = 10.0
-"""How long the others wait at most for the first process to tell why none of them can start."""
-MEETING_SECONDS = 1.0
-"""How long the first process waits at most for the others to find out that they cannot start."""
+REPORT_SECONDS = 10.0  # other processes wait this long for the first one to report the error
+COLLECT_SECONDS = 1.0  # the first process waits this long for the others to fail as well
 
 
 @contextmanager
-def exit_on_user_error(refused: str = "Not started") -> Iterator[None]:
-    """Ends the program where it cannot start; only the first process tells why.
+def exit_on_user_error() -> Iterator[None]:
+    """Exit on errors that the user can correct; only the first process prints the message.
 
-    The exit code is 1, or what the folder's error tells; after Ctrl-C 130. `refused` begins what
-    is told.
+    The exit code is 1 or that of the `RunFolderError`, and 130 after Ctrl-C.
     """
     code = ExitCode.USER_ERROR
     try:
         yield
     except ConfigError as error:
-        message = f"{refused}, the configuration has problems:\n{error}"
+        message = f"Invalid configuration:\n{error}"
     except (DataError, FormatError, LaunchError, TaskError) as error:
-        message = f"{refused}: {error}"
+        message = f"Error: {error}"
     except RunFolderError as error:
-        message, code = f"{refused}: {error}", error.code
+        message, code = f"Error: {error}", error.code
     except KeyboardInterrupt:
         if is_first_process():
             print("Interrupted before the first step.", file=sys.stderr, flush=True)
-        os._exit(ExitCode.INTERRUPTED)  # peers may wait for us in a collective call
+        os._exit(ExitCode.INTERRUPTED)  # other ranks may wait for this one in a collective
     else:
         return
     if is_first_process():
         print(message, file=sys.stderr, flush=True)
     else:
-        _keep_code(code)
+        _exit_on_sigterm(code)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
-        _await_others(distributed)
-        os._exit(code)  # no orderly end of the group: the others end by themselves
+        _wait_for_report(distributed)
+        os._exit(code)  # skips destroy_process_group, which would wait for the other ranks
     if not is_first_process():
-        time.sleep(TELLING_SECONDS)
+        time.sleep(REPORT_SECONDS)
     sys.exit(code)
 
 
-def _keep_code(code: ExitCode) -> None:
-    """SIGTERM is no request to stop any more: it comes when the first process has told and ended.
+def _exit_on_sigterm(code: ExitCode) -> None:
+    """Exit with `code` on SIGTERM, which a launcher sends once the first process has exited.
 
-    torchrun and srun end all processes when one has failed: it must not be one that says nothing.
+    torchrun and srun terminate all processes when one fails, so the first to exit must be the one
+    that has printed the error.
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-    signal.set_wakeup_fd(-1)  # what listened there ends with a code of its own
+    signal.set_wakeup_fd(-1)  # disconnects the thread that turns signals into requests
 
 
-def _await_others(distributed: Any) -> None:
-    """Returns when the first process has told why and every other one knows its exit code.
+def _wait_for_report(distributed: Any) -> None:
+    """Return once the first process has reported and the others know, or after a short timeout.
 
-    Not every process need be refused, and the first one may be gone: nobody waits for long.
+    The other ranks need not fail, and the first one may have exited already.
     """
-    with suppress(Exception):  # the store ends with the first process
+    with suppress(Exception):  # the store disappears with the first process
         store = distributed.distributed_c10d._get_default_store()
         if is_first_process():
             others = range(1, distributed.get_world_size())
-            store.set("told", "")
-            store.wait([f"refused-{rank}" for rank in others], timedelta(seconds=MEETING_SECONDS))
+            store.set("reported", "")
+            store.wait([f"failed-{rank}" for rank in others], timedelta(seconds=COLLECT_SECONDS))
         else:
-            store.wait(["told"], timedelta(seconds=TELLING_SECONDS))
-            store.set(f"refused-{distributed.get_rank()}", "")
+            store.wait(["reported"], timedelta(seconds=REPORT_SECONDS))
+            store.set(f"failed-{distributed.get_rank()}", "")

@@ -134,6 +134,6 @@ def test_error_example_is_what_the_program_says(tmp_path: Path) -> None:
         ],
         cwd=tmp_path,
     )
-    shown: Any = re.search(r"```text\n(Not started.*?)```", README, flags=re.DOTALL)
+    shown: Any = re.search(r"```text\n(Invalid configuration.*?)```", README, flags=re.DOTALL)
     assert set(shown.group(1).splitlines()) <= set(done.stderr.splitlines())
     assert done.returncode != 0
