@@ -1,8 +1,8 @@
-"""What `train.py` refuses: in words, before a process is launched or anything is written.
+"""`train.py` rejects bad input before it launches a process or writes a file.
 
-Each claim is tried with the real program in an empty working directory, where everything that it
-writes by itself (`runs/`, `shards/`) would appear. One start shows several problems where the
-program tells them together. A launched process would be a Python that starts anew, and is counted.
+Each test runs the real program in an empty working directory, where everything that it writes by
+default (`runs/`, `shards/`) would appear. One run shows several errors where the program reports
+them together. Launched processes are counted.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from parallel.config import ParallelConfig
 from parallel.mesh import plan_processes
 
 CPU = "parallel.accelerator=cpu"
-# Run by every Python that starts with it on its path: so launched processes are counted.
+# Imported by every Python process with this folder on its path, which counts launched processes.
 COUNTER = """
 import os
 with open(os.environ["LLAMESH_TEST_STARTS"], "a") as file:
@@ -29,7 +29,7 @@ with open(os.environ["LLAMESH_TEST_STARTS"], "a") as file:
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which every start of a Python adds a line to a file."""
+    """Return an environment in which every new Python process adds a line to a file."""
     folder = tmp_path_factory.mktemp("counter")
     (folder / "sitecustomize.py").write_text(COUNTER)
     starts = folder / "starts"
@@ -41,52 +41,52 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def refused(tmp_path: Path, counted: dict[str, str]) -> Callable[..., str]:
-    """`refused("train.max_steps=0", …)`: what is said, after a check that nothing else happened.
+def rejected(tmp_path: Path, counted: dict[str, str]) -> Callable[..., str]:
+    """Return a function that runs `train.py` with overrides and returns its error output.
 
-    `beside` is a folder that must stay as it is, like the empty one that the program runs in.
+    It checks that nothing was written or launched, and that the folder `unchanged` did not change.
     """
 
-    def refuse(*overrides: str, beside: Path | None = None) -> str:
+    def run(*overrides: str, unchanged: Path | None = None) -> str:
         cwd = tmp_path / "cwd"
         cwd.mkdir()
-        before = contents(beside) if beside else {}
+        before = contents(unchanged) if unchanged else {}
         starts = Path(counted["LLAMESH_TEST_STARTS"])
         starts.write_text("")
         done = start_program([str(ROOT / "train.py"), *overrides], cwd=cwd, environment=counted)
         assert done.returncode != 0
         assert "Traceback" not in done.stderr, done.stderr
         assert done.stdout == ""
-        assert contents(cwd) == {}, "something was written"
-        assert (contents(beside) if beside else {}) == before, "something was changed"
+        assert contents(cwd) == {}, "files were written"
+        assert (contents(unchanged) if unchanged else {}) == before, "files were changed"
         assert starts.read_text() == "", "a process was launched"
         return done.stderr
 
-    return refuse
+    return run
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The hash of everything below a folder, by path."""
+    """Return the hash of every file below a folder by path."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         if path.is_file()
-        else "no file"
+        else "not a file"
         for path in folder.rglob("*")
     }
 
 
 def line_with(message: str, *parts: str) -> str:
-    """The one line of a message that holds all the parts."""
+    """Return the only line of a message that contains all parts."""
     lines = [line for line in message.splitlines() if all(part in line for part in parts)]
     assert len(lines) == 1, f"{parts} are in {len(lines)} lines of:\n{message}"
     return lines[0]
 
 
-# ---------------------------------------------------------------- the configuration alone
+# ---------------------------------------------------------------- configuration
 
 
-def test_every_problem_of_a_configuration_is_told_at_once(refused: Callable[..., str]) -> None:
-    message = refused(
+def test_all_configuration_errors_are_reported_together(rejected: Callable[..., str]) -> None:
+    message = rejected(
         "experiment=smoke",
         CPU,
         *("train.max_step=5", "optmi.lr=1e-3"),
@@ -95,15 +95,15 @@ def test_every_problem_of_a_configuration_is_told_at_once(refused: Callable[...,
         *("train.seq_len=300", "model.vocab_size=100", "checkpoint.keep_last=0"),
     )
     expected = [
-        # misspelt: the key, and the one that was meant
+        # misspelt keys, with a suggestion
         line_with(message, "train.max_step is not a key", "train.max_steps?"),
         line_with(message, "optmi is not a key", "optim?"),
-        # of a wrong type: key, value, and what it has to be
+        # wrong types
         line_with(message, "optim.lr", "'fast'", "number"),
         line_with(message, "run.seed", "1.5", "integer"),
         line_with(message, "validation.samples", "[8]", "integer"),
         line_with(message, "log.tensorboard", "'perhaps'", "boolean"),
-        # impossible, alone or together: keys, values, and what would do
+        # invalid values and combinations, with valid alternatives
         line_with(message, "parallel.tp (3)", "model.n_heads (4)", "use 1, 2 or 4"),
         line_with(message, "parallel.tp (3)", "model.n_kv_heads (2)", "use 1 or 2"),
         line_with(message, "parallel.tp (3)", "model.vocab_size (100)", "use 1, 2, 4"),
@@ -112,12 +112,12 @@ def test_every_problem_of_a_configuration_is_told_at_once(refused: Callable[...,
         line_with(message, "model.vocab_size (100)", "tokenizer.vocab_size (272)", "=272"),
         line_with(message, "checkpoint.keep_last (0)", "use null"),
     ]
-    told = [line for line in message.splitlines() if line.startswith("  - ")]
-    assert sorted(told) == sorted(expected)
+    lines = [line for line in message.splitlines() if line.startswith("  - ")]
+    assert sorted(lines) == sorted(expected)
 
 
-def test_micro_batch_that_does_not_divide_a_rank_s_share(refused: Callable[..., str]) -> None:
-    message = refused("experiment=smoke", CPU, "parallel.dp_shard=2", "train.micro_batch_size=3")
+def test_micro_batch_must_divide_batch_of_data_rank(rejected: Callable[..., str]) -> None:
+    message = rejected("experiment=smoke", CPU, "parallel.dp_shard=2", "train.micro_batch_size=3")
     line_with(message, "train.micro_batch_size (3)", "4 sequences", "2 data ranks", "1, 2 or 4")
 
 
@@ -128,38 +128,38 @@ def test_micro_batch_that_does_not_divide_a_rank_s_share(refused: Callable[..., 
         *("parallel.cp=0", "parallel.tp=0", "parallel.devices=-1", "train.micro_batch_size=0"),
     ],
 )
-def test_a_size_below_one_is_the_only_problem(refused: Callable[..., str], override: str) -> None:
-    # The rules that tie sizes together divide by them.
-    message = refused("experiment=smoke", CPU, override)
+def test_size_below_one_is_the_only_error(rejected: Callable[..., str], override: str) -> None:
+    # Rules across keys divide by these sizes.
+    message = rejected("experiment=smoke", CPU, override)
     key, _, value = override.partition("=")
-    told = line_with(message, f"{key} ({value})", "use ")
-    assert [line for line in message.splitlines() if line.startswith("  - ")] == [told]
+    error = line_with(message, f"{key} ({value})", "use ")
+    assert [line for line in message.splitlines() if line.startswith("  - ")] == [error]
 
 
-def test_values_that_only_a_person_can_give(refused: Callable[..., str]) -> None:
-    message = refused("data=text", CPU)
+def test_missing_values_are_reported(rejected: Callable[..., str]) -> None:
+    message = rejected("data=text", CPU)
     line_with(message, "data.name", "data.name=…")
     line_with(message, "data.sources.text.path", "data.sources.text.path=…")
 
 
 @pytest.mark.parametrize("flag", ["--multirun", "hydra.mode=MULTIRUN"])
-def test_multirun(refused: Callable[..., str], flag: str) -> None:
-    message = refused(flag, "experiment=smoke", CPU, "train.max_steps=1,2")
+def test_multirun_is_rejected(rejected: Callable[..., str], flag: str) -> None:
+    message = rejected(flag, "experiment=smoke", CPU, "train.max_steps=1,2")
     line_with(message, "multirun", "run.name", "slurm/sweep.py")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU to run on")
-def test_cuda_on_a_machine_without_a_gpu(refused: Callable[..., str]) -> None:
-    message = refused("experiment=smoke", "parallel.accelerator=cuda", "parallel.tp=2")
-    told = line_with(message, "parallel.accelerator (cuda)", "no GPU", "parallel.accelerator=cpu")
-    assert [line for line in message.splitlines() if line.startswith("  - ")] == [told]
+@pytest.mark.skipif(torch.cuda.is_available(), reason="requires a machine without a GPU")
+def test_cuda_without_gpu_is_rejected(rejected: Callable[..., str]) -> None:
+    message = rejected("experiment=smoke", "parallel.accelerator=cuda", "parallel.tp=2")
+    error = line_with(message, "parallel.accelerator (cuda)", "no GPU", "parallel.accelerator=cpu")
+    assert [line for line in message.splitlines() if line.startswith("  - ")] == [error]
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
-def test_fp8_on_a_cpu_and_moments_that_would_not_fade(
-    refused: Callable[..., str], recipe: str
+def test_fp8_on_cpu_and_bf16_moments_with_large_beta2_are_rejected(
+    rejected: Callable[..., str], recipe: str
 ) -> None:
-    message = refused(
+    message = rejected(
         *("experiment=smoke", CPU, f"precision.fp8={recipe}"),
         *("precision.optimizer_state=bf16", "optim.betas=[0.9,0.999]"),
     )
@@ -167,8 +167,8 @@ def test_fp8_on_a_cpu_and_moments_that_would_not_fade(
         line_with(message, f"precision.fp8 ({recipe})", "parallel.accelerator cpu", "fp8=null"),
         line_with(message, "optim.betas ((0.9, 0.999))", "precision.optimizer_state=fp32 or int8"),
     ]
-    told = [line for line in message.splitlines() if line.startswith("  - ")]
-    assert sorted(told) == sorted(expected)
+    lines = [line for line in message.splitlines() if line.startswith("  - ")]
+    assert sorted(lines) == sorted(expected)
 
 
 @pytest.mark.parametrize(
@@ -176,10 +176,10 @@ def test_fp8_on_a_cpu_and_moments_that_would_not_fade(
     [({}, 3), ({"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "3", "WORLD_SIZE": "3"}, None)],
     ids=["self-launched", "torchrun"],
 )
-def test_more_processes_than_gpus(
+def test_more_processes_than_gpus_are_rejected(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], devices: int | None
 ) -> None:
-    # No machine of the tests has two GPUs, so the count itself is made up.
+    # Test machines do not have two GPUs, so the count is patched.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     _, problems = plan_processes(ParallelConfig(devices=devices), environment)
@@ -188,16 +188,16 @@ def test_more_processes_than_gpus(
     assert plan_processes(ParallelConfig(devices=2), {})[1] == []
 
 
-# ---------------------------------------------------------------- the data
+# ---------------------------------------------------------------- data
 
 
 def no_folder(folder: Path) -> str:
-    """A path that leads nowhere."""
+    """Return the error for a path that does not exist."""
     return "no file, folder or glob"
 
 
 def empty_files(folder: Path) -> str:
-    """Files without a character."""
+    """Return the error for empty files."""
     folder.mkdir()
     for name in ("a.txt", "b.txt"):
         (folder / name).touch()
@@ -205,14 +205,14 @@ def empty_files(folder: Path) -> str:
 
 
 def few_windows(folder: Path) -> str:
-    """Text for a window, and not for a batch of them."""
+    """Return the error for text shorter than a batch."""
     folder.mkdir()
     (folder / "a.txt").write_text("words " * 50)
     return "train.global_batch_size (8)"
 
 
 def latin_1(folder: Path) -> str:
-    """A file in another encoding, among good ones."""
+    """Return the error for one file in another encoding."""
     folder.mkdir()
     (folder / "a.txt").write_text("fine\n" * 1000)
     (folder / "b.txt").write_bytes("fine\nk\xfchn\n".encode("latin-1"))
@@ -220,7 +220,7 @@ def latin_1(folder: Path) -> str:
 
 
 def unreadable(folder: Path) -> str:
-    """A file that the system refuses to read, for the superuser too."""
+    """Return the error for a file that even root cannot read."""
     folder.mkdir()
     (folder / "a.txt").symlink_to("/proc/self/mem")
     return "cannot be read"
@@ -230,10 +230,12 @@ BAD_DATA = (no_folder, empty_files, few_windows, latin_1, unreadable)
 
 
 @pytest.mark.parametrize("make", BAD_DATA)
-def test_data(refused: Callable[..., str], tmp_path: Path, make: Callable[[Path], str]) -> None:
+def test_unusable_data_is_rejected(
+    rejected: Callable[..., str], tmp_path: Path, make: Callable[[Path], str]
+) -> None:
     folder = tmp_path / "text"
-    said = make(folder)
-    message = refused(
+    expected = make(folder)
+    message = rejected(
         "experiment=smoke",
         CPU,
         "data=text",
@@ -241,12 +243,12 @@ def test_data(refused: Callable[..., str], tmp_path: Path, make: Callable[[Path]
         f"data.sources.text.path={folder}",
         "data.validation_fraction=0",
     )
-    told = line_with(message, said)
-    assert "data.sources.text" in told or "data.folder" in told or "train." in told
-    assert ": " in told  # what follows is the remedy
+    error = line_with(message, expected)
+    assert "data.sources.text" in error or "data.folder" in error or "train." in error
+    assert ": " in error  # followed by the remedy
 
 
-# ---------------------------------------------------------------- an existing run
+# ---------------------------------------------------------------- existing runs
 
 
 @pytest.fixture(scope="module")
@@ -255,88 +257,88 @@ def existing(
     data_overrides: list[str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, list[str]]:
-    """The folder of a run of two steps, and the overrides that go on with it."""
+    """Return the folder of a run of two steps and the overrides that resume it."""
     folder = tmp_path_factory.mktemp("existing") / "run"
     short = ["train.max_steps=2", "optim.warmup_steps=1"]
     smoke_run(folder, *short)
     return folder, ["experiment=smoke", *data_overrides, CPU, *short, f"run.dir={folder}"]
 
 
-def test_another_configuration_in_an_existing_run(
-    refused: Callable[..., str], existing: tuple[Path, list[str]]
+def test_changed_configuration_of_existing_run_is_rejected(
+    rejected: Callable[..., str], existing: tuple[Path, list[str]]
 ) -> None:
     folder, command = existing
     changed = ["optim.weight_decay=0.3", "model.dim=128", "run.seed=7", "optim.lr=0.5"]
-    message = refused(*command, *changed, beside=folder)
+    message = rejected(*command, *changed, unchanged=folder)
     line_with(message, str(folder), "different configuration")
     rows = [
         line_with(message, "optim.weight_decay: 0.1 -> 0.3", "decides"),
         line_with(message, "model.dim: 64 -> 128", "decides"),
         line_with(message, "run.seed: 0 -> 7", "decides"),
-        line_with(message, "optim.lr: 0.001 -> 0.5"),  # which may change, and is no reason
+        line_with(message, "optim.lr: 0.001 -> 0.5"),  # which may change
     ]
     headings = [
         line_with(message, "Never changed", ":"),
         line_with(message, "by consent:"),
         line_with(message, "as they may be:"),
     ]
-    told = message.splitlines()
-    never, consent, free = map(told.index, headings)
-    assert never < told.index(rows[1]) < consent and never < told.index(rows[2]) < consent
-    assert consent < told.index(rows[0]) < free < told.index(rows[3])
+    lines = message.splitlines()
+    never, consent, free = map(lines.index, headings)
+    assert never < lines.index(rows[1]) < consent and never < lines.index(rows[2]) < consent
+    assert consent < lines.index(rows[0]) < free < lines.index(rows[3])
     line_with(message, "run.name=…")  # the remedies
     line_with(message, "'run.allow_changes=[optim.weight_decay]'")
 
 
-def test_another_run_s_checkpoint_of_another_shape(
-    refused: Callable[..., str], existing: tuple[Path, list[str]], tmp_path: Path
+def test_checkpoint_with_other_shapes_is_rejected(
+    rejected: Callable[..., str], existing: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     folder, command = existing
     checkpoint = folder / "checkpoints" / "step-00000002"
     new = [f"run.dir={tmp_path / 'new'}", f"run.resume={checkpoint}", "model.ffn_dim=64"]
-    message = refused(*command, *new, beside=folder)
+    message = rejected(*command, *new, unchanged=folder)
     line_with(message, f"run.resume={checkpoint} does not match")
     line_with(message, "model.ffn_dim: 192 -> 64")
 
 
 @pytest.mark.parametrize(
-    ("resume", "said"),
+    ("resume", "expected"),
     [
         ("never", ("run.resume=never", "use run.resume=auto")),
         ("{folder}/checkpoints/step-00000001", ("step-00000001 is not a committed", "use auto")),
     ],
     ids=["never", "to nothing"],
 )
-def test_resume(
-    refused: Callable[..., str],
+def test_impossible_resume_is_rejected(
+    rejected: Callable[..., str],
     existing: tuple[Path, list[str]],
     resume: str,
-    said: tuple[str, ...],
+    expected: tuple[str, ...],
 ) -> None:
     folder, command = existing
-    message = refused(*command, f"run.resume={resume.format(folder=folder)}", beside=folder)
-    line_with(message, *said)
+    message = rejected(*command, f"run.resume={resume.format(folder=folder)}", unchanged=folder)
+    line_with(message, *expected)
 
 
-def test_resume_to_a_damaged_checkpoint(
-    refused: Callable[..., str], existing: tuple[Path, list[str]], tmp_path: Path
+def test_resume_from_damaged_checkpoint_is_rejected(
+    rejected: Callable[..., str], existing: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     folder, command = existing
     copy = tmp_path / "best"
     shutil.copytree(folder / "checkpoints" / "step-00000002", copy)
     (copy / "manifest.json").write_text("{")
-    message = refused(*command, f"run.resume={copy}", beside=folder)
+    message = rejected(*command, f"run.resume={copy}", unchanged=folder)
     line_with(message, f"run.resume={copy}", "manifest.json", "use another checkpoint")
 
 
-def test_another_vocabulary_than_the_prepared_data_s(
-    refused: Callable[..., str], existing: tuple[Path, list[str]]
+def test_tokenizer_other_than_of_prepared_data_is_rejected(
+    rejected: Callable[..., str], existing: tuple[Path, list[str]]
 ) -> None:
     _, command = existing
     shards = Path(next(o for o in command if o.startswith("data.folder=")).partition("=")[2])
-    # A new run: the old one's folder would refuse another model before the data do.
+    # A new run, because the existing one would reject another model before the data check.
     new = [override for override in command if not override.startswith("run.dir=")]
-    message = refused(*new, "tokenizer=bpe", "tokenizer.vocab_size=300", beside=shards)
+    message = rejected(*new, "tokenizer=bpe", "tokenizer.vocab_size=300", unchanged=shards)
     line_with(message, f"data.folder ({shards})", "another configuration")
     line_with(message, "tokenizer.vocab_size", "272 there", "300 now")
     line_with(message, "tokenizer.name", "byte there", "bpe now")

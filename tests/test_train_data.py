@@ -1,4 +1,4 @@
-"""The data in whole runs: stages, stops and other meshes keep the samples; faults are told."""
+"""Training data in complete runs: stages, kills, mesh changes and damaged shards."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from processes import linux, wait_for
 
 from resilience.exit_codes import ExitCode
 
-# The first stage's 8 × 64 tokens a step until step 12, then the other source joins, then the
-# sequences double, then the batch.
+# 8 × 64 tokens per step until step 12; then the second source is added, then the sequence length
+# doubles, then the batch size.
 STAGES = (
     "data.stages=[{from_sample:96,weights:{email:0.7}},"
     "{from_sample:192,seq_len:128},{from_sample:256,global_batch_size:16}]"
@@ -26,13 +26,13 @@ STEPS = 40
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the two sources' shards lie."""
+    """Return the folder of the shards of both sources."""
     return tmp_path_factory.mktemp("shards") / "two"
 
 
 @pytest.fixture(scope="module")
 def command(corpus: Path, shards: Path) -> Any:
-    """`command(folder)`: the arguments of a staged run on two sources, prepared already."""
+    """Return a function from run folder and overrides to the arguments of a run with stages."""
     data = [
         *("data=text", "data.name=two", f"data.folder={shards}", "data.validation_fraction=0.2"),
         *(f"data.sources.text.path={corpus}/json-*.txt", "data.shard_tokens=20000"),
@@ -55,14 +55,14 @@ def command(corpus: Path, shards: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def uninterrupted(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run on one process, from end to end."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    """Return the folder of the run on one process without interruption."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     done = start_program(command(folder))
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def test_stages_change_weights_length_and_batch_at_their_samples(uninterrupted: Path) -> None:
+def test_stages_change_weights_seq_len_and_batch_size_at_their_samples(uninterrupted: Path) -> None:
     lines = read_metrics(uninterrupted)
     samples = [8 * step for step in range(1, 33)] + [256 + 16 * i for i in range(1, 9)]
     tokens = [512 * step for step in range(1, 25)]
@@ -74,10 +74,10 @@ def test_stages_change_weights_length_and_batch_at_their_samples(uninterrupted: 
 
 
 @linux
-def test_killed_twice_and_spread_otherwise_the_run_takes_the_same_samples(
+def test_kills_and_mesh_changes_do_not_change_samples(
     command: Any, uninterrupted: Path, fork_server: ForkServer, tmp_path: Path
 ) -> None:
-    """Each start on another mesh, with other threads and read-ahead; kills in two stages."""
+    """Each launch has another mesh, thread count and prefetch; the kills are in two stages."""
     folder = tmp_path / "run"
     for last, overrides in (
         (14, ("parallel.dp_shard=2", "data.loader_threads=3", "data.prefetch=1")),
@@ -89,94 +89,98 @@ def test_killed_twice_and_spread_otherwise_the_run_takes_the_same_samples(
     found, expected = read_metrics(folder), read_metrics(uninterrupted)
     for key in ("step", "samples", "tokens", "batch_hash"):
         assert [line[key] for line in found] == [line[key] for line in expected]
-    # Meshes sum in other orders: rounding of 1e-7 a sum, grown over the steps.
+    # Meshes sum in different orders: rounding errors of 1e-7 per sum, growing over the steps.
     losses = [line["loss"] for line in expected]
     assert [line["loss"] for line in found] == pytest.approx(losses, rel=1e-6, abs=0)
 
 
-def kill_after(step: int, folder: Path, fork_server: ForkServer, words: list[str]) -> None:
-    """Starts a run on two processes and kills both when it has told the figures of a step."""
-    start = fork_server.start(words[1:], 2)
+def kill_after(step: int, folder: Path, fork_server: ForkServer, arguments: list[str]) -> None:
+    """Start a run on two processes and kill both once a step is logged."""
+    start = fork_server.start(arguments[1:], 2)
     try:
-        wait_for(partial(has_done, folder, step), f"step {step}")
+        wait_for(partial(has_logged, folder, step), f"step {step}")
     finally:
         for pid in start.pids:
             os.kill(pid, signal.SIGKILL)
     assert fork_server.wait(start) == [-signal.SIGKILL] * 2, start.output()
 
 
-def has_done(folder: Path, step: int) -> bool:
-    """Whether a run has told the figures of a step."""
+def has_logged(folder: Path, step: int) -> bool:
+    """Return whether the metrics of a step have been written."""
     metrics = folder / "metrics.jsonl"
-    whole = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
-    return any(json.loads(line)["step"] >= step for line in whole)
+    lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+    return any(json.loads(line)["step"] >= step for line in lines)
 
 
-def assert_told_and_mended(
-    done: tuple[int, str], words: list[str], copy: Path, shards: Path, uninterrupted: Path
+def assert_reported_and_resumable(
+    done: tuple[int, str], arguments: list[str], copy: Path, shards: Path, uninterrupted: Path
 ) -> None:
-    """A run ended with a message about the second source; with its files back it goes on."""
+    """Check that a run reported its second source as damaged and resumes once it is restored."""
     exit_code, errors = done
     assert exit_code == ExitCode.DATA
     assert "Traceback" not in errors
     assert "Checkpoint saved at step 10. Resume with: python train.py " in errors
     assert str(copy / "email") in errors
     shutil.copytree(shards / "email", copy / "email", dirs_exist_ok=True)
-    again = start_program(words)
+    again = start_program(arguments)
     assert again.returncode == 0, again.stderr
-    (run,) = (Path(word.partition("=")[2]) for word in words if word.startswith("run.dir="))
+    (run,) = (Path(each[8:]) for each in arguments if each.startswith("run.dir="))
     hashes = [line["batch_hash"] for line in read_metrics(uninterrupted)]
     assert [line["batch_hash"] for line in read_metrics(run)] == hashes
 
 
-def test_a_flipped_byte_in_a_shard_stops_the_run_and_says_what_is_kept(
+def test_corrupted_shard_stops_run_with_resume_command(
     command: Any, uninterrupted: Path, shards: Path, tmp_path: Path
 ) -> None:
-    """The second source is not read before its stage begins, with step 13."""
+    """The second source is first read in its stage, from step 13 on."""
     copy = tmp_path / "shards"
     shutil.copytree(shards, copy)
     for path in (copy / "email").glob("train-*.tokens"):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    words = command(tmp_path / "run", f"data.folder={copy}")
-    done = start_program(words)
-    assert_told_and_mended((done.returncode, done.stderr), words, copy, shards, uninterrupted)
+    arguments = command(tmp_path / "run", f"data.folder={copy}")
+    done = start_program(arguments)
+    assert_reported_and_resumable(
+        (done.returncode, done.stderr), arguments, copy, shards, uninterrupted
+    )
 
 
 @linux
-def test_shards_that_vanish_while_the_run_trains_stop_it_and_it_says_what_is_kept(
+def test_deleted_shards_stop_running_training_with_resume_command(
     command: Any, uninterrupted: Path, shards: Path, fork_server: ForkServer, tmp_path: Path
 ) -> None:
-    """The run stands still at step 9, in a pipe that nobody reads, until the files are gone."""
+    """Writing to a pipe blocks the run at step 9 until the files are deleted."""
     copy, folder = tmp_path / "shards", tmp_path / "run"
     shutil.copytree(shards, copy)
     folder.mkdir()
     os.mkfifo(folder / "samples.txt")
-    words = command(folder, f"data.folder={copy}", "data.prefetch=1")
+    arguments = command(folder, f"data.folder={copy}", "data.prefetch=1")
     samples = ("validation.interval=9", "validation.sample_tokens=1")
-    start = fork_server.start([*words[1:], *samples], 1, torchrun=False)
-    wait_for(partial(has_done, folder, 9), "step 9")
+    start = fork_server.start([*arguments[1:], *samples], 1, torchrun=False)
+    wait_for(partial(has_logged, folder, 9), "step 9")
     shutil.rmtree(copy / "email")
     with open(folder / "samples.txt", encoding="utf-8") as pipe:
         pipe.read()
     (code,) = fork_server.wait(start)
     (folder / "samples.txt").unlink()
-    assert_told_and_mended((code, read(start.stderr[0])), words, copy, shards, uninterrupted)
+    assert_reported_and_resumable(
+        (code, read(start.stderr[0])), arguments, copy, shards, uninterrupted
+    )
 
 
-def test_a_run_that_begins_with_a_checkpoint_of_other_data_goes_on_with_its_own(
+def test_run_started_from_checkpoint_of_other_data_resumes_with_its_own(
     command: Any, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Else the next start takes the run's own shards for others than it was trained on."""
+    """The data hash of the first checkpoint must not be compared with the run's own shards."""
     own = (f"data.folder={tmp_path / 'shards'}", "data.validation_fraction=0.3")
     checkpoint = uninterrupted / "checkpoints" / f"step-{STEPS:08d}"
     first = command(
         tmp_path / "run", *own, f"run.resume={checkpoint}", f"train.max_steps={STEPS + 1}"
     )
     again = command(tmp_path / "run", *own, f"train.max_steps={STEPS + 2}")
-    for words in (first, again):
-        done = start_program(words)
+    for arguments in (first, again):
+        done = start_program(arguments)
         assert done.returncode == 0, done.stderr
-        assert "run.resume=" not in done.stdout  # nothing that it tells to type is refused
+        assert "run.resume=" not in done.stdout  # the printed commands would be rejected with it
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [STEPS + 1, STEPS + 2]

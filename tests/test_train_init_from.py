@@ -1,4 +1,4 @@
-"""Continued training: a run begins with weights of any format, on any mesh, or says why not."""
+"""`run.init_from`: training starts from weights of any format, on any mesh."""
 
 import shutil
 from pathlib import Path
@@ -36,25 +36,25 @@ MODEL = ModelConfig(
 )
 SAME = ["model.rope_scaling={factor:8.0}", "data.document_mask=false"]
 SHORT = ["train.max_steps=3", "checkpoint.interval=2"]
-# Sums in another order, as between meshes; of transformers' loss the issue allows as much.
+# Meshes and transformers sum in different orders.
 TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same weights and their tokenizer in each format."""
-    place = tmp_path_factory.mktemp("weights")
+    """Return folders with the same weights and tokenizer in each format."""
+    folder = tmp_path_factory.mktemp("weights")
     byte = ready_tokenizer(TokenizerConfig(name="byte", vocab_size=272))
     for format, parts in (("native", 1), ("hf", 1), ("meta", 2)):
-        convert(MadeWeights(MODEL), byte, place / format, format, parts=parts)  # type: ignore[arg-type]
-    return {format: place / format for format in ("native", "hf", "meta")}
+        convert(MadeWeights(MODEL), byte, folder / format, format, parts=parts)  # type: ignore[arg-type]
+    return {format: folder / format for format in ("native", "hf", "meta")}
 
 
 @pytest.fixture(scope="module")
 def expected(
     folders: dict[str, Path], fork_server: ForkServer, train_arguments: Any, tmp_path_factory: Any
 ) -> tuple[list[dict[str, Any]], float]:
-    """The figures of a run that began with the Hugging Face folder; transformers' first loss."""
+    """Return the metrics of a run from the Hugging Face folder, and transformers' first loss."""
     run = tmp_path_factory.mktemp("expected") / "run"
     start = fork_server.run(
         train_arguments(run, *SHORT, *SAME, f"run.init_from={folders['hf']}"), 1
@@ -64,31 +64,31 @@ def expected(
 
 
 def transformers_loss(folder: Path, run: Path) -> float:
-    """The mean loss of a run's first batch, by transformers."""
+    """Return the mean loss of the first batch of a run, computed by transformers."""
     values = yaml.safe_load((run / "config.yaml").read_text())
     config: JobConfig = load_train_config(OmegaConf.create(values))
     dataset = Dataset.open(config.data.folder, document_mask=False)
     loader = TrainLoader(dataset, config.stages(), seed=config.run.seed, rank=0, size=1)
     (batch,) = loader.step(0).micro_batches
-    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        logits = theirs(batch.tokens).logits
+        logits = reference(batch.tokens).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).item()
 
 
-def test_the_first_loss_is_transformers_own_on_the_same_batch(
+def test_first_loss_equals_transformers_on_same_batch(
     expected: tuple[list[dict[str, Any]], float],
 ) -> None:
     steps, loss = expected
     assert steps[0]["loss"] == pytest.approx(loss, rel=TOLERANCE)
-    assert abs(steps[0]["loss"] - steps[1]["loss"]) > 1e-3  # another batch, other weights
+    assert abs(steps[0]["loss"] - steps[1]["loss"]) > 1e-3  # different batch and weights
 
 
 @pytest.mark.parametrize(
     ("format", "mesh"),
     [("hf", "tp"), ("hf", "dp_shard"), ("meta", "tp"), ("meta", "dp_shard"), ("native", "cp")],
 )
-def test_every_format_on_every_axis_begins_the_same_run(
+def test_every_format_and_mesh_gives_same_run(
     format: str,
     mesh: str,
     folders: dict[str, Path],
@@ -98,8 +98,8 @@ def test_every_format_on_every_axis_begins_the_same_run(
     tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"
-    begun = f"run.init_from={folders[format]}"
-    start = fork_server.run(train_arguments(run, *SHORT, *SAME, begun, f"parallel.{mesh}=2"), 2)
+    init_from = f"run.init_from={folders[format]}"
+    start = fork_server.run(train_arguments(run, *SHORT, *SAME, init_from, f"parallel.{mesh}=2"), 2)
     assert start.exit_codes == {0: 0, 1: 0}, start.output()
     for found, step in zip(reproducible_metrics(run), expected[0], strict=True):
         assert found["batch_hash"] == step["batch_hash"]
@@ -108,7 +108,7 @@ def test_every_format_on_every_axis_begins_the_same_run(
         return
     assert f"from the weights of {folders[format]}" in " ".join(start.output().split())
     assert read_events(run)[0]["init_from"] == str(folders[format])
-    # A checkpoint of two ranks, whose weights a run begins with, reads as what they are.
+    # A checkpoint of two ranks is also a valid source of weights.
     again = tmp_path / "again"
     checkpoint = run / "checkpoints" / "step-00000003"
     assert (checkpoint / "tokenizer.model").exists()
@@ -117,20 +117,22 @@ def test_every_format_on_every_axis_begins_the_same_run(
     )
     assert branch.exit_codes == {0: 0}, branch.output()
     longer = fork_server.run(train_arguments(run, *SAME, "train.max_steps=4"), 1)
-    assert longer.exit_codes == {0: 0}, longer.output()  # on its own, the weights not asked for
+    assert longer.exit_codes == {0: 0}, (
+        longer.output()
+    )  # from its own checkpoint, without run.init_from
     assert (
         reproducible_metrics(again)[0]["batch_hash"] == reproducible_metrics(run)[0]["batch_hash"]
     )
     assert reproducible_metrics(again)[0]["loss"] < reproducible_metrics(run)[0]["loss"]
-    # The same command again goes on from the checkpoint, even where the weights are gone.
+    # A changed run.init_from is rejected when the run resumes.
     shutil.copytree(run, tmp_path / "copy")
     more = [*SAME, "train.max_steps=5"]
     gone = fork_server.run(train_arguments(tmp_path / "copy", *more, "run.init_from=gone"), 1)
     assert gone.exit_codes == {0: 1}
-    assert "the weights that the run began from" in gone.output()
+    assert "decides the initial weights" in gone.output()
 
 
-def test_a_flipped_bit_of_a_checkpoint_begins_no_run(
+def test_corrupted_initial_weights_are_rejected(
     folders: dict[str, Path], fork_server: ForkServer, train_arguments: Any, tmp_path: Path
 ) -> None:
     source = shutil.copytree(folders["native"], tmp_path / "source")
@@ -140,67 +142,69 @@ def test_a_flipped_bit_of_a_checkpoint_begins_no_run(
     largest.write_bytes(content)
     start = fork_server.run(train_arguments(tmp_path / "run", f"run.init_from={source}", *SAME), 1)
     assert start.exit_codes == {0: 1}, start.output()
-    assert f"is damaged: {largest.name} has another hash" in start.output()
+    assert f"is damaged: the hash of {largest.name}" in start.output()
 
 
-def refused(fork_server: ForkServer, arguments: list[str], run: Path) -> str:
-    """What a start says that is refused before it writes anything."""
+def run_rejected(fork_server: ForkServer, arguments: list[str], run: Path) -> str:
+    """Return the output of a launch that fails before it writes anything."""
     start = fork_server.run(arguments, 1)
     assert start.exit_codes == {0: 1}, start.output()
     assert not run.exists()
     return start.output()
 
 
-def test_other_weights_are_refused_with_both_values(
+def test_mismatching_weights_are_rejected_with_both_values(
     folders: dict[str, Path], fork_server: ForkServer, train_arguments: Any, tmp_path: Path
 ) -> None:
-    run, begun = tmp_path / "run", f"run.init_from={folders['hf']}"
+    run, init_from = tmp_path / "run", f"run.init_from={folders['hf']}"
     other = ["model.n_kv_heads=4", "model.rope_theta=10000", "data.document_mask=false"]
-    told = refused(fork_server, train_arguments(run, begun, *other), run)
-    assert "model.n_kv_heads (4) is not that of the weights in run.init_from" in told
-    assert "which is 2: use model.n_kv_heads=2" in told
-    assert "model.rope_theta (10000.0) is not that of the weights" in told
-    assert "or run.allow_changes=[model.rope_theta] to train them into another function" in told
+    output = run_rejected(fork_server, train_arguments(run, init_from, *other), run)
+    assert "model.n_kv_heads=4 differs from model.n_kv_heads=2 of the weights in" in output
+    assert "; use model.n_kv_heads=2\n" in output
+    assert "model.rope_theta=10000.0 differs from model.rope_theta=" in output
+    assert "or run.allow_changes=[model.rope_theta] to train the weights with another" in output
     scaling = "{factor:8.0,low_freq_factor:1.0,high_freq_factor:4.0,original_max_seq_len:8192}"
-    assert f"which is {scaling}: use 'model.rope_scaling={scaling}'" in told
+    assert f"differs from model.rope_scaling={scaling} of" in output
+    assert f"; use 'model.rope_scaling={scaling}'" in output
 
     convert(MadeWeights(SMALL), None, tmp_path / "small", "hf")
-    told = refused(
+    output = run_rejected(
         fork_server, train_arguments(run, f"run.init_from={tmp_path / 'small'}", *SAME), run
     )
-    assert "model.vocab_size (272) is not that of the weights" in told
+    assert "model.vocab_size=272 differs from model.vocab_size=" in output
 
-    told = refused(
+    output = run_rejected(
         fork_server, train_arguments(run, f"run.init_from={tmp_path / 'nowhere'}", *SAME), run
     )
-    assert "nowhere is no folder" in told
-    both = [begun, f"run.resume={folders['native']}", *SAME]
-    assert "begins with weights alone: use one of them" in refused(
-        fork_server, train_arguments(run, *both), run
+    assert "nowhere is no folder" in output
+    both = [init_from, f"run.resume={folders['native']}", *SAME]
+    output = run_rejected(fork_server, train_arguments(run, *both), run)
+    assert "loads weights only; use one of them" in output
+    weights_only = train_arguments(run, f"run.resume={folders['native']}", *SAME)
+    assert "has weights only, without optimizer state" in run_rejected(
+        fork_server, weights_only, run
     )
-    alone = train_arguments(run, f"run.resume={folders['native']}", *SAME)
-    assert "holds weights alone" in refused(fork_server, alone, run)
 
 
-def test_a_changed_function_of_the_same_weights_is_trained_by_consent(
+def test_changed_function_is_trained_with_allow_changes(
     folders: dict[str, Path], fork_server: ForkServer, train_arguments: Any, tmp_path: Path
 ) -> None:
-    consent = "run.allow_changes=[model.rope_scaling,model.rope_theta]"
+    allow = "run.allow_changes=[model.rope_scaling,model.rope_theta]"
     longer = ["model.rope_theta=1000000", "data.document_mask=false", "train.max_steps=1"]
     arguments = train_arguments(
-        tmp_path / "run", f"run.init_from={folders['meta']}", consent, *longer
+        tmp_path / "run", f"run.init_from={folders['meta']}", allow, *longer
     )
     start = fork_server.run(arguments, 1)
     assert start.exit_codes == {0: 0}, start.output()
 
 
-def test_a_rank_that_cannot_read_its_shard_ends_all_with_its_reason(
+def test_read_error_on_one_rank_stops_all_ranks_with_its_reason(
     folders: dict[str, Path], fork_server: ForkServer, train_arguments: Any, tmp_path: Path
 ) -> None:
-    begun = f"run.init_from={folders['hf']}"
+    init_from = f"run.init_from={folders['hf']}"
     failing = Fault(rank=1, call=3, action="EIO", function="os.preadv")
     start = fork_server.run(
-        train_arguments(tmp_path / "run", begun, *SAME, "parallel.tp=2"), 2, failing
+        train_arguments(tmp_path / "run", init_from, *SAME, "parallel.tp=2"), 2, failing
     )
     assert start.exit_codes == {0: 1, 1: 1}, start.output()
     assert "cannot be read (Input/output error)" in start.output()

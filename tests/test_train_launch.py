@@ -1,4 +1,4 @@
-"""Who starts the processes, how often, and what becomes of them changes nothing of a run."""
+"""Launchers, restarts, kills and signals do not change the results of a run."""
 
 import json
 import os
@@ -15,64 +15,64 @@ import pytest
 from conftest import STEPS, read_metrics, start_program, start_python
 from processes import DEADLINE, Program, linux, paused_training
 
-# Two meshes sum in another order; rounding of 1e-7 a sum grows with the steps (issue: 2e-7 seen).
+# Meshes sum in different orders: rounding errors of 1e-7 per sum, growing over the steps.
 TOLERANCE = 1e-6
 
 Completed = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
-def alone(command: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Completed]:
-    """The run on one process: its folder, and what the program printed."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
+def single(command: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Completed]:
+    """Return folder and output of the run on one process."""
+    folder = tmp_path_factory.mktemp("single") / "run"
     return folder, start_python(command(folder))
 
 
 @pytest.fixture(scope="module")
 def pair(command: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Completed]:
-    """The run on two processes that the program starts itself."""
+    """Return folder and output of the run on two processes launched by the program."""
     folder = tmp_path_factory.mktemp("pairs") / "run"
     return folder, start_python([*command(folder), "parallel.tp=2"])
 
 
 def curve(folder: Path, key: str) -> list[Any]:
-    """A figure of every step, in order; the steps are 1, 2, … without a gap."""
+    """Return a metric of every step in order; check that no step is missing."""
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line[key] for line in lines]
 
 
-def steps_told(done: Completed) -> list[int]:
-    """The steps of the lines of figures on standard output."""
+def logged_steps(done: Completed) -> list[int]:
+    """Return the steps of the metrics lines on standard output."""
     return [int(step) for step in re.findall(rf"^ *(\d+)/{STEPS} ", done.stdout, re.MULTILINE)]
 
 
-def printed_command(done: Completed, what: str) -> list[str]:
-    """The arguments of the command that a summary tells under `what`."""
+def printed_command(done: Completed, description: str) -> list[str]:
+    """Return the arguments of the command printed under a description in the summary."""
     lines = done.stdout.splitlines()
-    words = shlex.split(lines[next(i for i, line in enumerate(lines) if what in line) + 1])
+    words = shlex.split(lines[next(i for i, line in enumerate(lines) if description in line) + 1])
     assert words[0] == "python"
     return words[1:]
 
 
-# ---------------------------------------------------------------- what is said
+# ---------------------------------------------------------------- output
 
 
-def test_good_runs_say_everything_once_and_nothing_on_standard_error(
-    alone: tuple[Path, Completed], pair: tuple[Path, Completed]
+def test_successful_run_prints_once_and_nothing_to_standard_error(
+    single: tuple[Path, Completed], pair: tuple[Path, Completed]
 ) -> None:
-    for _, done in (alone, pair):
+    for _, done in (single, pair):
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
-        assert steps_told(done) == list(range(1, STEPS + 1))
-    one, two = (done.stdout.splitlines() for _, done in (alone, pair))
-    assert len(one) == len(two), "the second rank says something too"
+        assert logged_steps(done) == list(range(1, STEPS + 1))
+    one, two = (done.stdout.splitlines() for _, done in (single, pair))
+    assert len(one) == len(two), "the second rank prints too"
 
 
-# ---------------------------------------------------------------- who starts the processes
+# ---------------------------------------------------------------- launchers
 
 
-def test_torchrun_trains_as_the_program_s_own_launch_does(
+def test_torchrun_gives_same_run_as_self_launch(
     command: Any, pair: tuple[Path, Completed], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -80,25 +80,25 @@ def test_torchrun_trains_as_the_program_s_own_launch_does(
     done = start_python([*launcher, *command(folder), "parallel.tp=2"])
     assert done.returncode == 0, done.stderr
     assert "launched by torchrun" in done.stdout
-    assert steps_told(done) == list(range(1, STEPS + 1))
+    assert logged_steps(done) == list(range(1, STEPS + 1))
     reference, _ = pair
     assert curve(folder, "batch_hash") == curve(reference, "batch_hash")
     losses = curve(folder, "loss")
     assert losses == pytest.approx(curve(reference, "loss"), rel=TOLERANCE, abs=0)
 
 
-# ---------------------------------------------------------------- starting again
+# ---------------------------------------------------------------- restarts
 
 
 @pytest.fixture
-def finished(alone: tuple[Path, Completed], tmp_path: Path) -> tuple[Path, Callable[[str], Any]]:
-    """A copy of the finished run, and what starts a command that its summary printed."""
-    source, done = alone
+def finished(single: tuple[Path, Completed], tmp_path: Path) -> tuple[Path, Callable[[str], Any]]:
+    """Return a copy of the finished run and a function that runs a command of its summary."""
+    source, done = single
     folder = tmp_path / "run"
     shutil.copytree(source, folder)
 
-    def start(what: str) -> Completed:
-        words = printed_command(done, what)
+    def start(description: str) -> Completed:
+        words = printed_command(done, description)
         again = start_program([word.replace(str(source), str(folder)) for word in words])
         assert again.returncode == 0, again.stderr
         assert again.stderr == ""
@@ -107,19 +107,19 @@ def finished(alone: tuple[Path, Completed], tmp_path: Path) -> tuple[Path, Calla
     return folder, start
 
 
-def test_printed_resume_command_of_a_finished_run_changes_no_figure(
+def test_printed_resume_command_of_finished_run_changes_nothing(
     finished: tuple[Path, Callable[[str], Completed]],
 ) -> None:
     folder, start = finished
     kept = ["metrics.jsonl", "samples.txt", f"checkpoints/step-{STEPS:08d}/manifest.json"]
     before = [(folder / name).read_bytes() for name in kept]
     again = start("Resume")
-    assert steps_told(again) == []
+    assert logged_steps(again) == []
     assert "finished already" in again.stdout.lower()
     assert [(folder / name).read_bytes() for name in kept] == before
 
 
-def test_printed_command_to_go_further_goes_on_from_the_last_checkpoint(
+def test_printed_command_to_train_longer_resumes_from_last_checkpoint(
     finished: tuple[Path, Callable[[str], Completed]],
 ) -> None:
     folder, start = finished
@@ -127,17 +127,17 @@ def test_printed_command_to_go_further_goes_on_from_the_last_checkpoint(
     start("Train longer")
     assert read_metrics(folder)[:STEPS] == before
     hashes = curve(folder, "batch_hash")
-    assert len(hashes) == len(set(hashes)) == 2 * STEPS  # twice as far, and no batch again
+    assert len(hashes) == len(set(hashes)) == 2 * STEPS  # no batch is repeated
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     assert [line["step"] for line in ledger if line["event"] == "start"] == [0, STEPS]
 
 
-# ---------------------------------------------------------------- a kill
+# ---------------------------------------------------------------- kills and signals
 
 
 @pytest.fixture
-def standing(command: Any, tmp_path: Path) -> Iterator[tuple[Path, Program]]:
-    """A run on two processes that stands still at step 9: its folder, and its processes."""
+def paused(command: Any, tmp_path: Path) -> Iterator[tuple[Path, Program]]:
+    """Return folder and processes of a run on two ranks, of which rank 0 blocks after step 9."""
     with paused_training(
         [*command(tmp_path / "run"), "parallel.tp=2"], tmp_path / "run"
     ) as program:
@@ -145,17 +145,17 @@ def standing(command: Any, tmp_path: Path) -> Iterator[tuple[Path, Program]]:
 
 
 @linux
-def test_killed_run_goes_on_from_the_newest_checkpoint_bit_for_bit(
-    command: Any, pair: tuple[Path, Completed], standing: tuple[Path, Program]
+def test_killed_run_resumes_from_newest_checkpoint_bit_for_bit(
+    command: Any, pair: tuple[Path, Completed], paused: tuple[Path, Program]
 ) -> None:
-    folder, program = standing
+    folder, program = paused
     program.main.kill()
     program.wait_for_child()
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000006"]
     (folder / "samples.txt").unlink()
     done = start_program([*command(folder), "parallel.tp=2"], world_size=2)
     assert done.returncode == 0, done.stderr
-    assert steps_told(done) == list(range(7, STEPS + 1))
+    assert logged_steps(done) == list(range(7, STEPS + 1))
     reference, _ = pair
     for key in ("batch_hash", "samples", "loss", "grad_norm"):
         assert curve(folder, key) == curve(reference, key)
@@ -164,10 +164,10 @@ def test_killed_run_goes_on_from_the_newest_checkpoint_bit_for_bit(
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 75, signal.SIGINT: 130}
 
 
-def assert_saved_once_and_left(folder: Path, number: signal.Signals, told: str) -> list[str]:
-    """A run that got a signal in step 9 left in good order; returns the command that goes on."""
-    # Step 9 was taken when the signal came, so it is step 10 that all know of it with.
-    last = told.splitlines()[-3:]
+def assert_saved_and_stopped(folder: Path, number: signal.Signals, output: str) -> list[str]:
+    """Check the clean exit of a run that received a signal in step 9; return its resume command."""
+    # The signal arrived after step 9, so the ranks agree on it in the all-reduce of step 10.
+    last = output.splitlines()[-3:]
     assert last[0].startswith("Stopped after step 10: ")
     assert last[1].startswith("goodput ")
     assert last[2].startswith("Checkpoint saved at step 10. Resume with: ")
@@ -179,7 +179,7 @@ def assert_saved_once_and_left(folder: Path, number: signal.Signals, told: str) 
     return shlex.split(last[2].partition("Resume with: ")[2])
 
 
-# Whom a person or a scheduler may send what: the main process, another rank, all of them.
+# Users and schedulers signal the main process, another rank, or all processes.
 SIGNALS = {
     "SIGTERM to rank 1": (signal.SIGTERM, lambda program: [program.child]),
     "SIGUSR1 to rank 0": (signal.SIGUSR1, lambda program: [program.main.pid]),
@@ -189,21 +189,21 @@ SIGNALS = {
 
 @linux
 @pytest.mark.parametrize("case", SIGNALS)
-def test_signal_on_any_rank_lets_all_finish_the_step_save_once_and_leave_with_its_code(
-    command: Any, pair: tuple[Path, Completed], standing: tuple[Path, Program], case: str
+def test_signal_to_any_rank_saves_once_and_exits_all_ranks_with_its_code(
+    command: Any, pair: tuple[Path, Completed], paused: tuple[Path, Program], case: str
 ) -> None:
-    folder, program = standing
+    folder, program = paused
     number, receivers = SIGNALS[case]
     for process in receivers(program):
         os.kill(process, number)
-    let_go_on(folder)
-    told, errors = program.main.communicate(timeout=DEADLINE)
+    unblock(folder)
+    output, errors = program.main.communicate(timeout=DEADLINE)
     program.wait_for_child()
     assert program.main.returncode == CODES[number]
     assert errors == ""
-    python, *words = assert_saved_once_and_left(folder, number, told)
+    python, *words = assert_saved_and_stopped(folder, number, output)
     assert python == "python"
-    if number == signal.SIGTERM:  # all leave alike, so one of them shows how the run goes on
+    if number == signal.SIGTERM:  # resuming is the same after every signal
         (folder / "samples.txt").unlink()
         assert start_program(words, world_size=2).returncode == 0
         reference, _ = pair
@@ -211,28 +211,28 @@ def test_signal_on_any_rank_lets_all_finish_the_step_save_once_and_leave_with_it
             assert curve(folder, key) == curve(reference, key)
 
 
-def let_go_on(folder: Path) -> None:
-    """Reads the pipe that a run which stands still waits for."""
+def unblock(folder: Path) -> None:
+    """Read the pipe that the run is blocked on."""
     with (folder / "samples.txt").open() as pipe:
         assert "step 9" in pipe.read()
 
 
 @linux
-def test_run_interrupted_while_it_starts_says_so_in_a_line(command: Any, tmp_path: Path) -> None:
+def test_interrupt_during_start_up_prints_one_line(command: Any, tmp_path: Path) -> None:
     program = Program([*command(tmp_path / "run"), "parallel.tp=2"])
     try:
         os.kill(program.main.pid, signal.SIGINT)
-        told, errors = program.main.communicate(timeout=DEADLINE)
+        output, errors = program.main.communicate(timeout=DEADLINE)
         program.wait_for_child()
     finally:
         program.kill()
     assert program.main.returncode == 130
     assert errors == "Interrupted before the first step.\n"
-    assert told.startswith("plan: fits") and told.count("\n") == 1
+    assert output.startswith("plan: fits") and output.count("\n") == 1
 
 
 @linux
-def test_main_process_killed_while_the_run_starts_leaves_no_process(
+def test_kill_of_main_process_during_start_up_leaves_no_process(
     command: Any, tmp_path: Path
 ) -> None:
     program = Program([*command(tmp_path / "run"), "parallel.tp=2"])
@@ -244,7 +244,7 @@ def test_main_process_killed_while_the_run_starts_leaves_no_process(
 
 
 @linux
-def test_torchrun_killed_in_the_middle_leaves_no_process(command: Any, tmp_path: Path) -> None:
+def test_kill_of_torchrun_leaves_no_process(command: Any, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=1"]
     arguments = [*launcher, *command(tmp_path / "run")]
     with paused_training(arguments, tmp_path / "run") as program:

@@ -1,4 +1,4 @@
-"""One run, any mesh: `train.py` itself, in real processes, spread in different ways."""
+"""`train.py` gives the same samples, losses and gradient norms on any mesh."""
 
 import json
 import math
@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from conftest import read_metrics
 
-# Each mesh sums in another order. Rounding errors of 1e-7 a sum grow with the steps, to 3e-7 in
-# the losses of `bench.mesh_equality`. Wrong data, a wrong divisor or a lost gradient shows at 1e-3.
+# Each mesh sums in a different order. Rounding errors of 1e-7 per sum grow over the steps, to 3e-7
+# in the losses of `bench.mesh_equality`. Wrong data, a wrong divisor or a missing gradient causes
+# differences of 1e-3.
 LOSS_TOLERANCE = 1e-6
 NORM_TOLERANCE = 1e-5
 
@@ -24,7 +25,7 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def runs(smoke_run: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same forty steps on every mesh, and once more on tp=2."""
+    """Return the folders of runs of forty steps on every mesh, with a repeated one on tp=2."""
     folder = tmp_path_factory.mktemp("runs")
     for name, overrides in MESHES.items():
         smoke_run(folder / name, *overrides)
@@ -33,21 +34,21 @@ def runs(smoke_run: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def curve(folder: Path, key: str) -> list[Any]:
-    """A figure of every step, in order; the steps are 1, 2, … without a gap."""
+    """Return a metric of every step in order; check that no step is missing."""
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line[key] for line in lines]
 
 
 def assert_close(found: list[float], expected: list[float], tolerance: float) -> None:
-    """Every value within `tolerance` relative; tells the worst."""
+    """Check that all values are within the relative tolerance."""
     assert len(found) == len(expected)
     worst = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
     assert worst <= tolerance, f"worst relative difference {worst:.2e}"
 
 
-def stopped_at(run: Path, step: int, target: Path) -> Path:
-    """A copy of a run as a kill right after the save of `step` would leave it."""
+def truncated_run(run: Path, step: int, target: Path) -> Path:
+    """Return a copy of a run as after a kill right after the save of `step`."""
     shutil.copytree(run, target)
     for checkpoint in (target / "checkpoints").iterdir():
         if int(checkpoint.name.removeprefix("step-")) > step:
@@ -56,7 +57,7 @@ def stopped_at(run: Path, step: int, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("mesh", [name for name in MESHES if name != "1x1"])
-def test_mesh_changes_neither_losses_nor_gradient_norms(runs: dict[str, Path], mesh: str) -> None:
+def test_losses_and_gradient_norms_do_not_depend_on_mesh(runs: dict[str, Path], mesh: str) -> None:
     reference = runs["1x1"]
     assert_close(curve(runs[mesh], "loss"), curve(reference, "loss"), LOSS_TOLERANCE)
     assert_close(curve(runs[mesh], "grad_norm"), curve(reference, "grad_norm"), NORM_TOLERANCE)
@@ -67,48 +68,48 @@ def test_mesh_changes_neither_losses_nor_gradient_norms(runs: dict[str, Path], m
     assert_close(found, expected, LOSS_TOLERANCE)
 
 
-def test_mesh_changes_no_sample(runs: dict[str, Path]) -> None:
+def test_samples_do_not_depend_on_mesh(runs: dict[str, Path]) -> None:
     hashes = {mesh: curve(runs[mesh], "batch_hash") for mesh in MESHES}
-    assert len(set(hashes["1x1"])) == 40  # no batch comes twice
+    assert len(set(hashes["1x1"])) == 40  # no batch is repeated
     assert all(found == hashes["1x1"] for found in hashes.values())
 
 
-def test_same_mesh_repeats_bit_for_bit(runs: dict[str, Path]) -> None:
-    # One process repeats itself where it is resumed, below.
+def test_repeated_run_on_same_mesh_is_bit_identical(runs: dict[str, Path]) -> None:
+    # For one process, the resume test below checks this.
     for key in ("loss", "grad_norm"):
         assert curve(runs["tp2"], key) == curve(runs["tp2_again"], key)
 
 
-def test_loss_falls(runs: dict[str, Path]) -> None:
+def test_loss_decreases(runs: dict[str, Path]) -> None:
     losses = curve(runs["1x1"], "loss")
     vocab = 272  # of the byte tokenizer
-    # An untrained model knows nothing, except that tied embeddings favour the token that is there,
-    # by about 0.02 · sqrt(dim) · the norm's gain: text that repeats itself is a little likelier.
+    # The initial loss is near ln(vocab). Tied embeddings favour the current token by about
+    # 0.02 · sqrt(dim) · norm gain, so repetitive text is slightly more likely.
     assert abs(losses[0] - math.log(vocab)) < 0.5
     assert losses[-1] < losses[0] - 1
 
 
 @pytest.mark.parametrize("mesh", ["1x1", "tp2"])
-def test_resume_on_the_same_mesh_is_bit_for_bit(
+def test_resume_on_same_mesh_is_bit_identical(
     runs: dict[str, Path], smoke_run: Any, tmp_path: Path, mesh: str
 ) -> None:
-    run = stopped_at(runs[mesh], 20, tmp_path / "run")
+    run = truncated_run(runs[mesh], 20, tmp_path / "run")
     smoke_run(run, *MESHES[mesh])
     for key in ("loss", "grad_norm", "batch_hash", "samples"):
         assert curve(run, key) == curve(runs[mesh], key)
 
 
-def test_resume_on_another_mesh_with_micro_batches_keeps_samples_losses_and_norms(
+def test_resume_on_another_mesh_with_micro_batches_keeps_samples_losses_and_gradient_norms(
     runs: dict[str, Path], smoke_run: Any, tmp_path: Path
 ) -> None:
-    run = stopped_at(runs["dp2"], 20, tmp_path / "run")
+    run = truncated_run(runs["dp2"], 20, tmp_path / "run")
     smoke_run(run, *MESHES["tp2"], "train.micro_batch_size=2")
     assert_close(curve(run, "grad_norm"), curve(runs["1x1"], "grad_norm"), NORM_TOLERANCE)
     assert curve(run, "batch_hash") == curve(runs["1x1"], "batch_hash")
     assert_close(curve(run, "loss"), curve(runs["1x1"], "loss"), LOSS_TOLERANCE)
 
 
-def test_resume_twice_on_three_meshes_keeps_samples_and_losses(
+def test_two_resumes_on_three_meshes_keep_samples_and_losses(
     runs: dict[str, Path], smoke_run: Any, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Training on packed windows: indexes are written on first use, and the mesh changes no sample."""
+"""Training on packed windows: pack indexes, independence of the mesh, and damaged indexes."""
 
 import shutil
 import subprocess
@@ -14,15 +14,15 @@ PACKED = (
 )
 
 
-def test_two_processes_pack_for_every_stage_and_train_as_one_does(
+def test_two_processes_pack_every_stage_and_train_on_same_samples_as_one(
     smoke_run: Run, tmp_path: Path
 ) -> None:
     shards = tmp_path / "shards"
-    words = (*PACKED, f"data.folder={shards}")
-    two = smoke_run(tmp_path / "two", *words, "parallel.dp_shard=2", "data.loader_threads=2")
+    overrides = (*PACKED, f"data.folder={shards}")
+    two = smoke_run(tmp_path / "two", *overrides, "parallel.dp_shard=2", "data.loader_threads=2")
     assert two.stderr.count("packed for a length of 64") == 1
     assert two.stderr.count("packed for a length of 128") == 1
-    one = smoke_run(tmp_path / "one", *words)
+    one = smoke_run(tmp_path / "one", *overrides)
     assert "packed for" not in one.stderr
     found, expected = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
     assert [line["tokens"] for line in expected][-1] == 12 * 8 * 64 + 12 * 8 * 128
@@ -30,22 +30,20 @@ def test_two_processes_pack_for_every_stage_and_train_as_one_does(
     assert [line["batch_hash"] for line in found] == hashes and len(set(hashes)) == 24
 
 
-def test_an_index_that_is_damaged_while_nobody_looks_stops_the_run_and_says_what_mends_it(
-    smoke_run: Run, tmp_path: Path
-) -> None:
-    words = (*PACKED, f"data.folder={tmp_path / 'shards'}")
-    smoke_run(tmp_path / "whole", *words)
+def test_damaged_pack_index_stops_run_with_remedy(smoke_run: Run, tmp_path: Path) -> None:
+    overrides = (*PACKED, f"data.folder={tmp_path / 'shards'}")
+    smoke_run(tmp_path / "undamaged", *overrides)
     for path in (tmp_path / "shards").glob("*/pack-128/*.pieces"):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    damaged = smoke_run(tmp_path / "run", *words, "checkpoint.interval=5", succeeds=False)
+    damaged = smoke_run(tmp_path / "run", *overrides, "checkpoint.interval=5", succeeds=False)
     assert damaged.returncode == 65
     assert "Traceback" not in damaged.stderr
     assert "Checkpoint saved at step 10. Resume with: " in damaged.stderr
-    (there,) = (tmp_path / "shards").glob("*/pack-128")
-    assert f"delete {there}, then run `python prepare.py … pack=128`" in damaged.stderr
-    shutil.rmtree(there)
-    smoke_run(tmp_path / "run", *words, "checkpoint.interval=5")
-    hashes = [line["batch_hash"] for line in read_metrics(tmp_path / "whole")]
+    (index,) = (tmp_path / "shards").glob("*/pack-128")
+    assert f"delete {index}, then run `python prepare.py … pack=128`" in damaged.stderr
+    shutil.rmtree(index)
+    smoke_run(tmp_path / "run", *overrides, "checkpoint.interval=5")
+    hashes = [line["batch_hash"] for line in read_metrics(tmp_path / "undamaged")]
     assert [line["batch_hash"] for line in read_metrics(tmp_path / "run")] == hashes

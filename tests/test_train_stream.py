@@ -1,4 +1,4 @@
-"""Training straight from a dataset: stopped and spread otherwise, the samples stay the same."""
+"""Training on streamed data: kills and mesh changes do not change the samples."""
 
 import json
 from pathlib import Path
@@ -11,17 +11,17 @@ from processes import linux
 from test_train_data import kill_after
 
 STEPS = 30
-LANES = 4
+STREAM_SHARDS = 4
 
 
 @pytest.fixture(scope="module")
 def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of five files of JSON lines, which stands for one of the hub."""
+    """Return a dataset of five JSON Lines files, in place of one from the Hugging Face Hub."""
     folder = tmp_path_factory.mktemp("dataset") / "code"
     folder.mkdir()
     texts = [file.read_text() for file in sorted(corpus.iterdir())]
     for number in range(5):
-        # Short documents: each lane, of 3,840 tokens, comes to its end within the run.
+        # Documents are short, so that each stream shard (3,840 tokens) ends within the run.
         lines = [json.dumps({"text": text[:250]}) + "\n" for text in texts[number::5]]
         (folder / f"part-{number}.jsonl").write_text("".join(lines))
     return folder
@@ -29,11 +29,16 @@ def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(folder: Path) -> Any:
-    """`command(run)`: the arguments of a run on the dataset."""
+    """Return a function from run folder and overrides to the arguments of a streamed run."""
 
     def arguments(run: Path, *overrides: str) -> list[str]:
         return [
-            *("train.py", "experiment=smoke", "data=fineweb_edu", f"data.stream_shards={LANES}"),
+            *(
+                "train.py",
+                "experiment=smoke",
+                "data=fineweb_edu",
+                f"data.stream_shards={STREAM_SHARDS}",
+            ),
             f"data.sources.fineweb_edu.path={folder}",
             *("data.sources.fineweb_edu.name=null", f"run.dir={run}", f"train.max_steps={STEPS}"),
             *("checkpoint.interval=5", "checkpoint.async_save=false"),
@@ -47,22 +52,25 @@ def command(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def uninterrupted(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run on one process, from end to end."""
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    """Return the folder of the run on one process without interruption."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
     done = start_program(command(run))
     assert done.returncode == 0, done.stderr
-    assert "streamed from 5 files of" in done.stdout and f"in {LANES} stream shards" in done.stdout
+    assert (
+        "streamed from 5 files of" in done.stdout
+        and f"in {STREAM_SHARDS} stream shards" in done.stdout
+    )
     return run
 
 
-def lanes_of(run: Path, step: int) -> dict[str, list[int]]:
-    """The places of the lanes in a checkpoint."""
+def stream_positions(run: Path, step: int) -> dict[str, list[int]]:
+    """Return the position in each stream shard, from a checkpoint."""
     manifest = json.loads((run / f"checkpoints/step-{step:08d}/manifest.json").read_text())
     return manifest["position"]["lanes"]
 
 
 @linux
-def test_killed_twice_and_spread_otherwise_the_run_takes_the_same_samples(
+def test_kills_and_mesh_changes_do_not_change_samples(
     command: Any, uninterrupted: Path, fork_server: ForkServer, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -77,25 +85,27 @@ def test_killed_twice_and_spread_otherwise_the_run_takes_the_same_samples(
     for key in ("step", "samples", "tokens", "batch_hash"):
         assert [line[key] for line in found] == [line[key] for line in expected]
     assert len({line["batch_hash"] for line in expected}) == STEPS
-    assert lanes_of(run, STEPS) == lanes_of(uninterrupted, STEPS)
-    assert sorted(lanes_of(run, STEPS)) == [str(lane) for lane in range(LANES)]
-    assert all(place[0] > 0 for place in lanes_of(run, STEPS).values())  # all began again
+    assert stream_positions(run, STEPS) == stream_positions(uninterrupted, STEPS)
+    assert sorted(stream_positions(run, STEPS)) == [str(index) for index in range(STREAM_SHARDS)]
+    assert all(
+        position[0] > 0 for position in stream_positions(run, STEPS).values()
+    )  # all in their second epoch or later
     starts = [
         json.loads(line)["step"]
         for line in (run / "ledger.jsonl").read_text().splitlines()
         if json.loads(line)["event"] == "start"
     ]
     assert starts[0] == 0 and 10 <= starts[1] < starts[2] and starts[2] >= 20
-    # Meshes sum in other orders: rounding of 1e-7 a sum, grown over the steps.
+    # Meshes sum in different orders: rounding errors of 1e-7 per sum, growing over the steps.
     losses = [line["loss"] for line in expected]
     assert [line["loss"] for line in found] == pytest.approx(losses, rel=1e-6, abs=0)
     assert "--- step 30 ---" in (run / "samples.txt").read_text()
 
 
-def test_another_stream_is_refused_on_resume(
+def test_changed_stream_is_rejected_on_resume(
     command: Any, uninterrupted: Path, folder: Path
 ) -> None:
-    (folder / "part-5.jsonl").write_text('{"text": "one file more"}\n')
+    (folder / "part-5.jsonl").write_text('{"text": "an additional file"}\n')
     try:
         done = start_program(command(uninterrupted, f"train.max_steps={STEPS + 1}"))
     finally:
@@ -106,18 +116,18 @@ def test_another_stream_is_refused_on_resume(
     assert done.returncode == 1 and "data.stream_shards: 4 -> 2" in done.stderr
 
 
-def test_a_streamed_run_has_nothing_to_evaluate_on(uninterrupted: Path) -> None:
+def test_evaluation_of_streamed_run_is_rejected(uninterrupted: Path) -> None:
     checkpoint = uninterrupted / "checkpoints" / f"step-{STEPS:08d}"
     done = start_program(["evaluate.py", f"evaluation.checkpoint={checkpoint}"])
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "data.stream_shards (4)" in done.stderr and "nothing to evaluate on" in done.stderr
 
 
-def test_what_a_stream_lacks_is_told_before_launch_all_at_once(
+def test_all_stream_errors_are_reported_together_before_launch(
     command: Any, tmp_path: Path
 ) -> None:
-    wrong = ("validation.samples=8", "tokenizer=bpe", "data.stream_shards=3")
-    done = start_program(command(tmp_path / "run", *wrong))
+    invalid = ("validation.samples=8", "tokenizer=bpe", "data.stream_shards=3")
+    done = start_program(command(tmp_path / "run", *invalid))
     assert done.returncode == 1
     for key in ("validation.samples (8)", "tokenizer.path (null)", "data.stream_shards (3)"):
         assert key in done.stderr

@@ -1,4 +1,4 @@
-"""A dead or stuck process ends the whole run in bounded time, named, and leaves no process."""
+"""A dead or hanging process aborts all ranks within a timeout, is named, and leaves no process."""
 
 import json
 import os
@@ -17,86 +17,83 @@ from resilience.exit_codes import ExitCode
 
 pytestmark = linux
 
-# Long enough for a step on a loaded machine, short enough to wait for.
-LIMIT = 12
+STEP_SECONDS = 12  # longer than a step on a loaded machine
 
 
 @pytest.fixture
-def standing(command: Any, tmp_path: Path) -> Iterator[tuple[Path, Program]]:
-    """A run of ranks 0 and 1 where rank 0 stands still at the end of step 9."""
+def paused(command: Any, tmp_path: Path) -> Iterator[tuple[Path, Program]]:
+    """Return folder and processes of a run on two ranks, of which rank 0 blocks after step 9."""
     folder = tmp_path / "run"
-    arguments = [*command(folder), "parallel.tp=2", f"watchdog.step_seconds={LIMIT}"]
+    arguments = [*command(folder), "parallel.tp=2", f"watchdog.step_seconds={STEP_SECONDS}"]
     with paused_training(arguments, folder) as program:
         yield folder, program
 
 
-def end_of(program: Program) -> str:
-    """What is told on standard error by a run that ends now, with all its processes."""
-    # A rank is silent or late for LIMIT, then all hear of it; the rest is a loaded machine.
-    told = program.main.communicate(timeout=DEADLINE)[1]
+def wait_for_abort(program: Program) -> str:
+    """Return standard error of a run that aborts; check that no process remains."""
+    # Detection takes STEP_SECONDS; DEADLINE allows for a loaded machine.
+    errors = program.main.communicate(timeout=DEADLINE)[1]
     program.wait_for_child()
     assert not is_running(program.child)
-    return told
+    return errors
 
 
-def test_killed_rank_is_named_with_signal_and_last_place_and_the_ledger_has_it(
-    standing: tuple[Path, Program],
+def test_killed_rank_is_reported_with_signal_and_last_phase_and_logged(
+    paused: tuple[Path, Program],
 ) -> None:
-    folder, program = standing
+    folder, program = paused
     os.kill(program.child, signal.SIGKILL)
-    told = end_of(program)
+    errors = wait_for_abort(program)
     assert program.main.returncode == ExitCode.RANK_FAILED
-    first, *rest = told.splitlines()
+    first, *rest = errors.splitlines()
     assert f"rank 1 (pid {program.child} on {socket.gethostname()})" in first
-    # A rank tells where it is once a beat, and since the last one it may have gone some steps on.
+    # The phase is that of the last heartbeat; the rank may be some steps further.
     assert re.search(
         r"was killed by SIGKILL\. Last seen in (set-up|step \d+|checkpoint 6):$", first
     )
     assert any("train.py:" in line for line in rest)
     assert rest[-1].startswith("Checkpoint saved at step 6. Resume with: python train.py ")
-    assert len(told.splitlines()) < 15
+    assert len(errors.splitlines()) < 15
     last = json.loads((folder / "ledger.jsonl").read_text().splitlines()[-1])
     assert (last["event"], last["code"]) == ("fault", ExitCode.RANK_FAILED) and "SIGKILL" in last[
         "reason"
     ]
 
 
-def test_frozen_rank_is_named_with_its_last_place_and_killed(
-    standing: tuple[Path, Program],
+def test_suspended_rank_is_reported_and_killed(
+    paused: tuple[Path, Program],
 ) -> None:
-    _, program = standing
+    _, program = paused
     os.kill(program.child, signal.SIGSTOP)
-    told = end_of(program)
+    errors = wait_for_abort(program)
     assert program.main.returncode == ExitCode.RANK_FAILED
-    assert f"no heartbeat from rank 1 (pid {program.child} on" in told.splitlines()[0]
-    assert "train.py:" in told
+    assert f"no heartbeat from rank 1 (pid {program.child} on" in errors.splitlines()[0]
+    assert "train.py:" in errors
 
 
-def test_frozen_main_process_is_named_and_ended_by_the_other(
-    standing: tuple[Path, Program],
+def test_suspended_main_process_is_reported_and_killed_by_other_rank(
+    paused: tuple[Path, Program],
 ) -> None:
-    _, program = standing
+    _, program = paused
     program.main.send_signal(signal.SIGSTOP)
-    told = end_of(program)
-    assert program.main.returncode == -signal.SIGKILL  # or it would stay stopped for ever
-    assert told.startswith("Aborting: no heartbeat from rank 0")
+    errors = wait_for_abort(program)
+    assert program.main.returncode == -signal.SIGKILL  # SIGTERM would not end a suspended process
+    assert errors.startswith("Aborting: no heartbeat from rank 0")
 
 
-def test_stuck_rank_is_told_before_those_that_wait_for_it_with_the_line_it_stands_at(
-    standing: tuple[Path, Program],
+def test_hanging_rank_is_reported_with_stack_before_waiting_ranks(
+    paused: tuple[Path, Program],
 ) -> None:
-    _, program = standing  # and nothing is done to it: it stands still by itself
-    told = end_of(program)
+    _, program = paused  # it hangs without further action
+    errors = wait_for_abort(program)
     assert program.main.returncode == ExitCode.RANK_FAILED
-    stuck, waiting = told.index("rank 0 (pid"), told.index("rank 1 (pid")
-    assert stuck < waiting
-    assert f"rank 0 (pid {program.main.pid}" in told and "stuck in step" in told
-    assert "write_sample" in told[stuck:waiting] and "waiting in step" in told[waiting:]
+    hanging, waiting = errors.index("rank 0 (pid"), errors.index("rank 1 (pid")
+    assert hanging < waiting
+    assert f"rank 0 (pid {program.main.pid}" in errors and "stuck in step" in errors
+    assert "write_sample" in errors[hanging:waiting] and "waiting in step" in errors[waiting:]
 
 
-def test_processes_that_never_meet_end_after_the_limit_of_set_up(
-    command: Any, tmp_path: Path
-) -> None:
+def test_failed_rendezvous_ends_after_setup_timeout(command: Any, tmp_path: Path) -> None:
     two_nodes = ["parallel.num_nodes=2", "parallel.dp_shard=2", "watchdog.setup_seconds=10"]
     done = start_python([*command(tmp_path / "run"), *two_nodes])
     assert done.returncode == ExitCode.RANK_FAILED_BEFORE_SAVE
@@ -104,7 +101,7 @@ def test_processes_that_never_meet_end_after_the_limit_of_set_up(
     assert len(done.stderr.splitlines()) < 15
 
 
-def test_port_that_another_program_has_is_told_in_a_line(command: Any, tmp_path: Path) -> None:
+def test_port_in_use_is_reported_in_one_line(command: Any, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         done = start_python(

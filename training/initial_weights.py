@@ -1,4 +1,4 @@
-"""Whether a run may begin with weights that come from elsewhere (`run.init_from`)."""
+"""Compatibility of a run with its initial weights (`run.init_from`) and their tokenizer."""
 
 import dataclasses
 import json
@@ -16,67 +16,63 @@ if TYPE_CHECKING:
 
 
 def check_initial_weights(run: RunConfig, model: ModelConfig) -> None:
-    """Whether the weights in `run.init_from` are those of such a model.
+    """Check that the weights in `run.init_from` fit the model.
 
-    Shapes have to be; what makes another function of the same weights may change by consent
-    (`run.allow_changes`), as for a longer context.
+    Keys that determine shapes must be equal. Keys that change the function computed with the same
+    weights, as for a longer context, may differ if `run.allow_changes` lists them.
 
     Raises:
-        FormatError: they cannot be read.
-        ConfigError: every key in which they differ, with both values.
+        FormatError: The weights cannot be read.
+        ConfigError: Keys differ; the message has both values of each.
     """
     from formats.detection import open_weights
 
-    there = open_weights(Path(str(run.init_from))).model
-    found = []
+    source = open_weights(Path(str(run.init_from))).model
+    errors = []
     for field in dataclasses.fields(ModelConfig):
         key = f"model.{field.name}"
         policy = policy_of(key)
         assert policy is not None
-        now, before = getattr(model, field.name), getattr(there, field.name)
-        if policy.change == "free" or now == before:
+        value, source_value = getattr(model, field.name), getattr(source, field.name)
+        if policy.change == "free" or value == source_value:
             continue
         if policy.change == "override" and key in run.allow_changes:
             continue
-        remedy = f"use {_override(key, before)}"
+        source_override = _override(key, source_value)
+        remedy = f"'{source_override}'" if "{" in source_override else source_override
         if policy.change == "override":
-            remedy += f", or run.allow_changes=[{key}] to train them into another function"
-        found.append(
-            f"{key} ({_typed(now)}) is not that of the weights in run.init_from "
-            f"({run.init_from}), which is {_typed(before)}: {remedy}"
+            remedy += f", or run.allow_changes=[{key}] to train the weights with another function"
+        errors.append(
+            f"{_override(key, value)} differs from {source_override} of the weights in "
+            f"run.init_from={run.init_from}; use {remedy}"
         )
-    if found:
-        raise ConfigError(found)
+    if errors:
+        raise ConfigError(errors)
 
 
-def check_initial_tokenizer(config: JobConfig, here: "Tokenizer") -> None:
-    """Whether the weights in `run.init_from` know the text by the data's tokens.
+def check_initial_tokenizer(config: JobConfig, tokenizer: "Tokenizer") -> None:
+    """Check that the weights in `run.init_from` were trained with the tokenizer of the data.
 
     Raises:
-        DataError: they were trained on another tokenizer's.
-        FormatError: their tokenizer cannot be read.
+        DataError: They were trained with another tokenizer.
+        FormatError: Their tokenizer cannot be read.
     """
     from formats.tokenizers import find_tokenizer
 
-    there = find_tokenizer(Path(str(config.run.init_from)))
-    if there is not None and there.ranks != here.ranks:
+    source = find_tokenizer(Path(str(config.run.init_from)))
+    if source is not None and source.ranks != tokenizer.ranks:
         raise DataError(
-            f"the tokens of {config.data.folder} are those of tokenizer {here.name} "
-            f"({here.vocab_size:,}), and the weights in run.init_from ({config.run.init_from}) "
-            f"were trained on those of {there.name} ({there.vocab_size:,}): use "
-            f"tokenizer={there.name} with tokenizer.path set to that folder's tokenizer.model, and "
-            "another data.folder"
+            f"data.folder={config.data.folder} is tokenized with {tokenizer.name} (vocabulary of "
+            f"{tokenizer.vocab_size:,}), but the weights in run.init_from={config.run.init_from} "
+            f"were trained with {source.name} (vocabulary of {source.vocab_size:,}); use "
+            f"tokenizer={source.name} with tokenizer.path set to tokenizer.model of that folder, "
+            "and another data.folder"
         )
 
 
-def _typed(value: Any) -> str:
-    """A value as a person types it on the command line."""
+def _override(key: str, value: Any) -> str:
+    """Return the Hydra override that gives the key this value, not quoted for a shell."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
-    return json.dumps(value).replace('"', "").replace(": ", ":").replace(", ", ",")
-
-
-def _override(key: str, value: Any) -> str:
-    """What to type so that the key has this value."""
-    typed = f"{key}={_typed(value)}"
-    return f"'{typed}'" if "{" in typed else typed
+    text = json.dumps(value).replace('"', "").replace(": ", ":").replace(", ", ",")
+    return f"{key}={text}"
