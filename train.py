@@ -186,7 +186,7 @@ def train_step(
 ) -> dict[str, Tensor]:
     """Run one optimizer step on this rank's micro-batches of the global batch.
 
-    The summed loss of each micro-batch is divided by the number of targets in the whole global
+    The summed loss of each micro-batch is divided by the number of targets in the global
     batch, so the gradient does not depend on how the batch is split. If loss or gradient norm is
     not finite on any rank, all ranks keep weights and optimizer state unchanged, bit for bit.
 

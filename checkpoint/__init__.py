@@ -7,7 +7,7 @@
 - `retention`: delete old checkpoints, `COMMITTED` first.
 - `restore`: load the newest checkpoint that is valid and that every rank can read, on any mesh.
 - `files`: hashed files and the manifest.
-- `position`: what a checkpoint holds besides tensors.
+- `position`: the state of a run other than tensors.
 
 A folder named `step-XXXXXXXX` with `COMMITTED` is complete, or was damaged later; hashes detect it.
 """

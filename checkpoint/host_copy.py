@@ -13,7 +13,7 @@ State = dict[str, Any]
 def copy_to_host(state: State, buffers: State | None) -> State:
     """Copy all tensors to host memory, reusing the buffers of the previous copy where they fit.
 
-    Copies CPU tensors too, because training changes them in place while the copy is written.
+    Copies CPU tensors too, because training modifies them while the copy is written.
     """
     copied: State = _copy(state, buffers)
     if torch.cuda.is_available():
@@ -22,7 +22,7 @@ def copy_to_host(state: State, buffers: State | None) -> State:
 
 
 def _copy(value: Any, buffer: Any) -> Any:
-    """Copy a tensor, or all tensors of a nested value, into `buffer` where it fits."""
+    """Copy a tensor, or all tensors of a nested value, into `buffer` if it fits."""
     if isinstance(value, dict):
         buffers = buffer if isinstance(buffer, dict) else {}
         return {key: _copy(item, buffers.get(key)) for key, item in value.items()}

@@ -17,7 +17,7 @@ class Position:
         tokens: Input tokens trained on.
         data_hash: Hash of the dataset.
         stream_shards: For streamed data, the read position of each stream shard (before saving,
-            those of this rank).
+            only of this rank's shards).
         batches: Batches consumed from the sample order: `step` and the excluded ones.
         skips: Half-open ranges [first, stop) of batches excluded by rewinds, ascending.
         monitor_state: State of `resilience.loss_monitor.LossMonitor`.
@@ -37,7 +37,7 @@ class Position:
         """Create a position from a manifest of this or an earlier version.
 
         Raises:
-            TypeError, KeyError: The values are not those of a position.
+            TypeError, KeyError: A field is missing or unknown.
         """
         values = {OLD_NAMES.get(key, key): value for key, value in values.items()}
         skips = tuple((int(first), int(stop)) for first, stop in values.get("skips", ()))

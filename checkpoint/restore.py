@@ -49,7 +49,7 @@ def restore(
         before: Highest step to restore, for a rewind; None for the newest.
 
     Returns:
-        The position of the checkpoint; None if there is none, and then nothing was changed.
+        The position of the checkpoint; None if no checkpoint exists; then nothing was changed.
 
     Raises:
         NoCheckpoint: On every rank: checkpoints exist and none can be loaded.

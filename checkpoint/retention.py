@@ -12,7 +12,7 @@ from resilience.run_folder import COMMITTED, RunFolder
 
 
 def remove_old(folder: RunFolder, keep_last: int | None, keep_every: int | None) -> list[str]:
-    """Delete all but the newest `keep_last` checkpoints and those of every `keep_every`-th step.
+    """Keep the newest `keep_last` and every `keep_every`-th step; delete other checkpoints.
 
     Returns:
         A message for each folder that could not be deleted.

@@ -1,8 +1,8 @@
 """Background saving: run the commit protocol in a thread while training continues.
 
 Training waits only for a copy of the tensors to host memory. A thread of each process then writes
-the copy, using a separate process group so that its messages never interleave with those of the
-training steps.
+the copy, using a separate process group so that its messages never interleave with messages of
+the training steps.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Saver:
 
     Args:
         folder: Run folder, on a file system that every rank sees.
-        config: Whether to save in the background, what to do when busy, and what to keep.
+        config: Whether to save in the background, the action when busy, and retention.
         run_config: Resolved configuration, saved in the manifest.
         report: Called in `poll` with a message for each old checkpoint that cannot be deleted.
         extra_files: Small files saved with every checkpoint, by name.
@@ -93,7 +93,7 @@ class Saver:
             False if the save was skipped because another one is running. A committed checkpoint of
             the same step is kept and counts as saved.
         """
-        begin = time.perf_counter()
+        started_at = time.perf_counter()
         if wait or self._config.when_busy == "wait":
             self.finish()
         decision = self._decide(position.step)
@@ -104,12 +104,12 @@ class Saver:
             return True
         state, values = tensors_of(model, optimizer), dataclasses.asdict(position)
         if wait or not self._config.async_save:
-            self._write(state, values, begin, stall_seconds=None)
+            self._write(state, values, started_at, stall_seconds=None)
             return True
         self._buffers = copy_to_host(state, self._buffers)
         self._thread = threading.Thread(
             target=self._write,
-            args=(self._buffers, values, time.perf_counter(), time.perf_counter() - begin),
+            args=(self._buffers, values, time.perf_counter(), time.perf_counter() - started_at),
             name="checkpoint",
             daemon=True,  # an aborting process does not wait for it
         )
@@ -151,7 +151,7 @@ class Saver:
         return decision
 
     def _write(
-        self, state: State, position: dict[str, Any], begin: float, stall_seconds: float | None
+        self, state: State, position: dict[str, Any], started_at: float, stall_seconds: float | None
     ) -> None:
         """Write a checkpoint and queue its result.
 
@@ -173,7 +173,7 @@ class Saver:
             error = str(failure)
         except Exception as failure:  # mostly the death of a peer
             error = f"rank {dist.get_rank()}: {one_line(failure)}"
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - started_at
         path = self._folder.step_folder(position["step"])
         if error is None and dist.get_rank() == 0:
             keep = self._config.keep_last, self._config.keep_every

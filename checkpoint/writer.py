@@ -47,7 +47,7 @@ def write_checkpoint(
     """Write and commit a checkpoint; all ranks call it.
 
     Args:
-        state: Tensors by name, from `tensors_of` or a copy of them.
+        state: Tensors by name, from `tensors_of` or `copy_to_host`.
         position: `Position` as a dictionary, with the stream shards of this rank.
         config: Resolved configuration of the run.
         report: Called on rank 0 with a message for each leftover that cannot be deleted.
@@ -191,7 +191,7 @@ def on_rank_0(
     """Run `action` on rank 0; every rank returns its result or raises its wrapped error.
 
     Args:
-        wrap: Converts an exception of `action` to the one that all ranks raise.
+        wrap: Converts an exception of `action` to the exception that all ranks raise.
         catch: Exceptions to propagate to all ranks.
     """
     answer: list[Any] = [None, None]
@@ -211,7 +211,7 @@ def _save_failed(error: Exception) -> SaveFailed:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error, of each rank where it occurred, in one line without tracebacks."""
+    """Return an error, with the ranks it occurred on, in one line without tracebacks."""
     if isinstance(error, CheckpointException):
         failures = sorted(error.failures.items())
         return "; ".join(f"rank {rank}: {one_line(cause)}" for rank, (cause, _) in failures)

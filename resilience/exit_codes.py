@@ -1,6 +1,6 @@
 """Exit codes of the programs, for scripts and schedulers.
 
-docs/faults.md has the table for users. Codes below 128 follow BSD's sysexits.h where one matches;
+docs/faults.md has the table for users. Codes below 128 follow BSD's sysexits.h where possible;
 128 + N is the shell convention for signal N.
 """
 

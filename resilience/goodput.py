@@ -151,7 +151,7 @@ def compute_goodput(
     for launch, following in zip(launches, [*launches[1:], None], strict=False):
         if end is not None:
             restart += max(0.0, launch.start_time - end)
-        begin = launch.start_time if end is None else max(launch.start_time, end)
+        begin_time = launch.start_time if end is None else max(launch.start_time, end)
         if following is None:
             end = launch.end_time(alive_until.timestamp() if alive_until else 0.0, math.inf)
         else:
@@ -159,9 +159,9 @@ def compute_goodput(
             end = launch.end_time(_seconds(last_alive) if last_alive else 0.0, following.start_time)
         work.go_back_to(launch.start["step"])
         if launch.first_step_time is None:
-            restart += max(0.0, end - begin)
+            restart += max(0.0, end - begin_time)
         else:
-            restart += max(0.0, launch.first_step_time - begin)
+            restart += max(0.0, launch.first_step_time - begin_time)
             more_stalled, more_rest = _add_training(launch, following, end, work)
             stalled, rest = stalled + more_stalled, rest + more_rest
         if launch.stop is not None and launch.stop.get("reason") == "finished":

@@ -1,7 +1,7 @@
 """Heartbeats: the progress of a process and the stack of its main thread.
 
-A stack lists the innermost frame and, of the others, only frames of this repository: they show
-which code called the library. A main thread inside torch usually waits for another rank.
+A stack lists the innermost frame and otherwise only frames of this repository: they show which
+code called the library. A main thread inside torch usually waits for another rank.
 """
 
 import os

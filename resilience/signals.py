@@ -102,8 +102,8 @@ class Requests:
         if self._previous_call is not None:
             self._longest_step = max(self._longest_step, now - self._previous_call)
         self._previous_call = now
-        # Two steps: this one, and the next before the sums are read. Two checkpoints: one that may
-        # be running, and the last.
+        # Two steps: this one, and the next before the sums are read. Two checkpoints: one possibly
+        # running, and the last.
         needed = self._margin + 2 * self._longest_step + 2 * self._longest_save
         if self._deadline - now < needed:
             self.request_stop(ExitCode.STOPPED)

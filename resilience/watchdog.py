@@ -1,4 +1,4 @@
-"""The watchdog: no dead or hung rank makes the others wait forever.
+"""The watchdog: a dead or hung rank ends the run in bounded time.
 
 Every rank writes heartbeats (phase, step, stack of the main thread) to a key-value store hosted by
 rank 0. Rank 0 checks them, publishes the reason to abort, and every process exits by itself,
@@ -35,10 +35,10 @@ from resilience.heartbeat import (
 )
 
 HEARTBEAT_SECONDS = 1.0
-RANKS_PER_HEARTBEAT = 256  # above this many ranks the interval grows: rank 0 reads all of them
+RANKS_PER_HEARTBEAT = 256  # above this many ranks the interval grows: rank 0 reads every heartbeat
 SILENT_SECONDS = 60.0  # without a heartbeat for so long a process counts as dead or suspended
 GRACE_SECONDS = 5.0  # for processes to exit by themselves when all exit together
-PAUSE_SECONDS = 5.0  # a longer gap in this thread means that the whole process was suspended
+PAUSE_SECONDS = 5.0  # a longer gap in this thread means that the process was suspended
 BACKSTOP_SECONDS = 60.0  # beyond a limit, for a process whose Python threads no longer run
 
 PEER_FAILURES = (ExitCode.RANK_FAILED, ExitCode.RANK_FAILED_BEFORE_SAVE)

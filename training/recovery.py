@@ -1,6 +1,6 @@
 """Initial position of a launch, actions after each step, and rewinds.
 
-Only rank 0 reads and writes the event log; it broadcasts what it finds, so that all ranks resume
+Only rank 0 reads and writes the event log; it broadcasts the result, so that all ranks resume
 from the same checkpoint, exclude the same batches and stop after the same step.
 """
 
@@ -147,7 +147,7 @@ def check_step(run: Run, batch: int, scalars: "Tensor", saves: bool) -> Decision
 
 
 def _decide(run: Run, steps: "Iterable[StepStats]") -> Decision:
-    """Check steps, log what the monitor reports, and combine its action with the requests."""
+    """Check steps, log the monitor's messages, and combine its action with the requests."""
     from resilience.signals import agree
 
     decision = Decision()
@@ -178,7 +178,7 @@ def rewind(run: Run, skip: "BatchRange") -> None:
 
     first, _ = skip
     n_excluded = sum(
-        min(stop, first) - begin for begin, stop in run.position.skips if begin < first
+        min(stop, first) - start for start, stop in run.position.skips if start < first
     )
     before = first - n_excluded  # steps done when that batch was taken
     run.saver.finish()

@@ -62,11 +62,11 @@ class SimulatedRun:
             self.idle += self.pass_time(0, 1000)
         elif self.events:
             expected["restart"] += self.pass_time(0, 1000)
-        began = self.now
+        launch_time = self.now
         expected["restart"] += self.pass_time(1, 60)
         self.go_back(rng.choice([*self.committed, *self.committed[-1:], 0][-3:]))
         self.starts += 1
-        times = {"began": iso(began), "last_life": last_alive and iso(last_alive)}
+        times = {"began": iso(launch_time), "last_life": last_alive and iso(last_alive)}
         self.record("start", step=len(self.steps), last_step=last_step, **times)
         expected["restart"] += self.pass_time(1, 60)
         if rng.random() < 0.2 and ends == "killed":
@@ -158,13 +158,13 @@ def test_process_age_counts_from_its_start() -> None:
         pytest.skip("Linux only")
     script = "from resilience.goodput import process_age_seconds as age; import time; a = age()\n"
     script += "time.sleep(0.2); print(a, age())"
-    begin = time.monotonic()
+    started_at = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     first, second = map(float, done.stdout.split())
     # The kernel counts in units of 10 ms.
-    assert first >= 0 and first + 0.19 < second < time.monotonic() - begin + 0.02
+    assert first >= 0 and first + 0.19 < second < time.monotonic() - started_at + 0.02
 
 
 def test_dictionary_for_the_event_log_has_ratio_and_wall_time() -> None:

@@ -178,9 +178,9 @@ def test_lock_of_a_killed_process_is_taken_over_at_once_and_reported(
     last = last_heartbeat(folder)
     held.kill()
     held.wait()
-    begin = time.monotonic()
+    started_at = time.monotonic()
     mine, messages = acquire(folder)
-    assert time.monotonic() - begin < STALE, "the lock was watched first"
+    assert time.monotonic() - started_at < STALE, "the lock was watched first"
     assert len(messages) == 1
     assert f"stale lock of process {held.pid} on" in messages[0]
     assert mine.last_heartbeat is not None
@@ -295,9 +295,9 @@ def test_lock_of_another_machine_with_heartbeats_is_respected(folder: RunFolder)
 
 def test_lock_of_another_machine_without_heartbeats_is_taken_over(folder: RunFolder) -> None:
     write_remote_lock(folder)
-    begin = time.monotonic()
+    started_at = time.monotonic()
     mine, messages = acquire(folder)
-    assert time.monotonic() - begin >= STALE
+    assert time.monotonic() - started_at >= STALE
     assert len(messages) == 2 and "watching" in messages[0] and "stale lock" in messages[1]
     mine.release()
 

@@ -1,4 +1,4 @@
-"""The loss monitor detects bad steps; its decisions do not depend on where a run was stopped."""
+"""The loss monitor detects bad steps; its decisions are the same after a restart at any step."""
 
 import json
 import math
