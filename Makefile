@@ -5,7 +5,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard *.py) model data parallel resilience checkpoint formats evaluation training planning cli slurm bench tests
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three workers on two cores: some tests wait for time limits.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: train check test test-quick test-slow storm clean
 

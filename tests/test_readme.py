@@ -65,7 +65,7 @@ def test_make_targets_run_the_programs() -> None:
         target = {
             "train": "train.py",
             "check": "mypy",
-            "test": 'pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"',
+            "test": 'pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"',
             "test-quick": "-m quick",
             "test-slow": "-m slow",
             "storm": "test_storm.py --storm=",
