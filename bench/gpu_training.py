@@ -217,7 +217,7 @@ def fp8_on_cpu() -> Iterator[None]:
     emulated = partial(apply_float8, emulate=True)
     with (
         patch("training.preflight.fp8_errors", lambda *_: []),
-        patch("parallel.parallelize.apply_float8", emulated),
+        patch("parallel.float8.apply_float8", emulated),
     ):
         yield
 

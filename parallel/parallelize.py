@@ -3,7 +3,8 @@
 fp8 or oneDNN replaces the products of complete matrices; tensor parallelism shards the matrices,
 context parallelism the sequences; then come activation checkpointing and compilation of each
 block, and FSDP2 shards what is left of each matrix. Each transform has its own file. The docstring
-of `model.llama` lists which part of the model each one replaces.
+of `model.llama` lists which part of the model each one replaces. A transform is imported only if it
+is applied.
 """
 
 import torch
@@ -16,14 +17,9 @@ from model.init import initialize
 from model.kernels import prefers_onednn_linear
 from model.kernels.onednn_linear import apply_onednn_linear
 from model.llama import Llama
-from parallel.activation_checkpoint import apply_activation_checkpoint
-from parallel.compilation import apply_async_tensor_parallel, apply_compile
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.context_parallel import apply_context_parallel
 from parallel.data_parallel import apply_data_parallel, mixed_precision_policy
-from parallel.float8 import apply_float8
 from parallel.mixed_precision import apply_mixed_precision
-from parallel.tensor_parallel import apply_tensor_parallel
 
 
 def parallelize(
@@ -43,6 +39,8 @@ def parallelize(
         checkpoint = 0.0
     budgeted = parallel.compile and checkpoint not in ("none", "selective", 1.0)
     if precision.fp8 is not None:
+        from parallel.float8 import apply_float8
+
         apply_float8(model, precision.fp8)
     elif (
         mesh["tp"].size() == 1
@@ -51,6 +49,8 @@ def parallelize(
     ):
         apply_onednn_linear(model.layers)
     if mesh["tp"].size() > 1:
+        from parallel.tensor_parallel import apply_tensor_parallel
+
         apply_tensor_parallel(
             model,
             mesh["tp"],
@@ -58,12 +58,20 @@ def parallelize(
             loss_parallel=parallel.loss_parallel,
         )
     if mesh["cp"].size() > 1:
+        from parallel.context_parallel import apply_context_parallel
+
         apply_context_parallel(model, mesh["cp"])
     if checkpoint in ("full", "selective"):
+        from parallel.activation_checkpoint import apply_activation_checkpoint
+
         apply_activation_checkpoint(model, checkpoint)
     if parallel.async_tp:
+        from parallel.compilation import apply_async_tensor_parallel
+
         apply_async_tensor_parallel(mesh["tp"])
     if parallel.compile:
+        from parallel.compilation import apply_compile
+
         apply_compile(model, memory_budget=checkpoint if isinstance(checkpoint, float) else 1.0)
     if mesh.size() == 1:
         apply_mixed_precision(model, param_dtype)

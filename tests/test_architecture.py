@@ -62,9 +62,12 @@ MAX_HELP_SECONDS = 1.0
 TRAIN_MODULES = Path(__file__).with_name("train_modules.txt")
 # Modules of features that are off in `experiment=smoke`, and libraries that only they need.
 OPTIONAL = (
-    *("evaluation.harness", "evaluation.generation", "evaluation.language_model", "formats"),
-    *("parallel.float8", "parallel.tensor_parallel", "parallel.context_parallel"),
-    *("data.stream", "training.wandb_logger", "planning.picture", "planning.answer"),
+    *("evaluation.lm_eval_model", "evaluation.lm_eval_tasks", "evaluation.completer"),
+    *("training.wandb_logger", "data.stream"),
+    *("parallel.tensor_parallel", "parallel.context_parallel", "parallel.float8"),
+    "parallel.activation_checkpoint",
+    *("formats.hugging_face", "formats.meta", "formats.native", "formats.weights"),
+    *("planning.report", "planning.calibration", "planning.tracing"),
     *("wandb", "lm_eval", "torchao", "datasets", "pyarrow", "safetensors", "llama_models"),
     *("submitit", "litgpt"),
 )
@@ -205,18 +208,14 @@ def test_core_stays_within_its_line_budget() -> None:
 
 
 @pytest.fixture(scope="module")
-def train_modules(data_overrides: list[str], tmp_path_factory: Any) -> list[str]:
-    """Return the modules that a run of `python train.py experiment=smoke` has imported."""
+def train_modules(command: Any, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the modules that `train.py experiment=smoke` imports if its data are prepared."""
     folder = tmp_path_factory.mktemp("modules")
-    overrides = [*data_overrides, f"run.dir={folder / 'run'}", "train.max_steps=1"]
-    process = start_python(
-        [
-            *("tests/record_modules.py", str(folder / "modules.json")),
-            *("train.py", "experiment=smoke", "parallel.accelerator=cpu", *overrides),
-        ]
-    )
+    program = [*command(folder / "run"), "train.max_steps=1"]
+    process = start_python(["tests/record_modules.py", str(folder / "modules.json"), *program])
     assert process.returncode == 0, process.stderr
-    return json.loads((folder / "modules.json").read_text())
+    modules: list[str] = json.loads((folder / "modules.json").read_text())
+    return modules
 
 
 def test_plain_training_imports_the_listed_modules(train_modules: list[str]) -> None:

@@ -98,8 +98,6 @@ def _load_or_initialize(
     from checkpoint.position import Position
     from checkpoint.restore import restore
     from checkpoint.retention import remove_beyond
-    from formats.detection import open_weights
-    from formats.weights import load_weights
     from parallel.parallelize import initialize_weights
 
     folder = RunFolder(Path(config.run.dir))
@@ -115,6 +113,9 @@ def _load_or_initialize(
         if config.run.init_from is None:
             initialize_weights(llama, config.model, config.run.seed)
         else:
+            from formats.detection import open_weights
+            from formats.weights import load_weights
+
             load_weights(llama, open_weights(Path(config.run.init_from)))
         position = Position(step=0, samples=0, tokens=0, data_hash=dataset.hash)
     if before is not None and dist.get_rank() == 0:

@@ -91,12 +91,14 @@ class Run:
 
     def batches(self) -> Generator["StepBatches", None, None]:
         """Iterate over this process's batches from the current position, with prefetching."""
+        from data.dataset import Dataset
         from data.loader import TrainLoader
-        from data.stream import StreamDataset, StreamLoader
 
         data, rank, size = self.config.data, self.data_rank, self.mesh.dp
         on_gpu = self.fabric.device.type == "cuda"
-        if isinstance(self.dataset, StreamDataset):
+        if not isinstance(self.dataset, Dataset):
+            from data.stream import StreamLoader
+
             return StreamLoader(
                 self.dataset,
                 self.stages.at(0),
