@@ -29,13 +29,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "parallel": ("torch", "torchao", "lightning.fabric"),
     "resilience": ("torch", "filelock", "yaml"),
     "checkpoint": ("torch", "xxhash", "filelock"),
-    "formats": ("torch", "safetensors", "tokenizers", "xxhash", "pydantic"),
+    "formats": ("torch", "safetensors", "tokenizers", "xxhash", "filelock", "pydantic"),
     "evaluation": ("torch", "numpy", "lightning.fabric", "lm_eval", "tqdm"),
     "training": (
         *("torch", "torchao", "lightning.fabric", "numpy", "yaml", "rich", "pydantic"),
         *("matplotlib", "tensorboard", "wandb"),
     ),
-    "planning": ("torch", "matplotlib", "yaml", "pydantic", "rich"),
+    "planning": ("torch", "matplotlib", "yaml", "pydantic", "annotated_types", "rich"),
     "cli": ("hydra", "omegaconf", "pydantic", "rich"),
 }
 ORDER = tuple(LAYERS)

@@ -10,10 +10,10 @@ import sys
 
 import torch
 
-from cli.config import JobConfig
 from model.flops import flops_per_token
 from parallel.data_parallel import mixed_precision_policy
 from parallel.mesh import MeshShape
+from training.config import JobConfig
 
 # Dense bf16 peak in TFLOP/s by device name, as torch.cuda.get_device_name returns it.
 _PEAK_TFLOPS = (
