@@ -13,6 +13,7 @@ import yaml
 
 from data.files import write_atomically
 from resilience.exit_codes import ExitCode
+from resilience.renamed_keys import rename_keys
 
 COMMITTED = "COMMITTED"  # marker file of a committed checkpoint
 MANIFEST = "manifest.json"
@@ -83,7 +84,7 @@ class RunFolder:
             ) from None
 
     def read_config(self) -> dict[str, Any] | None:
-        """Return the configuration of the previous launch, or None if there was none.
+        """Return the configuration of the previous launch, with today's keys; None without one.
 
         Raises:
             RunFolderError: The file is damaged.
@@ -93,12 +94,13 @@ class RunFolder:
         try:
             config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
             assert isinstance(config, dict)
-            return config
         except (OSError, yaml.YAMLError, UnicodeDecodeError, AssertionError) as error:
             raise RunFolderError(
                 f"{self.config} cannot be read ({error}); restore it, or choose another folder "
                 "with run.name=…"
             ) from None
+        rename_keys(config)
+        return config
 
     def newest_manifest(self) -> dict[str, Any] | None:
         """Return the newest checkpoint manifest that can be read, without verifying its hash."""
@@ -132,12 +134,15 @@ class RunFolder:
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """Return a checkpoint's manifest if it holds a position and a configuration, else None.
 
-    Does not verify its hash; `checkpoint.files.verify_manifest` does.
+    Renamed configuration keys have their new names. Does not verify its hash; `checkpoint.files.verify_manifest` does.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         position, config = manifest["position"], manifest["config"]
         valid = isinstance(position["step"], int) and isinstance(position["samples"], int)
-        return manifest if valid and "data_hash" in position and isinstance(config, dict) else None
+        if not (valid and "data_hash" in position and isinstance(config, dict)):
+            return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    rename_keys(config)
+    return manifest

@@ -1,5 +1,7 @@
 """Starting or resuming a run in its folder is checked before anything is launched or written."""
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +98,17 @@ def test_unreadable_configuration_is_an_error(folder: RunFolder, text: str) -> N
     folder.config.write_text(text)
     with pytest.raises(RunFolderError, match=r"config\.yaml cannot be read"):
         check_run_folder(folder, CONFIG)
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["config.yaml", "manifest"])
+def test_renamed_keys_of_an_older_run_are_no_changes(folder: RunFolder, lost: bool) -> None:
+    """Without `config.yaml` the configuration is read from the newest manifest."""
+    old = copy.deepcopy(CONFIG)
+    old["faults"]["max_in_a_row"] = old["faults"].pop("max_consecutive_skips")
+    old["data"]["stream_lanes"] = old["data"].pop("stream_shards")
+    folder.write_config(old)
+    if lost:
+        folder.config.unlink()
+        path = folder.step_folder(40) / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"config": old}))
+    assert check_run_folder(folder, CONFIG) == Changes()
