@@ -134,7 +134,8 @@ class RunFolder:
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """Return a checkpoint's manifest if it holds a position and a configuration, else None.
 
-    Renamed configuration keys have their new names. Does not verify its hash; `checkpoint.files.verify_manifest` does.
+    Renamed configuration keys have their new names. The hash is not verified;
+    `checkpoint.files.verify_manifest` does that.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
