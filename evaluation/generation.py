@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from evaluation.kv_cache import kv_cache
 from model.llama import Llama
 from parallel.mesh import DATA_AXES
 
@@ -62,9 +61,9 @@ class SingleProcessSync:
 class GenerationSync:
     """Synchronization of generation between the processes of a mesh.
 
-    Logits of tensor-parallel ranks may differ by rounding, so the first of them chooses the tokens.
-    Data ranks have different prompts but gather sharded weights together, so all of them run a step
-    while any has an unfinished row.
+    Logits of tensor-parallel ranks may differ by rounding, so the first rank chooses the tokens.
+    Data ranks have different prompts but gather sharded weights together, so all run a step while
+    any has an unfinished row.
     """
 
     def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:
@@ -118,7 +117,7 @@ def generate(
         max_new_tokens: At least 1.
         stop: Token ids that end a row; not part of its completion.
         device: Device of the model.
-        sync: Synchronizes the processes of a mesh; all of them call `generate` together.
+        sync: Synchronizes the processes of a mesh, which all call `generate` together.
         on_token: Called as `on_token(row, token)` for each generated token; returning True ends the
             row after this token.
         first_prompt: Index of the first prompt among all prompts of the program.
@@ -126,6 +125,8 @@ def generate(
     Returns:
         One completion per prompt.
     """
+    from evaluation.kv_cache import kv_cache  # not needed by `sample_text`
+
     llama = model if isinstance(model, Llama) else model.module
     assert isinstance(llama, Llama)
     lengths = [len(prompt) for prompt in prompts]
@@ -140,7 +141,7 @@ def generate(
     for index, prompt in enumerate(prompts):
         tokens[index, : len(prompt)] = torch.tensor(prompt)
     tokens, positions = tokens.to(device), torch.tensor(lengths, device=device).unsqueeze(1)
-    # Shapes differ from those of training batches; compiling them does not pay off.
+    # Shapes differ from training batches; compiling them does not pay off.
     with torch.compiler.set_stance("force_eager"), kv_cache(llama, lengths, capacity):
         logits = model(tokens)  # (batch, 1, vocab)
         while True:

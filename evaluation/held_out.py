@@ -109,8 +109,8 @@ def open_held_out(
     """Return the dataset with held-out text and the window length in tokens.
 
     Args:
-        folder: A prepared dataset; None for the one that the weights were trained on.
-        seq_len: Window length; None for that of the training run.
+        folder: A prepared dataset; None for the training dataset of the weights.
+        seq_len: Window length; None for the value of the training run.
         optional: Whether to return no dataset, instead of raising, if `folder` is None and the
             training dataset is unknown or no longer exists.
 

@@ -192,7 +192,7 @@ class LlameshLM(TemplateLM):
                 first = len(tokens) - len(continuation)
                 targets += ((row, first + i, token) for i, token in enumerate(continuation))
         target_tensor = torch.tensor(targets, dtype=torch.int64).view(-1, 3).t()  # (3, targets)
-        # Shapes differ from those of training batches; compiling them does not pay off.
+        # Shapes differ from training batches; compiling them does not pay off.
         with torch.compiler.set_stance("force_eager"), target_scoring(self.llama):
             scores = self.model(inputs.to(self._device), None, target_tensor.to(self._device))
         log_probs, is_argmax = scores.double().cpu()  # (targets) each

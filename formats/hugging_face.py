@@ -81,8 +81,8 @@ class HuggingFaceWeights(Weights):
         first = offsets[0] // head_dim * head_dim
         last = -(-(offsets[0] + sizes[0]) // head_dim) * head_dim
         heads = super().read(name, (first, offsets[1]), (last - first, sizes[1]))
-        begin = offsets[0] - first
-        return to_pairs(heads, head_dim)[begin : begin + sizes[0]]
+        start = offsets[0] - first
+        return to_pairs(heads, head_dim)[start : start + sizes[0]]
 
 
 def open_hugging_face(folder: Path) -> HuggingFaceWeights:

@@ -77,21 +77,21 @@ class StoredTensor:
 
 def _read_overlap(stored: TensorSlice, block: Tensor, offsets: tuple[int, ...]) -> int:
     """Read the intersection of a slice and a block; return its number of elements."""
-    begins = [max(a, b) for a, b in zip(stored.offsets, offsets, strict=True)]
+    starts = [max(a, b) for a, b in zip(stored.offsets, offsets, strict=True)]
     ends = [
         min(a + n, b + m)
         for a, n, b, m in zip(stored.offsets, stored.shape, offsets, block.shape, strict=True)
     ]
-    if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
+    if any(start >= end for start, end in zip(starts, ends, strict=True)):
         return 0
     # A vector is handled as a matrix of one row.
-    is_matrix = len(begins) == 2
+    is_matrix = len(starts) == 2
     width = stored.shape[-1]
-    row, n_rows = (begins[0] - stored.offsets[0], ends[0] - begins[0]) if is_matrix else (0, 1)
-    column, n_columns = begins[-1] - stored.offsets[-1], ends[-1] - begins[-1]
+    row, n_rows = (starts[0] - stored.offsets[0], ends[0] - starts[0]) if is_matrix else (0, 1)
+    column, n_columns = starts[-1] - stored.offsets[-1], ends[-1] - starts[-1]
     target = block.view(-1, block.shape[-1])
-    target = target[begins[0] - offsets[0] :][:n_rows] if is_matrix else target
-    target = target[:, begins[-1] - offsets[-1] :][:, :n_columns]
+    target = target[starts[0] - offsets[0] :][:n_rows] if is_matrix else target
+    target = target[:, starts[-1] - offsets[-1] :][:, :n_columns]
     size = block.element_size()
     start = stored.start + (row * width + column) * size
     try:
@@ -107,7 +107,7 @@ def _read_overlap(stored: TensorSlice, block: Tensor, offsets: tuple[int, ...]) 
 
 
 def _read_into(file: int, path: Path, target: Tensor, start: int) -> None:
-    """Fill a contiguous tensor with the bytes of a file that begin at `start`."""
+    """Fill a contiguous tensor with the bytes of a file from `start`."""
     buffer = bytes_of(target)
     done = 0
     while done < len(buffer):

@@ -104,7 +104,7 @@ def _to_library(tokenizer: Tokenizer) -> Any:
         ]
     )
     built.decoder = decoders.ByteLevel()
-    # Their ids follow those of the vocabulary, in this order.
+    # Their ids follow the vocabulary, in this order.
     built.add_special_tokens(
         [AddedToken(name, special=True, normalized=False) for name in tokenizer.specials]
     )

@@ -63,6 +63,7 @@ TRAIN_MODULES = Path(__file__).with_name("train_modules.txt")
 # Modules of features that are off in `experiment=smoke`, and libraries that only they need.
 OPTIONAL = (
     *("evaluation.lm_eval_model", "evaluation.lm_eval_tasks", "evaluation.completer"),
+    "evaluation.kv_cache",
     *("training.wandb_logger", "data.stream"),
     *("parallel.tensor_parallel", "parallel.context_parallel", "parallel.float8"),
     "parallel.activation_checkpoint",

@@ -150,10 +150,10 @@ def test_invalid_input_is_rejected_and_nothing_is_written(
 
     out = f"target={tmp_path / 'out'}"
     found = error_of(f"source={checkpoint}", out, "parts=2", "file_gb=0", "formt=hf", "dtype=int8")
-    assert "formt is not a key: did you mean format?" in found
-    assert "parts (2) has a meaning for Meta's folders alone" in found
-    assert "file_gb (0.0) is not above 0" in found
-    assert "dtype ('int8') has the wrong type or choice" in found
+    assert "Unknown key formt. Did you mean format?" in found
+    assert "parts=2 applies to Meta folders only" in found
+    assert "file_gb=0 is not above 0" in found
+    assert "dtype='int8' is not a valid choice" in found
     assert "source has no value" in error_of(out)
     assert "is not a folder" in error_of("source=nowhere", out)
     parts = error_of(f"source={checkpoint}", out, "format=meta", "parts=3")
