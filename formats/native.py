@@ -31,6 +31,7 @@ from formats.errors import FormatError
 from formats.stored_tensor import StoredTensor, TensorSlice, unreadable
 from formats.weights import Weights, check_tensors, parameter_shapes
 from model.config import ModelConfig
+from resilience.renamed_keys import rename_keys
 
 PREFIX = "model."  # of the parameters' names in the files, next to "optimizer."
 
@@ -49,6 +50,7 @@ class NativeWeights(Weights):
     ) -> None:
         super().__init__(folder, model, stored)
         self.step, self.config = manifest["position"]["step"], manifest["config"]
+        rename_keys(self.config)
         self.files, self.algorithm = manifest["files"], manifest["algorithm"]
 
     def _stored_name(self, name: str) -> str:

@@ -9,7 +9,7 @@ RENAMED_KEYS = {
 
 
 def rename_keys(config: dict[str, Any]) -> dict[str, str]:
-    """Move the values of renamed keys to their new names, in place.
+    """Move the values of renamed keys to their new names, in place, also in `run.allow_changes`.
 
     Returns:
         The keys that were found: old name to new name.
@@ -23,4 +23,9 @@ def rename_keys(config: dict[str, Any]) -> dict[str, str]:
         if isinstance(section, dict) and name in section:
             section[new.rpartition(".")[2]] = section.pop(name)
             found[old] = new
+    run = config.get("run") if isinstance(config, dict) else None
+    allowed = run.get("allow_changes") if isinstance(run, dict) else None
+    if isinstance(allowed, list):
+        found |= {old: RENAMED_KEYS[old] for old in allowed if old in RENAMED_KEYS}
+        allowed[:] = [RENAMED_KEYS.get(name, name) for name in allowed]
     return found
