@@ -49,8 +49,8 @@ class NativeWeights(Weights):
         manifest: dict[str, Any],
     ) -> None:
         super().__init__(folder, model, stored)
+        rename_keys(manifest["config"])
         self.step, self.config = manifest["position"]["step"], manifest["config"]
-        rename_keys(self.config)
         self.files, self.algorithm = manifest["files"], manifest["algorithm"]
 
     def _stored_name(self, name: str) -> str:

@@ -1,7 +1,7 @@
-"""Everything that can be refused before a process is launched or anything is written.
+"""Checks of run folder and data before any process is launched, and the preparation of data.
 
-Each check raises an error whose message names key, value, rule and remedy. What a launched run
-finds out later (a full disk, a dead peer) is not here.
+Each check raises an error with key, value, rule and remedy. The checks of the configuration itself
+are in `training.config_rules`.
 """
 
 from pathlib import Path
@@ -27,12 +27,11 @@ if TYPE_CHECKING:
 
 
 def check_folder(config: JobConfig) -> Changes:
-    """What changed since the run's last start.
+    """Return the configuration changes since the previous launch of the run.
 
     Raises:
-        RunFolderError: the run may not go on in its folder.
-        FormatError, ConfigError: the weights that it is to begin from cannot be read, or are those
-            of another model.
+        RunFolderError: The run may not start or resume in its folder.
+        FormatError, ConfigError: The initial weights cannot be read, or have another model's shapes.
     """
     folder = RunFolder(Path(config.run.dir))
     changes = check_run_folder(folder, plain(config), lambda old: with_defaults(old, config))
@@ -42,23 +41,23 @@ def check_folder(config: JobConfig) -> Changes:
 
 
 def acquire_run_lock(config: JobConfig) -> RunLock | None:
-    """Takes the run's folder for this run, until it ends; the first process alone does.
+    """Acquire the lock of the run folder on the first process; return None on the others.
 
     Raises:
-        LockedError: another run is at work in it.
-        RunFolderError: nothing can be written there.
+        LockedError: Another run holds the folder.
+        RunFolderError: The folder is not writable.
     """
     if not is_first_process():
         return None
-    return acquire_lock(RunFolder(Path(config.run.dir)), lambda told: print(told, flush=True))
+    return acquire_lock(RunFolder(Path(config.run.dir)), lambda message: print(message, flush=True))
 
 
 def prepare_data(config: JobConfig) -> "Dataset | StreamDataset":
-    """The dataset, prepared on first use by the first process while the others wait, or streamed.
+    """Return the dataset; on first use the first process prepares it while the others wait.
 
     Raises:
-        DataError: it cannot be prepared or read, or is too small.
-        RunFolderError: the run's newest checkpoint was trained on other tokens.
+        DataError: The data cannot be prepared or read, or is too small.
+        RunFolderError: The newest checkpoint of the run was trained on other tokens.
     """
     streams = config.data.stream_shards is not None
     dataset = _open_stream(config) if streams else _prepare(config)
@@ -67,17 +66,16 @@ def prepare_data(config: JobConfig) -> "Dataset | StreamDataset":
         check_initial_tokenizer(config, dataset.tokenizer())
     trained_on = position["data_hash"] if position else dataset.hash
     if trained_on != dataset.hash:
-        place = "data.sources names" if streams else f"{config.data.folder} holds"
+        key = "data.sources" if streams else f"data.folder={config.data.folder}"
         raise RunFolderError(
-            f"{place} other tokens (hash {dataset.hash[:12]}) than the run in "
-            f"{config.run.dir} was trained on ({trained_on[:12]}): restore them, or use another "
-            "run.name"
+            f"{key} has other tokens (hash {dataset.hash[:12]}) than the run in {config.run.dir} was "
+            f"trained on ({trained_on[:12]}); restore them or use another run.name"
         )
     return dataset
 
 
 def needs_preparation(config: JobConfig) -> bool:
-    """Whether the first run with this configuration would prepare its data."""
+    """Return whether a launch with this configuration would have to prepare its data."""
     from data.manifest import MANIFEST_FILE
 
     streams = config.data.stream_shards is not None
@@ -85,7 +83,6 @@ def needs_preparation(config: JobConfig) -> bool:
 
 
 def _open_stream(config: JobConfig) -> "StreamDataset":
-    """A dataset with files for every lane; every process looks for itself."""
     from data.stream import StreamDataset
 
     dataset = StreamDataset.open(config.data, config.tokenizer)
@@ -96,7 +93,6 @@ def _open_stream(config: JobConfig) -> "StreamDataset":
 
 
 def _prepare(config: JobConfig) -> "Dataset":
-    """The shards, prepared and packed where they are not yet; by the first process, others wait."""
     from data.dataset import Dataset
     from data.manifest import Manifest
     from data.packing import pack, wait_until_packed
@@ -122,12 +118,10 @@ def _prepare(config: JobConfig) -> "Dataset":
 
 
 def _check_size(dataset: "Dataset", config: JobConfig) -> None:
-    """Raises DataError for tokens that are too few, or another vocabulary's."""
     dataset.check(config.stages(), config.model.vocab_size)
     if config.validation.samples and not dataset.n_validation_windows(config.train.seq_len):
         raise DataError(
-            f"data.validation_fraction ({config.data.validation_fraction}) held out no window of "
-            f"train.seq_len ({config.train.seq_len}) tokens: use a larger fraction (and another "
-            "data.folder, where this one is prepared), or train without validation by "
-            "validation.samples=0"
+            f"data.validation_fraction={config.data.validation_fraction} holds out no window of "
+            f"train.seq_len={config.train.seq_len} tokens; use a larger fraction (with another "
+            "data.folder if this one is prepared) or validation.samples=0"
         )
