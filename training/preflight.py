@@ -31,7 +31,7 @@ def check_folder(config: JobConfig) -> Changes:
 
     Raises:
         RunFolderError: The run may not start or resume in its folder.
-        FormatError, ConfigError: The initial weights cannot be read, or have another model's shapes.
+        FormatError, ConfigError: The initial weights cannot be read or do not fit the model.
     """
     folder = RunFolder(Path(config.run.dir))
     changes = check_run_folder(folder, plain(config), lambda old: with_defaults(old, config))
@@ -66,10 +66,10 @@ def prepare_data(config: JobConfig) -> "Dataset | StreamDataset":
         check_initial_tokenizer(config, dataset.tokenizer())
     trained_on = position["data_hash"] if position else dataset.hash
     if trained_on != dataset.hash:
-        key = "data.sources" if streams else f"data.folder={config.data.folder}"
+        source = "data.sources" if streams else f"data.folder={config.data.folder}"
         raise RunFolderError(
-            f"{key} has other tokens (hash {dataset.hash[:12]}) than the run in {config.run.dir} was "
-            f"trained on ({trained_on[:12]}); restore them or use another run.name"
+            f"{source} has other tokens (hash {dataset.hash[:12]}) than the run in {config.run.dir} "
+            f"was trained on ({trained_on[:12]}); restore them or use another run.name"
         )
     return dataset
 
