@@ -66,9 +66,9 @@ def prepare_data(config: JobConfig) -> "Dataset | StreamDataset":
         check_initial_tokenizer(config, dataset.tokenizer())
     trained_on = position["data_hash"] if position else dataset.hash
     if trained_on != dataset.hash:
-        source = "data.sources" if streams else f"data.folder={config.data.folder}"
+        origin = "data.sources" if streams else f"data.folder={config.data.folder}"
         raise RunFolderError(
-            f"{source} has other tokens (hash {dataset.hash[:12]}) than the run in {config.run.dir} "
+            f"{origin} has other tokens ({dataset.hash[:12]}) than the run in {config.run.dir} "
             f"was trained on ({trained_on[:12]}); restore them or use another run.name"
         )
     return dataset
