@@ -1,11 +1,12 @@
 # Exit from a job script, or requeue its job: `source slurm/requeue.sh EXIT_CODE`.
 #
-# EXIT_CODE is that of srun, the highest of its tasks. Requeued are runs that saved and stopped in
-# order to be restarted (75: SIGUSR1 or the time limit), runs that lost a process or a node after
-# saving (71: each launch makes progress, so a permanent fault ends with 72), and runs that SIGTERM
-# stopped (143) because SLURM preempts the job: a job that exits by itself within the partition's
-# GraceTime would count as failed. After scancel the job ends. For killed and timed-out jobs this
-# script does not run; SLURM itself decides.
+# EXIT_CODE is srun's exit code, the highest one of its tasks. The job is requeued if
+#   75: the run saved and stopped in order to be restarted (SIGUSR1 or the time limit);
+#   71: the run lost a process or a node after saving. Each launch makes progress, so a permanent
+#       fault eventually ends with 72;
+#   143: SIGTERM stopped the run because SLURM preempts the job. A job that exits by itself within
+#       the partition's GraceTime would otherwise count as failed. After scancel the job ends.
+# For killed and timed-out jobs this script does not run; SLURM itself decides.
 
 # The last task of an array has the array's job ID, which would requeue all of its tasks.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}

@@ -5,7 +5,7 @@
 Keys with several values are swept, in the syntax of Hydra's multirun: `a=1,2`, `a=range(3)`; a list
 in brackets is one value. Each run is named after its values of the swept keys. No job is submitted
 until every run of the grid has passed train.py's validation, except for checks of the machine. Jobs
-are requeued under the same conditions as those of slurm/train.sbatch, and log to the run folder.
+are requeued under the same conditions as with slurm/train.sbatch, and log to the run folder.
 Requires the extra `sweep`. Run it from the checkout, in the environment that the jobs are to use.
 """
 
@@ -198,7 +198,7 @@ def validate(jobs: Sequence[SweepJob], nodes: int, tasks_per_node: int) -> list[
             job_errors: list[str] = []
             try:
                 composed = compose("train", hydra_arguments(list(job.overrides), "train"))
-                # The name starts with that of the run without a sweep.
+                # The suffix follows the name that the run would have without a sweep.
                 name = composed.run.name = as_name(f"{composed.run.name}{job.suffix}")
                 config = check_for_tasks(composed, tasks_per_node, nodes)
                 check_folder(config)
@@ -283,7 +283,7 @@ def submit(runs: Sequence[ValidRun], options: argparse.Namespace) -> int:
 
 
 def parameters(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return submitit's parameters for a job equal to that of slurm/train.sbatch."""
+    """Return submitit's parameters for the same job as slurm/train.sbatch."""
     requested = sbatch_options(options)
     others = {
         key: value for key, value in requested.items() if key not in ("nodes", "ntasks-per-node")
@@ -293,7 +293,7 @@ def parameters(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "job_name": name,
         "nodes": options.nodes,
         "ntasks_per_node": options.ntasks_per_node,
-        # Disable submitit's defaults in favour of those of the partition and the account.
+        # None disables submitit's defaults: the partition's and the account's apply.
         "time": None,
         "wckey": None,
         "stderr_to_stdout": True,

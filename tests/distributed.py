@@ -33,7 +33,7 @@ def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> 
     The ranks have torchrun's environment variables, so Fabric launches no processes itself.
 
     Raises:
-        RuntimeError: with the traceback of the first rank that fails; the others are killed.
+        RuntimeError: with the traceback of the first failing rank. The other ranks are killed.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -104,7 +104,7 @@ def _run_rank(
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world_size)
-        # Pickled by value: a tensor sent as it is would refer to a file of this process.
+        # Pickle here: multiprocessing would send a tensor as a handle owned by this process.
         result = pickle.dumps((True, function(*arguments)))
         dist.barrier()
         sender.send_bytes(result)

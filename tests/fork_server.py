@@ -1,4 +1,4 @@
-"""Run the programs in processes forked from one that has already imported everything.
+"""Run the programs in forks of a process that has already imported everything.
 
 Importing torch and Lightning takes ten times as long as starting the smoke model, so `ForkServer`
 starts `python fork_server.py` once, and each launch forks from it: one process as from the command

@@ -1,7 +1,7 @@
 """The layer order, the libraries of each package, the start-up imports and the line budget.
 
-The table is that of the design: a package imports only packages before it. Imports under
-`TYPE_CHECKING` and inside functions count.
+A package imports only packages before it in the table. Imports under `TYPE_CHECKING` and inside
+functions count.
 """
 
 import ast
@@ -252,6 +252,6 @@ def test_help_takes_less_than_a_second_and_imports_nothing_heavy(program: str) -
     process.stderr.close()
     assert process.returncode == 0 and f"python {program}" in text
     names = {line.rpartition("|")[2].strip() for line in import_times.splitlines()}
-    assert "hydra" in names  # the list is that of the program
+    assert "hydra" in names  # otherwise the list is not that of the program
     assert not (HEAVY | {"pydantic"}) & names
     assert usage.ru_utime + usage.ru_stime < MAX_HELP_SECONDS

@@ -84,7 +84,7 @@ class Storm:
             self.lost_steps += max(0, last_step - saved)
 
     def kill(self, launch: Launch) -> list[int]:
-        """Kill one rank or all of them, during set-up or some steps later; return which."""
+        """Kill one or all ranks, during set-up or some steps later; return the killed ranks."""
         victims = self.random.sample(range(len(launch.pids)), len(launch.pids))
         if in_setup := self.random.random() < 0.4:
             time.sleep(self.random.uniform(0, SETUP_SECONDS))
@@ -96,7 +96,7 @@ class Storm:
         for rank in victims:
             with suppress(ProcessLookupError):  # it may have exited because of the first kill
                 os.kill(launch.pids[rank], signal.SIGKILL)
-            # Before rendezvous only the launcher can detect a dead rank, so kill all of them.
+            # Before rendezvous only the launcher can detect a dead rank, so kill all ranks.
             time.sleep(self.random.uniform(0, LAUNCHER_SECONDS) if in_setup else 0)
         return victims
 
@@ -168,7 +168,7 @@ def test_run_with_random_kills_equals_an_uninterrupted_run(
 
 
 def check_events(storm: Storm, steps: int) -> None:
-    """Assert that the event log agrees with what the test observed."""
+    """Assert that the event log agrees with the observations of the test."""
     events = read_events(storm.folder)
     assert [event["time"] for event in events] == sorted(event["time"] for event in events)
     saves = [event["step"] for event in events if event["event"] == "save"]

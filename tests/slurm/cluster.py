@@ -192,9 +192,9 @@ class Cluster:
             if job["JobState"] == "PENDING" and job.get("Restarts") == str(restarts):
                 # SLURM sets the delay once the job's processes are gone. It revokes their
                 # credential and any created in the same second, so keep a few seconds.
-                begin = job.get("EligibleTime", "Unknown")
+                eligible = job.get("EligibleTime", "Unknown")
                 later = datetime.now() + timedelta(seconds=10)
-                if begin != "Unknown" and datetime.fromisoformat(begin) > later:
+                if eligible != "Unknown" and datetime.fromisoformat(eligible) > later:
                     command = ("scontrol", "update", f"jobid={number}", "starttime=now+4")
                     self.run(*command, check=False)
             assert job["JobState"] != "FAILED", job

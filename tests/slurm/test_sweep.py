@@ -1,4 +1,4 @@
-"""A sweep expands to Hydra's grid, and is either rejected as a whole or submitted run by run."""
+"""sweep.py expands Hydra's grid and rejects it as a unit or submits each run."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""`parallel.slurm` reads the values that a SLURM cluster was asked for in its tasks."""
+"""`parallel.slurm` reads the requested task counts and time limits in the tasks of a cluster."""
 
 import json
 import sys
