@@ -53,6 +53,7 @@ def is_quick(item: pytest.Item) -> bool:
     assert isinstance(item, pytest.Function)
     return not (
         item.path.stem in LONGEST
+        or item.path.parent.name == "bench"
         or LAUNCHING_NAMES & vars(item.module).keys()
         or LAUNCHING_FIXTURES & {*item.fixturenames}
     )

@@ -25,7 +25,7 @@ Completed = subprocess.CompletedProcess[str]
 def single(command: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Completed]:
     """Return folder and output of the run on one process."""
     folder = tmp_path_factory.mktemp("single") / "run"
-    return folder, start_python(command(folder))
+    return folder, start_program(command(folder))
 
 
 @pytest.fixture(scope="module")
