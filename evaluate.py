@@ -158,13 +158,12 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     Raises:
         FormatError: The file cannot be written.
     """
+    from data.files import write_atomically
     from formats.errors import FormatError
 
     text = json.dumps(results, indent=1)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.rename(path)
+        write_atomically(path, f"{text}\n".encode())
     except OSError as error:
         raise FormatError(
             f"{path} cannot be written ({error.strerror}); set evaluation.output to another file. "

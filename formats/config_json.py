@@ -31,6 +31,23 @@ PUBLISHED_FFN_FACTORS = {
     16384: (1.2, 4096),
 }
 ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
+HUGGING_FACE_KEYS = {  # by the field of ModelConfig
+    "dim": "hidden_size",
+    "ffn_dim": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+HUGGING_FACE_ROPE_KEYS = dict(
+    zip(
+        ROPE_SCALING_KEYS, (*ROPE_SCALING_KEYS[:3], "original_max_position_embeddings"), strict=True
+    )
+)
+META_KEYS = ("dim", "n_layers", "n_heads", "n_kv_heads")  # the same in ModelConfig
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -104,31 +121,18 @@ def from_hugging_face(path: Path) -> ModelConfig:
             f"{path} sets options that Llama 3 does not have: {', '.join(unsupported)}; use the "
             "weights of a Llama 3 model"
         )
-    scaling = None
+    model = {key: values.get(theirs) for key, theirs in HUGGING_FACE_KEYS.items()}
+    model["n_kv_heads"] = model["n_kv_heads"] or heads
+    # LlamaConfig's defaults.
+    model["norm_eps"] = values.get("rms_norm_eps", 1e-6)
+    model["tie_embeddings"] = values.get("tie_word_embeddings", False)
+    model["max_seq_len"] = values.get("max_position_embeddings", 2048)
+    model["rope_theta"] = rope.get("rope_theta") or values.get("rope_theta", 10_000.0)
     if rope_type == "llama3":
-        scaling = {
-            "factor": rope.get("factor"),
-            "low_freq_factor": rope.get("low_freq_factor"),
-            "high_freq_factor": rope.get("high_freq_factor"),
-            "original_max_seq_len": rope.get("original_max_position_embeddings"),
+        model["rope_scaling"] = {
+            key: rope.get(theirs) for key, theirs in HUGGING_FACE_ROPE_KEYS.items()
         }
-    return validated_config(
-        path,
-        path.parent.name,
-        {
-            "dim": dim,
-            "n_layers": values.get("num_hidden_layers"),
-            "n_heads": heads,
-            "n_kv_heads": values.get("num_key_value_heads") or heads,
-            "ffn_dim": values.get("intermediate_size"),
-            "vocab_size": values.get("vocab_size"),
-            "norm_eps": values.get("rms_norm_eps", 1e-6),  # LlamaConfig's defaults
-            "rope_theta": rope.get("rope_theta") or values.get("rope_theta", 10_000.0),
-            "rope_scaling": scaling,
-            "tie_embeddings": values.get("tie_word_embeddings", False),
-            "max_seq_len": values.get("max_position_embeddings", 2048),
-        },
-    )
+    return validated_config(path, path.parent.name, model)
 
 
 def to_hugging_face(
@@ -144,26 +148,13 @@ def to_hugging_face(
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": model.dim,
-        "intermediate_size": model.ffn_dim,
-        "num_hidden_layers": model.n_layers,
-        "num_attention_heads": model.n_heads,
-        "num_key_value_heads": model.n_kv_heads,
+        **{theirs: getattr(model, key) for key, theirs in HUGGING_FACE_KEYS.items()},
         "head_dim": model.head_dim,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_seq_len,
-        "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
         "rope_scaling": None
         if scaling is None
-        else {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_seq_len,
-        },
-        "tie_word_embeddings": model.tie_embeddings,
+        else {"rope_type": "llama3"}
+        | {theirs: getattr(scaling, key) for key, theirs in HUGGING_FACE_ROPE_KEYS.items()},
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -214,9 +205,7 @@ def from_meta(path: Path, vocab_size: int, ffn_dim: int, tied: bool) -> ModelCon
         path,
         path.parent.name,
         {
-            "dim": values.get("dim"),
-            "n_layers": values.get("n_layers"),
-            "n_heads": values.get("n_heads"),
+            **{key: values.get(key) for key in META_KEYS},
             "n_kv_heads": values.get("n_kv_heads") or values.get("n_heads"),
             "ffn_dim": ffn_dim,
             "vocab_size": vocab_size
@@ -240,10 +229,7 @@ def to_meta(model: ModelConfig) -> dict[str, Any]:
     multiplier, multiple_of = _meta_ffn_factors(model.dim, model.ffn_dim)
     scaling = model.rope_scaling
     values = {
-        "dim": model.dim,
-        "n_layers": model.n_layers,
-        "n_heads": model.n_heads,
-        "n_kv_heads": model.n_kv_heads,
+        **{key: getattr(model, key) for key in META_KEYS},
         "vocab_size": model.vocab_size,
         "ffn_dim_multiplier": multiplier,
         "multiple_of": multiple_of,

@@ -77,33 +77,27 @@ class StoredTensor:
 
 def _read_overlap(stored: TensorSlice, block: Tensor, offsets: tuple[int, ...]) -> int:
     """Read the intersection of a slice and a block; return its number of elements."""
-    starts = [max(a, b) for a, b in zip(stored.offsets, offsets, strict=True)]
-    ends = [
-        min(a + n, b + m)
-        for a, n, b, m in zip(stored.offsets, stored.shape, offsets, block.shape, strict=True)
-    ]
-    if any(start >= end for start, end in zip(starts, ends, strict=True)):
-        return 0
     # A vector is handled as a matrix of one row.
-    is_matrix = len(starts) == 2
-    width = stored.shape[-1]
-    row, n_rows = (starts[0] - stored.offsets[0], ends[0] - starts[0]) if is_matrix else (0, 1)
-    column, n_columns = starts[-1] - stored.offsets[-1], ends[-1] - starts[-1]
     target = block.view(-1, block.shape[-1])
-    target = target[starts[0] - offsets[0] :][:n_rows] if is_matrix else target
-    target = target[:, starts[-1] - offsets[-1] :][:, :n_columns]
-    size = block.element_size()
-    start = stored.start + (row * width + column) * size
+    (row, column), (n_rows, n_columns) = (0, *stored.offsets)[-2:], (1, *stored.shape)[-2:]
+    (block_row, block_column), (block_rows, block_columns) = (0, *offsets)[-2:], target.shape
+    top, bottom = max(row, block_row), min(row + n_rows, block_row + block_rows)
+    left, right = max(column, block_column), min(column + n_columns, block_column + block_columns)
+    if top >= bottom or left >= right:
+        return 0
+    target = target[
+        top - block_row : bottom - block_row, left - block_column : right - block_column
+    ]
+    row_bytes = n_columns * block.element_size()
+    start = stored.start + (top - row) * row_bytes + (left - column) * block.element_size()
+    is_contiguous = right - left == n_columns == block_columns
     try:
         with stored.path.open("rb", buffering=0) as file:
-            if n_columns == width == block.shape[-1]:
-                _read_into(file.fileno(), stored.path, target, start)
-            else:
-                for i in range(n_rows):
-                    _read_into(file.fileno(), stored.path, target[i], start + i * width * size)
+            for i, part in enumerate([target] if is_contiguous else target):
+                _read_into(file.fileno(), stored.path, part, start + i * row_bytes)
     except OSError as error:
         raise unreadable(stored.path, error) from None
-    return n_rows * n_columns
+    return target.numel()
 
 
 def _read_into(file: int, path: Path, target: Tensor, start: int) -> None:

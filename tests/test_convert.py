@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, start_program
 from fork_server import ForkServer
-from made_weights import assert_same_weights, filled
+from random_weights import assert_same_weights, filled
 
 from data.dataset import Dataset
 from data.loader import validation_batches
@@ -57,7 +57,7 @@ def reference(
     )
     (batch,) = windows["text"]
     torch.save((batch.tokens, batch.labels), folder / "windows.pt")
-    script = [sys.executable, str(ROOT / "tests" / "transformers_reads.py"), str(exported)]
+    script = [sys.executable, str(ROOT / "tests" / "transformers_reference.py"), str(exported)]
     done = subprocess.run(
         [*script, str(folder / "windows.pt"), PROMPT, str(folder / "logits.pt")],
         cwd=folder,

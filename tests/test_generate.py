@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, start_program
-from made_weights import SCALED, SMALL, MadeWeights
+from random_weights import SCALED, SMALL, RandomWeights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.config import TokenizerConfig
@@ -36,7 +36,7 @@ def exported(folder: Path, max_seq_len: int) -> Path:
     tokenizer = ready_tokenizer(TokenizerConfig(name="byte", vocab_size=272))
     assert tokenizer is not None
     model = dataclasses.replace(SMALL, vocab_size=272, rope_scaling=SCALED, max_seq_len=max_seq_len)
-    convert(MadeWeights(model), tokenizer, folder, "hf")
+    convert(RandomWeights(model), tokenizer, folder, "hf")
     return folder
 
 

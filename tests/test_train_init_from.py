@@ -9,8 +9,8 @@ import torch
 import yaml
 from conftest import read_events, reproducible_metrics
 from fork_server import Fault, ForkServer
-from made_weights import SMALL, MadeWeights
 from omegaconf import OmegaConf
+from random_weights import SMALL, RandomWeights
 from transformers import LlamaForCausalLM
 
 from cli.config import load_train_config
@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("weights")
     byte = ready_tokenizer(TokenizerConfig(name="byte", vocab_size=272))
     for format, parts in (("native", 1), ("hf", 1), ("meta", 2)):
-        convert(MadeWeights(MODEL), byte, folder / format, format, parts=parts)  # type: ignore[arg-type]
+        convert(RandomWeights(MODEL), byte, folder / format, format, parts=parts)  # type: ignore[arg-type]
     return {format: folder / format for format in ("native", "hf", "meta")}
 
 
@@ -167,7 +167,7 @@ def test_mismatching_weights_are_rejected_with_both_values(
     assert f"differs from model.rope_scaling={scaling} of" in output
     assert f"; use 'model.rope_scaling={scaling}'" in output
 
-    convert(MadeWeights(SMALL), None, tmp_path / "small", "hf")
+    convert(RandomWeights(SMALL), None, tmp_path / "small", "hf")
     output = run_rejected(
         fork_server, train_arguments(run, f"run.init_from={tmp_path / 'small'}", *SAME), run
     )

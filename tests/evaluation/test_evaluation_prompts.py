@@ -10,8 +10,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from made_weights import SMALL, MadeWeights
 from omegaconf import OmegaConf
+from random_weights import SMALL, RandomWeights
 
 import evaluation.inference
 import generate
@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     byte = ready_tokenizer(TokenizerConfig(name="byte", vocab_size=272))
     folder = tmp_path_factory.mktemp("generation") / "hf"
     model = dataclasses.replace(SMALL, vocab_size=272, max_seq_len=CONTEXT)
-    convert(MadeWeights(model), byte, folder, "hf")
+    convert(RandomWeights(model), byte, folder, "hf")
     return folder
 
 
@@ -199,7 +199,7 @@ def test_unsupported_mesh_axes_are_rejected(errors_of: Any) -> None:
 def test_tokenizer_larger_than_the_model_vocabulary_is_rejected(
     errors_of: Any, checkpoint: Path, tmp_path: Path
 ) -> None:
-    convert(MadeWeights(SMALL), None, tmp_path / "hf", "hf")  # vocab_size=144
+    convert(RandomWeights(SMALL), None, tmp_path / "hf", "hf")  # vocab_size=144
     (error,) = errors_of(
         f"checkpoint={tmp_path / 'hf'}", f"tokenizer_path={checkpoint}", "prompt=x"
     )

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_weights import (
+from random_weights import (
     KINDS,
     SMALL,
-    MadeWeights,
+    RandomWeights,
     assert_same_weights,
     filled,
     full_tensor,
@@ -35,7 +35,7 @@ FILE_BYTES = 60_000  # small enough for several files
 def test_round_trip_native_to_hugging_face_is_bit_exact(
     kind: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    made = MadeWeights(KINDS[kind], dtype)
+    made = RandomWeights(KINDS[kind], dtype)
     convert(made, None, tmp_path / "native", "native")
     native = open_weights(tmp_path / "native")
     convert(native, None, tmp_path / "hf", "hf", file_bytes=FILE_BYTES)
@@ -55,7 +55,7 @@ def test_round_trip_native_to_hugging_face_is_bit_exact(
 def test_transformers_loads_the_export_with_equal_logits_and_its_own_export_is_readable(
     kind: str, tmp_path: Path
 ) -> None:
-    made = MadeWeights(KINDS[kind])
+    made = RandomWeights(KINDS[kind])
     convert(made, None, tmp_path / "hf", "hf", file_bytes=FILE_BYTES)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", dtype="auto", output_loading_info=True
@@ -76,7 +76,7 @@ def test_transformers_loads_the_export_with_equal_logits_and_its_own_export_is_r
 def test_stored_rope_frequencies_and_tied_output_of_old_releases_are_ignored(
     tmp_path: Path,
 ) -> None:
-    made = MadeWeights(KINDS["tied"])
+    made = RandomWeights(KINDS["tied"])
     convert(made, None, tmp_path / "hf", "hf")
     (path,) = (tmp_path / "hf").glob("*.safetensors")
     tensors = load_file(path)
@@ -93,7 +93,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     parent = tmp_path_factory.mktemp("formats")
     for format in ("native", "hf", "meta"):
         parts = 4 if format == "meta" else 1
-        convert(MadeWeights(SMALL), None, parent / format, format, parts=parts)
+        convert(RandomWeights(SMALL), None, parent / format, format, parts=parts)
     return {format: parent / format for format in ("native", "hf", "meta")}
 
 
@@ -110,12 +110,12 @@ def test_any_block_equals_the_slice_of_the_full_tensor(
         offset = data.draw(st.integers(0, length))
         offsets.append(offset)
         sizes.append(data.draw(st.integers(0, length - offset)))
-    expected = MadeWeights(SMALL).read(name, offsets, sizes)
+    expected = RandomWeights(SMALL).read(name, offsets, sizes)
     assert same_bits(weights.read(name, offsets, sizes), expected)
 
 
 def test_dtype_conversion_rounds_like_torch(tmp_path: Path) -> None:
-    made = MadeWeights(SMALL)
+    made = RandomWeights(SMALL)
     for format in ("native", "hf", "meta"):
         convert(made, None, tmp_path / format, format, dtype=torch.bfloat16)
         found = open_weights(tmp_path / format)
@@ -225,7 +225,7 @@ INVALID: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", INVALID)
 def test_invalid_folder_is_rejected_and_nothing_is_written(case: str, tmp_path: Path) -> None:
-    convert(MadeWeights(SMALL), None, tmp_path / "hf", "hf", file_bytes=FILE_BYTES)
+    convert(RandomWeights(SMALL), None, tmp_path / "hf", "hf", file_bytes=FILE_BYTES)
     damage, message = INVALID[case]
     damage(tmp_path / "hf")
     with pytest.raises(FormatError, match=message):

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_models.sku_list import resolve_model
-from made_weights import (
+from random_weights import (
     KINDS,
     SMALL,
-    MadeWeights,
+    RandomWeights,
     assert_same_weights,
     filled,
     meta_parts,
@@ -49,7 +49,7 @@ def params_of(model: ModelConfig) -> dict[str, object]:
 def test_meta_weights_give_reference_logits_and_round_trip_bit_exactly(
     kind: str, parts: int, tmp_path: Path
 ) -> None:
-    made = MadeWeights(KINDS[kind], torch.bfloat16)
+    made = RandomWeights(KINDS[kind], torch.bfloat16)
     write_meta_by_hand(made, tmp_path / "meta", parts, **params_of(made.model))
     weights = open_weights(tmp_path / "meta")
     assert weights.format == "meta"
@@ -72,7 +72,7 @@ def test_meta_weights_give_reference_logits_and_round_trip_bit_exactly(
 
 
 def test_parts_are_merged_and_split(tmp_path: Path) -> None:
-    made = MadeWeights(SMALL)
+    made = RandomWeights(SMALL)
     write_meta_by_hand(made, tmp_path / "8", 8, **EXTRA_PARAMS)
     for before, after in ((8, 2), (2, 1), (1, 4)):
         source = open_weights(tmp_path / str(before))
@@ -83,7 +83,7 @@ def test_parts_are_merged_and_split(tmp_path: Path) -> None:
 
 
 def test_more_parts_than_kv_heads_replicate_heads(tmp_path: Path) -> None:
-    made = MadeWeights(SMALL)
+    made = RandomWeights(SMALL)
     write_meta_by_hand(made, tmp_path / "16", 16, **EXTRA_PARAMS)
     assert_same_weights(open_weights(tmp_path / "16"), made)
     with pytest.raises(FormatError, match=r"parts=16 does not divide model\.n_kv_heads=8"):
@@ -94,7 +94,7 @@ def test_more_parts_than_kv_heads_replicate_heads(tmp_path: Path) -> None:
 def test_reading_a_block_reads_only_its_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = MadeWeights(SMALL)
+    made = RandomWeights(SMALL)
     write_meta_by_hand(made, tmp_path / "meta", 2, **EXTRA_PARAMS)
     weights = open_weights(tmp_path / "meta")
     read, real = [0], os.preadv
@@ -163,7 +163,7 @@ class Malice:
 
 
 def test_file_with_code_is_rejected_without_executing_it(tmp_path: Path) -> None:
-    made = MadeWeights(SMALL)
+    made = RandomWeights(SMALL)
     write_meta_by_hand(made, tmp_path / "meta", 1, **EXTRA_PARAMS)
     part = tmp_path / "meta" / "consolidated.00.pth"
     torch.save({**meta_parts(made, 1)[0], "norm.weight": Malice(tmp_path / "ran")}, part)
@@ -215,7 +215,7 @@ INVALID = {
 
 @pytest.mark.parametrize("case", INVALID)
 def test_invalid_folder_is_rejected_and_nothing_is_written(case: str, tmp_path: Path) -> None:
-    write_meta_by_hand(MadeWeights(SMALL), tmp_path / "meta", 2, **EXTRA_PARAMS)
+    write_meta_by_hand(RandomWeights(SMALL), tmp_path / "meta", 2, **EXTRA_PARAMS)
     damage, message = INVALID[case]
     damage(tmp_path / "meta")
     with pytest.raises(FormatError, match=message):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from made_weights import SMALL, MadeWeights, assert_same_weights
+from random_weights import SMALL, RandomWeights, assert_same_weights
 from torch import Tensor
 
 from formats.conversion import convert
@@ -24,7 +24,7 @@ FORMATS: tuple[Format, ...] = ("native", "hf", "meta")
 def test_target_is_replaced_only_with_overwrite_and_only_if_it_contains_weights(
     format: Format, tmp_path: Path
 ) -> None:
-    made, target = MadeWeights(SMALL), tmp_path / "out"
+    made, target = RandomWeights(SMALL), tmp_path / "out"
     convert(made, None, target, format)
     with pytest.raises(FormatError, match="exists; use another folder, or overwrite=true"):
         convert(made, None, target, format)
@@ -48,7 +48,7 @@ def test_target_is_replaced_only_with_overwrite_and_only_if_it_contains_weights(
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_corrupted_checkpoint_is_not_converted(format: Format, tmp_path: Path) -> None:
-    convert(MadeWeights(SMALL), None, tmp_path / "source", "native")
+    convert(RandomWeights(SMALL), None, tmp_path / "source", "native")
     largest = max((tmp_path / "source").iterdir(), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -58,7 +58,7 @@ def test_corrupted_checkpoint_is_not_converted(format: Format, tmp_path: Path) -
     assert os.listdir(tmp_path) == ["source"]
 
 
-class FailingWeights(MadeWeights):
+class FailingWeights(RandomWeights):
     """Weights whose last tensor cannot be read."""
 
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
@@ -73,7 +73,7 @@ def test_failed_conversion_leaves_no_files(format: Format, tmp_path: Path) -> No
         convert(FailingWeights(SMALL), None, tmp_path / "out", format)
     assert os.listdir(tmp_path) == []
     # An existing target is kept.
-    made = MadeWeights(SMALL)
+    made = RandomWeights(SMALL)
     convert(made, None, tmp_path / "out", format)
     with pytest.raises(FormatError, match="disk failure"):
         convert(FailingWeights(SMALL), None, tmp_path / "out", format, overwrite=True)
@@ -98,12 +98,12 @@ def test_full_disk_is_reported_and_leaves_no_files(
     format: Format, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(FormatError, match=r"needs 0.00 GB, but .* free; free space"):
-        convert(MadeWeights(SMALL), None, small_disk / "out", format)
+        convert(RandomWeights(SMALL), None, small_disk / "out", format)
     assert os.listdir(small_disk) == []
     # Simulate another program filling the disk after the check.
     monkeypatch.setattr("formats.conversion.check_free_space", lambda target, n_bytes: None)
     with pytest.raises(FormatError, match=r"target=.*out cannot be written \(.*\); free space"):
-        convert(MadeWeights(SMALL), None, small_disk / "out", format)
+        convert(RandomWeights(SMALL), None, small_disk / "out", format)
     assert os.listdir(small_disk) == []
 
 
@@ -111,9 +111,9 @@ SLOW = """
 import sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
-from made_weights import SMALL, MadeWeights
+from random_weights import SMALL, RandomWeights
 from formats.conversion import convert
-class Waiting(MadeWeights):
+class Waiting(RandomWeights):
     def read(self, name, offsets, sizes):
         if name == "norm.weight":
             print("halfway", flush=True)
@@ -136,7 +136,7 @@ def test_killed_conversion_leaves_no_target_and_the_next_one_deletes_its_files(
     assert process.stdout.readline() == "halfway\n"
     hidden, lock = sorted(tmp_path.iterdir())
     assert hidden.name.startswith(".out-") and lock.name == f"{hidden.name}.lock"
-    made = MadeWeights(SMALL)
+    made = RandomWeights(SMALL)
     convert(made, None, target, "native")  # a concurrent conversion to the same target
     assert hidden.exists(), "the folder of a running conversion was deleted"
     process.send_signal(signal.SIGKILL)
@@ -156,7 +156,7 @@ def test_error_for_folder_without_weights_lists_supported_formats(tmp_path: Path
         open_weights(tmp_path)
     step = tmp_path / "run" / "checkpoints" / "step-00000002"
     step.parent.mkdir(parents=True)
-    convert(MadeWeights(SMALL), None, step, "native")
+    convert(RandomWeights(SMALL), None, step, "native")
     with pytest.raises(
         FormatError, match=r"is a run folder; use one of its checkpoints, for example .*02"
     ):

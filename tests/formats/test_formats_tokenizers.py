@@ -167,9 +167,8 @@ def test_auto_tokenizer_loads_the_export(exported: Exported) -> None:
     (exported.folder / "config.json").write_text(json.dumps(config))
     loaded, ours = AutoTokenizer.from_pretrained(exported.folder), exported.ours
     assert (loaded.bos_token_id, loaded.eos_token_id) == (ours.bos_id, ours.eos_id)
-    assert (
-        ours.eos_id < loaded.pad_token_id < ours.vocab_size
-    )  # padding does not mask the end of text
+    # The padding token is not the end of text, which a padding mask would hide.
+    assert ours.eos_id < loaded.pad_token_id < ours.vocab_size
     assert (len(loaded), loaded.model_max_length) == (ours.vocab_size, 8192)
     assert loaded.clean_up_tokenization_spaces is False  # has an effect in old releases only
     for text in [*CORPUS[:10], "no clean-up : it 's , isn 't it ?"]:

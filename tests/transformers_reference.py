@@ -1,6 +1,6 @@
 """Evaluate an exported folder with transformers in a separate process; print JSON to stdout.
 
-    python transformers_reads.py FOLDER WINDOWS.pt PROMPT LOGITS.pt
+    python transformers_reference.py FOLDER WINDOWS.pt PROMPT LOGITS.pt
 
 WINDOWS.pt contains tokens and labels, each (batch, seq); masked labels are -100.
 """

@@ -23,7 +23,7 @@ KINDS = {
 SEQ = 48  # longer than the original context of `scaled`
 
 
-class MadeWeights(Weights):
+class RandomWeights(Weights):
     """Random weights in memory, scaled so that attention is far from uniform."""
 
     format = "native"
@@ -81,7 +81,7 @@ def tokens_of(model: ModelConfig) -> Tensor:
     return torch.randint(model.vocab_size, (2, SEQ), generator=generator)  # (batch, seq)
 
 
-def meta_parts(weights: MadeWeights, parts: int) -> list[dict[str, Tensor]]:
+def meta_parts(weights: RandomWeights, parts: int) -> list[dict[str, Tensor]]:
     """Return the tensors of each part, implemented independently after Meta's model."""
     row_parallel = ("wo.weight", "w2.weight")
     tensors = dict(weights.tensors)
@@ -105,7 +105,7 @@ def meta_parts(weights: MadeWeights, parts: int) -> list[dict[str, Tensor]]:
     return found
 
 
-def write_meta_by_hand(weights: MadeWeights, folder: Path, parts: int, **params: object) -> None:
+def write_meta_by_hand(weights: RandomWeights, folder: Path, parts: int, **params: object) -> None:
     """Write a folder as Meta publishes it, using only torch and json."""
     model = weights.model
     folder.mkdir(parents=True)
