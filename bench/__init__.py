@@ -1,1 +1,1 @@
-"""Every measured claim, one command each: `python -m bench.NAME`; results in `bench/results/`."""
+"""One command per measured claim: `python -m bench.NAME`; results are in `bench/results/`."""

@@ -1,10 +1,10 @@
-"""What of a matrix product's rate a whole training step keeps, eager and compiled, fp32 and bf16.
+"""Fraction of a matrix product's rate that a training step achieves, eager and compiled.
 
     python -m bench.achieved_flops
 
-`train.py`'s own steps of a model of 49M parameters; before each, a large product of the same dtype.
-The FLOPs are those of `model.flops`, causal. The aim: at least 65% where the CPU has tiles for bf16
-(AMX), compiled; what other CPUs keep is told.
+Runs `train.py` steps of a 49M-parameter model in fp32 and bf16, with a large product of the same
+data type before each. FLOPs are those of `model.flops`, causal. Target: at least 65% compiled in
+bf16 on CPUs with bf16 tiles (AMX); results of other CPUs are only reported.
 """
 
 import json
@@ -28,7 +28,7 @@ from training.preflight import prepare_data
 from training.resume_policy import Changes
 
 WARM_UP, STEPS, SIZE, PRODUCT_SECONDS = 2, 9, 2048, 0.1
-AIM = 0.65
+TARGET = 0.65
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODEL = (
     *("model.dim=640", "model.n_layers=10", "model.n_heads=10", "model.n_kv_heads=5"),
@@ -39,41 +39,41 @@ MODEL = (
 
 
 def main() -> None:
-    """Measures and writes `bench/results/achieved_flops.json`; with `--case`, is one case."""
+    """Measure and write `bench/results/achieved_flops.json`; with `--case`, measure one case."""
     if sys.argv[1:2] == ["--case"]:
-        figures = measure(*sys.argv[2:4])
-        Path(sys.argv[4]).write_text(json.dumps(figures))
+        results = measure(*sys.argv[2:4])
+        Path(sys.argv[4]).write_text(json.dumps(results))
         return
     amx = "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    found: dict[str, Any] = {"amx": amx}
+    cases: dict[str, Any] = {"amx": amx}
     for compiled in ("false", "true"):
-        for dtype in DTYPES:  # a process each: nothing is compiled yet
+        for dtype in DTYPES:  # one process each, without compiled code of other cases
             with tempfile.NamedTemporaryFile() as file:
                 command = [sys.executable, "-m", "bench.achieved_flops", "--case"]
                 subprocess.run([*command, dtype, compiled, file.name], check=True)
                 kind = "compiled" if compiled == "true" else "eager"
-                found[f"{kind}_{dtype}"] = json.loads(Path(file.name).read_text())
-    write(Path(__file__).stem, found)
-    share = found["compiled_bf16"]["share"]["median"]
-    assert share >= AIM or not amx, share
+                cases[f"{kind}_{dtype}"] = json.loads(Path(file.name).read_text())
+    write(Path(__file__).stem, cases)
+    share = cases["compiled_bf16"]["share"]["median"]
+    assert share >= TARGET or not amx, share
 
 
 def measure(dtype: str, compiled: str) -> dict[str, Any]:
-    """TFLOP/s of steps and of products that take turns, and the share of each pair."""
+    """Return TFLOP/s of alternating steps and products, and the ratio of each pair."""
     with initialize_config_dir(str(CONF), version_base="1.3"), tempfile.TemporaryDirectory() as run:
-        words = [*MODEL, f"run.dir={run}", f"precision.param={dtype}"]
-        words.append(f"parallel.compile={compiled}")
-        config, processes, mesh = check_config(compose("train", words))
+        overrides = [*MODEL, f"run.dir={run}", f"precision.param={dtype}"]
+        overrides.append(f"parallel.compile={compiled}")
+        config, processes, mesh = check_config(compose("train", overrides))
         dataset = prepare_data(config)
         trained = set_up(config, processes, mesh, dataset, Changes())
         tokens = config.train.global_batch_size * config.train.seq_len
-        of_step = flops_per_token(config.model, config.train.seq_len, causal=True) * tokens
+        step_flops = flops_per_token(config.model, config.train.seq_len, causal=True) * tokens
         rates: dict[str, list[float]] = {"step": [], "product": []}
         for number, batch in zip(range(WARM_UP + STEPS), trained.batches(), strict=False):
             product = matrix_tflops("cpu", DTYPES[dtype], SIZE, PRODUCT_SECONDS)
-            begin = time.perf_counter()
+            start = time.perf_counter()
             train_step(trained, batch, config.optim.lr)
-            step = of_step / (time.perf_counter() - begin) / 1e12
+            step = step_flops / (time.perf_counter() - start) / 1e12
             if number >= WARM_UP:
                 rates["step"].append(step)
                 rates["product"].append(product)

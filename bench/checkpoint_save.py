@@ -1,11 +1,11 @@
-"""How fast a checkpoint is saved, and how long training stands still for one.
+"""Throughput of checkpoint saves, and the time that training is blocked by one.
 
     python -m bench.checkpoint_save
 
-Two processes hold 1.2 GB of tensors on CPU. In turns, round by round: a raw write of as many bytes
-from each process, with fsync; a whole synchronous save, hashing and commit included; and an
-asynchronous one, of which the stall and the whole duration are taken. The aims: a save reaches at
-least 80% of a raw write's GB/s, and the stall of an asynchronous one is the copy to host memory.
+Two processes hold 1.2 GB of tensors on CPU. Each round alternates a raw write of as many bytes by
+each process with fsync, a synchronous save including hashes and commit, and an asynchronous save,
+of which the stall and the total duration are measured. Targets: a save reaches at least 80% of the
+GB/s of a raw write; an asynchronous save stalls only for the copy to host memory.
 """
 
 import multiprocessing
@@ -35,7 +35,7 @@ DIM, LAYERS = 2048, 24  # 24 matrices of 2048 × 2048, with two moments each: 1.
 
 
 def main() -> None:
-    """Measures and writes `bench/results/checkpoint_save.json`."""
+    """Measure and write `bench/results/checkpoint_save.json`."""
     with socket.socket() as free, tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -48,7 +48,7 @@ def main() -> None:
         for process in others:
             process.start()
         seconds, n_bytes = measure(0, port, folder)
-    speed = {name: [n_bytes / 1e9 / each for each in of] for name, of in seconds.items()}
+    speed = {name: [n_bytes / 1e9 / each for each in values] for name, values in seconds.items()}
     write(
         Path(__file__).stem,
         {
@@ -72,8 +72,8 @@ def main() -> None:
     )
 
 
-def measure(rank: int, port: int, place: str) -> tuple[dict[str, list[float]], int]:
-    """Every round on one rank: seconds by kind, and the bytes of a checkpoint."""
+def measure(rank: int, port: int, folder: str) -> tuple[dict[str, list[float]], int]:
+    """Run all rounds on one rank and return seconds by kind and the bytes of a checkpoint."""
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, PROCESSES, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
@@ -86,32 +86,32 @@ def measure(rank: int, port: int, place: str) -> tuple[dict[str, list[float]], i
     optimizer.step()
     optimizer.zero_grad()
     config = CheckpointConfig(keep_last=None)
-    saver = Saver(RunFolder(Path(place)), config, {}, print)
+    saver = Saver(RunFolder(Path(folder)), config, {}, print)
     seconds: dict[str, list[float]] = {kind: [] for kind in ("raw", "sync", "stall", "async")}
     n_bytes = 0
-    for number in range(ROUNDS + 1):  # the first one warms up, and tells the bytes
+    for number in range(ROUNDS + 1):  # the first round warms up and determines n_bytes
         for kind in ("sync", "raw", "async") if number % 2 == 0 else ("async", "raw", "sync"):
             dist.barrier()
             if kind == "raw":
-                begin = time.perf_counter()
-                write_raw(Path(place) / f"raw-{rank}", n_bytes // PROCESSES)
+                start = time.perf_counter()
+                write_raw(Path(folder) / f"raw-{rank}", n_bytes // PROCESSES)
                 dist.barrier()
-                took = time.perf_counter() - begin
-                (Path(place) / f"raw-{rank}").unlink()
+                elapsed = time.perf_counter() - start
+                (Path(folder) / f"raw-{rank}").unlink()
             else:
                 saver.save(model, optimizer, Position(1, 1, 1, ""), wait=kind == "sync")
                 saver.finish()
                 [outcome] = saver.poll()
                 assert outcome.error is None, outcome.error
-                took, n_bytes = outcome.write_seconds, outcome.bytes
+                elapsed, n_bytes = outcome.write_seconds, outcome.bytes
                 if kind == "async" and number:
                     seconds["stall"].append(outcome.stall_seconds)
-                    took += outcome.stall_seconds
+                    elapsed += outcome.stall_seconds
                 dist.barrier()
                 if rank == 0:
-                    shutil.rmtree(Path(place) / "checkpoints")
+                    shutil.rmtree(Path(folder) / "checkpoints")
             if number:
-                seconds[kind].append(took)
+                seconds[kind].append(elapsed)
     saver.finish()
     dist.barrier()
     dist.destroy_process_group()
@@ -119,11 +119,11 @@ def measure(rank: int, port: int, place: str) -> tuple[dict[str, list[float]], i
 
 
 def write_raw(path: Path, n_bytes: int) -> None:
-    """Bytes, in pieces of 64 MiB, and an fsync."""
-    piece = memoryview(os.urandom(2**26))  # which no file system can make less of
+    """Write `n_bytes` in chunks of 64 MiB and call fsync."""
+    chunk = memoryview(os.urandom(2**26))  # random data cannot be compressed by the file system
     with path.open("xb", buffering=0) as file:
         while n_bytes > 0:
-            n_bytes -= file.write(piece[:n_bytes])
+            n_bytes -= file.write(chunk[:n_bytes])
         os.fsync(file.fileno())
 
 

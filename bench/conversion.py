@@ -1,10 +1,10 @@
-"""Conversion streams: its memory does not grow with the model, and it is about as fast as a copy.
+"""Memory and duration of checkpoint conversions, which stream their weights.
 
     python -m bench.conversion
 
-Weights of 2 GB, larger than the memory that is allowed, go through every format, each conversion in
-a process of its own, interleaved with a synced copy of the same bytes. The claim: no process ever
-holds more than the two largest tensors and 1 GiB, of which torch itself is a half.
+Weights of 2 GB, more than the memory allowed, are converted through every format, each conversion
+in a separate process, alternating with a synced copy of the same bytes. Claim: no process holds
+more than the two largest tensors and 1 GiB, half of it used by torch itself.
 """
 
 import os
@@ -28,7 +28,7 @@ from model.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig("conversion", 1024, 24, 16, 8, 4096, 65_536)
-STEPS = (  # from, to, and what else is asked
+STEPS = (  # source, target, additional arguments
     ("native", "hf"),
     ("hf", "native-again"),
     ("native", "meta", "parts=4"),
@@ -36,12 +36,12 @@ STEPS = (  # from, to, and what else is asked
     ("one-part", "hf-again"),
 )
 KINDS = {"native-again": "native", "one-part": "meta", "hf-again": "hf"}
-ALLOWED = 2**30  # bytes beyond the two largest tensors
+ALLOWANCE = 2**30  # bytes beyond the two largest tensors
 ROUNDS = 3
 
 
-class DrawnWeights(Weights):
-    """Random weights that lie nowhere: each block is drawn when it is read, and never again."""
+class RandomWeights(Weights):
+    """Random weights without a file: each block is drawn when it is read."""
 
     format = "native"
 
@@ -56,11 +56,11 @@ class DrawnWeights(Weights):
 
 
 def main() -> None:
-    """Measures and writes `bench/results/conversion.json`."""
-    with tempfile.TemporaryDirectory(dir=ROOT) as place:
-        rounds = [measure(MODEL, Path(place)) for _ in range(ROUNDS)]
+    """Measure and write `bench/results/conversion.json`."""
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        rounds = [measure(MODEL, Path(folder)) for _ in range(ROUNDS)]
     sizes = tensor_sizes(MODEL)
-    limit = sum(sizes[-2:]) + ALLOWED
+    limit = sum(sizes[-2:]) + ALLOWANCE
     peaks = {key: max(each[key]["peak_bytes"] for each in rounds) for key in rounds[0]}
     ratios = {
         key: sorted(each[key]["seconds"] / each[key]["copy_seconds"] for each in rounds)
@@ -77,55 +77,55 @@ def main() -> None:
             "time_over_copy_all": ratios,
         },
     )
-    assert sum(sizes) > limit, "a checkpoint that fits in what is allowed shows nothing"
-    assert max(peaks.values()) < limit, "a conversion holds more than it may"
+    assert sum(sizes) > limit, "the checkpoint must exceed the limit for a meaningful test"
+    assert max(peaks.values()) < limit, "a conversion exceeds the memory limit"
 
 
 def tensor_sizes(model: ModelConfig) -> list[int]:
-    """Bytes of each parameter, ascending."""
-    shapes = DrawnWeights(Path(), model, {}).shapes.values()
+    """Return the bytes of each parameter in ascending order."""
+    shapes = RandomWeights(Path(), model, {}).shapes.values()
     return sorted(n_bytes(shape, torch.float32) for shape in shapes)
 
 
 def measure(
-    model: ModelConfig, place: Path, steps: Sequence[tuple[str, ...]] = STEPS
+    model: ModelConfig, folder: Path, steps: Sequence[tuple[str, ...]] = STEPS
 ) -> dict[str, dict[str, float]]:
-    """Peak memory and time of each conversion, and the time of a copy of what it wrote."""
-    for old in place.iterdir():
+    """Return peak memory and duration of each conversion, and of a copy of its output."""
+    for old in folder.iterdir():
         shutil.rmtree(old)
-    convert(DrawnWeights(Path("drawn"), model, {}), None, place / "native", "native")
-    found = {}
+    convert(RandomWeights(Path("drawn"), model, {}), None, folder / "native", "native")
+    results = {}
     for source, target, *more in steps:
         kind = KINDS.get(target, target)
-        names = [f"source={place / source}", f"target={place / target}", f"format={kind}"]
+        names = [f"source={folder / source}", f"target={folder / target}", f"format={kind}"]
         peak, seconds = run(["convert.py", *names, "tokenizer_path=null", *more])
-        begin = time.perf_counter()
-        copy(place / target, place / "copy")
-        found[f"{source}-{target}"] = {
+        start = time.perf_counter()
+        copy(folder / target, folder / "copy")
+        results[f"{source}-{target}"] = {
             "peak_bytes": peak,
             "seconds": seconds,
-            "copy_seconds": time.perf_counter() - begin,
+            "copy_seconds": time.perf_counter() - start,
         }
-        shutil.rmtree(place / "copy")
-    return found
+        shutil.rmtree(folder / "copy")
+    return results
 
 
 def run(arguments: list[str]) -> tuple[int, float]:
-    """Runs a program; its peak resident memory in bytes, and the seconds that it converted."""
+    """Run a program; return its peak resident memory in bytes and the reported conversion time."""
     process = subprocess.Popen(
         [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    told = process.stdout.read()
+    output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, told
-    words: list[Any] = told.split()
+    assert process.returncode == 0, output
+    words: list[Any] = output.split()
     return usage.ru_maxrss * 1024, float(words[words.index("s,") - 1])
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copies the files of a folder and waits until they are on the disk."""
+    """Copy the files of a folder and fsync them."""
     target.mkdir()
     for path in source.iterdir():
         shutil.copyfile(path, target / path.name)

@@ -1,10 +1,10 @@
-"""The backward of attention in bf16 on CPU beside that of PyTorch's kernel: why ours is there.
+"""Attention backward in bf16 on CPU: our kernel compared with PyTorch's.
 
     python -m bench.cpu_attention
 
-At the shapes of the two models of `bench.training_step` and of larger ones, of which one has a head
-of keys for each of queries, with and without documents; both take turns. A ratio above 1: ours is
-that much faster. Beside it stands what gradients are off by, against float64.
+Measured at the shapes of the two models of `bench.training_step` and of larger ones, one of them
+without grouped queries, with and without documents, in alternation. A ratio above 1 means that our
+kernel is faster. Errors are relative to float64 gradients.
 """
 
 import time
@@ -21,14 +21,14 @@ from model.kernels.attention_backward import attention
 
 # (batch, heads, kv_heads, seq, head_dim)
 SHAPES = ((4, 6, 2, 512, 64), (4, 10, 5, 512, 64), (2, 8, 8, 1024, 64), (1, 8, 2, 2048, 128))
-DOCUMENT, ROUNDS, WARM_UP = 200, 20, 3  # tokens of a document
+DOCUMENT, ROUNDS, WARM_UP = 200, 20, 3  # tokens per document
 
 Gradients = Callable[[], tuple[Tensor, ...]]
 
 
 def main() -> None:
-    """Measures and writes `bench/results/cpu_attention.json`."""
-    figures: dict[str, Any] = {}
+    """Measure and write `bench/results/cpu_attention.json`."""
+    results: dict[str, Any] = {}
     for batch, heads, kv_heads, seq, head_dim in SHAPES:
         torch.manual_seed(0)
         q, k, v, gradient = (
@@ -44,20 +44,20 @@ def main() -> None:
             theirs = _gradients(sdpa(q, k, v, mask), leaves, gradient)
             own, other = _in_turns(ours, theirs)
             name = f"{heads} heads of {head_dim}, {kv_heads} of keys, {batch} rows of {seq}"
-            figures[name + (", documents" if packed else "")] = {
+            results[name + (", documents" if packed else "")] = {
                 "ratio": spread([b / a for a, b in zip(own, other, strict=True)]),
                 "seconds": {"ours": spread(own), "PyTorch's": spread(other)},
                 "error": {"ours": _errors(ours(), exact), "PyTorch's": _errors(theirs(), exact)},
             }
-    write(Path(__file__).stem, figures)
-    for name, each in figures.items():
+    write(Path(__file__).stem, results)
+    for name, each in results.items():
         ratio, error = each["ratio"], each["error"]
         quartiles = f"{ratio['quartile_1']:.2f}, {ratio['quartile_3']:.2f}"
         print(f"{name:60} {ratio['median']:.2f} ({quartiles}), errors {error}")
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """PyTorch's attention, (batch, heads, seq, head_dim)."""
+    """Return PyTorch's attention, (batch, heads, seq, head_dim)."""
     mask = mask if mask is None else mask.to(q.dtype)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
@@ -65,10 +65,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _documents(batch: int, seq: int) -> Tensor:
-    """(batch, 1, seq, seq), as it is added to the scores."""
+    """Return the additive mask, (batch, 1, seq, seq)."""
     document = torch.arange(seq) // DOCUMENT
-    seen = (document.unsqueeze(1) == document).tril().expand(batch, 1, -1, -1)
-    return torch.zeros((), dtype=torch.bfloat16).where(seen, -torch.inf)
+    allowed = (document.unsqueeze(1) == document).tril().expand(batch, 1, -1, -1)
+    return torch.zeros((), dtype=torch.bfloat16).where(allowed, -torch.inf)
 
 
 def _gradients(out: Tensor, leaves: list[Tensor], gradient: Tensor) -> Gradients:
@@ -76,19 +76,19 @@ def _gradients(out: Tensor, leaves: list[Tensor], gradient: Tensor) -> Gradients
 
 
 def _in_turns(ours: Gradients, theirs: Gradients) -> tuple[list[float], list[float]]:
-    """Seconds of both."""
+    """Return the seconds of both."""
     taken = [(_seconds(ours), _seconds(theirs)) for _ in range(WARM_UP + ROUNDS)][WARM_UP:]
     return [own for own, _ in taken], [other for _, other in taken]
 
 
 def _seconds(gradients: Gradients) -> float:
-    begin = time.perf_counter()
+    start = time.perf_counter()
     gradients()
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
 def _errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
-    """Root mean squares over those of the gradients themselves."""
+    """Return root-mean-square errors relative to the gradients."""
     pairs = zip("qkv", found, exact, strict=True)
     return {
         name: round(((own.double() - true).norm() / true.norm()).item(), 4)

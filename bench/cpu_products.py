@@ -1,9 +1,9 @@
-"""float32 products of a layer by oneDNN beside MKL's: why `model.kernels.onednn_linear` is there.
+"""Float32 matrix products of oneDNN compared with MKL, for `model.kernels.onednn_linear`.
 
     python -m bench.cpu_products
 
-The three products of training, of the layers of the two models of `bench.training_step` and of a
-larger one, 2,048 tokens; both libraries take turns. A ratio above 1: oneDNN is that much faster.
+The three products of training, in the layers of the two models of `bench.training_step` and of a
+larger one, with 2,048 tokens, in alternation. A ratio above 1 means that oneDNN is faster.
 """
 
 import time
@@ -22,8 +22,8 @@ LAYERS = ((384, 384), (384, 1024), (1024, 384), (640, 640), (640, 1792), (1792, 
 
 
 def main() -> None:
-    """Measures and writes `bench/results/cpu_products.json`."""
-    figures = {}
+    """Measure and write `bench/results/cpu_products.json`."""
+    results = {}
     for width_in, width_out in LAYERS:
         x, weight = torch.randn(TOKENS, width_in), torch.randn(width_out, width_in)
         gradient = torch.randn(TOKENS, width_out)
@@ -34,20 +34,20 @@ def main() -> None:
             ("weight's gradient", gradient.t(), x.t()),
         ):
             mkl, onednn = _in_turns(left, right)
-            figures[f"{width_in} to {width_out}, {name}"] = {
+            results[f"{width_in} to {width_out}, {name}"] = {
                 "ratio": spread([a / b for a, b in zip(mkl, onednn, strict=True)]),
                 "mkl_gflops": spread([flops / each / 1e9 for each in mkl]),
                 "onednn_gflops": spread([flops / each / 1e9 for each in onednn]),
             }
-    write(Path(__file__).stem, figures)
-    for name, each in figures.items():
+    write(Path(__file__).stem, results)
+    for name, each in results.items():
         ratio = each["ratio"]
         quartiles = f"{ratio['quartile_1']:.2f}, {ratio['quartile_3']:.2f}"
         print(f"{name:36} {ratio['median']:.2f} ({quartiles})")
 
 
 def _in_turns(left: Tensor, right: Tensor) -> tuple[list[float], list[float]]:
-    """Seconds of left · rightᵀ by MKL and by oneDNN."""
+    """Return the seconds of left · rightᵀ by MKL and by oneDNN."""
     with torch.no_grad():
         for _ in range(WARM_UP):
             F.linear(left, right)
@@ -59,9 +59,9 @@ def _in_turns(left: Tensor, right: Tensor) -> tuple[list[float], list[float]]:
 
 
 def _seconds(product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> float:
-    begin = time.perf_counter()
+    start = time.perf_counter()
     product(left, right)
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

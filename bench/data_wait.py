@@ -1,10 +1,10 @@
-"""How much of a training step is spent waiting for data, in the default run.
+"""Fraction of a training step spent waiting for data, in the default run.
 
     python -m bench.data_wait
 
-Whole processes of `python train.py`, stopped after some steps; the seconds that the loop waited for
-its next batch as a share of the seconds of its steps, by the run's own metrics.jsonl. The claim:
-under 0.5%. The first step waits for the first batch to be read at all, and is told by itself.
+Runs `python train.py` for some steps and divides the time that the loop waits for batches by the
+step time, from metrics.jsonl. Claim: under 0.5%. The first step, which waits for the first batch to
+be read, is reported separately.
 """
 
 import json
@@ -20,7 +20,7 @@ STEPS, REPEATS = 60, 3
 
 
 def main() -> None:
-    """Measures and writes `bench/results/data_wait.json`."""
+    """Measure and write `bench/results/data_wait.json`."""
     subprocess.run([sys.executable, "prepare.py"], cwd=ROOT, check=True)
     first, shares = [], []
     for _ in range(REPEATS):
@@ -34,7 +34,7 @@ def main() -> None:
             lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
         first.append(lines[0]["data_wait_seconds"])
         before, waited, seconds = 1, 0.0, 0.0
-        for line in lines[1:]:  # each tells the means since the line before it
+        for line in lines[1:]:  # each line contains the means since the previous one
             steps = line["step"] - before
             waited += steps * line["data_wait_seconds"]
             seconds += steps * line["step_seconds"]

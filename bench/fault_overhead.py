@@ -1,11 +1,11 @@
-"""What it costs that nothing is lost: the default run with and without checkpoints and watchdog.
+"""Overhead of fault tolerance: the default run with and without checkpoints and watchdog.
 
     python -m bench.fault_overhead [key=value …]
 
-Both runs train at the same time, each on a core of its own, and change cores from pair to pair, so
-that a machine whose speed drifts does not matter. The time is that from the first line of figures
-to the last, which holds two checkpoints of one of them, four times as often as by default. The
-aim: a median ratio of at most 1.02.
+Both runs train at the same time, one core each, and swap cores after each pair, so that variations
+of the machine's speed cancel out. Measured is the time from the first to the last console line,
+which includes two checkpoints in one of the runs, four times as often as by default. Target: a
+median ratio of at most 1.02.
 """
 
 import os
@@ -37,9 +37,9 @@ OFF = [
 
 
 def main() -> None:
-    """Measures and writes `bench/results/fault_overhead.json`."""
+    """Measure and write `bench/results/fault_overhead.json`."""
     cores = sorted(os.sched_getaffinity(0))[:2]
-    assert len(cores) == 2, "the two runs need a core each"
+    assert len(cores) == 2, "the two runs need one core each"
     seconds: dict[str, list[float]] = {"on": [], "off": []}
     subprocess.run([sys.executable, "prepare.py"], cwd=CONF.parent, check=True)
     with ThreadPoolExecutor(2) as pool:
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def train(keys: list[str], core: int) -> float:
-    """Trains on one core; returns the seconds from the first line of figures to the last."""
+    """Train on one core; return the seconds from the first to the last console line."""
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [sys.executable, "train.py", f"run.dir={folder}/run", *COMMON, *keys, *sys.argv[1:]],

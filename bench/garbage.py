@@ -1,10 +1,10 @@
-"""What Python's garbage collector costs inside steps, left to itself, and between them.
+"""Cost of Python's garbage collector inside steps (default) and between steps (ours).
 
     python -m bench.garbage [key=value …]
 
-A deep and narrow model, whose step makes many objects and computes little, one process. First the
-collector runs when Python wants it to, then as `training.garbage` wants. The claims: none of its
-time is inside a step any more, and what is between them is less than 1% of the time.
+One process trains a deep and narrow model, whose step creates many objects and computes little,
+first with automatic collection, then with `training.garbage`. Claims: no collection inside steps,
+and less than 1% of the time spent in collections between them.
 """
 
 import gc
@@ -27,21 +27,26 @@ from training.preflight import prepare_data
 from training.resume_policy import Changes
 from training.run import Run
 
-WORDS = ("experiment=smoke", "model.n_layers=16", "parallel.accelerator=cpu")
-STEPS = 100  # of each kind
+OVERRIDES = ("experiment=smoke", "model.n_layers=16", "parallel.accelerator=cpu")
+STEPS = 100  # per mode
 
 
 def main() -> None:
-    """Measures and writes `bench/results/garbage.json`."""
-    with initialize_config_dir(str(CONF), version_base="1.3"), tempfile.TemporaryDirectory() as at:
-        words = [*WORDS, f"run.dir={at}", "log.tensorboard=false", *sys.argv[1:]]
-        config, processes, mesh = check_config(compose("train", hydra_arguments(words, "train")))
+    """Measure and write `bench/results/garbage.json`."""
+    with (
+        initialize_config_dir(str(CONF), version_base="1.3"),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        overrides = [*OVERRIDES, f"run.dir={folder}", "log.tensorboard=false", *sys.argv[1:]]
+        config, processes, mesh = check_config(
+            compose("train", hydra_arguments(overrides, "train"))
+        )
         run = set_up(config, processes, mesh, prepare_data(config), Changes())
         steps = take_steps(run)
-        by_itself = measure(steps)
-        begin = time.perf_counter()
+        automatic = measure(steps)
+        start = time.perf_counter()
         gc.collect()
-        full = time.perf_counter() - begin
+        full = time.perf_counter() - start
         run.garbage.disable()
         run.garbage.run(1)
         between_steps = measure(steps, run.garbage)
@@ -50,7 +55,7 @@ def main() -> None:
         Path(__file__).stem,
         {
             "steps": STEPS,
-            "left_to_itself": by_itself,
+            "left_to_itself": automatic,
             "between_steps": between_steps | {"every": garbage.INTERVAL},
             "full_collection_seconds": full,
         },
@@ -58,23 +63,23 @@ def main() -> None:
 
 
 def take_steps(run: Run) -> Iterator[None]:
-    """One step of `train.py` after the other."""
+    """Run one training step per iteration."""
     for batches in run.batches():
         train_step(run, batches, run.config.optim.lr)
         yield
 
 
 def measure(steps: Iterator[None], collector: garbage.GarbageCollector | None = None) -> Any:
-    """Collections within `STEPS` steps and between them: how many, and their seconds."""
-    found: dict[str, list[float]] = {"inside": [], "between": []}
-    begin = time.perf_counter()
+    """Return number and seconds of collections inside and between `STEPS` steps."""
+    seconds_of: dict[str, list[float]] = {"inside": [], "between": []}
+    start = time.perf_counter()
     for step in range(1, STEPS + 1):
-        with timed_collections(found["inside"]):
+        with timed_collections(seconds_of["inside"]):
             next(steps)
         if collector is not None:
-            with timed_collections(found["between"]):
+            with timed_collections(seconds_of["between"]):
                 collector.run(step)
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - start
     return {
         kind: {
             "collections": len(times),
@@ -82,21 +87,21 @@ def measure(steps: Iterator[None], collector: garbage.GarbageCollector | None = 
             "longest": max(times, default=0.0),
             "share_of_the_time": sum(times) / seconds,
         }
-        for kind, times in found.items()
+        for kind, times in seconds_of.items()
     }
 
 
 @contextmanager
 def timed_collections(seconds: list[float]) -> Iterator[None]:
-    """Adds how long each collection takes to a list."""
-    begin = 0.0
+    """Append the duration of each collection to a list."""
+    start = 0.0
 
     def on_collection(phase: str, _: dict[str, int]) -> None:
-        nonlocal begin
+        nonlocal start
         if phase == "start":
-            begin = time.perf_counter()
+            start = time.perf_counter()
         else:
-            seconds.append(time.perf_counter() - begin)
+            seconds.append(time.perf_counter() - start)
 
     gc.callbacks.append(on_collection)
     try:

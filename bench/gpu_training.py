@@ -1,11 +1,12 @@
-"""What Llamesh's own training reaches on one GPU: 1B, 3B and 8B, the last in fp8 as well.
+"""Training throughput on one GPU: 1B, 3B and 8B, the latter also in fp8.
 
     python -m bench.gpu_training [reduced] [case …] [key=value …]
 
-The recipes' own steps, compiled, with their document mask. Their data is the bytes of Python's
-library: token ids change no speed, and its files, longer than web pages, leave 92% of a causal
-row's attention at 4,096 tokens and 87% at 8,192. AdamW comes after fewer micro-batches, and weighs
-more. 8B keeps moments in int8, so that it fits. `reduced`: tiny, eager, on CPU, fp8 emulated.
+Runs the steps of the recipes, compiled, with document masks. The data are bytes of the Python
+standard library: token ids do not affect speed, and its files, longer than web pages, leave 92% of
+a causal row's attention at 4,096 tokens and 87% at 8,192. Fewer micro-batches per step give AdamW a
+larger weight. 8B uses int8 optimizer state to fit. `reduced` runs tiny eager models on CPU with
+emulated fp8.
 """
 
 import json
@@ -51,8 +52,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "8b": ("experiment=h200_8b",),
     "8b_fp8": ("experiment=h200_8b", "precision.fp8=tensorwise"),  # the faster recipe
 }
-# On one H200; `share` is TFLOP/s of the step over those of a large bf16 product.
-AIMS: dict[str, dict[str, float]] = {
+# On one H200; `share` is TFLOP/s of the step relative to a large bf16 product.
+TARGETS: dict[str, dict[str, float]] = {
     "1b": {"tokens_per_second": 52_000},
     "3b": {"tokens_per_second": 23_000},
     "8b": {"tokens_per_second": 10_000, "share": 0.66},
@@ -67,91 +68,93 @@ TINY = (
     *("model.ffn_dim=192", "model.vocab_size=512", "train.seq_len=64", "train.micro_batch_size=2"),
     *("parallel.accelerator=cpu", "parallel.compile=false", "precision.param=bf16"),
 )
-MICRO_BATCHES = 4  # a step: seconds on an H200
+MICRO_BATCHES = 4  # per step, which takes seconds on an H200
 WARM_UP, STEPS = 2, {"cuda": 7, "cpu": 3}
 PRODUCT_SECONDS = {"cuda": 0.3, "cpu": 0.02}
-FIGURES = (
+METRICS = (
     *("tokens_per_second", "tflops", "mfu_causal", "step_seconds"),
     *("product_tflops", "share"),
 )
-# What every case imports; of the reduced ones, once for all.
+# Imports shared by all cases; the reduced ones fork from a process that has them.
 IMPORTED = ["train", "parallel.launch", "checkpoint.restore", "training.throughput"]
 
 
 def main() -> None:
-    """Measures; all cases as they are, on a GPU, go to `bench/results/gpu_training.json`."""
-    words = [word for word in sys.argv[1:] if "=" in word]
-    asked = [word for word in sys.argv[1:] if "=" not in word]
-    reduced = "reduced" in asked
+    """Measure; with all cases, unmodified and on a GPU, write `bench/results/gpu_training.json`."""
+    overrides = [word for word in sys.argv[1:] if "=" in word]
+    names = [word for word in sys.argv[1:] if "=" not in word]
+    reduced = "reduced" in names
     if not reduced and not torch.cuda.is_available():
-        sys.exit("no GPU here: use python -m bench.gpu_training reduced")
-    cases = [name for name in asked if name != "reduced"] or list(CASES)
-    figures = {case: in_a_process(case, reduced, words) for case in cases}
-    failed = [case for case, found in figures.items() if "failed" in found]
-    aims: dict[str, Any] = {}
-    if not reduced and named_h200():
-        aims = {case: compared(figures[case], AIMS[case]) for case in cases}
-    record = {"cases": figures, "aims": aims}
-    if reduced or words or cases != list(CASES):
+        sys.exit("no GPU available; use python -m bench.gpu_training reduced")
+    cases = [name for name in names if name != "reduced"] or list(CASES)
+    results = {case: measure_in_process(case, reduced, overrides) for case in cases}
+    failed = [case for case, result in results.items() if "failed" in result]
+    target_rows: dict[str, Any] = {}
+    if not reduced and is_h200():
+        target_rows = {case: compare_targets(results[case], TARGETS[case]) for case in cases}
+    record = {"cases": results, "aims": target_rows}
+    if reduced or overrides or cases != list(CASES):
         print(json.dumps(record, indent=1))
     else:
         write(Path(__file__).stem, record)
-    missed = [case for case, each in aims.items() if not all(aim["met"] for aim in each.values())]
-    assert not failed and not missed, f"failed: {failed}, aims missed: {missed}"
+    missed = [
+        case for case, each in target_rows.items() if not all(row["met"] for row in each.values())
+    ]
+    assert not failed and not missed, f"failed: {failed}, targets missed: {missed}"
 
 
-def named_h200() -> bool:
-    """Whether the GPU is the one that the aims are for."""
+def is_h200() -> bool:
+    """Return whether the GPU is the one that the targets apply to."""
     known = hardware_of(torch.cuda.get_device_name())
     return known is not None and known.name == "h200"
 
 
-def compared(figures: dict[str, Any], aims: dict[str, float]) -> dict[str, Any]:
-    """Each aim beside the median found; what was not measured has not met it."""
+def compare_targets(results: dict[str, Any], targets: dict[str, float]) -> dict[str, Any]:
+    """Return each target with the measured median; a missing measurement does not meet it."""
     rows = {}
-    for name, aim in aims.items():
-        found = figures[name]["median"] if name in figures else None
-        rows[name] = {"aim": aim, "found": found, "met": found is not None and found >= aim}
+    for name, target in targets.items():
+        found = results[name]["median"] if name in results else None
+        rows[name] = {"aim": target, "found": found, "met": found is not None and found >= target}
     return rows
 
 
-def in_a_process(case: str, reduced: bool, words: list[str]) -> dict[str, Any]:
-    """A case in a process of its own, where nothing is compiled or allocated yet."""
-    context: Any = get_context("forkserver" if reduced else "spawn")  # no fork has to do with CUDA
+def measure_in_process(case: str, reduced: bool, overrides: list[str]) -> dict[str, Any]:
+    """Measure a case in a separate process, without compiled code or allocated memory."""
+    context: Any = get_context("forkserver" if reduced else "spawn")  # CUDA does not support fork
     context.set_forkserver_preload(IMPORTED)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(measure, case, reduced, words).result()
-        except Exception as error:  # the other cases are measured all the same
+            return pool.submit(measure, case, reduced, overrides).result()
+        except Exception as error:  # continue with the other cases
             traceback.print_exception(error)
             return {"failed": f"{type(error).__name__}: {error}"}
 
 
-def composed(case: str, reduced: bool, words: list[str]) -> DictConfig:
-    """The configuration of a case, with few micro-batches, each of the recipe's size."""
-    given = [*CASES[case], *LOCAL, *(TINY if reduced else ()), *words]
+def compose_case(case: str, reduced: bool, overrides: list[str]) -> DictConfig:
+    """Compose the configuration of a case, with few micro-batches of the recipe's size."""
+    given = [*CASES[case], *LOCAL, *(TINY if reduced else ()), *overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", hydra_arguments(given, "train"))
     config.train.global_batch_size = MICRO_BATCHES * config.train.micro_batch_size
     return config
 
 
-def measure(case: str, reduced: bool, words: list[str]) -> dict[str, Any]:
-    """The figures of a case, or why it cannot run here."""
+def measure(case: str, reduced: bool, overrides: list[str]) -> dict[str, Any]:
+    """Return the results of a case, or the reason why it cannot run here."""
     with tempfile.TemporaryDirectory() as folder, fp8_on_cpu() if reduced else nullcontext():
         try:
-            given = composed(case, reduced, [*words, f"run.dir={folder}"])
+            given = compose_case(case, reduced, [*overrides, f"run.dir={folder}"])
             config, processes, mesh = check_config(given)
             if (fit := check_plan(config, processes, mesh)) and fit.rejected:
                 return {"skipped": fit.message}
         except ConfigError as error:
             return {"skipped": str(error)}
-        found = measured(config, processes, mesh)
-    return found | beside_plan(config, processes, mesh, found)
+        found = measure_steps(config, processes, mesh)
+    return found | compare_plan(config, processes, mesh, found)
 
 
-def measured(config: JobConfig, processes: Processes, mesh: MeshShape) -> dict[str, Any]:
-    """Speed of steps and of large products that take turns, and the memory of the steps."""
+def measure_steps(config: JobConfig, processes: Processes, mesh: MeshShape) -> dict[str, Any]:
+    """Return the speed of alternating steps and large products, and the memory of the steps."""
     run = set_up(config, processes, mesh, prepare_data(config), Changes())
     device, tokens = run.fabric.device, config.train.global_batch_size * config.train.seq_len
     kind, on_gpu = device.type, device.type == "cuda"
@@ -164,35 +167,35 @@ def measured(config: JobConfig, processes: Processes, mesh: MeshShape) -> dict[s
             torch.cuda.reset_peak_memory_stats()
         size, rate = SIZES[kind]["product"], learning_rate(number, config.optim)
         product = matrix_tflops(kind, torch.bfloat16, size, PRODUCT_SECONDS[kind])
-        begin = time.perf_counter()
+        start = time.perf_counter()
         batch = next(batches)
-        waited = time.perf_counter() - begin
+        data_wait_seconds = time.perf_counter() - start
         scalars = train_step(run, batch, rate)["scalars"]
         if on_gpu:
             torch.cuda.synchronize()
-        row = throughput.metrics(tokens, time.perf_counter() - begin, waited, steps=1)
+        row = throughput.metrics(tokens, time.perf_counter() - start, data_wait_seconds, steps=1)
         assert scalars.isfinite().all(), "an update was skipped"
         assert row["tflops"] is not None
         rows.append(row | {"product_tflops": product, "share": row["tflops"] / product})
         run.garbage.run(number + 1)
     columns: dict[str, list[Any]] = {
-        name: [row[name] for row in rows[WARM_UP:]] for name in FIGURES
+        name: [row[name] for row in rows[WARM_UP:]] for name in METRICS
     }
     return {
         "micro_batch_size": config.train.micro_batch_size,
         "optimizer_state": config.precision.optimizer_state,
         "fp8": config.precision.fp8,
-        # No MFU under fp8, and where no peak is known.
+        # MFU is None under fp8 and without a known peak.
         **{name: None if None in found else spread(found) for name, found in columns.items()},
         "peak_memory_gib": peak_memory_gib(device),
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB if on_gpu else None,
     }
 
 
-def beside_plan(
+def compare_plan(
     config: JobConfig, processes: Processes, mesh: MeshShape, found: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the planner says of the same step, and by how much it is off; on CPU of an H200."""
+    """Return the planner's prediction of the step and its error; on CPU, that of an H200."""
     on_gpu = processes.accelerator == "cuda"
     hardware = this_machine(processes)[0] if on_gpu else load_hardware("h200")
     tokens = config.train.global_batch_size * config.train.seq_len
@@ -213,10 +216,10 @@ def beside_plan(
 
 @contextmanager
 def fp8_on_cpu() -> Iterator[None]:
-    """Past the rule that refuses it: torchao rounds the factors and multiplies in float32."""
+    """Skip the rule that rejects fp8 on CPU; torchao emulates it in float32."""
     emulated = partial(apply_float8, emulate=True)
     with (
-        patch("training.preflight.fp8_errors", lambda *_: []),
+        patch("cli.config.fp8_errors", lambda *_: []),
         patch("parallel.float8.apply_float8", emulated),
     ):
         yield

@@ -1,13 +1,13 @@
-"""How many tokens a second one process reads from the page cache, on one core.
+"""Tokens per second read by one process on one core from the page cache.
 
     python -m bench.loader
 
-Windows of 8,192 tokens from 256 MiB of documents of log-normal lengths (median about 660 tokens),
-every window once, in the order of a run, as batches of 16 with document masks, labels, positions
-and the digest: with checksums compared and without, in turn. Beside it, tokens alone, without
-masks, positions, labels and digest: `datasets` (an Arrow table of the first windows, memory-mapped,
-`with_format("torch")`, shuffled) and NumPy copying mapped windows into an int64 batch. The claims:
-50 million tokens a second with checksums, which cost less than 5%.
+Reads windows of 8,192 tokens from 256 MiB of documents with log-normal lengths (median about 660
+tokens), each window once, in the order of a run, as batches of 16 with document masks, labels,
+positions and batch hash, alternately with and without checksum verification. For comparison, tokens
+alone: `datasets` (a memory-mapped Arrow table, `with_format("torch")`, shuffled) and NumPy copying
+mapped windows into an int64 batch. Claims: 50 million tokens per second with checksums, which cost
+less than 5%.
 """
 
 import os
@@ -33,42 +33,42 @@ STEPS = (N_TOKENS // SEQ_LEN - 1) // BATCH
 
 
 def main() -> None:
-    """Measures and writes `bench/results/loader.json`."""
+    """Measure and write `bench/results/loader.json`."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
         make(folder)
         rates: dict[str, list[float]] = {}
-        peers: dict[str, Callable[[], None]] = {
+        readers: dict[str, Callable[[], None]] = {
             "verified": lambda: read(folder, verify=True),
             "unverified": lambda: read(folder, verify=False),
             "numpy_copy": lambda: copy(folder),
         }
         table = as_table(folder)
         for repeat in range(REPEATS + 1):
-            for what, run in peers.items():
-                begin = time.perf_counter()
+            for name, run in readers.items():
+                start = time.perf_counter()
                 run()
-                rate = STEPS * BATCH * SEQ_LEN / (time.perf_counter() - begin)
-                if repeat:  # the first fills the page cache
-                    rates.setdefault(what, []).append(rate)
+                rate = STEPS * BATCH * SEQ_LEN / (time.perf_counter() - start)
+                if repeat:  # the first round fills the page cache
+                    rates.setdefault(name, []).append(rate)
         for _ in range(3):
-            begin = time.perf_counter()
+            start = time.perf_counter()
             steps = min(STEPS, 64)
             read_table(table, steps)
-            rate = steps * BATCH * SEQ_LEN / (time.perf_counter() - begin)
+            rate = steps * BATCH * SEQ_LEN / (time.perf_counter() - start)
             rates.setdefault("datasets", []).append(rate)
     costs = [1 - a / b for a, b in zip(rates["verified"], rates["unverified"], strict=True)]
     write(
         Path(__file__).stem,
-        {f"{what}_tokens_per_second": spread(found) for what, found in rates.items()}
+        {f"{name}_tokens_per_second": spread(values) for name, values in rates.items()}
         | {"share_of_time_for_checksums": spread(costs)},
     )
 
 
 def make(folder: Path) -> None:
-    """A dataset of random tokens in documents of log-normal lengths."""
+    """Create a dataset of random tokens in documents of log-normal lengths."""
     random = np.random.default_rng(0)
     writer = ShardWriter(folder, "text/train-00000-000")
     while writer.n_tokens < N_TOKENS:
@@ -82,14 +82,14 @@ def make(folder: Path) -> None:
 
 
 def read(folder: Path, verify: bool) -> None:
-    """Every window once through the loader of a run, opened anew."""
+    """Open the dataset and read every window once through the training loader."""
     loader = TrainLoader(Dataset.open(folder, verify=verify), STAGES, seed=0, rank=0, size=1)
     for step in range(STEPS):
         loader.step(step)
 
 
 def copy(folder: Path) -> None:
-    """As many windows in the same order, mapped tokens copied into an int64 batch and no more."""
+    """Copy the same windows in the same order from a memory map into an int64 batch."""
     dataset = Dataset.open(folder)
     tokens = np.memmap(folder / "text/train-00000-000.tokens", dtype="<u4", mode="r")
     plain = tokens.view(np.ndarray)
@@ -102,7 +102,7 @@ def copy(folder: Path) -> None:
 
 
 def as_table(folder: Path) -> datasets.Dataset:
-    """The same windows as rows of an Arrow file, mapped into memory."""
+    """Return the same windows as rows of a memory-mapped Arrow file."""
     tokens = np.memmap(folder / "text/train-00000-000.tokens", dtype="<i4", mode="r")
     windows = {"tokens": [tokens[i * SEQ_LEN : (i + 1) * SEQ_LEN] for i in range(64 * BATCH)]}
     datasets.disable_progress_bars()
@@ -112,7 +112,7 @@ def as_table(folder: Path) -> datasets.Dataset:
 
 
 def read_table(table: datasets.Dataset, steps: int) -> None:
-    """Batches of the table's rows in a shuffled order, stacked as int64."""
+    """Read batches of the table's rows in shuffled order, stacked as int64."""
     order = np.random.default_rng(0).permutation(len(table))
     rows = table.with_format("torch")
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""How a bench tells what it measured: medians and spread, beside hardware, versions and commit."""
+"""Records of measurements: median and spread, with hardware, versions and commit."""
 
 import json
 import platform
@@ -12,25 +12,25 @@ FOLDER = Path(__file__).parent / "results"
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and count of repeated measurements."""
+    """Return median, quartiles and count of repeated measurements."""
     low, median, high = statistics.quantiles(values, n=4)
     return {"median": median, "quartile_1": low, "quartile_3": high, "n": len(values)}
 
 
-def write(name: str, figures: dict[str, Any]) -> None:
-    """Prints the figures and writes them to `bench/results/NAME.json`."""
-    record = {"figures": figures, **circumstances()}
+def write(name: str, results: dict[str, Any]) -> None:
+    """Print results and write them to `bench/results/NAME.json`."""
+    record = {"figures": results, **environment()}
     print(json.dumps(record, indent=1))
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def circumstances() -> dict[str, Any]:
-    """Hardware, versions and commit of this measurement."""
+def environment() -> dict[str, Any]:
+    """Return hardware, versions and commit of this measurement."""
     import torch
 
     commit = _git("describe", "--always")
-    # Results that another bench has just written change nothing that is measured.
+    # Ignore results that another bench has just written.
     changed = _git("status", "--porcelain", "--", ":/", f":!{FOLDER.name}")
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
@@ -45,14 +45,14 @@ def circumstances() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of this checkout; nothing where there is none."""
+    """Return the output of git, or an empty string outside a repository."""
     return subprocess.run(
         ["git", *arguments], cwd=FOLDER.parent, capture_output=True, text=True, check=False
     ).stdout.strip()
 
 
 def _cpu_name() -> str:
-    """The processor's name as Linux tells it."""
+    """Return the processor's name from /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

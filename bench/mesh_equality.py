@@ -1,10 +1,10 @@
-"""One run, any mesh: the default run's first 40 steps on many meshes, and once more on the first.
+"""Equality of losses on any mesh: the first 40 steps of the default run on several meshes.
 
     python -m bench.mesh_equality
 
-Whole processes, as a user starts them, on CPU in fp32. The claims: the largest relative difference
-to one process is at most 1e-6 in a step's loss and 1e-5 in its gradient norm, the batches are the
-same, and the same mesh again gives every figure bit for bit.
+Runs complete processes on CPU in fp32. Claims: the largest relative difference from one process is
+at most 1e-6 in loss and 1e-5 in gradient norm, batches are identical, and a repeated run on the
+same mesh is bit-identical.
 """
 
 import json
@@ -34,22 +34,22 @@ MESHES = {
 
 
 def main() -> None:
-    """Measures and writes `bench/results/mesh_equality.json`."""
+    """Measure and write `bench/results/mesh_equality.json`."""
     reference: list[dict[str, Any]] = []
-    figures: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     for name, mesh in MESHES.items():
         steps = run(mesh)
         reference = reference or steps
         assert [s["batch_hash"] for s in steps] == [s["batch_hash"] for s in reference], name
-        figures[name] = {
+        results[name] = {
             key: max(abs(s[key] - r[key]) / r[key] for s, r in zip(steps, reference, strict=True))
             for key in ("loss", "grad_norm")
         }
-    write(Path(__file__).stem, {"largest_relative_difference": figures, "steps": STEPS})
+    write(Path(__file__).stem, {"largest_relative_difference": results, "steps": STEPS})
 
 
 def run(mesh: list[str]) -> list[dict[str, Any]]:
-    """Trains from scratch on `mesh`; returns the lines of `metrics.jsonl`, one a step."""
+    """Train from scratch on `mesh`; return the lines of `metrics.jsonl`, one per step."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", f"run.dir={folder}", f"train.max_steps={STEPS}"]
         command += ["log.interval=1", "parallel.accelerator=cpu", "precision.param=fp32", *mesh]

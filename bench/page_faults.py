@@ -1,9 +1,9 @@
-"""What `parallel.host_memory` saves: page faults and time of a step on CPU, with and without it.
+"""Page faults and step time on CPU with and without `parallel.host_memory`.
 
     python -m bench.page_faults
 
-A bare loop of the default model on random tokens; the two take turns as whole processes, since
-what is once set for a process stays.
+Runs a plain training loop of the default model on random tokens in alternating processes, because
+the allocator setting applies to a process and cannot be undone.
 """
 
 import json
@@ -28,25 +28,25 @@ PAIRS, WARM_UP, STEPS = 3, 4, 12
 
 
 def main() -> None:
-    """Measures and writes `bench/results/page_faults.json`; with an argument, is one process."""
+    """Measure and write `bench/results/page_faults.json`; with an argument, run one process."""
     if len(sys.argv) > 1:
         print(json.dumps(steps(keep=sys.argv[1] == "kept")))
         return
-    found: dict[str, list[tuple[float, int]]] = {"returned": [], "kept": []}
+    modes: dict[str, list[tuple[float, int]]] = {"returned": [], "kept": []}
     for _ in range(PAIRS):
-        for name, measured in found.items():
+        for name, measured in modes.items():
             command = [sys.executable, "-m", "bench.page_faults", name]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             measured += json.loads(done.stdout)
-    figures = {}
-    for name, measured in found.items():
-        figures[f"{name}_seconds"] = spread([seconds for seconds, _ in measured])
-        figures[f"{name}_page_faults"] = spread([faults for _, faults in measured])
-    write(Path(__file__).stem, figures)
+    results = {}
+    for name, measured in modes.items():
+        results[f"{name}_seconds"] = spread([seconds for seconds, _ in measured])
+        results[f"{name}_page_faults"] = spread([faults for _, faults in measured])
+    write(Path(__file__).stem, results)
 
 
 def steps(keep: bool) -> list[tuple[float, int]]:
-    """Seconds and page faults of each step after the warm-up."""
+    """Return seconds and page faults of each step after the warm-up."""
     if keep and not keep_freed_memory():
         sys.exit("this C library has no mallopt")
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -60,11 +60,11 @@ def steps(keep: bool) -> list[tuple[float, int]]:
     measured = []
     for _ in range(WARM_UP + STEPS):
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        begin = time.perf_counter()
+        start = time.perf_counter()
         model(tokens, positions, tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - start
         measured.append((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults))
     return measured[WARM_UP:]
 

@@ -1,8 +1,8 @@
-"""What tracing the largest published model on 512 ranks takes, with all that Python imports for it.
+"""Time and memory to trace the largest published model on 512 ranks, including imports.
 
     python -m bench.plan_trace
 
-The claims: less than 30 s and 1 GB on two cores; the closed forms are within 5% of what it finds.
+Claims: less than 30 s and 1 GB on two cores; the closed forms are within 5% of the trace.
 """
 
 import json
@@ -27,16 +27,16 @@ SECONDS, GB, TOLERANCE = 30, 1.0, 0.05
 
 
 def main() -> None:
-    """Measures and writes `bench/results/plan_trace.json`; with `--trace`, traces once."""
+    """Measure and write `bench/results/plan_trace.json`; with `--trace`, trace once."""
     if sys.argv[1:] == ["--trace"]:
         print(json.dumps(trace()))
         return
     command = [sys.executable, "-m", "bench.plan_trace", "--trace"]
     runs = []
     for _ in range(RUNS):
-        begin = time.perf_counter()
-        told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        runs.append({"seconds": time.perf_counter() - begin, **json.loads(told)})
+        start = time.perf_counter()
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        runs.append({"seconds": time.perf_counter() - start, **json.loads(output)})
     write(Path(__file__).stem, {"runs": runs})
     for run in runs:
         assert run["seconds"] < SECONDS and run["peak_gb"] < GB, run
@@ -44,12 +44,17 @@ def main() -> None:
 
 
 def trace() -> dict[str, float]:
-    """A step of Llama 3.1 405B, all 126 layers recomputed, on dp_shard=64 × tp=8."""
+    """Trace a step of Llama 3.1 405B, all 126 layers recomputed, on dp_shard=64 × tp=8."""
     from planning.tracing import trace_memory
 
-    words = ["model=llama3_1_405b", "data=fineweb_edu", "tokenizer=llama3", "train.seq_len=8192"]
+    overrides = [
+        "model=llama3_1_405b",
+        "data=fineweb_edu",
+        "tokenizer=llama3",
+        "train.seq_len=8192",
+    ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = load_train_config(compose("train", words))
+        config = load_train_config(compose("train", overrides))
     spec = StepSpec(
         model=config.model,
         mesh=MeshShape(1, 64, 1, 8),

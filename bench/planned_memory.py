@@ -1,11 +1,11 @@
-"""What the planner says a step holds, against what real processes hold, counted by malloc.
+"""Predicted memory of a step compared with the malloc'ed memory of real processes.
 
     python -m bench.planned_memory [case …]
 
-Each case is a run of `train.py`'s own steps on one, two or four processes: eager and compiled, both
-precisions, every axis. The truth is neither our tracker's nor made of our formulas: it is what
-malloc has given out, counted in its place. The claim: both tiers are within 5% of the fullest
-moment of the third step, on the fullest rank. Compiled steps are traced by what stands in for them.
+Each case runs steps of `train.py` on one, two or four processes: eager and compiled, both data
+types, every axis. The reference is independent of our tracker and formulas: a preloaded malloc
+counts allocated bytes. Claim: both tiers are within 5% of the peak of the third step, on the rank
+with the highest peak. Compiled steps are traced with replacement operations.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ SMALL = (
     *("train.seq_len=256", "train.global_batch_size=16", "validation.samples=0"),
     *("parallel.accelerator=cpu", "log.tensorboard=false", "run.plan_check=off"),
 )
-# name: processes, and what it changes
+# name: (number of processes, overrides)
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "one": (1, ()),
     "deep": (1, ("model.n_layers=9", "train.micro_batch_size=2")),
@@ -110,25 +110,25 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 def main() -> None:
-    """Measures and writes `bench/results/planned_memory.json`; with `--rank`, is one process."""
+    """Measure and write `bench/results/planned_memory.json`; with `--rank`, run one process."""
     if sys.argv[1:2] == ["--rank"]:
         measure(sys.argv[2], Path(sys.argv[3]))
         return
     names = sys.argv[1:] or list(CASES)
-    figures = {name: compare(name) for name in names}
-    errors = [abs(each[tier]) for each in figures.values() for tier in ("analytic", "traced")]
-    for name, each in figures.items():
+    results = {name: compare(name) for name in names}
+    errors = [abs(each[tier]) for each in results.values() for tier in ("analytic", "traced")]
+    for name, each in results.items():
         print(
             f"{name:<20}{each['allocated_mb']:>9.2f} MB  analytic {each['analytic']:+6.1%}  "
             f"traced {each['traced']:+6.1%}  {each['moment']}"
         )
     if names == list(CASES):
-        write(Path(__file__).stem, {"worst": max(errors), "cases": figures})
+        write(Path(__file__).stem, {"worst": max(errors), "cases": results})
     assert max(errors) <= TOLERANCE, max(errors)
 
 
 def compare(name: str) -> dict[str, Any]:
-    """The peak of a case's fullest rank, and by how much each tier is beside it."""
+    """Return the peak of the fullest rank of a case, and the relative error of each tier."""
     allocated = max(run(name))
     spec = planned_spec(name)
     analytic, traced = step_memory(spec), trace_memory(spec)
@@ -142,17 +142,17 @@ def compare(name: str) -> dict[str, Any]:
 
 
 def planned_spec(name: str) -> StepSpec:
-    """The case as the planner takes it."""
+    """Return the step of a case in the planner's terms."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = load_train_config(compose("train", [*SMALL, *CASES[name][1]]), *INSTALLATION_RULES)
     processes, _ = plan_processes(config.parallel, {})
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
-    asked = PlanRequest(config, "cpu", config.stages().first_token(config.train.max_steps))
-    return asked.stages(configured_choice(config, mesh))[0][0]
+    request = PlanRequest(config, "cpu", config.stages().first_token(config.train.max_steps))
+    return request.stages(configured_choice(config, mesh))[0][0]
 
 
 def run(name: str) -> list[int]:
-    """Starts the processes of a case; returns each one's peak in bytes."""
+    """Run the processes of a case and return the peak of each in bytes."""
     processes = CASES[name][0]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -160,14 +160,14 @@ def run(name: str) -> list[int]:
         subprocess.run(
             [*command, "--rank", name, folder],
             cwd=Path(__file__).parent.parent,
-            env=os.environ | {"LD_PRELOAD": str(counting_malloc(Path(folder)))},
+            env=os.environ | {"LD_PRELOAD": str(compile_counting_malloc(Path(folder)))},
             check=True,
         )
         return [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
 
 
 def measure(name: str, folder: Path) -> None:
-    """One process of a case: trains, and writes its peak into `RANK.json`."""
+    """Train in one process of a case and write its peak to `RANK.json`."""
     torch.set_num_threads(1)
     overrides = [*SMALL, *CASES[name][1], f"run.dir={folder}/run"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -180,39 +180,40 @@ def measure(name: str, folder: Path) -> None:
             train_step(trained, batch, config.optim.lr)
             yield trained
 
-    trained, most = most_held(steps())
-    (folder / f"{trained.fabric.global_rank}.json").write_text(json.dumps(most))
+    trained, peak = peak_bytes(steps())
+    (folder / f"{trained.fabric.global_rank}.json").write_text(json.dumps(peak))
     trained.fabric.barrier()
 
 
-def most_held(steps: Iterator[Run]) -> tuple[Run, int]:
-    """Most bytes that malloc has given out at once in the third step.
+def peak_bytes(steps: Iterator[Run]) -> tuple[Run, int]:
+    """Return the peak of malloc'ed bytes in the third step.
 
-    Without what is no tensor, which is what is in use between two steps above weights and moments.
+    Excludes memory other than tensors: allocations between two steps beyond weights and optimizer
+    state.
     """
-    counted = ctypes.CDLL(None)
-    for function in (counted.counted_now, counted.counted_most):
+    library = ctypes.CDLL(None)
+    for function in (library.counted_now, library.counted_most):
         function.restype = ctypes.c_size_t
     next(steps), next(steps)
-    counted.counted_forget()
+    library.counted_forget()
     trained = next(steps)
-    most, now = counted.counted_most(), counted.counted_now()
+    peak, now = library.counted_most(), library.counted_now()
     moments = [m for state in trained.optimizer.optimizer.state.values() for m in state.values()]
     parts = [vars(m).values() if not isinstance(m, torch.Tensor) else [m] for m in moments]
     tensors = [*trained.model.parameters(), *chain.from_iterable(parts)]
-    at_rest = sum(local_bytes(each) for each in tensors if isinstance(each, torch.Tensor))
-    return trained, most - (now - at_rest)
+    tensor_bytes = sum(local_bytes(each) for each in tensors if isinstance(each, torch.Tensor))
+    return trained, peak - (now - tensor_bytes)
 
 
 def local_bytes(tensor: torch.Tensor) -> int:
-    """Of a tensor, or of its shard here."""
+    """Return the bytes of a tensor or of its local shard."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
 
 
-def counting_malloc(folder: Path) -> Path:
-    """Compiles a library that counts what malloc gives out, to be loaded before all others.
+def compile_counting_malloc(folder: Path) -> Path:
+    """Compile a library, to be preloaded, that counts malloc'ed bytes.
 
-    In each thread, compiled code's and gloo's too, and inside of operations.
+    It covers all threads, including those of compiled code and gloo, and workspaces of operators.
     """
     library = folder / "counting.so"
     command = ["cc", "-shared", "-fPIC", "-O2", "-x", "c", "-", "-o", str(library)]

@@ -1,10 +1,10 @@
-"""Is the mesh that the planner finds best the best? Every mesh of four processes, on this CPU.
+"""Ranking of all meshes of four processes on this CPU: predicted and measured step times.
 
     python -m bench.planned_speed [rounds]
 
-This machine is calibrated first; then `train.py` runs on each mesh in turn, and again, so that a
-machine whose speed drifts disturbs all alike. The claim: the measured step of the mesh that the
-planner puts first is within 5% of the shortest measured. Beside it, each step as planned.
+Calibrates this machine, then runs `train.py` on each mesh in turn, repeatedly, so that variations
+of the machine's speed affect all meshes alike. Claim: the measured step of the mesh that the
+planner ranks first is within 5% of the fastest one.
 """
 
 import json
@@ -43,26 +43,26 @@ MODEL = (
 
 
 def main() -> None:
-    """Measures and writes `bench/results/planned_speed.json`."""
+    """Measure and write `bench/results/planned_speed.json`."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     with initialize_config_dir(str(CONF), version_base="1.3"):
         prepare_data(load_train_config(compose("train", [*MODEL, "validation.samples=0"])))
     hardware = calibrate()
-    grid = [mesh for mesh in meshes(PROCESSES) if not problems(mesh)]
+    grid = [mesh for mesh in meshes(PROCESSES) if not mesh_errors(mesh)]
     seconds: dict[MeshShape, list[float]] = {mesh: [] for mesh in grid}
     for turn in range(rounds):
         for mesh in grid if turn % 2 == 0 else grid[::-1]:
-            seconds[mesh] += measured(mesh)
+            seconds[mesh] += measure(mesh)
     planned = {mesh: step_time(spec_of(mesh), hardware) for mesh in grid}
     rows: dict[str, Any] = {}
     for mesh in sorted(grid, key=lambda mesh: statistics.median(seconds[mesh])):
-        time, found = planned[mesh], spread(seconds[mesh])
+        time, result = planned[mesh], spread(seconds[mesh])
         rows[str(mesh)] = {
-            "measured": found,
+            "measured": result,
             "planned": time.total,
-            "error": time.total / found["median"] - 1,
+            "error": time.total / result["median"] - 1,
         }
-        print(f"{mesh!s:<30}{found['median']:>8.3f} s measured{time.total:>8.3f} s planned")
+        print(f"{mesh!s:<30}{result['median']:>8.3f} s measured{time.total:>8.3f} s planned")
     first = min(grid, key=lambda mesh: planned[mesh].total)
     best = min(statistics.median(each) for each in seconds.values())
     over_best = statistics.median(seconds[first]) / best - 1
@@ -73,41 +73,41 @@ def main() -> None:
     assert over_best <= TOLERANCE, over_best
 
 
-def overrides(mesh: MeshShape) -> list[str]:
-    """The words that ask for a mesh."""
+def mesh_overrides(mesh: MeshShape) -> list[str]:
+    """Return the overrides for a mesh."""
     return [f"parallel.{axis}={size}" for axis, size in zip(AXES, mesh.sizes, strict=True)]
 
 
-def problems(mesh: MeshShape) -> list[str]:
-    """What the configuration has against a mesh."""
-    return asked(mesh)[0].mesh_errors(mesh)
+def mesh_errors(mesh: MeshShape) -> list[str]:
+    """Return the validation errors of a mesh."""
+    return plan_request(mesh)[0].mesh_errors(mesh)
 
 
-def asked(mesh: MeshShape) -> tuple[PlanRequest, Any]:
-    """The configuration on a mesh, as the planner takes it."""
+def plan_request(mesh: MeshShape) -> tuple[PlanRequest, Any]:
+    """Return the configuration on a mesh as a plan request, and the configuration."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = load_train_config(
-            compose("train", [*MODEL, *overrides(mesh)]), *INSTALLATION_RULES
+            compose("train", [*MODEL, *mesh_overrides(mesh)]), *INSTALLATION_RULES
         )
     tokens = config.stages().first_token(config.train.max_steps)
     return PlanRequest(config, "cpu", tokens), config
 
 
 def spec_of(mesh: MeshShape) -> StepSpec:
-    """A step on a mesh."""
-    question, config = asked(mesh)
+    """Return the step on a mesh."""
+    request, config = plan_request(mesh)
     processes, _ = plan_processes(config.parallel, {})
     resolved, _ = resolve_mesh(config.parallel, processes.world_size)
-    return question.stages(configured_choice(config, resolved))[0][0]
+    return request.stages(configured_choice(config, resolved))[0][0]
 
 
-def measured(mesh: MeshShape) -> list[float]:
-    """Seconds of each step of a run, without the first ones."""
+def measure(mesh: MeshShape) -> list[float]:
+    """Return the seconds of each step of a run after the warm-up."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [*MODEL, *overrides(mesh), f"run.dir={folder}/run"]
+        overrides = [*MODEL, *mesh_overrides(mesh), f"run.dir={folder}/run"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(
-            [sys.executable, "train.py", *words],
+            [sys.executable, "train.py", *overrides],
             cwd=ROOT,
             env=environment,
             check=True,

@@ -1,12 +1,12 @@
-"""How fast preparation is: ours beside raw tiktoken and `datasets.map`, same text, same cores.
+"""Speed of data preparation compared with raw tiktoken and `datasets.map`, same text and cores.
 
     python -m bench.preparation
 
-The text is Python source of what is installed here, 100 MB as JSON lines; the tokenizer is Llama
-3's. Raw tiktoken encodes what lies in memory, once, and keeps it there. `datasets.map` encodes a
-dataset that is loaded already and writes the ids. Ours is `prepare()` whole, in a process of its
-own: starts its workers, reads, splits, writes shards with checksums. They take turns. The claim: at
-least 90% of raw tiktoken, in memory that the corpus' size does not decide.
+The text is 100 MB of installed Python source as JSON lines; the tokenizer is Llama 3's. Raw
+tiktoken encodes text in memory and keeps the result. `datasets.map` encodes a loaded dataset and
+writes the ids. Ours is the complete `prepare()` in a separate process: start workers, read, split,
+write shards with checksums. They alternate. Claim: at least 90% of raw tiktoken, with memory
+independent of the size of the corpus.
 """
 
 import json
@@ -34,7 +34,7 @@ N_CORES = len(os.sched_getaffinity(0))
 
 
 def main() -> None:
-    """Measures and writes `bench/results/preparation.json`; with arguments, is our one process."""
+    """Measure and write `bench/results/preparation.json`; with arguments, run one preparation."""
     if len(sys.argv) > 1:
         print(json.dumps(ours(Path(sys.argv[1]), Path(sys.argv[2]))))
         return
@@ -54,34 +54,36 @@ def main() -> None:
             memory.append(measured)
             seconds["datasets_map"].append(datasets_map(folder / "corpus.jsonl", folder / "cache"))
     ratios = {
-        peer: [theirs / own for theirs, own in zip(seconds[peer], seconds["ours"], strict=True)]
-        for peer in ("raw_tiktoken", "datasets_map")
+        baseline: [
+            theirs / own for theirs, own in zip(seconds[baseline], seconds["ours"], strict=True)
+        ]
+        for baseline in ("raw_tiktoken", "datasets_map")
     }
-    figures: dict[str, Any] = {
+    results: dict[str, Any] = {
         "characters": sum(map(len, texts)),
         "documents": len(texts),
         "tokens": n_tokens,
         "cores": N_CORES,
     }
-    for peer, each in seconds.items():
-        figures[f"{peer}_tokens_per_second"] = spread([n_tokens / second for second in each])
-    for peer, each in ratios.items():
-        figures[f"ours_over_{peer}"] = spread(each)
+    for baseline, each in seconds.items():
+        results[f"{baseline}_tokens_per_second"] = spread([n_tokens / second for second in each])
+    for baseline, each in ratios.items():
+        results[f"ours_over_{baseline}"] = spread(each)
     for key in memory[0]:
-        figures[f"ours_{key}"] = spread([measured[key] for measured in memory])
-    write(Path(__file__).stem, figures)
+        results[f"ours_{key}"] = spread([measured[key] for measured in memory])
+    write(Path(__file__).stem, results)
 
 
 @cache
 def tokenizer() -> Tokenizer:
-    """Llama 3's, loaded once; a process forked from this one has it too."""
+    """Return the Llama 3 tokenizer, loaded once and inherited by forked processes."""
     ready = ready_tokenizer(LLAMA3)
     assert ready is not None
     return ready
 
 
 def write_corpus(path: Path) -> list[str]:
-    """Python files of the packages and the library installed here, one JSON object a line."""
+    """Write installed Python files, one JSON object per line, and return their texts."""
     texts: list[str] = []
     n_characters = 0
     roots = [Path(sysconfig.get_paths()[key]) for key in ("purelib", "stdlib")]
@@ -95,21 +97,21 @@ def write_corpus(path: Path) -> list[str]:
 
 
 def raw_tiktoken(texts: list[str]) -> float:
-    """Seconds of tiktoken alone, on all cores."""
-    begin = time.perf_counter()
+    """Return the seconds of tiktoken on all cores."""
+    start = time.perf_counter()
     tokenizer().encoding.encode_ordinary_batch(texts, num_threads=N_CORES)
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
 def datasets_map(corpus: Path, cache_folder: Path) -> float:
-    """Seconds of `datasets.map` on all cores; loading the dataset before is not counted."""
+    """Return the seconds of `datasets.map` on all cores, without loading the dataset."""
     import datasets
 
     datasets.disable_progress_bars()
     loaded = datasets.load_dataset(
         "json", data_files=str(corpus), split="train", cache_dir=str(cache_folder)
     )
-    begin = time.perf_counter()
+    start = time.perf_counter()
     mapped = loaded.map(
         _encoded,
         batched=True,
@@ -117,7 +119,7 @@ def datasets_map(corpus: Path, cache_folder: Path) -> float:
         remove_columns=["text"],
         load_from_cache_file=False,
     )
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - start
     assert len(mapped) == len(loaded)
     shutil.rmtree(cache_folder)
     return seconds
@@ -128,12 +130,12 @@ def _encoded(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
 
 
 def ours(corpus: Path, folder: Path) -> dict[str, float]:
-    """Seconds of a whole preparation, and the most memory of this process and of a worker."""
+    """Return the seconds of a preparation, and the peak memory of this process and of a worker."""
     source = SourceConfig("jsonl", str(corpus))
     data = DataConfig("bench", str(folder), {"python": source}, workers=N_CORES)
-    begin = time.perf_counter()
+    start = time.perf_counter()
     prepare(data, LLAMA3, progress=False)
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - start
     shutil.rmtree(folder)
     status = Path("/proc/self/status").read_text().splitlines()
     (own,) = (line.split()[1] for line in status if line.startswith("VmHWM"))

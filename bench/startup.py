@@ -1,9 +1,9 @@
-"""How long a person waits: from the command to the first step's line, data already prepared.
+"""Time from the command to the first training step, with prepared data, and of `--help`.
 
     python -m bench.startup
 
-Whole processes of the default run, several times; and `python train.py --help`. The claims: the
-first step is done within 10 s, the help is there within 1 s.
+Runs the default configuration and `python train.py --help` several times. Claims: the first step is
+done within 10 s, `--help` within 1 s.
 """
 
 import json
@@ -20,16 +20,16 @@ REPEATS = 3
 
 
 def main() -> None:
-    """Measures and writes `bench/results/startup.json`."""
+    """Measure and write `bench/results/startup.json`."""
     subprocess.run([sys.executable, "prepare.py"], cwd=ROOT, check=True)
     first_step = [seconds_to_first_step() for _ in range(REPEATS)]
     answer = []
     for _ in range(REPEATS):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         subprocess.run(
             [sys.executable, "train.py", "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
         )
-        answer.append(time.perf_counter() - begin)
+        answer.append(time.perf_counter() - start)
     write(
         Path(__file__).stem,
         {"first_step_seconds": spread(first_step), "help_seconds": spread(answer)},
@@ -37,9 +37,9 @@ def main() -> None:
 
 
 def seconds_to_first_step() -> float:
-    """Starts the default run, and stops it when the first step is in `metrics.jsonl`."""
+    """Start the default run and stop it after the first line of `metrics.jsonl`."""
     with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
+        start = time.perf_counter()
         run = subprocess.Popen(
             [sys.executable, "train.py", f"run.dir={folder}"],
             cwd=ROOT,
@@ -47,10 +47,10 @@ def seconds_to_first_step() -> float:
         )
         metrics = Path(folder) / "metrics.jsonl"
         while not (metrics.exists() and metrics.read_text().endswith("\n")):
-            assert run.poll() is None, "the run ended before its first step"
+            assert run.poll() is None, "the run exited before its first step"
             time.sleep(0.02)
         assert json.loads(metrics.read_text().splitlines()[0])["step"] == 1
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - start
         run.kill()
         run.wait()
     return seconds

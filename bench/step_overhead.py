@@ -1,10 +1,10 @@
-"""What the framework costs: a step of `train.py` against a bare PyTorch loop of the same model.
+"""Framework overhead: a step of `train.py` compared with a plain PyTorch loop.
 
     python -m bench.step_overhead [key=value …]
 
-The default model and batch, the same batches, torch's fused AdamW, clipping, one process. The two
-take turns step by step, and the ratio is taken pair by pair, so that a machine whose speed drifts
-does not matter. The aim: a median ratio of at most 1.03.
+Same default model, batches, fused AdamW and clipping in one process. Steps alternate and ratios are
+computed per pair, so that variations of the machine's speed cancel out. Target: a median ratio of
+at most 1.03.
 """
 
 import sys
@@ -31,7 +31,7 @@ WARM_UP, PAIRS = 5, 60
 
 
 def main() -> None:
-    """Measures and writes `bench/results/step_overhead.json`."""
+    """Measure and write `bench/results/step_overhead.json`."""
     with initialize_config_dir(str(CONF), version_base="1.3"), tempfile.TemporaryDirectory() as run:
         overrides = [f"run.dir={run}", "parallel.accelerator=cpu", "log.tensorboard=false"]
         config, processes, mesh = check_config(compose("train", [*overrides, *sys.argv[1:]]))
@@ -48,10 +48,10 @@ def main() -> None:
             ]
             losses = {}
             for name, take_step in turns if step % 2 else turns[::-1]:
-                begin = time.perf_counter()
+                start = time.perf_counter()
                 losses[name] = take_step()
                 if step >= WARM_UP:
-                    seconds[name].append(time.perf_counter() - begin)
+                    seconds[name].append(time.perf_counter() - start)
             if step == 0:
                 torch.testing.assert_close(losses["ours"], losses["bare"])
     ratios = [a / b for a, b in zip(seconds["ours"], seconds["bare"], strict=True)]
@@ -66,17 +66,17 @@ def main() -> None:
 
 
 def our_step(run: Run, batches: StepBatches) -> torch.Tensor:
-    """`train.py`'s step; returns the mean loss, in float32."""
+    """Run a step of `train.py`; return the mean loss in float32."""
     return train_step(run, batches, run.config.optim.lr)["scalars"][0].float()
 
 
 def bare_step(model: Llama, optimizer: torch.optim.Optimizer, batches: StepBatches) -> torch.Tensor:
-    """The same step with plain PyTorch; returns the mean loss."""
+    """Run the same step with plain PyTorch; return the mean loss."""
     loss = torch.zeros(())
     for tokens, positions, labels in batches.micro_batches:
-        share = model(tokens, positions, labels) / batches.n_targets
-        share.backward()
-        loss += share.detach()
+        micro_loss = model(tokens, positions, labels) / batches.n_targets
+        micro_loss.backward()
+        loss += micro_loss.detach()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()

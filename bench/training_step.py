@@ -1,12 +1,12 @@
-"""Our training step beside those of `transformers`' Llama and `litgpt`'s, on the same weights.
+"""Our training step compared with those of `transformers` and `litgpt`, on the same weights.
 
     python -m bench.training_step [case … [key=value …]]
 
-Batches, sdpa (causal, no documents), AdamW, its groups and clipping are the same too. Ours is
-`train.py`'s step. In bf16 ours has one copy of the weights a step, they autocast, whose residual
-stream is float32; in `bf16_true` all is bf16, ours a plain loop. `parallel.host_memory` sets a
-whole process's allocator: each has one; `kept` is a peer with that setting too. Words: nothing
-written.
+Batches, sdpa (causal, no documents), AdamW, parameter groups and clipping are the same. Ours is the
+step of `train.py`. In bf16, ours makes one bf16 copy of the weights per step, while the others use
+autocast with a float32 residual stream; in `bf16_true` everything is bf16 and ours is a plain loop.
+`parallel.host_memory` configures the allocator of a process, so each implementation has its own
+process; `kept` is a baseline with that setting. With case arguments, nothing is written.
 """
 
 import sys
@@ -24,9 +24,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
+from bench.baselines import BASELINES, MODELS, Loop, installed, logits_of
 from bench.measurement import spread, write
-from bench.peers import MODELS, PEERS, Loop, installed, logits_of
-from bench.turns import Remote
+from bench.remote import Remote
 from cli.arguments import CONF
 from cli.config import check_config
 from data.dataset import Dataset
@@ -42,8 +42,8 @@ from training.preflight import prepare_data
 from training.resume_policy import Changes
 from training.run import Run
 
-AIMS = {"transformers": 1.05, "litgpt": 1.0}
-SIZES: dict[str, tuple[str, ...]] = {  # heads of 64
+TARGETS = {"transformers": 1.05, "litgpt": 1.0}
+SIZES: dict[str, tuple[str, ...]] = {  # head_dim is 64
     "12M": (
         *("model.dim=384", "model.n_layers=6", "model.n_heads=6", "model.n_kv_heads=2"),
         "model.ffn_dim=1024",
@@ -63,19 +63,19 @@ WARM_UP = 3
 ROUNDS = {"12M": 20, "60M": 10}
 CASES = ["_".join(parts) for parts in product(SIZES, ("eager", "compiled"), ("fp32", "bf16"))]
 MORE_CASES = ["_".join(parts) for parts in product(SIZES, ("eager", "compiled"), ("bf16_true",))]
-# Shares of the largest logit, and of the loss, that may differ. In float32 sums are taken in
-# another order (measured 1e-6 and 1e-7); in bf16, whose values are up to 0.8% apart, each rounds at
-# other places (measured 1e-2 and 7e-5), and without float32 litgpt's loss is itself one of them.
-# The weights are compared before, by float32's logits.
+# Tolerances relative to the largest logit and to the loss. In float32, the order of summation
+# differs (measured 1e-6 and 1e-7). In bf16, whose values are up to 0.8% apart, rounding happens at
+# different points (measured 1e-2 and 7e-5), and in `bf16_true` litgpt's loss itself is bf16. The
+# weights are compared separately, by float32 logits.
 LOGITS = {"fp32": 1e-5, "bf16": 3e-2, "bf16_true": 3e-2}
 LOSSES = {"fp32": 1e-5, "bf16": 1e-3, "bf16_true": 5e-3}
-KEPT = "+kept memory"  # behind the name of a peer that has our allocator setting
-REST = 0.05  # seconds between turns: OpenMP's threads spin for some 7 ms before they sleep
+WITH_ALLOCATOR = "+kept memory"  # suffix of a baseline with our allocator setting
+PAUSE_SECONDS = 0.05  # between steps: OpenMP threads spin for about 7 ms before they sleep
 
 
 @dataclass
 class OurRun:
-    """`train.py`'s run."""
+    """A run of `train.py`."""
 
     run: Run
 
@@ -84,24 +84,24 @@ class OurRun:
         return self.run.model(tokens)
 
     def step(self, batches: StepBatches) -> Tensor:
-        """`train.py`'s step."""
+        """Run a step of `train.py` and return its loss."""
         return train_step(self.run, batches, self.run.config.optim.lr)["scalars"][0]
 
 
-class Contender:
-    """One that takes its turns, in a process of its own (`bench.turns`).
+class Implementation:
+    """One implementation, measured in a separate process (`bench.remote`).
 
     Args:
-        name: `ours` or a peer's; with `KEPT` the peer has our allocator setting.
+        name: `ours` or a baseline; with `WITH_ALLOCATOR`, the baseline with our allocator setting.
         dtype: `fp32`, `bf16` or `bf16_true`.
-        checked: What `check_config` returns.
+        checked: Result of `check_config`.
     """
 
     def __init__(
         self, name: str, dtype: str, checked: tuple[JobConfig, Processes, MeshShape]
     ) -> None:
-        self.name, self.dtype, self.checked = name.removesuffix(KEPT), dtype, checked
-        if name == "ours" or name.endswith(KEPT):
+        self.name, self.dtype, self.checked = name.removesuffix(WITH_ALLOCATOR), dtype, checked
+        if name == "ours" or name.endswith(WITH_ALLOCATOR):
             keep_freed_memory()  # as `train.py` does on CPU
         config = checked[0]
         bare = Llama(config.model)
@@ -109,13 +109,13 @@ class Contender:
         self.model = MODELS[self.name](bare)
 
     def bare_logits(self, tokens: Tensor) -> Tensor:
-        """(batch, seq) -> (batch, seq, vocab) of the float32 model, before `trained` has it."""
+        """Return the logits of the float32 model before training, (batch, seq, vocab)."""
         with torch.no_grad():
             return logits_of(self.model, tokens)
 
     @cached_property
     def trained(self) -> OurRun | Loop:
-        """What trains the model."""
+        """The run or loop that trains the model."""
         config, processes, mesh = self.checked
         if self.name == "ours" and self.dtype != "bf16_true":
             return OurRun(set_up(config, processes, mesh, prepare_data(config), Changes()))
@@ -123,104 +123,107 @@ class Contender:
         return Loop.of(self.name, self.model, config.optim, self.dtype, compiled)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """(batch, seq) -> (batch, seq, vocab); compiled code is compared by its losses instead."""
+        """Return eager logits, (batch, seq, vocab); compiled code is compared by its losses."""
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             return self.trained.logits(tokens)
 
     def step(self, batches: StepBatches) -> tuple[float, Tensor]:
-        """Seconds of a step, and its mean loss."""
-        begin = time.perf_counter()
+        """Return the seconds of a step and its mean loss."""
+        start = time.perf_counter()
         loss = self.trained.step(batches)
-        return time.perf_counter() - begin, loss
+        return time.perf_counter() - start, loss
 
 
 def main() -> None:
-    """Measures and writes `bench/results/training_step.json`."""
-    for name in PEERS.keys() - installed():
-        print(f"{name} is not installed, and not measured. To get it: {PEERS[name]}", flush=True)
+    """Measure and write `bench/results/training_step.json`."""
+    for name in BASELINES.keys() - installed():
+        print(
+            f"{name} is not installed and not measured. To install it: {BASELINES[name]}",
+            flush=True,
+        )
     overrides = [word for word in sys.argv[1:] if "=" in word]
-    words = [word for word in sys.argv[1:] if "=" not in word]
-    if unknown := set(words) - {*CASES, *MORE_CASES}:
-        sys.exit(f"not a case: {', '.join(unknown)}. Use {', '.join([*CASES, *MORE_CASES])}")
+    cases = [word for word in sys.argv[1:] if "=" not in word]
+    if unknown := set(cases) - {*CASES, *MORE_CASES}:
+        sys.exit(f"unknown case: {', '.join(unknown)}. Use {', '.join([*CASES, *MORE_CASES])}")
     found = {}
-    for case in words or CASES:
+    for case in cases or CASES:
         found[case] = measure(case, overrides)
         print("\n".join(table({case: found[case]})), flush=True)
-    if words:
+    if cases:
         return
     write(Path(__file__).stem, {"peers": installed(), **found})
     print("\n".join(table(found)))
     missed = [
-        f"{case}: {name} takes {ratio['median']:.3f} times our time, the aim is {AIMS[name]}"
-        for case, figures in found.items()
-        for name, ratio in figures["ratio"].items()
-        if ratio["median"] < AIMS[name]
+        f"{case}: {name} takes {ratio['median']:.3f} times our time, the target is {TARGETS[name]}"
+        for case, results in found.items()
+        for name, ratio in results["ratio"].items()
+        if ratio["median"] < TARGETS[name]
     ]
     assert not missed, "\n".join(missed)
 
 
 def measure(case: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Seconds a step of each, who take turns in rotating order, and the ratios round by round."""
+    """Return seconds per step of each implementation, in rotating order, and ratios by round."""
     size, mode, dtype = case.split("_", 2)
-    names = ["ours", *(peer + kept for peer in installed() for kept in ("", KEPT))]
+    names = ["ours", *(name + suffix for name in installed() for suffix in ("", WITH_ALLOCATOR))]
     with tempfile.TemporaryDirectory() as run, ExitStack() as stack:
-        words = [*SIZES[size], *COMMON, f"run.dir={run}", *overrides]
-        words.append(f"precision.param={dtype.partition('_')[0]}")
-        words.append(f"parallel.compile={str(mode == 'compiled').lower()}")
+        keys = [*SIZES[size], *COMMON, f"run.dir={run}", *overrides]
+        keys.append(f"precision.param={dtype.partition('_')[0]}")
+        keys.append(f"parallel.compile={str(mode == 'compiled').lower()}")
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            checked = check_config(compose("train", words))
+            checked = check_config(compose("train", keys))
         batches = first_batches(checked[0], WARM_UP + ROUNDS[size])
         tokens = batches[0].micro_batches[0].tokens
-        contenders = {
-            name: stack.enter_context(closing(Remote(name, Contender, name, dtype, checked)))
+        implementations = {
+            name: stack.enter_context(closing(Remote(name, Implementation, name, dtype, checked)))
             for name in names
         }
         for method, tolerance in (("bare_logits", LOGITS["fp32"]), ("logits", LOGITS[dtype])):
-            logits = {name: each.ask(method, tokens) for name, each in contenders.items()}
+            logits = {name: each.call(method, tokens) for name, each in implementations.items()}
             compare(logits, tolerance)
-        seconds = race(contenders, batches, LOSSES[dtype])
+        seconds = time_steps(implementations, batches, LOSSES[dtype])
     ratios = {
-        name: spread([a / b for a, b in zip(taken, seconds["ours"], strict=True)])
-        for name, taken in seconds.items()
+        name: spread([a / b for a, b in zip(seconds_of_step, seconds["ours"], strict=True)])
+        for name, seconds_of_step in seconds.items()
     }
     return {
         "parameters": parameter_count(checked[0].model),
         "tokens": tokens.numel(),
-        "seconds": {name: spread(taken) for name, taken in seconds.items()},
+        "seconds": {name: spread(seconds_of_step) for name, seconds_of_step in seconds.items()},
         "ratio": {peer: ratios[peer] for peer in installed()},
-        "ratio_kept": {peer: ratios[peer + KEPT] for peer in installed()},
+        "ratio_kept": {peer: ratios[peer + WITH_ALLOCATOR] for peer in installed()},
     }
 
 
 def first_batches(config: JobConfig, count: int) -> list[StepBatches]:
-    """Those that a run of this configuration begins with."""
+    """Return the first batches of a run with this configuration."""
     dataset = prepare_data(config)
-    assert isinstance(dataset, Dataset), "the bench reads prepared data"
+    assert isinstance(dataset, Dataset), "the bench needs prepared data"
     loader = TrainLoader(dataset, config.stages(), seed=config.run.seed, rank=0, size=1)
     return [loader.step(number) for number in range(count)]
 
 
-def race(
-    contenders: dict[str, Remote], batches: Sequence[StepBatches], tolerance: float
+def time_steps(
+    implementations: dict[str, Remote], batches: Sequence[StepBatches], tolerance: float
 ) -> dict[str, list[float]]:
-    """Seconds of each one's steps after the warm-up, in which the losses are compared."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
+    """Return the seconds of each step after the warm-up, during which losses are compared."""
+    seconds: dict[str, list[float]] = {name: [] for name in implementations}
+    names = list(implementations)
     for number, batch in enumerate(batches):
         first = number % len(names)
         losses = {}
         for name in names[first:] + names[:first]:
-            taken, losses[name] = contenders[name].ask("step", batch)
+            seconds_of_step, losses[name] = implementations[name].call("step", batch)
             if number >= WARM_UP:
-                seconds[name].append(taken)
-            time.sleep(REST)
+                seconds[name].append(seconds_of_step)
+            time.sleep(PAUSE_SECONDS)
         if number < WARM_UP:
             compare(losses, tolerance)
     return seconds
 
 
 def compare(results: dict[str, Tensor], tolerance: float) -> None:
-    """Raises AssertionError where a peer's result is not ours, by a share of our largest value."""
+    """Raise AssertionError if a result differs from ours, relative to our largest value."""
     ours = results["ours"].double()
     for name, theirs in results.items():
         off = ((theirs.double() - ours).abs().max() / ours.abs().max()).item()
@@ -228,20 +231,22 @@ def compare(results: dict[str, Tensor], tolerance: float) -> None:
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    """A line a case: median milliseconds, how many times ours each peer's are, and when kept."""
+    """Return one line per case: median milliseconds and ratios to ours."""
     lines = []
-    for case, figures in found.items():
-        ours = figures["seconds"]["ours"]["median"]
+    for case, results in found.items():
+        ours = results["seconds"]["ours"]["median"]
         line = f"{case:<20} ours {1e3 * ours:7.1f} ms"
-        for name, ratio in figures["ratio"].items():
-            median, kept = figures["seconds"][name]["median"], figures["ratio_kept"][name]
-            line += f"   {name} {1e3 * median:7.1f} ms, {times(ratio)}, kept {times(kept)}"
+        for name, ratio in results["ratio"].items():
+            median, kept = results["seconds"][name]["median"], results["ratio_kept"][name]
+            line += (
+                f"   {name} {1e3 * median:7.1f} ms, {ratio_text(ratio)}, kept {ratio_text(kept)}"
+            )
         lines.append(line)
     return lines
 
 
-def times(ratio: dict[str, float]) -> str:
-    """A ratio's median and quartiles."""
+def ratio_text(ratio: dict[str, float]) -> str:
+    """Return median and quartiles of a ratio."""
     return f"{ratio['median']:.3f} times ({ratio['quartile_1']:.3f}, {ratio['quartile_3']:.3f})"
 
 

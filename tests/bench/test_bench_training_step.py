@@ -1,4 +1,4 @@
-"""The bench of the training step in small: its peers compute what we compute, and it can be run."""
+"""bench.training_step: equality of the baselines with our model, and a small run."""
 
 import os
 from importlib.util import find_spec
@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import start_python
 
-from bench.peers import LOSSES, MODELS, PEERS, logits_of
-from bench.training_step import KEPT, Contender
-from bench.turns import Remote
+from bench.baselines import BASELINES, LOSSES, MODELS, logits_of
+from bench.remote import Remote
+from bench.training_step import WITH_ALLOCATOR, Implementation
 from model.config import ModelConfig
 from model.llama import Llama
 
@@ -24,14 +24,14 @@ SMALL = (
 BENCH = ("-m", "bench.training_step", "12M_eager_bf16", *SMALL)
 
 
-@pytest.mark.parametrize("name", PEERS)
-def test_a_peer_has_our_logits_and_our_loss(name: str) -> None:
+@pytest.mark.parametrize("name", BASELINES)
+def test_baseline_has_our_logits_and_loss(name: str) -> None:
     if find_spec(name) is None:
-        pytest.skip(f"{name} is not installed: {PEERS[name]}")
+        pytest.skip(f"{name} is not installed: {BASELINES[name]}")
     generator = torch.Generator().manual_seed(0)
     ours = Llama(TINY)
     with torch.no_grad():
-        for parameter in ours.parameters():  # so large that attention is far from uniform
+        for parameter in ours.parameters():  # large enough that attention is far from uniform
             mean = 1.0 if parameter.dim() == 1 else 0.0
             parameter.normal_(mean, 0.2, generator=generator)
     theirs = MODELS[name](ours)
@@ -40,28 +40,29 @@ def test_a_peer_has_our_logits_and_our_loss(name: str) -> None:
     with torch.no_grad():
         expected = logits_of(ours, tokens)  # (batch, seq, vocab)
         actual = logits_of(theirs, tokens)
-    # Float32 in another order: measured 1e-6 of the largest logit.
+    # Order of float32 summation: measured 1e-6 of the largest logit.
     scale = expected.abs().max().item()
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * scale)
     our_loss = LOSSES["ours"](ours, tokens, labels)
     torch.testing.assert_close(LOSSES[name](theirs, tokens, labels), our_loss, rtol=1e-5, atol=0)
 
 
-def test_a_case_is_measured_beside_the_peers(data_overrides: list[str]) -> None:
+def test_case_is_measured_with_all_installed_baselines(data_overrides: list[str]) -> None:
     done = start_python([*BENCH, *data_overrides])
-    told = done.stdout + done.stderr
-    assert done.returncode == 0, told
-    assert "\n12M_eager_bf16 " in done.stdout, told
-    for name in PEERS:
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "\n12M_eager_bf16 " in done.stdout, output
+    for name in BASELINES:
         times = f"{name} is not installed" if find_spec(name) is None else f"   {name} "
-        assert times in done.stdout, told
-    assert done.stdout.count(", kept ") == sum(find_spec(name) is not None for name in PEERS)
+        assert times in done.stdout, output
+    assert done.stdout.count(", kept ") == sum(find_spec(name) is not None for name in BASELINES)
 
 
 @pytest.mark.parametrize(
-    ("name", "keeps"), {"ours": True, "transformers": False, f"transformers{KEPT}": True}.items()
+    ("name", "keeps"),
+    {"ours": True, "transformers": False, f"transformers{WITH_ALLOCATOR}": True}.items(),
 )
-def test_a_peer_has_our_allocator_setting_only_where_it_is_named_for_it(
+def test_baseline_has_our_allocator_setting_only_if_requested(
     monkeypatch: pytest.MonkeyPatch, name: str, keeps: bool
 ) -> None:
     calls: list[bool] = []
@@ -70,11 +71,11 @@ def test_a_peer_has_our_allocator_setting_only_where_it_is_named_for_it(
     checked: Any = (config, None, None)
     if name != "ours":
         pytest.importorskip("transformers")
-    Contender(name, "fp32", checked)
+    Implementation(name, "fp32", checked)
     assert calls == [True] * keeps
 
 
-def test_a_contender_that_fails_ends_the_bench_with_its_error(
+def test_failing_baseline_aborts_the_bench_with_its_error(
     data_overrides: list[str], tmp_path: Path
 ) -> None:
     for part, file in {"": "__init__.py", "-0.dist-info": "METADATA"}.items():
@@ -87,8 +88,8 @@ def test_a_contender_that_fails_ends_the_bench_with_its_error(
     assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero"), done.stderr
 
 
-class Clerk:
-    """Answers from another process."""
+class Service:
+    """Methods called in another process."""
 
     def pid(self) -> int:
         return os.getpid()
@@ -97,10 +98,10 @@ class Clerk:
         os._exit(7)
 
 
-def test_a_process_that_dies_is_named_with_its_exit_code() -> None:
-    remote = Remote("the clerk", Clerk)
-    assert remote.ask("pid") == remote.process.pid != os.getpid()
+def test_dead_process_is_reported_with_its_exit_code() -> None:
+    remote = Remote("service", Service)
+    assert remote.call("pid") == remote.process.pid != os.getpid()
     for _ in range(2):
-        with pytest.raises(ChildProcessError, match=r"the clerk: .* exit code 7"):
-            remote.ask("die")
+        with pytest.raises(ChildProcessError, match=r"service: .* exit code 7"):
+            remote.call("die")
     remote.close()

@@ -1,8 +1,8 @@
-"""Two peers' Llamas with our weights, and a plain training loop for a model of any of the three.
+"""Llama models of `transformers` and `litgpt` with our weights, and a plain training loop.
 
-`litgpt` asks for a huggingface-hub older than `transformers` and `datasets` do, so no extra of ours
-can name it; its model runs with what is installed, hence `--no-deps`. Weights go to `transformers`
-by `formats`, and from there to `litgpt` by litgpt's own converter.
+`litgpt` requires an older huggingface-hub than `transformers` and `datasets`, so it cannot be one
+of our extras; its model works with the installed version, hence `--no-deps`. Weights are converted
+to `transformers` by `formats`, and from there to `litgpt` by its own converter.
 """
 
 from collections.abc import Callable
@@ -22,19 +22,19 @@ from parallel.compilation import apply_compile
 from training.config import OptimConfig
 from training.optimizer import build_optimizer
 
-PEERS = {  # and how to get them
+BASELINES = {  # name: installation command
     "transformers": ".venv/bin/pip install --constraint constraints.txt 'transformers>=4.48'",
     "litgpt": ".venv/bin/pip install --no-deps litgpt==0.5.13",
 }
 
 
 def installed() -> dict[str, str]:
-    """The peers that are here, with their versions."""
-    return {name: version(name) for name in PEERS if find_spec(name)}
+    """Return the installed baselines with their versions."""
+    return {name: version(name) for name in BASELINES if find_spec(name)}
 
 
 def transformers_weights(model: Llama) -> dict[str, Tensor]:
-    """Our parameters under the names of `transformers`, in its pairing for RoPE."""
+    """Return our parameters with the names and RoPE pairing of `transformers`."""
     head_dim = model.config.head_dim
     return {
         hugging_face_name(name): to_halves(values, head_dim) if name.endswith(PERMUTED) else values
@@ -43,18 +43,18 @@ def transformers_weights(model: Llama) -> dict[str, Tensor]:
 
 
 def transformers_llama(model: Llama) -> nn.Module:
-    """The model of `transformers` with our weights and its sdpa attention."""
+    """Return the `transformers` model with our weights and sdpa attention."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig.from_dict(to_hugging_face(model.config, "float32", None, []))
-    config.use_cache = False  # as its Trainer sets it
+    config.use_cache = False  # as its Trainer does
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     theirs.load_state_dict(transformers_weights(model))
     return theirs.train()
 
 
 def litgpt_llama(model: Llama) -> nn.Module:
-    """The model of `litgpt` with our weights; its attention is sdpa."""
+    """Return the `litgpt` model with our weights; it uses sdpa attention."""
     from litgpt.config import Config
     from litgpt.model import GPT
     from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
@@ -92,23 +92,23 @@ MODELS: dict[str, Callable[[Llama], Any]] = {
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """(batch, seq) -> (batch, seq, vocab), of any of the three."""
+    """Return the logits of any of the three: (batch, seq) -> (batch, seq, vocab)."""
     out = model(tokens)
     return out if isinstance(out, Tensor) else out.logits
 
 
 def our_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
-    """The mean over all targets, as `train.py` has it."""
+    """Return the mean over all targets, as in `train.py`."""
     return model(tokens, labels=labels) / labels.numel()
 
 
 def transformers_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
-    """The mean by its own loss function, whose labels are ours: shifted already."""
+    """Return the mean by its loss function, given labels that are already shifted."""
     return model(tokens, labels=labels, shift_labels=labels).loss
 
 
 def litgpt_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
-    """The mean as its pre-training has it; like Fabric there, it widens autocast's logits."""
+    """Return the mean as in its pre-training, with autocast logits converted to float32."""
     from litgpt.utils import chunked_cross_entropy
 
     logits = model(tokens)
@@ -125,7 +125,7 @@ LOSSES: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
 
 @dataclass
 class Loop:
-    """A plain training loop: forward, loss, backward, clipping, torch's fused AdamW."""
+    """A plain training loop: forward, loss, backward, clipping, fused AdamW."""
 
     model: nn.Module
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -136,15 +136,15 @@ class Loop:
     def of(
         cls, name: str, model: nn.Module, optim: OptimConfig, dtype: str, compiled: bool
     ) -> "Loop":
-        """The loop of one of the three, in this process.
+        """Return the loop of one of the three implementations.
 
         Args:
-            dtype: `fp32`; `bf16`, by autocast; `bf16_true`, all of it, moments too.
-            compiled: Our model's blocks one by one, as `train.py` does it; the peers' as a whole.
+            dtype: `fp32`; `bf16` (autocast); or `bf16_true` (weights and optimizer state in bf16).
+            compiled: Compile our model block by block, as `train.py` does, and the others entirely.
         """
         if dtype == "bf16_true":
             model = model.to(torch.bfloat16)
-        # The peers' groups are ours: decay on matrices, none on the norms' weights.
+        # All use our parameter groups: weight decay on matrices only.
         optimizer = torch.optim.AdamW(build_optimizer(model, optim).param_groups)
         if isinstance(model, Llama):
             if compiled:
@@ -159,7 +159,7 @@ class Loop:
             return logits_of(self.model, tokens)
 
     def step(self, batches: StepBatches) -> Tensor:
-        """One step; returns the mean loss."""
+        """Run one step and return the mean loss."""
         ((tokens, _, labels),) = batches.micro_batches
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             loss = self.loss(self.model, tokens, labels)
