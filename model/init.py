@@ -1,9 +1,8 @@
-"""Counter-based initial weights: the same tensor on every mesh, device and process count.
+"""Counter-based weight initialization: the same values on every mesh, device and process count.
 
-Each element is a function of (seed, parameter name, its linear index in the global tensor) and of
-nothing else. All arithmetic is on integers until one exact conversion to float32 and one
-multiplication, which every device rounds alike. A change of any of it is a change of every run and
-raises VERSION.
+Each element is a function of the seed, the parameter name and its linear index in the global
+tensor. The arithmetic is on integers up to one exact conversion to float32 and one multiplication,
+which all devices round alike. Any change here changes every new run and requires a new VERSION.
 """
 
 import hashlib
@@ -20,29 +19,30 @@ VERSION = "llamesh-init-1"
 BASE_STD = 0.02
 
 LocalBlock = Callable[[Tensor], tuple[Tensor, Sequence[int]]]
-"""A parameter to (the part of it that lives here, the offsets of that part in the whole)."""
+"""Maps a parameter to its local block and the offsets of that block in the global tensor."""
 
-# Temporary memory is a few int64 tensors of a piece; on CPU a piece should stay in the cache.
-_PIECE_CPU, _PIECE_DEVICE = 2**16, 2**22
+# Elements filled at a time. Temporaries are a few int64 tensors of this size; on CPU they should
+# fit in the cache.
+_CHUNK_CPU, _CHUNK_DEVICE = 2**16, 2**22
 
 _MASK64 = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LANES = 0x0000FFFF0000FFFF
-_WORDS = 3  # three words of four 16-bit uniforms make the twelve of a normal value
-_CENTRE = 12 * 0xFFFF // 2
-_STD_OF_SUM = math.sqrt(2.0**32 - 1)  # twelve variances of (65536² - 1) / 12
+_WORDS = 3  # a normal value sums twelve 16-bit uniforms: three words with four each
+_MEAN_OF_SUM = 12 * 0xFFFF // 2
+_STD_OF_SUM = math.sqrt(2.0**32 - 1)  # of twelve variances (65536² - 1) / 12
 
 
 def parameter_std(name: str, config: ModelConfig) -> float | None:
-    """Standard deviation of a parameter's initial values; None: all ones (the norms).
+    """Return the standard deviation of a parameter's initial values, None for ones (norms).
 
     0.02, and 0.02 / sqrt(2 · n_layers) for the two projections of a layer that add to the residual
     stream, so that its variance does not grow with depth (GPT-2's paper, section 2.3; Megatron-LM,
     arXiv:1909.08053, section 4).
 
     Raises:
-        ValueError: the name is none of a Llama's.
+        ValueError: The name is not that of a Llama parameter.
     """
     kind = name.removesuffix(".weight").rpartition(".")[2]
     if kind in ("norm", "attention_norm", "ffn_norm"):
@@ -52,7 +52,7 @@ def parameter_std(name: str, config: ModelConfig) -> float | None:
     if kind in ("tok_embeddings", "output", "wq", "wk", "wv", "w1", "w3"):
         return BASE_STD
     raise ValueError(
-        f"parameter ({name}) has no rule for its initial values: add it to model.init.parameter_std"
+        f"parameter {name} has no initialization rule; add it to model.init.parameter_std"
     )
 
 
@@ -62,11 +62,11 @@ def initialize(
     """Fill every parameter in place.
 
     Args:
-        model: its parameters' names and shapes are the global ones, their values may be shards.
-        config: of the model, for `parameter_std`.
-        seed: any integer.
-        local_block: the part of a parameter that this process holds and its place in the whole;
-            by default all of it.
+        model: Parameters have their global names and shapes; their values may be shards.
+        config: Configuration of the model.
+        seed: Any integer.
+        local_block: Returns the part of a parameter that this process holds, and its offsets. None:
+            the complete parameter.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -92,15 +92,18 @@ def initial_block(
     seed: int,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The initial values of a block of a parameter: normal, mean 0, standard deviation `std`.
+    """Return a block of a parameter's initial values, normal with mean 0.
 
-    The normal values are sums of twelve uniform ones (Irwin-Hall), bounded by 6 std.
+    Normal values are approximated by sums of twelve uniform ones (Irwin-Hall), bounded by 6 std.
 
     Args:
-        name: of the parameter in the whole model.
-        shape: of the whole parameter.
-        offsets: of the block's first element in the whole, one a dim.
-        sizes: of the block, one a dim.
+        name: Name of the parameter in the model.
+        shape: Shape of the complete parameter.
+        offsets: Index of the block's first element, per dim.
+        sizes: Shape of the block.
+        std: Standard deviation.
+        seed: Seed of the run.
+        device: Device of the result.
 
     Returns: float32 of shape `sizes`.
     """
@@ -112,10 +115,10 @@ def initial_block(
 def _fill(
     block: Tensor, offsets: Sequence[int], strides: Sequence[int], key: int, scale: float
 ) -> None:
-    """Fill a block, halving it along its first dim that can be halved until a piece is small."""
+    """Fill a block in place, splitting it in halves until they are small."""
     if block.numel() == 0:
         return
-    if block.numel() > (_PIECE_CPU if block.device.type == "cpu" else _PIECE_DEVICE):
+    if block.numel() > (_CHUNK_CPU if block.device.type == "cpu" else _CHUNK_DEVICE):
         dim = next(dim for dim, size in enumerate(block.shape) if size > 1)
         middle = block.shape[dim] // 2
         first, second = block.tensor_split([middle], dim)
@@ -125,27 +128,27 @@ def _fill(
         return
     index = torch.zeros((), dtype=torch.int64, device=block.device)
     for size, offset, stride in zip(block.shape, offsets, strides, strict=True):
-        places = torch.arange(offset, offset + size, device=block.device)
-        index = index.unsqueeze(-1) + places * stride  # one dim more than before
+        indices = torch.arange(offset, offset + size, device=block.device)  # (size,)
+        index = index.unsqueeze(-1) + indices * stride  # (…, size)
     block.copy_(_normal_sums(index, key).float().mul_(scale))
 
 
 def _normal_sums(index: Tensor, key: int) -> Tensor:
-    """Sums of twelve 16-bit uniforms for each index, less their mean: int64, |sum| < 2**19."""
+    """Return centered sums of twelve 16-bit uniforms per index: int64, |sum| < 2**19."""
     first = index * _signed(_WORDS * _GAMMA)
     total = torch.zeros_like(index)
     for word in range(_WORDS):
         random = _mix(first + _signed(key + (word + 1) * _GAMMA))
-        # Two uniforms a 32-bit lane, added lane by lane: six of them stay far below 2**32.
+        # Each 32-bit lane accumulates six uniforms and cannot overflow.
         total += random & _LANES
         total += (random >> 16) & _LANES
-    return (total & 0xFFFFFFFF) + (total >> 32) - _CENTRE
+    return (total & 0xFFFFFFFF) + (total >> 32) - _MEAN_OF_SUM
 
 
 def _mix(state: Tensor) -> Tensor:
-    """The output function of splitmix64 (Steele, Lea, Flood, OOPSLA 2014), in place.
+    """Apply the output function of splitmix64 (Steele, Lea, Flood, OOPSLA 2014), in place.
 
-    int64 wraps around like uint64; a logical shift is an arithmetic one without the copied sign.
+    int64 wraps around like uint64; a logical shift is an arithmetic shift with masked sign bits.
     """
     for shift, factor in _MIX:
         state ^= (state >> shift) & (_MASK64 >> shift)
@@ -155,23 +158,23 @@ def _mix(state: Tensor) -> Tensor:
 
 
 def _key(name: str, seed: int) -> int:
-    """64 bits for a parameter of a run; a hash, so that near seeds and names are unrelated."""
+    """Return a 64-bit key. A hash makes similar seeds and names unrelated."""
     digest = hashlib.blake2b(f"{VERSION}\n{seed}\n{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def _scale(std: float) -> float:
-    """The factor from centred sums to values, rounded to float32 here, not by each device."""
+    """Return the factor from sums to values, rounded to float32 here and not on the device."""
     (rounded,) = struct.unpack("<f", struct.pack("<f", std / _STD_OF_SUM))
     return rounded
 
 
 def _strides(shape: Sequence[int]) -> list[int]:
-    """Distance in linear index from one element to the next, for each dim of a whole tensor."""
+    """Return the strides of a contiguous tensor."""
     return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
 
 
 def _signed(value: int) -> int:
-    """The int64 with the same low 64 bits."""
+    """Return the int64 with the same low 64 bits."""
     value &= _MASK64
     return value - 2**64 if value >= 2**63 else value

@@ -197,5 +197,5 @@ class GatheredVocabulary(Vocabulary):
         dist.all_gather(shards, logits, group=self.group)
         return torch.cat(shards, dim=-1)
 
-    def own(self, gradient: Tensor) -> Tensor:
+    def local(self, gradient: Tensor) -> Tensor:
         return gradient.chunk(self.ranks, dim=-1)[self.rank]

@@ -93,7 +93,7 @@ def test_any_block_equals_the_slice_of_the_full_tensor(
     full = initial_block("w", shape, [0] * len(shape), shape, STD, 3)
     for _ in range(60):
         # Small chunks, so that these small blocks are split as large ones are.
-        monkeypatch.setattr(model.init, "_PIECE_CPU", draw.choice([1, 2, 10, 1000]))
+        monkeypatch.setattr(model.init, "_CHUNK_CPU", draw.choice([1, 2, 10, 1000]))
         spans = [sorted(draw.choices(range(size + 1), k=2)) for size in shape]
         offsets, sizes = [a for a, _ in spans], [b - a for a, b in spans]
         block = initial_block("w", shape, offsets, sizes, STD, 3)
@@ -111,7 +111,7 @@ def test_temporary_memory_is_bounded_by_the_chunk_size(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(model.init, "_normal_sums", spy)
     initial_block("w", (3, 400_000), (0, 0), (3, 400_000), STD, 0)
-    assert 0 < largest <= model.init._PIECE_CPU <= 2**22
+    assert 0 < largest <= model.init._CHUNK_CPU <= 2**22
 
 
 def test_values_are_normal() -> None:
