@@ -39,9 +39,9 @@ def run(config: ConvertJobConfig) -> None:
     from formats.stored_tensor import DTYPES
     from formats.tokenizers import resolve_tokenizer
     from formats.weights import FORMATS
-    from parallel.host_memory import give_freed_memory_back
+    from parallel.host_memory import return_freed_memory
 
-    give_freed_memory_back()
+    return_freed_memory()
     target = Path(config.target)
     check_target(target, config.overwrite)
     weights = open_weights(Path(config.source))

@@ -23,17 +23,17 @@ BLOCK = {"cpu": 2**18, "cuda": 2**23}
 
 
 class Vocabulary:
-    """Communication over the shards of the vocabulary; this class is for a complete vocabulary."""
+    """Communication between vocabulary shards; this base class has one shard."""
 
     first = 0
     """Token id of the first column of `gather`'s result."""
 
     def gather(self, logits: Tensor) -> Tensor:
-    """Communication between vocabulary shards; this base class has one shard."""
+        """Return the logits of the loss: (rows, local vocab) -> (rows, vocab)."""
         return logits
 
     def local(self, gradient: Tensor) -> Tensor:
-        """Invert `gather`: (rows, vocab) -> (rows, local vocab)."""
+        """Return this rank's columns of `gather`'s result: (rows, vocab) -> (rows, local vocab)."""
         return gradient
 
     def maximum_(self, values: Tensor) -> None:

@@ -1,1 +1,1 @@
-"""How a model is spread over processes: mesh, strategy, plan. Knows torch, Fabric and `model`."""
+"""Parallelism: device mesh, launch, transforms of the model per axis, communication volume."""

@@ -1,8 +1,8 @@
-"""Activation checkpointing: what a block's forward keeps for its backward, and what is recomputed.
+"""Activation checkpointing: which activations of a block are saved, and which are recomputed.
 
-`full` keeps a block's input alone. `selective` also keeps the results of matrix products and of
-attention, which cost the most to compute. A number is a memory budget, which only the compiler can
-keep: see `compilation`.
+`full` saves only a block's input. `selective` also saves the results of matrix products and of
+attention, which cost the most to compute. A number is a memory budget, which needs the compiler:
+see `parallel.compilation`.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ from model.kernels.onednn_linear import LINEAR_OP
 from model.llama import Llama
 
 aten = torch.ops.aten
-_KEPT = {
+_SAVED_OPS = {
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
@@ -31,16 +31,19 @@ _KEPT = {
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_fused_attention_overrideable.default,
     torch.ops.higher_order.flex_attention,
-    # A row-wise product of tensor parallelism is whole only after its sum over the axis.
+    # A row-wise product of tensor parallelism is complete only after its reduction.
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_reduce.default,
 }
 
 
 def apply_activation_checkpoint(model: Llama, mode: str) -> None:
-    """Makes each block recompute in the backward; `mode` is `full` or `selective`. In place.
+    """Make each block recompute activations in the backward, in place.
 
-    A block's `forward` is replaced, not its module, so that parameters keep their names.
+    Wraps a block's `forward`, not its module, so that parameters keep their names.
+
+    Args:
+        mode: `full` or `selective`.
     """
     contexts: dict[str, Any] = {}
     if mode == "selective":
@@ -55,10 +58,10 @@ def apply_activation_checkpoint(model: Llama, mode: str) -> None:
         )
 
 
-def _policy(_: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if keeps(operation) else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if is_saved(operation) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def keeps(operation: Any) -> bool:
-    """Whether `selective` keeps the results of an operation."""
-    return operation in _KEPT or "varlen_attn" in str(operation)
+def is_saved(operation: Any) -> bool:
+    """Return whether `selective` saves the results of an operation."""
+    return operation in _SAVED_OPS or "varlen_attn" in str(operation)

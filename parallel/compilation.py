@@ -1,7 +1,7 @@
-"""`torch.compile` of each block, one program for all of them.
+"""`torch.compile` of each block; identical blocks share one compiled program.
 
 A block's `forward` is compiled, not its module: parameters keep their names, and FSDP2's hooks,
-which gather weights and reduce gradients, stay outside.
+which gather weights and reduce gradients, stay outside of the compiled code.
 """
 
 from typing import Any
@@ -18,28 +18,29 @@ from model.llama import Llama
 
 
 def apply_compile(model: Llama, memory_budget: float = 1.0) -> None:
-    """Compiles every block's forward and backward, and the stages of the loss; in place.
+    """Compile every block's forward and backward, and the stages of the loss, in place.
 
     Args:
-        memory_budget: The share of the activations that may be kept for the backward, between 0
-            (recompute all) and 1 (what is fastest); the compiler chooses which.
+        memory_budget: Fraction of the activations to save for the backward, between 0 (recompute
+            all) and 1 (fastest); the compiler chooses which ones. Applies to the whole process.
     """
-    config = torch._functorch.config  # of this process, for good
+    config = torch._functorch.config
     config.activation_memory_budget = memory_budget
-    if hasattr(config, "unsafe_treat_script_objects_as_zero_size"):  # from PyTorch 2.13 on
-        # Tensor parallelism's process groups, which hold nothing that is kept for a backward.
+    if hasattr(config, "unsafe_treat_script_objects_as_zero_size"):  # PyTorch 2.13 and later
+        # The script objects are process groups of tensor parallelism, which hold no activations.
         config.unsafe_treat_script_objects_as_zero_size = True
-    model.tok_embeddings.register_forward_hook(_awaited)
+    model.tok_embeddings.register_forward_hook(_wait_for_collective)
     for block in model.layers:
         block.forward = torch.compile(block.forward, fullgraph=True)
     model.loss.compile_stages()
 
 
 def apply_async_tensor_parallel(mesh: DeviceMesh) -> None:
-    """Lets the compiler cut the products of the one-axis `tp` mesh into overlapped pieces.
+    """Make the compiler overlap communication and matrix products on the one-axis `tp` mesh.
 
-    Each gather along seq and each scatter is sent piece by piece through symmetric memory while the
-    product it feeds or follows computes the other pieces (torch.distributed._symmetric_memory).
+    Each all-gather along seq and each reduce-scatter is split into chunks, sent through symmetric
+    memory while the product before or after it computes the other chunks
+    (torch.distributed._symmetric_memory).
     """
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
@@ -48,10 +49,10 @@ def apply_async_tensor_parallel(mesh: DeviceMesh) -> None:
 
 
 def compiled_graphs() -> int:
-    """How many graphs this process has compiled; it stands still once a run is warm."""
+    """Return how many graphs this process has compiled; constant after warm-up."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def _awaited(_: Any, __: Any, out: Tensor) -> Tensor:
-    """A collective's result as a plain tensor: compiled code would drop the gradient of another."""
+def _wait_for_collective(_: Any, __: Any, out: Tensor) -> Tensor:
+    """Return a plain tensor; compiled code loses the gradient of an AsyncCollectiveTensor."""
     return out.clone() if isinstance(out, AsyncCollectiveTensor) else out

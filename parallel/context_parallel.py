@@ -1,9 +1,9 @@
-"""The context axis: the tokens of each sequence dealt to the ranks, as in the Llama 3 paper.
+"""Context parallelism: the tokens of each sequence sharded over ranks, as in the Llama 3 paper.
 
-A sequence is cut into 2·cp chunks, and each rank takes one from the head and its mirror image from
-the tail, so that all do as much causal work (arXiv:2407.21783, section 3.3.2). Keys and values are
-gathered over the axis, queries stay local. What goes in and comes out is whole: peers read the
-same samples and get the same loss, as tensor-parallel peers do.
+A sequence is split into 2·cp chunks; each rank takes one chunk from the first half and its mirror
+image from the second half, which balances causal attention (arXiv:2407.21783, section 3.3.2). Keys
+and values are gathered over the axis, queries stay local. The model's inputs and outputs remain
+complete: all ranks of the axis read the same samples and return the same loss.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from model.attention import AttentionKernel, Mask
 from model.llama import Attention, Llama
 
-# PyTorch 2.12 renamed it.
+# Renamed in PyTorch 2.12.
 _all_gather: Any = (
     functional.all_gather_single_autograd
     if hasattr(functional, "all_gather_single_autograd")
@@ -27,61 +27,60 @@ _all_gather: Any = (
 
 
 def apply_context_parallel(model: Llama, mesh: DeviceMesh) -> None:
-    """Makes `model` compute on its part of each sequence, over the one-axis `mesh`, in place.
+    """Shard sequences over the one-axis `mesh`, in place.
 
-    The length of the sequences it is called with is a multiple of twice the axis.
+    The model must be called with a sequence length that is a multiple of twice the axis size.
     """
     context = _Context(mesh)
     model.kernel = _GatheringKernel(model.kernel, context)
     for module in model.modules():
         if isinstance(module, Attention):
             module.kernel = model.kernel
-    model.register_forward_pre_hook(context.cut, with_kwargs=True)
-    model.register_forward_hook(context.put_together)
+    model.register_forward_pre_hook(context.shard, with_kwargs=True)
+    model.register_forward_hook(context.combine)
 
 
 class _Context:
-    """This rank's place on the axis, and which columns of a sequence are its own."""
+    """Sharding of a sequence over the ranks of the axis."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.group = mesh.get_group()
         self.size, self.rank = mesh.size(), mesh.get_local_rank()
 
     def token_indices(self, seq: int, device: torch.device) -> Tensor:
-        """(cp, seq / cp): the columns of each rank, head chunk and tail chunk, each ascending."""
+        """Return the columns of each rank, first and mirrored chunk: (cp, seq / cp)."""
         chunks = torch.arange(seq, device=device).unflatten(0, (2 * self.size, -1))
-        heads, tails = chunks[: self.size], chunks[self.size :].flip(0)  # (cp, chunk) each
-        return torch.cat([heads, tails], dim=1)
+        first, mirrored = chunks[: self.size], chunks[self.size :].flip(0)  # each (cp, chunk)
+        return torch.cat([first, mirrored], dim=1)  # (cp, seq / cp)
 
-    def cut(self, _: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """From the arguments of `Llama.forward` on whole sequences to those on local ones."""
-        names = ("tokens", "positions", "labels")
-        whole = dict(zip(names, arguments, strict=False)) | named
-        whole.pop("n_documents", None)  # no kernel for parts of documents asks for it
-        seq = whole["tokens"].shape[1]
-        own = self.token_indices(seq, whole["tokens"].device)[self.rank]  # (local seq,)
+    def shard(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Replace the arguments of `Llama.forward` by those of the local columns."""
+        inputs = dict(zip(("tokens", "positions", "labels"), args, strict=False)) | kwargs
+        inputs.pop("n_documents", None)  # only needed by varlen, which needs complete documents
+        tokens = inputs["tokens"]
+        columns = self.token_indices(tokens.shape[1], tokens.device)[self.rank]  # (local seq,)
         local = {
-            name: value if value is None else value[:, own]  # (batch, local seq)
-            for name, value in whole.items()
+            name: value if value is None else value[:, columns]  # (batch, local seq)
+            for name, value in inputs.items()
         }
-        return (), local | {"token_indices": own}
+        return (), local | {"token_indices": columns}
 
-    def put_together(self, _: Any, __: Any, out: Tensor) -> Tensor:
-        """From a local loss to that of whole sequences, or from local logits to whole ones."""
+    def combine(self, _: Any, __: Any, out: Tensor) -> Tensor:
+        """Sum the local losses, or gather the local logits."""
         if out.ndim == 0:
             return _SumOverContext.apply(out, self.group)
-        # Logits are asked for by sampling alone, which needs no gradient.
+        # Only sampling needs logits; it needs no gradient.
         logits = out.full_tensor() if isinstance(out, DTensor) else out  # (batch, local seq, vocab)
         parts = [torch.empty_like(logits) for _ in range(self.size)]
         dist.all_gather(parts, logits.contiguous(), group=self.group)
-        places = self.token_indices(logits.shape[1] * self.size, logits.device)
-        return torch.cat(parts, dim=1)[:, places.flatten().argsort()]  # (batch, seq, vocab)
+        columns = self.token_indices(logits.shape[1] * self.size, logits.device).flatten()
+        return torch.cat(parts, dim=1)[:, columns.argsort()]  # (batch, seq, vocab)
 
 
 class _GatheringKernel(AttentionKernel):
-    """An attention kernel whose keys and values come from all ranks of the axis.
+    """An attention kernel that gathers keys and values from all ranks of the axis.
 
-    They stay in the order of the ranks; the mask knows where in the sequence each of them lies.
+    They stay in the order of the ranks; the mask is built from their indices in the sequence.
     """
 
     def __init__(self, kernel: AttentionKernel, context: _Context) -> None:
@@ -111,11 +110,11 @@ class _GatheringKernel(AttentionKernel):
 
 
 class _SumOverContext(torch.autograd.Function):
-    """The sum of a scalar over the ranks; each rank's gradient is that of its own share."""
+    """Sum of a scalar over the ranks; the gradient of each local term is that of the sum."""
 
     @staticmethod
-    def forward(ctx: Any, share: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = share.clone()
+    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = local.clone()
         dist.all_reduce(total, group=group)
         return total
 

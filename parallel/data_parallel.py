@@ -1,9 +1,9 @@
-"""The data axes: FSDP2, with mixed precision by its policy, for more than one process.
+"""Data parallelism by FSDP2 with its mixed precision, for more than one process.
 
-Weights are sharded over `dp_shard` and `cp` taken together, whose ranks hold different tokens, and
-copied over `dp_replicate` (HSDP). Every parameter becomes a DTensor on one mesh whatever the sizes.
-Gradients are summed, not averaged: the loss is already divided by the number of targets in the
-whole global batch. What a process alone does is in `parallel.mixed_precision`.
+Weights are sharded over the flattened `dp_shard` and `cp` axes, whose ranks process different
+tokens, and replicated over `dp_replicate` (HSDP). Every parameter becomes a DTensor on one mesh for
+all sizes. Gradients are summed, not averaged: the loss is already divided by the number of targets
+in the global batch. A single process uses `parallel.mixed_precision` instead.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from model.llama import Llama
 from parallel.config import PrecisionConfig
 from parallel.mixed_precision import keep_copies
 
-_KEPT = "llamesh_kept_gathered"  # a block's or the model's attribute
+_STAYS_GATHERED = "llamesh_stays_gathered"  # attribute of a block or the model
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -29,13 +29,13 @@ def apply_data_parallel(
     precision: MixedPrecisionPolicy,
     reshard_after_forward: bool | None,
 ) -> None:
-    """Shards each block, and what lies around the blocks, in place.
+    """Shard each block, and the other parameters as one group, in place.
 
     Args:
-        mesh: With the axes `dp_replicate`, `dp_shard` and `cp`.
+        mesh: Mesh with the axes `dp_replicate`, `dp_shard` and `cp`.
         reshard_after_forward: Whether a block's gathered weights are freed between its forward and
-            its backward. None: where there is something to gather, but for the last block, whose
-            backward follows at once.
+            its backward. None: if they are sharded, except for the last block, whose backward
+            follows its forward.
     """
     shards = mesh["dp_shard"]
     if mesh["cp"].size() > 1:
@@ -51,30 +51,30 @@ def apply_data_parallel(
         blocks.append(
             fully_shard(block, mesh=shards, mp_policy=precision, reshard_after_forward=reshard)
         )
-        vars(block)[_KEPT] = not reshard
-    # The root's weights are needed again as soon as the backward begins: kept gathered.
+        vars(block)[_STAYS_GATHERED] = not reshard
+    # The backward starts with the root's weights, so they stay gathered.
     root = fully_shard(model, mesh=shards, mp_policy=precision, reshard_after_forward=False)
-    vars(model)[_KEPT] = True
+    vars(model)[_STAYS_GATHERED] = True
     for module in [*blocks, root]:
         if n_shards == 1:
-            # A structural type would do, PyTorch's own is private.
+            # It matches PyTorch's protocol, which is private.
             module.set_custom_reduce_scatter(_OneBuffer())  # type: ignore[arg-type]
         if n_shards > 1 or replicated:
             module.set_gradient_divide_factor(1.0)
-            # Else the factor would be a premultiplied sum, which gloo lacks.
+            # Otherwise the factor would be applied by a premultiplied sum, which gloo lacks.
             module.set_force_sum_reduction_for_comms(True)
     if n_shards > 1:
         _prefetch(blocks)
 
 
 def hold_gradients(model: nn.Module, hold: bool, replicas_only: bool) -> None:
-    """Whether a backward leaves its gradients to a later one to sum over the ranks.
+    """Set whether a backward leaves the reduction of its gradients to a later backward.
 
-    Weights that stay gathered until a backward then stay so behind it, for a next forward: as long
-    as no weight changes, between micro-batches, that saves a gather of each, and the cast.
+    While it does, weights that stay gathered until a backward also stay gathered after it: between
+    micro-batches no weight changes, so this saves an all-gather and a cast of each.
 
     Args:
-        replicas_only: Gradients are summed over the shards all the same.
+        replicas_only: Reduce-scatter the gradients in any case; only the all-reduce is left.
     """
     keep_copies(model, hold)
     if not isinstance(model, FSDPModule):
@@ -84,22 +84,21 @@ def hold_gradients(model: nn.Module, hold: bool, replicas_only: bool) -> None:
     else:
         model.set_requires_gradient_sync(not hold)
     for module in model.modules():
-        if isinstance(module, FSDPModule) and vars(module)[_KEPT]:
+        if isinstance(module, FSDPModule) and vars(module)[_STAYS_GATHERED]:
             module.set_reshard_after_backward(not hold, recurse=False)
 
 
 def _prefetch(blocks: list[FSDPModule]) -> None:
-    """Each block gathers the weights of the one after it before it computes."""
+    """Make each block gather the next block's weights before it computes."""
     for block, following in pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([block])
 
 
 class _OneBuffer:
-    """The reduce-scatter of one rank, whose result is its input.
+    """Reduce-scatter over one rank, without a copy.
 
-    FSDP2 asks for a buffer for the input, then for one for the result, and copies one to the other:
-    of the same tensor there is nothing to copy.
+    FSDP2 allocates a buffer for the input, then one for the result. Both are the same tensor here.
     """
 
     def __init__(self) -> None:
@@ -108,7 +107,7 @@ class _OneBuffer:
     def allocate(
         self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """An uninitialised buffer, every second time the one from before."""
+        """Return an uninitialized buffer, and in every second call the previous one."""
         if self.input is None:
             self.input = torch.empty(*size, dtype=dtype, device=device)
             return self.input
@@ -116,11 +115,11 @@ class _OneBuffer:
         return result
 
     def __call__(self, *_: Any, **__: Any) -> None:
-        """Nothing to send."""
+        """Do nothing: the result is the input."""
 
 
 def mixed_precision_policy(config: PrecisionConfig, device_type: str) -> MixedPrecisionPolicy:
-    """The policy that FSDP2 applies: `param` in forward and backward, `reduce` in the sum."""
+    """Return FSDP2's policy: `param` for forward and backward, `reduce` for the reduction."""
     param = config.param
     if param == "auto":
         param = "bf16" if device_type == "cuda" else "fp32"
@@ -128,6 +127,6 @@ def mixed_precision_policy(config: PrecisionConfig, device_type: str) -> MixedPr
     return MixedPrecisionPolicy(
         param_dtype=_DTYPES[param],
         reduce_dtype=_DTYPES[reduce],
-        # The only floating-point inputs are RoPE's rotations, which must stay in float32.
+        # The only floating-point inputs are RoPE rotations, which must stay in float32.
         cast_forward_inputs=False,
     )

@@ -1,8 +1,8 @@
-"""fp8: the matrix products of the blocks in 8-bit floating point, by torchao.
+"""fp8 matrix products of the blocks, by torchao.
 
-Forward and both products of the backward cast their factors with scales found on the fly, one a
-tensor or one a row, and give back what a Linear layer gives. Weights, their names and their
-gradients stay as they are; embedding, output head, norms and attention compute as without fp8.
+The products of forward and backward cast their operands to fp8 with dynamic scales, one per tensor
+or one per row, and return the dtype of a Linear layer. Weights, their names and gradients do not
+change. Embedding, output head, norms and attention are not affected.
 """
 
 from dataclasses import replace
@@ -14,17 +14,18 @@ from model.llama import Llama
 
 Recipe = Literal["tensorwise", "rowwise"]
 
-# The least compute capability of an NVIDIA GPU whose tensor cores have the scaled product.
+# Minimum compute capability of NVIDIA GPUs whose tensor cores support the scaled product.
 CAPABILITY = {"tensorwise": (8, 9), "rowwise": (9, 0)}
 
 
 def apply_float8(model: Llama, recipe: Recipe, emulate: bool = False) -> None:
-    """Replaces the Linear layers of the blocks, in place and before any axis cuts them.
+    """Replace the Linear layers of the blocks in place. Call it before sharding them.
 
     Args:
-        model: On the meta device or with its weights.
-        recipe: One scale a tensor (the fastest), or one a row, rounded to a power of two (closer).
-        emulate: Round the factors to fp8 and multiply them in float32, which any device can.
+        model: On the meta device or with weights.
+        recipe: `tensorwise`, one scale per tensor (fastest), or `rowwise`, one per row, rounded to
+            a power of two (more accurate).
+        emulate: Round the operands to fp8 and multiply them in float32, on any device.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
@@ -33,6 +34,6 @@ def apply_float8(model: Llama, recipe: Recipe, emulate: bool = False) -> None:
 
 
 def lacking_capability(recipe: Recipe) -> tuple[int, int] | None:
-    """The compute capability of this machine's GPUs where it is too low for a recipe, else None."""
+    """Return the GPU's compute capability if it is too low for a recipe, else None."""
     capability = torch.cuda.get_device_capability()
     return capability if capability < CAPABILITY[recipe] else None

@@ -22,7 +22,7 @@ from model.attention import AttentionKernel, Mask
 from model.llama import FeedForward, Llama
 from model.loss import BLOCK
 from model.norm import RMSNorm
-from parallel.activation_checkpoint import keeps
+from parallel.activation_checkpoint import is_saved
 from parallel.gradients import clip_grad_norm
 from parallel.step_scalars import N_EXTRA_SCALARS
 from parallel.trace import materialise, traced_model
@@ -349,7 +349,7 @@ class _SavedResults(TorchDispatchMode):
         if any(issubclass(kind, (DTensor, AsyncCollectiveTensor)) for kind in types):
             return NotImplemented  # redispatched as local operations, which are handled here
         out = func(*args, **(kwargs or {}))
-        if keeps(func):
+        if is_saved(func):
             if func.namespace == "_c10d_functional":
                 self.results.pop()  # the tensor-parallel sum replaces the local partial result
             self.results.append(out)

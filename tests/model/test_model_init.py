@@ -163,7 +163,7 @@ def test_residual_output_projections_have_scaled_std_and_unknown_names_are_rejec
             assert std == 0.02 / math.sqrt(2 * CONFIG.n_layers)
         else:
             assert std == 0.02
-    with pytest.raises(ValueError, match=r"parameter \(layers\.0\.gate\.weight\) has no rule"):
+    with pytest.raises(ValueError, match=r"parameter layers\.0\.gate\.weight has no init"):
         parameter_std("layers.0.gate.weight", CONFIG)
 
 
