@@ -1,8 +1,8 @@
-"""Mixed precision for a process that shares its weights with no other, without FSDP2.
+"""Mixed precision for a single process, without FSDP2.
 
-The parameters stay the float32 masters that optimizer and checkpoints know. From a forward on, the
-modules hold copies of them in the format of forward and backward; each copy hands its gradient to
-its master as soon as it is there, and then gives back its place and its memory.
+Parameters remain the float32 master weights that the optimizer and checkpoints use. From the
+forward on, modules hold copies in the compute dtype; each copy adds its gradient to its master as
+soon as it is computed, then the master is restored and the copy's memory freed.
 """
 
 from collections import defaultdict
@@ -10,24 +10,24 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-_COPIES = "llamesh_copies"  # a model's attribute
+_COPIES = "llamesh_copies"  # attribute of the model
 
 
 def apply_mixed_precision(model: nn.Module, dtype: torch.dtype) -> None:
-    """Lets a model compute in `dtype`, in place; its parameters stay as they are."""
+    """Make a model compute in `dtype`, in place; its parameters do not change."""
     if dtype != torch.float32:
         vars(model)[_COPIES] = _Copies(model, dtype)
 
 
 def keep_copies(model: nn.Module, keep: bool) -> None:
-    """Whether copies stay behind a backward, for the next micro-batch's forward."""
+    """Set whether copies are kept after a backward, for the next micro-batch."""
     copies = vars(model).get(_COPIES)
     if copies is not None:
         copies.keep = keep
 
 
 class _Copies:
-    """The copies of a model's parameters, made when it is called for the first time."""
+    """Copies of a model's parameters, created in its first forward."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.dtype, self.keep = dtype, False
@@ -36,73 +36,73 @@ class _Copies:
         model.register_forward_hook(lambda *_: self._leave(), always_call=True)
 
     def _enter(self, model: nn.Module) -> None:
-        """Puts up-to-date copies in the places of all parameters."""
+        """Replace all parameters by up-to-date copies."""
         if not self._copies:
             self._copies = [
-                _Copy(self, parameter, places) for parameter, places in _places(model).items()
+                _Copy(self, parameter, uses) for parameter, uses in _parameter_uses(model).items()
             ]
         stale = [copy for copy in self._copies if copy.is_stale()]
         if stale:
             with torch.no_grad():
                 torch._foreach_copy_(
-                    [copy.refreshed() for copy in stale], [copy.master for copy in stale]
+                    [copy.prepare() for copy in stale], [copy.master for copy in stale]
                 )
         for copy in self._copies:
-            copy.put(copy.weight)
+            copy.assign(copy.weight)
 
     def _leave(self) -> None:
-        """Behind a forward that no backward follows; behind others each gradient sees to it."""
+        """Restore the masters after a forward without backward; else each gradient does it."""
         if not torch.is_grad_enabled():
             for copy in self._copies:
-                copy.put(copy.master)
+                copy.assign(copy.master)
 
 
 class _Copy:
-    """A parameter's copy, with memory only while it is needed."""
+    """Copy of a parameter, allocated only while it is needed."""
 
     def __init__(
-        self, copies: _Copies, master: nn.Parameter, places: list[tuple[nn.Module, str]]
+        self, copies: _Copies, master: nn.Parameter, uses: list[tuple[nn.Module, str]]
     ) -> None:
-        self.copies, self.master, self.places = copies, master, places
-        self.version: int | None = None  # of the master, when it was copied
+        self.copies, self.master, self.uses = copies, master, uses
+        self.version: int | None = None  # version of the master that was copied
         values = torch.empty_like(master, dtype=copies.dtype, requires_grad=False)
         self.size = values.untyped_storage().nbytes()
         self.weight = nn.Parameter(values, requires_grad=master.requires_grad)
-        self.weight.register_post_accumulate_grad_hook(self._hand_over)
+        self.weight.register_post_accumulate_grad_hook(self._accumulate)
 
     def is_stale(self) -> bool:
-        """Whether the master has been written to since, or the memory was given back."""
+        """Return whether the master has changed since the copy, or the memory was freed."""
         return self.version != self.master._version
 
-    def refreshed(self) -> Tensor:
-        """The copy, to be written to."""
+    def prepare(self) -> Tensor:
+        """Allocate the copy and return it for writing."""
         self.version = self.master._version
         self.weight.untyped_storage().resize_(self.size)
         return self.weight
 
-    def put(self, parameter: nn.Parameter) -> None:
-        """Makes it the parameter of all modules that have this one."""
-        for module, name in self.places:
+    def assign(self, parameter: nn.Parameter) -> None:
+        """Set the parameter in all modules that use this one."""
+        for module, name in self.uses:
             module._parameters[name] = parameter
 
-    def _hand_over(self, weight: Tensor) -> None:
-        """Adds the gradient to the master's; nothing of this backward reads the weight any more."""
+    def _accumulate(self, weight: Tensor) -> None:
+        """Add the gradient to the master's; this backward no longer reads the weight."""
         gradient, weight.grad = weight.grad, None
         assert gradient is not None
         if self.master.grad is None:
             self.master.grad = gradient.to(self.master.dtype)
         else:
             self.master.grad += gradient
-        self.put(self.master)
+        self.assign(self.master)
         if not self.copies.keep:
             weight.untyped_storage().resize_(0)
             self.version = None
 
 
-def _places(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
-    """Each parameter with the modules that have it, and its name there."""
-    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = defaultdict(list)
+def _parameter_uses(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """Return each parameter with the modules that use it and its names there."""
+    uses: dict[nn.Parameter, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            places[parameter].append((module, name))
-    return places
+            uses[parameter].append((module, name))
+    return uses

@@ -1,8 +1,8 @@
-"""The tensor axis: weight matrices cut across ranks, activations cut along seq between them.
+"""Tensor parallelism: weight matrices sharded over ranks, activations sharded along seq in between.
 
-The plan of Megatron-LM with sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198):
-column-wise products, then row-wise ones, so that a block needs one gather and one scatter around
-attention and one around the feed-forward. The loss is computed on shards of the vocabulary.
+The scheme of Megatron-LM with sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198):
+column-wise products followed by row-wise ones, so that attention and feed-forward need one
+all-gather and one reduce-scatter each. The loss is computed on shards of the vocabulary.
 """
 
 from functools import partial
@@ -37,31 +37,31 @@ from model.norm import RMSNorm
 def apply_tensor_parallel(
     model: Llama, mesh: DeviceMesh, *, sequence_parallel: bool, loss_parallel: bool
 ) -> None:
-    """Shards every parameter of `model` over the one-axis `mesh`, in place.
+    """Shard every parameter of `model` over the one-axis `mesh`, in place.
 
     Args:
-        model: On the meta device or with its weights.
-        mesh: The `tp` axis; its size divides heads, kv heads, ffn_dim and vocab.
-        sequence_parallel: Activations between the products are local shards along seq; else whole.
-        loss_parallel: The logits stay local shards of the vocabulary; else every rank gathers them,
-            in the loss those of a chunk.
+        model: On the meta device or with weights.
+        mesh: The `tp` axis; its size divides n_heads, n_kv_heads, ffn_dim and vocab_size.
+        sequence_parallel: Shard activations between the products along seq; else replicate them.
+        loss_parallel: Keep logits as shards of the vocabulary; else every rank gathers them, in the
+            loss by chunks.
     """
-    between = Shard(1) if sequence_parallel else Replicate()  # of (batch, seq, dim)
+    hidden_layout = Shard(1) if sequence_parallel else Replicate()  # of (batch, seq, dim)
 
-    def gathered_input(other_inputs: int = 0) -> ParallelStyle:
-        plain = (None,) * other_inputs
+    def gathered_input(n_plain_inputs: int = 0) -> ParallelStyle:
+        plain = (None,) * n_plain_inputs
         return PrepareModuleInput(
-            input_layouts=(between, *plain), desired_input_layouts=(Replicate(), *plain)
+            input_layouts=(hidden_layout, *plain), desired_input_layouts=(Replicate(), *plain)
         )
 
     parallelize_module(
         model,
         mesh,
         {
-            "tok_embeddings": _VocabParallelEmbedding(between),
-            "norm": _Norm(between),
+            "tok_embeddings": _VocabParallelEmbedding(hidden_layout),
+            "norm": _Norm(hidden_layout),
             "output": ColwiseParallel(
-                input_layouts=between,
+                input_layouts=hidden_layout,
                 output_layouts=Shard(-1) if loss_parallel else Replicate(),
                 use_local_output=not loss_parallel,
             ),
@@ -72,17 +72,17 @@ def apply_tensor_parallel(
             block,
             mesh,
             {
-                "attention_norm": _Norm(between),
-                "attention": gathered_input(other_inputs=2),  # rotations, mask
+                "attention_norm": _Norm(hidden_layout),
+                "attention": gathered_input(n_plain_inputs=2),  # rotations, mask
                 "attention.wq": ColwiseParallel(),
                 "attention.wk": ColwiseParallel(),
                 "attention.wv": ColwiseParallel(),
-                "attention.wo": RowwiseParallel(output_layouts=between),
-                "ffn_norm": _Norm(between),
+                "attention.wo": RowwiseParallel(output_layouts=hidden_layout),
+                "ffn_norm": _Norm(hidden_layout),
                 "feed_forward": gathered_input(),
                 "feed_forward.w1": ColwiseParallel(),
                 "feed_forward.w3": ColwiseParallel(),
-                "feed_forward.w2": RowwiseParallel(output_layouts=between),
+                "feed_forward.w2": RowwiseParallel(output_layouts=hidden_layout),
             },
         )
     model.tie_weights()
@@ -94,10 +94,10 @@ def apply_tensor_parallel(
 
 
 class _Norm(SequenceParallel):
-    """A norm whose weight is a DTensor, as clipping and saving expect.
+    """A norm whose weight is a DTensor, as gradient clipping and checkpoints require.
 
     Args:
-        layout: Of what it reads and writes.
+        layout: Placement of input and output.
     """
 
     def __init__(self, layout: Placement) -> None:
@@ -106,17 +106,17 @@ class _Norm(SequenceParallel):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, RMSNorm)
-        module.function = F.rms_norm  # which DTensors know
+        module.function = F.rms_norm  # supported by DTensor
         return super()._apply(module, device_mesh)
 
 
 class _VocabParallelEmbedding(ParallelStyle):
-    """Each rank looks up the tokens of its part of the vocabulary; the parts are summed.
+    """Each rank looks up the tokens of its vocabulary shard; the results are summed.
 
-    Not DTensor's own way, in whose backward every rank makes a gradient of the whole vocabulary.
+    DTensor's own implementation allocates a gradient of the complete vocabulary on every rank.
 
     Args:
-        layout: Of the result (batch, seq, dim).
+        layout: Placement of the result (batch, seq, dim).
     """
 
     def __init__(self, layout: Placement) -> None:
@@ -126,26 +126,26 @@ class _VocabParallelEmbedding(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Embedding)
         module.weight = nn.Parameter(distribute_tensor(module.weight, device_mesh, [Shard(0)]))
-        module.forward = partial(self._look_up, module, device_mesh)  # type: ignore[method-assign]
+        module.forward = partial(self._lookup, module, device_mesh)  # type: ignore[method-assign]
         return module
 
-    def _look_up(self, module: nn.Embedding, mesh: DeviceMesh, tokens: Tensor) -> Tensor:
-        """(batch, seq) -> (batch, seq, dim) in the layout, local."""
+    def _lookup(self, module: nn.Embedding, mesh: DeviceMesh, tokens: Tensor) -> Tensor:
+        """(batch, seq) -> local shard of (batch, seq, dim) in the layout."""
         assert isinstance(module.weight, DTensor)
         weight = module.weight.to_local()  # (local vocab, dim)
-        row = tokens - mesh.get_local_rank() * len(weight)
-        elsewhere = (row < 0) | (row >= len(weight))  # (batch, seq)
-        part = F.embedding(row.masked_fill(elsewhere, 0), weight)  # (batch, seq, dim)
-        part = part.masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        whole = DTensor.from_local(part, mesh, [Partial()], run_check=False)
-        return whole.redistribute(placements=[self.layout]).to_local()
+        row = tokens - mesh.get_local_rank() * len(weight)  # (batch, seq)
+        not_local = (row < 0) | (row >= len(weight))  # (batch, seq)
+        partial_sum = F.embedding(row.masked_fill(not_local, 0), weight)  # (batch, seq, dim)
+        partial_sum = partial_sum.masked_fill(not_local.unsqueeze(-1), 0.0)
+        output = DTensor.from_local(partial_sum, mesh, [Partial()], run_check=False)
+        return output.redistribute(placements=[self.layout]).to_local()
 
 
 class VocabParallelCrossEntropySum(CrossEntropySum):
-    """`CrossEntropySum` where each rank holds a shard of the head's weight.
+    """`CrossEntropySum` with the head's weight sharded over the ranks.
 
     Args:
-        vocabulary: Says what the ranks tell each other about a chunk.
+        vocabulary: Communication between the ranks for each chunk.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -153,25 +153,25 @@ class VocabParallelCrossEntropySum(CrossEntropySum):
         self.vocabulary = vocabulary
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """The sum over all targets, the same on every rank.
+        """Return the sum over all targets, equal on all ranks.
 
         Args:
-            hidden: (batch, seq, dim), sharded over seq or whole on each rank.
-            weight: (vocab, dim), sharded over vocab, a multiple of the ranks.
-            labels: (batch, seq), the same on every rank.
+            hidden: (batch, seq, dim), sharded over seq or replicated.
+            weight: (vocab, dim), sharded evenly over vocab.
+            labels: (batch, seq), equal on all ranks.
         """
         assert isinstance(hidden, DTensor) and isinstance(weight, DTensor)
-        whole = hidden.redistribute(placements=[Replicate()])
-        # A rank's gradient is the part that comes through its shard of the vocabulary.
+        hidden = hidden.redistribute(placements=[Replicate()])
+        # The local gradient is the term of this rank's vocabulary shard.
         return super().forward(
-            whole.to_local(grad_placements=[Partial()]), weight.to_local(), labels
+            hidden.to_local(grad_placements=[Partial()]), weight.to_local(), labels
         )
 
 
 class ShardedVocabulary(Vocabulary):
-    """Each rank sees its local logits; only float32 scalars of each token travel.
+    """Each rank computes on its local logits; only float32 scalars per token are reduced.
 
-    These are the maximum, and together the sum of exponentials and the target's logit.
+    These are the maximum and, in one all-reduce, the sum of exponentials and the target's logit.
     """
 
     def __init__(self, mesh: DeviceMesh, vocab_size: int) -> None:
@@ -186,7 +186,7 @@ class ShardedVocabulary(Vocabulary):
 
 
 class GatheredVocabulary(Vocabulary):
-    """Each rank sees the whole logits of a chunk."""
+    """Each rank gathers the logits of a chunk over the complete vocabulary."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.group = mesh.get_group()

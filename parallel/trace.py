@@ -1,8 +1,8 @@
-"""A step without its processes: the real plan on fake tensors, in a process group of one's fancy.
+"""Trace of one training step on fake tensors in a fake process group.
 
-Nothing is computed, allocated or sent, so a laptop traces hundreds of processes. `Recorder` notes
-the collectives of whatever runs inside it, a real step included; `traced_step` runs one that does
-what `train_step` does, on rank 0, and returns them. The closed forms are in `parallel.traffic`.
+Nothing is computed, allocated or sent, so a laptop can trace hundreds of processes. `Recorder`
+records the collectives issued inside it, also those of a real step; `traced_step` returns those of
+rank 0 in a step equivalent to `train_step`. The closed forms are in `parallel.traffic`.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ from parallel.step_scalars import N_EXTRA_SCALARS
 from parallel.strategy import MeshStrategy
 from parallel.traffic import Collective, Kind, Step
 
-# Operation: (kind, which argument holds the whole tensor; None: the result does).
+# Operation: (kind, index of the argument that is the complete tensor; None: the result is).
 _COLLECTIVES: dict[str, tuple[Kind, int | None]] = {
     "c10d::_allgather_base_": ("all_gather", 0),
     "c10d::allgather_": ("all_gather", 0),
@@ -41,14 +41,14 @@ _COLLECTIVES: dict[str, tuple[Kind, int | None]] = {
     "_c10d_functional::reduce_scatter_tensor": ("reduce_scatter", 0),
     "_c10d_functional::all_reduce": ("all_reduce", 0),
 }
-_SEND_NOTHING = {"_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd"}
+_NO_COMMUNICATION = {"_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd"}
 
 
 class Recorder(TorchDispatchMode):
-    """Notes in `collectives`, one by one, what this rank takes part in; groups of one are left out.
+    """Record the collectives of this rank in `collectives`, except those of groups of one.
 
     Args:
-        shape: The mesh, by which a group gets the names of the axes that it spans.
+        shape: The mesh, from which the axis names of a group are derived.
     """
 
     def __init__(self, shape: MeshShape) -> None:
@@ -58,21 +58,21 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # DTensor turns it into local operations, which come here
+            return NotImplemented  # DTensor then dispatches its local operations
         out = func(*args, **(kwargs or {}))
         name = func._schema.name
-        if "c10d" in name and name not in _SEND_NOTHING:
-            kind, place = _COLLECTIVES[name]  # one that is not in the table must not pass unseen
+        if "c10d" in name and name not in _NO_COMMUNICATION:
+            kind, index = _COLLECTIVES[name]  # an unknown collective must raise
             ranks = dist.get_process_group_ranks(_group(args))
-            whole = out if place is None else args[place]
+            tensor = out if index is None else args[index]
             if len(ranks) > 1:
                 axis = _axes_of(ranks, self.shape)
-                self.collectives.append(Collective(axis, len(ranks), kind, 1, _bytes(whole)))
+                self.collectives.append(Collective(axis, len(ranks), kind, 1, _n_bytes(tensor)))
         return out
 
 
 def _group(args: Any) -> dist.ProcessGroup:
-    """The process group of a collective's arguments: an object, or last of all its name."""
+    """Return a collective's process group, given as an object or, as the last argument, by name."""
     for arg in args:
         if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
             return dist.ProcessGroup.unbox(arg)
@@ -80,7 +80,7 @@ def _group(args: Any) -> dist.ProcessGroup:
 
 
 def _axes_of(ranks: list[int], shape: MeshShape) -> str:
-    """The axes along which ranks of a group differ, joined by "+"."""
+    """Return the axes that a group spans, joined by "+"."""
     spanned, stride = [], 1
     for axis, size in zip(reversed(AXES), reversed(shape.sizes), strict=True):
         if len({rank // stride % size for rank in ranks}) > 1:
@@ -89,22 +89,22 @@ def _axes_of(ranks: list[int], shape: MeshShape) -> str:
     return "+".join(reversed(spanned))
 
 
-def _bytes(whole: Any) -> int:
-    """Size of a tensor, or of all tensors of a list or of its lists."""
-    if isinstance(whole, Tensor):
-        return whole.numel() * whole.element_size()
-    return sum(_bytes(each) for each in whole)
+def _n_bytes(tensors: Any) -> int:
+    """Return the size of a tensor or of all tensors in nested lists."""
+    if isinstance(tensors, Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(map(_n_bytes, tensors))
 
 
 @contextmanager
 def fake_processes(world_size: int) -> Iterator[None]:
-    """A process group of `world_size`, of which this process is rank 0 and the others are not."""
+    """Create a fake process group of `world_size` in which this process is rank 0."""
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
         yield
     finally:
         dist.destroy_process_group()
-        # It remembers meshes, which may have an equal with groups of other names the next time.
+        # This cache would return an equal mesh with the previous names of its groups.
         _clear_sharding_prop_cache()
 
 
@@ -115,10 +115,11 @@ def traced_step(
     precision: PrecisionConfig,
     step: Step,
 ) -> list[Collective]:
-    """The collectives of rank 0 in a step up to the optimizer, which sends nothing, in order.
+    """Return the collectives of rank 0 in one step, in order.
 
-    `step` gives number and size of the micro-batches; number formats are those of `precision`. What
-    runs is not compiled: PyTorch's compiler refuses to run where operations are watched.
+    `step` defines number and size of the micro-batches; dtypes are those of `precision`. The step
+    excludes the optimizer, which does not communicate. It is not compiled, because the compiler
+    does not run under a dispatch mode.
     """
     with (
         traced_model(config, shape, parallel, precision) as (llama, strategy),
@@ -137,41 +138,41 @@ def traced_model(
     precision: PrecisionConfig,
     prepare: Callable[[Llama], None] = lambda llama: None,
 ) -> Iterator[tuple[Any, MeshStrategy]]:
-    """The model under its plan, on the meta device; what is made inside is fake.
+    """Build the parallelized model, not compiled, on the meta device, and enter fake mode.
 
-    Not compiled. Its weights come by `materialise`, under whatever is to see them come.
+    Weights are allocated by `materialise`, so that the caller can record their allocation.
 
     Args:
-        prepare: Called with the model before the plan is applied to it.
+        prepare: Called with the model before it is parallelized.
     """
     eager = replace(parallel, compile=False, async_tp=False)
-    if isinstance(eager.activation_checkpoint, float):  # which the compiler alone can keep
+    if isinstance(eager.activation_checkpoint, float):  # a memory budget needs the compiler
         eager = replace(eager, activation_checkpoint="none")
     with fake_processes(shape.world_size):
         mesh = init_device_mesh("cpu", shape.sizes, mesh_dim_names=AXES)
-        plan = partial(parallelize, parallel=eager, precision=precision)
-        strategy = MeshStrategy(shape, plan, parallel.reduce_gradients)
-        strategy._device_mesh = mesh  # what its set-up does, which launches processes as well
+        transform = partial(parallelize, parallel=eager, precision=precision)
+        strategy = MeshStrategy(shape, transform, parallel.reduce_gradients)
+        strategy._device_mesh = mesh  # normally set by its set-up, which starts processes
         with torch.device("meta"):
             llama = Llama(config)
         prepare(llama)
-        # The plan outside of the fake mode, in which no mesh can be sliced; the memory inside it.
-        plan(llama, mesh)
+        # Outside of fake mode, in which a mesh cannot be sliced.
+        transform(llama, mesh)
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield llama, strategy
 
 
 def materialise(llama: Any) -> None:
-    """Gives a sharded model its weights, uninitialised."""
+    """Allocate the weights of a sharded model, uninitialized."""
     llama.to_empty(device="cpu")
     llama.tie_weights()
 
 
 def _run(llama: Any, strategy: MeshStrategy, step: Step) -> None:
-    """Sum of the counts, forward, backward and clipping as in `train_step`, on unknown tokens."""
+    """Run the communicating parts of `train_step` on fake tokens."""
     n_targets, _ = strategy.sum_over_data(torch.empty(2, dtype=torch.int64))
     tokens = torch.empty(step.micro_batch_size, step.seq_len, dtype=torch.int64)  # (batch, seq)
-    for place in range(1, step.micro_batches + 1):
-        with strategy.micro_batch_sync.no_backward_sync(llama, place < step.micro_batches):
+    for number in range(1, step.micro_batches + 1):
+        with strategy.micro_batch_sync.no_backward_sync(llama, number < step.micro_batches):
             (llama(tokens, tokens, tokens) / n_targets).backward()
     clip_grad_norm(llama, max_norm=1.0, extra_scalars=torch.empty(N_EXTRA_SCALARS))

@@ -1,14 +1,13 @@
-"""What a step sends: how many collectives of which kind on which axis, in closed form.
+"""Communication volume of one training step in closed form: collectives by axis and kind.
 
-One function for each part of the plan; each formula counts what `parallelize` makes the processes
-do, and a test holds it against a traced step (`parallel.trace`), exactly. Integers alone, so that a
-mesh of any size costs nothing. Left out is what is not of every step (logging, validation, saving),
-what the compiler decides (what it sends again to recompute), and the scales
-that fp8 products agree on over tp, a number for a tensor or a row.
+Each function counts what one transform of `parallelize` communicates; a test compares the result
+exactly with a traced step (`parallel.trace`). Integer arithmetic only, so meshes of any size are
+cheap. Excluded: logging, validation and checkpoints, communication that the compiler adds by
+recomputation, and the scales of fp8 products, one number per tensor or row.
 
-Bytes are a collective's payload: the whole tensor, of which a rank of an all-gather holds one part
-before, and of a reduce-scatter after. What a rank sends of it is the ring algorithms' bound
-(Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms"), see `Collective.sent`.
+Payload bytes are those of the complete tensor: the output of an all-gather, the input of a
+reduce-scatter. Sent bytes are the bound of ring algorithms (Patarasuk and Yuan 2009, "Bandwidth
+optimal all-reduce algorithms").
 """
 
 from collections import defaultdict
@@ -31,8 +30,10 @@ FLOAT32, INT64 = 4, 8  # bytes
 class Collective:
     """`count` collectives of one kind in a group of `ranks` processes.
 
-    `axis` names the mesh axes that the group spans, those of size 1 left out: "tp", "dp_shard+cp".
-    `payload` is the sum over them of the whole tensors, in bytes; `part` says what they are for.
+    Attributes:
+        axis: Mesh axes larger than 1 that the group spans, as in "tp" or "dp_shard+cp".
+        payload: Total bytes of the complete tensors of all `count` collectives.
+        part: Purpose, for reports.
     """
 
     axis: str
@@ -44,19 +45,21 @@ class Collective:
 
     @property
     def sent(self) -> Fraction:
-        """Bytes that a rank sends: S·(n-1)/n of S over n ranks, to reduce to all twice as many."""
+        """Bytes sent per rank: S·(n-1)/n for payload S over n ranks, twice that for all-reduce."""
         times = 2 if self.kind == "all_reduce" else 1
         return Fraction(times * self.payload * (self.ranks - 1), self.ranks)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a rank computes in a step, and in which number formats.
+    """Batch and element sizes of one step on one rank.
 
-    `micro_batch_size` counts sequences of `seq_len` tokens, `head_chunk` the tokens whose logits
-    exist at once (`model.loss.CHUNK`). `param_bytes` is an element's size in forward and backward,
-    `reduce_bytes` in the sum of gradients, `norm_bytes` in the sum of their squares and of
-    what travels with it (8 on CPU, else 4).
+    Attributes:
+        micro_batch_size: Sequences of `seq_len` tokens per micro-batch.
+        param_bytes: Element size in forward and backward.
+        reduce_bytes: Element size in the reduction of gradients.
+        head_chunk: Tokens per chunk of logits (`model.loss.CHUNK`).
+        norm_bytes: Element size of the all-reduce of the gradient norm (8 on CPU, else 4).
     """
 
     micro_batches: int
@@ -70,7 +73,7 @@ class Step:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The whole configuration, as every part below reads it."""
+    """Configuration from which all functions below compute."""
 
     model: ModelConfig
     mesh: MeshShape
@@ -79,24 +82,24 @@ class _Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch that a rank and its tp peers compute."""
+        """Tokens of a micro-batch per tensor-parallel group."""
         return self.step.micro_batch_size * self.step.seq_len // self.mesh.cp
 
     @property
     def hidden(self) -> int:
-        """Bytes of the activations between two blocks, (batch, local seq of cp, dim)."""
+        """Bytes of the activations between two blocks, (batch, seq / cp, dim)."""
         return self.tokens * self.model.dim * self.step.param_bytes
 
     @property
     def reductions(self) -> int:
-        """How often in a step gradients are summed over the shards."""
+        """Reductions of the gradients over the shards per step."""
         every = self.parallel.reduce_gradients == "micro_batch"
         return self.step.micro_batches if every else 1
 
     def over(
         self, axes: Iterable[str], kind: Kind, count: int, payload: int, part: str
     ) -> Collective:
-        """`count` collectives of `payload` bytes together in a group that spans `axes`."""
+        """Return `count` collectives of `payload` bytes in total in the group of `axes`."""
         spanned = [axis for axis in axes if getattr(self.mesh, axis) > 1]
         ranks = 1
         for axis in spanned:
@@ -107,9 +110,9 @@ class _Plan:
 def step_traffic(
     model: ModelConfig, mesh: MeshShape, parallel: ParallelConfig, step: Step
 ) -> list[Collective]:
-    """The collectives that each rank takes part in during a step; all ranks send alike.
+    """Return the collectives of one step on one rank, which are the same on all ranks.
 
-    Groups of one process are left out: they send nothing.
+    Groups of one process are omitted.
     """
     plan = _Plan(model, mesh, parallel, step)
     parts = [_weights, _activations, _norm_gradients, _head, _context, _scalars]
@@ -118,7 +121,7 @@ def step_traffic(
 
 
 def totals(collectives: Iterable[Collective]) -> dict[tuple[str, Kind], tuple[int, int]]:
-    """Count and payload in bytes by axis and kind."""
+    """Return count and payload in bytes by axis and kind."""
     found: dict[tuple[str, Kind], tuple[int, int]] = defaultdict(lambda: (0, 0))
     for each in collectives:
         count, payload = found[each.axis, each.kind]
@@ -130,25 +133,25 @@ def totals(collectives: Iterable[Collective]) -> dict[tuple[str, Kind], tuple[in
 
 
 def block_matrices(model: ModelConfig, tp: int) -> list[tuple[int, int]]:
-    """Rows and columns of a block's parameters, cut over tp: norms whole, wo and w2 by columns."""
+    """Return the local shapes of a block's parameters; norms as (dim, 1)."""
     dim, ffn, kv = model.dim, model.ffn_dim // tp, model.n_kv_heads * model.head_dim // tp
     attention = [(dim // tp, dim), (kv, dim), (kv, dim), (dim, dim // tp)]
     return [*attention, (ffn, dim), (ffn, dim), (dim, ffn), (dim, 1), (dim, 1)]
 
 
 def root_matrices(model: ModelConfig, tp: int) -> list[tuple[int, int]]:
-    """Rows and columns of what lies around the blocks: embedding, head unless tied, last norm."""
+    """Return the local shapes of embedding, head unless tied, and last norm."""
     embeddings = 1 if model.tie_embeddings else 2
     return [(model.vocab_size // tp, model.dim)] * embeddings + [(model.dim, 1)]
 
 
 def _weights(plan: _Plan) -> list[Collective]:
-    """FSDP2: groups are each block and the root; a group is one tensor, padded to equal shards.
+    """FSDP2: each block and the root are one flat tensor each, padded to equal shards.
 
-    A micro-batch gathers the blocks that are freed in between, by default all but the last, in its
-    forward and in its backward; what stays gathered is gathered once a step. The last micro-batch,
-    or each, sums the gradients: a reduce-scatter of each group; the last all-reduces what it leaves
-    of it where there are replicas.
+    Blocks that are resharded after forward, by default all but the last, are gathered in the
+    forward and in the backward of each micro-batch, others once per step. Gradients are
+    reduce-scattered in the last or in every micro-batch, and with replicas their shards are
+    all-reduced in the last one.
     """
     mesh, step, sharded = plan.mesh, plan.step, ("dp_shard", "cp")
     ranks = mesh.dp_shard * mesh.cp
@@ -157,9 +160,9 @@ def _weights(plan: _Plan) -> list[Collective]:
         return sum(-(-rows // ranks) * ranks * columns for rows, columns in matrices)
 
     layers, reshard = plan.model.n_layers, plan.parallel.reshard_after_forward
-    again = layers - 1 if reshard is None else layers * reshard
-    groups = [  # (how many, elements of each, how many are freed in between)
-        (layers, elements(block_matrices(plan.model, mesh.tp)), again),
+    resharded = layers - 1 if reshard is None else layers * reshard
+    groups = [  # (count, elements of each, count of resharded ones)
+        (layers, elements(block_matrices(plan.model, mesh.tp)), resharded),
         (1, elements(root_matrices(plan.model, mesh.tp)), 0),
     ]
     found = []
@@ -178,11 +181,11 @@ def _weights(plan: _Plan) -> list[Collective]:
 
 
 def _norm_gradients(plan: _Plan) -> list[Collective]:
-    """The weights of the norms are whole on every tp rank, their gradients are parts of a sum.
+    """Norm weights are replicated over tp; their gradients are partial sums.
 
-    With each sum of gradients, a vector of dim for each norm: in the sum's format where several
-    micro-batches have been added up in it, in the activations' where there is one. Without
-    sequence parallelism the last norm's gradient comes from a sum and is whole already.
+    Each reduction of gradients sums a vector of dim per norm, in the dtype of the reduction if it
+    accumulates several micro-batches, else in that of the activations. Without sequence
+    parallelism the gradient of the last norm is already complete.
     """
     step = plan.step
     element = step.reduce_bytes if step.micro_batches > plan.reductions else step.param_bytes
@@ -194,22 +197,22 @@ def _norm_gradients(plan: _Plan) -> list[Collective]:
 
 
 def _activations(plan: _Plan) -> list[Collective]:
-    """Tensor parallelism around the products of a block, and behind the embedding.
+    """Tensor parallelism around the products of a block and after the embedding.
 
-    With sequence parallelism (arXiv:2205.05198) the forward gathers before attention and before
-    feed-forward and reduce-scatters behind each, and the backward does the opposite in each place;
-    the embedding reduce-scatters, and its backward gathers. Without, an all-reduce takes the
-    place of each pair, and the embedding's backward sends nothing.
+    With sequence parallelism (arXiv:2205.05198) the forward all-gathers before attention and before
+    feed-forward and reduce-scatters after each; the backward does the reverse. The embedding
+    reduce-scatters, and all-gathers in its backward. Without sequence parallelism an all-reduce
+    replaces each pair, and the embedding's backward does not communicate.
 
-    Recomputation sends again what led to a tensor that the backward needs and was not kept: both
-    gathers, and under `full` what comes behind attention; behind feed-forward nothing is needed.
+    Recomputation repeats collectives whose results the backward needs: both all-gathers, and with
+    `full` the reduction after attention; none after feed-forward.
     """
-    kept = plan.parallel.activation_checkpoint
-    gathered = 2 if kept in ("full", "selective") else 0
-    summed = 1 if kept == "full" else 0
+    checkpoint = plan.parallel.activation_checkpoint
+    gathered = 2 if checkpoint in ("full", "selective") else 0
+    summed = 1 if checkpoint == "full" else 0
 
-    def collectives(kind: Kind, again: int) -> Collective:
-        count = plan.step.micro_batches * (plan.model.n_layers * (4 + again) + 1)
+    def collectives(kind: Kind, recomputed: int) -> Collective:
+        count = plan.step.micro_batches * (plan.model.n_layers * (4 + recomputed) + 1)
         return plan.over(["tp"], kind, count, count * plan.hidden, "activations")
 
     if not plan.parallel.sequence_parallel:
@@ -218,10 +221,10 @@ def _activations(plan: _Plan) -> list[Collective]:
 
 
 def _head(plan: _Plan) -> list[Collective]:
-    """The head's input and its gradient, and the loss.
+    """Input of the head, its gradient, and the loss.
 
-    With loss parallelism each token's maximum travels, and together its sum of exponentials and
-    its target's logit, in float32; without, the logits are gathered. Chunk by chunk of tokens.
+    Loss parallelism all-reduces, per chunk of tokens in float32, the maximum, and together the sum
+    of exponentials and the target's logit. Without it the logits of each chunk are gathered.
     """
     step, tp, micro = plan.step, ["tp"], plan.step.micro_batches
     hidden = micro * plan.hidden
@@ -240,29 +243,29 @@ def _head(plan: _Plan) -> list[Collective]:
 
 
 def _context(plan: _Plan) -> list[Collective]:
-    """Context parallelism: a block gathers K and V of the whole sequence, in one tensor.
+    """Context parallelism: each block all-gathers keys and values of the sequence in one tensor.
 
-    The backward reduce-scatters their gradient; recomputation gathers once more. The loss of a
-    micro-batch, a float32, is summed.
+    The backward reduce-scatters their gradient; recomputation gathers again. The float32 loss of
+    each micro-batch is summed.
     """
     model, step, cp = plan.model, plan.step, ["cp"]
     width = 2 * model.n_kv_heads // plan.mesh.tp * model.head_dim
-    whole = step.micro_batch_size * step.seq_len * width * step.param_bytes
+    keys_values = step.micro_batch_size * step.seq_len * width * step.param_bytes
     sums = model.n_layers * step.micro_batches
     gathers = sums * (2 if plan.parallel.activation_checkpoint in ("full", "selective") else 1)
     return [
-        plan.over(cp, "all_gather", gathers, gathers * whole, "context"),
-        plan.over(cp, "reduce_scatter", sums, sums * whole, "context"),
+        plan.over(cp, "all_gather", gathers, gathers * keys_values, "context"),
+        plan.over(cp, "reduce_scatter", sums, sums * keys_values, "context"),
         plan.over(cp, "all_reduce", step.micro_batches, step.micro_batches * FLOAT32, "loss"),
     ]
 
 
-# ---------------------------------------------------------------- once a step
+# ---------------------------------------------------------------- once per step
 
 
 def _scalars(plan: _Plan) -> list[Collective]:
-    """Squared norm, loss, requests over all processes; targets and hash over each data axis."""
-    everyone = ("dp_replicate", "dp_shard", "cp", "tp")
+    """Squared norm, loss and requests over all ranks; targets and hash over each data axis."""
+    all_axes = ("dp_replicate", "dp_shard", "cp", "tp")
     counts = [plan.over([axis], "all_reduce", 1, 2 * INT64, "scalars") for axis in DATA_AXES]
     size = (1 + N_EXTRA_SCALARS) * plan.step.norm_bytes
-    return [plan.over(everyone, "all_reduce", 1, size, "scalars"), *counts]
+    return [plan.over(all_axes, "all_reduce", 1, size, "scalars"), *counts]

@@ -151,7 +151,7 @@ def test_mesh_is_validated_by_the_rules_of_train() -> None:
     found = problems("parallel.tp=3", "devices=6")
     assert any("parallel.tp=3 does not divide model.n_kv_heads=2" in each for each in found)
     [size] = problems("devices=6", "parallel.dp_shard=4")
-    assert "4 places for 6 processes" in size
+    assert "needs 4 processes, not 6" in size
     [fp8] = problems("hardware=a100", "precision.fp8=tensorwise", *LLAMA_8B)
     assert "precision.fp8=tensorwise" in fp8 and "hardware a100" in fp8
     [async_tp] = problems(

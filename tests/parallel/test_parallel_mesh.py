@@ -88,7 +88,7 @@ def test_default_dp_shard_uses_all_remaining_processes(tp: int) -> None:
     [
         (ParallelConfig(tp=3), 8, "start a multiple of 3 processes"),
         (ParallelConfig(tp=4), 2, "start a multiple of 4 processes"),
-        (ParallelConfig(dp_shard=2, tp=2), 8, "use parallel.dp_shard=-1 (that is 4)"),
+        (ParallelConfig(dp_shard=2, tp=2), 8, "use parallel.dp_shard=-1, which resolves to 4"),
     ],
 )
 def test_mesh_that_does_not_match_the_processes_is_rejected_with_a_valid_remedy(
@@ -96,7 +96,7 @@ def test_mesh_that_does_not_match_the_processes_is_rejected_with_a_valid_remedy(
 ) -> None:
     _, [problem] = resolve_mesh(config, world_size)
     assert remedy in problem
-    assert f"for {world_size} processes" in problem and f"parallel.tp={config.tp}" in problem
+    assert f"processes, not {world_size}; " in problem and f"parallel.tp={config.tp}" in problem
     if remedy.startswith("start"):
         for processes in (config.tp, 2 * config.tp):
             assert resolve_mesh(config, processes)[1] == []
@@ -158,12 +158,12 @@ def test_mismatch_between_launcher_and_configuration_names_both(
     config = ParallelConfig(accelerator="cpu", devices=7, num_nodes=9)
     processes, problems = plan_processes(config, environment)
     assert processes.world_size == started.world_size
-    assert [problem.split(" is not")[0] for problem in problems] == [
-        "parallel.devices (7)",
-        "parallel.num_nodes (9)",
+    assert [problem.split(" does not")[0] for problem in problems] == [
+        "parallel.devices=7",
+        "parallel.num_nodes=9",
     ]
     for problem, actual in zip(problems, (started.per_node, started.num_nodes), strict=True):
-        assert f"what {started.launcher} started ({actual})" in problem
+        assert f"{started.launcher}, which started {actual};" in problem
     matching = ParallelConfig(
         accelerator="cpu", devices=started.per_node, num_nodes=started.num_nodes
     )
@@ -175,7 +175,10 @@ def test_cuda_without_a_gpu_and_too_many_processes_are_errors(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     _, [problem] = plan_processes(ParallelConfig(accelerator="cuda"), {})
-    assert "parallel.accelerator (cuda) finds no GPU" in problem and "accelerator=cpu" in problem
+    assert (
+        "parallel.accelerator=cuda but no GPU is visible" in problem
+        and "accelerator=cpu" in problem
+    )
     assert plan_processes(ParallelConfig(), {})[0].accelerator == "cpu"
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -183,9 +186,9 @@ def test_cuda_without_a_gpu_and_too_many_processes_are_errors(
     processes, problems = plan_processes(ParallelConfig(), {})
     assert (processes, problems) == (Processes("cuda", 2, 1, "self"), [])
     _, [problem] = plan_processes(ParallelConfig(devices=3), {})
-    assert "parallel.devices (3) is more than the 2 visible GPUs" in problem
+    assert "parallel.devices=3 exceeds the 2 visible GPUs" in problem
     # A launcher, too, may start more processes than there are GPUs.
-    assert "parallel.devices (4)" in plan_processes(ParallelConfig(), TORCHRUN)[1][0]
+    assert "parallel.devices=4" in plan_processes(ParallelConfig(), TORCHRUN)[1][0]
     assert plan_processes(ParallelConfig(accelerator="cpu", devices=3), {})[1] == []
 
 

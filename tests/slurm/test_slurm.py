@@ -107,7 +107,7 @@ def test_task_counts_that_do_not_match_the_mesh_are_rejected_before_launch(
 
     assert "3 tasks unevenly on 2 nodes (2, 1)" in srun("srun", "-N2", "-n3")
     stderr = srun("srun", "-N2", "-n2", "--ntasks-per-node=1")
-    assert "the mesh (" in stderr and "has 4 places for 2 processes" in stderr
+    assert "the mesh (" in stderr and "needs 4 processes, not 2" in stderr
     assert "add --ntasks-per-node=2" in srun("srun", "-N2", "-n4")
     assert not (tmp_path / "run").exists()
 

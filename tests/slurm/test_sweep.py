@@ -128,7 +128,7 @@ def test_every_error_is_reported_with_the_runs_it_occurs_in(
     assert "(in " not in unknown  # it occurs in every run
     [rate] = [line for line in lines if "optim.lr=-1 " in line]
     assert rate.endswith("(in lr_-1-tp_1, lr_-1-tp_2)")
-    [mesh] = [line for line in lines if "2 places for 1 processes" in line]
+    [mesh] = [line for line in lines if "needs 2 processes, not 1" in line]
     assert mesh.endswith("(in lr_0.001-tp_2, lr_-1-tp_2)")
 
 
@@ -143,7 +143,7 @@ def test_every_error_is_reported_with_the_runs_it_occurs_in(
         (["run.seed=0,0"], "list no value twice"),
         (
             ["parallel.num_nodes=2", "run.seed=0,1"],
-            "parallel.num_nodes (2) is not what srun started",
+            "parallel.num_nodes=2 does not match srun, which started",
         ),
         (
             ["run.seed=0,1", "data.folder=nowhere"],

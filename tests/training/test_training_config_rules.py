@@ -103,7 +103,7 @@ def test_world_size_error_lists_every_valid_product_of_axes(world_size: int) -> 
         return resolve_mesh(ParallelConfig(tp=tp), world_size)[1]
 
     [error] = rejected(5)
-    assert f"for {world_size} processes: start a multiple of 5 processes" in error
+    assert f"processes, not {world_size}; start a multiple of 5 processes" in error
     admitted = [tp for tp in range(1, world_size + 1) if not rejected(tp)]
     assert error.endswith("one of " + ", ".join(map(str, admitted)))
 
