@@ -39,7 +39,7 @@ def run(config: ConvertJobConfig) -> None:
     from formats.stored_tensor import DTYPES
     from formats.tokenizers import resolve_tokenizer
     from formats.weights import FORMATS
-    from parallel.host_memory import return_freed_memory
+    from resilience.host_memory import return_freed_memory
 
     return_freed_memory()
     target = Path(config.target)

@@ -23,12 +23,12 @@ from cli.arguments import hydra_arguments
 from cli.config import check_config
 from cli.errors import exit_on_user_error
 from parallel.mesh import MeshShape, Processes, is_first_process
-from parallel.slurm import slurm_time_left
 from parallel.step_scalars import NO_REQUESTS, StepRequests
 from planning.fit_check import check_plan, print_fit_check
 from resilience.exit_codes import ExitCode
 from resilience.lock import RunLock
 from resilience.signals import Requests
+from resilience.slurm_time_limit import slurm_time_left
 from training.config import JobConfig
 from training.config_validation import ConfigError
 from training.metrics import log_metrics, step_metrics
@@ -81,7 +81,7 @@ def set_up(
     import torch
 
     from model.llama import Llama
-    from parallel.launch import launch
+    from resilience.launch import launch
     from resilience.loss_monitor import AsyncStatsReader, LossMonitor
     from resilience.watchdog import Watchdog
     from training.console import Console
@@ -95,10 +95,7 @@ def set_up(
         config.checkpoint.interval_minutes if first else None,
     )
     requests.catch_signals(on_early_signal=exit_early)
-    fabric, strategy = launch(
-        processes, mesh, config.parallel, config.precision, watchdog.watch_children
-    )
-    watchdog.connect()
+    fabric, strategy = launch(processes, mesh, config.parallel, config.precision, watchdog)
     console = Console(enabled=fabric.is_global_zero)
     with torch.device("meta"):
         llama = Llama(config.model)

@@ -76,7 +76,7 @@ METRICS = (
     *("product_tflops", "share"),
 )
 # Imports shared by all cases; the reduced ones fork from a process that has them.
-IMPORTED = ["train", "parallel.launch", "checkpoint.restore", "training.throughput"]
+IMPORTED = ["train", "resilience.launch", "checkpoint.restore", "training.throughput"]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Page faults and step time on CPU with and without `parallel.host_memory`.
+"""Page faults and step time on CPU with and without `resilience.host_memory`.
 
     python -m bench.page_faults
 
@@ -21,7 +21,7 @@ from cli.arguments import CONF
 from cli.config import load_train_config
 from model.init import initialize
 from model.llama import Llama
-from parallel.host_memory import keep_freed_memory
+from resilience.host_memory import keep_freed_memory
 from training.optimizer import build_optimizer
 
 PAIRS, WARM_UP, STEPS = 3, 4, 12

@@ -5,7 +5,7 @@
 Batches, sdpa (causal, no documents), AdamW, parameter groups and clipping are the same. Ours is the
 step of `train.py`. In bf16, ours makes one bf16 copy of the weights per step, while the others use
 autocast with a float32 residual stream; in `bf16_true` everything is bf16 and ours is a plain loop.
-`parallel.host_memory` configures the allocator of a process, so each implementation has its own
+`resilience.host_memory` configures the allocator of a process, so each implementation has its own
 process; `kept` is a baseline with that setting. With case arguments, nothing is written.
 """
 
@@ -34,8 +34,8 @@ from data.loader import StepBatches, TrainLoader
 from model.flops import parameter_count
 from model.init import initialize
 from model.llama import Llama
-from parallel.host_memory import keep_freed_memory
 from parallel.mesh import MeshShape, Processes
+from resilience.host_memory import keep_freed_memory
 from train import set_up, train_step
 from training.config import JobConfig
 from training.preflight import prepare_data

@@ -12,8 +12,8 @@ from typing import Any
 from data.errors import DataError
 from evaluation.errors import TaskError
 from formats.errors import FormatError
-from parallel.errors import LaunchError
 from parallel.mesh import is_first_process
+from resilience.errors import LaunchError
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolderError
 from training.config_validation import ConfigError

@@ -95,13 +95,12 @@ def load_model(
 
     from formats.weights import load_weights
     from model.llama import Llama
-    from parallel.launch import launch
     from resilience.config import WatchdogConfig
+    from resilience.launch import launch
     from resilience.watchdog import Watchdog
 
     watchdog = Watchdog(WatchdogConfig(None, None, None))  # detects dead ranks, without time limits
-    fabric, strategy = launch(processes, mesh, parallel, precision, watchdog.watch_children)
-    watchdog.connect()
+    fabric, strategy = launch(processes, mesh, parallel, precision, watchdog)
     with torch.device("meta"):
         llama = Llama(weights.model)
     model = fabric.setup_module(llama)

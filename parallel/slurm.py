@@ -1,4 +1,4 @@
-"""SLURM: tasks of a job, rendezvous address, and remaining time.
+"""SLURM: tasks of a job and rendezvous address.
 
 Reads the environment variables that `srun` sets for its tasks. Fabric also reads them, but waits
 silently if a batch script lacks `srun`, and takes the number of tasks per node from an option that
@@ -6,12 +6,10 @@ silently if a batch script lacks `srun`, and takes the number of tasks per node 
 """
 
 import re
-import subprocess
 from collections.abc import Mapping
 
 # Below Linux's ephemeral ports (from 32768), above the ports of known services.
 FIRST_PORT, N_PORTS = 20_000, 12_000
-QUERY_TIMEOUT_SECONDS = 30  # a busy SLURM controller may take that long
 
 
 def in_slurm(environment: Mapping[str, str]) -> bool:
@@ -59,40 +57,3 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
         "MASTER_ADDR": environment.get("MASTER_ADDR", first),
         "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
     }
-
-
-def slurm_time_left(environment: Mapping[str, str], now: float) -> float | None:
-    """Return the seconds until SLURM's time limit; None outside a job and without a limit.
-
-    Args:
-        environment: Environment variables of the process.
-        now: Current time in seconds since the epoch.
-    """
-    job = environment.get("SLURM_JOB_ID")
-    if job is None:
-        return None
-    if "SLURM_ARRAY_JOB_ID" in environment:  # its job id may denote the whole array
-        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    # Set by newer versions of SLURM (not 22.05). The limit may have changed since: query it first.
-    end_time = environment.get("SLURM_JOB_END_TIME")
-    fallback = float(end_time) - now if end_time is not None else None
-    try:
-        time_left = subprocess.run(
-            ["squeue", "--noheader", f"--jobs={job}", "--format=%L"],
-            capture_output=True,
-            text=True,
-            timeout=QUERY_TIMEOUT_SECONDS,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return fallback  # without it, SIGUSR1 still announces the limit
-    return _seconds(time_left) if re.fullmatch(r"[\d:-]+", time_left) else None
-
-
-def _seconds(time_left: str) -> float:
-    """Parse SLURM's `days-hours:minutes:seconds`, whose leading parts may be missing."""
-    days, _, rest = time_left.rpartition("-")
-    seconds = 0
-    for part in rest.split(":"):
-        seconds = 60 * seconds + int(part)
-    return float(86_400 * int(days or 0) + seconds)

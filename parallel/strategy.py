@@ -34,7 +34,8 @@ class MeshStrategy(ModelParallelStrategy):
         shape: Size of each axis; their product is the number of processes.
         parallelize: Transforms a model on the meta device in place.
         reduce_gradients: `parallel.reduce_gradients`.
-        on_children: See `parallel.launch.launch`.
+        on_children: Called in the main process with the processes that it launched, before they
+            join the process group. Not called under `torchrun` and `srun`.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ PRELOADED = (
     *("train", "evaluate", "prepare", "convert", "generate", "plan"),
     *("torch", "lightning.fabric", "torch.distributed.checkpoint", "torch.utils.tensorboard"),
     *("pydantic.main", "pydantic.dataclasses"),
-    *("model.llama", "parallel.parallelize", "parallel.launch", "data.stream"),
+    *("model.llama", "parallel.parallelize", "resilience.launch", "data.stream"),
     *("checkpoint.restore", "checkpoint.saver", "resilience.loss_monitor", "resilience.watchdog"),
     *("training.console", "training.metrics", "training.throughput", "training.optimizer"),
     *(

@@ -1,8 +1,8 @@
 """Launch of a program's processes: Fabric on the mesh of `parallel.mesh`.
 
-Also prepares each process: library warnings, memory allocation, and termination together with the
-launcher. Watching over the processes is left to the caller (`resilience.watchdog`). Imports
-Lightning Fabric and torch, so import this module inside functions.
+Also prepares each process: library warnings, memory allocation, termination together with the
+launcher, and the watchdog. Imports Lightning Fabric and torch, so import this module inside
+functions.
 """
 
 import ctypes
@@ -19,12 +19,13 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch.distributed import DistNetworkError
 
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.errors import LaunchError
-from parallel.host_memory import keep_freed_memory
 from parallel.mesh import MeshShape, Processes
 from parallel.parallelize import parallelize
 from parallel.slurm import rendezvous
-from parallel.strategy import MeshStrategy, OnChildren
+from parallel.strategy import MeshStrategy
+from resilience.errors import LaunchError
+from resilience.host_memory import keep_freed_memory
+from resilience.watchdog import Watchdog
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -34,13 +35,11 @@ def launch(
     mesh: MeshShape,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
-    on_children: OnChildren,
+    watchdog: Watchdog,
 ) -> tuple[Fabric, MeshStrategy]:
     """Start all processes and their process group; return in each of them.
 
-    Args:
-        on_children: Called in the main process with the processes that it started, before they
-            join the process group. Not called under `torchrun` and `srun`.
+    The watchdog observes the launched processes from their start and is connected on return.
 
     Raises:
         LaunchError: The process group cannot be initialized.
@@ -57,7 +56,7 @@ def launch(
     if processes.accelerator == "cpu":
         keep_freed_memory()
     transform = partial(parallelize, parallel=parallel, precision=precision)
-    strategy = MeshStrategy(mesh, transform, parallel.reduce_gradients, on_children)
+    strategy = MeshStrategy(mesh, transform, parallel.reduce_gradients, watchdog.watch_children)
     # Without it Fabric takes the tasks of a job named "interactive" for shells.
     environment = SLURMEnvironment() if processes.launcher == "srun" else None
     fabric = Fabric(
@@ -76,6 +75,7 @@ def launch(
             f"{' '.join(str(error).split())}; if another program uses the port, choose another "
             "MASTER_PORT or unset it"
         ) from error
+    watchdog.connect()
     return fabric, strategy
 
 

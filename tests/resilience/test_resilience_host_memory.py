@@ -9,7 +9,7 @@ from conftest import start_python
 PROGRAM = """
 import json, resource, sys
 import torch
-from parallel.host_memory import keep_freed_memory
+from resilience.host_memory import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
