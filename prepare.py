@@ -1,11 +1,11 @@
-"""Prepares a dataset: text → tokenizer (trained where it must be) → token shards in `data.folder`.
+"""Prepare a dataset: text → tokenizer (trained if necessary) → token shards in `data.folder`.
 
     python prepare.py data=text data.name=books data.sources.text.path=books/ tokenizer=bpe
-    python prepare.py pack=8192        and an index of windows that whole documents fill
-    python prepare.py verify=true      checks every byte, prepares nothing
-    python prepare.py inspect=runs/llama3_tiny sample=100    shows the data, and a sample of the run
+    python prepare.py pack=8192        also write the index for packed windows
+    python prepare.py verify=true      verify every byte of a prepared folder
+    python prepare.py inspect=runs/llama3_tiny sample=100    print a run's data and one sample
 
-`train.py` does the same on first use; a folder that is prepared already is left as it is.
+`train.py` prepares its data on first use. A prepared folder is left unchanged.
 """
 
 import sys
@@ -24,16 +24,16 @@ from training.config_validation import ConfigError
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare")
 def main(composed: DictConfig) -> None:
-    """Checks the configuration, then shows, checks or prepares a folder."""
+    """Validate the configuration, then inspect, verify or prepare a folder."""
     try:
         config = load_prepare_config(composed)
-        # Imported here, so that `--help` and a wrong configuration answer at once.
+        # Imported here so that `--help` and configuration errors stay fast.
         if config.inspect is not None:
             inspect(config)
         elif config.verify:
-            from data.verification import verify_and_tell
+            from data.verification import print_verification
 
-            if not verify_and_tell(Path(config.data.folder)):
+            if not print_verification(Path(config.data.folder)):
                 sys.exit(1)
         else:
             prepare_and_pack(config)
@@ -41,13 +41,13 @@ def main(composed: DictConfig) -> None:
         print(error, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("Stopped. What is done is kept: the same command goes on with it.", file=sys.stderr)
+        print("Interrupted; run the same command to resume.", file=sys.stderr)
         sys.exit(130)
 
 
 def inspect(config: PrepareJobConfig) -> None:
     """Print the dataset and a sample of a run folder or dataset folder."""
-    from data.inspection_report import inspect_dataset
+    from data.inspection import inspect_dataset
     from data.manifest import MANIFEST_FILE
     from training.inspection import inspect_run
 
@@ -74,7 +74,7 @@ def inspect(config: PrepareJobConfig) -> None:
 
 
 def prepare_and_pack(config: PrepareJobConfig) -> None:
-    """Prepares, packs where that is asked, and tells what the folder holds."""
+    """Prepare and pack the dataset, and print its size."""
     from data.packing import pack
     from data.preparation.pipeline import prepare
 

@@ -66,7 +66,7 @@ def packed(shards: list[np.ndarray], seq_len: int) -> dict[str, Any]:
         "documents": n_documents,
         "documents_per_second": spread(rates),
         "padding_share": 1 - sum(int(each.lengths.sum()) for each in bins) / n_slots,
-        "cut_share": sum(each.n_cut for each in bins) / n_documents,
+        "cut_share": sum(each.n_split for each in bins) / n_documents,
         "concatenated_padding_share": 0.0,
         "concatenated_cut_share": float((first != last).mean()),
     }

@@ -1,1 +1,1 @@
-"""Text to token shards to batches: corpora, tokenizer, shard format, order of samples, loader."""
+"""Data pipeline: text sources, tokenizer, token shards, sample order, packing and batches."""

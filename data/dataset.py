@@ -1,10 +1,10 @@
-"""A prepared folder, open for reading: streams of windows by source, tokenizer, order."""
+"""A prepared folder opened for reading: token streams per source, tokenizer and sample order."""
 
 from pathlib import Path
 from typing import Literal
 
 from data.errors import DataError
-from data.manifest import ANEW, Manifest
+from data.manifest import REPREPARE, Manifest
 from data.order import Order, OrderStage, quotas
 from data.packing import PackedStream
 from data.shards import TokenStream
@@ -13,11 +13,12 @@ from data.tokenizer import MODEL_FILE, Tokenizer, read_tokenizer
 
 
 class Dataset:
-    """A prepared folder, open for reading; `train` and `validation` are streams by source name.
+    """A prepared folder opened for reading; `train` and `validation` are streams by source name.
 
-    `document_mask` keeps attention and labels inside a document; `packing` reads training windows
-    of whole documents, for the lengths that `data.packing.pack` made; `verify` compares what is
-    read with its checksums.
+    Args:
+        document_mask: Restrict attention and labels to a document.
+        packing: Read packed training windows, for the lengths that `data.packing.pack` processed.
+        verify: Compare the content read with its checksums.
     """
 
     def __init__(
@@ -52,44 +53,43 @@ class Dataset:
         packing: Literal["best_fit"] | None = None,
         verify: bool = True,
     ) -> "Dataset":
-        """Opens and verifies a folder that `data.preparation.pipeline` made.
+        """Open a prepared folder and check its manifest.
 
         Raises:
-            DataError: not prepared, or damaged.
+            DataError: The folder is not prepared or is damaged.
         """
         folder = Path(folder)
         return cls(folder, Manifest.read(folder), document_mask, packing, verify)
 
     @property
     def hash(self) -> str:
-        """SHA-256 over tokenizer and shards: the same tokens at the same places, or another one."""
+        """SHA-256 over tokenizer and shards."""
         return self.manifest.hash
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the tokens.
+        """Return the tokenizer that produced the tokens.
 
         Raises:
-            DataError: its file is missing, damaged or another one.
+            DataError: Its file is missing, damaged or another tokenizer.
         """
-        tokenizer = read_tokenizer(self.folder / MODEL_FILE, self.manifest.tokenizer.name)
+        path = self.folder / MODEL_FILE
+        tokenizer = read_tokenizer(path, self.manifest.tokenizer.name)
         if tokenizer.hash != self.manifest.tokenizer.hash:
-            raise DataError(
-                f"{self.folder / MODEL_FILE} is not the tokenizer that made the tokens: {ANEW}"
-            )
+            raise DataError(f"{path} is not the tokenizer that produced the tokens; {REPREPARE}")
         return tokenizer
 
     def n_validation_windows(self, seq_len: int) -> int:
-        """Validation windows of `seq_len` tokens, over all sources."""
+        """Return the number of validation windows of `seq_len` tokens, over all sources."""
         return sum(stream.n_windows(seq_len) for stream in self.validation.values())
 
     def order(self, stages: Stages, seed: int, shuffle_block_tokens: int | None = None) -> Order:
-        """The order of training samples over the stages of a run.
+        """Return the order of training samples over the stages of a run.
 
         Raises:
-            DataError: the stages weigh other sources, or what `check` tells.
+            DataError: The stages name other sources, or a rule of `check` is violated.
         """
-        self._refuse_other_sources(stages)
-        of_stages = [
+        self._check_sources(stages)
+        order_stages = [
             OrderStage(
                 stage.first_sample,
                 stage.seq_len,
@@ -98,61 +98,59 @@ class Dataset:
             )
             for stage in stages.all
         ]
-        return Order(of_stages, seed, shuffle_block_tokens)
+        return Order(order_stages, seed, shuffle_block_tokens)
 
     def check(self, stages: Stages, vocab_size: int) -> None:
-        """Whether a model of `vocab_size` can train on this data, in every stage.
+        """Check that a model of `vocab_size` can train on this data in every stage.
 
         Raises:
-            DataError: every rule that is broken, one a line.
+            DataError: All violated rules, one per line.
         """
-        self._refuse_other_sources(stages)
-        found: list[str] = []
-        for place, stage in enumerate(stages.all):
-            for problem in self._stage_errors(place, stage):
-                if problem not in found:
-                    found.append(problem)
-        if self.manifest.tokenizer.vocab_size > vocab_size:
-            found.append(
-                f"model.vocab_size ({vocab_size}) is less than the "
-                f"{self.manifest.tokenizer.vocab_size} tokens of {self.folder}'s tokenizer: use "
-                f"model.vocab_size={self.manifest.tokenizer.vocab_size}, or prepare other data"
-            )
-        if found:
-            raise DataError("\n".join(found))
+        self._check_sources(stages)
+        errors: dict[str, None] = {}  # ordered, without duplicates
+        for index, stage in enumerate(stages.all):
+            errors.update(dict.fromkeys(self._stage_errors(index, stage)))
+        dataset_vocab_size = self.manifest.tokenizer.vocab_size
+        if dataset_vocab_size > vocab_size:
+            errors[
+                f"model.vocab_size={vocab_size} is smaller than the tokenizer of {self.folder} "
+                f"({dataset_vocab_size} tokens); use model.vocab_size={dataset_vocab_size}, or "
+                "prepare other data"
+            ] = None
+        if errors:
+            raise DataError("\n".join(errors))
 
-    def _refuse_other_sources(self, stages: Stages) -> None:
-        """Raises DataError where the stages weigh other sources than the folder has."""
+    def _check_sources(self, stages: Stages) -> None:
         if set(stages.all[0].weights) != set(self.train):
             raise DataError(
-                f"data.sources ({', '.join(stages.all[0].weights)}) are not those of "
-                f"{self.folder} ({', '.join(self.train)}): {ANEW}"
+                f"data.sources={', '.join(stages.all[0].weights)} differ from the sources of "
+                f"{self.folder} ({', '.join(self.train)}); {REPREPARE}"
             )
 
-    def _stage_errors(self, place: int, stage: Stage) -> list[str]:
-        """The broken rules of one stage; `place` is 0 for the run's first."""
-        found = []
-        section = f"data.stages[{place - 1}]" if place else "train"
+    def _stage_errors(self, index: int, stage: Stage) -> list[str]:
+        """Return the violated rules of one stage; `index` 0 is the start of the run."""
+        section = f"data.stages[{index - 1}]" if index else "train"
+        weight_key = f"{section}.weights.{{}}" if index else "data.sources.{}.weight"
         seq_len = stage.seq_len
+        found = []
         n_windows = 0
         for name, weight in stage.weights.items():
             stream = self.train[name]
             n_windows += stream.n_windows(seq_len) if weight else 0
             if weight and not stream.n_windows(seq_len):
                 found.append(
-                    f"data.sources.{name} has {stream.n_tokens:,} tokens to train on, a window "
-                    f"of {section}.seq_len ({seq_len}) needs {seq_len + 1:,}: add text, or use a "
-                    "shorter one"
+                    f"data.sources.{name} has {stream.n_tokens:,} training tokens, but a window of "
+                    f"{section}.seq_len={seq_len} needs {seq_len + 1:,}; add text or use a shorter "
+                    "seq_len"
                 )
         if not found and n_windows < stage.global_batch_size:
             found.append(
-                f"{section}.global_batch_size ({stage.global_batch_size}) is more than the "
-                f"{n_windows} windows of {seq_len} tokens in {self.folder}: use a smaller one, or "
+                f"{section}.global_batch_size={stage.global_batch_size} is larger than the "
+                f"{n_windows} windows of {seq_len} tokens in {self.folder}; use a smaller batch or "
                 "add text"
             )
-        key = f"{section}.weights.{{}}" if place else "data.sources.{}.weight"
         try:
-            quotas(list(stage.weights.items()), key)
+            quotas(list(stage.weights.items()), weight_key)
         except DataError as error:
             found.append(str(error))
         return found

@@ -1,8 +1,5 @@
-"""The one error of this package that a user is meant to read.
-
-Every message names the key or file, its value, the rule that it breaks and the remedy.
-"""
+"""The exception that data code raises for problems a user can fix."""
 
 
 class DataError(ValueError):
-    """Data or its configuration is not usable; the message says what to do about it."""
+    """Unusable data or data configuration; the message gives key or file, value and remedy."""

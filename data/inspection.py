@@ -1,30 +1,53 @@
-"""What lies in a prepared folder, for eyes: lengths of documents, and the sample at a position.
+"""Inspection of a prepared folder: its contents, document lengths and single samples.
 
-A sample goes the way that training's does: number → order → window → labels. What is told of both
-on a screen is `data.inspection_report`'s.
+`prepare.py inspect=…` prints these on a terminal of at least 80 columns. A sample is computed as in
+training: sample index → order → window → labels. Document text is printed without wrapping, so it
+can be copied. Inspecting a run is left to `training.inspection`.
 """
 
-from collections.abc import Callable
-from itertools import pairwise
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from rich.bar import Bar
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
 
+from data.config import DataConfig, PrepareJobConfig, SourceConfig
 from data.dataset import Dataset
-from data.loader import IGNORE, make_batch
+from data.errors import DataError
+from data.loader import IGNORE_INDEX, make_batch
 from data.manifest import OFFSET, SPLITS, Manifest
 from data.packing import PackedStream
+from data.progress import ProgressReporter
 from data.shards import map_file
 from data.stages import Stage, Stages
+from data.tokenizer import Tokenizer
 
-OFFSETS_AT_A_TIME = 2**20
+SEQ_LEN, SEED = 256, 0  # defaults of `train.py`
+OFFSETS_PER_CHUNK = 2**20
+OUTCOMES = ("empty", "filtered", "skipped", "replaced")
+MASKED_LABEL = "⊘"
+BAR_WIDTH, OTHER_COLUMNS_WIDTH = 60, 58  # of the histogram, in characters
+# Documents may contain terminal control characters; print their symbols instead.
+CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+CONTROL_PICTURES |= {0x7F: 0x2421} | {code: 0xFFFD for code in range(0x80, 0xA0)}
 
 
-class Lengths(NamedTuple):
-    """Documents by their length: bin i holds those of 2**i … 2**(i+1)-1 tokens.
+class DocumentLengths(NamedTuple):
+    """Histogram of document lengths: bin i counts lengths of 2**i … 2**(i+1)-1 tokens.
 
-    `documents` and `tokens` are int64 (bins,).
+    Attributes:
+        documents: (n_bins,) int64
+        tokens: (n_bins,) int64
     """
 
     documents: np.ndarray
@@ -32,13 +55,18 @@ class Lengths(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One training sample: `tokens` uint32 (seq_len + 1,), the last of them a label alone.
+    """One training sample.
 
-    `labels` are int64 (seq_len,), -100 where no loss is computed. The n_padding last tokens fill a
-    packed window. `step` counts from 0.
+    Attributes:
+        sample_index: Index in the sample order, from 0.
+        step: Step that takes the sample, from 0.
+        tokens: (seq_len + 1,) uint32; the last token is only a label.
+        labels: (seq_len,) int64; -100 where no loss is computed.
+        starts: (n_documents,) int64, indices at which a document or a segment of one starts.
+        n_padding: Padding tokens at the end of a packed window.
     """
 
-    number: int
+    sample_index: int
     source: str
     epoch: int
     window: int
@@ -47,74 +75,163 @@ class Sample(NamedTuple):
     stage: Stage
     tokens: np.ndarray
     labels: np.ndarray
-    starts: np.ndarray  # int64: the places where a document, or a part of one, begins
+    starts: np.ndarray
     n_padding: int
 
-    def pieces(self) -> list[tuple[int, int]]:
-        """From which place to which (not included) each document's part goes; no padding."""
+    def segments(self) -> list[tuple[int, int]]:
+        """Return the half-open token range of each document segment, without padding."""
         end = len(self.tokens) - self.n_padding
         cuts = sorted({0, *self.starts[self.starts < end].tolist(), end})
         return list(pairwise(cuts))
 
     def masked(self) -> set[int]:
-        """The places whose label is left out."""
-        return set(np.flatnonzero(self.labels == IGNORE).tolist())
+        """Return the token indices whose label is masked."""
+        return set(np.flatnonzero(self.labels == IGNORE_INDEX).tolist())
+
+
+class SampleContext(NamedTuple):
+    """Heading of a printed sample.
+
+    Attributes:
+        title: The run or dataset.
+        n_steps: Steps of the run, or None without a run.
+        settings: Values that determine the sample, by configuration key.
+        assumed: Keys of `settings` that were not given.
+    """
+
+    title: str
+    n_steps: int | None
+    settings: dict[str, object]
+    assumed: list[str]
+
+
+def inspect_dataset(folder: Path, config: PrepareJobConfig) -> None:
+    """Print a dataset and one sample, as a run with this configuration would read it.
+
+    Values that the configuration does not set have the default of `train.py` and are printed as
+    assumed.
+
+    Raises:
+        DataError: The data is damaged, or `seq_len` is too long for a source.
+    """
+    data = config.data
+    dataset = Dataset.open(folder, data.document_mask, data.packing)
+    assumed = [key for key in ("seq_len", "seed") if getattr(config, key) is None]
+    weights = dict.fromkeys(dataset.train, 1.0)
+    if set(data.sources) == set(weights):
+        weights = {name: data.sources[name].weight for name in weights}
+    elif len(weights) > 1:
+        assumed.append("weights (of data.sources)")
+    if data.stages:
+        assumed.append("no data.stages")
+    seq_len = SEQ_LEN if config.seq_len is None else config.seq_len
+    console = stdout_console()
+    show_dataset(console, folder, dataset.manifest)
+    for name, stream in dataset.train.items():
+        if weights[name] and not data.packing and not stream.n_windows(seq_len):
+            raise DataError(
+                f"seq_len={seq_len} is too long for source {name}, which has "
+                f"{stream.n_tokens:,} training tokens; use at most {max(stream.n_tokens - 1, 1)}"
+            )
+    stages = Stages([Stage(0, 0, 0, seq_len, 1, None, weights)])
+    seed = SEED if config.seed is None else config.seed
+    print_sample(
+        console, dataset, data, config.sample, stages, seed, title=str(folder), assumed=assumed
+    )
+
+
+def print_sample(
+    console: Console,
+    dataset: Dataset,
+    data: DataConfig,
+    index: int,
+    stages: Stages,
+    seed: int,
+    *,
+    title: str,
+    n_steps: int | None = None,
+    assumed: Sequence[str] = (),
+) -> None:
+    """Print the sample with this index and the values that determine it.
+
+    Args:
+        title, n_steps, assumed: See `SampleContext`.
+    """
+    blocks = data.shuffle_block_tokens
+    sample = read_sample(dataset, stages, index, seed=seed, shuffle_block_tokens=blocks)
+    settings = {
+        "seed": seed,
+        "seq_len": sample.stage.seq_len,
+        "weights": dict(sample.stage.weights),
+        "document_mask": data.document_mask,
+        "packing": data.packing,
+        "shuffle_block_tokens": blocks,
+    }
+    context = SampleContext(title, n_steps, settings, list(assumed))
+    show_sample(console, sample, dataset.tokenizer(), context)
+
+
+def stdout_console() -> Console:
+    """Return a console for standard output that replaces characters outside its encoding."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    return Console(highlight=False)
 
 
 def document_lengths(
-    folder: Path, manifest: Manifest, tell: Callable[[int, int], None] = lambda done, total: None
-) -> Lengths:
-    """The lengths of all documents, of both splits, from the offsets alone.
+    folder: Path, manifest: Manifest, update: Callable[[int, int], None] = lambda done, total: None
+) -> DocumentLengths:
+    """Compute the lengths of all documents of both splits from the offsets files.
 
     Args:
-        tell: is told after each shard how many of how many are read
+        update: Called after each shard with the number of shards read and in total.
 
     Raises:
-        DataError: an offsets file is gone or damaged.
+        DataError: An offsets file is missing or damaged.
     """
     documents, tokens = (np.zeros(64, dtype=np.int64) for _ in range(2))
     shards = [shard for split in SPLITS for shard in manifest.shards(split)]
     for done, shard in enumerate(shards, start=1):
         offsets = map_file(folder, shard.offsets, OFFSET, verify=True)
-        for begin in range(0, shard.n_documents, OFFSETS_AT_A_TIME):
-            lengths = np.diff(offsets[begin : begin + OFFSETS_AT_A_TIME + 1])
-            # frexp is exact for lengths below 2**53: length = fraction × 2**exponent, from ½ on.
-            of_each = np.frexp(lengths.astype(np.float64))[1] - 1
-            documents += np.bincount(of_each, minlength=64)
-            tokens += np.bincount(of_each, weights=lengths, minlength=64).astype(np.int64)
-        tell(done, len(shards))
-    return Lengths(documents, tokens)
+        for start in range(0, shard.n_documents, OFFSETS_PER_CHUNK):
+            lengths = np.diff(offsets[start : start + OFFSETS_PER_CHUNK + 1])
+            # frexp is exact below 2**53: length = mantissa × 2**exponent, mantissa in [½, 1).
+            bins = np.frexp(lengths.astype(np.float64))[1] - 1
+            documents += np.bincount(bins, minlength=64)
+            tokens += np.bincount(bins, weights=lengths, minlength=64).astype(np.int64)
+        update(done, len(shards))
+    return DocumentLengths(documents, tokens)
 
 
 def read_sample(
     dataset: Dataset,
     stages: Stages,
-    number: int,
+    index: int,
     *,
     seed: int,
     shuffle_block_tokens: int | None = None,
 ) -> Sample:
-    """The sample that training takes as its `number`-th, counted from 0.
+    """Read the training sample with this index, counted from 0.
 
     Raises:
-        DataError: a source is too small, or a shard damaged.
+        DataError: A source is too small, or a shard is damaged.
     """
     order = dataset.order(stages, seed, shuffle_block_tokens)
-    found = order.locate(np.array([number]))
-    place, epoch, window = (int(column[0]) for column in found)
-    source = order.names[place]
-    step = stages.step_of(number)
+    located = order.locate(np.array([index]))
+    source_index, epoch, window = (int(column[0]) for column in located)
+    source = order.names[source_index]
+    step = stages.step_of(index)
     stage = stages.at(step)
     stream = dataset.train[source]
     tokens, starts = stream.window(window, stage.seq_len)
     labels = make_batch([(tokens, starts)], dataset.document_mask, stage.seq_len).labels
     n_padding = 0
     if isinstance(stream, PackedStream):
-        # Each token of the padding is a piece of its own; a document's have two tokens or more.
+        # Each padding token is a segment of length 1; document segments have at least 2 tokens.
         lengths = np.diff(starts, append=len(tokens))
         n_padding = int(np.argmax(lengths[::-1] > 1))
     return Sample(
-        number,
+        index,
         source,
         epoch,
         window,
@@ -126,3 +243,188 @@ def read_sample(
         starts,
         n_padding,
     )
+
+
+def show_dataset(console: Console, folder: Path, manifest: Manifest) -> None:
+    """Print sources, tokenizer, counts by source and split, and document lengths.
+
+    Raises:
+        DataError: An offsets file is missing or damaged.
+    """
+    _print_line(console, f"{folder}, hash {manifest.hash[:12]}", "bold")
+    _show_sources(console, manifest)
+    console.print(_row_table(manifest), "")
+    console.print(_split_table(manifest), "")
+    with ProgressReporter(enabled=True).bar("reading document lengths") as update:
+        lengths = document_lengths(folder, manifest, update)
+    bar_width = min(BAR_WIDTH, max(console.width - OTHER_COLUMNS_WIDTH, 8))
+    console.print(_length_table(lengths, bar_width), "")
+
+
+def show_sample(
+    console: Console, sample: Sample, tokenizer: Tokenizer, context: SampleContext
+) -> None:
+    """Print a sample's position in the order and its documents with their boundaries."""
+    console.rule(
+        Text(f"sample {sample.sample_index:,} of {context.title}"), align="left", style="bold"
+    )
+    _print_line(
+        console,
+        f"source {sample.source}, epoch {sample.epoch}, window {sample.window:,} of "
+        f"{sample.n_windows:,}",
+    )
+    if context.n_steps is not None:
+        size = sample.stage.global_batch_size
+        first = sample.stage.first_sample + (sample.step - sample.stage.first_step) * size
+        after_end = "" if sample.step < context.n_steps else ", after the last step of the run"
+        _print_line(
+            console,
+            f"step {sample.step + 1:,} of {context.n_steps:,}{after_end} "
+            f"(samples {first:,} … {first + size - 1:,})",
+        )
+    _print_line(console, _format_settings(context.settings), "dim")
+    if context.assumed:
+        assumed = ", ".join(context.assumed)
+        _print_line(console, f"assumed: {assumed} (inspect a run folder for its values)", "yellow")
+    segments, masked = sample.segments(), sample.masked()
+    legend = f"; {MASKED_LABEL} marks a token whose label is masked" if masked else ""
+    _print_line(
+        console,
+        f"{len(sample.labels):,} tokens plus the last label, "
+        f"{len(sample.labels) - len(masked):,} labels{legend}",
+        "dim",
+    )
+    for number, (start, end) in enumerate(segments, start=1):
+        before = "" if sample.tokens[start] == tokenizer.bos_id else ", starts earlier"
+        after = "" if sample.tokens[end - 1] == tokenizer.eos_id else ", continues"
+        _print_rule(
+            console,
+            f"document {number}/{len(segments)}, {_format_span(start, end)}{before}{after}",
+        )
+        _show_tokens(console, tokenizer, sample.tokens[start:end], end - 1 in masked)
+    if sample.n_padding:
+        end = len(sample.tokens)
+        span = _format_span(end - sample.n_padding, end)
+        _print_rule(console, f"padding without labels, {span}")
+
+
+def _show_sources(console: Console, manifest: Manifest) -> None:
+    """Print each source's configuration and input revision, and the tokenizer."""
+    configuration = manifest.configuration
+    defaults = {**asdict(SourceConfig("text")), "format": None}
+    for name, source in manifest.sources.items():
+        values = configuration.get("data.sources", {}).get(name, {})
+        changed = {key: v for key, v in values.items() if v != defaults.get(key)}
+        _print_line(console, f"{name}: {_format_settings(changed)}")
+        _print_line(console, f"    revision {source.revision}", "dim")
+    keys = ("data.validation_fraction", "data.shard_tokens", "data.invalid_text")
+    values = {key: configuration[key] for key in keys if key in configuration}
+    _print_line(console, _format_settings(values), "dim")
+    entry = manifest.tokenizer
+    _print_line(
+        console,
+        f"tokenizer: {entry.name}, {entry.vocab_size:,} ids, bos {entry.bos_id}, "
+        f"eos {entry.eos_id}, hash {entry.hash[:12]}",
+    )
+    console.print()
+
+
+def _row_table(manifest: Manifest) -> Table:
+    """Return a table of row counts by source and outcome."""
+    table = _make_table("rows", "read", *OUTCOMES)
+    for name, source in manifest.sources.items():
+        counts = [source.documents.get(outcome, 0) for outcome in ("read", *OUTCOMES)]
+        table.add_row(Text(name), *(f"{count:,}" for count in counts))
+    return table
+
+
+def _split_table(manifest: Manifest) -> Table:
+    """Return a table of documents, tokens and shards by source and split."""
+    headings = ("source", "split", "documents", "tokens", "% of tokens", "per document", "shards")
+    table = _make_table(*headings)
+    table.columns[1].justify = "left"
+    all_tokens = sum(manifest.n_tokens(split) for split in SPLITS)
+    names: list[str | None] = [*manifest.sources]
+    for name in [*names, None] if len(names) > 1 else names:
+        for split in SPLITS:
+            n_documents = manifest.n_documents(split, name)
+            n_tokens = manifest.n_tokens(split, name)
+            table.add_row(
+                Text("all" if name is None else name, style="bold" if name is None else ""),
+                split,
+                f"{n_documents:,}",
+                f"{n_tokens:,}",
+                f"{n_tokens / max(all_tokens, 1):.1%}",
+                f"{n_tokens / n_documents:,.0f}" if n_documents else "",
+                f"{len(manifest.shards(split, name)):,}",
+            )
+    return table
+
+
+def _length_table(lengths: DocumentLengths, bar_width: int) -> Table:
+    """Return a histogram of document lengths in powers of two."""
+    table = _make_table("tokens ≥", "documents", "", "% of documents", "% of tokens")
+    table.columns[2].justify = "left"
+    table.columns[0].justify, table.columns[0].no_wrap = "right", True
+    (filled,) = lengths.documents.nonzero()
+    for power in range(filled[0], filled[-1] + 1) if len(filled) else ():
+        n_documents, n_tokens = int(lengths.documents[power]), int(lengths.tokens[power])
+        table.add_row(
+            f"{2**power:,}",
+            f"{n_documents:,}",
+            Bar(int(lengths.documents.max()), 0, n_documents, width=bar_width, color="cyan"),
+            f"{n_documents / int(lengths.documents.sum()):.1%}",
+            f"{n_tokens / int(lengths.tokens.sum()):.1%}",
+        )
+    return table
+
+
+def _make_table(*headings: str) -> Table:
+    """Return a table whose first column is text and whose other columns are numbers."""
+    table = Table(box=SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
+    return table
+
+
+def _show_tokens(
+    console: Console, tokenizer: Tokenizer, tokens: np.ndarray, last_label_masked: bool
+) -> None:
+    """Print decoded tokens, with special tokens in colour and a mark for a masked last label."""
+    parts = []
+    # Decode consecutive ordinary tokens together: a character may span several tokens.
+    for special, run in groupby(tokens.tolist(), key=lambda token: token >= len(tokenizer.ranks)):
+        text = tokenizer.decode(run).translate(CONTROL_PICTURES)
+        parts.append(Segment(text, Style(color="cyan" if special else None)))
+    if last_label_masked:
+        parts.append(Segment(f" {MASKED_LABEL}", Style(color="red", bold=True)))
+    if not parts[-1].text.endswith("\n"):
+        parts.append(Segment("\n"))
+    # Segments, because `Console.out` and `Text` replace tabs with spaces.
+    console.print(Segments(parts), end="", crop=False)
+
+
+def _format_span(start: int, end: int) -> str:
+    indices = f"token {start:,}" if end - start == 1 else f"tokens {start:,} … {end - 1:,}"
+    return f"{indices} ({end - start:,})"
+
+
+def _format_settings(settings: dict[str, object]) -> str:
+    """Format settings other than None as comma-separated `key value` pairs."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    return ", ".join(f"{key} {_format_value(value)}" for key, value in given.items())
+
+
+def _format_value(value: object) -> str:
+    """Format a value as in a command-line override."""
+    if isinstance(value, dict):
+        return " ".join(f"{key}={each}" for key, each in value.items())
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _print_rule(console: Console, title: str) -> None:
+    console.rule(Text(title, style="green"), align="left", style="green dim")
+
+
+def _print_line(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(text), style=style, soft_wrap=not console.is_terminal)

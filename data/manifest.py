@@ -1,10 +1,10 @@
-"""What a prepared folder holds, as its `manifest.json` tells: format version 2, docs/shards.md.
+"""The manifest of a prepared dataset folder: format version 2, specified in docs/shards.md.
 
 <folder>/tokenizer.model
-<folder>/<source>/<split>-PPPPP-KKK.tokens    uint32, little-endian
-<folder>/<source>/<split>-PPPPP-KKK.offsets   int64, little-endian: where each document that begins
-                                              in this shard begins, then the number of its tokens
-<folder>/manifest.json                        last: a folder without it is not prepared
+<folder>/<source>/<split>-PPPPP-KKK.tokens    uint32, little-endian token ids
+<folder>/<source>/<split>-PPPPP-KKK.offsets   int64, little-endian: start of each document in the
+                                              shard, then the number of tokens
+<folder>/manifest.json                        written last: without it, the folder is not prepared
 """
 
 import hashlib
@@ -24,14 +24,16 @@ MANIFEST_FILE = "manifest.json"
 SPLITS = ("train", "validation")
 TOKEN = np.dtype("<u4")
 OFFSET = np.dtype("<i8")
-ANEW = "delete the folder and prepare it again, or name another data.folder"
+REPREPARE = "delete the folder and prepare it again, or choose another data.folder"
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a shard: its path from the dataset's folder, size, hash and checksums.
+    """One file of a dataset.
 
-    `crc32` has 8 hexadecimal digits for each MiB of the file, in order.
+    Attributes:
+        file: Path relative to the dataset folder.
+        crc32: CRC-32 of each MiB of the file, 8 hexadecimal digits each.
     """
 
     file: str
@@ -40,14 +42,22 @@ class FileEntry:
     crc32: str
 
     @classmethod
-    def of(cls, file: str, sums: Checksums) -> "FileEntry":
-        """The entry of content that went through `sums`."""
-        return cls(file, sums.n_bytes, sums.sha256, sums.crc32)
+    def from_checksums(cls, file: str, checksums: Checksums) -> "FileEntry":
+        return cls(file, checksums.n_bytes, checksums.sha256, checksums.crc32)
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of checksummed MiB."""
+        return len(self.crc32) // 8
+
+    def block_crc32(self, block: int) -> int:
+        """Return the CRC-32 of one MiB."""
+        return int(self.crc32[8 * block : 8 * block + 8], 16)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard: its two files and what they hold."""
+    """The two files of one shard and their contents."""
 
     tokens: FileEntry
     offsets: FileEntry
@@ -57,18 +67,20 @@ class Shard:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Shard":
-        """A shard from its fields as JSON has them."""
         files = {kind: FileEntry(**values[kind]) for kind in ("tokens", "offsets")}
         return cls(**{**values, **files})
 
 
 @dataclass(frozen=True)
 class SourceEntry:
-    """One source: what was read, what became of its documents, and its shards by split.
+    """One source of a dataset.
 
-    `revision` is a hub dataset's commit or its builder's hash, of local files a SHA-256 over their
-    names and sizes. `documents` counts those `read`, and of these the `empty`, `filtered`,
-    `skipped` and `replaced` ones.
+    Attributes:
+        revision: A hub dataset's commit or builder hash; for local files, the SHA-256 of their
+            names and sizes.
+        documents: Number of documents `read`, and how many were `empty`, `filtered`, `skipped` or
+            `replaced`.
+        shards: Shards per split, in stream order.
     """
 
     revision: str
@@ -78,7 +90,7 @@ class SourceEntry:
 
 @dataclass(frozen=True)
 class TokenizerEntry:
-    """The tokenizer that the ids belong to."""
+    """The tokenizer that produced the token ids."""
 
     name: str
     hash: str
@@ -89,7 +101,7 @@ class TokenizerEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds; `configuration` is what it was made from."""
+    """Contents of a prepared folder; `configuration` holds the keys that determined them."""
 
     tokenizer: TokenizerEntry
     configuration: dict[str, Any]
@@ -99,70 +111,73 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over tokenizer and shards: two folders with the same one hold the same data."""
-        held = {
+        """SHA-256 over tokenizer and shards; equal hashes mean identical data."""
+        content = {
             "tokenizer": asdict(self.tokenizer),
             "shards": {
                 name: {split: [asdict(shard) for shard in source.shards[split]] for split in SPLITS}
                 for name, source in self.sources.items()
             },
         }
-        return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def n_tokens(self, split: str, source: str | None = None) -> int:
-        """Tokens of a split, of one source or of all."""
+        """Return the number of tokens of a split, in one source or all."""
         return sum(shard.n_tokens for shard in self.shards(split, source))
 
     def n_documents(self, split: str, source: str | None = None) -> int:
-        """Documents of a split, of one source or of all."""
+        """Return the number of documents of a split, in one source or all."""
         return sum(shard.n_documents for shard in self.shards(split, source))
 
     def shards(self, split: str, source: str | None = None) -> list[Shard]:
-        """The shards of a split, of one source or of all."""
+        """Return the shards of a split, in one source or all."""
         names = self.sources if source is None else [source]
         return [shard for name in names for shard in self.sources[name].shards[split]]
 
     def write(self, folder: Path) -> None:
-        """Writes `manifest.json`, which makes the folder a prepared one."""
+        """Write `manifest.json`, which marks the folder as prepared."""
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
         write_atomically(folder / MANIFEST_FILE, text.encode())
 
     @classmethod
-    def read(cls, folder: Path, compare: bool = True) -> "Manifest":
-        """The manifest of a folder, with `compare` compared with the files that it lists.
+    def read(cls, folder: Path, check_files: bool = True) -> "Manifest":
+        """Read the manifest of a folder.
+
+        Args:
+            check_files: Also check that the listed files exist with the recorded sizes.
 
         Raises:
-            DataError: no manifest, an unknown version; a file gone or of another size, ids beyond
-                the tokenizer's vocabulary.
+            DataError: No manifest, an unsupported version, a missing file or one of another size,
+                or ids outside the tokenizer's vocabulary.
         """
         path = folder / MANIFEST_FILE
         try:
             values = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise DataError(
-                f"data.folder ({folder}) holds no prepared data ({MANIFEST_FILE} is missing): "
+                f"data.folder={folder} has no prepared data ({MANIFEST_FILE} is missing); "
                 "run prepare.py"
             ) from None
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read ({error}): {ANEW}") from None
+            raise DataError(f"{path}: cannot read ({error}); {REPREPARE}") from None
         if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise DataError(f"{path} is not the manifest of token shards: name another data.folder")
+            raise DataError(f"{path} is not a token-shard manifest; choose another data.folder")
         if values.get("version") != FORMAT_VERSION:
             raise DataError(
-                f"{path} has version {values.get('version')}, this program reads "
-                f"{FORMAT_VERSION}: {ANEW}"
+                f"{path}: version={values.get('version')} is not supported, only version "
+                f"{FORMAT_VERSION}; {REPREPARE}"
             )
         try:
             manifest = cls._from_json(values)
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is damaged (at {error}): {ANEW}") from None
-        found = manifest.problems(folder) if compare else []
-        if found:
-            raise DataError("\n".join(f"{problem}: {ANEW}" for problem in found))
+            raise DataError(f"{path} is damaged (at {error}); {REPREPARE}") from None
+        errors = manifest.errors(folder) if check_files else []
+        if errors:
+            raise DataError("\n".join(f"{error}; {REPREPARE}" for error in errors))
         return manifest
 
-    def problems(self, folder: Path) -> list[str]:
-        """Each file whose size, and each shard whose ids, are not as they must be."""
+    def errors(self, folder: Path) -> list[str]:
+        """Return a message for each missing or resized file and each id out of range."""
         found = []
         for shard in (shard for split in SPLITS for shard in self.shards(split)):
             for entry in (shard.tokens, shard.offsets):
@@ -174,26 +189,22 @@ class Manifest:
                     continue
                 if n_bytes != entry.n_bytes:
                     found.append(
-                        f"{path} has {n_bytes:,} bytes, its manifest says {entry.n_bytes:,}"
+                        f"{path} has {n_bytes:,} bytes, but the manifest records {entry.n_bytes:,}"
                     )
             if shard.largest_id >= self.tokenizer.vocab_size:
                 found.append(
-                    f"{folder / shard.tokens.file} holds the id {shard.largest_id}, beyond the "
-                    f"tokenizer's {self.tokenizer.vocab_size}"
+                    f"{folder / shard.tokens.file} contains token id {shard.largest_id}, outside "
+                    f"the tokenizer's vocab_size={self.tokenizer.vocab_size}"
                 )
         return found
 
     @classmethod
     def _from_json(cls, values: dict[str, Any]) -> "Manifest":
-        """A manifest from what `write` wrote."""
         sources = {
             name: SourceEntry(
                 entry["revision"],
                 entry["documents"],
-                {
-                    split: [Shard.from_json(shard) for shard in entry["shards"][split]]
-                    for split in SPLITS
-                },
+                {split: [Shard.from_json(s) for s in entry["shards"][split]] for split in SPLITS},
             )
             for name, entry in values["sources"].items()
         }

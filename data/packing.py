@@ -1,219 +1,330 @@
-"""Windows of whole documents: written once beside the shards as an index, then read like others.
+"""Packed training windows: whole documents instead of cuts at fixed positions.
 
-Which documents share a bin is `data.best_fit`'s, what lies on the disk `data.pack_index`'s. Each
-shard is packed by itself, so memory is bounded by one shard's documents.
+`pack` runs best-fit packing (`data.best_fit`) once per window length and writes an index next to
+the shards; `PackedStream` reads windows through it. Each shard is packed independently, so memory
+is bounded by the documents of one shard.
+
+<folder>/<source>/pack-<seq_len>/train-PPPPP-KKK.pieces   int64, little-endian: for each bin the
+                                  index of its first segment, then the number of segments; the
+                                  start of each segment in the shard; its length in tokens
+<folder>/<source>/pack-<seq_len>/index.json               written last: without it, the index is
+                                                          incomplete
 """
 
-import fcntl
+import json
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
+from filelock import FileLock
 
 from data.best_fit import Bins, pack_documents
 from data.errors import DataError
-from data.files import Checksums, write_atomically
+from data.files import Checksums, is_locked, write_atomically
 from data.manifest import OFFSET, TOKEN, FileEntry, Manifest
-from data.pack_index import INDEX_FILE, PackedShard, PackIndex, anew, index_folder
-from data.progress import PreparationProgress
+from data.progress import ProgressReporter
 from data.shards import TokenStream, map_file
+
+FORMAT = "llamesh-packing"
+FORMAT_VERSION = 1
+INDEX_FILE = "index.json"
+
+
+@dataclass(frozen=True)
+class PackedShard:
+    """The bins of one shard; field names are those of `index.json`.
+
+    Attributes:
+        pieces: The file with the segments of all bins.
+        n_pieces: Number of segments.
+        n_padding: Number of padding tokens.
+        n_cut: Number of documents split into several segments.
+    """
+
+    pieces: FileEntry
+    n_bins: int
+    n_pieces: int
+    n_padding: int
+    n_cut: int
+
+
+@dataclass(frozen=True)
+class PackIndex:
+    """The index of one source's training windows of one length.
+
+    Attributes:
+        shards_hash: Hash of the manifest whose shards were packed.
+        shards: In the order of the manifest.
+    """
+
+    seq_len: int
+    shards_hash: str
+    shards: list[PackedShard]
+    format: str = FORMAT
+    version: int = FORMAT_VERSION
+
+    def write(self, folder: Path, source: str) -> None:
+        """Write `index.json`, which marks the index as complete."""
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        write_atomically(index_folder(folder, source, self.seq_len) / INDEX_FILE, text.encode())
+
+    @classmethod
+    def read(cls, folder: Path, source: str, seq_len: int, shards_hash: str) -> "PackIndex":
+        """Read an index and check the sizes of its files.
+
+        Raises:
+            DataError: The index is missing, damaged, of another version or for other shards.
+        """
+        path = index_folder(folder, source, seq_len) / INDEX_FILE
+        remedy = repack(path, seq_len)
+        try:
+            values = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise DataError(
+                f"data.packing=best_fit: data.sources.{source} is not packed for seq_len={seq_len} "
+                f"({path} is missing); run `python prepare.py … pack={seq_len}` with the same data "
+                "and tokenizer"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot read ({error}); {remedy}") from None
+        try:
+            shards = [
+                PackedShard(**{**shard, "pieces": FileEntry(**shard["pieces"])})
+                for shard in values["shards"]
+            ]
+            index = cls(**{**values, "shards": shards})
+            mismatch = index._mismatch(folder, seq_len, shards_hash)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is damaged (at {error}); {remedy}") from None
+        if mismatch:
+            raise DataError(f"{path} {mismatch}; {remedy}")
+        return index
+
+    def _mismatch(self, folder: Path, seq_len: int, shards_hash: str) -> str | None:
+        """Return why this index cannot be used, or None."""
+        if (self.format, self.version) != (FORMAT, FORMAT_VERSION):
+            return f"is {self.format} {self.version}, only version {FORMAT_VERSION} is supported"
+        if self.shards_hash != shards_hash:
+            return (
+                f"belongs to other shards (hash {self.shards_hash[:12]}) than those of {folder} "
+                f"({shards_hash[:12]})"
+            )
+        if self.seq_len != seq_len:
+            return f"has seq_len={self.seq_len}"
+        for shard in self.shards:
+            path = folder / shard.pieces.file
+            n_bytes = path.stat().st_size if path.exists() else 0
+            n_numbers = shard.n_bins + 1 + 2 * shard.n_pieces
+            if not n_bytes == shard.pieces.n_bytes == n_numbers * OFFSET.itemsize:
+                return (
+                    f"records {n_numbers} numbers in {shard.pieces.n_bytes:,} bytes for {path}, "
+                    f"which has {n_bytes:,} bytes"
+                )
+        return None
+
+
+def index_folder(folder: Path, source: str, seq_len: int) -> Path:
+    """Return the folder of a source's index for one window length."""
+    return folder / source / f"pack-{seq_len}"
+
+
+def packed_lengths(folder: Path, source: str) -> list[int]:
+    """Return the window lengths for which a source has a complete index."""
+    found = (folder / source).glob(f"pack-*/{INDEX_FILE}")
+    lengths = (path.parent.name.removeprefix("pack-") for path in found)
+    return sorted(int(length) for length in lengths if length.isdecimal())
+
+
+def repack(path: Path, seq_len: int) -> str:
+    """Return the remedy for an unusable index file."""
+    return f"delete {path.parent}, then run `python prepare.py … pack={seq_len}`"
 
 
 def pack(folder: Path | str, seq_len: int, progress: bool = True) -> None:
-    """Packs the training documents of a prepared folder into windows of `seq_len` and a label.
+    """Pack the training documents of a prepared folder into windows of `seq_len` + 1 tokens.
 
-    What is packed already is left as it is; an index that is damaged to see, or of other shards,
-    is written anew. Waits while another process packs the same.
+    Usable indexes are kept; missing, visibly damaged or outdated ones are written. Waits while
+    another process packs the same length.
 
     Args:
-        progress: tell on standard error what comes of it, and on a terminal how far it is
+        progress: Report on standard error.
 
     Raises:
-        DataError: the folder is not prepared, damaged or not writable.
+        DataError: The folder is not prepared, damaged or not writable.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
+    lock_file = _lock_file(folder, seq_len)
     if is_packed(folder, manifest, seq_len):
-        with suppress(OSError):  # of a process that was killed just before; or there is none
-            _lock_file(folder, seq_len).unlink()
+        with suppress(OSError):  # left by a process killed after its last index, or absent
+            lock_file.unlink()
         return
-    show = PreparationProgress(progress)
+    reporter = ProgressReporter(progress)
     try:
-        with _claimed(folder, seq_len):
+        with FileLock(lock_file, fallback_to_soft=False):
             for source in manifest.sources:
-                if not _is_whole(folder, source, seq_len, manifest.hash):
-                    _pack_source(folder, manifest, source, seq_len, show)
+                if not _has_index(folder, source, seq_len, manifest.hash):
+                    _pack_source(folder, manifest, source, seq_len, reporter)
+            lock_file.unlink(missing_ok=True)  # only after success: a waiter has nothing to do
     except OSError as error:
         raise DataError(
-            f"data.folder ({folder}) cannot be written ({error.strerror or error}), and "
-            f"documents are not packed for a length of {seq_len}: make room or make it "
-            "writable, then start again, or use data.packing=null"
+            f"data.folder={folder} cannot be written ({error.strerror or error}), and "
+            f"documents are not packed for seq_len={seq_len}; free disk space or make the folder "
+            "writable and run again, or use data.packing=null"
         ) from error
 
 
 def is_packed(folder: Path, manifest: Manifest, seq_len: int) -> bool:
-    """Whether every source has a whole index for windows of `seq_len`."""
-    return all(_is_whole(folder, source, seq_len, manifest.hash) for source in manifest.sources)
+    """Return whether every source has a usable index for windows of `seq_len`."""
+    return all(_has_index(folder, source, seq_len, manifest.hash) for source in manifest.sources)
 
 
 def wait_until_packed(
     folder: Path | str, seq_len: int, poll_seconds: float = 0.5, idle_seconds: float = 60
 ) -> None:
-    """Waits for another process's `pack` to end, however long that takes.
+    """Wait, without time limit, until another process has packed the folder.
 
     Raises:
-        DataError: the folder is damaged, or for `idle_seconds` no process was packing it.
+        DataError: The folder is damaged, or no process packed it for `idle_seconds`.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
-    last_seen = time.monotonic()
+    last_active = time.monotonic()
     while not is_packed(folder, manifest, seq_len):
-        if _is_claimed(folder, seq_len):
-            last_seen = time.monotonic()
-        elif time.monotonic() - last_seen > idle_seconds:
+        if is_locked(_lock_file(folder, seq_len)):
+            last_active = time.monotonic()
+        elif time.monotonic() - last_active > idle_seconds:
             raise DataError(
-                f"data.folder ({folder}) is not packed for a length of {seq_len}, and for "
-                f"{idle_seconds:.0f} s no process has been at it: see what the first process "
-                f"says, or run `python prepare.py … pack={seq_len}` first"
+                f"data.folder={folder} is not packed for seq_len={seq_len}, and no process has "
+                f"worked on it for {idle_seconds:.0f} s; see the first process's output, or run "
+                f"`python prepare.py … pack={seq_len}` first"
             )
         time.sleep(poll_seconds)
 
 
 class PackedStream:
-    """The training windows of one source, of whole documents; lengths as they are packed.
+    """The packed training windows of one source, for the lengths that `pack` has processed.
 
-    A window holds pieces end to end, each a document of its own; what they leave is padding with
-    the tokenizer's end of sequence, where each token is a document, so that none is a target.
+    A window contains segments end to end, each treated as a document. The rest is padding with the
+    end-of-text token; each padding token is its own document, so none is a target.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, source: str, verify: bool = True) -> None:
         self._folder, self._source, self._verify = folder, source, verify
         self._shards_hash = manifest.hash
-        self._padding = manifest.tokenizer.eos_id
+        self._padding_id = manifest.tokenizer.eos_id
         self._tokens = TokenStream(folder, manifest.shards("train", source), verify)
         self._indexes: dict[int, _OpenIndex] = {}
         self.n_tokens = self._tokens.n_tokens
 
     def n_windows(self, seq_len: int) -> int:
-        """How many windows there are.
+        """Return the number of windows.
 
         Raises:
-            DataError: the source is not packed for this length, or the index is damaged.
+            DataError: The source is not packed for this length, or the index is damaged.
         """
         return self._index(seq_len).ends[-1]
 
     def window(self, index: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """One window.
+        """Read one window.
 
         Args:
-            index: 0 … n_windows(seq_len)-1
+            index: 0 <= index < n_windows(seq_len)
 
         Returns:
-            tokens: uint32 (seq_len + 1,)
-            starts: int64 (pieces + padding,), the places of the window where one of them begins
+            tokens: (seq_len + 1,) uint32
+            starts: (n_segments + n_padding,) int64, indices in the window at which a segment or
+                padding token starts
 
         Raises:
-            DataError: a file is gone, or not what was written.
+            DataError: A file is missing or damaged.
         """
         packed = self._index(seq_len)
         if not 0 <= index < packed.ends[-1]:
-            raise IndexError(f"window {index} of {packed.ends[-1]}")
-        number = bisect_right(packed.ends, index)
-        bins = packed.bins.get(number) or self._bins(packed, number, seq_len)
-        place = index - (packed.ends[number] - len(bins.offsets) + 1)
-        pieces = slice(bins.offsets[place], bins.offsets[place + 1])
-        tokens = np.full(seq_len + 1, self._padding, dtype=TOKEN)
+            raise IndexError(f"window {index} is out of range ({packed.ends[-1]} windows)")
+        shard_index = bisect_right(packed.ends, index)
+        bins = packed.bins.get(shard_index) or self._open_bins(packed, shard_index, seq_len)
+        bin_index = index - (packed.ends[shard_index] - len(bins.offsets) + 1)
+        segments = slice(bins.offsets[bin_index], bins.offsets[bin_index + 1])
+        tokens = np.full(seq_len + 1, self._padding_id, dtype=TOKEN)
         starts, end = [], 0
-        spans = zip(bins.begins[pieces].tolist(), bins.lengths[pieces].tolist(), strict=True)
-        for begin, length in spans:
+        spans = zip(bins.starts[segments].tolist(), bins.lengths[segments].tolist(), strict=True)
+        for start, length in spans:
             starts.append(end)
-            tokens[end : end + length] = self._tokens.read(number, begin, begin + length)[0]
+            tokens[end : end + length] = self._tokens.read(shard_index, start, start + length)[0]
             end += length
         return tokens, np.array([*starts, *range(end, seq_len + 1)], dtype=np.int64)
 
     def _index(self, seq_len: int) -> "_OpenIndex":
-        """The index for a length, opened at first use."""
         if seq_len not in self._indexes:
             index = PackIndex.read(self._folder, self._source, seq_len, self._shards_hash)
             ends = np.cumsum([shard.n_bins for shard in index.shards]).tolist()
             self._indexes[seq_len] = _OpenIndex(index.shards, ends, {})
         return self._indexes[seq_len]
 
-    def _bins(self, packed: "_OpenIndex", number: int, seq_len: int) -> Bins:
-        """The bins of a shard, mapped and kept."""
-        shard = packed.shards[number]
-        remedy = anew(self._folder / shard.pieces.file, seq_len)
+    def _open_bins(self, packed: "_OpenIndex", shard_index: int, seq_len: int) -> Bins:
+        shard = packed.shards[shard_index]
+        remedy = repack(self._folder / shard.pieces.file, seq_len)
         content = map_file(self._folder, shard.pieces, OFFSET, self._verify, remedy)
-        offsets, begins, lengths = np.split(
-            content, [shard.n_bins + 1, shard.n_bins + 1 + shard.n_pieces]
-        )
-        packed.bins[number] = Bins(offsets, begins, lengths, shard.n_cut)
-        return packed.bins[number]
+        n_offsets = shard.n_bins + 1
+        offsets, starts, lengths = np.split(content, [n_offsets, n_offsets + shard.n_pieces])
+        packed.bins[shard_index] = Bins(offsets, starts, lengths, shard.n_cut)
+        return packed.bins[shard_index]
 
 
 class _OpenIndex(NamedTuple):
-    """An index that is read from: `ends` counts the bins up to each shard's last."""
-
     shards: list[PackedShard]
-    ends: list[int]
-    bins: dict[int, Bins]
+    ends: list[int]  # cumulative number of bins
+    bins: dict[int, Bins]  # by shard, mapped on first use
 
 
 def _pack_source(
-    folder: Path, manifest: Manifest, source: str, seq_len: int, show: PreparationProgress
+    folder: Path, manifest: Manifest, source: str, seq_len: int, reporter: ProgressReporter
 ) -> None:
-    """Writes the index of one source."""
-    there = index_folder(folder, source, seq_len)
-    (there / INDEX_FILE).unlink(missing_ok=True)
-    there.mkdir(exist_ok=True)
+    """Write the index of one source."""
+    target = index_folder(folder, source, seq_len)
+    (target / INDEX_FILE).unlink(missing_ok=True)
+    target.mkdir(exist_ok=True)
     shards = manifest.shards("train", source)
     stream = TokenStream(folder, shards)
-    packed = []
-    bar = show.shown and Console(stderr=True).is_terminal
-    for number, shard in enumerate(
-        track(
-            shards,
-            f"packing {source}",
-            console=Console(stderr=True),
-            transient=True,
-            disable=not bar,
-        )
-    ):
-        bins = pack_documents(stream.starts(number), shard.n_tokens, seq_len + 1)
-        content = np.concatenate(bins[:3]).astype(OFFSET).tobytes()
-        sums = Checksums()
-        sums.update(content)
-        path = there / f"{Path(shard.tokens.file).stem}.pieces"
-        write_atomically(path, content)
-        n_bins = len(bins.offsets) - 1
-        packed.append(
-            PackedShard(
-                pieces=FileEntry.of(path.relative_to(folder).as_posix(), sums),
-                n_bins=n_bins,
-                n_pieces=len(bins.begins),
-                n_padding=n_bins * (seq_len + 1) - int(bins.lengths.sum()),
-                n_cut=bins.n_cut,
-            )
-        )
+    packed: list[PackedShard] = []
+    with reporter.bar(f"packing {source}") as update:
+        for shard_index, shard in enumerate(shards):
+            update(shard_index, len(shards))
+            bins = pack_documents(stream.starts(shard_index), shard.n_tokens, seq_len + 1)
+            path = target / f"{Path(shard.tokens.file).stem}.pieces"
+            packed.append(_write_bins(folder, path, bins, seq_len))
     PackIndex(seq_len, manifest.hash, packed).write(folder, source)
-    n_bins, n_padding, n_cut = (
-        sum(getattr(shard, each) for shard in packed) for each in ("n_bins", "n_padding", "n_cut")
+    n_bins, n_padding, n_split = (
+        sum(getattr(shard, field) for shard in packed) for field in ("n_bins", "n_padding", "n_cut")
     )
-    show.say(
-        f"{source} packed for a length of {seq_len}: {n_bins:,} windows, "
-        f"{n_padding / (n_bins * (seq_len + 1)):.2%} padding; {n_cut:,} of "
-        f"{manifest.n_documents('train', source):,} documents are longer and cut"
+    reporter.log(
+        f"Packed {source} for seq_len={seq_len}: {n_bins:,} windows, "
+        f"{n_padding / (n_bins * (seq_len + 1)):.2%} padding; split {n_split:,} of "
+        f"{manifest.n_documents('train', source):,} documents"
     )
 
 
-def _is_whole(folder: Path, source: str, seq_len: int, shards_hash: str) -> bool:
-    """Whether a source has an index that `PackIndex.read` takes."""
+def _write_bins(folder: Path, path: Path, bins: Bins, seq_len: int) -> PackedShard:
+    content = np.concatenate(bins[:3]).astype(OFFSET).tobytes()
+    checksums = Checksums()
+    checksums.update(content)
+    write_atomically(path, content)
+    n_bins = len(bins.offsets) - 1
+    return PackedShard(
+        pieces=FileEntry.from_checksums(path.relative_to(folder).as_posix(), checksums),
+        n_bins=n_bins,
+        n_pieces=len(bins.starts),
+        n_padding=n_bins * (seq_len + 1) - int(bins.lengths.sum()),
+        n_cut=bins.n_split,
+    )
+
+
+def _has_index(folder: Path, source: str, seq_len: int, shards_hash: str) -> bool:
     try:
         PackIndex.read(folder, source, seq_len, shards_hash)
     except DataError:
@@ -223,28 +334,3 @@ def _is_whole(folder: Path, source: str, seq_len: int, shards_hash: str) -> bool
 
 def _lock_file(folder: Path, seq_len: int) -> Path:
     return folder / f"pack-{seq_len}.lock"
-
-
-@contextmanager
-def _claimed(folder: Path, seq_len: int) -> Iterator[None]:
-    """Holds the packing of a length for this process; waits for another one's end.
-
-    The lock's file goes only when all is packed: who waited for it then has nothing left to do.
-    """
-    path = _lock_file(folder, seq_len)
-    with open(path, "a", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-        path.unlink(missing_ok=True)
-
-
-def _is_claimed(folder: Path, seq_len: int) -> bool:
-    """Whether a living process packs this length."""
-    try:
-        with open(_lock_file(folder, seq_len), encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no file, no packing
-        return False
-    return False

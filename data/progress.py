@@ -1,6 +1,5 @@
-"""What a preparation tells while it works: a bar on a terminal, a line now and then elsewhere."""
+"""Progress reports on standard error: a bar on a terminal, otherwise an occasional line."""
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,89 +8,108 @@ from datetime import timedelta
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 
 REFRESH_SECONDS = 0.25
-# Elsewhere than on a terminal: a line after as many seconds, and ever more seldom.
-FIRST_LINE_SECONDS, LINE_INTERVAL = 10.0, 0.05
+# Without a terminal, a line is logged after this time and then at growing intervals.
+FIRST_LINE_SECONDS, RELATIVE_LINE_INTERVAL = 10.0, 0.05
 
 
-class Done(NamedTuple):
-    """How far a preparation is: bytes of its input, documents and tokens."""
+class ProgressCounts(NamedTuple):
+    """Input bytes, documents and tokens processed so far."""
 
     n_bytes: int
     n_documents: int
     n_tokens: int
 
 
-class PreparationProgress:
-    """Documents, tokens, speed and time left on standard error; silent when `shown` is False."""
+class ProgressReporter:
+    """Report documents, tokens, speed and remaining time; does nothing if `enabled` is False."""
 
-    def __init__(self, shown: bool) -> None:
-        self.shown = shown
-        self._console = Console(stderr=True)
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.console = Console(stderr=True)
 
-    def say(self, line: str) -> None:
-        """One line, to stay."""
-        if self.shown:
-            self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+    def log(self, line: str) -> None:
+        """Print one permanent line."""
+        if self.enabled:
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     @contextmanager
-    def watching(
-        self, description: str, look: Callable[[], Done], n_bytes: int | None
+    def bar(
+        self, description: str, *columns: ProgressColumn
+    ) -> Iterator[Callable[[int, int], None]]:
+        """Show a bar on a terminal and yield its callback `update(done, total)`."""
+        bar = Progress(
+            *(columns or Progress.get_default_columns()),
+            console=self.console,
+            transient=True,
+            disable=not (self.enabled and self.console.is_terminal),
+        )
+        with bar:
+            task = bar.add_task(description, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+    @contextmanager
+    def watch(
+        self, description: str, read_counts: Callable[[], ProgressCounts], n_bytes: int | None
     ) -> Iterator[None]:
-        """Tells of work in the `with` block.
+        """Report the progress of the work inside the `with` block.
 
         Args:
-            look: how far the work is
-            n_bytes: all bytes of its input; None where nobody knows, so that no time left is told
+            n_bytes: Total input bytes; None if unknown, which omits the remaining time.
         """
-        if not self.shown:
+        if not self.enabled:
             yield
             return
         stop = threading.Event()
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.fields[told]}"),
-            console=self._console,
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
             transient=True,
-            disable=not sys.stderr.isatty(),
+            disable=not self.console.is_terminal,
         )
         with bar:
-            task = bar.add_task(description, total=n_bytes, told="")
+            task = bar.add_task(description, total=n_bytes, status="")
 
-            def tell() -> None:
-                begin = time.monotonic()
-                first, next_line = look(), FIRST_LINE_SECONDS
+            def report() -> None:
+                start = time.monotonic()
+                first, next_line = read_counts(), FIRST_LINE_SECONDS
                 while not stop.wait(REFRESH_SECONDS):
-                    done, seconds = look(), time.monotonic() - begin
-                    told = _told(first, done, seconds, n_bytes)
+                    counts, seconds = read_counts(), time.monotonic() - start
+                    status = format_progress(first, counts, seconds, n_bytes)
                     if not bar.disable:
-                        bar.update(task, completed=done.n_bytes, told=told)
+                        bar.update(task, completed=counts.n_bytes, status=status)
                     elif seconds >= next_line:
-                        next_line = seconds + max(FIRST_LINE_SECONDS, LINE_INTERVAL * seconds)
-                        self.say(f"{description}: {told}")
+                        next_line = seconds + max(
+                            FIRST_LINE_SECONDS, RELATIVE_LINE_INTERVAL * seconds
+                        )
+                        self.log(f"{description}: {status}")
 
-            teller = threading.Thread(target=tell, daemon=True)
-            teller.start()
+            reporter = threading.Thread(target=report, daemon=True)
+            reporter.start()
             try:
                 yield
             finally:
                 stop.set()
-                teller.join()
+                reporter.join()
 
 
-def _told(first: Done, done: Done, seconds: float, n_bytes: int | None) -> str:
-    """One line: documents, tokens, and since `first`, `seconds` ago, the speed and time left."""
-    told = f"{done.n_documents:,} documents"
-    if done.n_tokens:
-        speed = (done.n_tokens - first.n_tokens) / seconds
-        told += f"  {done.n_tokens:,} tokens  {speed:,.0f} tokens/s"
-    read = done.n_bytes - first.n_bytes
-    # Rows of Arrow files and of streams count no bytes until their part is done.
-    far = 100 * read >= (n_bytes or 0) or done.n_documents - first.n_documents >= 1000
-    if n_bytes and read and far:
-        left = round(seconds * (n_bytes - done.n_bytes) / read)
-        told += f"  {done.n_bytes / n_bytes:.0%}  {timedelta(seconds=left)} left"
-    return told
+def format_progress(
+    first: ProgressCounts, counts: ProgressCounts, seconds: float, n_bytes: int | None
+) -> str:
+    """Return one status line; speed and remaining time refer to the `seconds` since `first`."""
+    status = f"{counts.n_documents:,} documents"
+    if counts.n_tokens:
+        tokens_per_second = (counts.n_tokens - first.n_tokens) / seconds
+        status += f"  {counts.n_tokens:,} tokens  {tokens_per_second:,.0f} tokens/s"
+    n_read = counts.n_bytes - first.n_bytes
+    # Arrow files and streamed datasets count bytes only when a part is complete, so an early
+    # estimate would be far off.
+    reliable = 100 * n_read >= (n_bytes or 0) or counts.n_documents - first.n_documents >= 1000
+    if n_bytes and n_read and reliable:
+        remaining = timedelta(seconds=round(seconds * (n_bytes - counts.n_bytes) / n_read))
+        status += f"  {counts.n_bytes / n_bytes:.0%}  {remaining} left"
+    return status

@@ -1,10 +1,10 @@
-"""Training straight from a Hugging Face dataset, without shards: the documented weaker mode.
+"""Training directly from a Hugging Face dataset, without preparing shards.
 
-The dataset's files are dealt to a fixed number of lanes, each an endless sequence of documents in
-stored order, tokenised while training and cut into windows like a stream of shards. Where a lane
-is, is told by a document and how many of its tokens are used: four numbers, which travel with each
-step's batches into the checkpoint. Rows are counted by us: the library's own state restarted a
-stream on its second resume in 5.0.0, and reads a file from its beginning all the same.
+The dataset's files are divided over a fixed number of stream shards, each an endless sequence of
+documents in stored order that is tokenized during training and cut into windows. The position of a
+stream shard (four integers) is saved in every checkpoint. Rows are counted here rather than with
+the `datasets` library's own state, which in version 5.0.0 restarted the stream on the second resume
+and rereads the file from its start anyway. There is no shuffling and no validation split.
 """
 
 import hashlib
@@ -12,39 +12,45 @@ import json
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import NamedTuple
 
 import numpy as np
-from isal import isal_zlib
 
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
-from data.loader import StepBatches, deal
-from data.sources.corpora import Corpus, Part, find, first_line
+from data.loader import StepBatches, Window, make_step_batches, prefetch_steps
+from data.sources.corpora import Corpus, Part, find_corpus, first_line
 from data.sources.reading import RowPosition
 from data.sources.rows import Policy, Row, rows
-from data.stages import Stage, batches_from
+from data.stages import Stage
 from data.tokenizer import Tokenizer, ready_tokenizer
 
-# The library itself tries 20 times to connect again; this is for whatever else goes by.
+# The library itself retries connections 20 times; these delays cover all other failures.
 RETRY_SECONDS = (1.0, 5.0, 30.0)
 
 
-class Place(NamedTuple):
-    """Where a lane is: `used` tokens into the document behind `row` rows of its file `piece`."""
+class StreamPosition(NamedTuple):
+    """Position of a stream shard, in a document.
+
+    Attributes:
+        epoch: Number of complete passes over the stream shard.
+        file: Index of the file within the stream shard.
+        row: Rows of the file before the document.
+        n_used: Tokens of the document already used.
+    """
 
     epoch: int = 0
-    piece: int = 0
+    file: int = 0
     row: int = 0
-    used: int = 0
+    n_used: int = 0
 
 
-class Lane:
-    """One endless sequence of tokens: bos, text, eos of each document, again and again."""
+class StreamShard:
+    """One endless token sequence: begin-of-text, text and end-of-text of each document."""
 
     def __init__(
         self,
@@ -53,95 +59,95 @@ class Lane:
         policy: Policy,
         corpus: Corpus,
         tokenizer: Tokenizer,
-        place: Place,
+        position: StreamPosition,
     ) -> None:
         self._rows = partial(rows, part, source, policy, corpus.dataset)
-        self._name = f"data.sources.{part.source}.path ({source.path}), lane {part.number},"
+        self._name = f"data.sources.{part.source}.path={source.path}, stream shard {part.number}"
         self._tokenizer = tokenizer
-        self._used = place.used
-        self._unread = self._documents(place)
-        # What the next window begins with, and each document's place.
-        self._read: deque[tuple[Place, np.ndarray]] = deque()
+        self._n_used = position.n_used
+        self._documents = self._read_documents(position)
+        # Documents from the start of the next window on, with their positions.
+        self._buffer: deque[tuple[StreamPosition, np.ndarray]] = deque()
 
     @property
-    def place(self) -> Place:
-        """Where the next window begins; known once a window has been read."""
-        return self._read[0][0]._replace(used=self._used)
+    def position(self) -> StreamPosition:
+        """Start of the next window; defined after the first window was read."""
+        return self._buffer[0][0]._replace(n_used=self._n_used)
 
-    def window(self, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next window; its last token is the first of the one after it.
-
-        Returns:
-            tokens: uint32 (seq_len + 1,)
-            starts: int64 (documents,), the places of the window where a document begins
+    def window(self, seq_len: int) -> Window:
+        """Read the next window; its last token is the first of the following window.
 
         Raises:
-            DataError: the dataset cannot be read on, or has no text for this lane.
+            DataError: The dataset cannot be read, or this stream shard has no text.
         """
-        parts, starts, missing, begin, number = [], [], seq_len + 1, self._used, 0
+        parts, starts, n_missing, start, index = [], [], seq_len + 1, self._n_used, 0
         while True:
-            if number == len(self._read):
-                self._read.append(next(self._unread))
-            tokens = self._read[number][1]
-            if begin == 0:
-                starts.append(seq_len + 1 - missing)
-            parts.append(tokens[begin : begin + missing])
-            missing -= len(parts[-1])
-            if missing == 0:
+            if index == len(self._buffer):
+                self._buffer.append(next(self._documents))
+            tokens = self._buffer[index][1]
+            if start == 0:
+                starts.append(seq_len + 1 - n_missing)
+            parts.append(tokens[start : start + n_missing])
+            n_missing -= len(parts[-1])
+            if n_missing == 0:
                 break
-            number, begin = number + 1, 0
-        self._used = begin + len(parts[-1]) - 1
-        for _ in range(number):
-            self._read.popleft()
+            index, start = index + 1, 0
+        self._n_used = start + len(parts[-1]) - 1
+        for _ in range(index):
+            self._buffer.popleft()
         return np.concatenate(parts), np.array(starts, dtype=np.int64)
 
-    def _documents(self, place: Place) -> Iterator[tuple[Place, np.ndarray]]:
-        """Every document from a place on, with its own place; after the last comes the first."""
-        begin = RowPosition(place.piece, place.row)
-        for epoch in count(place.epoch):
-            whole, empty = begin == RowPosition(), True
-            for before, row in self._with_retries(begin):
+    def _read_documents(
+        self, position: StreamPosition
+    ) -> Iterator[tuple[StreamPosition, np.ndarray]]:
+        """Yield documents and their positions without end, starting at `position`."""
+        start = RowPosition(position.file, position.row)
+        for epoch in count(position.epoch):
+            complete, empty = start == RowPosition(), True
+            for before, row in self._rows_with_retries(start):
                 if row.text:
                     empty = False
-                    own = Place(epoch, before.piece, before.row)
-                    yield own, self._tokenizer.encode_document(row.text)
-            if whole and empty:
+                    yield (
+                        StreamPosition(epoch, before.file_range, before.row),
+                        self._tokenizer.encode_document(row.text),
+                    )
+            if complete and empty:
                 raise DataError(
-                    f"{self._name} has no text: see its filter and text_column, or use fewer "
+                    f"{self._name} has no text; check its filter and text_column, or use fewer "
                     "data.stream_shards"
                 )
-            begin = RowPosition()
+            start = RowPosition()
 
-    def _with_retries(self, begin: RowPosition) -> Iterator[tuple[RowPosition, Row]]:
-        """The rows of one epoch from a position on, each with its own position."""
-        failures = 0
+    def _rows_with_retries(self, start: RowPosition) -> Iterator[tuple[RowPosition, Row]]:
+        """Yield the rows of one epoch and their positions, retrying after read errors."""
+        n_failures = 0
         while True:
             try:
-                for row in self._rows(begin):
-                    yield begin, row
-                    begin, failures = row.after, 0
+                for row in self._rows(start):
+                    yield start, row
+                    start, n_failures = row.after, 0
                 return
             except DataError as error:
                 cause = error.__cause__
                 if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError):
                     raise
-                if failures == len(RETRY_SECONDS):
+                if n_failures == len(RETRY_SECONDS):
                     raise DataError(
-                        f"{self._name} cannot be read on after {failures + 1} attempts "
-                        f"({first_line(cause)}): check the network and that the dataset is there"
+                        f"{self._name}: cannot read after {n_failures + 1} attempts "
+                        f"({first_line(cause)}); check the network and that the dataset exists"
                     ) from cause
-                time.sleep(RETRY_SECONDS[failures])
-                failures += 1
+                time.sleep(RETRY_SECONDS[n_failures])
+                n_failures += 1
 
 
 class StreamDataset:
-    """A dataset that is read while it arrives, dealt to `lanes`; it holds nothing out."""
+    """A streamed dataset divided over `n_stream_shards`, without validation data."""
 
     def __init__(self, data: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> None:
         assert data.stream_shards is not None
         ((self.name, source),) = data.sources.items()
         self.source = replace(source, streaming=True)
-        self.lanes = data.stream_shards
+        self.n_stream_shards = data.stream_shards
         self.document_mask = data.document_mask
         self._policy = data.invalid_text
         self._corpus = corpus
@@ -149,85 +155,87 @@ class StreamDataset:
 
     @classmethod
     def open(cls, data: DataConfig, config: TokenizerConfig) -> "StreamDataset":
-        """Finds the dataset, reading no row of it.
+        """Find the dataset without reading any row.
 
         Raises:
-            DataError: there is no such dataset, or no ready tokenizer.
+            DataError: The dataset does not exist, or the tokenizer needs training.
         """
         tokenizer = ready_tokenizer(config)
         if tokenizer is None:
             raise DataError(
-                f"tokenizer.path (null) of {config.name} asks for training, and data.stream_shards "
-                f"({data.stream_shards}) prepares nothing: set tokenizer.path to a tokenizer.model"
+                f"tokenizer.path=null: tokenizer.name={config.name} needs training, which "
+                f"data.stream_shards={data.stream_shards} does not do; set tokenizer.path to a "
+                "tokenizer.model"
             )
         ((name, source),) = data.sources.items()
-        return cls(data, find(name, replace(source, streaming=True)), tokenizer)
+        return cls(data, find_corpus(name, replace(source, streaming=True)), tokenizer)
 
     @property
     def n_files(self) -> int:
-        """Files of the dataset: the smallest unit that a lane can have."""
+        """Number of files of the dataset, the smallest unit of a stream shard."""
         return len(self._corpus.parts)
 
     @property
     def hash(self) -> str:
-        """SHA-256 over all that decides the tokens of each lane."""
+        """SHA-256 over everything that determines the tokens of each stream shard."""
         source = self.source
-        decides = (
+        content = (
             *(self._corpus.revision, source.path, source.name, source.split, source.revision),
-            *(source.text_column, source.filter, self._policy, self.lanes, self._tokenizer.hash),
+            *(source.text_column, source.filter, self._policy, self.n_stream_shards),
+            self._tokenizer.hash,
         )
-        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that makes the tokens."""
         return self._tokenizer
 
     def check(self, global_batch_size: int, size: int) -> None:
-        """Whether there are files for every lane of `size` data ranks.
+        """Check that every stream shard of `size` data ranks has at least one file.
 
         Raises:
-            DataError: there are more lanes than files.
+            DataError: There are more stream shards than files.
         """
-        if self.lanes <= self.n_files:
+        if self.n_stream_shards <= self.n_files:
             return
-        fitting = [
-            lanes
-            for lanes in range(1, self.n_files + 1)
-            if global_batch_size % lanes == 0 and lanes % size == 0
+        possible = [
+            n for n in range(1, self.n_files + 1) if global_batch_size % n == 0 and n % size == 0
         ]
         remedy = (
-            f"use {fitting[-1]}, the largest number that fits"
-            if fitting
-            else (
-                f"use fewer data ranks than {size}, or prepare the data (data.stream_shards=null)"
-            )
+            f"use {possible[-1]}, the largest possible number"
+            if possible
+            else f"use fewer than {size} data ranks, or prepare the data (data.stream_shards=null)"
         )
         raise DataError(
-            f"data.stream_shards ({self.lanes}) is more than the {self.n_files} files of "
-            f"data.sources.{self.name}.path ({self.source.path}): {remedy}"
+            f"data.stream_shards={self.n_stream_shards} is more than the {self.n_files} files of "
+            f"data.sources.{self.name}.path={self.source.path}; {remedy}"
         )
 
-    def lane(self, number: int, place: Place = Place()) -> Lane:  # noqa: B008 (a tuple)
-        """The lane of this number, of neighbouring files, from a place on."""
-        share, rest = divmod(self.n_files, self.lanes)
-        first = share * number + min(number, rest)
-        parts = self._corpus.parts[first : first + share + (number < rest)]
-        pieces = tuple(piece for part in parts for piece in part.pieces)
-        part = Part(self.name, number, pieces)
-        return Lane(part, self.source, self._policy, self._corpus, self._tokenizer, place)
+    def stream_shard(
+        self,
+        index: int,
+        position: StreamPosition = StreamPosition(),  # noqa: B008 (immutable)
+    ) -> StreamShard:
+        """Return a stream shard, a run of consecutive files, starting at `position`."""
+        n_files, remainder = divmod(self.n_files, self.n_stream_shards)
+        first = n_files * index + min(index, remainder)
+        parts = self._corpus.parts[first : first + n_files + (index < remainder)]
+        part = Part(self.name, index, tuple(r for part in parts for r in part.ranges))
+        return StreamShard(part, self.source, self._policy, self._corpus, self._tokenizer, position)
 
 
 class StreamLoader:
-    """The training batches of one data rank, read from its lanes.
+    """Training batches of one data rank, read from its stream shards.
 
-    Of each global batch row i belongs to lane i // (global_batch_size / lanes), and rank r of
-    `size` computes the r-th contiguous part of the rows: so it owns a contiguous part of the lanes.
+    Row i of a global batch belongs to stream shard i // (global_batch_size / n_stream_shards), and
+    rank r of `size` computes the r-th contiguous part of the rows; so each rank owns a contiguous
+    range of stream shards.
 
     Args:
-        stage: the one stage of the run
-        places: where each lane is, by its number as text; a lane that is not there begins anew
-        threads: how many lanes are read at a time
-        prefetch: steps that are read ahead
+        stage: The only stage of the run.
+        positions: Position of each stream shard, by its index as a string; others start at their
+            first document.
+        threads: Stream shards read concurrently.
+        prefetch: Steps read ahead.
     """
 
     def __init__(
@@ -237,85 +245,74 @@ class StreamLoader:
         *,
         rank: int,
         size: int,
-        places: Mapping[str, Sequence[int]] | None = None,
+        positions: Mapping[str, Sequence[int]] | None = None,
         pin_memory: bool = False,
         threads: int = 1,
         prefetch: int = 2,
     ) -> None:
-        share, rest = divmod(stage.global_batch_size, size)
-        self.micro_batch_size = stage.micro_batch_size or share
+        n_shards = dataset.n_stream_shards
+        rows_per_rank, remainder = divmod(stage.global_batch_size, size)
+        self.micro_batch_size = stage.micro_batch_size or rows_per_rank
         if (
-            rest
-            or share % self.micro_batch_size
-            or dataset.lanes % size
-            or stage.global_batch_size % dataset.lanes
+            remainder
+            or rows_per_rank % self.micro_batch_size
+            or n_shards % size
+            or stage.global_batch_size % n_shards
         ):
             raise ValueError(
-                f"{dataset.lanes} lanes and {size} data ranks of micro-batches of "
-                f"{self.micro_batch_size} do not share {stage.global_batch_size} rows evenly"
+                f"train.global_batch_size={stage.global_batch_size} cannot be divided evenly over "
+                f"data.stream_shards={n_shards} and {size} data ranks with micro-batches of "
+                f"{self.micro_batch_size}"
             )
         self.dataset = dataset
         self.seq_len, self.global_batch_size = stage.seq_len, stage.global_batch_size
-        self.rows = range(rank * share, (rank + 1) * share)  # of each global batch
-        own = dataset.lanes // size
-        self.lanes = range(rank * own, (rank + 1) * own)
-        self.places = {int(lane): Place(*place) for lane, place in (places or {}).items()}
+        self.rows_per_shard = stage.global_batch_size // n_shards
+        self.first_row = rank * rows_per_rank
+        shards_per_rank = n_shards // size
+        self.shard_indices = range(rank * shards_per_rank, (rank + 1) * shards_per_rank)
+        self.positions = {
+            int(index): StreamPosition(*position) for index, position in (positions or {}).items()
+        }
         self.pin_memory = pin_memory
         self.threads, self.prefetch = threads, prefetch
 
     def steps(
         self, first_batch: int, skips: Sequence[tuple[int, int]] = ()
     ) -> Generator[StepBatches, None, None]:
-        """The batches from `first_batch` on, at which `places` are, but for those in `skips`.
+        """Yield the batches from `first_batch` (at `positions`) without end, prefetched.
 
-        Without end, and read ahead. What is left out is read as well: the lanes have to pass it.
-        Close the iterator (or let it go) to end its threads; what fails in a thread is raised
-        here, in the place of its step.
+        Batches in `skips` are read, because the stream shards must advance, but not returned.
+        Closing the iterator stops its threads. An exception in a thread is raised when its step is
+        due.
         """
-        lanes = [
-            self.dataset.lane(number, self.places.get(number, Place())) for number in self.lanes
+        shards = [
+            self.dataset.stream_shard(index, self.positions.get(index, StreamPosition()))
+            for index in self.shard_indices
         ]
-        each = len(self.rows) // len(lanes)
-        readers = ThreadPoolExecutor(self.threads, thread_name_prefix="llamesh-lanes")
-        # One thread makes the steps, one after the other: a lane has but one sequence.
-        maker = ThreadPoolExecutor(1, thread_name_prefix="llamesh-loader")
-        ahead: deque[Future[StepBatches]] = deque()
+        next_batch = first_batch
 
-        def read(lane: Lane) -> list[tuple[np.ndarray, np.ndarray]]:
-            return [lane.window(self.seq_len) for _ in range(each)]
+        def read_rows(shard: StreamShard) -> list[Window]:
+            return [shard.window(self.seq_len) for _ in range(self.rows_per_shard)]
 
-        reached = first_batch  # by the lanes
-
-        def make(number: int) -> StepBatches:
-            nonlocal reached
-            while reached <= number:
-                windows = [window for part in readers.map(read, lanes) for window in part]
-                reached += 1
-            places = {
-                str(own): list(lane.place) for own, lane in zip(self.lanes, lanes, strict=True)
-            }
-            batches = deal(
+        def read_step(number: int) -> StepBatches:
+            nonlocal next_batch
+            while next_batch <= number:
+                windows = [window for part in readers.map(read_rows, shards) for window in part]
+                next_batch += 1
+            batches = make_step_batches(
                 windows,
-                self._digest(number, windows),
+                number,
+                number * self.global_batch_size + self.first_row,
                 self.micro_batch_size,
                 self.dataset.document_mask,
                 self.pin_memory,
             )
-            return batches._replace(number=number, lanes=places)
+            positions = {
+                str(index): list(shard.position)
+                for index, shard in zip(self.shard_indices, shards, strict=True)
+            }
+            return batches._replace(stream_positions=positions)
 
-        try:
-            for number in batches_from(first_batch, skips):
-                ahead.append(maker.submit(make, number))
-                if len(ahead) > self.prefetch:
-                    yield ahead.popleft().result()
-        finally:
-            maker.shutdown(cancel_futures=True)
-            readers.shutdown()
-
-    def _digest(self, number: int, windows: list[tuple[np.ndarray, np.ndarray]]) -> int:
-        """The sum over this rank's rows of a batch, as for shards."""
-        first = number * self.global_batch_size
-        return sum(
-            isal_zlib.crc32(tokens, isal_zlib.crc32((first + row).to_bytes(8, "little")))
-            for row, (tokens, _) in zip(self.rows, windows, strict=True)
-        )
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="llamesh-stream") as readers:
+            # One loader thread, because stream shards are read sequentially.
+            yield from prefetch_steps(read_step, 1, self.prefetch, first_batch, skips)

@@ -1,139 +1,143 @@
-"""Checks every byte of a prepared folder against its manifest, and names all damage at once."""
+"""Verification of every byte of a prepared folder against its manifest.
+
+Collects all damage instead of stopping at the first error.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
 from data.errors import DataError
 from data.files import CRC_BLOCK, Checksums
 from data.manifest import OFFSET, SPLITS, TOKEN, FileEntry, Manifest, Shard
-from data.pack_index import PackIndex, packed_lengths
+from data.packing import PackIndex, packed_lengths
+from data.progress import ProgressReporter
 from data.tokenizer import MODEL_FILE, read_tokenizer
 
 
-def verify(folder: Path, tell: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
-    """What is damaged in a folder, a line a file; nothing where all is as it was prepared.
+def verify_dataset(
+    folder: Path, update: Callable[[int, int], None] = lambda done, total: None
+) -> list[str]:
+    """Return one message per damaged file, or an empty list.
 
     Args:
-        tell: is told after each shard how many bytes of how many are checked
+        update: Called after each shard with the number of bytes checked and in total.
 
     Raises:
-        DataError: the folder has no manifest that can be read.
+        DataError: The manifest cannot be read.
     """
-    manifest = Manifest.read(folder, compare=False)  # all damage is told, not the first
-    found = _tokenizer_errors(folder, manifest)
+    manifest = Manifest.read(folder, check_files=False)  # file errors are collected below
+    errors = _tokenizer_errors(folder, manifest)
     shards = [shard for split in SPLITS for shard in manifest.shards(split)]
     total = sum(shard.tokens.n_bytes + shard.offsets.n_bytes for shard in shards)
     done = 0
     for shard in shards:
-        found += _shard_errors(folder, shard, manifest.tokenizer.vocab_size)
+        errors += _shard_errors(folder, shard, manifest.tokenizer.vocab_size)
         done += shard.tokens.n_bytes + shard.offsets.n_bytes
-        tell(done, total)
-    return found + _packing_errors(folder, manifest)
+        update(done, total)
+    return errors + _packing_errors(folder, manifest)
 
 
-def verify_and_tell(folder: Path) -> bool:
-    """Checks a folder and tells all damage on standard error; whether there is none."""
-    console = Console(stderr=True)
-    columns = (TextColumn("checking"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+def print_verification(folder: Path) -> bool:
+    """Verify a folder, print the result and return whether it is intact."""
+    reporter = ProgressReporter(enabled=True)
+    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     n_bytes = 0
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=None)
+    with reporter.bar("", *columns) as update_bar:
 
-        def tell(done: int, total: int) -> None:
+        def update(done: int, total: int) -> None:
             nonlocal n_bytes
             n_bytes = total
-            bar.update(task, completed=done, total=total)
+            update_bar(done, total)
 
-        problems = verify(folder, tell)
-    if not problems:
-        print(f"{folder} is whole: each of its {n_bytes:,} bytes of shards is as it was prepared.")
+        errors = verify_dataset(folder, update)
+    if not errors:
+        print(f"{folder}: verified {n_bytes:,} bytes of shards, no damage found.")
         return True
-    of = f"{len(problems)} of its files are" if len(problems) > 1 else "1 of its files is"
-    lines = [f"{folder} is damaged, {of} not as prepared:", *(f"  {each}" for each in problems)]
-    remedy = "Restore them from a copy; or delete the folder and prepare it again."
-    console.print("\n".join([*lines, remedy]), highlight=False, soft_wrap=True, markup=False)
+    n_files = f"{len(errors)} files differ" if len(errors) > 1 else "1 file differs"
+    reporter.log(
+        "\n".join(
+            [
+                f"{folder} is damaged; {n_files} from the manifest:",
+                *(f"  {error}" for error in errors),
+                "Restore the files from a copy, or delete the folder and prepare it again.",
+            ]
+        )
+    )
     return False
 
 
 def _tokenizer_errors(folder: Path, manifest: Manifest) -> list[str]:
-    """Whether `tokenizer.model` is the tokenizer that made the tokens."""
     path = folder / MODEL_FILE
     try:
-        found = read_tokenizer(path, manifest.tokenizer.name)
+        tokenizer = read_tokenizer(path, manifest.tokenizer.name)
     except DataError as error:
-        return [f"{path} cannot be read: {error}"]
-    if found.hash != manifest.tokenizer.hash:
-        return [f"{path} is not the tokenizer that made the tokens"]
+        return [f"{path}: cannot read: {error}"]
+    if tokenizer.hash != manifest.tokenizer.hash:
+        return [f"{path} is not the tokenizer that produced the tokens"]
     return []
 
 
 def _packing_errors(folder: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with the pack indexes, where there are some: a small part of the bytes."""
-    problems = []
+    errors = []
     for source in manifest.sources:
         for seq_len in packed_lengths(folder, source):
             try:
                 index = PackIndex.read(folder, source, seq_len, manifest.hash)
             except DataError as error:
-                problems.append(str(error))
+                errors.append(str(error))
                 continue
-            found = (_file_problem(folder, shard.pieces) for shard in index.shards)
-            problems += [problem for problem in found if problem]
-    return problems
+            found = (_file_error(folder, shard.pieces) for shard in index.shards)
+            errors += [error for error in found if error]
+    return errors
 
 
 def _shard_errors(folder: Path, shard: Shard, vocab_size: int) -> list[str]:
-    """What is wrong with the two files of a shard."""
-    problems = []
-    for entry in (shard.tokens, shard.offsets):
-        problem = _file_problem(folder, entry)
-        if problem:
-            problems.append(problem)
-    if problems:  # what the content says is no news then
-        return problems
+    found = (_file_error(folder, entry) for entry in (shard.tokens, shard.offsets))
+    errors = [error for error in found if error]
+    if errors:
+        return errors
+    # The files are as written; check that their content agrees with the manifest.
     tokens = np.memmap(folder / shard.tokens.file, dtype=TOKEN, mode="r")
     offsets = np.fromfile(folder / shard.offsets.file, dtype=OFFSET)
-    if int(tokens.max(initial=0)) != shard.largest_id or shard.largest_id >= vocab_size:
-        problems.append(
-            f"{folder / shard.tokens.file} holds ids up to {int(tokens.max(initial=0))}: the "
-            f"manifest says {shard.largest_id}, the vocabulary has {vocab_size}"
+    largest_id = int(tokens.max(initial=0))
+    if largest_id != shard.largest_id or shard.largest_id >= vocab_size:
+        errors.append(
+            f"{folder / shard.tokens.file} contains ids up to {largest_id}, but the manifest "
+            f"records {shard.largest_id} and vocab_size={vocab_size}"
         )
-    ends = [0, shard.n_tokens]
     if (
         len(offsets) != shard.n_documents + 1
-        or [int(offsets[0]), int(offsets[-1])] != ends
+        or [int(offsets[0]), int(offsets[-1])] != [0, shard.n_tokens]
         or (np.diff(offsets) <= 0).any()
     ):
-        problems.append(
-            f"{folder / shard.offsets.file} does not ascend from 0 to the {shard.n_tokens} tokens "
+        errors.append(
+            f"{folder / shard.offsets.file} does not increase from 0 to {shard.n_tokens} tokens "
             f"over {shard.n_documents} documents"
         )
-    return problems
+    return errors
 
 
-def _file_problem(folder: Path, entry: FileEntry) -> str | None:
-    """Where a file differs from what was written, or None."""
+def _file_error(folder: Path, entry: FileEntry) -> str | None:
+    """Return how a file differs from its manifest entry, or None."""
     path = folder / entry.file
-    sums = Checksums()
+    actual = Checksums()
     try:
         with open(path, "rb") as file:
-            while piece := file.read(8 * CRC_BLOCK):
-                sums.update(piece)
+            while chunk := file.read(8 * CRC_BLOCK):
+                actual.update(chunk)
     except OSError as error:
-        return f"{path} cannot be read ({error.strerror})"
-    if sums.n_bytes != entry.n_bytes:
-        return f"{path} has {sums.n_bytes:,} bytes, its manifest says {entry.n_bytes:,}"
-    if sums.sha256 == entry.sha256:
+        return f"{path}: cannot read ({error.strerror})"
+    if actual.n_bytes != entry.n_bytes:
+        return f"{path} has {actual.n_bytes:,} bytes, but the manifest records {entry.n_bytes:,}"
+    if actual.sha256 == entry.sha256:
         return None
+    found = FileEntry.from_checksums(entry.file, actual)
     damaged = [
         str(block)
-        for block in range(len(entry.crc32) // 8)
-        if sums.crc32[8 * block : 8 * block + 8] != entry.crc32[8 * block : 8 * block + 8]
+        for block in range(entry.n_blocks)
+        if found.block_crc32(block) != entry.block_crc32(block)
     ]
     return f"{path} is damaged in MiB {', '.join(damaged)} (counted from 0)"

@@ -82,7 +82,7 @@ def test_a_whole_folder_is_praised_and_a_flipped_byte_and_a_lost_file_are_named(
     shutil.copytree(shards_of(run), copy)
     exit_code, text, errors = prepare_program("verify=true", f"data.folder={copy}")
     assert (exit_code, errors) == (0, "")
-    assert text.startswith(f"{copy} is whole") and len(text.splitlines()) == 1
+    assert text.startswith(f"{copy}: verified ") and len(text.splitlines()) == 1
     damaged = next(copy.glob("*/train-*.tokens"))
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
@@ -106,7 +106,7 @@ def test_verify_prepares_nothing(tmp_path: Path, corpus: Path) -> None:
         *("data=text", "data.name=x", f"data.sources.text.path={corpus}", "verify=true"),
         cwd=tmp_path,
     )
-    assert exit_code == 1 and "holds no prepared data" in errors
+    assert exit_code == 1 and "has no prepared data" in errors
     assert list(tmp_path.iterdir()) == []
 
 

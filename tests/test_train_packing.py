@@ -20,10 +20,10 @@ def test_two_processes_pack_every_stage_and_train_on_same_samples_as_one(
     shards = tmp_path / "shards"
     overrides = (*PACKED, f"data.folder={shards}")
     two = smoke_run(tmp_path / "two", *overrides, "parallel.dp_shard=2", "data.loader_threads=2")
-    assert two.stderr.count("packed for a length of 64") == 1
-    assert two.stderr.count("packed for a length of 128") == 1
+    assert two.stderr.count("for seq_len=64:") == 1
+    assert two.stderr.count("for seq_len=128:") == 1
     one = smoke_run(tmp_path / "one", *overrides)
-    assert "packed for" not in one.stderr
+    assert "Packed " not in one.stderr
     found, expected = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
     assert [line["tokens"] for line in expected][-1] == 12 * 8 * 64 + 12 * 8 * 128
     hashes = [line["batch_hash"] for line in expected]

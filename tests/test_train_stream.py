@@ -133,6 +133,6 @@ def test_all_stream_errors_are_reported_together_before_launch(
         assert key in done.stderr
     done = start_program(command(tmp_path / "run", "data.stream_shards=8"))
     assert done.returncode == 1
-    assert "data.stream_shards (8) is more than the 5 files" in done.stderr
+    assert "data.stream_shards=8 is more than the 5 files" in done.stderr
     assert "use 4, the largest" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ from typing import Any
 
 from data.dataset import Dataset
 from data.errors import DataError
-from data.inspection_report import print_sample, show_dataset, stdout_console
+from data.inspection import print_sample, show_dataset, stdout_console
 from data.manifest import MANIFEST_FILE
 from resilience.run_folder import RunFolder, RunFolderError
 from training.config import JobConfig

@@ -104,7 +104,7 @@ class Run:
                 self.stages.at(0),
                 rank=rank,
                 size=size,
-                places=self.position.stream_shards,
+                positions=self.position.stream_shards,
                 pin_memory=on_gpu,
                 threads=data.loader_threads,
                 prefetch=data.prefetch,
@@ -128,7 +128,7 @@ class Run:
             batches=n_batches,
             samples=self.stages.first_sample(n_batches),
             tokens=stage.global_batch_size * stage.seq_len,
-            stream_shards=batch.lanes,
+            stream_shards=batch.stream_positions,
         )
 
     def poll_checkpoints(self) -> None:

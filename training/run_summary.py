@@ -69,8 +69,9 @@ def _data_rows(config: JobConfig, dataset: "Dataset | StreamDataset") -> list[tu
     names = ", ".join(config.data.sources)
     vocabulary = f"{config.tokenizer.name} vocabulary of {config.tokenizer.vocab_size:,}"
     if not isinstance(dataset, Dataset):
-        files = f"{dataset.n_files} files of {dataset.source.path} in {dataset.lanes} stream shards"
-        return [("data", f"{names}, streamed from {files}, {vocabulary}")]
+        files = f"{dataset.n_files} files of {dataset.source.path}"
+        shards = f"{dataset.n_stream_shards} stream shards"
+        return [("data", f"{names}, streamed from {files} in {shards}, {vocabulary}")]
     stages = config.stages()
     order = dataset.order(stages, config.run.seed, config.data.shuffle_block_tokens)
     epochs = order.epochs(stages.first_sample(config.train.max_steps))

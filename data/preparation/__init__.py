@@ -1,1 +1,1 @@
-"""From rows to shards: parts, worker processes, and how a stopped preparation goes on."""
+"""Preparation of a dataset: documents → tokenizer → token shards → manifest."""

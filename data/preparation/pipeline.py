@@ -1,42 +1,30 @@
-"""Preparation: documents → tokenizer → token shards → manifest, in one folder.
+"""The preparation of a dataset folder, from documents to the manifest.
 
-No shard is written before every source has given its first document, and a source that cannot be
-read leaves nothing behind; the manifest comes last, so a folder is prepared or it is not. A
-preparation that was killed or stopped goes on, part by part and inside a part, and ends with the
-bytes of an undisturbed one. Only one process prepares (with its workers), the others
-`wait_until_prepared`.
+No shard is written before every source has yielded its first document, and the manifest is written
+last, so a folder is either prepared or not. An interrupted preparation resumes, also inside a part,
+and produces the same bytes as an uninterrupted one. One process prepares (with its workers); all
+others call `wait_until_prepared`.
 """
 
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from ctypes import Array, c_int64
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
-from data.files import write_atomically
+from data.files import is_locked, write_atomically
 from data.manifest import MANIFEST_FILE, SPLITS, Manifest, SourceEntry, TokenizerEntry
-from data.preparation.part import COUNTS, PartRecord, PartSettings, is_validation, record_path
+from data.preparation import state
+from data.preparation.part import OUTCOMES, PartRecord, PartSettings, record_path
 from data.preparation.pool import N_COUNTERS, prepare_parts, shared_counters
-from data.preparation.resume import begin_or_go_on, keep_done
-from data.preparation.state import (
-    claimed,
-    end_claim,
-    end_killed_claim,
-    is_claimed,
-    prepared_before,
-    read_marker,
-    refuse_foreign,
-    remove_all,
-)
-from data.progress import Done, PreparationProgress
-from data.sources.corpora import Corpus, Part, find
+from data.progress import ProgressCounts, ProgressReporter
+from data.sources.corpora import find_corpus
 from data.sources.rows import rows
 from data.tokenizer import (
     MODEL_FILE,
@@ -47,8 +35,6 @@ from data.tokenizer import (
     train_bpe,
 )
 
-__all__ = ["configuration", "is_validation", "prepare", "wait_until_prepared"]
-
 
 def prepare(
     data: DataConfig,
@@ -56,44 +42,47 @@ def prepare(
     progress: bool = True,
     check: Callable[[Manifest], None] | None = None,
 ) -> Manifest:
-    """Prepares `data.folder`, goes on with it, or finds it prepared from the same configuration.
+    """Prepare `data.folder`, resume its preparation, or return the manifest if it is prepared.
 
     Args:
-        progress: tell on standard error what is done: a bar on a terminal, else lines
-        check: raises DataError for tokens that are no use to the caller; nothing is left then
+        progress: Report on standard error.
+        check: Called with the manifest before it is written; may raise DataError to reject the
+            data, which deletes everything written.
 
     Raises:
-        DataError: a source or the tokenizer is not usable, the folder is another configuration's,
-            not ours, not writable, or being prepared by another process. Parts that are done stay.
+        DataError: A source or the tokenizer is unusable; or the folder belongs to another
+            configuration, contains other files, is not writable or is being prepared by another
+            process. Finished parts are kept.
     """
     folder = Path(data.folder)
-    wanted = configuration(data, tokenizer)
+    wanted = dataset_configuration(data, tokenizer)
     if (folder / MANIFEST_FILE).exists():
-        manifest = prepared_before(folder, wanted)
-        end_killed_claim(folder)
+        manifest = state.read_prepared(folder, wanted)
+        state.finish_interrupted(folder)
         return manifest
-    refuse_foreign(folder)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]  # deepest first
+    state.reject_foreign_files(folder)
+    created = [path for path in (folder, *folder.parents) if not path.exists()]  # deepest first
     try:
-        with claimed(folder) as marker:
-            if (folder / MANIFEST_FILE).exists():  # by another process, just now
-                manifest = prepared_before(folder, wanted)
+        with state.lock_folder(folder) as marker:
+            if (folder / MANIFEST_FILE).exists():  # written by another process just before
+                manifest = state.read_prepared(folder, wanted)
             else:
-                work = _found(data, tokenizer, wanted, progress, marker, made)
-                manifest = _prepare_claimed(work, marker, made, check)
-            end_claim(folder)
+                reporter = ProgressReporter(progress)
+                preparation = _Preparation(data, tokenizer, wanted, marker, created, reporter)
+                manifest = preparation.run(check)
+            state.finish(folder)
     except OSError as error:
         raise DataError(
-            f"data.folder ({folder}) cannot be written ({error.strerror or error}): make room or "
-            "name another data.folder, then start again: it goes on from what is done"
+            f"data.folder={folder} cannot be written ({error.strerror or error}); free disk space "
+            "or choose another data.folder, then run again to resume"
         ) from error
     return manifest
 
 
-def configuration(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
-    """What decides the content of a prepared folder, as JSON values.
+def dataset_configuration(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
+    """Return the keys that determine the content of a prepared folder, as JSON values.
 
-    What decides how the shards are read is left out, and the number of workers.
+    Keys that only affect reading, and the number of workers, are excluded.
     """
     sources = {name: asdict(source) for name, source in data.sources.items()}
     for source in sources.values():
@@ -111,213 +100,188 @@ def configuration(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, Any
 def wait_until_prepared(
     folder: Path | str, poll_seconds: float = 0.5, idle_seconds: float = 60
 ) -> Manifest:
-    """Waits for another process's preparation to end, however long that takes.
+    """Wait, without time limit, until another process has prepared the folder.
 
     Raises:
-        DataError: the folder is damaged, or for `idle_seconds` no process was preparing it.
+        DataError: The folder is damaged, or no process prepared it for `idle_seconds`.
     """
     folder = Path(folder)
-    last_seen = time.monotonic()
+    last_active = time.monotonic()
     while not (folder / MANIFEST_FILE).exists():
-        if is_claimed(folder):
-            last_seen = time.monotonic()
-        elif time.monotonic() - last_seen > idle_seconds:
+        if is_locked(folder / state.MARKER_FILE):
+            last_active = time.monotonic()
+        elif time.monotonic() - last_active > idle_seconds:
             raise DataError(
-                f"data.folder ({folder}) is not prepared, and for {idle_seconds:.0f} s no process "
-                "has been at it: see what the first process says, or run prepare.py first"
+                f"data.folder={folder} is not prepared, and no process has worked on it for "
+                f"{idle_seconds:.0f} s; see the first process's output, or run prepare.py first"
             )
         time.sleep(poll_seconds)
     return Manifest.read(folder)
 
 
-@dataclass(frozen=True)
-class _Work:
-    """A preparation: what from (`ready` is None for a tokenizer to train), and who is told."""
+class _Preparation:
+    """One preparation of a folder whose lock this process holds.
 
-    data: DataConfig
-    tokenizer: TokenizerConfig
-    wanted: dict[str, Any]
-    corpora: dict[str, Corpus]
-    ready: Tokenizer | None
-    show: PreparationProgress
+    Finds the sources on construction, which downloads hub datasets.
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.data.folder)
-
-    @property
-    def parts(self) -> list[Part]:
-        """Of all sources, in order."""
-        return [part for corpus in self.corpora.values() for part in corpus.parts]
-
-
-def _found(
-    data: DataConfig,
-    tokenizer: TokenizerConfig,
-    wanted: dict[str, Any],
-    progress: bool,
-    marker: TextIO,
-    made: list[Path],
-) -> _Work:
-    """What there is to prepare, found while the folder is ours.
-
-    A dataset is downloaded here, and those who wait for the preparation see that it has begun.
+    Args:
+        wanted: `dataset_configuration(…)`
+        marker: The open marker file that holds the lock.
+        created: Folders that exist only because of this preparation, deepest first.
     """
-    try:
-        corpora = {name: find(name, source) for name, source in data.sources.items()}
-        _refuse_unreadable(data, corpora)
-        ready = ready_tokenizer(tokenizer)
-    except BaseException:
-        if not read_marker(marker):  # else a preparation before this one has left its parts
-            with suppress(OSError):  # the first error is the one to tell
-                remove_all(Path(data.folder), made)
-        raise
-    return _Work(data, tokenizer, wanted, corpora, ready, PreparationProgress(progress))
 
+    def __init__(
+        self,
+        data: DataConfig,
+        tokenizer: TokenizerConfig,
+        wanted: dict[str, Any],
+        marker: TextIO,
+        created: list[Path],
+        reporter: ProgressReporter,
+    ) -> None:
+        self.data, self.tokenizer, self.wanted = data, tokenizer, wanted
+        self.folder, self.marker, self.created = Path(data.folder), marker, created
+        self.reporter = reporter
+        try:
+            self.corpora = {name: find_corpus(name, s) for name, s in data.sources.items()}
+            self._check_first_documents()
+            self.ready = ready_tokenizer(tokenizer)  # None: to be trained
+        except BaseException:
+            if not state.read_marker(marker):  # otherwise keep the parts of an earlier preparation
+                with suppress(OSError):  # report the original error
+                    state.remove_all(self.folder, created)
+            raise
+        self.parts = [part for corpus in self.corpora.values() for part in corpus.parts]
 
-def _prepare_claimed(
-    work: _Work, marker: TextIO, made: list[Path], check: Callable[[Manifest], None] | None
-) -> Manifest:
-    """Prepares a folder that is ours, up to its manifest."""
-    folder, parts = work.folder, work.parts
-    try:
-        begin_or_go_on(folder, work.corpora, work.ready, marker, work.wanted, work.show)
-        used = _tokenizer(work)
-        _write_parts(work, parts, used, marker)
-    except BaseException as error:
-        kept = []
-        with suppress(OSError):  # the first error is the one to tell
-            kept = keep_done(folder, parts)
-            if not kept:
-                remove_all(folder, made)
-        if kept and isinstance(error, DataError):
-            raise DataError(
-                f"{error}\n{folder} keeps what is done: the next start goes on with it."
-            ) from error
-        raise
-    try:
-        manifest = _manifest(work, used)
-        if check is not None:
-            check(manifest)
-    except DataError:
-        remove_all(folder, made)
-        raise
-    manifest.write(folder)
-    return manifest
+    def run(self, check: Callable[[Manifest], None] | None) -> Manifest:
+        """Prepare everything up to and including the manifest."""
+        folder = self.folder
+        try:
+            state.resume(folder, self.corpora, self.ready, self.marker, self.wanted, self.reporter)
+            tokenizer = self._make_tokenizer()
+            self._write_parts(tokenizer)
+        except BaseException as error:
+            kept = []
+            with suppress(OSError):  # report the original error
+                kept = state.keep_complete(folder, self.parts)
+                if not kept:
+                    state.remove_all(folder, self.created)
+            if kept and isinstance(error, DataError):
+                raise DataError(
+                    f"{error}\nFinished parts are kept in {folder}; run again to resume."
+                ) from error
+            raise
+        try:
+            manifest = self._make_manifest(tokenizer)
+            if check is not None:
+                check(manifest)
+        except DataError:
+            state.remove_all(folder, self.created)
+            raise
+        manifest.write(folder)
+        return manifest
 
+    def _check_first_documents(self) -> None:
+        for name, source in self.data.sources.items():
+            if next(self._texts(name), None) is None:
+                raise DataError(
+                    f"data.sources.{name}.path={source.path} contains no document; use a path that "
+                    "contains text"
+                )
 
-def _refuse_unreadable(data: DataConfig, corpora: dict[str, Corpus]) -> None:
-    """Reads the first document of each source."""
-    for name, source in data.sources.items():
-        if next(_texts(data, name, corpora[name]), None) is None:
-            raise DataError(
-                f"data.sources.{name}.path ({source.path}) holds no document: "
-                "name a path with text in it"
+    def _texts(self, name: str) -> Iterator[str]:
+        """Yield the text of each row of a source; empty for rows without text."""
+        corpus = self.corpora[name]
+        for part in corpus.parts:
+            for row in rows(part, self.data.sources[name], self.data.invalid_text, corpus.dataset):
+                yield row.text
+
+    def _make_tokenizer(self) -> Tokenizer:
+        """Load or train the tokenizer and write it to the folder."""
+        path = self.folder / MODEL_FILE
+        if self.ready is None and path.exists():  # trained before an interruption
+            return read_tokenizer(path, self.tokenizer.name)
+        tokenizer = self.ready or self._train_tokenizer()
+        write_atomically(path, model_file(tokenizer.ranks))
+        return tokenizer
+
+    def _train_tokenizer(self) -> Tokenizer:
+        """Train a tokenizer on the first documents, with equally many characters per source."""
+        n_characters = self.tokenizer.training_characters // len(self.corpora)
+        n_documents = 0
+
+        def texts(name: str) -> Iterator[str]:
+            nonlocal n_documents
+            remaining = n_characters
+            for text in self._texts(name):
+                yield text[:remaining]
+                n_documents += 1
+                remaining -= len(text)
+                if remaining <= 0:
+                    return
+
+        corpus = chain.from_iterable(map(texts, self.corpora))
+        with self.reporter.watch(
+            "training the tokenizer", lambda: ProgressCounts(0, n_documents, 0), None
+        ):
+            trained = train_bpe(corpus, self.tokenizer.vocab_size)
+        self.reporter.log(f"Trained a tokenizer with {trained.vocab_size:,} tokens")
+        return trained
+
+    def _write_parts(self, tokenizer: Tokenizer) -> None:
+        """Tokenize all parts that are not done."""
+        data, folder, parts = self.data, self.folder, self.parts
+        datasets = {name: corpus.dataset for name, corpus in self.corpora.items()}
+        settings = PartSettings(data, datasets, tokenizer.name)
+        counters = shared_counters(len(parts))
+        remaining = []
+        for index, part in enumerate(parts):
+            (folder / part.source).mkdir(exist_ok=True)
+            record = PartRecord.read(record_path(folder, part))
+            part_counters = slice(index * N_COUNTERS, (index + 1) * N_COUNTERS)
+            counters[part_counters] = [record.n_bytes, record.n_documents, record.n_tokens]
+            if not record.done:
+                remaining.append((index, part))
+
+        def read_counts() -> ProgressCounts:
+            return ProgressCounts(*(sum(counters[i::N_COUNTERS]) for i in range(N_COUNTERS)))
+
+        n_bytes = sum(part.n_bytes for part in parts) if all(p.n_bytes for p in parts) else None
+        n_workers = data.workers or _n_cores()
+        with self.reporter.watch(f"preparing {data.name}", read_counts, n_bytes):
+            prepare_parts(settings, tokenizer, remaining, n_workers, counters, self.marker.fileno())
+
+    def _make_manifest(self, tokenizer: Tokenizer) -> Manifest:
+        sources = {}
+        for name, corpus in self.corpora.items():
+            records = [PartRecord.read(record_path(self.folder, part)) for part in corpus.parts]
+            counts = {o: sum(record.documents[o] for record in records) for o in OUTCOMES}
+            shards = {s: [shard for r in records for shard in r.shards[s]] for s in SPLITS}
+            sources[name] = SourceEntry(corpus.revision, counts, shards)
+            n_tokens = {s: sum(shard.n_tokens for shard in shards[s]) for s in SPLITS}
+            documents = ", ".join(f"{n:,} {outcome}" for outcome, n in counts.items() if n)
+            self.reporter.log(
+                f"{name}: {n_tokens['train']:,} training and {n_tokens['validation']:,} validation "
+                f"tokens; documents: {documents}"
             )
-
-
-def _texts(data: DataConfig, name: str, corpus: Corpus) -> Iterator[str]:
-    """The texts of a source's rows; empty where a row gives none."""
-    for part in corpus.parts:
-        for row in rows(part, data.sources[name], data.invalid_text, corpus.dataset):
-            yield row.text
-
-
-def _tokenizer(work: _Work) -> Tokenizer:
-    """The tokenizer, in the folder: ready, trained before the preparation was killed, or now."""
-    path = work.folder / MODEL_FILE
-    if work.ready is None and path.exists():
-        return read_tokenizer(path, work.tokenizer.name)
-    used = work.ready or _train_tokenizer(work)
-    write_atomically(path, model_file(used.ranks))
-    return used
-
-
-def _train_tokenizer(work: _Work) -> Tokenizer:
-    """A tokenizer trained on the first documents, as many characters of each source."""
-    share = work.tokenizer.training_characters // len(work.corpora)
-    n_documents = 0
-
-    def texts(name: str) -> Iterator[str]:
-        nonlocal n_documents
-        left = share
-        for text in _texts(work.data, name, work.corpora[name]):
-            yield text[:left]
-            n_documents += 1
-            left -= len(text)
-            if left <= 0:
-                return
-
-    corpus = chain.from_iterable(map(texts, work.corpora))
-    with work.show.watching("training the tokenizer", lambda: Done(0, n_documents, 0), None):
-        trained = train_bpe(corpus, work.tokenizer.vocab_size)
-    work.show.say(f"tokenizer trained: {trained.vocab_size:,} tokens")
-    return trained
-
-
-def _write_parts(work: _Work, parts: Sequence[Part], tokenizer: Tokenizer, marker: TextIO) -> None:
-    """Tokenises every part that is not done."""
-    data, folder = work.data, work.folder
-    job = PartSettings(
-        folder,
-        dict(data.sources),
-        {name: corpus.dataset for name, corpus in work.corpora.items()},
-        data.invalid_text,
-        data.validation_fraction,
-        data.shard_tokens,
-        tokenizer.name,
-    )
-    counters = shared_counters(len(parts))
-    left = []
-    for place, part in enumerate(parts):
-        (folder / part.source).mkdir(exist_ok=True)
-        record = PartRecord.read(record_path(folder, part))
-        own = slice(place * N_COUNTERS, (place + 1) * N_COUNTERS)
-        counters[own] = [record.n_bytes, record.n_documents, record.n_tokens]
-        if not record.done:
-            left.append((place, part))
-    n_bytes = sum(part.n_bytes for part in parts) if all(p.n_bytes for p in parts) else None
-    with work.show.watching(f"preparing {data.name}", lambda: _done(counters), n_bytes):
-        prepare_parts(job, tokenizer, left, data.workers or _n_cores(), counters, marker.fileno())
-
-
-def _done(counters: Array[c_int64]) -> Done:
-    """The sums over all parts."""
-    return Done(*(sum(counters[each::N_COUNTERS]) for each in range(N_COUNTERS)))
-
-
-def _manifest(work: _Work, tokenizer: Tokenizer) -> Manifest:
-    """What the parts' records tell, in the order of the parts."""
-    sources = {}
-    for name, corpus in work.corpora.items():
-        records = [PartRecord.read(record_path(work.folder, part)) for part in corpus.parts]
-        counts = {each: sum(record.documents[each] for record in records) for each in COUNTS}
-        shards = {s: [shard for record in records for shard in record.shards[s]] for s in SPLITS}
-        sources[name] = SourceEntry(corpus.revision, counts, shards)
-        n_tokens = {s: sum(shard.n_tokens for shard in shards[s]) for s in SPLITS}
-        told = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
-        work.show.say(
-            f"{name}: {n_tokens['train']:,} training and {n_tokens['validation']:,} validation "
-            f"tokens; documents: {told}"
+            if n_tokens["train"] == 0:
+                raise DataError(
+                    f"data.sources.{name} has no training token (documents: {documents}); add "
+                    f"text, check data.sources.{name}.text_column and filter, or lower "
+                    f"data.validation_fraction={self.data.validation_fraction}"
+                )
+        entry = TokenizerEntry(
+            tokenizer.name,
+            tokenizer.hash,
+            tokenizer.vocab_size,
+            tokenizer.bos_id,
+            tokenizer.eos_id,
         )
-        if n_tokens["train"] == 0:
-            raise DataError(
-                f"data.sources.{name} has no token to train on (documents: {told}): add text, see "
-                f"data.sources.{name}.text_column and filter, or lower data.validation_fraction "
-                f"({work.data.validation_fraction})"
-            )
-    entry = TokenizerEntry(
-        tokenizer.name,
-        tokenizer.hash,
-        tokenizer.vocab_size,
-        tokenizer.bos_id,
-        tokenizer.eos_id,
-    )
-    return Manifest(entry, work.wanted, sources)
+        return Manifest(entry, self.wanted, sources)
 
 
 def _n_cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,7 +1,7 @@
-"""The workers of a preparation: processes that take one part after the other.
+"""Worker processes that prepare parts.
 
-They hold the folder's lock together with the main process and end when it ends, however that
-happens, so no second preparation begins while one of them may still write.
+Workers hold the folder lock together with the main process and exit when it exits for any reason,
+so no second preparation can start while a worker may still write.
 """
 
 import multiprocessing
@@ -18,114 +18,120 @@ from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 from data.errors import DataError
-from data.preparation.part import PartSettings, load, prepare_part
+from data.preparation.part import PartSettings, load_tokenizer_of, prepare_part
 from data.sources.corpora import Part
 from data.tokenizer import Tokenizer
 
-N_COUNTERS = 3  # of each part: bytes of input, documents, tokens that are done
+N_COUNTERS = 3  # per part: processed input bytes, documents and tokens
 
 
 def shared_counters(n_parts: int) -> Array[c_int64]:
-    """Zeros that the workers write and the main process reads, `N_COUNTERS` of each part."""
+    """Return zeroed counters that workers write and the main process reads."""
     return RawArray(c_int64, N_COUNTERS * n_parts)
 
 
 def prepare_parts(
-    job: PartSettings,
+    settings: PartSettings,
     tokenizer: Tokenizer,
     parts: Sequence[tuple[int, Part]],
     n_workers: int,
     counters: Array[c_int64],
-    lock: int,
+    lock_descriptor: int,
 ) -> None:
-    """Prepares parts, each with its place among the counters; without processes where one does.
+    """Prepare parts in worker processes, or in this process if one worker is enough.
 
     Args:
-        tokenizer: what processes load from the folder
-        lock: descriptor of the file that is locked
+        tokenizer: The tokenizer that workers load from the folder.
+        parts: Each with its index into the counters.
+        lock_descriptor: File descriptor that holds the folder lock.
 
     Raises:
-        DataError: the input is refused, or a worker died.
-        OSError: the shards cannot be written.
+        DataError: The input is invalid, or a worker died.
+        OSError: The shards cannot be written.
     """
     n_workers = min(n_workers, len(parts))
     if n_workers <= 1:
-        for place, part in parts:
-            _prepare(job, tokenizer, place, part, counters)
+        for index, part in parts:
+            _prepare(settings, tokenizer, index, part, counters)
         return
     context = multiprocessing.get_context("spawn")
-    # Nothing is ever sent: the workers end when this end is closed, by us or by our death.
-    workers_end, our_end = context.Pipe(duplex=False)
+    # Nothing is sent: closing the main end, by this process or by its death, stops the workers.
+    worker_end, main_end = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(
-        n_workers, context, _begin, (job, counters, workers_end, _Inherited(lock))
+        n_workers,
+        context,
+        _init_worker,
+        (settings, counters, worker_end, _InheritedDescriptor(lock_descriptor)),
     )
     try:
-        # Ctrl-C reaches all processes. The workers, which the first of these calls starts, inherit
-        # that it is held back, so none ends with a traceback while it begins; here it comes after.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Ctrl-C reaches all processes. The first submit starts the workers, which inherit the
+        # blocked signal and so do not print a traceback while they start.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            futures = [pool.submit(_work, place, part) for place, part in parts]
+            futures = [pool.submit(_work, index, part) for index, part in parts]
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
         pool.shutdown()
     except BrokenProcessPool:
         raise DataError(
-            "a worker process of the preparation died (the system kills one when memory runs "
-            "out): start again, it goes on from what is done; fewer data.workers need less memory"
+            "A worker process of the preparation died (the system may have killed it for lack of "
+            "memory); run again to resume, with fewer data.workers if memory is short"
         ) from None
     finally:
-        our_end.close()
+        main_end.close()
         pool.shutdown(cancel_futures=True)
-        workers_end.close()
+        worker_end.close()
 
 
 def _prepare(
-    job: PartSettings, tokenizer: Tokenizer, place: int, part: Part, counters: Array[c_int64]
+    settings: PartSettings, tokenizer: Tokenizer, index: int, part: Part, counters: Array[c_int64]
 ) -> None:
-    """One part, with its own counters."""
-    own = slice(place * N_COUNTERS, (place + 1) * N_COUNTERS)
+    part_counters = slice(index * N_COUNTERS, (index + 1) * N_COUNTERS)
 
-    def tell(*done: int) -> None:
-        counters[own] = list(done)
+    def update(*counts: int) -> None:
+        counters[part_counters] = list(counts)
 
-    prepare_part(job, tokenizer, part, tell)
+    prepare_part(settings, tokenizer, part, update)
 
 
-class _Inherited:
-    """A file descriptor that a started process shares, and with it the lock of its file."""
+class _InheritedDescriptor:
+    """A file descriptor, and the lock of its file, shared with a spawned process."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
 
     def __reduce__(self) -> Any:
-        return _detached, (reduction.DupFd(self.descriptor),)
+        return _detach, (reduction.DupFd(self.descriptor),)
 
 
-def _detached(descriptor: Any) -> _Inherited:
-    return _Inherited(descriptor.detach())
+def _detach(descriptor: Any) -> _InheritedDescriptor:
+    return _InheritedDescriptor(descriptor.detach())
 
 
-# Of a worker process, set once when it begins.
-_state: dict[str, Any] = {}
+_worker_state: dict[str, Any] = {}  # in a worker process only, set by `_init_worker`
 
 
-def _begin(
-    job: PartSettings, counters: Array[c_int64], workers_end: Connection, lock: _Inherited
+def _init_worker(
+    settings: PartSettings,
+    counters: Array[c_int64],
+    worker_end: Connection,
+    lock: _InheritedDescriptor,
 ) -> None:
-    """Sets up a worker process."""
-    threading.Thread(target=_end_with_main_process, args=(workers_end,), daemon=True).start()
-    _state.update(job=job, counters=counters, lock=lock, tokenizer=load(job))
+    threading.Thread(target=_exit_with_main_process, args=(worker_end,), daemon=True).start()
+    _worker_state.update(
+        settings=settings, counters=counters, lock=lock, tokenizer=load_tokenizer_of(settings)
+    )
 
 
-def _end_with_main_process(workers_end: Connection) -> None:
-    """Ends this process at once when the main process is gone or wants no more."""
-    workers_end.poll(None)
+def _exit_with_main_process(worker_end: Connection) -> None:
+    """Exit this process as soon as the main process exits or closes its end of the pipe."""
+    worker_end.poll(None)
     os._exit(1)
 
 
-def _work(place: int, part: Part) -> None:
-    """One part, in a worker process."""
-    _prepare(_state["job"], _state["tokenizer"], place, part, _state["counters"])
+def _work(index: int, part: Part) -> None:
+    state = _worker_state
+    _prepare(state["settings"], state["tokenizer"], index, part, state["counters"])

@@ -1,173 +1,248 @@
-"""Who owns a folder while it is prepared, and what may be removed from it.
+"""State of a preparation on disk: the folder lock, what it was made from, and resuming.
 
-`preparing.json` is there while a folder is being prepared and after a kill; who holds its lock
-prepares. It tells from what: only what the same configuration made of the same input goes on.
+`preparing.json` exists while a folder is being prepared and after an interruption. The preparing
+process holds its lock; its content identifies configuration and input. A later preparation keeps
+the records of parts for which these are equal. A changed `data.invalid_text` keeps the parts whose
+text was all valid, so a `strict` preparation that failed can resume with `replace` or `skip`.
 """
 
-import fcntl
+import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from filelock import lock_descriptor
+
 from data.errors import DataError
-from data.manifest import MANIFEST_FILE, Manifest
-from data.tokenizer import MODEL_FILE
+from data.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest
+from data.preparation.part import PartRecord, record_path
+from data.progress import ProgressReporter
+from data.sources.corpora import Corpus, Part
+from data.tokenizer import MODEL_FILE, Tokenizer
 
 MARKER_FILE = "preparing.json"
-PATIENCE_SECONDS = 2.0  # for the workers of a preparation that was killed just now to end
-_OURS = re.compile(
+LOCK_TIMEOUT_SECONDS = 2.0  # for the workers of a preparation killed just before to exit
+_OWN_FILES = re.compile(
     r"((train|validation)-\d{5,}(-\d{3,})?\.(tokens|offsets)|part-\d{5,}\.json)(\.tmp)?"
 )
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[TextIO]:
-    """Holds the folder for this process, by the lock of its marker file, which it gives.
+def lock_folder(folder: Path) -> Iterator[TextIO]:
+    """Lock the folder for this process and yield the open marker file that holds the lock.
 
     Raises:
-        DataError: another process holds it.
+        DataError: Another process holds the lock.
     """
     path = folder / MARKER_FILE
-    give_up = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         with open(path, "a+", encoding="utf-8") as marker:
-            if _locked(marker, path):
+            if _try_lock(marker, path):
                 yield marker
                 return
-        if time.monotonic() > give_up:
+        if time.monotonic() > deadline:
             raise DataError(
-                f"data.folder ({folder}) is being prepared by another process: wait for it, "
-                "or name another data.folder"
+                f"data.folder={folder} is being prepared by another process; wait for it, or "
+                "choose another data.folder"
             )
         time.sleep(0.05)
 
 
-def is_claimed(folder: Path) -> bool:
-    """Whether a living process holds the folder."""
+def _try_lock(marker: TextIO, path: Path) -> bool:
+    """Lock the marker file; return whether that succeeded and the file still exists."""
     try:
-        with open(folder / MARKER_FILE, encoding="utf-8") as marker:
-            fcntl.flock(marker, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no marker, no preparation
+        locked = lock_descriptor(marker.fileno(), blocking=False)
+        return locked and os.path.samestat(os.fstat(marker.fileno()), os.stat(path))
+    except FileNotFoundError:  # removed by its holder between open and lock
         return False
-    return False
 
 
 def read_marker(marker: TextIO) -> dict[str, Any]:
-    """What the preparation before was made from; nothing where there was none."""
+    """Return what an earlier preparation was made from; empty if there was none."""
     marker.seek(0)
     try:
         values = json.load(marker)
-    except ValueError:
+    except ValueError:  # empty, or torn by a crash
         return {}
     return values if isinstance(values, dict) else {}
 
 
-def write_marker(marker: TextIO, values: dict[str, Any]) -> None:
-    """Puts on the disk what this preparation is made from. Torn by a crash, it counts as none."""
-    marker.truncate(0)
-    json.dump(values, marker, indent=1)
-    marker.flush()
-    os.fsync(marker.fileno())
+def read_prepared(folder: Path, wanted: dict[str, Any]) -> Manifest:
+    """Read the manifest of a prepared folder and check its configuration.
 
-
-def prepared_before(folder: Path, wanted: dict[str, Any]) -> Manifest:
-    """The manifest of a folder that is prepared, refused when from another configuration."""
+    Raises:
+        DataError: The folder was prepared from another configuration, or is damaged.
+    """
     manifest = Manifest.read(folder)
-    was, now = _flat(manifest.configuration), _flat(wanted)
+    old, new = _flatten(manifest.configuration), _flatten(wanted)
     differences = [
-        f"  {key}: {was.get(key, 'absent')} there, {now.get(key, 'absent')} now"
-        for key in sorted(was.keys() | now.keys())
-        if was.get(key, "absent") != now.get(key, "absent")
+        f"  {key}: {old.get(key, 'absent')} in the folder, {new.get(key, 'absent')} requested"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, "absent") != new.get(key, "absent")
     ]
     if differences:
         raise DataError(
-            f"data.folder ({folder}) was prepared from another configuration:\n"
+            f"data.folder={folder} was prepared from another configuration:\n"
             + "\n".join(differences)
-            + "\nName another data.folder (or data.name), or delete this one."
+            + "\nChoose another data.folder (or data.name), or delete this one."
         )
     return manifest
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by their dotted keys."""
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            flat.update(_flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
     return flat
 
 
-def refuse_foreign(folder: Path) -> None:
-    """A folder with files of someone else is left alone."""
+def reject_foreign_files(folder: Path) -> None:
+    """Raise DataError if the folder contains files that are not from a preparation."""
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"data.folder ({folder}) is a file: name a folder")
+        raise DataError(f"data.folder={folder} is a file; choose a folder")
     if folder.is_dir() and not (folder / MARKER_FILE).exists():
-        found = next(folder.iterdir(), None)
-        if found is not None and not (folder / MANIFEST_FILE).exists():
+        file = next(folder.iterdir(), None)
+        if file is not None and not (folder / MANIFEST_FILE).exists():
             raise DataError(
-                f"data.folder ({folder}) holds files that no preparation made ({found.name}, …): "
-                "name a new or empty folder"
+                f"data.folder={folder} contains files not written by a preparation ({file.name}, "
+                "…); choose a new or empty folder"
             )
 
 
-def sweep(folder: Path, keep: Collection[str] = ()) -> None:
-    """Removes shards and records but for `keep`, and what was half-written, but no other file.
+def resume(
+    folder: Path,
+    corpora: dict[str, Corpus],
+    ready: Tokenizer | None,
+    marker: TextIO,
+    wanted: dict[str, Any],
+    reporter: ProgressReporter,
+) -> None:
+    """Keep the files of an earlier preparation that this one would write too; delete the others.
 
     Args:
-        keep: paths from the folder
+        ready: The tokenizer, or None if it is trained on the data.
+        wanted: Configuration of this preparation.
+    """
+    parts = [part for corpus in corpora.values() for part in corpus.parts]
+    new: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "configuration": wanted,
+        "input": {name: _input_hash(corpus) for name, corpus in corpora.items()},
+        "tokenizer": ready.hash if ready is not None else None,
+    }
+    old = read_marker(marker)
+    changed = [name for name in new if _without_policy(old.get(name)) != _without_policy(new[name])]
+    policies = [values.get("configuration", {}).get("data.invalid_text") for values in (old, new)]
+    if ready is None and policies[0] not in ("strict", policies[1]):
+        changed.append("data.invalid_text")  # the tokenizer was trained on text repaired that way
+    if changed:
+        if old:
+            reporter.log(f"{folder}: restarting the preparation; changed: {', '.join(changed)}")
+        remove_files(folder)
+        (folder / MODEL_FILE).unlink(missing_ok=True)
+    elif policies[0] != policies[1]:
+        for path in [record_path(folder, part) for part in parts]:
+            if not PartRecord.read(path).is_clean:
+                path.unlink()
+    kept = keep_complete(folder, parts)
+    if kept:
+        n_done = sum(record.done for record in kept)
+        reporter.log(f"{folder}: resuming; {n_done} of {len(parts)} parts are done")
+    if old != new:
+        marker.truncate(0)
+        json.dump(new, marker, indent=1)
+        marker.flush()
+        os.fsync(marker.fileno())
+
+
+def _input_hash(corpus: Corpus) -> str:
+    text = repr((corpus.revision, corpus.parts))
+    # Hash the text of version 0.1, whose names were different, so that its preparations resume.
+    for new, old in (
+        ("FileRange(", "Piece("),
+        (", ranges=(", ", pieces=("),
+        (", start=", ", begin="),
+    ):
+        text = text.replace(new, old)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_policy(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {name: value for name, value in values.items() if name != "data.invalid_text"}
+
+
+def keep_complete(folder: Path, parts: Sequence[Part]) -> list[PartRecord]:
+    """Return the records whose shard files are complete; delete all other own files."""
+    kept, files = [], set()
+    for part in parts:
+        path = record_path(folder, part)
+        record = PartRecord.read(path)
+        sizes = record.file_sizes()
+        with suppress(FileNotFoundError):
+            if record.n_closed and all(
+                (folder / file).stat().st_size == size for file, size in sizes.items()
+            ):
+                kept.append(record)
+                files |= {path.relative_to(folder).as_posix(), *sizes}
+    remove_files(folder, files)
+    return kept
+
+
+def remove_files(folder: Path, keep: Collection[str] = ()) -> None:
+    """Delete shards, records and temporary files, but no files of other origin.
+
+    Args:
+        keep: Paths relative to the folder.
     """
     for path in folder.glob("*/*"):
-        if _OURS.fullmatch(path.name) and path.relative_to(folder).as_posix() not in keep:
+        if _OWN_FILES.fullmatch(path.name) and path.relative_to(folder).as_posix() not in keep:
             path.unlink()
     for name in (MODEL_FILE, MANIFEST_FILE):
         (folder / f"{name}.tmp").unlink(missing_ok=True)
     _remove_empty(path for path in folder.iterdir() if path.is_dir())
 
 
-def remove_all(folder: Path, made: Iterable[Path]) -> None:
-    """Removes all that a preparation made, the folders `made` for it too, deepest first."""
-    sweep(folder)
+def remove_all(folder: Path, created: Iterable[Path]) -> None:
+    """Delete everything that a preparation wrote, including the folders it created.
+
+    Args:
+        created: Deepest first.
+    """
+    remove_files(folder)
     for file in (MODEL_FILE, MARKER_FILE):
         (folder / file).unlink(missing_ok=True)
-    _remove_empty(made)
+    _remove_empty(created)
 
 
-def end_claim(folder: Path) -> None:
-    """Removes the records and the marker of a preparation whose manifest is written."""
+def finish(folder: Path) -> None:
+    """Delete records and marker after the manifest was written."""
     for path in folder.glob("*/part-*.json*"):
-        if _OURS.fullmatch(path.name):
+        if _OWN_FILES.fullmatch(path.name):
             path.unlink()
     (folder / MARKER_FILE).unlink()
 
 
-def end_killed_claim(folder: Path) -> None:
-    """Does that for a preparation that was killed after its manifest was written."""
+def finish_interrupted(folder: Path) -> None:
+    """Do the work of `finish` for a preparation killed after it wrote the manifest."""
     path = folder / MARKER_FILE
-    with suppress(OSError), open(path, encoding="utf-8") as marker:  # or the folder is read-only
-        if _locked(marker, path):
-            end_claim(folder)
-
-
-def _locked(marker: TextIO, path: Path) -> bool:
-    """Whether this process now holds the lock of the file, and the file is still there."""
-    try:
-        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(marker.fileno()), os.stat(path))
-    except (BlockingIOError, FileNotFoundError):
-        return False
+    with suppress(OSError), open(path, encoding="utf-8") as marker:  # absent, or read-only folder
+        if _try_lock(marker, path):
+            finish(folder)
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
     for folder in folders:
-        with suppress(OSError):  # not empty, or not there
+        with suppress(OSError):  # not empty, or absent
             folder.rmdir()

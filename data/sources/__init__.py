@@ -1,1 +1,1 @@
-"""What documents come from: files and datasets, cut into parts, and their rows, each judged."""
+"""Text sources: files and datasets divided into parts, and their rows."""

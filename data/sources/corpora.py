@@ -1,9 +1,9 @@
-"""What a source is read from: its files or dataset, cut into parts that are prepared one by one.
+"""Finding the files or dataset of a source and dividing them into parts.
 
-The cut depends on the input alone (names, sizes, where lines, row groups and record batches end),
-never on how many workers there are. Files come in sorted order, so a source is the same sequence
-on every machine. Local formats touch neither the network nor the user's dataset cache. How the
-rows of a part are read is left to `data.sources.rows`.
+The division depends only on the input (names, sizes, boundaries of lines, row groups and record
+batches), not on the number of workers. Files are sorted, so a source is the same sequence on every
+machine. Local formats use neither the network nor the `datasets` cache. `data.sources.rows` reads
+the parts.
 """
 
 import glob
@@ -20,54 +20,63 @@ from data.errors import DataError
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _LINES = (".jsonl", ".ndjson")
-# What a folder contributes: text takes every file in it.
+# Files taken from a folder, by format; `text` takes all.
 SUFFIXES = {
     "text": ("",),
     "jsonl": (*_LINES, *(lines + packed for lines in _LINES for packed in COMPRESSED)),
     "parquet": (".parquet",),
     "arrow": (".arrow",),
 }
-NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+EXCLUDED_FROM_STDLIB = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
 MIB = 2**20
-# A source is cut into about 64 parts, for many workers; the largest fills one shard of tokens.
+# About 64 parts per source serve many workers; the largest part fills one shard of tokens.
 N_PARTS, MIN_PART_BYTES, MAX_PART_BYTES = 64, MIB, 256 * MIB
-ARROW_FILE = b"ARROW1"  # how an Arrow file begins; a stream of record batches begins otherwise
+ARROW_FILE_MAGIC = b"ARROW1"  # absent from an Arrow stream of record batches
 
 
 @dataclass(frozen=True)
 class FileRange:
-    """A stretch of a file or a dataset: from `begin` to `end`, or to its end where that is None.
+    """A range of a file or dataset, from `start` to `end` (None: to the end of the file).
 
-    Counted in bytes (JSON lines, cut at line ends), row groups (Parquet), record batches (Arrow),
-    rows (a downloaded dataset) or shards (a streamed one); text and what is compressed stay whole.
-    `n_bytes` is what of the input it takes, or an estimate; 0 where nobody knows.
+    The unit is bytes (JSON lines, divided at line ends), row groups (Parquet), record batches
+    (Arrow), rows (downloaded datasets) or dataset shards (streamed datasets); text and compressed
+    files are not divided. `n_bytes` is the input size, possibly estimated; 0 if unknown.
     """
 
     path: str
-    begin: int
+    start: int
     end: int | None
     n_bytes: int
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one worker prepares at a time: pieces of a source, in order."""
+    """A unit of work for one worker: consecutive ranges of a source."""
 
     source: str
     number: int
-    pieces: tuple[FileRange, ...]
+    ranges: tuple[FileRange, ...]
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the input, or 0 where nobody knows."""
-        return sum(piece.n_bytes for piece in self.pieces)
+        """Input size in bytes, or 0 if unknown."""
+        return sum(file_range.n_bytes for file_range in self.ranges)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A source, found and cut: what it is (a hash, or a dataset's commit), and its parts.
+    """A source divided into parts.
 
-    `dataset` is the library's own object, downloaded or streamed, for format `huggingface`.
+    Attributes:
+        revision: A hash of the input, or the dataset's commit.
+        dataset: Object of the `datasets` library, downloaded or streamed, for format `huggingface`.
     """
 
     revision: str
@@ -75,11 +84,11 @@ class Corpus:
     dataset: Any = None
 
 
-def find(name: str, source: SourceConfig) -> Corpus:
-    """Finds what the source of this name is read from, and cuts it into parts.
+def find_corpus(name: str, source: SourceConfig) -> Corpus:
+    """Find the input of the source with this name and divide it into parts.
 
     Raises:
-        DataError: there is nothing to read, or not in this format.
+        DataError: There is no input, or not in the configured format.
     """
     key = f"data.sources.{name}"
     if source.format == "huggingface":
@@ -87,29 +96,29 @@ def find(name: str, source: SourceConfig) -> Corpus:
     try:
         files = source_files(source, key)
         sizes = [file.stat().st_size for file in files]
-        part_bytes = min(max(sum(sizes) // N_PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
-        pieces = (
-            piece
+        part_bytes = _part_bytes(sum(sizes))
+        ranges = (
+            file_range
             for file, size in zip(files, sizes, strict=True)
-            for piece in _pieces(file, size, part_bytes, source.format, key)
+            for file_range in _divide_file(file, size, part_bytes, source.format, key)
         )
-        return Corpus(_revision(files, sizes), tuple(_grouped(name, pieces, part_bytes)))
+        return Corpus(_revision(files, sizes), tuple(_group(name, ranges, part_bytes)))
     except OSError as error:
-        raise DataError(f"{key}.path ({source.path}) cannot be read ({error})") from error
+        raise DataError(f"{key}.path={source.path}: cannot read ({error})") from error
 
 
 def source_files(source: SourceConfig, key: str = "data.sources.<name>") -> list[Path]:
-    """The files of a local source, sorted.
+    """Return the files of a local source, sorted.
 
     Raises:
-        DataError: the path names no file.
+        DataError: The path matches no file.
     """
     if source.format == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         return sorted(
             file
             for file in root.rglob("*.py")
-            if not NOT_LIBRARY.intersection(file.relative_to(root).parts)
+            if not EXCLUDED_FROM_STDLIB.intersection(file.relative_to(root).parts)
         )
     assert source.path is not None
     path = Path(source.path).expanduser()
@@ -124,36 +133,41 @@ def source_files(source: SourceConfig, key: str = "data.sources.<name>") -> list
             and file.name.endswith(suffixes)
             and not any(part.startswith(".") for part in file.relative_to(path).parts)
         ]
-        what = "a folder without a " + (" or ".join(suffixes).strip() or "visible") + " file"
+        reason = f"is a folder without {' or '.join(suffixes).strip() or 'visible'} files"
     else:
         files = [Path(name) for name in glob.glob(str(path), recursive=True)]
         files = [file for file in files if file.is_file()]
-        what = "no file, folder or glob that matches one"
+        reason = "matches no file or folder"
     if not files:
         raise DataError(
-            f"{key}.path ({source.path}) is {what}, seen from {Path.cwd()}: name an existing one"
+            f"{key}.path={source.path} {reason} (working directory {Path.cwd()}); use an existing "
+            "path"
         )
     return sorted(files)
 
 
 def open_arrow(path: str) -> Any:
-    """A memory-mapped Arrow file, or stream, as a reader of record batches."""
+    """Memory-map an Arrow file or stream and return its record batch reader."""
     import pyarrow
 
     mapped = pyarrow.memory_map(path)
-    is_file = mapped.read(len(ARROW_FILE)) == ARROW_FILE
+    is_file = mapped.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
     mapped.seek(0)
     return pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)
 
 
 def first_line(error: Exception) -> str:
-    """A foreign error in one line."""
+    """Return a library's exception as one line."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
+def _part_bytes(n_bytes: int) -> int:
+    return min(max(n_bytes // N_PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
+
+
 def _revision(files: list[Path], sizes: list[int]) -> str:
-    """SHA-256 over the files' names, from the folder that they share, and sizes."""
+    """Return the SHA-256 of file sizes and names, relative to the common parent folder."""
     base = os.path.commonpath([file.absolute().parent for file in files])
     digest = hashlib.sha256()
     for file, size in zip(files, sizes, strict=True):
@@ -162,12 +176,12 @@ def _revision(files: list[Path], sizes: list[int]) -> str:
     return digest.hexdigest()
 
 
-def _grouped(name: str, pieces: Iterable[FileRange], part_bytes: int) -> Iterator[Part]:
-    """Parts of neighbouring pieces, each of `part_bytes` or a little more."""
+def _group(name: str, ranges: Iterable[FileRange], part_bytes: int) -> Iterator[Part]:
+    """Group consecutive ranges into parts of at least `part_bytes`."""
     number, group, n_bytes = 0, list[FileRange](), 0
-    for piece in pieces:
-        group.append(piece)
-        n_bytes += piece.n_bytes
+    for file_range in ranges:
+        group.append(file_range)
+        n_bytes += file_range.n_bytes
         if n_bytes >= part_bytes:
             yield Part(name, number, tuple(group))
             number, group, n_bytes = number + 1, [], 0
@@ -175,48 +189,52 @@ def _grouped(name: str, pieces: Iterable[FileRange], part_bytes: int) -> Iterato
         yield Part(name, number, tuple(group))
 
 
-def _pieces(file: Path, size: int, part_bytes: int, format_: str, key: str) -> Iterator[FileRange]:
-    """A file whole, or a large one cut where its format allows."""
+def _divide_file(
+    file: Path, size: int, part_bytes: int, format_: str, key: str
+) -> Iterator[FileRange]:
+    """Yield the ranges of a file, several if it is large and its format allows division."""
     path = str(file.absolute())
     plain_lines = format_ == "jsonl" and file.suffix not in COMPRESSED
     if plain_lines and size > part_bytes:
-        yield from _line_pieces(path, size, part_bytes)
+        yield from _divide_lines(path, size, part_bytes)
     elif format_ in ("parquet", "arrow") and size > part_bytes:
         try:
             sizes = _row_group_sizes(path) if format_ == "parquet" else _batch_sizes(path)
         except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
             raise DataError(
-                f"{key}.path: {path} is not a whole {format_.capitalize()} file "
-                f"({first_line(error)}): write it again"
+                f"{key}.path: {path} is not a complete {format_.capitalize()} file "
+                f"({first_line(error)}); write it again"
             ) from None
-        yield from _counted_pieces(path, size, sizes, part_bytes)
+        yield from _divide_units(path, size, sizes, part_bytes)
     else:
         yield FileRange(path, 0, size if plain_lines else None, size)
 
 
-def _line_pieces(path: str, size: int, part_bytes: int) -> Iterator[FileRange]:
-    """Byte ranges of about `part_bytes`, each ending with a line."""
+def _divide_lines(path: str, size: int, part_bytes: int) -> Iterator[FileRange]:
+    """Yield byte ranges of about `part_bytes`, each ending at a line end."""
     with open(path, "rb") as stream:
-        begin = 0
-        while begin < size:
-            stream.seek(begin + part_bytes - 1)
+        start = 0
+        while start < size:
+            stream.seek(start + part_bytes - 1)
             while (read := stream.readline(MIB)) and not read.endswith(b"\n"):
                 pass
             end = min(stream.tell(), size) if read else size
-            yield FileRange(path, begin, end, end - begin)
-            begin = end
+            yield FileRange(path, start, end, end - start)
+            start = end
 
 
-def _counted_pieces(path: str, size: int, sizes: list[int], part_bytes: int) -> Iterator[FileRange]:
-    """Runs of row groups or record batches; a run's share of the file goes by their `sizes`."""
-    total = max(sum(sizes), 1)
-    begin = before = done = 0
-    for number, each in enumerate(sizes, start=1):
-        done += each
-        n_bytes = (done - before) * size // total
-        if n_bytes >= part_bytes or number == len(sizes):
-            yield FileRange(path, begin, number, n_bytes)
-            begin, before = number, done
+def _divide_units(
+    path: str, size: int, unit_sizes: list[int], part_bytes: int
+) -> Iterator[FileRange]:
+    """Yield ranges of row groups or record batches, with bytes in proportion to `unit_sizes`."""
+    total = max(sum(unit_sizes), 1)
+    start = start_size = end_size = 0
+    for end, unit_size in enumerate(unit_sizes, start=1):
+        end_size += unit_size
+        n_bytes = (end_size - start_size) * size // total
+        if n_bytes >= part_bytes or end == len(unit_sizes):
+            yield FileRange(path, start, end, n_bytes)
+            start, start_size = end, end_size
 
 
 def _row_group_sizes(path: str) -> list[int]:
@@ -228,7 +246,7 @@ def _row_group_sizes(path: str) -> list[int]:
 
 
 def _batch_sizes(path: str) -> list[int]:
-    """Of a memory-mapped file, so that the batches themselves are not read."""
+    """Return relative record batch sizes; the memory map avoids reading the batches."""
     reader = open_arrow(path)
     if hasattr(reader, "num_record_batches"):
         return [1] * reader.num_record_batches
@@ -236,41 +254,39 @@ def _batch_sizes(path: str) -> list[int]:
 
 
 def _hub_corpus(name: str, source: SourceConfig, key: str) -> Corpus:
-    """A dataset by name, or a local folder that is laid out like one."""
+    """Find a hub dataset, or a local folder with the same layout."""
     import datasets
 
-    datasets.disable_progress_bars()  # each would draw over the preparation's own
+    datasets.disable_progress_bars()  # they would overwrite the bar of the preparation
+    path = str(source.path)
     try:
-        builder = datasets.load_dataset_builder(
-            source.path, name=source.name, revision=source.revision
-        )
+        builder = datasets.load_dataset_builder(path, name=source.name, revision=source.revision)
         if source.streaming:
             dataset = builder.as_streaming_dataset(split=source.split)
             n_shards = dataset.num_shards
             n_bytes = (builder.info.dataset_size or 0) // n_shards
-            pieces = [FileRange(str(source.path), i, i + 1, n_bytes) for i in range(n_shards)]
+            ranges = [FileRange(path, i, i + 1, n_bytes) for i in range(n_shards)]
         else:
             builder.download_and_prepare()
             dataset = builder.as_dataset(split=source.split)
             n_rows, size = len(dataset), dataset.data.nbytes
-            part_bytes = min(max(size // N_PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
-            rows = max(n_rows * part_bytes // max(size, 1), 1)
-            pieces = [
-                FileRange(str(source.path), i, min(i + rows, n_rows), size * rows // n_rows)
-                for i in range(0, n_rows, rows)
+            n_part_rows = max(n_rows * _part_bytes(size) // max(size, 1), 1)
+            ranges = [
+                FileRange(path, i, min(i + n_part_rows, n_rows), size * n_part_rows // n_rows)
+                for i in range(0, n_rows, n_part_rows)
             ]
     except Exception as error:  # the library raises whatever its file systems raise
         raise DataError(
-            f"{key}.path ({source.path}) cannot be read as a dataset "
-            f"(name={source.name}, split={source.split}, revision={source.revision}; "
-            f"{first_line(error)}): check these, the network, and that it is public"
+            f"{key}.path={path}: cannot read the dataset (name={source.name}, split={source.split},"
+            f" revision={source.revision}; {first_line(error)}); check these values, the network, "
+            "and that the dataset is public"
         ) from error
-    parts = [Part(name, number, (piece,)) for number, piece in enumerate(pieces)]
-    return Corpus(_hub_revision(builder), tuple(parts), dataset)
+    parts = tuple(Part(name, number, (each,)) for number, each in enumerate(ranges))
+    return Corpus(_hub_revision(builder), parts, dataset)
 
 
 def _hub_revision(builder: Any) -> str:
-    """A dataset's commit; of a local one, whose hash in the library tells nothing, as of files."""
+    """Return a dataset's commit, or `_revision` of local files (the library has no usable hash)."""
     names = [name for files in (builder.config.data_files or {}).values() for name in files]
     files = [Path(name) for name in names]
     if files and all(file.is_file() for file in files):

@@ -1,63 +1,79 @@
-"""The rows of a piece as its format holds them: JSON lines, text, Parquet, Arrow, a dataset.
+"""Reading the rows of a file range in each format: JSON lines, text, Parquet, Arrow, datasets.
 
-Reading can go on after any row: it seeks where the format can, else it passes over the rows.
-Tables are read in small batches, so that memory is bounded by the largest document. What a row is
-worth is left to `data.sources.rows`.
+Reading can resume after any row, by seeking where the format allows it and by skipping rows
+otherwise. Tables are read in small batches, so memory is bounded by the largest document.
+`data.sources.rows` checks and filters the rows.
 """
 
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from data.config import SourceConfig
 from data.sources.corpora import COMPRESSED, MIB, FileRange, open_arrow
 
-BATCH_ROWS = 128  # of a table, turned into Python objects at once
+BATCH_ROWS = 128  # table rows converted to Python objects at a time
+
+Tables = Iterator[tuple[Any, Sequence[str]]]
+"""Arrow tables or record batches, each with the column names of its file."""
 
 
 class RowPosition(NamedTuple):
-    """A place between two rows of a part."""
+    """A position between two rows of a part.
 
-    piece: int = 0
-    row: int = 0  # rows (lines, with the blank ones) of the piece before it
-    offset: int = 0  # bytes of the piece before it, where it is JSON lines that are not compressed
+    Attributes:
+        file_range: Index of the range in the part.
+        row: Rows (lines, including blank ones) of the range before the position.
+        offset: Bytes of the range before the position, for uncompressed JSON lines.
+    """
+
+    file_range: int = 0
+    row: int = 0
+    offset: int = 0
 
 
 class RawRow(NamedTuple):
-    """One row as its format holds it; `problem` tells what is wrong with all of it."""
+    """One row as stored.
+
+    Attributes:
+        row: Rows of the range up to and including this one.
+        offset: Bytes of the range up to and including this row, for uncompressed JSON lines.
+        error: What makes the complete row invalid, or an empty string.
+        columns: Column names of the file.
+    """
 
     values: Mapping[str, Any]
     row: int
     n_bytes: int
     offset: int = 0
-    problem: str = ""
+    error: str = ""
     columns: Sequence[str] = ()
 
 
-def read(
-    piece: FileRange, source: SourceConfig, dataset: Any, begin: RowPosition
+def read_rows(
+    file_range: FileRange, source: SourceConfig, dataset: Any, start: RowPosition
 ) -> Iterator[RawRow]:
-    """The rows of a piece in its format."""
+    """Read the rows of a range from a position on."""
     if source.format == "jsonl":
-        return _json_rows(piece, source.text_column, begin)
+        return _json_rows(file_range, source.text_column, start)
     if source.format in ("stdlib", "text"):
-        return _text_rows(piece, source.text_column, begin)
+        return _text_rows(file_range, source.text_column, start)
     tables, n_rows = {
         "parquet": _parquet_tables,
         "arrow": _arrow_tables,
         "huggingface": _hub_tables,
-    }[source.format](piece, source, dataset, begin.row)
-    share = piece.n_bytes // n_rows if n_rows else 0
-    return _table_rows(tables, source, begin.row, share)
+    }[source.format](file_range, source, dataset, start.row)
+    bytes_per_row = file_range.n_bytes // n_rows if n_rows else 0
+    return _table_rows(tables, source, start.row, bytes_per_row)
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """A file to read bytes from, unpacked by its suffix, and the file itself."""
+def _open(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Open a file and yield its decompressed stream and the file itself."""
     compression = COMPRESSED.get(Path(path).suffix)
     with open(path, "rb", buffering=MIB) as file:
         if compression is None:
@@ -65,118 +81,116 @@ def _opened(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         else:
             import pyarrow
 
-            unpacked = pyarrow.input_stream(file, compression=compression)
-            yield cast(BinaryIO, io.BufferedReader(unpacked, MIB)), file
+            stream = pyarrow.input_stream(file, compression=compression)
+            yield cast(BinaryIO, io.BufferedReader(stream, MIB)), file
 
 
-def _text_rows(piece: FileRange, column: str, begin: RowPosition) -> Iterator[RawRow]:
-    """A file as one document."""
-    if begin.row == 0:
-        with _opened(piece.path) as (stream, _):
-            yield RawRow({column: stream.read()}, 1, piece.n_bytes)
+def _text_rows(file_range: FileRange, column: str, start: RowPosition) -> Iterator[RawRow]:
+    """Yield a file as one document."""
+    if start.row == 0:
+        with _open(file_range.path) as (stream, _):
+            yield RawRow({column: stream.read()}, 1, file_range.n_bytes)
 
 
-def _json_rows(piece: FileRange, column: str, begin: RowPosition) -> Iterator[RawRow]:
-    """One JSON object a line; blank lines are no rows."""
-    row, packed = begin.row, piece.end is None
-    with _opened(piece.path) as (stream, file):
-        if packed:
+def _json_rows(file_range: FileRange, column: str, start: RowPosition) -> Iterator[RawRow]:
+    """Yield one JSON object per line; blank lines are not rows."""
+    row, compressed = start.row, file_range.end is None
+    with _open(file_range.path) as (stream, file):
+        if compressed:
             for _ in range(row):
                 stream.readline()
         else:
-            stream.seek(piece.begin + begin.offset)
-        place = file.tell()
-        while (packed or place < (piece.end or 0)) and (line := stream.readline()):
+            stream.seek(file_range.start + start.offset)
+        position = file.tell()
+        while (compressed or position < (file_range.end or 0)) and (line := stream.readline()):
             row += 1
-            before, place = place, file.tell() if packed else place + len(line)
+            before, position = position, file.tell() if compressed else position + len(line)
             if not line.isspace():
-                values, problem = _parsed(line, column)
-                offset = 0 if packed else place - piece.begin
-                yield RawRow(values, row, place - before, offset, problem)
+                values, error = _parse_line(line, column)
+                offset = 0 if compressed else position - file_range.start
+                yield RawRow(values, row, position - before, offset, error)
 
 
-def _parsed(line: bytes, column: str) -> tuple[Mapping[str, Any], str]:
-    """The values of a line of JSON, and what is wrong with it."""
-    problem = ""
+def _parse_line(line: bytes, column: str) -> tuple[Mapping[str, Any], str]:
+    """Return the values of a JSON line and an error message or an empty string."""
+    message = ""
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
         text = line.decode(errors="replace")
-        problem = f"is not UTF-8 (byte 0x{line[error.start]:02x})"
+        message = f"is not UTF-8 (byte 0x{line[error.start]:02x})"
     try:
         values = json.loads(text)
-    except (ValueError, RecursionError) as error:  # a broken line, a number of 5,000 digits
-        message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        return {}, problem or f"is not JSON ({message})"
+    except (ValueError, RecursionError) as error:  # invalid JSON, or a number of 5,000 digits
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        return {}, message or f"is not JSON ({reason})"
     if not isinstance(values, dict):
         return {}, f'is a {type(values).__name__}, not a JSON object like {{"{column}": "…"}}'
-    return values, problem
+    return values, message
 
 
 def _parquet_tables(
-    piece: FileRange, source: SourceConfig, dataset: Any, skip: int
-) -> tuple[Iterator[Any], int]:
-    """The row groups of a piece after `skip` rows, in small batches; the number of all rows."""
+    file_range: FileRange, source: SourceConfig, dataset: Any, skip: int
+) -> tuple[Tables, int]:
+    """Return batches of the row groups of a range after `skip` rows, and its number of rows."""
     import pyarrow.parquet
 
-    # Without buffering ahead: a column of a row group may be larger than memory.
-    file = pyarrow.parquet.ParquetFile(piece.path, buffer_size=MIB, pre_buffer=False)
+    # Without read-ahead: a column of a row group may exceed memory.
+    file = pyarrow.parquet.ParquetFile(file_range.path, buffer_size=MIB, pre_buffer=False)
     metadata = file.metadata
-    groups = list(range(metadata.num_row_groups))[piece.begin : piece.end]
+    groups = list(range(metadata.num_row_groups))[file_range.start : file_range.end]
     n_rows = sum(metadata.row_group(group).num_rows for group in groups)
     while groups and metadata.row_group(groups[0]).num_rows <= skip:
         skip -= metadata.row_group(groups.pop(0)).num_rows
-    columns = [c for c in file.schema_arrow.names if c in _wanted_columns(source)]
     names = file.schema_arrow.names
+    columns = [name for name in names if name in _used_columns(source)]
 
-    def tables() -> Iterator[Any]:
+    def tables() -> Tables:
         with file:
-            batches = file.iter_batches(BATCH_ROWS, groups, columns, use_threads=False)
-            # A file without the columns still has rows, which are told as such.
-            yield from zip(batches, repeat(names))
+            # A file without the columns still yields rows, for the error message.
+            yield from zip(
+                file.iter_batches(BATCH_ROWS, groups, columns, use_threads=False), repeat(names)
+            )
 
-    return _after(tables(), skip), n_rows
+    return _skip_rows(tables(), skip), n_rows
 
 
 def _arrow_tables(
-    piece: FileRange, source: SourceConfig, dataset: Any, skip: int
-) -> tuple[Iterator[Any], int]:
-    """The record batches of a piece after `skip` rows; nobody counts all rows before."""
-    reader = open_arrow(piece.path)
+    file_range: FileRange, source: SourceConfig, dataset: Any, skip: int
+) -> tuple[Tables, int]:
+    """Return the record batches of a range after `skip` rows; their number of rows is unknown."""
+    reader = open_arrow(file_range.path)
     names = reader.schema.names
 
-    def tables() -> Iterator[Any]:
+    def tables() -> Tables:
         if hasattr(reader, "num_record_batches"):
-            end = reader.num_record_batches if piece.end is None else piece.end
-            for number in range(piece.begin, end):
+            end = reader.num_record_batches if file_range.end is None else file_range.end
+            for number in range(file_range.start, end):
                 yield reader.get_batch(number), names
         else:
-            for number, batch in enumerate(reader):
-                if piece.end is not None and number >= piece.end:
-                    return
-                if number >= piece.begin:
-                    yield batch, names
+            for batch in islice(reader, file_range.start, file_range.end):
+                yield batch, names
 
-    return _after(tables(), skip), 0
+    return _skip_rows(tables(), skip), 0
 
 
 def _hub_tables(
-    piece: FileRange, source: SourceConfig, dataset: Any, skip: int
-) -> tuple[Iterator[Any], int]:
-    """The rows of a downloaded dataset, or one shard of a streamed one, after `skip` rows."""
+    file_range: FileRange, source: SourceConfig, dataset: Any, skip: int
+) -> tuple[Tables, int]:
+    """Return rows of a downloaded dataset, or of one streamed shard, after `skip` rows."""
     rows = dataset.with_format("arrow")
     if source.streaming:
-        shard = rows.shard(num_shards=dataset.num_shards, index=piece.begin)
+        shard = rows.shard(num_shards=dataset.num_shards, index=file_range.start)
         tables = ((table, table.column_names) for table in shard.iter(batch_size=BATCH_ROWS))
-        return _after(tables, skip), 0
-    assert piece.end is not None
-    ranges = range(piece.begin + skip, piece.end, BATCH_ROWS)
-    found = (rows[first : min(first + BATCH_ROWS, piece.end)] for first in ranges)
-    return ((table, table.column_names) for table in found), piece.end - piece.begin
+        return _skip_rows(tables, skip), 0
+    assert file_range.end is not None
+    ranges = range(file_range.start + skip, file_range.end, BATCH_ROWS)
+    batches = (rows[first : min(first + BATCH_ROWS, file_range.end)] for first in ranges)
+    n_rows = file_range.end - file_range.start
+    return ((table, table.column_names) for table in batches), n_rows
 
 
-def _after(tables: Iterator[Any], skip: int) -> Iterator[Any]:
-    """The tables without their first `skip` rows."""
+def _skip_rows(tables: Tables, skip: int) -> Tables:
     for table, names in tables:
         if table.num_rows <= skip:
             skip -= table.num_rows
@@ -185,70 +199,66 @@ def _after(tables: Iterator[Any], skip: int) -> Iterator[Any]:
             skip = 0
 
 
-def _table_rows(
-    tables: Iterator[Any], source: SourceConfig, row: int, n_bytes: int
-) -> Iterator[RawRow]:
-    """The rows of Arrow tables or record batches, the wanted columns as Python objects."""
-    for whole, names in tables:
-        present = [name for name in names if name in _wanted_columns(source)]
-        for first in range(0, whole.num_rows, BATCH_ROWS):
-            table = whole.slice(first, BATCH_ROWS)
-            columns = [_objects(table.column(name)) for name in present]
-            values = zip(*columns, strict=True) if columns else repeat((), table.num_rows)
-            for each in values:
+def _table_rows(tables: Tables, source: SourceConfig, row: int, n_bytes: int) -> Iterator[RawRow]:
+    """Yield the rows of tables, with the used columns as Python objects."""
+    for table, names in tables:
+        present = [name for name in names if name in _used_columns(source)]
+        for first in range(0, table.num_rows, BATCH_ROWS):
+            batch = table.slice(first, BATCH_ROWS)
+            columns = [_to_python(batch.column(name)) for name in present]
+            all_values = zip(*columns, strict=True) if columns else repeat((), batch.num_rows)
+            for values in all_values:
                 row += 1
-                yield RawRow(dict(zip(present, each, strict=True)), row, n_bytes, columns=names)
+                yield RawRow(dict(zip(present, values, strict=True)), row, n_bytes, columns=names)
 
 
-def _objects(column: Any) -> list[Any]:
-    """A column as Python objects; text that is not UTF-8 as bytes."""
+def _to_python(column: Any) -> list[Any]:
+    """Convert a column to Python objects; text that is not UTF-8 becomes bytes."""
     import pyarrow
 
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
-        return [_as_text(value) for value in column.cast(pyarrow.large_binary()).to_pylist()]
+        return [_decode(value) for value in column.cast(pyarrow.large_binary()).to_pylist()]
 
 
-def _as_text(value: bytes | None) -> str | bytes | None:
-    """Text where the bytes are UTF-8."""
+def _decode(value: bytes | None) -> str | bytes | None:
     try:
         return None if value is None else value.decode()
     except UnicodeDecodeError:
         return value
 
 
-def _wanted_columns(source: SourceConfig) -> set[str]:
+def _used_columns(source: SourceConfig) -> set[str]:
     return {source.text_column, *(column for column, _, _ in source.filter or [])}
 
 
-def describe_location(piece: FileRange, source: SourceConfig, row: int) -> str:
-    """Where a row of a piece is, for a person; the rows before the piece are counted only now."""
+def describe_location(file_range: FileRange, source: SourceConfig, row: int) -> str:
+    """Return the location of a row for messages; rows before the range are counted only here."""
+    path, start = file_range.path, file_range.start
     if source.format in ("stdlib", "text"):
-        return piece.path
+        return path
     if source.format == "jsonl":
-        return f"line {_lines_before(piece) + row} of {piece.path}"
-    if source.format == "parquet" and piece.begin:
+        return f"line {_count_lines(path, start) + row} of {path}"
+    if source.format == "parquet" and start:
         import pyarrow.parquet
 
-        metadata = pyarrow.parquet.read_metadata(piece.path)
-        row += sum(metadata.row_group(group).num_rows for group in range(piece.begin))
-    if source.format == "arrow" and piece.begin:
-        return f"row {row} from record batch {piece.begin} on of {piece.path}"
+        metadata = pyarrow.parquet.read_metadata(path)
+        row += sum(metadata.row_group(group).num_rows for group in range(start))
+    if source.format == "arrow" and start:
+        return f"row {row} from record batch {start} of {path}"
     if source.format == "huggingface" and source.streaming:
-        return f"row {row} of shard {piece.begin} of {piece.path}"
+        return f"row {row} of shard {start} of {path}"
     if source.format == "huggingface":
-        row += piece.begin
-    return f"row {row} of {piece.path}"
+        row += start
+    return f"row {row} of {path}"
 
 
-def _lines_before(piece: FileRange) -> int:
-    """How many lines of the file come before the piece."""
-    left, lines = piece.begin, 0
-    if not left:
-        return 0
-    with open(piece.path, "rb") as stream:
-        while chunk := stream.read(min(left, MIB)):
-            lines += chunk.count(b"\n")
-            left -= len(chunk)
-    return lines
+def _count_lines(path: str, n_bytes: int) -> int:
+    """Return the number of lines in the first `n_bytes` of a file."""
+    n_lines = 0
+    with open(path, "rb") as stream:
+        while chunk := stream.read(min(n_bytes, MIB)):
+            n_lines += chunk.count(b"\n")
+            n_bytes -= len(chunk)
+    return n_lines

@@ -1,19 +1,20 @@
-"""The rows of a part, one after the other, each judged: text, or why it is none.
+"""The rows of a part, filtered and checked for valid text.
 
-What does not meet the source's `filter` is left out, and what is not text meets the policy
-`data.invalid_text`. How each format is read is left to `data.sources.reading`.
+Rows that do not meet the source's `filter` are dropped; invalid text is handled according to
+`data.invalid_text`. `data.sources.reading` reads the formats.
 """
 
 import operator
 import re
 from collections.abc import Callable, Iterator
 from numbers import Number
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from data.config import SourceConfig
 from data.errors import DataError
-from data.sources.corpora import FileRange, Part, first_line
-from data.sources.reading import RawRow, RowPosition, describe_location, read
+from data.sources.corpora import COMPRESSED, FileRange, Part, first_line
+from data.sources.reading import RawRow, RowPosition, describe_location, read_rows
 
 Policy = Literal["strict", "replace", "skip"]
 Outcome = Literal["text", "replaced", "empty", "filtered", "skipped"]
@@ -25,19 +26,26 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
     ">": operator.gt,
     ">=": operator.ge,
-    "in": lambda found, options: found in options,
-    "not in": lambda found, options: found not in options,
+    "in": lambda value, options: value in options,
+    "not in": lambda value, options: value not in options,
 }
 
 
 class Row(NamedTuple):
-    """One row: its text (`text` and `replaced` alone), the text as UTF-8, and what comes after."""
+    """One row.
+
+    Attributes:
+        text: The text for outcomes `text` and `replaced`, otherwise empty.
+        content: The text as UTF-8.
+        after: Position after this row.
+        n_bytes: Input size in bytes, estimated.
+    """
 
     outcome: Outcome
     text: str
     content: bytes
     after: RowPosition
-    n_bytes: int  # of the input, an estimate
+    n_bytes: int
 
 
 def rows(
@@ -45,127 +53,130 @@ def rows(
     source: SourceConfig,
     policy: Policy = "strict",
     dataset: Any = None,
-    start: RowPosition = RowPosition(),  # noqa: B008 (a tuple)
+    start: RowPosition = RowPosition(),  # noqa: B008 (immutable)
 ) -> Iterator[Row]:
-    """The rows of a part from a position on.
+    """Read the rows of a part from a position on.
 
     Args:
-        dataset: the library's own object, for format `huggingface`
+        dataset: Object of the `datasets` library, for format `huggingface`.
 
     Raises:
-        DataError: what cannot be read, a row that does not compare with the filter and, under
-            `strict`, a row whose text is none; it names file and row.
+        DataError: The input cannot be read, a value cannot be compared with the filter, or (if
+            `strict`) a row has no valid text; the message names file and row.
     """
     key = f"data.sources.{part.source}"
-    for number in range(start.piece, len(part.pieces)):
-        piece = part.pieces[number]
-        begin = start if number == start.piece else RowPosition()
-        last = begin.row
+    for index in range(start.file_range, len(part.ranges)):
+        file_range = part.ranges[index]
+        position = start if index == start.file_range else RowPosition()
+        n_read = position.row
         try:
-            for raw in read(piece, source, dataset, begin):
-                last = raw.row
-                outcome, text, content = _judged(raw, source, policy, piece, key)
-                after = RowPosition(number, raw.row, raw.offset)
+            for raw in read_rows(file_range, source, dataset, position):
+                n_read = raw.row
+                outcome, text, content = _check(raw, source, policy, file_range, key)
+                after = RowPosition(index, raw.row, raw.offset)
                 yield Row(outcome, text, content, after, raw.n_bytes)
         except DataError:
             raise
-        except Exception as error:  # of the file system, the format or the library
+        except Exception as error:  # from the file system, the format or the library
+            tool = COMPRESSED.get(Path(file_range.path).suffix)
+            remedy = f"check it with `{tool} -t`" if tool else "write it again"
             raise DataError(
-                f"{key}.path: {piece.path} cannot be read after row {last} ({first_line(error)}): "
-                "see that it is whole, or write it again"
+                f"{key}.path: {file_range.path}: cannot read after row {n_read} "
+                f"({first_line(error)}). The file may be truncated; {remedy}."
             ) from error
 
 
-def _judged(
-    raw: RawRow, source: SourceConfig, policy: Policy, piece: FileRange, key: str
+def _check(
+    raw: RawRow, source: SourceConfig, policy: Policy, file_range: FileRange, key: str
 ) -> tuple[Outcome, str, bytes]:
-    """What becomes of a row: outcome, text, and the text as UTF-8."""
-    readable = bool(raw.values) or not raw.problem
-    if source.filter and readable and not _meets_all(raw, source, piece, key):
+    """Return the outcome of a row, its text, and the text as UTF-8."""
+    readable = bool(raw.values) or not raw.error
+    if source.filter and readable and not _meets_filter(raw, source, file_range, key):
         return "filtered", "", b""
-    text, content, problem = _text_of(raw, source)
-    if not problem:
+    text, content, error = _extract_text(raw, source)
+    if not error:
         return ("text" if text else "empty"), text or "", content
     if policy == "strict":
-        place = describe_location(piece, source, raw.row)
+        location = describe_location(file_range, source, raw.row)
         if readable and source.text_column not in raw.values:
             raise DataError(
-                f"{key}.text_column ({source.text_column}) {problem} at {place}: "
+                f"{key}.text_column={source.text_column} {error} at {location}; "
                 f"use one of {', '.join(map(str, raw.columns or raw.values))}"
             )
         raise DataError(
-            f"{key}.path: {place} {problem}: repair it, choose another {key}.text_column, or set "
-            "data.invalid_text to replace (what can be repaired) or to skip"
+            f"{key}.path: {location} {error}; repair it, use another {key}.text_column, or set "
+            "data.invalid_text to replace (repairs invalid characters) or skip"
         )
     if policy == "replace" and text is not None:
         return ("replaced" if text else "empty"), text, content
     return "skipped", "", b""
 
 
-def _text_of(raw: RawRow, source: SourceConfig) -> tuple[str | None, bytes, str]:
-    """The text of a row, repaired (None where there is none), as UTF-8, and what was wrong."""
-    column, problem = source.text_column, raw.problem
+def _extract_text(raw: RawRow, source: SourceConfig) -> tuple[str | None, bytes, str]:
+    """Return the text of a row, repaired (None if not repairable), as UTF-8, and the error."""
+    column, error = source.text_column, raw.error
     if column not in raw.values:
-        return None, b"", problem or "is no column"
+        return None, b"", error or "is not a column"
     text = raw.values[column]
     if text is None:
-        return "", b"", problem
+        return "", b"", error
     if isinstance(text, bytes):
         try:
             text = text.decode()
-        except UnicodeDecodeError as error:
-            line = text.count(b"\n", 0, error.start) + 1
-            problem = f"is not UTF-8 (byte 0x{text[error.start]:02x} in line {line} of its text)"
+        except UnicodeDecodeError as exception:
+            start = exception.start
+            line = text.count(b"\n", 0, start) + 1
+            error = f"is not UTF-8 (byte 0x{text[start]:02x} in line {line} of its text)"
             text = text.decode(errors="replace")
     if not isinstance(text, str):
-        return None, b"", f"holds a {type(text).__name__} in {column}, not text"
+        return None, b"", f"has a {type(text).__name__} in {column}, not text"
     if source.format in ("stdlib", "text"):
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     try:
         content = text.encode()
     except UnicodeEncodeError:
-        problem = f"holds half of a surrogate pair in {column}, which is not Unicode text"
+        error = f"has half of a surrogate pair in {column}, which is not Unicode text"
         text = _SURROGATE.sub("\ufffd", text)
         content = text.encode()
     if b"\0" in content:
-        problem = problem or f"holds a NUL character in {column}"
+        error = error or f"has a NUL character in {column}"
         text = text.replace("\0", "\ufffd")
         content = text.encode()
-    return text, content, problem
+    return text, content, error
 
 
-def _meets_all(raw: RawRow, source: SourceConfig, piece: FileRange, key: str) -> bool:
-    """Whether a row meets every condition of the filter; null meets `!=` and `not in` alone."""
-    for column, operation, value in source.filter or []:
-        # A row of a table has every column; in JSON a key that is not there says null.
+def _meets_filter(raw: RawRow, source: SourceConfig, file_range: FileRange, key: str) -> bool:
+    """Return whether a row meets every condition; null meets only `!=` and `not in`."""
+    for column, operation, expected in source.filter or []:
+        condition = f"{key}.filter=({column} {operation} {expected})"
+        # Table rows have every column; a key absent from a JSON object counts as null.
         if column not in raw.values and source.format != "jsonl":
             raise DataError(
-                f"{key}.filter ({column} {operation} {value}): {column} is no column at "
-                f"{describe_location(piece, source, raw.row)}: use one of "
+                f"{condition}: {column} is not a column at "
+                f"{describe_location(file_range, source, raw.row)}; use one of "
                 f"{', '.join(map(str, raw.columns or raw.values))}"
             )
-        found = raw.values.get(column)
-        if found is None:
+        value = raw.values.get(column)
+        if value is None:
             met = operation in ("!=", "not in")
         else:
-            options = value if isinstance(value, list) else [value]
-            if options and _kind(found) not in map(_kind, options):
-                where = describe_location(piece, source, raw.row)
+            options = expected if isinstance(expected, list) else [expected]
+            if options and _kind(value) not in map(_kind, options):
+                location = describe_location(file_range, source, raw.row)
                 raise DataError(
-                    f"{key}.filter ({column} {operation} {value}): {where} holds a "
-                    f"{_kind(found)} in {column}, which does not compare with a "
-                    f"{_kind(options[0])}: change the condition"
+                    f"{condition}: {location} has a {_kind(value)} in {column}, which cannot be "
+                    f"compared with a {_kind(options[0])}; change the condition"
                 )
-            met = _COMPARE[operation](found, value)
+            met = _COMPARE[operation](value, expected)
         if not met:
             return False
     return True
 
 
 def _kind(value: Any) -> str:
-    """What a value compares with: true and false are no numbers here."""
+    """Return the comparable kind of a value; booleans are not numbers here."""
     if isinstance(value, bool):
-        return "truth value"
+        return "boolean"
     if isinstance(value, Number):
         return "number"
     return "text" if isinstance(value, str) else type(value).__name__

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data.best_fit import Bins, _OpenBins, best_fit, cut, pack_documents
+from data.best_fit import Bins, _OpenBins, best_fit, pack_documents, split_documents
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
 CAPACITY = st.integers(2, 30)
@@ -39,7 +39,7 @@ def packed(lengths: list[int], capacity: int) -> Bins:
 
 def segments(bins: Bins) -> list[list[tuple[int, int]]]:
     """Return (start, end) of the segments of each bin."""
-    spans = [*zip(bins.begins.tolist(), (bins.begins + bins.lengths).tolist(), strict=True)]
+    spans = [*zip(bins.starts.tolist(), (bins.starts + bins.lengths).tolist(), strict=True)]
     offsets = bins.offsets.tolist()
     return [spans[a:b] for a, b in pairwise(offsets)]
 
@@ -87,7 +87,7 @@ def test_bins_keep_short_documents_unsplit_and_in_order_within_capacity(
     documents = [(end - n, end) for n, end in zip(lengths, ends, strict=True)]
     spans = {span for each in bins for span in each}
     assert {span for span in documents if span[1] - span[0] <= capacity} <= spans
-    assert result.n_cut == sum(n > capacity for n in lengths)
+    assert result.n_split == sum(n > capacity for n in lengths)
     assert all(0 < sum(end - start for start, end in each) <= capacity for each in bins)
     assert all(each == sorted(each) for each in bins)
     assert bins == sorted(bins)
@@ -98,11 +98,11 @@ def test_segments_of_a_split_document_are_full_except_the_last_and_overlap_by_on
     lengths: list[int], capacity: int
 ) -> None:
     for n in lengths:
-        starts, sizes, n_cut = cut(np.array([7]), 7 + n, capacity)
+        starts, sizes, n_split = split_documents(np.array([7]), 7 + n, capacity)
         assert sizes[:-1].tolist() == [capacity] * (len(sizes) - 1)
         assert starts[1:].tolist() == (starts + sizes - 1)[:-1].tolist()
         assert starts[0] == 7 and starts[-1] + sizes[-1] == 7 + n
-        assert n_cut == (n > capacity) == (len(sizes) > 1)
+        assert n_split == (n > capacity) == (len(sizes) > 1)
 
 
 @pytest.mark.parametrize("capacity", [2, 8193, 131_073])
@@ -113,14 +113,14 @@ def test_a_million_documents_need_no_loop_over_documents(
     lengths = np.random.default_rng(0).lognormal(6.0, 1.3, 1_000_000).astype(np.int64) + 1
     lengths = np.minimum(lengths, capacity)
     calls = 0
-    look_up = _OpenBins.least_room
+    look_up = _OpenBins.least_space
 
     def count(self: _OpenBins, length: int) -> int | None:
         nonlocal calls
         calls += 1
         return look_up(self, length)
 
-    monkeypatch.setattr(_OpenBins, "least_room", count)
+    monkeypatch.setattr(_OpenBins, "least_space", count)
     bins = best_fit(lengths, capacity)
     assert np.bincount(bins, lengths).max() <= capacity
     # Filling a free space as far as possible at least halves it, so this happens only a few times

@@ -15,8 +15,15 @@ from rich.console import Console
 from data.config import DataConfig, SourceConfig, StageConfig, TokenizerConfig
 from data.dataset import Dataset
 from data.errors import DataError
-from data.inspection import Sample, document_lengths, read_sample
-from data.inspection_report import NO_LABEL, Reading, show_dataset, show_sample
+from data.inspection import (
+    MASKED_LABEL,
+    Sample,
+    SampleContext,
+    document_lengths,
+    read_sample,
+    show_dataset,
+    show_sample,
+)
 from data.loader import TrainLoader
 from data.manifest import SPLITS, Manifest
 from data.packing import pack
@@ -64,7 +71,7 @@ def stages(config: DataConfig) -> Stages:
 def rendered(sample: Sample, dataset: Dataset) -> str:
     """Return the console output for a sample."""
     console = Console(file=io.StringIO(), width=80)
-    show_sample(console, sample, dataset.tokenizer(), Reading("it", 100, {}, []))
+    show_sample(console, sample, dataset.tokenizer(), SampleContext("it", 100, {}, []))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -125,12 +132,12 @@ def test_output_lists_each_document_with_its_token_range_and_masked_label(
             end = int(last or first) + 1
             ids = sample.tokens[int(first) : end]
             assert (int(k), int(n), int(size)) == (index, len(documents), len(ids))
-            assert ("begun before" in notes) == (ids[0] != tokenizer.bos_id)
-            assert ("goes on" in notes) == (ids[-1] != tokenizer.eos_id)
-            has_mark = content.endswith(f" {NO_LABEL}")
+            assert ("starts earlier" in notes) == (ids[0] != tokenizer.bos_id)
+            assert ("continues" in notes) == (ids[-1] != tokenizer.eos_id)
+            has_mark = content.endswith(f" {MASKED_LABEL}")
             # Without the mark, a newline is added to a document that does not end with one.
             assert has_mark == (end - 1 in sample.masked())
-            content = content.removesuffix(f" {NO_LABEL}")
+            content = content.removesuffix(f" {MASKED_LABEL}")
             expected = tokenizer.decode(ids)
             assert content == (expected if has_mark else expected.removesuffix("\n"))
             decoded += ids.tolist()
@@ -159,7 +166,7 @@ def test_terminal_control_characters_are_escaped(tmp_path: Path) -> None:
 def test_counts_and_lengths_match_the_shards(
     config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.inspection.OFFSETS_AT_A_TIME", 7)  # a shard has more than twenty
+    monkeypatch.setattr("data.inspection.OFFSETS_PER_CHUNK", 7)  # a shard has more than twenty
     folder = Path(config.folder)
     manifest = Manifest.read(folder)
     console = Console(file=io.StringIO(), width=100)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data.config import DataConfig, SourceConfig, StageConfig, TokenizerConfig
 from data.dataset import Dataset
 from data.errors import DataError
-from data.loader import IGNORE, StepBatches, TrainLoader, make_batch, validation_batches
+from data.loader import IGNORE_INDEX, StepBatches, TrainLoader, make_batch, validation_batches
 from data.preparation.pipeline import prepare
 from data.stages import Stages, plan_stages
 
@@ -92,7 +92,7 @@ def test_ranks_and_micro_batches_partition_the_batch_of_one_process(
             assert torch.equal(expected, actual)
         assert sum(rank.digest for rank in ranks) == full.digest
         assert sum(rank.n_targets for rank in ranks) == full.n_targets
-        assert full.n_targets == int((concatenated(full)[2] != IGNORE).sum())
+        assert full.n_targets == int((concatenated(full)[2] != IGNORE_INDEX).sum())
         for each in (full, *ranks):  # an upper bound on the documents that attention separates
             starts = [int(torch.eq(batch.positions, 0).sum()) for batch in each.micro_batches]  # type: ignore[arg-type]
             assert all(bound >= n for bound, n in zip(each.n_documents, starts, strict=True))
@@ -139,10 +139,12 @@ def test_positions_restart_and_labels_are_masked_at_document_boundaries(folder: 
         for i in range(1, SEQ_LEN):
             expected[row, i] = 0 if tokens[row, i] == bos else expected[row, i - 1] + 1
     assert torch.equal(positions, expected)
-    assert torch.equal(labels == IGNORE, tokens == eos)  # the next token is in another document
-    inside = labels[:, :-1] != IGNORE
+    assert torch.equal(
+        labels == IGNORE_INDEX, tokens == eos
+    )  # the next token is in another document
+    inside = labels[:, :-1] != IGNORE_INDEX
     assert torch.equal(labels[:, :-1][inside], tokens[:, 1:][inside])
-    assert (labels == IGNORE).any()
+    assert (labels == IGNORE_INDEX).any()
 
 
 def test_without_document_mask_a_row_is_one_document_and_all_labels_are_targets(
@@ -168,7 +170,9 @@ def test_batch_matches_the_definition_for_any_document_starts(starts: set[int]) 
     start_of = [max([s for s in starts if s <= i], default=0) for i in range(8)]
     assert batch.positions is not None
     assert batch.positions.tolist() == [[i - start for i, start in enumerate(start_of)]]
-    assert batch.labels.tolist() == [[IGNORE if i + 1 in starts else 101 + i for i in range(8)]]
+    assert batch.labels.tolist() == [
+        [IGNORE_INDEX if i + 1 in starts else 101 + i for i in range(8)]
+    ]
     for field in (batch.tokens, batch.positions, batch.labels):
         assert field.dtype == torch.int64 and field.is_contiguous()
 
@@ -343,7 +347,7 @@ def test_validation_rows_are_distributed_once_and_all_ranks_get_equal_shapes(
         for group in zip(*by_rank, strict=True):
             for batch in group:
                 assert batch.tokens.shape == (micro, SEQ_LEN)
-                real = (batch.labels != IGNORE).any(dim=1)
+                real = (batch.labels != IGNORE_INDEX).any(dim=1)
                 rows += batch.tokens[real].tolist()
         indices = [i for source, i in chosen if source == name]
         assert rows == [stream.window(i, SEQ_LEN)[0][:-1].tolist() for i in indices]
@@ -356,20 +360,20 @@ def test_all_mismatches_of_data_and_model_are_reported_together(folder: Path) ->
     with pytest.raises(DataError) as caught:
         dataset.check(planned(2, None, StageConfig(24, seq_len=10**6)), vocab_size=256)
     message = str(caught.value)
-    assert f"data.sources.a has {n_tokens:,} tokens" in message
-    assert "data.stages[0].seq_len (1000000) needs 1,000,001" in message
+    assert f"data.sources.a has {n_tokens:,} training tokens" in message
+    assert "data.stages[0].seq_len=1000000 needs 1,000,001" in message
     assert "data.sources.b has" in message
-    assert "model.vocab_size (256) is less than the 272" in message
+    assert "model.vocab_size=256 is smaller than the tokenizer" in message
     too_large = planned(2, None, StageConfig(24, global_batch_size=10**6))
     with pytest.raises(
-        DataError, match=r"data\.stages\[0\]\.global_batch_size \(1000000\) is more than"
+        DataError, match=r"data\.stages\[0\]\.global_batch_size=1000000 is larger than"
     ):
         dataset.check(too_large, vocab_size=272)
     with pytest.raises(DataError, match=r"data\.sources\.b\.weight"):
         dataset.check(planned(2, {"a": 1.0, "b": 1e-9}), 272)
-    with pytest.raises(DataError, match="are not those of"):
+    with pytest.raises(DataError, match="differ from the sources of"):
         dataset.order(planned(2, {"a": 1.0}), seed=0)
-    with pytest.raises(DataError, match="are not those of"):
+    with pytest.raises(DataError, match="differ from the sources of"):
         dataset.check(planned(2, {"a": 1.0, "b": 1.0, "c": 1.0}), 272)
 
 
@@ -377,7 +381,7 @@ def test_source_with_weight_zero_in_a_stage_may_be_too_short_for_it(folder: Path
     dataset = Dataset.open(folder)
     dataset.train["b"].n_tokens = 20  # one window of 16, none of 24
     dataset.check(planned(2, {"a": 1.0, "b": 1.0}, StageConfig(24, {"b": 0.0}, seq_len=24)), 272)
-    with pytest.raises(DataError, match=r"data\.sources\.b has 20 tokens .*seq_len \(24\)"):
+    with pytest.raises(DataError, match=r"data\.sources\.b has 20 training tokens.*seq_len=24 "):
         dataset.check(planned(2, {"a": 1.0, "b": 1.0}, StageConfig(24, seq_len=24)), 272)
 
 
@@ -389,7 +393,7 @@ def test_replaced_tokenizer_file_is_rejected(folder: Path) -> None:
     )
     path.write_bytes(swapped)
     try:
-        with pytest.raises(DataError, match="is not the tokenizer that made the tokens"):
+        with pytest.raises(DataError, match="is not the tokenizer that produced the tokens"):
             Dataset.open(folder).tokenizer()
     finally:
         path.write_bytes(original)

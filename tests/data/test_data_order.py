@@ -129,7 +129,7 @@ def test_epochs_match_the_draws_of_locate() -> None:
 
 
 def test_weight_that_rounds_to_zero_and_source_without_windows_are_rejected() -> None:
-    with pytest.raises(DataError, match=r"data\.sources\.b\.weight \(1e-06\).*use at least"):
+    with pytest.raises(DataError, match=r"data\.sources\.b\.weight=1e-06 .*use at least"):
         quotas([("a", 1.0), ("b", 1e-6)])
     with pytest.raises(DataError, match="has 0 windows"):
         order_of([("a", 1.0, 0)], 0)
@@ -252,7 +252,7 @@ def test_stage_with_invalid_weights_is_rejected_with_its_key() -> None:
             Order([stage_of([("a", 1.0, 9), ("b", 1.0, 9)]), stage_of(sources, 100)], 0)
         return str(caught.value)
 
-    assert "data.stages[0].weights.b (1e-09) gives" in error(("a", 1.0, 9), ("b", 1e-9, 9))
+    assert "data.stages[0].weights.b=1e-09 gives" in error(("a", 1.0, 9), ("b", 1e-9, 9))
     assert "every weight is 0" in error(("a", 0.0, 9), ("b", 0.0, 9))
     assert "data.sources.b has 0 windows" in error(("a", 1.0, 9), ("b", 1.0, 0))
 

@@ -18,11 +18,12 @@ from data import packing
 from data.config import DataConfig, SourceConfig
 from data.dataset import Dataset
 from data.errors import DataError
-from data.loader import IGNORE, TrainLoader, make_batch
+from data.files import is_locked
+from data.loader import IGNORE_INDEX, TrainLoader, make_batch
 from data.manifest import Manifest
 from data.packing import PackedStream, is_packed, pack, wait_until_packed
 from data.stages import plan_stages
-from data.verification import verify
+from data.verification import verify_dataset
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = [5, 1, 30, 7, 7, 12, 40, 3, 9, 9, 2, 16, 17, 18]
@@ -65,7 +66,7 @@ def test_batches_contain_each_target_of_each_document_once_and_no_other(
     packed = stream(folder)
     windows = [packed.window(index, seq_len) for index in range(packed.n_windows(seq_len))]
     batch = make_batch(windows, document_mask=True, seq_len=seq_len)
-    is_target = batch.labels != IGNORE
+    is_target = batch.labels != IGNORE_INDEX
     assert batch.tokens[is_target].tolist() == (batch.labels[is_target] - 1).tolist()
     starts = {0, *np.cumsum(lengths)[:-1].tolist()}
     targets = [token for token in range(sum(lengths)) if token not in starts]
@@ -132,7 +133,7 @@ def test_order_of_packed_windows_depends_on_seed_and_position_only(
     batches = loader().steps(0)
     for one, actual in zip(expected, batches, strict=False):
         assert actual.digest == one.digest
-        targets = sum(int((batch.labels != IGNORE).sum()) for batch in actual.micro_batches)
+        targets = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in actual.micro_batches)
         assert actual.n_targets == targets
     batches.close()
 
@@ -168,16 +169,16 @@ def replace_text(old: str, new: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("train-00000-001.pieces", flip_bit, "MiB 0 of it"),
+        ("train-00000-001.pieces", flip_bit, "checksum of MiB 0 "),
         ("train-00000-001.pieces", Path.unlink, "which has 0"),
         ("train-00000-001.pieces", lambda path: path.write_bytes(b""), "which has 0"),
         ("index.json", Path.unlink, "is missing"),
-        ("index.json", lambda path: path.write_text("{"), "cannot be read"),
+        ("index.json", lambda path: path.write_text("{"), "cannot read"),
         ("index.json", lambda path: path.write_text("[1]"), "is damaged"),
-        ("index.json", replace_text('"version": 1', '"version": 2'), "this program reads 1"),
+        ("index.json", replace_text('"version": 1', '"version": 2'), "only version 1 is supported"),
         ("index.json", replace_text('"n_bins"', '"bins"'), "is damaged"),
         ("index.json", replace_text('"n_pieces": ', '"n_pieces": 1'), "numbers in"),
-        ("index.json", replace_text('"seq_len": 16', '"seq_len": 15'), "tells a length of 15"),
+        ("index.json", replace_text('"seq_len": 16', '"seq_len": 15'), "has seq_len=15"),
     ],
 )
 def test_damaged_index_is_rejected(
@@ -191,7 +192,7 @@ def test_damaged_index_is_rejected(
         for index in range(packed.n_windows(SEQ_LEN)):
             packed.window(index, SEQ_LEN)
     assert message in str(error.value)
-    problems = verify(folder)
+    problems = verify_dataset(folder)
     if name == "index.json" and damage is Path.unlink:
         assert problems == []  # without index.json the folder counts as not packed
     else:
@@ -201,7 +202,7 @@ def test_damaged_index_is_rejected(
     shutil.rmtree(index_folder(folder))  # the remedy given in the message
     pack(folder, SEQ_LEN, progress=False)
     assert listing(folder) == intact
-    assert verify(folder) == []
+    assert verify_dataset(folder) == []
 
 
 def test_index_of_other_shards_is_rejected_and_replaced_by_packing(
@@ -227,7 +228,7 @@ def test_damaged_shard_is_detected_when_packed_windows_are_read(folder: Path) ->
 
 def test_error_names_a_folder_that_cannot_be_written(folder: Path) -> None:
     index_folder(folder).write_text("a file with the name of the index folder")
-    with pytest.raises(DataError, match=r"cannot be written .* not packed for a length of 16"):
+    with pytest.raises(DataError, match=r"cannot be written .* not packed for seq_len=16"):
         pack(folder, SEQ_LEN, progress=False)
 
 
@@ -277,7 +278,7 @@ def test_packing_killed_before_any_file_operation_leaves_no_index_that_counts_as
 
 
 def test_other_processes_wait_until_the_first_one_has_packed(folder: Path) -> None:
-    with pytest.raises(DataError, match="no process has been at it"):
+    with pytest.raises(DataError, match="no process has worked on it"):
         wait_until_packed(folder, SEQ_LEN, poll_seconds=0.01, idle_seconds=0.05)
     program = "import sys; from data.packing import pack; pack(sys.argv[1], int(sys.argv[2]))"
     command = [sys.executable, "-c", program, str(folder), str(SEQ_LEN)]
@@ -287,7 +288,7 @@ def test_other_processes_wait_until_the_first_one_has_packed(folder: Path) -> No
     wait_until_packed(folder, SEQ_LEN, poll_seconds=0.01)
     outputs = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert "".join(outputs).count("packed for a length of 16") == 1
+    assert "".join(outputs).count("for seq_len=16:") == 1
     assert not list(folder.glob("*.lock"))
 
 
@@ -295,10 +296,10 @@ def test_folder_is_locked_while_it_is_packed(folder: Path, monkeypatch: pytest.M
     pack_source, locked = packing._pack_source, []
 
     def record_lock(*arguments: Any) -> None:
-        locked.append(packing._is_claimed(folder, SEQ_LEN))
+        locked.append(is_locked(packing._lock_file(folder, SEQ_LEN)))
         pack_source(*arguments)
 
     monkeypatch.setattr(packing, "_pack_source", record_lock)
     pack(folder, SEQ_LEN, progress=False)
     assert locked == [True]
-    assert not packing._is_claimed(folder, SEQ_LEN)
+    assert not is_locked(packing._lock_file(folder, SEQ_LEN))

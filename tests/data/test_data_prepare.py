@@ -20,11 +20,13 @@ import pytest
 
 from data.config import DataConfig, SourceConfig, StageConfig, TokenizerConfig
 from data.errors import DataError
+from data.files import is_locked
 from data.manifest import SPLITS, Manifest
 from data.preparation import state
-from data.preparation.pipeline import configuration, is_validation, prepare, wait_until_prepared
+from data.preparation.part import is_validation
+from data.preparation.pipeline import dataset_configuration, prepare, wait_until_prepared
 from data.shards import TokenStream
-from data.sources.corpora import Corpus, find
+from data.sources.corpora import Corpus, find_corpus
 from data.tokenizer import load_tokenizer, ready_tokenizer
 
 BYTE = TokenizerConfig("byte", 272)
@@ -126,9 +128,11 @@ def test_preparing_with_another_configuration_is_rejected_with_the_difference(
     data = data_of(tmp_path, source_of("text", tmp_path))
     prepare(data, BYTE, progress=False)
     before = listing(Path(data.folder))
-    with pytest.raises(DataError, match=r"data\.validation_fraction: 0\.2 there, 0\.3 now"):
+    with pytest.raises(
+        DataError, match=r"data\.validation_fraction: 0\.2 in the folder, 0\.3 requested"
+    ):
         prepare(replace(data, validation_fraction=0.3), BYTE, progress=False)
-    with pytest.raises(DataError, match=r"tokenizer\.name: byte there, bpe now"):
+    with pytest.raises(DataError, match=r"tokenizer\.name: byte in the folder, bpe requested"):
         prepare(data, TokenizerConfig("bpe", 300), progress=False)
     assert listing(Path(data.folder)) == before
 
@@ -138,7 +142,7 @@ def test_files_not_written_by_prepare_are_not_modified(tmp_path: Path) -> None:
     folder = Path(data.folder)
     folder.mkdir()
     (folder / "tokenizer.model").write_text("user file")
-    with pytest.raises(DataError, match=r"no preparation made \(tokenizer\.model"):
+    with pytest.raises(DataError, match=r"not written by a preparation \(tokenizer\.model"):
         prepare(data, BYTE, progress=False)
     assert (folder / "tokenizer.model").read_text() == "user file"
     (folder / "tokenizer.model").unlink()
@@ -180,7 +184,7 @@ def test_empty_filtered_skipped_and_replaced_documents_are_counted_and_printed(
     assert "7 read, 2 empty, 1 filtered, 2 skipped, 1 replaced" in output
     source = replace(source, filter=[("n", ">", 1)])
     data = replace(data, folder=str(tmp_path / "other"), sources={"s0": source})
-    with pytest.raises(DataError, match=r"data\.sources\.s0 has no token to train on .*6 filtered"):
+    with pytest.raises(DataError, match=r"data\.sources\.s0 has no training token .*6 filtered"):
         prepare(data, BYTE, progress=False)
     assert not Path(data.folder).exists()
 
@@ -189,7 +193,7 @@ def test_keys_used_only_for_reading_are_not_part_of_the_preparation_configuratio
     tmp_path: Path,
 ) -> None:
     data = data_of(tmp_path, source_of("jsonl", tmp_path))
-    expected = configuration(data, BYTE)
+    expected = dataset_configuration(data, BYTE)
     source = replace(data.sources["s0"], weight=3.0)
     reading = replace(
         *(data,),
@@ -203,14 +207,14 @@ def test_keys_used_only_for_reading_are_not_part_of_the_preparation_configuratio
         prefetch=3,
         verify_reads=False,
     )
-    assert configuration(reading, BYTE) == expected
+    assert dataset_configuration(reading, BYTE) == expected
     for changed in (
         replace(data, validation_fraction=0.5),
         replace(data, shard_tokens=5),
         replace(data, invalid_text="skip"),
         replace(data, sources={"s0": replace(data.sources["s0"], filter=[("n", "==", 1)])}),
     ):
-        assert configuration(changed, BYTE) != expected
+        assert dataset_configuration(changed, BYTE) != expected
 
 
 def test_failed_check_of_the_caller_leaves_no_files(tmp_path: Path) -> None:
@@ -271,24 +275,30 @@ def bad_inputs(folder: Path) -> dict[str, tuple[SourceConfig, str]]:
         return SourceConfig(format_, str(folder / name), text_column=column, split=split)
 
     return {
-        "missing path": (at("text", "nowhere"), "no file, folder or glob"),
-        "empty folder": (at("text", "empty"), "a folder without"),
-        "folder of others": (at("parquet", "latin"), r"a folder without a \.parquet file"),
-        "empty file": (at("jsonl", "empty.jsonl"), "holds no document"),
+        "missing path": (at("text", "nowhere"), "matches no file or folder"),
+        "empty folder": (at("text", "empty"), "is a folder without"),
+        "folder of others": (at("parquet", "latin"), r"is a folder without \.parquet files"),
+        "empty file": (at("jsonl", "empty.jsonl"), "contains no document"),
         "text not UTF-8": (at("text", "latin"), r"000\.txt is not UTF-8 \(byte 0xef in line 2"),
         "JSONL not UTF-8": (at("jsonl", "latin.jsonl"), "line 1 of .* is not UTF-8"),
         "not JSON": (at("jsonl", "broken.jsonl"), "line 1 of .* is not JSON"),
         "not an object": (at("jsonl", "list.jsonl"), "is a list, not a JSON object"),
-        "not text": (at("jsonl", "number.jsonl"), "holds a int in text, not text"),
+        "not text": (at("jsonl", "number.jsonl"), "has a int in text, not text"),
         "half a surrogate": (at("jsonl", "half.jsonl"), "not Unicode text"),
-        "JSONL column": (at("jsonl", "column.jsonl"), r"\(text\) is no column .*content, id"),
+        "JSONL column": (
+            at("jsonl", "column.jsonl"),
+            r"text_column=text is not a column .*content, id",
+        ),
         "Parquet column": (
             at("parquet", "rows.parquet", "body"),
-            r"\(body\) .*use one of id, text",
+            r"text_column=body .*use one of id, text",
         ),
-        "cut Parquet": (at("parquet", "cut.parquet"), r"cut\.parquet cannot be read"),
-        "dataset split": (at("huggingface", "local", split="no"), "cannot be read as a dataset"),
-        "dataset column": (at("huggingface", "local", "body"), r"\(body\) .*use one of id, text"),
+        "cut Parquet": (at("parquet", "cut.parquet"), r"cut\.parquet: cannot read"),
+        "dataset split": (at("huggingface", "local", split="no"), "cannot read the dataset"),
+        "dataset column": (
+            at("huggingface", "local", "body"),
+            r"text_column=body .*use one of id, text",
+        ),
     }
 
 
@@ -304,7 +314,7 @@ def test_bad_input_is_reported_with_its_key_and_nothing_is_written(tmp_path: Pat
 def test_error_names_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     data = replace(data_of(tmp_path, source_of("text", tmp_path)), folder=str(tmp_path / "file/x"))
-    with pytest.raises(DataError, match=r"data\.folder .* cannot be written"):
+    with pytest.raises(DataError, match=r"data\.folder=.* cannot be written"):
         prepare(data, BYTE, progress=False)
 
 
@@ -325,7 +335,7 @@ def test_read_only_folder_is_rejected_unless_it_is_already_prepared(tmp_path: Pa
     data = data_of(tmp_path / "disk", source_of("text", tmp_path))
     with read_only(tmp_path / "disk"), pytest.raises(DataError) as caught:
         prepare(data, BYTE, progress=False)
-    assert f"data.folder ({data.folder}) cannot be written (Read-only file system)" in str(
+    assert f"data.folder={data.folder} cannot be written (Read-only file system)" in str(
         caught.value
     )
     manifest = prepare(data, BYTE, progress=False)
@@ -338,7 +348,7 @@ def test_read_only_folder_is_rejected_unless_it_is_already_prepared(tmp_path: Pa
 PEAK = """
 from pathlib import Path
 from data.config import *
-from data.sources.corpora import find
+from data.sources.corpora import find_corpus
 from data.preparation.pipeline import prepare
 from data.sources.rows import rows
 {work}
@@ -381,7 +391,9 @@ def test_memory_for_reading_does_not_grow_with_the_file(name: str, tmp_path: Pat
     peaks = []
     for n_mib in (16, 64):
         source = write_mib(tmp_path / name, n_mib)
-        read = f"for part in find('s', {source!r}).parts: list(map(id, rows(part, {source!r})))"
+        read = (
+            f"for part in find_corpus('s', {source!r}).parts: list(map(id, rows(part, {source!r})))"
+        )
         peaks.append(peak_mib(read))
     assert peaks[1] - peaks[0] < 8
 
@@ -404,16 +416,16 @@ def test_folder_is_claimed_while_sources_are_located(
     claimed = []
 
     def record_claim(name: str, source: SourceConfig) -> Corpus:
-        claimed.append(state.is_claimed(Path(data.folder)))
-        return find(name, source)
+        claimed.append(is_locked(Path(data.folder) / state.MARKER_FILE))
+        return find_corpus(name, source)
 
-    monkeypatch.setattr("data.preparation.pipeline.find", record_claim)
+    monkeypatch.setattr("data.preparation.pipeline.find_corpus", record_claim)
     prepare(data, BYTE, progress=False)
     assert claimed == [True]
 
 
 def test_waiting_for_a_preparation_times_out_if_no_process_prepares(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no process has been at it"):
+    with pytest.raises(DataError, match="no process has worked on it"):
         wait_until_prepared(tmp_path, poll_seconds=0.01, idle_seconds=0.05)
 
 
@@ -461,4 +473,4 @@ def test_ctrl_c_stops_prepare_py_with_one_line(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, output = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert output == "Stopped. What is done is kept: the same command goes on with it.\n"
+    assert output == "Interrupted; run the same command to resume.\n"

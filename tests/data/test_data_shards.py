@@ -17,9 +17,9 @@ from data.config import TokenizerConfig
 from data.errors import DataError
 from data.files import CRC_BLOCK, Checksums
 from data.manifest import SPLITS, Manifest, Shard, SourceEntry, TokenizerEntry
-from data.shards import ShardWriter, TokenStream, _Map
+from data.shards import ShardWriter, TokenStream, _OpenShard
 from data.tokenizer import MODEL_FILE, model_file, ready_tokenizer
-from data.verification import verify
+from data.verification import verify_dataset
 
 LENGTHS = [5, 1, 30, 7, 7, 12, 40, 3]
 
@@ -122,21 +122,21 @@ def test_shard_gets_its_final_name_only_when_complete(tmp_path: Path) -> None:
     writer.add(documents([3])[0])
     files = [path.name for path in (tmp_path / "source").iterdir()]
     assert files == ["train-00000-000.tokens.tmp"]
-    writer.abandon()
+    writer.abort()
 
 
 # ---------------------------------------------------------------- damage
 
 
 def test_damaged_folder_is_rejected_when_opened(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.folder .* run prepare\.py"):
+    with pytest.raises(DataError, match=r"data\.folder=.* run prepare\.py"):
         Manifest.read(tmp_path)
     write(tmp_path, LENGTHS, 2)
     shard, manifest = tmp_path / "source/train-00000-001.tokens", tmp_path / "manifest.json"
     intact, valid = shard.read_bytes(), json.loads(manifest.read_bytes())
 
     shard.write_bytes(intact[:-4])
-    with pytest.raises(DataError, match=r"train-00000-001\.tokens has 144 bytes, .* says 148"):
+    with pytest.raises(DataError, match=r"train-00000-001\.tokens has 144 bytes, .* records 148"):
         Manifest.read(tmp_path)
     shard.unlink()
     with pytest.raises(DataError, match=r"train-00000-001\.tokens is missing"):
@@ -150,14 +150,17 @@ def test_damaged_folder_is_rejected_when_opened(tmp_path: Path) -> None:
             Manifest.read(tmp_path)
 
     assert_rejected(
-        {**valid, "version": 1}, "has version 1, this program reads 2: delete the folder"
+        {**valid, "version": 1}, "version=1 is not supported, only version 2; delete the folder"
     )
-    assert_rejected({**valid, "format": "other"}, "is not the manifest")
+    assert_rejected({**valid, "format": "other"}, "is not a token-shard manifest")
     assert_rejected({**valid, "sources": {"source": {}}}, "is damaged")
     small = {**valid["tokenizer"], "vocab_size": 100}
-    assert_rejected({**valid, "tokenizer": small}, "holds the id 104, beyond the tokenizer's 100")
+    assert_rejected(
+        {**valid, "tokenizer": small},
+        "contains token id 104, outside the tokenizer's vocab_size=100",
+    )
     manifest.write_text(json.dumps(valid)[:-9])
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot read"):
         Manifest.read(tmp_path)
 
 
@@ -188,7 +191,9 @@ def test_flipped_bit_is_detected_by_reads_of_its_mib_only(copy: Path) -> None:
     assert stream.window(0, 1000)[0][-1] == 1000
     assert stream.window(2 * per_block // 1000 + 1, 1000)[0].size == 1001
     for index in (per_block // 1000, per_block // 1000 + 9):  # the first one overlaps MiB 1
-        with pytest.raises(DataError, match=r"train-00000-000\.tokens is damaged: MiB 1 .*verify"):
+        with pytest.raises(
+            DataError, match=r"train-00000-000\.tokens is damaged: the checksum of MiB 1 .*verify"
+        ):
             stream.window(index, 1000)
     unverified = TokenStream(copy, Manifest.read(copy).shards("train"), verify=False)
     assert unverified.window(per_block // 1000 + 9, 1000)[0].size == 1001
@@ -197,7 +202,9 @@ def test_flipped_bit_is_detected_by_reads_of_its_mib_only(copy: Path) -> None:
 def test_flipped_bit_in_offsets_is_detected_when_the_shard_is_opened(copy: Path) -> None:
     flip_bit(copy / "source/train-00000-000.offsets", 9)
     stream = TokenStream(copy, Manifest.read(copy).shards("train"))
-    with pytest.raises(DataError, match=r"train-00000-000\.offsets is damaged: MiB 0"):
+    with pytest.raises(
+        DataError, match=r"train-00000-000\.offsets is damaged: the checksum of MiB 0 "
+    ):
         stream.window(0, 10)
 
 
@@ -205,7 +212,7 @@ def test_replaced_shard_of_the_same_size_is_detected(copy: Path) -> None:
     path = copy / "source/train-00000-000.tokens"
     path.write_bytes(np.arange(600_000, dtype="<u4")[::-1].tobytes())
     stream = TokenStream(copy, Manifest.read(copy).shards("train"))
-    with pytest.raises(DataError, match="another checksum"):
+    with pytest.raises(DataError, match=r"checksum of MiB . .* differs from the manifest"):
         stream.window(0, 10)
 
 
@@ -214,10 +221,10 @@ def test_file_removed_or_truncated_before_it_is_opened_is_detected(copy: Path, e
     path = copy / f"source/train-00000-000.{ending}"
     stream = TokenStream(copy, Manifest.read(copy).shards("train"))
     os.truncate(path, path.stat().st_size - 8)
-    with pytest.raises(DataError, match=rf"{ending} has .* bytes, its manifest says"):
+    with pytest.raises(DataError, match=rf"{ending} has .* bytes, but the manifest records"):
         stream.window(0, 10)
     path.unlink()
-    with pytest.raises(DataError, match=rf"{ending} cannot be read \(No such file"):
+    with pytest.raises(DataError, match=rf"{ending}: cannot read \(No such file"):
         stream.window(0, 10)
 
 
@@ -231,14 +238,14 @@ def test_file_removed_after_opening_remains_readable(copy: Path) -> None:
 
 def test_verify_names_each_damaged_file_and_passes_an_intact_folder(copy: Path) -> None:
     progress: list[tuple[int, int]] = []
-    assert verify(copy, lambda done, total: progress.append((done, total))) == []
+    assert verify_dataset(copy, lambda done, total: progress.append((done, total))) == []
     assert progress == [(600_000 * 4 + 4 * 8, 600_000 * 4 + 4 * 8)]
     flip_bit(copy / "source/train-00000-000.tokens", 0)
     flip_bit(copy / "source/train-00000-000.tokens", 2 * CRC_BLOCK)
     flip_bit(copy / "source/train-00000-000.offsets", 30)
     lines = (copy / MODEL_FILE).read_bytes().splitlines(keepends=True)
     (copy / MODEL_FILE).write_bytes(lines[0] + b"".join(lines[1:]).replace(b" 65\n", b" 066\n", 1))
-    tokenizer, tokens, offsets = verify(copy)
+    tokenizer, tokens, offsets = verify_dataset(copy)
     assert MODEL_FILE in tokenizer
     assert "train-00000-000.tokens is damaged in MiB 0, 2 " in tokens
     assert "train-00000-000.offsets is damaged in MiB 0 " in offsets
@@ -259,8 +266,8 @@ def test_verify_also_checks_content_with_valid_checksums(copy: Path, file: str) 
     entry = manifest["sources"]["source"]["shards"]["train"][0][file]
     entry |= {"sha256": sums.sha256, "crc32": sums.crc32}
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    (problem,) = verify(copy)
-    assert ("ids up to 700000" if file == "tokens" else "does not ascend") in problem
+    (problem,) = verify_dataset(copy)
+    assert ("ids up to 700000" if file == "tokens" else "does not increase") in problem
 
 
 def test_blocks_verified_concurrently_by_another_thread_are_no_error(tmp_path: Path) -> None:
@@ -275,7 +282,7 @@ def test_blocks_verified_concurrently_by_another_thread_are_no_error(tmp_path: P
     manifest = write(tmp_path, [2 * CRC_BLOCK // 4], per_shard=1)
     stream = TokenStream(tmp_path, manifest.shards("train"))
     stream.read(0, 0, 1)
-    shard = stream._maps[0]
-    stream._maps[0] = _Map(*shard[:3], MarkedByAnotherThread(2))
+    shard = stream._open[0]
+    stream._open[0] = _OpenShard(*shard[:3], MarkedByAnotherThread(2))
     tokens, _ = stream.read(0, 0, manifest.n_tokens("train"))
     assert (tokens == np.arange(len(tokens))).all()

@@ -24,7 +24,7 @@ from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
 from data.loader import StepBatches, make_batch
 from data.stages import Stage
-from data.stream import Lane, Place, StreamDataset, StreamLoader
+from data.stream import StreamDataset, StreamLoader, StreamPosition, StreamShard
 
 BYTE = TokenizerConfig("byte", 272)
 BOS, EOS = 256, 257
@@ -125,13 +125,13 @@ def reference_windows(files: Rows, shard: int) -> Iterator[tuple[list[int], list
 def test_windows_equal_slices_of_the_concatenated_documents(
     dataset: StreamDataset, shard: int
 ) -> None:
-    read = dataset.lane(shard)
+    read = dataset.stream_shard(shard)
     epochs = set()
     for expected in islice(reference_windows(some_rows(), shard), 500):
         tokens, starts = read.window(SEQ_LEN)
         assert (tokens.tolist(), starts.tolist()) == expected
         assert tokens.dtype == np.uint32 and starts.dtype == np.int64
-        epochs.add(read.place.epoch)
+        epochs.add(read.position.epoch)
     assert len(epochs) > 1  # all documents were read at least once
 
 
@@ -162,7 +162,7 @@ def test_stream_shards_equal_those_of_the_datasets_library(
     for shard in range(N_SHARDS):
         rows = streaming.shard(num_shards=N_SHARDS, index=shard)
         tokens = [t for row in rows if row["text"] for t in [BOS, *row["text"].encode(), EOS]]
-        read = dataset.lane(shard)
+        read = dataset.stream_shard(shard)
         actual = [t for _ in range(len(tokens) // SEQ_LEN) for t in read.window(SEQ_LEN)[0][:-1]]
         assert actual == tokens[: len(actual)]
 
@@ -184,7 +184,9 @@ def test_data_ranks_together_read_the_batches_of_one_rank(
         assert sum(each.n_targets for each in local) == expected.n_targets
         rows = torch.cat([batch.tokens for each in local for batch in each.micro_batches])
         assert torch.equal(rows, expected.micro_batches[0].tokens)
-        assert {k: v for each in local for k, v in (each.lanes or {}).items()} == expected.lanes
+        assert {
+            k: v for each in local for k, v in (each.stream_positions or {}).items()
+        } == expected.stream_positions
 
 
 def digests(batches: list[StepBatches]) -> list[int]:
@@ -206,14 +208,16 @@ def test_steps_are_unchanged_after_repeated_resumes_on_other_numbers_of_ranks(
         size = (1, 2, 4)[number % 3]
         ranks = [
             take(
-                loader(dataset, rank, size, places=places, prefetch=prefetch, threads=1 + number),
+                loader(
+                    dataset, rank, size, positions=places, prefetch=prefetch, threads=1 + number
+                ),
                 first,
                 last - first,
             )
             for rank in range(size)
         ]
         actual += [sum(rank[i].digest for rank in ranks) for i in range(last - first)]
-        saved = {k: v for rank in ranks for k, v in (rank[-1].lanes or {}).items()}
+        saved = {k: v for rank in ranks for k, v in (rank[-1].stream_positions or {}).items()}
         places = json.loads(json.dumps(saved))  # as stored in a manifest
     assert actual == expected
 
@@ -229,24 +233,28 @@ def test_skipped_batches_are_excluded_and_stream_positions_are_unchanged(
         unskipped = take(loader(dataset, rank, size), 0, 15)
         kept = [unskipped[number] for number in (2, 3, 4, 8, 9, 10, 12, 13, 14)]
         actual = take(loader(dataset, rank, size, prefetch=prefetch, threads=2), 0, 3, skips)
-        places = actual[-1].lanes
-        resumed = loader(dataset, rank, size, places=places, prefetch=prefetch)
+        places = actual[-1].stream_positions
+        resumed = loader(dataset, rank, size, positions=places, prefetch=prefetch)
         actual += take(resumed, actual[-1].number + 1, 6, skips)
         for one, other in zip(actual, kept, strict=True):
-            assert (one.number, one.digest, one.lanes) == (other.number, other.digest, other.lanes)
+            assert (one.number, one.digest, one.stream_positions) == (
+                other.number,
+                other.digest,
+                other.stream_positions,
+            )
             assert torch.equal(one.micro_batches[0].tokens, other.micro_batches[0].tokens)
 
 
 def test_stream_shard_resumes_after_any_window(dataset: StreamDataset) -> None:
     """Shard 0 has the file of more than 128 rows; windows cross documents and the epoch end."""
-    reads = dataset.lane(0)
-    windows, places = [], [Place()]
+    reads = dataset.stream_shard(0)
+    windows, places = [], [StreamPosition()]
     for _ in range(400):
         windows.append(reads.window(SEQ_LEN)[0].tolist())
-        places.append(reads.place)
+        places.append(reads.position)
     assert places[-1].epoch >= 1
     for number in range(0, 397, 7):
-        resumed = dataset.lane(0, places[number])
+        resumed = dataset.stream_shard(0, places[number])
         assert [resumed.window(SEQ_LEN)[0].tolist() for _ in range(3)] == windows[
             number : number + 3
         ]
@@ -258,7 +266,7 @@ def test_filter_selects_the_rows_of_a_stream_shard(tmp_path: Path) -> None:
     filtered = config(folder, filter=[("score", ">=", 2)])
     dataset = StreamDataset.open(filtered, BYTE)
     kept = [[row for row in rows if row["score"] >= 2] for rows in files]
-    read = dataset.lane(1)
+    read = dataset.stream_shard(1)
     for expected, _ in islice(reference_windows(kept, 1), 100):
         assert read.window(SEQ_LEN)[0].tolist() == expected
 
@@ -298,28 +306,28 @@ def test_more_stream_shards_than_files_are_rejected_with_the_largest_valid_numbe
     folder: Path,
 ) -> None:
     dataset = StreamDataset.open(config(folder, n_shards=8), BYTE)
-    with pytest.raises(DataError, match=r"data.stream_shards \(8\).* 7 files.*use 4, the largest"):
+    with pytest.raises(DataError, match=r"data.stream_shards=8 .* 7 files.*use 4, the largest"):
         dataset.check(global_batch_size=8, size=2)
-    with pytest.raises(DataError, match="use fewer data ranks than 8, or prepare"):
+    with pytest.raises(DataError, match="use fewer than 8 data ranks, or prepare"):
         dataset.check(global_batch_size=8, size=8)
     StreamDataset.open(config(folder, n_shards=7), BYTE).check(global_batch_size=7, size=1)
 
 
 def test_tokenizer_that_must_be_trained_is_rejected(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"tokenizer.path \(null\).*prepares nothing"):
+    with pytest.raises(DataError, match=r"tokenizer.path=null.*needs training"):
         StreamDataset.open(config(folder), TokenizerConfig("bpe", 1000))
 
 
 def test_error_names_the_key_of_a_missing_dataset(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"data.sources.web.path \(.*empty\) cannot be read"):
+    with pytest.raises(DataError, match=r"data.sources.web.path=.*empty: cannot read"):
         StreamDataset.open(config(tmp_path / "empty"), BYTE)
 
 
 def test_stream_shard_without_text_is_rejected_instead_of_read_forever(folder: Path) -> None:
     dataset = StreamDataset.open(config(folder, filter=[("score", ">", 9)]), BYTE)
-    with pytest.raises(DataError, match=r"lane 2, has no text: see its filter"):
-        dataset.lane(2).window(SEQ_LEN)
+    with pytest.raises(DataError, match=r"stream shard 2 has no text; check its filter"):
+        dataset.stream_shard(2).window(SEQ_LEN)
 
 
 def test_invalid_text_is_replaced_skipped_or_rejected_as_configured(tmp_path: Path) -> None:
@@ -329,13 +337,13 @@ def test_invalid_text_is_replaced_skipped_or_rejected_as_configured(tmp_path: Pa
     for policy in ("replace", "skip"):
         data_config = dataclasses.replace(config(folder, n_shards=1), invalid_text=policy)
         dataset = StreamDataset.open(data_config, BYTE)
-        tokens = dataset.lane(0).window(14)[0].tolist()
+        tokens = dataset.stream_shard(0).window(14)[0].tolist()
         texts[policy] = dataset.tokenizer().decode(t for t in tokens if t < BOS)
     assert texts["replace"].startswith("goodb\ufffdd")
     assert texts["skip"].startswith("goodfine")
     strict = StreamDataset.open(config(folder, n_shards=1), BYTE)
     with pytest.raises(DataError, match=r"row 2 of shard 0 .* NUL"):
-        strict.lane(0).window(14)
+        strict.stream_shard(0).window(14)
     steps = StreamLoader(strict, Stage(0, 0, 0, 14, 1, None, {}), rank=0, size=1).steps(0)
     with pytest.raises(DataError, match="NUL"):
         next(steps)
@@ -359,18 +367,18 @@ class FlakyRows:
             yield row
 
 
-def windows_of(shard: Lane, n: int) -> list[list[int]]:
+def windows_of(shard: StreamShard, n: int) -> list[list[int]]:
     return [shard.window(SEQ_LEN)[0].tolist() for _ in range(n)]
 
 
 def test_lost_connection_loses_no_row(
     dataset: StreamDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = windows_of(dataset.lane(0), 200)
+    expected = windows_of(dataset.stream_shard(0), 200)
     monkeypatch.setattr(data.stream, "RETRY_SECONDS", (0.0, 0.0))
     flaky = FlakyRows(n_errors=1000)
     monkeypatch.setattr(data.stream, "rows", flaky)
-    assert windows_of(dataset.lane(0), 200) == expected
+    assert windows_of(dataset.stream_shard(0), 200) == expected
     assert flaky.n_errors < 960  # the connection was lost many times
 
 
@@ -386,17 +394,19 @@ def test_permanently_lost_connection_is_reported_after_three_attempts(
 
     monkeypatch.setattr(data.stream, "RETRY_SECONDS", (0.0, 0.0))
     monkeypatch.setattr(data.stream, "rows", lost)
-    with pytest.raises(DataError, match=r"lane 3, cannot be read on after 3 attempts \(Connection"):
-        dataset.lane(3).window(SEQ_LEN)
+    with pytest.raises(
+        DataError, match=r"stream shard 3: cannot read after 3 attempts \(Connection"
+    ):
+        dataset.stream_shard(3).window(SEQ_LEN)
     assert len(attempts) == 3
 
 
 def test_files_removed_while_a_stream_shard_is_read_are_reported(tmp_path: Path) -> None:
     folder = write(tmp_path / "web", some_rows(), "jsonl")
     dataset = StreamDataset.open(config(folder), BYTE)
-    read = dataset.lane(3)
+    read = dataset.stream_shard(3)
     read.window(SEQ_LEN)
     for file in folder.iterdir():
         file.unlink()
-    with pytest.raises(DataError, match=r"data.sources.web.path.*cannot be read"):
+    with pytest.raises(DataError, match=r"data.sources.web.path.*cannot read"):
         windows_of(read, 500)

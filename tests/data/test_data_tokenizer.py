@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
 from data.manifest import SPLITS
-from data.preparation.pipeline import is_validation, prepare
+from data.preparation.part import is_validation
+from data.preparation.pipeline import prepare
 from data.shards import TokenStream
 from data.tokenizer import (
     Tokenizer,
-    _trained_by_library,
+    _train_library_bpe,
     load_tokenizer,
     model_file,
     read_tokenizer,
@@ -158,7 +159,7 @@ def test_byte_tokenizer_ids_equal_utf8_bytes() -> None:
 
 def test_bpe_ids_match_the_training_library() -> None:
     text = Path(__file__).read_text()
-    ours, theirs = train_bpe([text], 600), _trained_by_library([text], 584)
+    ours, theirs = train_bpe([text], 600), _train_library_bpe([text], 584)
     assert ours.vocab_size == 600
     for sample in (text, *TEXTS[:7]):
         assert ours.encode(sample) == theirs.encode(sample).ids
@@ -195,7 +196,7 @@ def test_invalid_tokenizer_files_are_rejected(trained: Tokenizer, tmp_path: Path
     with pytest.raises(DataError, match="prepare the data first"):
         load_tokenizer(TokenizerConfig("bpe", 600), tmp_path)
     path = tmp_path / "tokenizer.model"
-    with pytest.raises(DataError, match=r"tokenizer\.path .* does not exist"):
+    with pytest.raises(DataError, match=r"tokenizer\.path=.* does not exist"):
         read_tokenizer(path, "bpe")
     path.write_bytes(b"not a tokenizer")
     with pytest.raises(DataError, match="each line must be"):
@@ -211,9 +212,9 @@ def test_invalid_tokenizer_files_are_rejected(trained: Tokenizer, tmp_path: Path
     with pytest.raises(DataError, match="is damaged"):
         read_tokenizer(path, "bpe")
     path.write_bytes(b"".join(lines))
-    with pytest.raises(DataError, match=r"tokenizer\.vocab_size \(512\).*use 600"):
+    with pytest.raises(DataError, match=r"tokenizer\.vocab_size=512 .*use 600"):
         load_tokenizer(TokenizerConfig("bpe", 512), tmp_path)
-    with pytest.raises(DataError, match=r"tokenizer\.vocab_size \(4096\).*use at most"):
+    with pytest.raises(DataError, match=r"tokenizer\.vocab_size=4096 .*use at most"):
         train_bpe(["short"], 4096)
 
 

@@ -19,7 +19,7 @@ import pytest
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
 from data.preparation import pool, state
-from data.preparation.part import PartSettings, load
+from data.preparation.part import PartSettings, load_tokenizer_of
 from data.preparation.pipeline import prepare
 from data.sources import corpora
 
@@ -155,8 +155,8 @@ def test_dead_worker_is_reported_and_the_next_launch_resumes(
         wait_until(lambda: n_records(data) > 3)
         os.kill(workers(process)[0], signal.SIGKILL)
         _, stderr = process.communicate(timeout=30)
-        assert "DataError: a worker process of the preparation died" in stderr
-        assert "keeps what is done" in stderr
+        assert "DataError: A worker process of the preparation died" in stderr
+        assert "Finished parts are kept" in stderr
         wait_until(lambda: not session_processes(process), seconds=10)
     done = n_records(data)
     assert done > 3
@@ -184,18 +184,20 @@ def initialize_detached_worker(
     job: PartSettings, counters: Any, workers_end: Any, lock: Any
 ) -> None:
     """Initialize a worker that does not notice the death of its main process."""
-    pool._state.update(job=job, tokenizer=load(job), counters=counters, kept=(workers_end, lock))
+    pool._worker_state.update(
+        settings=job, tokenizer=load_tokenizer_of(job), counters=counters, kept=(workers_end, lock)
+    )
 
 
 def test_second_preparation_is_rejected_while_the_first_or_one_of_its_workers_is_alive(
     tmp_path: Path, rows: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(state, "LOCK_TIMEOUT_SECONDS", 0.1)
     data = data_of(tmp_path, rows)
     detach_workers = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import test_data_preparation_pool as this_module; from data.preparation import pool\n"
-        "pool._begin = this_module.initialize_detached_worker"
+        "pool._init_worker = this_module.initialize_detached_worker"
     )
     with preparing(data, detach_workers) as process:
         wait_until(lambda: n_records(data) > 1)
@@ -219,17 +221,17 @@ def test_lock_on_a_removed_marker_file_is_not_a_claim(
 ) -> None:
     """The previous process may exit and remove the marker between our open and our lock."""
     marker_path = tmp_path / state.MARKER_FILE
-    lock = state.fcntl.flock
+    lock = state.lock_descriptor
     removed: list[bool] = []
 
-    def remove_then_lock(file: Any, operation: int) -> None:
+    def remove_then_lock(descriptor: int, blocking: bool) -> bool:
         if not removed:
             marker_path.unlink()
             removed.append(True)
-        lock(file, operation)
+        return lock(descriptor, blocking=blocking)
 
-    monkeypatch.setattr(state.fcntl, "flock", remove_then_lock)
-    with state.claimed(tmp_path) as marker:
+    monkeypatch.setattr(state, "lock_descriptor", remove_then_lock)
+    with state.lock_folder(tmp_path) as marker:
         assert os.path.samestat(os.fstat(marker.fileno()), marker_path.stat())
 
 

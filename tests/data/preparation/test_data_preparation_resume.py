@@ -168,7 +168,7 @@ def test_changed_input_or_configuration_restarts_with_a_message(
     fresh = replace(data, folder=str(tmp_path / "b"))
     prepare(fresh, BYTE, progress=False)
     prepare(data, BYTE)
-    assert f"starting anew, changed since: {change}" in capsys.readouterr().err
+    assert f"restarting the preparation; changed: {change}" in capsys.readouterr().err
     assert listing(data.folder) == listing(fresh.folder)
 
 
@@ -179,7 +179,7 @@ def test_resuming_prints_the_number_of_completed_parts(
     assert run_until_killed((data, 300)) == [0]
     n_done = sum(json.loads(record.read_text())["done"] for record in records(data.folder))
     prepare(data, BYTE)
-    assert f"going on, {n_done} of" in capsys.readouterr().err
+    assert f"resuming; {n_done} of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE, TokenizerConfig("bpe", 290, None, 20_000)])
@@ -188,7 +188,7 @@ def test_preparation_stopped_by_invalid_text_resumes_with_another_policy(
 ) -> None:
     path = write_lines(tmp_path / "rows.jsonl", [*TEXTS[:250], "a\0b", *TEXTS[250:]])
     strict = data_of(tmp_path / "a", path)
-    with pytest.raises(DataError, match=r"line 251 .* NUL(.|\n)*keeps what is done"):
+    with pytest.raises(DataError, match=r"line 251 .* NUL(.|\n)*Finished parts are kept"):
         prepare(strict, tokenizer, progress=False)
     done = records(strict.folder)
     assert len(done) > 5
@@ -242,7 +242,9 @@ def test_full_disk_leaves_no_partial_files_and_the_next_launch_resumes(
         pytest.skip("needs permission to mount a file system")
     try:
         data = data_of(small / "shards", path, workers=2)
-        with pytest.raises(DataError, match=r"data\.folder .*No space left on device.: make room"):
+        with pytest.raises(
+            DataError, match=r"data\.folder=.*No space left on device.; free disk space"
+        ):
             prepare(data, BYTE, progress=False)
         done = records(data.folder)
         assert len(done) > 3
@@ -272,7 +274,7 @@ def test_preparation_resumes_after_a_file_size_limit(tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert "cannot be written (File too large): make room" in process.stderr
+    assert "cannot be written (File too large); free disk space" in process.stderr
     assert not list(tmp_path.glob("a/*/*.tmp"))
     prepare(data, BYTE, progress=False)
     fresh = replace(data, folder=str(tmp_path / "b"))

@@ -12,7 +12,7 @@ import pytest
 from data.config import SourceConfig
 from data.errors import DataError
 from data.sources import corpora
-from data.sources.corpora import Corpus, find, source_files
+from data.sources.corpora import Corpus, find_corpus, source_files
 from data.sources.rows import rows
 
 TEXTS = [f"Document {i}, naïve 🙂 " + "line\n" * (i % 9) for i in range(200)]
@@ -60,7 +60,7 @@ def test_parts_of_a_file_contain_each_row_once_in_order(
     name: str, tmp_path: Path, small_parts: None
 ) -> None:
     source = write(tmp_path / name)
-    corpus = find("s", source)
+    corpus = find_corpus("s", source)
     assert texts_of(corpus, source) == TEXTS
     assert [part.number for part in corpus.parts] == list(range(len(corpus.parts)))
     compressed = name.endswith((".gz", ".zst"))
@@ -76,21 +76,21 @@ def test_folder_is_read_in_sorted_order_with_every_compression(
         write(tmp_path / name, TEXTS[i * 50 : (i + 1) * 50])
     (tmp_path / "notes.md").write_text("not a data file")
     source = SourceConfig("jsonl", str(tmp_path))
-    assert texts_of(find("s", source), source) == TEXTS
+    assert texts_of(find_corpus("s", source), source) == TEXTS
 
 
 def test_small_files_are_grouped_into_a_part_and_a_large_one_is_split(tmp_path: Path) -> None:
     for i in range(50):
         (tmp_path / f"{i:02}.txt").write_text(f"text {i}")
     source = SourceConfig("text", str(tmp_path))
-    corpus = find("s", source)
-    assert [len(part.pieces) for part in corpus.parts] == [50]
+    corpus = find_corpus("s", source)
+    assert [len(part.ranges) for part in corpus.parts] == [50]
     assert texts_of(corpus, source) == [f"text {i}" for i in range(50)]
     large = tmp_path / "large.jsonl"
     row = json.dumps({"text": "x" * 1000}) + "\n"
     large.write_text(row * 5000)
     source = SourceConfig("jsonl", str(large))
-    parts = find("s", source).parts
+    parts = find_corpus("s", source).parts
     assert len(parts) == 5  # one MiB each
     assert all(part.n_bytes % len(row) == 0 for part in parts)
 
@@ -98,11 +98,11 @@ def test_small_files_are_grouped_into_a_part_and_a_large_one_is_split(tmp_path: 
 def test_line_longer_than_a_part_is_not_split(tmp_path: Path, small_parts: None) -> None:
     texts = ["a" * 10, "b" * 5000, "", "c", "d" * 301]
     source = write(tmp_path / "rows.jsonl", texts)
-    assert texts_of(find("s", source), source) == texts
+    assert texts_of(find_corpus("s", source), source) == texts
     path = tmp_path / "no-end.jsonl"
     path.write_bytes((tmp_path / "rows.jsonl").read_bytes().rstrip())
     source = SourceConfig("jsonl", str(path))
-    assert texts_of(find("s", source), source) == texts
+    assert texts_of(find_corpus("s", source), source) == texts
 
 
 def test_revision_of_files_depends_on_names_and_sizes_but_not_on_the_folder(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_revision_of_files_depends_on_names_and_sizes_but_not_on_the_folder(tmp_
             path = tmp_path / folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content)
-        return find("s", SourceConfig("text", str(tmp_path / folder))).revision
+        return find_corpus("s", SourceConfig("text", str(tmp_path / folder))).revision
 
     one = revision("one", {"a.txt": "aa", "b/c.txt": "c"})
     assert revision("two", {"a.txt": "aa", "b/c.txt": "c"}) == one
@@ -127,16 +127,16 @@ def test_dataset_can_be_downloaded_or_streamed(
     for i in range(4):
         write(tmp_path / f"{i}.parquet", TEXTS[i * 50 : (i + 1) * 50])
     source = SourceConfig("huggingface", str(tmp_path), streaming=streaming)
-    corpus = find("s", source)
+    corpus = find_corpus("s", source)
     assert texts_of(corpus, source) == TEXTS
     assert len(corpus.parts) == (4 if streaming else 1)
-    assert corpus.revision == find("s", source).revision
+    assert corpus.revision == find_corpus("s", source).revision
 
 
 def test_dataset_saved_to_disk_is_read_as_arrow(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"), num_shards=3)
     source = SourceConfig("arrow", str(tmp_path / "saved"))
-    assert texts_of(find("s", source), source) == TEXTS
+    assert texts_of(find_corpus("s", source), source) == TEXTS
 
 
 def test_standard_library_source_excludes_its_tests() -> None:
@@ -144,7 +144,7 @@ def test_standard_library_source_excludes_its_tests() -> None:
     files = source_files(source)
     assert {"argparse.py", "__future__.py"} <= {file.name for file in files}
     assert not [f for f in files if {"test", "tests", "site-packages"} & set(f.parts[-4:])]
-    first = next(rows(find("s", source).parts[0], source))
+    first = next(rows(find_corpus("s", source).parts[0], source))
     assert first.text == files[0].read_text(encoding="utf-8")
 
 
@@ -153,5 +153,5 @@ def test_truncated_large_file_is_reported(tmp_path: Path, small_parts: None) -> 
         source = write(tmp_path / name)
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content[: len(content) // 2])
-        with pytest.raises(DataError, match=rf"data\.sources\.s\.path: .*{name} is not a whole"):
-            find("s", source)
+        with pytest.raises(DataError, match=rf"data\.sources\.s\.path: .*{name} is not a complete"):
+            find_corpus("s", source)

@@ -12,14 +12,14 @@ from test_data_sources_corpora import LOCAL, TEXTS, write
 from data.config import SourceConfig
 from data.errors import DataError
 from data.sources import corpora
-from data.sources.corpora import find
+from data.sources.corpora import find_corpus
 from data.sources.rows import Outcome, Policy, Row, rows
 
 SURROGATE, REPLACED = "a\ud800b", "a\ufffdb"
 
 
 def read(source: SourceConfig, policy: Policy = "strict") -> list[Row]:
-    corpus = find("s", source)
+    corpus = find_corpus("s", source)
     return [r for part in corpus.parts for r in rows(part, source, policy, corpus.dataset)]
 
 
@@ -65,7 +65,7 @@ def test_reading_resumes_after_any_row(
     else:
         write(tmp_path / "rows.parquet")
         source = SourceConfig("huggingface", str(tmp_path), streaming=name == "streaming")
-    corpus = find("s", source)
+    corpus = find_corpus("s", source)
     total = 0
     for part in corpus.parts:
         expected = list(rows(part, source, dataset=corpus.dataset))
@@ -80,7 +80,7 @@ def test_reading_a_group_of_files_resumes_within_and_between_files(tmp_path: Pat
     for i in range(3):
         write(tmp_path / f"{i}.jsonl", TEXTS[i * 3 : i * 3 + 3])
     source = SourceConfig("jsonl", str(tmp_path))
-    (part,) = find("s", source).parts
+    (part,) = find_corpus("s", source).parts
     expected = list(rows(part, source))
     for number, row in enumerate(expected):
         assert list(rows(part, source, start=row.after)) == expected[number + 1 :]
@@ -88,12 +88,12 @@ def test_reading_a_group_of_files_resumes_within_and_between_files(tmp_path: Pat
 
 BAD_LINES = [
     (b'{"text": "na\xefve"}', "line 2 of .* is not UTF-8 .byte 0xef", "na\ufffdve"),
-    (b'{"text": "a\\u0000b"}', "line 2 of .* holds a NUL character in text", REPLACED),
+    (b'{"text": "a\\u0000b"}', "line 2 of .* has a NUL character in text", REPLACED),
     (b'{"text": "a\\ud800b"}', "line 2 of .* surrogate pair in text", REPLACED),
-    (b'{"text": 3}', "line 2 of .* holds a int in text, not text", None),
-    (b'{"text": ["a"]}', "line 2 of .* holds a list in text", None),
-    (b'{"other": "a", "id": 1}', r"text_column \(text\) is no column at line 2 .*other, id", None),
-    (b"{}", r"text_column \(text\) is no column at line 2 ", None),
+    (b'{"text": 3}', "line 2 of .* has a int in text, not text", None),
+    (b'{"text": ["a"]}', "line 2 of .* has a list in text", None),
+    (b'{"other": "a", "id": 1}', r"text_column=text is not a column at line 2 .*other, id", None),
+    (b"{}", r"text_column=text is not a column at line 2 ", None),
     (b'{"text": "a"', "line 2 of .* is not JSON", None),
     (b"\xff\xfe", "line 2 of .* is not UTF-8", None),
     (b'["a"]', "line 2 of .* is a list, not a JSON object", None),
@@ -128,12 +128,12 @@ def test_invalid_text_in_a_table_is_rejected_repaired_or_skipped(name: str, tmp_
         *("text", "skipped", "skipped", "empty")
     ]
     numbers = table(tmp_path / name, {"text": [1, None]})
-    with pytest.raises(DataError, match=rf"row 1 of .*{name} holds a int in text, not text"):
+    with pytest.raises(DataError, match=rf"row 1 of .*{name} has a int in text, not text"):
         read(numbers)
     assert outcomes(numbers, "replace") == [("skipped", ""), ("empty", "")]
     other = table(tmp_path / name, {"id": [1, 2], "body": ["a", "b"]})
     with pytest.raises(
-        DataError, match=rf"\(text\) is no column at row 1 of .*{name}: .* id, body"
+        DataError, match=rf"text_column=text is not a column at row 1 of .*{name}; .* id, body"
     ):
         read(other)
     assert outcomes(other, "skip") == [("skipped", "")] * 2
@@ -198,11 +198,11 @@ def test_filter_keeps_the_rows_that_meet_all_conditions(
 @pytest.mark.parametrize(
     ("condition", "message"),
     [
-        (("score", ">", 1), r"score is no column at row 1 of .*: use one of text, n, tag, good"),
-        (("tag", ">", 1), "row 1 of .* holds a text in tag, which does not compare with a number"),
-        (("n", "==", "1"), "holds a number in n, which does not compare with a text"),
-        (("good", "==", 1), "holds a truth value in good"),
-        (("n", "in", ["a", "b"]), "holds a number in n"),
+        (("score", ">", 1), r"score is not a column at row 1 of .*; use one of text, n, tag, good"),
+        (("tag", ">", 1), "row 1 of .* has a text in tag, which cannot be compared with a number"),
+        (("n", "==", "1"), "has a number in n, which cannot be compared with a text"),
+        (("good", "==", 1), "has a boolean in good"),
+        (("n", "in", ["a", "b"]), "has a number in n"),
     ],
 )
 @pytest.mark.parametrize("policy", get_args(Policy))
@@ -212,7 +212,7 @@ def test_filter_with_an_invalid_column_or_type_is_rejected_under_every_policy(
     columns = {"text": ["t1", "t2", "t3", "t4"], **FILTERED}
     source = table(tmp_path / "a.parquet", columns)
     source = SourceConfig(source.format, source.path, filter=[condition])
-    with pytest.raises(DataError, match=rf"data\.sources\.s\.filter .*{message}"):
+    with pytest.raises(DataError, match=rf"data\.sources\.s\.filter=.*{message}"):
         read(source, policy)
 
 
@@ -236,7 +236,7 @@ def test_truncated_file_is_reported(name: str, tmp_path: Path) -> None:
     source = write(tmp_path / name)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=rf"data\.sources\.s\.path: .*{name} cannot be read"):
+    with pytest.raises(DataError, match=rf"data\.sources\.s\.path: .*{name}: cannot read"):
         read(source)
 
 
