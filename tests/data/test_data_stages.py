@@ -59,7 +59,7 @@ def test_any_stages_equal_counting_step_by_step(
 
 def test_stage_that_starts_within_a_step_or_has_no_source_is_rejected() -> None:
     _, [problem] = planned(StageConfig(8), StageConfig(10, global_batch_size=2))
-    assert problem.startswith("data.stages[1].from_sample (10)") and problem.endswith("12")
+    assert problem.startswith("data.stages[1].from_sample=10 ") and problem.endswith("12")
     _, [problem] = planned(StageConfig(8, {"a": 0.0, "b": 0.0}))
     assert problem.startswith("data.stages[0].weights")
 
