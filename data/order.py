@@ -1,7 +1,7 @@
 """The order of training samples: a closed form of seed, sources and sample index.
 
 Global sample index → (mixture block, index in the block) → source and its k-th draw →
-(epoch, index) → window. Each step is a keyed permutation, so nothing is stored, any position is
+(epoch, index) → window. Each step is a keyed permutation, so no list is stored, any position is
 reached in constant time and every mesh gets the same order. Depends only on the number of windows
 per source, not on their content. The order is frozen by `permutation.ALGORITHM_VERSION` and golden
 vectors in the tests.

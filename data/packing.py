@@ -1,4 +1,4 @@
-"""Packed training windows: whole documents instead of cuts at fixed positions.
+"""Packed training windows: complete documents instead of cuts at fixed positions.
 
 `pack` runs best-fit packing (`data.best_fit`) once per window length and writes an index next to
 the shards; `PackedStream` reads windows through it. Each shard is packed independently, so memory

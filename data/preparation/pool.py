@@ -55,7 +55,8 @@ def prepare_parts(
             _prepare(settings, tokenizer, index, part, counters)
         return
     context = multiprocessing.get_context("spawn")
-    # Nothing is sent: closing the main end, by this process or by its death, stops the workers.
+    # The pipe carries no data: closing the main end, also by the death of this process, stops the
+    # workers.
     worker_end, main_end = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(
         n_workers,

@@ -1,4 +1,4 @@
-"""State of a preparation on disk: the folder lock, what it was made from, and resuming.
+"""State of a preparation on disk: folder lock, identity of its input, and resuming.
 
 `preparing.json` exists while a folder is being prepared and after an interruption. The preparing
 process holds its lock; its content identifies configuration and input. A later preparation keeps
@@ -65,7 +65,7 @@ def _try_lock(marker: TextIO, path: Path) -> bool:
 
 
 def read_marker(marker: TextIO) -> dict[str, Any]:
-    """Return what an earlier preparation was made from; empty if there was none."""
+    """Return the marker of an earlier preparation, or an empty dict."""
     marker.seek(0)
     try:
         values = json.load(marker)

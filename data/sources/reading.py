@@ -42,7 +42,7 @@ class RawRow(NamedTuple):
     Attributes:
         row: Rows of the range up to and including this one.
         offset: Bytes of the range up to and including this row, for uncompressed JSON lines.
-        error: What makes the complete row invalid, or an empty string.
+        error: Reason why the complete row is invalid, or an empty string.
         columns: Column names of the file.
     """
 
