@@ -21,9 +21,9 @@ class Clock:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Time one step."""
-        begin = time.perf_counter()
+        start = time.perf_counter()
         yield
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - start
         self._seconds += seconds
         self._productive += seconds
         self._steps += 1
@@ -31,17 +31,17 @@ class Clock:
     @contextmanager
     def data(self) -> Iterator[None]:
         """Time the wait for data within a step."""
-        begin = time.perf_counter()
+        start = time.perf_counter()
         with self.around_data():
             yield
-        self._data_wait_seconds += time.perf_counter() - begin
+        self._data_wait_seconds += time.perf_counter() - start
 
     @contextmanager
     def stall(self) -> Iterator[None]:
         """Time work that delays the next step: a save, validation or a text sample."""
-        begin = time.perf_counter()
+        start = time.perf_counter()
         yield
-        self._stalled += time.perf_counter() - begin
+        self._stalled += time.perf_counter() - start
 
     def read(self) -> tuple[int, float, float]:
         """Return the number of steps, their seconds and their data wait, and reset all three."""

@@ -28,7 +28,7 @@ def smooth(values: Sequence[float], half_width: int) -> list[float]:
 def plot_loss(metrics: Path, image: Path, title: str) -> None:
     """Plot training and validation loss (nats per token) over tokens, or over steps without tokens.
 
-    The image is replaced atomically. Without a finite loss nothing is written.
+    The image is replaced atomically. Nothing is written before the first finite loss.
 
     Raises:
         OSError: The image cannot be written.

@@ -37,7 +37,7 @@ class Int8Moment:
 
     A byte is an index into a map of 256 levels in [-1, 1] (`signed`) or [0, 1], which are dense
     near zero. Map and block size are those of torchao. The scale is the block's value of largest
-    magnitude, with its sign, so that this value is exactly 1.0 in the map. torchao's optimizer
+    magnitude, sign included, so that this value is exactly 1.0 in the map. torchao's optimizer
     scales by the magnitude; its map lacks -1.0, so each save and load would shrink half of the
     blocks by 0.7%.
     """

@@ -190,7 +190,7 @@ def _adamw(
     steps: list[Tensor],
     found_inf: Tensor | None,
 ) -> None:
-    """Call torch's AdamW kernel on plain tensors, in place; `found_inf` of 1 changes nothing."""
+    """Call torch's AdamW kernel on plain tensors, in place; a `found_inf` of 1 is a no-op."""
     adamw(
         weights,
         gradients,

@@ -35,13 +35,13 @@ STEP, DATA = "llamesh: step", "llamesh: data"
 MATRIX, ATTENTION, ELEMENTWISE = "matrix products", "attention", "elementwise"
 OPTIMIZER, COMMUNICATION = "optimizer", "exposed communication"
 WAIT, HOST = "data wait", "host"
-# An instant that several rows claim belongs to the first of them.
+# An instant claimed by several rows belongs to the first.
 ROWS = (MATRIX, ATTENTION, OPTIMIZER, ELEMENTWISE, COMMUNICATION, WAIT, HOST)
 
 _OPTIMIZER = re.compile(r"Optimizer\.step#")  # annotation that torch puts around an optimizer step
 _COMMUNICATION = re.compile(r"^gloo:|nccl", re.I)
-# Inductor names a kernel after all operators it fuses, on CPU after the whole graph. The matrix
-# products that it calls keep their own names.
+# Inductor names a kernel after all operators that it fuses, on CPU after the complete graph. Matrix
+# products outside of these kernels keep their names.
 _FUSED = re.compile(r"^(triton_(poi|red|per)_|\w*cpp_fused|## Call CompiledFxGraph)")
 _ATTENTION = re.compile(r"attention|attn|fmha|flash|sdpa", re.I)
 _MATRIX = re.compile(
@@ -62,7 +62,7 @@ _OVERHEAD = re.compile(
 class Span(NamedTuple):
     """A time interval in microseconds of the trace's clock."""
 
-    begin: float
+    start: float
     end: float
 
 
@@ -159,7 +159,7 @@ def break_down(events: Iterable[dict[str, Any]]) -> StepBreakdown:
     complete = [event for event in events if event.get("ph") == "X" and "cat" in event]
     # On GPUs a host annotation appears a second time, with the device's times.
     step = next(e for e in complete if e["name"] == STEP and e["cat"] == "user_annotation")
-    whole = _span(step)
+    step_span = _span(step)
     kernels = [event for event in complete if event["cat"].startswith(("kernel", "gpu_mem"))]
     main_thread = [event for event in complete if event["tid"] == step["tid"]]
     claims: dict[str, list[Span]] = {name: [] for name in ROWS}
@@ -168,26 +168,26 @@ def break_down(events: Iterable[dict[str, Any]]) -> StepBreakdown:
     if not kernels:  # gloo runs in separate threads
         claims[COMMUNICATION] += [_span(e) for e in complete if _COMMUNICATION.search(e["name"])]
     claims[WAIT] = [_span(event) for event in main_thread if event["name"] == DATA]
-    claims[HOST] = [whole]
-    rows = partition(whole, [claims[name] for name in ROWS])
-    in_flight, _ = partition(whole, [claims[COMMUNICATION], [whole]])
+    claims[HOST] = [step_span]
+    rows = partition(step_span, [claims[name] for name in ROWS])
+    in_flight, _ = partition(step_span, [claims[COMMUNICATION], [step_span]])
     return StepBreakdown(
         rows={name: microseconds / 1e6 for name, microseconds in zip(ROWS, rows, strict=True)},
-        total=(whole.end - whole.begin) / 1e6,
+        total=(step_span.end - step_span.start) / 1e6,
         communication=in_flight / 1e6,
-        peak_allocated=_peak_allocated(events, whole, device_type=1 if kernels else 0),
+        peak_allocated=_peak_allocated(events, step_span, device_type=1 if kernels else 0),
     )
 
 
-def partition(whole: Span, layers: Sequence[Sequence[Span]]) -> list[float]:
-    """Return how much of `whole` each layer covers that no earlier layer covers."""
+def partition(interval: Span, layers: Sequence[Sequence[Span]]) -> list[float]:
+    """Return how much of `interval` each layer covers that no earlier layer covers."""
     edges = [
-        (min(max(edge, whole.begin), whole.end), change, layer)
+        (min(max(edge, interval.start), interval.end), change, layer)
         for layer, spans in enumerate(layers)
         for span in spans
-        for edge, change in ((span.begin, 1), (span.end, -1))
+        for edge, change in ((span.start, 1), (span.end, -1))
     ]
-    covered, active, previous = [0.0] * len(layers), [0] * len(layers), whole.begin
+    covered, active, previous = [0.0] * len(layers), [0] * len(layers), interval.start
     for edge, change, layer in sorted(edges):
         first = next((index for index, count in enumerate(active) if count > 0), None)
         if first is not None:
@@ -197,13 +197,13 @@ def partition(whole: Span, layers: Sequence[Sequence[Span]]) -> list[float]:
     return covered
 
 
-def _peak_allocated(events: Sequence[dict[str, Any]], whole: Span, device_type: int) -> int:
+def _peak_allocated(events: Sequence[dict[str, Any]], step: Span, device_type: int) -> int:
     changes = [
         (event["ts"], event["args"]["Bytes"])
         for event in events
         if event.get("name") == "[memory]"
         and event["args"]["Device Type"] == device_type
-        and whole.begin <= event["ts"] <= whole.end
+        and step.start <= event["ts"] <= step.end
     ]
     return max(accumulate(change for _, change in sorted(changes)), default=0)
 
@@ -252,11 +252,11 @@ def _self_times(events: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Span]]:
         at = max(at, now)
 
     for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
-        begin, end = _span(event)
-        while stack and stack[-1][0] <= begin:
+        start, end = _span(event)
+        while stack and stack[-1][0] <= start:
             yield from advance(stack[-1][0])
             stack.pop()
-        yield from advance(begin)
+        yield from advance(start)
         _, parent_row, updating = stack[-1] if stack else (0.0, None, False)
         row = parent_row if parent_row in (MATRIX, ATTENTION) else _row(event["name"])
         stack.append((end, row, updating or _is_update(event)))

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
-
 from parallel.mesh import MeshShape, Processes
 from training.config import JobConfig
 from training.resume_policy import Changes
@@ -152,9 +150,10 @@ def _overrides() -> list[str]:
     The run now has checkpoints, which replace the one in `run.resume`; changes in
     `run.allow_changes` have been made.
     """
-    overrides = [each.removeprefix("++") for each in HydraConfig.get().overrides.task]
+    arguments = [each.removeprefix("++") for each in sys.argv[1:]]
+    excluded = ("-", "hydra.", "run.resume=", "run.allow_changes=")
     return [
         shlex.quote(each)
-        for each in overrides
-        if not each.startswith(("run.resume=", "run.allow_changes="))
+        for each in arguments
+        if not each.startswith(excluded) and ("=" in each or each.startswith("~"))
     ]

@@ -1,7 +1,7 @@
 """Weights & Biases logging in a background thread, so that the network never delays a step.
 
-Records that W&B does not accept in time are dropped. A failure ends the logging and is available
-as `WandbLogger.failure`; reporting it is left to `training.metrics`.
+Records that W&B does not accept in time are dropped. A failure stops the logging and is kept in
+`WandbLogger.failure`; `training.metrics` reports it.
 """
 
 import importlib.util

@@ -254,11 +254,11 @@ def test_hanging_wandb_delays_no_step(
     monkeypatch.setattr(wandb_logger, "MAX_QUEUED", 3)
     monkeypatch.setattr(wandb_logger, "FINISH_SECONDS", 0.05)
     log, warnings = open_log(tmp_path, wandb="project")
-    begin = time.monotonic()
+    start = time.monotonic()
     for step in range(1, 10):
         log.write(record(step))
     log.close()
-    assert time.monotonic() - begin < 5, "a call blocked"
+    assert time.monotonic() - start < 5, "a call blocked"
     never.set()
     assert len(warnings) == 1 and "it does not respond" in warnings[0]
     assert len(read_json_lines(log.path)) == 9

@@ -99,12 +99,12 @@ def test_chunks_equal_whole_moment(make: str) -> None:
             return Int8Moment(size, True, CPU)
         return FloatMoment(size, torch.bfloat16, CPU)
 
-    whole, chunked = empty(), empty()
-    whole.write(0, written)
+    full, chunked = empty(), empty()
+    full.write(0, written)
     for start in range(0, size, 8 * BLOCK):
         chunked.write(start, written[start : start + 8 * BLOCK])
         stop = min(start + 8 * BLOCK, size)
-        assert torch.equal(chunked.read(start, stop), whole.read(0, size)[start:stop])
+        assert torch.equal(chunked.read(start, stop), full.read(0, size)[start:stop])
 
 
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 1])

@@ -33,15 +33,15 @@ from training.profile import (
 MAIN, OTHER = 1, 2  # threads
 
 
-def event(name: str, begin: int, end: int, thread: int = MAIN, **more: Any) -> dict[str, Any]:
+def event(name: str, start: int, end: int, thread: int = MAIN, **more: Any) -> dict[str, Any]:
     """Return a complete trace event; times are in microseconds."""
     cat = more.pop("cat", "cpu_op")
-    complete = {"ph": "X", "name": name, "cat": cat, "ts": begin, "dur": end - begin}
+    complete = {"ph": "X", "name": name, "cat": cat, "ts": start, "dur": end - start}
     return complete | {"tid": thread, "args": more}
 
 
-def annotation(name: str, begin: int, end: int, thread: int = MAIN) -> dict[str, Any]:
-    return event(name, begin, end, thread, cat="user_annotation")
+def annotation(name: str, start: int, end: int, thread: int = MAIN) -> dict[str, Any]:
+    return event(name, start, end, thread, cat="user_annotation")
 
 
 def microseconds(breakdown: StepBreakdown) -> dict[str, int]:
@@ -53,19 +53,19 @@ def microseconds(breakdown: StepBreakdown) -> dict[str, int]:
 def test_instant_belongs_to_first_layer_that_covers_it() -> None:
     draw = random.Random(0)
     for _ in range(50):
-        begin, end = 10, 60
+        start, end = 10, 60
         layers = [
             [
                 Span(first, first + draw.randrange(12))
                 for first in draw.sample(range(80), draw.randrange(6))
             ]
             for _ in range(4)
-        ] + [[Span(begin, end)]]
+        ] + [[Span(start, end)]]
         expected = [0] * len(layers)
-        for instant in range(begin, end):
-            covers = [any(s.begin <= instant < s.end for s in spans) for spans in layers]
+        for instant in range(start, end):
+            covers = [any(s.start <= instant < s.end for s in spans) for spans in layers]
             expected[covers.index(True)] += 1
-        assert partition(Span(begin, end), layers) == expected
+        assert partition(Span(start, end), layers) == expected
 
 
 def test_cpu_operators_count_for_self_time() -> None:
@@ -121,8 +121,8 @@ def test_cpu_communication_is_exposed_where_nothing_is_computed() -> None:
     assert "overlapped communication       0.2 ms" in breakdown.table()
 
 
-def kernel(name: str, begin: int, end: int, stream: int = 7, **more: Any) -> dict[str, Any]:
-    return event(name, begin, end, stream, cat="kernel", **more)
+def kernel(name: str, start: int, end: int, stream: int = 7, **more: Any) -> dict[str, Any]:
+    return event(name, start, end, stream, cat="kernel", **more)
 
 
 def test_gpu_kernels_count_and_communication_is_exposed_where_none_runs() -> None:

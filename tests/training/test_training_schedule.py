@@ -41,17 +41,17 @@ def interpolate(step: float, points: list[tuple[float, float]]) -> float:
 
 def reference_rate(step: int, config: OptimConfig) -> float:
     """Return the learning rate from points instead of formulas."""
-    low, begin, end = RATIO * LR, config.warmup_steps, config.schedule_steps
-    if step < begin:
-        return interpolate(step, [(-1, 0.0), (begin - 1, LR), (begin, LR)])
-    if step >= max(end, begin + 1):
+    low, start, end = RATIO * LR, config.warmup_steps, config.schedule_steps
+    if step < start:
+        return interpolate(step, [(-1, 0.0), (start - 1, LR), (start, LR)])
+    if step >= max(end, start + 1):
         return low
     if config.schedule == "linear":
-        return interpolate(step, [(begin, LR), (end, low)])
+        return interpolate(step, [(start, LR), (end, low)])
     if config.schedule == "wsd":
-        steps = min(max(config.decay_ratio * end, 1), end - begin)
+        steps = min(max(config.decay_ratio * end, 1), end - start)
         return LR if step < end - steps else interpolate(step, [(end - steps, LR), (end, low)])
-    angle = interpolate(step, [(begin, 0.0), (end, math.pi)])
+    angle = interpolate(step, [(start, 0.0), (end, math.pi)])
     return low + (LR - low) * (1 + math.cos(angle)) / 2
 
 
