@@ -6,13 +6,13 @@ the rank. Only `log` redraws the bar: there is no refresh thread, so a bar that 
 that training does not either. Failing output (a closed pipe) never stops training.
 """
 
-import contextlib
 import os
 import sys
 import textwrap
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from rich.box import ROUNDED
@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from training.metrics import METRICS
+from training.metrics import METRICS, Metric
 
 PLAIN_WIDTH = 80
 HEADING_INTERVAL = 20  # logged lines between two lines of column headings
@@ -75,7 +75,7 @@ class Console:
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Print a title and (name, value) rows."""
-        if self._rich is None or not self.enabled:
+        if self._rich is None:
             self._print(_clean(title))
             for line in _row_lines(rows, PLAIN_WIDTH):
                 self._print(line)
@@ -87,17 +87,23 @@ class Console:
         for name, value in rows:
             grid.add_row(Text(_clean(name)), Text(_clean(value)))
         heading = Text(_clean(title), style="bold")
-        self._print_rich(Panel(grid, title=heading, title_align="left", box=ROUNDED, expand=False))
+        with self._disable_on_error():
+            self._rich.print(
+                Panel(grid, title=heading, title_align="left", box=ROUNDED, expand=False)
+            )
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print aligned columns under a title: the first is text, the others are numbers."""
-        first, *lines = _table_lines(title, columns, rows)
-        if self._rich is None or not self.enabled:
-            self._print(first)
-        else:
-            self._print_rich(Text(first, style="bold"), soft_wrap=True)
-        for line in lines:
-            self._print(line)
+        self._print_text(title, style="bold")
+        cells = [[_clean(value) for value in row] for row in (columns, *rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for row in cells:
+            first, *others = (
+                f"{value:{'>' if index else '<'}{width}}"
+                for index, (value, width) in enumerate(zip(row, widths, strict=True))
+            )
+            self._print("  ".join([f"  {first}", *others]).rstrip())
+        self._print("")
 
     def start(self, first_step: int, max_steps: int) -> None:
         """Start the progress display with `first_step` of `max_steps` steps completed."""
@@ -105,7 +111,7 @@ class Console:
         self._max_steps = max_steps
         self._lines = 0
         self._pace.clear()
-        if self._rich is None or not self.enabled:
+        if self._rich is None:
             return
         self._progress = Progress(
             TextColumn("{task.fields[step]}", style="bold"),
@@ -119,10 +125,8 @@ class Console:
         self._task = self._progress.add_task(
             "", total=max_steps, completed=first_step, step=step, metrics="first step"
         )
-        try:
+        with self._disable_on_error():
             self._progress.start()
-        except (OSError, ValueError):
-            self._disable()
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Show a metrics record; only its `step` is required."""
@@ -135,12 +139,13 @@ class Console:
             return
         if record.get("val_loss") is not None:
             self._val_loss = record["val_loss"]
-        metrics = [f"loss {_format(record.get('loss'), '.4f')}"]
+        loss = record.get("loss")
+        metrics = ["loss -" if loss is None else f"loss {loss:.4f}"]
         if self._val_loss is not None:
             metrics.append(f"val {self._val_loss:.4f}")
         metrics.append(f"{compact(record.get('tokens_per_second'))} tok/s")
         metrics.append(f"{duration(left)} left")
-        try:
+        with self._disable_on_error():
             self._progress.update(
                 self._task,
                 completed=step,
@@ -148,23 +153,16 @@ class Console:
                 metrics="  ".join(metrics),
                 refresh=True,
             )
-        except (OSError, ValueError):
-            self._disable()
 
     def note(self, text: str) -> None:
         """Print a message, above the progress bar if there is one."""
-        if self._rich is None or not self.enabled:
-            self._print(_clean(text))
-        else:
-            self._print_rich(Text(_clean(text)), soft_wrap=True)
+        self._print_text(text)
 
     def stop(self) -> None:
         """Stop the progress display, leaving the bar on the screen."""
         if self._progress is not None:
-            try:
+            with self._disable_on_error():
                 self._progress.stop()
-            except (OSError, ValueError):
-                self._disable()
             self._progress = None
 
     def summary(
@@ -175,12 +173,8 @@ class Console:
         Each command is a separate line, never wrapped, truncated or coloured.
         """
         self.stop()
-        if self._rich is None or not self.enabled:
-            self._print("")
-            self._print(_clean(title))
-        else:
-            self._print_rich("")
-            self._print_rich(Text(_clean(title), style="bold"))
+        self._print("")
+        self._print_text(title, style="bold")
         width = PLAIN_WIDTH if self._rich is None else self._rich.width
         for line in _row_lines(rows, width):
             self._print(line)
@@ -192,28 +186,24 @@ class Console:
 
     def _log_line(self, record: Mapping[str, Any], left: float | None) -> None:
         """Print one aligned line of metrics, with headings above every `HEADING_INTERVAL` lines."""
-        required, optional = (
-            [
-                (metric.column, 8, _format(record.get(metric.key), metric.spec, is_optional))
-                for metric in METRICS
-                if metric.column is not None and metric.optional == is_optional
-            ]
-            for is_optional in (False, True)
-        )
         cells = [
-            ("step", 2 * len(str(self._max_steps)) + 1, f"{record['step']}/{self._max_steps}"),
-            *required,
-            ("time left", 8, duration(left)),
-            *optional,
+            (metric.optional, metric.column, _format(record.get(metric.key), metric))
+            for metric in METRICS
+            if metric.column is not None
         ]
-        widths = [max(len(heading), width) for heading, width, _ in cells]
-        lines = [[value for _, _, value in cells]]
-        if self._lines % HEADING_INTERVAL == 0:
-            lines.insert(0, [heading for heading, _, _ in cells])
+        cells.append((False, "time left", duration(left)))
+        cells.sort(key=lambda cell: cell[0])  # optional columns come last
+        headings = ["step", *(heading for _, heading, _ in cells)]
+        values = [f"{record['step']}/{self._max_steps}", *(value for _, _, value in cells)]
+        widths = [2 * len(str(self._max_steps)) + 1, *[8] * len(cells)]
+        for line in (headings, values):
+            if line is values or self._lines % HEADING_INTERVAL == 0:
+                aligned = (
+                    f"{text:>{max(width, len(heading))}}"
+                    for text, width, heading in zip(line, widths, headings, strict=True)
+                )
+                self._print("  ".join(aligned).rstrip())
         self._lines += 1
-        for line in lines:
-            aligned = (f"{text:>{width}}" for text, width in zip(line, widths, strict=True))
-            self._print("  ".join(aligned).rstrip())
 
     def _seconds_left(self, step: int, step_seconds: float | None) -> float | None:
         """Estimate the time left from recent logs, for the first log from `step_seconds`."""
@@ -228,32 +218,35 @@ class Console:
         if not self.enabled:
             return
         encoding = getattr(self._file, "encoding", None) or "utf-8"
-        try:
+        with self._disable_on_error():
             self._file.write(line.encode(encoding, "replace").decode(encoding) + "\n")
             self._file.flush()
-        except (OSError, ValueError):  # a closed pipe or file
-            self._disable()
 
-    def _print_rich(self, content: Panel | Text | str, soft_wrap: bool = False) -> None:
-        assert self._rich is not None, "only on a terminal"
+    def _print_text(self, text: str, style: str = "") -> None:
+        """Print text, on a terminal with a style and above the progress bar."""
+        if self._rich is None:
+            self._print(_clean(text))
+            return
+        with self._disable_on_error():
+            self._rich.print(Text(_clean(text), style=style), soft_wrap=True)
+
+    @contextmanager
+    def _disable_on_error(self) -> Iterator[None]:
+        """Print nothing more once output fails, as on a closed pipe."""
         try:
-            self._rich.print(content, soft_wrap=soft_wrap)
+            yield
         except (OSError, ValueError):
-            self._disable()
-
-    def _disable(self) -> None:
-        """Print nothing more, after output has failed."""
-        self.enabled = False
-        progress, self._progress = self._progress, None
-        if progress is not None:
-            with contextlib.suppress(OSError, ValueError):
-                progress.stop()  # restores sys.stdout and sys.stderr
+            self.enabled, self._rich = False, None
+            progress, self._progress = self._progress, None
+            if progress is not None:
+                with suppress(OSError, ValueError):
+                    progress.stop()  # restores sys.stdout and sys.stderr
 
 
-def _format(value: float | None, spec: str, optional: bool = False) -> str:
+def _format(value: float | None, metric: Metric) -> str:
     if value is None:
-        return "" if optional else "-"
-    return compact(value) if spec == "compact" else format(value, spec)
+        return "" if metric.optional else "-"
+    return compact(value) if metric.spec == "compact" else format(value, metric.spec)
 
 
 def _clean(text: str) -> str:
@@ -272,20 +265,6 @@ def _wrap(text: str, width: int, indent: str) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
-
-
-def _table_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return title, headings and rows as aligned lines, followed by an empty line."""
-    cells = [[_clean(value) for value in row] for row in (columns, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [_clean(title)]
-    for row in cells:
-        first, *others = (
-            f"{value:{'>' if index else '<'}{width}}"
-            for index, (value, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([f"  {first}", *others]).rstrip())
-    return [*lines, ""]
 
 
 def _row_lines(rows: Sequence[tuple[str, str]], width: int) -> list[str]:

@@ -5,6 +5,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from resilience.event_log import read_json_lines
 
 
@@ -14,15 +16,11 @@ def smooth(values: Sequence[float], half_width: int) -> list[float]:
     At the start, where the loss falls fast, the window shrinks to stay centred, so that the curve
     does not start too low. At the end it is cut off, so that the last value is still a mean.
     """
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    out = []
-    for i in range(len(values)):
-        half = min(half_width, i)
-        first, end = i - half, min(i + half + 1, len(values))
-        out.append((sums[end] - sums[first]) / (end - first))
-    return out
+    index = np.arange(len(values))
+    half = np.minimum(half_width, index)
+    start, stop = index - half, np.minimum(index + half + 1, len(values))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return ((sums[stop] - sums[start]) / (stop - start)).tolist()
 
 
 def plot_loss(metrics: Path, image: Path, title: str) -> None:

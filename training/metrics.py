@@ -247,8 +247,8 @@ class MetricsLog:
 def _truncate_lines(path: Path, last_step: int) -> None:
     """Remove records beyond `last_step` and incomplete lines; rename fields of version 0.1.
 
-    All other bytes are kept. A file that only loses its end is truncated in place, which a full disk
-    permits; otherwise it is replaced atomically.
+    All other bytes are kept. A file that only loses its end is truncated in place, which also works
+    on a full disk; otherwise it is replaced atomically.
     """
     if not path.exists():
         return

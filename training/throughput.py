@@ -7,6 +7,7 @@ GPUs in its table of peaks.
 import re
 import resource
 import sys
+from dataclasses import dataclass
 
 import torch
 
@@ -49,6 +50,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere
 
 
+@dataclass(frozen=True)
 class Throughput:
     """Convert token counts and seconds to throughput metrics.
 
@@ -56,24 +58,16 @@ class Throughput:
     appendix B). "causal" halves the second term: it counts only what a causal mask requires.
     Recomputed activations do not count.
 
-    Args:
+    Attributes:
         world_size: Number of devices in the mesh.
         peak_flops: Peak of one device in FLOP/s, or None if unknown.
     """
 
-    def __init__(
-        self,
-        flops_per_token_causal: float,
-        flops_per_token_full: float,
-        world_size: int,
-        peak_flops: float | None,
-        device: torch.device,
-    ) -> None:
-        self.flops_per_token_causal = flops_per_token_causal
-        self.flops_per_token_full = flops_per_token_full
-        self.world_size = world_size
-        self.peak_flops = peak_flops
-        self.device = device
+    flops_per_token_causal: float
+    flops_per_token_full: float
+    world_size: int
+    peak_flops: float | None
+    device: torch.device
 
     def metrics(
         self, tokens: int, seconds: float, data_wait_seconds: float, steps: int
