@@ -48,7 +48,7 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> JobConfig:
     """Return the configuration of `train.py`.
 
     Args:
-        more_rules: Rules beyond those of the configuration alone.
+        more_rules: Rules in addition to `CONFIG_RULES`.
 
     Raises:
         ConfigError: unknown keys, missing values, wrong types and broken rules, all together.
@@ -111,7 +111,7 @@ def check_for_tasks(composed: DictConfig, per_node: int, num_nodes: int) -> JobC
 def load_plan_config(composed: DictConfig) -> PlanJobConfig:
     """Return the configuration of `plan.py`; raise as `load_train_config` does.
 
-    A search chooses the mesh, so that of the configuration need not be valid.
+    A search chooses the mesh, so the configured one need not be valid.
     """
     return _load(composed, PlanJobConfig, (*CONFIG_RULES, saving_errors, *PLAN_RULES))
 

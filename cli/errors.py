@@ -19,14 +19,14 @@ from resilience.run_folder import RunFolderError
 from training.config_validation import ConfigError
 
 REPORT_SECONDS = 10.0  # other processes wait this long for the first one to report the error
-COLLECT_SECONDS = 1.0  # the first process waits this long for the others to fail as well
+COLLECT_SECONDS = 1.0  # the first process waits this long for the other ranks to fail as well
 
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Exit on errors that the user can correct; only the first process prints the message.
 
-    The exit code is 1 or that of the `RunFolderError`, and 130 after Ctrl-C.
+    The exit code is 1 or the code of the `RunFolderError`, and 130 after Ctrl-C.
     """
     code = ExitCode.USER_ERROR
     try:
@@ -67,7 +67,7 @@ def _exit_on_sigterm(code: ExitCode) -> None:
 
 
 def _wait_for_report(distributed: Any) -> None:
-    """Return once the first process has reported and the others know, or after a short timeout.
+    """Return once the first process has reported and all ranks know, or after a short timeout.
 
     The other ranks need not fail, and the first one may have exited already.
     """

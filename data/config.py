@@ -25,7 +25,7 @@ TOKENS = ResumePolicy("forbidden", "the tokens, and those held out")
 SAMPLES_TAKEN = ResumePolicy("forbidden", "the samples of the steps so far", on_load=True)
 SOURCE_WEIGHTS = ResumePolicy("forbidden", "the samples of the steps so far")
 SAMPLE_ORDER = ResumePolicy("forbidden", "which tokens form a sample, and their order")
-VOCABULARY = ResumePolicy("forbidden", "what a token is")
+VOCABULARY = ResumePolicy("forbidden", "the vocabulary")
 
 Weight = Annotated[float, Ge(0), Lt(math.inf)]
 PackLength = Annotated[int, Interval(ge=1, le=MAX_PACK)]
@@ -114,8 +114,8 @@ class DataConfig(ConfigSection):
 class TokenizerConfig(ConfigSection):
     """A tokenizer in tiktoken's format; `vocab_size` includes special tokens.
 
-    `path` is an existing `tokenizer.model`; None is that of the installed `llama-models` package
-    (`llama3`) or one trained on the first `training_characters` of the data (`bpe`).
+    `path` is an existing `tokenizer.model`; None selects the one in the installed
+    `llama-models` package (`llama3`) or one trained on the first `training_characters` of the data (`bpe`).
     """
 
     name: Annotated[Literal["llama3", "bpe", "byte"], VOCABULARY]

@@ -61,7 +61,7 @@ class Sample(NamedTuple):
         sample_index: Index in the sample order, from 0.
         step: Step that takes the sample, from 0.
         tokens: (seq_len + 1,) uint32; the last token is only a label.
-        labels: (seq_len,) int64; -100 where no loss is computed.
+        labels: (seq_len,) int64; -100 if no loss is computed.
         starts: (n_documents,) int64, indices at which a document or a segment of one starts.
         n_padding: Padding tokens at the end of a packed window.
     """

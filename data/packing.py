@@ -36,7 +36,7 @@ INDEX_FILE = "index.json"
 
 @dataclass(frozen=True)
 class PackedShard:
-    """The bins of one shard; field names are those of `index.json`.
+    """The bins of one shard; field names as in `index.json`.
 
     Attributes:
         pieces: The file with the segments of all bins.
@@ -110,7 +110,7 @@ class PackIndex:
             return f"is {self.format} {self.version}, only version {FORMAT_VERSION} is supported"
         if self.shards_hash != shards_hash:
             return (
-                f"belongs to other shards (hash {self.shards_hash[:12]}) than those of {folder} "
+                f"belongs to other shards (hash {self.shards_hash[:12]}) than {folder} "
                 f"({shards_hash[:12]})"
             )
         if self.seq_len != seq_len:

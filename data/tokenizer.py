@@ -232,7 +232,7 @@ def _read_checked(path: Path, config: TokenizerConfig) -> Tokenizer:
     tokenizer = read_tokenizer(path, config.name)
     if tokenizer.vocab_size != config.vocab_size:
         raise DataError(
-            f"tokenizer.vocab_size={config.vocab_size} differs from that of {path}; "
+            f"tokenizer.vocab_size={config.vocab_size} differs from {path}; "
             f"use {tokenizer.vocab_size}"
         )
     return tokenizer

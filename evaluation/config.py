@@ -15,8 +15,8 @@ class EvaluationConfig(ConfigSection):
     """Weights and held-out text to evaluate.
 
     Attributes:
-        data: A prepared folder; None for that of the checkpoint's run.
-        seq_len: Tokens per window; None for that of the checkpoint's run.
+        data: A prepared folder; None for the data of the checkpoint's run.
+        seq_len: Tokens per window; None for the data of the checkpoint's run.
         samples: Number of windows; None for all.
         micro_batch_size: Windows per data rank and forward.
         output: The file to write.

@@ -29,7 +29,7 @@ class VarlenMask(NamedTuple):
 
 
 Mask = Tensor | BlockMask | VarlenMask | None
-"""Attention mask in the form that the selected kernel takes; None: causal over whole rows."""
+"""Attention mask in the form of the selected kernel; None: causal over complete rows."""
 
 
 class AttentionKernel:
@@ -64,8 +64,8 @@ class AttentionKernel:
             token_indices: (seq,) index of each query in the full sequence. None: 0, 1, …
             like: A tensor with the device and dtype of the queries.
             key_indices: (keys,) index of each key in the full sequence. None: `token_indices`.
-            n_documents: Upper bound of the number of documents in all rows, counting the one that
-                a row starts inside. None: a kernel that needs the number reads it from the device,
+            n_documents: Upper bound of the number of documents in all rows, including the document
+                that a row starts inside. None: a kernel that needs the number reads it from the device,
                 which synchronizes.
         """
         if positions is None and token_indices is None:
@@ -74,7 +74,7 @@ class AttentionKernel:
             assert positions is not None
             token_indices = torch.arange(positions.shape[1], device=positions.device)
         offsets = token_indices.unsqueeze(0) if positions is None else positions
-        starts = token_indices - offsets  # (batch or 1, seq), index where the document starts
+        starts = token_indices - offsets  # (batch or 1, seq), start index of the document
         keys = token_indices if key_indices is None else key_indices
         choice = self._resolve_auto(like) if self.choice == "auto" else self.choice
         if choice == "varlen" and key_indices is None and positions is not None:
@@ -174,7 +174,7 @@ def _tile_lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
 def _varlen_mask(starts: Tensor, token_indices: Tensor, n_documents: int | None) -> VarlenMask:
     """Return the document boundaries; documents missing to the upper bound are empty."""
     is_start = starts == token_indices  # (batch or 1, seq)
-    is_start[:, 0] = True  # also where a row starts inside a document
+    is_start[:, 0] = True  # also for a row that starts inside a document
     end, flat = is_start.numel(), is_start.flatten()
     if n_documents is None:
         offsets = torch.nonzero(flat).squeeze(1)  # (documents,)

@@ -42,7 +42,7 @@ def parameter_std(name: str, config: ModelConfig) -> float | None:
     arXiv:1909.08053, section 4).
 
     Raises:
-        ValueError: The name is not that of a Llama parameter.
+        ValueError: The name does not belong to a Llama parameter.
     """
     kind = name.removesuffix(".weight").rpartition(".")[2]
     if kind in ("norm", "attention_norm", "ffn_norm"):

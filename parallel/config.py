@@ -19,13 +19,13 @@ class ParallelConfig(ConfigSection):
 
     Attributes:
         dp_shard: -1 uses the processes that the other axes do not need.
-        devices, num_nodes: Processes per node and nodes. None: on CPU what the mesh needs, on GPUs
-            all visible devices, under `srun` or `torchrun` what was launched.
+        devices, num_nodes: Processes per node and nodes. None: on CPU as many as the mesh needs,
+            on GPUs all visible devices, under `srun` or `torchrun` the launched ones.
         sequence_parallel: Shard activations along the sequence between tensor-parallel layers.
         loss_parallel: Compute the loss on vocabulary shards; no rank holds the full logits.
         async_tp: Overlap tensor-parallel communication with the matrix products around it.
-        activation_checkpoint: What a block keeps for its backward: `none` recomputes nothing,
-            `full` everything, `selective` everything but matrix products and attention. A number is
+        activation_checkpoint: Activations that a block keeps for its backward: `none` recomputes
+            nothing, `full` everything, `selective` everything but matrix products and attention. A number is
             the fraction of activations the compiler may keep (its memory budget).
         compile: Compile each block.
         reshard_after_forward: Free a block's gathered weights between forward and backward. None:

@@ -54,7 +54,7 @@ class _Context:
         return torch.cat([first, mirrored], dim=1)  # (cp, seq / cp)
 
     def shard(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Replace the arguments of `Llama.forward` by those of the local columns."""
+        """Replace the arguments of `Llama.forward` by the local columns."""
         inputs = dict(zip(("tokens", "positions", "labels"), args, strict=False)) | kwargs
         inputs.pop("n_documents", None)  # only needed by varlen, which needs complete documents
         tokens = inputs["tokens"]
@@ -110,7 +110,7 @@ class _GatheringKernel(AttentionKernel):
 
 
 class _SumOverContext(torch.autograd.Function):
-    """Sum of a scalar over the ranks; the gradient of each local term is that of the sum."""
+    """Sum of a scalar over the ranks; each local term has the gradient of the sum."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:

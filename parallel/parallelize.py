@@ -2,7 +2,7 @@
 
 fp8 or oneDNN replaces the products of complete matrices; tensor parallelism shards the matrices,
 context parallelism the sequences; then come activation checkpointing and compilation of each
-block, and FSDP2 shards what is left of each matrix. Each transform has its own file. The docstring
+block, and FSDP2 shards the remaining matrices. Each transform has its own file. The docstring
 of `model.llama` lists which part of the model each one replaces. A transform is imported only if it
 is applied.
 """

@@ -51,7 +51,7 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     restarts = int(environment.get("SLURM_RESTART_COUNT", "0"))
     # Three steps of a job and its first seven starts get ports over 500 apart, so they collide
-    # neither with each other nor with those of 500 neighboring jobs (a sweep on one node).
+    # neither with each other nor with 500 neighboring jobs (a sweep on one node).
     port = FIRST_PORT + (job + 4000 * step + 1144 * restarts) % N_PORTS
     return {
         "MASTER_ADDR": environment.get("MASTER_ADDR", first),

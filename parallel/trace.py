@@ -45,7 +45,7 @@ _NO_COMMUNICATION = {"_c10d_functional::wait_tensor", "_c10d_functional::_wrap_t
 
 
 class Recorder(TorchDispatchMode):
-    """Record the collectives of this rank in `collectives`, except those of groups of one.
+    """Record the collectives of this rank in `collectives`, except in groups of one.
 
     Args:
         shape: The mesh, from which the axis names of a group are derived.
@@ -117,7 +117,7 @@ def traced_step(
 ) -> list[Collective]:
     """Return the collectives of rank 0 in one step, in order.
 
-    `step` defines number and size of the micro-batches; dtypes are those of `precision`. The step
+    `step` defines number and size of the micro-batches; dtypes follow `precision`. The step
     excludes the optimizer, which does not communicate. It is not compiled, because the compiler
     does not run under a dispatch mode.
     """

@@ -5,7 +5,7 @@ exactly with a traced step (`parallel.trace`). Integer arithmetic only, so meshe
 cheap. Excluded: logging, validation and checkpoints, communication that the compiler adds by
 recomputation, and the scales of fp8 products, one number per tensor or row.
 
-Payload bytes are those of the complete tensor: the output of an all-gather, the input of a
+Payload bytes count the complete tensor: the output of an all-gather, the input of a
 reduce-scatter. Sent bytes are the bound of ring algorithms (Patarasuk and Yuan 2009, "Bandwidth
 optimal all-reduce algorithms").
 """
@@ -184,7 +184,7 @@ def _norm_gradients(plan: _Plan) -> list[Collective]:
     """Norm weights are replicated over tp; their gradients are partial sums.
 
     Each reduction of gradients sums a vector of dim per norm, in the dtype of the reduction if it
-    accumulates several micro-batches, else in that of the activations. Without sequence
+    accumulates several micro-batches, else in the activations' dtype. Without sequence
     parallelism the gradient of the last norm is already complete.
     """
     step = plan.step

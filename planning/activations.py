@@ -46,7 +46,7 @@ def batch_bytes(spec: StepSpec) -> int:
 
 
 def head_saved_bytes(spec: StepSpec) -> int:
-    """Return what the last norm and the head save: full head input, plus its shard if sharded."""
+    """Return the bytes saved by the last norm and the head: the head input, and its shard if any."""
     shard = block_input_bytes(spec) if uses_sequence_parallel(spec) else 0
     return _norm_saved_bytes(spec, compiled=False) + full_hidden_bytes(spec) + shard
 
@@ -69,7 +69,7 @@ def norm_is_decomposed(spec: StepSpec) -> bool:
 
 
 def _norm_saved_bytes(spec: StepSpec, compiled: bool) -> int:
-    """Return what an RMSNorm saves: its input, and float32 intermediates if decomposed."""
+    """Return the bytes saved by RMSNorm: its input, and float32 intermediates if decomposed."""
     tokens = _tokens_between_matmuls(spec)
     inverse_rms = tokens * FLOAT32
     if compiled or not norm_is_decomposed(spec):
@@ -152,7 +152,7 @@ def block_recomputed_bytes(spec: StepSpec) -> int:
         return everything - (0 if widened else block_input_bytes(spec))
     model, tp, tokens, p = spec.model, spec.mesh.tp, spec.local_tokens, spec.param_bytes
     width = model.dim // tp
-    # Saved tensors are returned as they are; intermediates are freed after their last use.
+    # Saved tensors are returned unchanged; intermediates are freed after their last use.
     values = 0 if spec.mesh.cp > 1 else _kv_width(spec)
     saved = tokens * (width + values + 2 * model.ffn_dim // tp) * p
     freed = tokens * (width + _kv_width(spec) + model.dim) * p

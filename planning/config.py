@@ -1,4 +1,4 @@
-"""Configuration of `plan.py`: that of `train.py`, the hardware, and what to plan."""
+"""Configuration of `plan.py`: the one of `train.py`, the hardware, and what to plan."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -69,11 +69,11 @@ def planned_devices(parallel: ParallelConfig, hardware: Hardware, devices: int |
 def hardware_errors(
     parallel: ParallelConfig, precision: PrecisionConfig, hardware: Hardware
 ) -> list[str]:
-    """Return errors of what the configuration needs and the hardware lacks."""
+    """Return errors of requirements that the hardware does not meet."""
     errors = []
     if parallel.accelerator not in ("auto", hardware.accelerator):
         errors.append(
-            f"parallel.accelerator={parallel.accelerator} is not that of hardware "
+            f"parallel.accelerator={parallel.accelerator} does not match hardware "
             f"{hardware.name} ({hardware.accelerator}); use parallel.accelerator=auto or another "
             "hardware"
         )

@@ -29,7 +29,7 @@ NonNegative = Annotated[float, Ge(0), Lt(math.inf)]
 
 @dataclass(frozen=True)
 class Hardware(ConfigSection):
-    """One kind of device and the links between `devices_per_node` of them.
+    """One kind of device and the links between `devices_per_node` devices.
 
     On GPUs the numbers are per device. On `cpu` they are per node and shared by its ranks.
 

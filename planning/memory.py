@@ -77,7 +77,7 @@ def _fullest(*phases: MemoryBreakdown) -> MemoryBreakdown:
 class _Group:
     """An FSDP2 parameter group: one block, or the root (embedding, head, last norm).
 
-    `elements` are those of one tensor-parallel rank, padded to equal shards.
+    `elements` counts one tensor-parallel rank, padded to equal shards.
     """
 
     elements: int

@@ -48,7 +48,7 @@ def _untouched_memory_counts() -> bool:
 
 
 def _use_huge_pages() -> None:
-    """Make the kernel back the heap with huge pages, where it does so on request.
+    """Make the kernel back the heap with huge pages, if it does so on request.
 
     The request needs existing addresses: the heap is grown by half of the machine's memory, without
     touching it. After the blocks are freed, the heap keeps the addresses.
@@ -60,6 +60,6 @@ def _use_huge_pages() -> None:
     half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     chunks = [chunk for _ in range(half // _CHUNK) if (chunk := c.malloc(_CHUNK)) is not None]
     for chunk in reversed(chunks):
-        begin, end = -(-chunk // _HUGE) * _HUGE, (chunk + _CHUNK) // _HUGE * _HUGE
-        c.madvise(begin, end - begin, _MADV_HUGEPAGE)
+        start, end = -(-chunk // _HUGE) * _HUGE, (chunk + _CHUNK) // _HUGE * _HUGE
+        c.madvise(start, end - start, _MADV_HUGEPAGE)
         c.free(chunk)

@@ -17,7 +17,7 @@ def slurm_time_left(environment: Mapping[str, str], now: float) -> float | None:
     job = environment.get("SLURM_JOB_ID")
     if job is None:
         return None
-    if "SLURM_ARRAY_JOB_ID" in environment:  # its job id may denote the whole array
+    if "SLURM_ARRAY_JOB_ID" in environment:  # its job id may denote the entire array
         job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     # Set by newer versions of SLURM (not 22.05). The limit may have changed since: query it first.
     end_time = environment.get("SLURM_JOB_END_TIME")

@@ -1,4 +1,4 @@
-"""The watchdog: a dead or hung rank ends the run in bounded time.
+"""The watchdog: a dead or hung rank aborts the run within a time limit.
 
 Every rank writes heartbeats (phase, step, stack of the main thread) to a key-value store hosted by
 rank 0. Rank 0 checks them, publishes the reason to abort, and every process exits by itself,

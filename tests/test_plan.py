@@ -144,7 +144,7 @@ def test_all_errors_are_reported_together_with_remedies() -> None:
     assert any("Unknown key hardwar. Did you mean hardware?" in each for each in found)
     assert any(each.startswith("devices=0 is below 1; use at least 1") for each in found)
     assert any(each.startswith("tokens=0 is below 1; use") for each in found)
-    assert any("parallel.accelerator=cpu is not that of hardware h100" in each for each in found)
+    assert any("parallel.accelerator=cpu does not match hardware h100" in each for each in found)
 
 
 def test_mesh_is_validated_by_the_rules_of_train() -> None:

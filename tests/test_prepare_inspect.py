@@ -1,4 +1,4 @@
-"""`prepare.py inspect=…` and `verify=true` as a person types them."""
+"""`prepare.py inspect=…` and `verify=true` on the command line."""
 
 import os
 import re
@@ -24,7 +24,7 @@ STAGES = "data.stages=[{from_sample:32,seq_len:128},{from_sample:64,global_batch
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, smoke_run: Callable[..., Any]) -> Path:
-    """A run of twelve steps in three stages."""
+    """Return a run of twelve steps in three stages."""
     folder = tmp_path_factory.mktemp("inspect") / "run"
     smoke_run(folder, STAGES, "train.max_steps=12", "validation.samples=0", "run.seed=5")
     return folder
@@ -35,17 +35,17 @@ def shards_of(run: Path) -> Path:
 
 
 def prepare_program(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error."""
+    """Return exit code, standard output and standard error."""
     done = start_program([str(ROOT / "prepare.py"), *arguments], cwd=cwd)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(("sample", "step"), [(13, 2), (45, 6), (70, 10)])
-def test_the_sample_of_a_run_is_in_the_batch_of_the_step_that_it_names(
+def test_inspected_sample_is_in_the_batch_of_the_printed_step(
     run: Path, sample: int, step: int
 ) -> None:
-    """That the loader here is the run's is told by the hash of the batch in its log."""
+    """The batch hash in the run's metrics proves that the loader here reads the run's batches."""
     exit_code, text, errors = prepare_program(f"inspect={run}", f"sample={sample}")
     assert exit_code == 0, errors
     assert f"\nstep {step} of 12 (samples " in text
@@ -62,11 +62,11 @@ def test_the_sample_of_a_run_is_in_the_batch_of_the_step_that_it_names(
     shown = re.split(r"document \d+/\d+, .*? ─+\n", text)[1:]
     expected = dataset.tokenizer().decode(row.tolist())
     found = "".join(part.replace(" ⊘\n", "") for part in shown)
-    # The last token is a label alone, and no text ends in the middle of a line.
+    # The last token is only a label, and the output ends at a line.
     assert found.startswith(expected) and len(found) - len(expected) <= 20
 
 
-def test_a_dataset_is_shown_with_what_is_assumed(run: Path) -> None:
+def test_inspected_dataset_is_printed_with_assumed_values(run: Path) -> None:
     shards = shards_of(run)
     exit_code, text, errors = prepare_program(f"inspect={shards}", "seq_len=32", "seed=5")
     assert exit_code == 0, errors
@@ -75,9 +75,7 @@ def test_a_dataset_is_shown_with_what_is_assumed(run: Path) -> None:
     assert exit_code == 0 and "assumed: seed" in text
 
 
-def test_a_whole_folder_is_praised_and_a_flipped_byte_and_a_lost_file_are_named(
-    run: Path, tmp_path: Path
-) -> None:
+def test_verify_reports_flipped_bytes_and_missing_files(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "shards"
     shutil.copytree(shards_of(run), copy)
     exit_code, text, errors = prepare_program("verify=true", f"data.folder={copy}")
@@ -110,7 +108,7 @@ def test_verify_prepares_nothing(tmp_path: Path, corpus: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_uses_are_told_with_rule_and_remedy(run: Path, tmp_path: Path) -> None:
+def test_inspect_errors_have_rule_and_remedy(run: Path, tmp_path: Path) -> None:
     without_data = tmp_path / "run"
     without_data.mkdir()
     config = (run / "config.yaml").read_text()
@@ -134,7 +132,7 @@ def test_wrong_uses_are_told_with_rule_and_remedy(run: Path, tmp_path: Path) -> 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         streaming = load_train_config(compose("train", hydra_arguments(arguments, "train")))
     RunFolder(tmp_path / "stream").write_config(plain(streaming))
-    for arguments, told in (
+    for arguments, message in (
         ([f"inspect={tmp_path}"], f"inspect={tmp_path} contains neither config.yaml of a run nor"),
         (["inspect=nowhere"], "inspect=nowhere is not a folder"),
         ([f"inspect={without_data}"], "the run's data.folder=gone/shards holds no prepared data"),
@@ -145,4 +143,4 @@ def test_wrong_uses_are_told_with_rule_and_remedy(run: Path, tmp_path: Path) -> 
         ([f"inspect={shards_of(run)}", "seq_len=10000000"], "seq_len=10000000 is too long"),
     ):
         exit_code, _, errors = prepare_program(*arguments)
-        assert exit_code == 1 and told in errors, errors
+        assert exit_code == 1 and message in errors, errors

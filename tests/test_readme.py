@@ -1,4 +1,4 @@
-"""Every command of the README does what it says, in a small form that costs seconds."""
+"""Every command of the README works, in a reduced form that takes seconds."""
 
 import re
 import shlex
@@ -19,37 +19,37 @@ SHORTER = "runs/smoke/checkpoints/step-00000002"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def commands(begin: str) -> list[list[str]]:
-    """The README's shell commands whose first word is `begin`, as words, continued lines joined."""
+def commands(program: str) -> list[list[str]]:
+    """Return the README's shell commands that run `program`, split, with continued lines joined."""
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
-    return [command for command in words if command and command[0] == begin]
+    return [command for command in words if command and command[0] == program]
 
 
 def last_checkpoint() -> str:
-    """Where the default run's last checkpoint lies, from the configuration."""
+    """Return the default run's last checkpoint from the configuration."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         steps = load_train_config(compose("train")).train.max_steps
     return f"checkpoints/step-{steps:08d}"
 
 
 def small(command: list[str]) -> bool:
-    """Whether a command trains the default model rather than a published one on GPUs."""
+    """Return whether a command trains the default model, not a published one on GPUs."""
     return not any(word.startswith("model=") for word in command)
 
 
 @pytest.fixture
 def books(tmp_path: Path, corpus: Path) -> Path:
-    """A working folder with the README's `books/` in it."""
+    """Return a working folder that contains the README's `books/`."""
     (tmp_path / "books").symlink_to(corpus)
     return tmp_path
 
 
 def test_readme_is_short_and_has_the_commands() -> None:
     assert len(README.splitlines()) < 200
-    for begin in ("make", "python", "torchrun", "srun", "sbatch"):
-        assert commands(begin)
+    for program in ("make", "python", "torchrun", "srun", "sbatch"):
+        assert commands(program)
 
 
 def test_make_targets_run_the_programs() -> None:
@@ -82,10 +82,10 @@ def test_prepare_and_train_commands_run(books: Path) -> None:
             continue
         extra = []
         if program in ("evaluate.py", "generate.py", "convert.py"):
-            # The README names the default run's last checkpoint; this test's is a shorter run's.
-            named = f"runs/llama3_tiny/{last_checkpoint()}"
-            assert named in overrides[0]
-            overrides = [word.replace(named, SHORTER) for word in overrides]
+            # The README uses the default run's last checkpoint; this test has a shorter run.
+            reference = f"runs/llama3_tiny/{last_checkpoint()}"
+            assert reference in overrides[0]
+            overrides = [word.replace(reference, SHORTER) for word in overrides]
             extra = [] if program == "convert.py" else ["parallel.accelerator=cpu"]
         if program == "train.py":
             trained += 1
@@ -103,11 +103,11 @@ def test_prepare_and_train_commands_run(books: Path) -> None:
     assert {run.name for run in (books / "runs").iterdir()} == {"smoke", "two", "books"}
 
 
-@pytest.mark.parametrize("begin", ["python", "torchrun", "srun", "sbatch"])
-def test_gpu_commands_pass_the_gate(begin: str) -> None:
+@pytest.mark.parametrize("launcher", ["python", "torchrun", "srun", "sbatch"])
+def test_gpu_commands_are_valid_configurations(launcher: str) -> None:
     checked = 0
-    for command in commands(begin):
-        program = "slurm/train.sbatch" if begin == "sbatch" else "train.py"
+    for command in commands(launcher):
+        program = "slurm/train.sbatch" if launcher == "sbatch" else "train.py"
         if program not in command or small(command):
             continue
         assert (ROOT / program).exists()
@@ -116,15 +116,15 @@ def test_gpu_commands_pass_the_gate(begin: str) -> None:
             config = load_train_config(compose("train", overrides))
         nodes = [word for word in command if word.startswith("--nodes=") or "nnodes=" in word]
         world_size = 8 * int(nodes[0].partition("=")[2]) if nodes else 8
-        mesh, problems = resolve_mesh(config.parallel, world_size)
-        assert not problems
+        mesh, errors = resolve_mesh(config.parallel, world_size)
+        assert not errors
         assert model_errors(mesh, config.parallel, config.model, config.train.seq_len) == []
         assert batch_errors(mesh, config.train) == []
         checked += 1
     assert checked == 1
 
 
-def test_error_example_is_what_the_program_says(tmp_path: Path) -> None:
+def test_error_example_is_printed_by_the_program(tmp_path: Path) -> None:
     done = start_program(
         [
             str(ROOT / "train.py"),

@@ -137,7 +137,7 @@ def test_printed_command_to_train_longer_resumes_from_last_checkpoint(
 
 @pytest.fixture
 def paused(command: Any, tmp_path: Path) -> Iterator[tuple[Path, Program]]:
-    """Return folder and processes of a run on two ranks, of which rank 0 blocks after step 9."""
+    """Return folder and processes of a run on two ranks, where rank 0 blocks after step 9."""
     with paused_training(
         [*command(tmp_path / "run"), "parallel.tp=2"], tmp_path / "run"
     ) as program:

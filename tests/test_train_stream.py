@@ -16,7 +16,7 @@ STREAM_SHARDS = 4
 
 @pytest.fixture(scope="module")
 def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a dataset of five JSON Lines files, in place of one from the Hugging Face Hub."""
+    """Return a dataset of five JSON Lines files, instead of one from the Hugging Face Hub."""
     folder = tmp_path_factory.mktemp("dataset") / "code"
     folder.mkdir()
     texts = [file.read_text() for file in sorted(corpus.iterdir())]

@@ -22,7 +22,7 @@ STEP_SECONDS = 12  # longer than a step on a loaded machine
 
 @pytest.fixture
 def paused(command: Any, tmp_path: Path) -> Iterator[tuple[Path, Program]]:
-    """Return folder and processes of a run on two ranks, of which rank 0 blocks after step 9."""
+    """Return folder and processes of a run on two ranks, where rank 0 blocks after step 9."""
     folder = tmp_path / "run"
     arguments = [*command(folder), "parallel.tp=2", f"watchdog.step_seconds={STEP_SECONDS}"]
     with paused_training(arguments, folder) as program:
@@ -47,7 +47,7 @@ def test_killed_rank_is_reported_with_signal_and_last_phase_and_logged(
     assert program.main.returncode == ExitCode.RANK_FAILED
     first, *rest = errors.splitlines()
     assert f"rank 1 (pid {program.child} on {socket.gethostname()})" in first
-    # The phase is that of the last heartbeat; the rank may be some steps further.
+    # The phase belongs to the last heartbeat; the rank may be some steps further.
     assert re.search(
         r"was killed by SIGKILL\. Last seen in (set-up|step \d+|checkpoint 6):$", first
     )

@@ -1,1 +1,1 @@
-"""What a run does besides forward and backward: optimizer, checkpoints, figures, ledger."""
+"""Root configuration, run state, optimizer, schedule, preflight checks, metrics and console."""

@@ -27,8 +27,7 @@ class RunConfig(ConfigSection):
             folder that has one, a path starts from that checkpoint.
         init_from: Initial weights of a run without checkpoints: a checkpoint, a Hugging Face or a
             Meta folder.
-        allow_changes: Keys that may differ from the previous launch although they change what is
-            computed.
+        allow_changes: Keys that may differ from the previous launch although they affect results.
         time_limit: Minutes from launch; the run saves and stops before. SLURM's own limit counts
             too.
         plan_check: Whether a run that needs more memory than a rank has is rejected or warned of.

@@ -82,7 +82,7 @@ def tokenizer_errors(tokenizer: TokenizerConfig) -> list[str]:
     fixed = {"llama3": LLAMA3_VOCAB_SIZE, "byte": BYTE_VOCAB_SIZE}.get(tokenizer.name)
     if fixed is not None and size != fixed:
         errors.append(
-            f"tokenizer.vocab_size={size} is not that of tokenizer {tokenizer.name}; use {fixed}"
+            f"tokenizer.vocab_size={size} does not match tokenizer {tokenizer.name}; use {fixed}"
         )
     if tokenizer.name == "bpe" and size < BYTE_VOCAB_SIZE:
         errors.append(
@@ -318,7 +318,7 @@ def wandb_package_errors(log: LogConfig) -> list[str]:
 
 
 def torchao_errors(precision: PrecisionConfig) -> list[str]:
-    """Return errors of number formats that need torchao where it is not installed."""
+    """Return errors of number formats that need torchao if it is not installed."""
     if importlib.util.find_spec("torchao") is not None:
         return []
     requested: list[tuple[str, str, str]] = []  # key, value, remedy
@@ -447,7 +447,7 @@ def device_errors(
     """Return errors of attention kernels and async TP that the device does not support.
 
     Args:
-        is_hopper: Whether the GPU is Hopper or newer; by default that of this machine.
+        is_hopper: Whether the GPU is Hopper or newer; by default, checks this machine.
     """
     errors = []
     on_gpu = accelerator == "cuda"

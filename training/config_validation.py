@@ -199,7 +199,7 @@ def _rule_and_remedy(kind: str, context: dict[str, Any]) -> tuple[str, str]:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as it is written on the command line."""
+    """Return a value in command-line syntax."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return repr(value) if isinstance(value, str) else str(value)

@@ -22,7 +22,7 @@ class GarbageCollector:
         gc.disable()
 
     def run(self, step: int) -> None:
-        """Collect after every `INTERVAL`-th step what was allocated since the first one."""
+        """Collect objects allocated since the first step, every `INTERVAL` steps."""
         if not self._frozen:
             # Objects from set-up and compilation, including garbage, are never visited again.
             gc.freeze()

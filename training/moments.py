@@ -36,7 +36,7 @@ class Int8Moment:
     """Moment with one byte per value and one float32 scale per block (arXiv:2110.02861).
 
     A byte is an index into a map of 256 levels in [-1, 1] (`signed`) or [0, 1], which are dense
-    near zero. Map and block size are those of torchao. The scale is the block's value of largest
+    near zero. Map and block size are torchao's. The scale is the block's value of largest
     magnitude, sign included, so that this value is exactly 1.0 in the map. torchao's optimizer
     scales by the magnitude; its map lacks -1.0, so each save and load would shrink half of the
     blocks by 0.7%.

@@ -50,7 +50,7 @@ class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW on local shards, with steps that can be skipped on the device.
 
     The kernel is called without DTensor, whose dispatch takes longer than the kernel on a small
-    model. State dicts equal those of torch.optim.AdamW: moments are sharded like their parameter.
+    model. State dicts equal torch.optim.AdamW's: moments are sharded like their parameter.
     """
 
     _found_inf: Tensor | None = None
@@ -108,7 +108,7 @@ class LowBitAdamW(AdamW):
 
     For each chunk, the moments are converted to float32, torch's kernel updates them, and they are
     converted back. Moments of vectors stay float32: there are few, and each value affects a whole
-    channel. State dicts equal those of torch.optim.AdamW, with float32 moments sharded like their
+    channel. State dicts equal torch.optim.AdamW's, with float32 moments sharded like their
     parameter, so a checkpoint loads on any mesh and with any format.
     """
 
@@ -137,7 +137,7 @@ class LowBitAdamW(AdamW):
                 step = state["step"].clone()  # the kernel increments it in place
                 tensors = ([weights[chunk]], [gradient[chunk]], [first], [second], [step])
                 _adamw(group, *tensors, found_inf)
-                # A skipped step writes back what it has read.
+                # A skipped step writes the values that it read.
                 state["exp_avg"].write(start, first)
                 state["exp_avg_sq"].write(start, second)
             state["step"] += 1 if found_inf is None else 1 - found_inf

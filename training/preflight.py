@@ -41,7 +41,7 @@ def check_folder(config: JobConfig) -> Changes:
 
 
 def acquire_run_lock(config: JobConfig) -> RunLock | None:
-    """Acquire the lock of the run folder on the first process; return None on the others.
+    """Acquire the lock of the run folder on the first process; return None elsewhere.
 
     Raises:
         LockedError: Another run holds the folder.

@@ -22,7 +22,7 @@ REMOVED_KEY = ResumePolicy("override", "something that this version has no key f
 
 
 def policy_of(key: str) -> ResumePolicy | None:
-    """Return the policy declared closest to a dotted key, or None if there is none."""
+    """Return the policy declared closest to a dotted key, or None."""
     found = None
     for annotation in annotations_along(JobConfig, key.split(".")):
         if get_origin(annotation) is Annotated:
@@ -166,7 +166,7 @@ def load_error(changes: Changes, now: dict[str, Any], samples: int) -> str | Non
 def with_defaults(before: Any, now: Any) -> Any:
     """Return an older version's configuration with the keys added since at their defaults.
 
-    A default is what the program did before it had the key, so the run resumes unchanged.
+    A default reproduces the program before it had the key, so the run resumes unchanged.
 
     Args:
         before: The old configuration, or a part of it.
@@ -255,7 +255,7 @@ def _override_value(value: Any) -> str:
 def _same_past(before: Any, now: Any, samples: int) -> bool:
     """Return whether two lists of stages agree on the first `samples` samples.
 
-    `micro_batch_size` may differ, as that of `train` may: another mesh may need another one.
+    `micro_batch_size` may differ, like `train.micro_batch_size`: it depends on the mesh.
     """
 
     def is_past(stage: Any) -> bool:

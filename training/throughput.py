@@ -55,7 +55,7 @@ class Throughput:
     """Convert token counts and seconds to throughput metrics.
 
     FLOPs per token are 6·N + 12·layers·heads·head_dim·seq_len ("full"; PaLM, arXiv:2204.02311,
-    appendix B). "causal" halves the second term: it counts only what a causal mask requires.
+    appendix B). "causal" halves the second term: it excludes masked positions.
     Recomputed activations do not count.
 
     Attributes:
@@ -74,7 +74,7 @@ class Throughput:
     ) -> dict[str, float | None]:
         """Return the metrics of `steps` steps.
 
-        `tokens_per_second` is that of the whole mesh, `tflops` is per device (causal), and
+        `tokens_per_second` counts the entire mesh, `tflops` is per device (causal), and
         `mfu_causal` and `mfu_full` are fractions of the device's peak, None if it is unknown.
         `step_seconds` and `data_wait_seconds` are means per step.
 

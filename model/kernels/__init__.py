@@ -1,7 +1,7 @@
 """CPU kernels, one per file, and their selection.
 
 The functions here are the only place that decides between these kernels and PyTorch's own. On
-CUDA, and where the CPU or the dtype does not profit, they select PyTorch's.
+CUDA, and if the CPU or the dtype does not profit, they select PyTorch's.
 """
 
 from collections.abc import Callable

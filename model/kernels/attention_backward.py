@@ -1,4 +1,4 @@
-"""Backward of bf16 attention on CPU, as matrix products over whole blocks of queries.
+"""Backward of bf16 attention on CPU, as matrix products over blocks of queries.
 
 The backward of PyTorch's flash kernel for CPUs multiplies tile by tile, far below the throughput
 of its matrix products (measured by `python -m bench.cpu_attention`). The forward remains PyTorch's
@@ -149,7 +149,7 @@ def _head_chunks(
     size = max(1, threads * SCORE_BYTES // (ROWS * bytes_per_query))
     size = size // threads * threads or size
     same_mask = n if mask is None or len(mask) == 1 else kv_heads
-    for begin in range(0, n, same_mask):
-        heads_mask = None if mask is None else mask[begin // kv_heads, 0]
-        for first in range(begin, begin + same_mask, size):
-            yield slice(first, min(first + size, begin + same_mask)), heads_mask
+    for start in range(0, n, same_mask):
+        heads_mask = None if mask is None else mask[start // kv_heads, 0]
+        for first in range(start, start + same_mask, size):
+            yield slice(first, min(first + size, start + same_mask)), heads_mask

@@ -87,9 +87,9 @@ def test_every_data_file_composes_for_both_programs(data: str, tokenizer: str) -
 
 @pytest.mark.parametrize("data", [data for data in files("data") if missing_values("data", data)])
 def test_missing_values_of_data_files_are_reported(data: str) -> None:
-    asked = {argument.partition("=")[0] for argument in missing_values("data", data)}
+    required = {argument.partition("=")[0] for argument in missing_values("data", data)}
     found = errors_of(f"data={data}")
-    assert {error.partition(" ")[0] for error in found} == asked
+    assert {error.partition(" ")[0] for error in found} == required
     for error in found:
         key = error.partition(" ")[0]
         assert error == f"{key} has no value; add {key}=… to the command"
@@ -352,7 +352,7 @@ def test_pack_accepts_one_length_or_a_list() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "told"),
+    ("argument", "expected"),
     [
         ("pack=0", "pack=0 is below 1"),
         ("pack=[256,100000000]", "pack[1]=100000000 is above 16777216"),
@@ -364,15 +364,15 @@ def test_pack_accepts_one_length_or_a_list() -> None:
         ("pak=3", "Unknown key pak. Did you mean pack?"),
     ],
 )
-def test_pack_errors_are_reported_with_those_of_the_sections(argument: str, told: str) -> None:
+def test_pack_errors_are_reported_with_section_errors(argument: str, expected: str) -> None:
     with pytest.raises(ConfigError) as raised:
         prepared(argument, "data.validation_fraction=2")
-    assert any(error.startswith(told) for error in raised.value.errors)
+    assert any(error.startswith(expected) for error in raised.value.errors)
     assert any("data.validation_fraction=2" in error for error in raised.value.errors)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["inspect=runs/x", "sample=-1"], "sample=-1 is below 0; use at least 0"),
         (["inspect=runs/x", "sample=2000000000000000000"], "sample=2000000000000000000 is above"),
@@ -387,10 +387,10 @@ def test_pack_errors_are_reported_with_those_of_the_sections(argument: str, told
         (["inspekt=runs/x"], "Unknown key inspekt. Did you mean inspect?"),
     ],
 )
-def test_inspect_key_errors(arguments: list[str], told: str) -> None:
+def test_inspect_key_errors(arguments: list[str], expected: str) -> None:
     with pytest.raises(ConfigError) as raised:
         prepared(*arguments)
-    assert [error.startswith(told) for error in raised.value.errors] == [True]
+    assert [error.startswith(expected) for error in raised.value.errors] == [True]
 
 
 # ---------------------------------------------------------------- renamed keys and defaults
@@ -418,7 +418,7 @@ def test_renamed_key_is_accepted_with_one_warning(
 
 
 def test_defaults_of_dataclasses_and_yaml_files_are_equal() -> None:
-    """A key's default has one owner: where the dataclass has one too, both agree."""
+    """A key's default has one owner: a default in the dataclass equals the one in the YAML."""
     composed: Any = OmegaConf.to_container(compose("train"), resolve=False)
     composed = {"evaluation": OmegaConf.to_container(compose("evaluate"))["evaluation"], **composed}  # type: ignore[call-overload,index]
     schemas = {**fields_of(JobConfig), "evaluation": EvaluationConfig}

@@ -1,6 +1,6 @@
 """Streaming: windows equal a simple reference and resume at any step on any number of ranks.
 
-A local folder replaces the Hugging Face hub; both are read by the same code.
+A local folder repositions the Hugging Face hub; both are read by the same code.
 """
 
 import dataclasses
@@ -202,14 +202,14 @@ def test_steps_are_unchanged_after_repeated_resumes_on_other_numbers_of_ranks(
 ) -> None:
     expected = digests(take(loader(dataset), 0, STEPS))
     assert len(set(expected)) == STEPS
-    places: dict[str, list[int]] | None = None
+    positions: dict[str, list[int]] | None = None
     actual: list[int] = []
     for number, (first, last) in enumerate(pairwise((0, *stops, STEPS))):
         size = (1, 2, 4)[number % 3]
         ranks = [
             take(
                 loader(
-                    dataset, rank, size, positions=places, prefetch=prefetch, threads=1 + number
+                    dataset, rank, size, positions=positions, prefetch=prefetch, threads=1 + number
                 ),
                 first,
                 last - first,
@@ -218,7 +218,7 @@ def test_steps_are_unchanged_after_repeated_resumes_on_other_numbers_of_ranks(
         ]
         actual += [sum(rank[i].digest for rank in ranks) for i in range(last - first)]
         saved = {k: v for rank in ranks for k, v in (rank[-1].stream_positions or {}).items()}
-        places = json.loads(json.dumps(saved))  # as stored in a manifest
+        positions = json.loads(json.dumps(saved))  # as stored in a manifest
     assert actual == expected
 
 
@@ -233,8 +233,8 @@ def test_skipped_batches_are_excluded_and_stream_positions_are_unchanged(
         unskipped = take(loader(dataset, rank, size), 0, 15)
         kept = [unskipped[number] for number in (2, 3, 4, 8, 9, 10, 12, 13, 14)]
         actual = take(loader(dataset, rank, size, prefetch=prefetch, threads=2), 0, 3, skips)
-        places = actual[-1].stream_positions
-        resumed = loader(dataset, rank, size, positions=places, prefetch=prefetch)
+        positions = actual[-1].stream_positions
+        resumed = loader(dataset, rank, size, positions=positions, prefetch=prefetch)
         actual += take(resumed, actual[-1].number + 1, 6, skips)
         for one, other in zip(actual, kept, strict=True):
             assert (one.number, one.digest, one.stream_positions) == (
@@ -248,13 +248,13 @@ def test_skipped_batches_are_excluded_and_stream_positions_are_unchanged(
 def test_stream_shard_resumes_after_any_window(dataset: StreamDataset) -> None:
     """Shard 0 has the file of more than 128 rows; windows cross documents and the epoch end."""
     reads = dataset.stream_shard(0)
-    windows, places = [], [StreamPosition()]
+    windows, positions = [], [StreamPosition()]
     for _ in range(400):
         windows.append(reads.window(SEQ_LEN)[0].tolist())
-        places.append(reads.position)
-    assert places[-1].epoch >= 1
+        positions.append(reads.position)
+    assert positions[-1].epoch >= 1
     for number in range(0, 397, 7):
-        resumed = dataset.stream_shard(0, places[number])
+        resumed = dataset.stream_shard(0, positions[number])
         assert [resumed.window(SEQ_LEN)[0].tolist() for _ in range(3)] == windows[
             number : number + 3
         ]

@@ -17,9 +17,9 @@ def faults():
 def flags(address):
     inside = False
     for line in open("/proc/self/smaps"):
-        begin, dash, end = line.split()[0].partition("-")
+        start, dash, end = line.split()[0].partition("-")
         if dash:
-            inside = int(begin, 16) <= address < int(end, 16)
+            inside = int(start, 16) <= address < int(end, 16)
         elif inside and line.startswith("VmFlags:"):
             return line.split()[1:]
 

@@ -320,7 +320,7 @@ def test_removed_key_needs_one_override_unless_it_was_null(folder: RunFolder) ->
     folder.write_config(allowed)
     assert (
         check_run_folder(folder, allowed) == Changes()
-    )  # requeued job, where no file holds the key any more
+    )  # requeued job, where no file has the key any longer
 
 
 def test_lost_configuration_is_read_from_the_newest_checkpoint(

@@ -90,7 +90,7 @@ def test_rate_increases_only_during_warm_up(config: OptimConfig) -> None:
     "config", [c for c in CONFIGS if c.schedule_steps - c.warmup_steps > 1], ids=name_of
 )
 def test_rate_has_no_discontinuity(config: OptimConfig) -> None:
-    """No change exceeds that of the steepest segment; a single decay step is excluded."""
+    """No change exceeds the change in the steepest segment; a single decay step is excluded."""
     left = config.schedule_steps - config.warmup_steps
     falling: float = left
     if config.schedule == "wsd":
