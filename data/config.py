@@ -115,7 +115,8 @@ class TokenizerConfig(ConfigSection):
     """A tokenizer in tiktoken's format; `vocab_size` includes special tokens.
 
     `path` is an existing `tokenizer.model`; None selects the one in the installed
-    `llama-models` package (`llama3`) or one trained on the first `training_characters` of the data (`bpe`).
+    `llama-models` package (`llama3`) or one trained on the first `training_characters` of the data
+    (`bpe`).
     """
 
     name: Annotated[Literal["llama3", "bpe", "byte"], VOCABULARY]

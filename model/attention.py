@@ -65,8 +65,8 @@ class AttentionKernel:
             like: A tensor with the device and dtype of the queries.
             key_indices: (keys,) index of each key in the full sequence. None: `token_indices`.
             n_documents: Upper bound of the number of documents in all rows, including the document
-                that a row starts inside. None: a kernel that needs the number reads it from the device,
-                which synchronizes.
+                that a row starts inside. None: a kernel that needs the number reads it from the
+                device, which synchronizes.
         """
         if positions is None and token_indices is None:
             return None

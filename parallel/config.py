@@ -25,8 +25,8 @@ class ParallelConfig(ConfigSection):
         loss_parallel: Compute the loss on vocabulary shards; no rank holds the full logits.
         async_tp: Overlap tensor-parallel communication with the matrix products around it.
         activation_checkpoint: Activations that a block keeps for its backward: `none` recomputes
-            nothing, `full` everything, `selective` everything but matrix products and attention. A number is
-            the fraction of activations the compiler may keep (its memory budget).
+            nothing, `full` everything, `selective` everything but matrix products and attention. A
+            number is the fraction that the compiler may keep (its memory budget).
         compile: Compile each block.
         reshard_after_forward: Free a block's gathered weights between forward and backward. None:
             where weights are sharded, except for the last block.
