@@ -176,6 +176,8 @@ def _messages(prefix: str, key: str, items: list[Any], schema: Any) -> list[str]
         remedy or one["msg"].removeprefix("Input should be ").partition(",")[0]
         for (_, remedy), one in zip(pairs, items, strict=True)
     )
+    if or_null:  # "a, b or c" becomes "a, b, c or null"
+        remedy = remedy.replace(" or ", ", ")
     return [f"{shown} {rule}; use {remedy}{or_null}"]
 
 
@@ -183,8 +185,10 @@ def _rule_and_remedy(kind: str, context: dict[str, Any]) -> tuple[str, str]:
     """Return the rule that a value breaks and its remedy; empty for a wrong type."""
     if kind == "literal_error":
         return "is not a valid choice", context["expected"].replace("'", "")
-    if kind in ("too_short", "string_too_short"):
-        return "is empty", f"at least {context['min_length']}"
+    if kind == "string_too_short":
+        return "is empty", "a non-empty text"
+    if kind == "too_short":
+        return "is empty", "a list with at least one item"
     for name, rule, remedy in (
         ("greater_than_equal", "is below {}", "at least {}"),
         ("greater_than", "is not above {}", "a number above {}"),
