@@ -27,7 +27,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("tiktoken", "tokenizers", "llama_models", "filelock", "rich"),
     ),
     "parallel": ("torch", "torchao", "lightning.fabric"),
-    "resilience": ("torch", "filelock", "yaml"),
+    "resilience": ("torch", "lightning.fabric", "filelock", "yaml"),
     "checkpoint": ("torch", "xxhash", "filelock"),
     "formats": ("torch", "safetensors", "tokenizers", "xxhash", "filelock", "pydantic"),
     "evaluation": ("torch", "numpy", "lightning.fabric", "lm_eval", "tqdm"),
