@@ -79,7 +79,7 @@ def hardware_errors(
         )
     if precision.fp8 is not None and not hardware.is_hopper:
         errors.append(
-            f"precision.fp8={precision.fp8} needs 8-bit matrix products and hardware "
+            f"precision.fp8={precision.fp8} needs 8-bit matrix products, but hardware "
             f"{hardware.name} has none; use precision.fp8=null or hardware=h100"
         )
     return errors

@@ -149,8 +149,8 @@ def grid(overrides: Sequence[str]) -> list[SweepJob]:
             continue
         if values[key] and key.lstrip("+") in ("run.name", "run.dir"):
             errors.append(
-                f"{override}: {key} cannot be swept, runs are named after the other swept keys; "
-                "use one value"
+                f"{override}: {key} cannot be swept because runs are named after the other swept "
+                "keys; use one value"
             )
         choices[key] = [f"{key}={value}" for value in values[key]] or [override]
     if errors:
@@ -189,7 +189,7 @@ def validate(jobs: Sequence[SweepJob], nodes: int, tasks_per_node: int) -> list[
     """Return the overrides and the configuration of each job.
 
     Raises:
-        SweepError: with every validation error of train.py and the runs that it occurs in.
+        SweepError: Lists every validation error of train.py with the runs that have it.
     """
     runs_by_error: dict[str, list[str]] = {}
     runs = []

@@ -135,8 +135,8 @@ def test_inspect_errors_have_rule_and_remedy(run: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ([f"inspect={tmp_path}"], f"inspect={tmp_path} contains neither config.yaml of a run nor"),
         (["inspect=nowhere"], "inspect=nowhere is not a folder"),
-        ([f"inspect={without_data}"], "the run's data.folder=gone/shards holds no prepared data"),
-        ([f"inspect={other}"], "holds other tokens"),
+        ([f"inspect={without_data}"], "the run's data.folder=gone/shards has no prepared data"),
+        ([f"inspect={other}"], "has other tokens"),
         ([f"inspect={broken}"], "is not a valid configuration of train.py"),
         ([f"inspect={tmp_path}/stream"], "the run streams its data (data.stream_shards=2)"),
         ([f"inspect={run}", "seq_len=64"], "seq_len=64 is determined by the run"),

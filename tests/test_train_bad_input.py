@@ -274,9 +274,9 @@ def test_changed_configuration_of_existing_run_is_rejected(
     message = rejected(*command, *changed, unchanged=folder)
     line_with(message, str(folder), "different configuration")
     rows = [
-        line_with(message, "optim.weight_decay: 0.1 -> 0.3", "decides"),
-        line_with(message, "model.dim: 64 -> 128", "decides"),
-        line_with(message, "run.seed: 0 -> 7", "decides"),
+        line_with(message, "optim.weight_decay: 0.1 -> 0.3", "determines"),
+        line_with(message, "model.dim: 64 -> 128", "determines"),
+        line_with(message, "run.seed: 0 -> 7", "determines"),
         line_with(message, "optim.lr: 0.001 -> 0.5"),  # which may change
     ]
     headings = [

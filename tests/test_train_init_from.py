@@ -129,7 +129,7 @@ def test_every_format_and_mesh_gives_same_run(
     more = [*SAME, "train.max_steps=5"]
     gone = fork_server.run(train_arguments(tmp_path / "copy", *more, "run.init_from=gone"), 1)
     assert gone.exit_codes == {0: 1}
-    assert "decides the initial weights" in gone.output()
+    assert "determines the initial weights" in gone.output()
 
 
 def test_corrupted_initial_weights_are_rejected(

@@ -52,7 +52,7 @@ def parallel_errors(parallel: ParallelConfig) -> list[str]:
     budget = parallel.activation_checkpoint
     if isinstance(budget, float) and not parallel.compile:
         return [
-            f"parallel.activation_checkpoint={budget} is a memory budget of the compiler and "
+            f"parallel.activation_checkpoint={budget} is a memory budget of the compiler, but "
             "parallel.compile=false; use parallel.compile=true, or none, selective or full"
         ]
     return []
@@ -61,8 +61,8 @@ def parallel_errors(parallel: ParallelConfig) -> list[str]:
 def precision_errors(precision: PrecisionConfig) -> list[str]:
     if precision.fp8 is not None and precision.param == "fp32":
         return [
-            f"precision.fp8={precision.fp8} multiplies bf16 activations and precision.param=fp32; "
-            "use precision.param=bf16 or precision.fp8=null"
+            f"precision.fp8={precision.fp8} multiplies bf16 activations, but "
+            "precision.param=fp32; use precision.param=bf16 or precision.fp8=null"
         ]
     return []
 
@@ -70,8 +70,8 @@ def precision_errors(precision: PrecisionConfig) -> list[str]:
 def faults_errors(faults: FaultsConfig) -> list[str]:
     if faults.rewind_on_spike and faults.spike_threshold is None:
         return [
-            "faults.rewind_on_spike=true needs a threshold and faults.spike_threshold=null; use "
-            "faults.spike_threshold=8"
+            "faults.rewind_on_spike=true needs a threshold, but faults.spike_threshold=null; "
+            "use faults.spike_threshold=8"
         ]
     return []
 
@@ -86,8 +86,8 @@ def tokenizer_errors(tokenizer: TokenizerConfig) -> list[str]:
         )
     if tokenizer.name == "bpe" and size < BYTE_VOCAB_SIZE:
         errors.append(
-            f"tokenizer.vocab_size={size} does not hold 256 bytes and {N_SPECIALS} special tokens; "
-            f"use at least {BYTE_VOCAB_SIZE}"
+            f"tokenizer.vocab_size={size} is too small for 256 bytes and {N_SPECIALS} special "
+            f"tokens; use at least {BYTE_VOCAB_SIZE}"
         )
     if tokenizer.name == "byte" and tokenizer.path is not None:
         errors.append(f"tokenizer.path={tokenizer.path} does not apply to tokenizer byte; use null")
@@ -104,7 +104,7 @@ def data_errors(data: DataConfig) -> list[str]:
         errors += _source_errors(f"data.sources.{name}", source)
     if data.packing and not data.document_mask:
         errors.append(
-            f"data.packing={data.packing} packs several documents into a window and "
+            f"data.packing={data.packing} packs several documents into a window, but "
             "data.document_mask=false lets them attend to each other; use data.document_mask=true "
             "or data.packing=null"
         )
@@ -174,10 +174,10 @@ def _stream_source_errors(data: DataConfig) -> list[str]:
     key = f"data.stream_shards={data.stream_shards}"
     errors = []
     if [source.format for source in data.sources.values()] != ["huggingface"]:
-        errors.append(f"{key} needs exactly one source of format huggingface; use that or null")
+        errors.append(f"{key} needs exactly one source, of format huggingface; use one or null")
     for name in ("packing", "shuffle_block_tokens", "stages"):
         if getattr(data, name):
-            errors.append(f"{key} reads in stored order, without data.{name}; use null for one")
+            errors.append(f"{key} cannot be combined with data.{name}; set one of them to null")
     return errors
 
 
@@ -249,13 +249,13 @@ def stream_errors(
     key = f"data.stream_shards={data.stream_shards}"
     if validation.samples:
         errors.append(
-            f"validation.samples={validation.samples} needs held-out text and {key} holds out "
+            f"validation.samples={validation.samples} needs held-out text, but {key} holds out "
             "none; use validation.samples=0 or data.stream_shards=null"
         )
     if tokenizer.name == "bpe" and tokenizer.path is None:
         errors.append(
-            f"tokenizer.path=null of tokenizer bpe trains a tokenizer and {key} prepares no data; "
-            "use tokenizer=llama3 or byte, or set tokenizer.path to a tokenizer.model"
+            f"tokenizer.path=null of tokenizer bpe trains a tokenizer, but {key} prepares no "
+            "data; use tokenizer=llama3 or byte, or set tokenizer.path to a tokenizer.model"
         )
     return errors
 
@@ -271,13 +271,13 @@ def moment_errors(precision: PrecisionConfig, optim: OptimConfig) -> list[str]:
 
 
 def saving_errors(checkpoint: CheckpointConfig, faults: FaultsConfig) -> list[str]:
-    """Return errors of checkpoints that would not exist or not be written that way."""
+    """Return errors of checkpoint settings that contradict each other."""
     errors = []
     interval, kept = checkpoint.interval, checkpoint.keep_every
     if kept is not None and interval is None:
         errors.append(
-            f"checkpoint.keep_every={kept} counts steps and checkpoint.interval=null saves none by "
-            f"steps; use checkpoint.interval={kept} or checkpoint.keep_every=null"
+            f"checkpoint.keep_every={kept} counts steps, but checkpoint.interval=null saves none "
+            f"by steps; use checkpoint.interval={kept} or checkpoint.keep_every=null"
         )
     elif kept is not None and interval is not None and kept % interval:
         both = math.lcm(kept, interval)
@@ -293,8 +293,8 @@ def saving_errors(checkpoint: CheckpointConfig, faults: FaultsConfig) -> list[st
         )
     if faults.rewind_on_spike and interval is None and checkpoint.interval_minutes is None:
         errors.append(
-            "faults.rewind_on_spike=true rewinds to a checkpoint and none is saved before the end; "
-            "set checkpoint.interval or checkpoint.interval_minutes"
+            "faults.rewind_on_spike=true rewinds to a checkpoint, but none is saved before the "
+            "end; set checkpoint.interval or checkpoint.interval_minutes"
         )
     return errors
 
@@ -380,7 +380,7 @@ def model_errors(
     if mesh.cp > 1 and seq_len % (2 * mesh.cp):
         sizes = "1" if seq_len % 2 else _divisors(seq_len // 2)
         errors.append(
-            f"parallel.cp={mesh.cp} splits a sequence into {2 * mesh.cp} chunks and "
+            f"parallel.cp={mesh.cp} splits a sequence into {2 * mesh.cp} chunks, but "
             f"train.seq_len={seq_len} is not a multiple of that; use {sizes}, or a multiple of "
             f"{2 * mesh.cp} for train.seq_len"
         )
@@ -456,12 +456,12 @@ def device_errors(
         errors.append(f"{key} has no backward on CPU; use model.attention=auto or sdpa")
     elif model.attention == "varlen" and precision.param == "fp32":
         errors.append(
-            f"{key} computes in 16 bits and precision.param=fp32; use precision.param=bf16, or "
-            "model.attention=auto, sdpa or flex"
+            f"{key} computes in 16 bits, but precision.param=fp32; use precision.param=bf16, "
+            "or model.attention=auto, sdpa or flex"
         )
     if model.attention == "varlen" and mesh.cp > 1:
         errors.append(
-            f"{key} needs complete documents and parallel.cp={mesh.cp} splits them; use "
+            f"{key} needs complete documents, but parallel.cp={mesh.cp} splits them; use "
             "model.attention=auto, sdpa or flex"
         )
     if not parallel.async_tp:
@@ -470,7 +470,7 @@ def device_errors(
     for broken, reason, remedy in (
         (
             not (on_gpu and (is_hopper or _is_hopper)()),
-            "needs the symmetric memory of NVIDIA GPUs from Hopper on",
+            "needs the symmetric memory of Hopper or newer NVIDIA GPUs",
             off,
         ),
         (
@@ -480,12 +480,12 @@ def device_errors(
         ),
         (
             not parallel.compile,
-            "is done by the compiler and parallel.compile=false",
+            "is implemented by the compiler, but parallel.compile=false",
             f"parallel.compile=true or {off}",
         ),
         (
             not parallel.sequence_parallel,
-            "overlaps gathers along the sequence and parallel.sequence_parallel=false",
+            "overlaps gathers along the sequence, but parallel.sequence_parallel=false",
             f"parallel.sequence_parallel=true or {off}",
         ),
     ):
@@ -515,7 +515,7 @@ def fp8_errors(
         return []
     if accelerator != "cuda":
         return [
-            f"precision.fp8={recipe} needs a GPU and the run uses parallel.accelerator="
+            f"precision.fp8={recipe} needs a GPU, but the run uses parallel.accelerator="
             f"{accelerator}; use precision.fp8=null"
         ]
     import torch
@@ -530,7 +530,7 @@ def fp8_errors(
         if capability >= CAPABILITY["tensorwise"]:
             remedy = f"precision.fp8=tensorwise or {remedy}"
         errors.append(
-            f"precision.fp8={recipe} needs GPUs of compute capability {least[0]}.{least[1]} and "
+            f"precision.fp8={recipe} needs GPUs of compute capability {least[0]}.{least[1]}, but "
             f"this one has {capability[0]}.{capability[1]}; use {remedy}"
         )
     return errors + for_every_stage(train, data, partial(fp8_size_errors, mesh, precision, model))
@@ -552,15 +552,15 @@ def fp8_size_errors(
     for key, width in widths.items():
         if width % mesh.tp == 0 and width // mesh.tp % FP8_MULTIPLE:
             errors.append(
-                f"precision.fp8={recipe} needs widths that are multiples of {FP8_MULTIPLE} and "
+                f"precision.fp8={recipe} needs widths that are multiples of {FP8_MULTIPLE}, but "
                 f"{key}={width} over parallel.tp={mesh.tp} is {width // mesh.tp}; use a multiple "
                 f"of {FP8_MULTIPLE * mesh.tp}, or precision.fp8=null"
             )
     micro_batch_size = train.micro_batch_size or train.global_batch_size // mesh.dp
     if micro_batch_size * train.seq_len // mesh.cp % FP8_MULTIPLE:
         errors.append(
-            f"precision.fp8={recipe} needs micro-batches of a multiple of {FP8_MULTIPLE} tokens "
-            f"and a rank has {micro_batch_size} × train.seq_len={train.seq_len} / "
+            f"precision.fp8={recipe} needs micro-batches of a multiple of {FP8_MULTIPLE} tokens, "
+            f"but a rank has {micro_batch_size} × train.seq_len={train.seq_len} / "
             f"parallel.cp={mesh.cp}; use a train.seq_len that is a multiple of "
             f"{FP8_MULTIPLE * mesh.cp}, or precision.fp8=null"
         )
@@ -583,7 +583,7 @@ def prepare_errors(
     jobs = {"pack": pack is not None, "verify": verify, "inspect": inspect is not None}
     if sum(jobs.values()) > 1:
         names = " and ".join(name for name, requested in jobs.items() if requested)
-        errors.append(f"{names} are different jobs; use one per command")
+        errors.append(f"{names} are mutually exclusive; use one per command")
     if inspect is None:
         given = {"sample": sample or None, "seq_len": seq_len, "seed": seed}
         errors += [

@@ -30,14 +30,14 @@ def inspect_run(run: RunFolder, sample: int, load: Callable[[dict[str, Any]], Jo
     data, folder = config.data, Path(config.data.folder)
     if not (folder / MANIFEST_FILE).exists():
         raise DataError(
-            f"inspect={run.path}: the run's data.folder={folder} holds no prepared data; use the "
+            f"inspect={run.path}: the run's data.folder={folder} has no prepared data; use the "
             "working directory in which the run was launched, or prepare the data again"
         )
     dataset = Dataset.open(folder, data.document_mask, data.packing)
     position = run.newest_position()
     if position and position["data_hash"] != dataset.hash:
         raise DataError(
-            f"inspect={run.path}: data.folder={folder} holds other tokens (hash "
+            f"inspect={run.path}: data.folder={folder} has other tokens (hash "
             f"{dataset.hash[:12]}) than the run was trained on ({position['data_hash'][:12]}); "
             "restore them, or inspect the dataset folder itself"
         )

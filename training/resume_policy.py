@@ -2,7 +2,7 @@
 
 The policy of a key is declared on its field (`model.config_base.ResumePolicy`); a policy on a
 section applies to all keys below that do not declare their own. This module compares the
-configurations of two launches and words the errors. Imports nothing heavy.
+configurations of two launches and formats the errors. Imports nothing heavy.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from model.config_base import ResumePolicy
 from training.config import JobConfig
 from training.config_validation import annotations_along
 
-REMOVED_KEY = ResumePolicy("override", "something that this version has no key for")
+REMOVED_KEY = ResumePolicy("override", "a setting that this version does not have")
 
 
 def policy_of(key: str) -> ResumePolicy | None:
@@ -114,7 +114,7 @@ def override_errors(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if policy is not None and policy.change == "forbidden":
             errors.append(
                 f"run.allow_changes lists {name}, which cannot change within a run because it "
-                f"decides {policy.decides}; remove it"
+                f"determines {policy.decides}; remove it"
             )
         elif name not in known and not (
             policy and any(key.startswith(f"{name}.") for key in known)
@@ -132,7 +132,8 @@ def changes_error(changes: Changes, now: dict[str, Any], samples: int) -> str | 
         lines += [
             "These keys cannot change within a run:",
             *_rows(changes.forbidden, reasons=True),
-            "Set them back to resume that run, or start a new run with another run.name=…",
+            "Restore the old values to resume that run, or start a new run with another "
+            "run.name=…",
             "(it may start from a checkpoint of this one, also on other data: "
             "run.resume=CHECKPOINT).",
             *_stage_remedy(changes.forbidden, now, samples),
@@ -143,7 +144,8 @@ def changes_error(changes: Changes, now: dict[str, Any], samples: int) -> str | 
         lines += [
             "These keys change only with an explicit override:",
             *_rows(changes.unlisted, reasons=True),
-            f"Set them back, or add {override} to the command; the change is then recorded.",
+            f"Restore the old values, or add {override} to the command; the change is then "
+            "recorded.",
         ]
     if lines and (rest := changes.rows()):
         lines += ["Also changed, which is permitted:", *rest]
@@ -219,7 +221,7 @@ def _is_listed(key: str, names: list[str]) -> bool:
 def _rows(changed: dict[str, Difference], note: str = "", reasons: bool = False) -> list[str]:
     rows = []
     for key, (before, now) in changed.items():
-        reason = f" (decides {(policy_of(key) or REMOVED_KEY).decides})" if reasons else note
+        reason = f" (determines {(policy_of(key) or REMOVED_KEY).decides})" if reasons else note
         rows.append(f"  {key}: {before!r} -> {now!r}{reason}")
     return rows
 
@@ -239,7 +241,7 @@ def _stage_remedy(forbidden: dict[str, Difference], now: dict[str, Any], samples
     if not stage:
         return []
     new = _override_value({"from_sample": samples} | stage)
-    start = f"Sizes and weights may change from sample {samples} on: set them back, and add"
+    start = f"To change sizes or weights from sample {samples} on, restore the old values and add"
     if now["data"]["stages"]:
         return [f"{start} {new} to data.stages."]
     return [f"{start} {shlex.quote(f'data.stages=[{new}]')}"]

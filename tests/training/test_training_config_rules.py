@@ -57,7 +57,7 @@ def test_cp_error_lists_every_valid_size(seq_len: int) -> None:
         return model_errors(MeshShape(1, 1, cp, 1), PARALLEL, MODEL, seq_len)
 
     [error] = rejected(9)
-    assert f"parallel.cp=9 splits a sequence into 18 chunks and train.seq_len={seq_len}" in error
+    assert f"parallel.cp=9 splits a sequence into 18 chunks, but train.seq_len={seq_len}" in error
     assert listed_values(error) == [cp for cp in range(1, 1025) if not rejected(cp)]
 
 

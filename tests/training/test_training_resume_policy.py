@@ -126,7 +126,7 @@ def test_forbidden_key_is_rejected_with_both_values_despite_an_override(
     folder: RunFolder, key: str
 ) -> None:
     config = changed(key, other(key))
-    found = f"  {key}: {value_at(CONFIG, key)!r} -> {other(key)!r} (decides "
+    found = f"  {key}: {value_at(CONFIG, key)!r} -> {other(key)!r} (determines "
     message = refused(folder, config)
     assert found in message and "run.name=" in message and "run.allow_changes" not in message
     message = refused(folder, changed("run.allow_changes", [key], of=config))
@@ -146,7 +146,7 @@ def test_override_from_the_error_message_permits_the_change(folder: RunFolder, k
     config = changed(key, other(key))
     message = refused(folder, config)
     difference = [value_at(CONFIG, key), other(key)]
-    assert f"  {key}: {difference[0]!r} -> {difference[1]!r} (decides " in message
+    assert f"  {key}: {difference[0]!r} -> {difference[1]!r} (determines " in message
     allowed = changed("run.allow_changes", suggested_value(message, "run.allow_changes"), of=config)
     changes = check_run_folder(folder, allowed)
     assert changes.allowed == {key: difference} and set(changes.free) == {"run.allow_changes"}
@@ -312,7 +312,7 @@ def load_train_config_with_stages(stages: list[dict[str, int]]) -> Any:
 
 def test_removed_key_needs_one_override_unless_it_was_null(folder: RunFolder) -> None:
     folder.write_config(changed("optim.nesterov", True, "optim.ema", None, "log.comet", "project"))
-    assert "optim.nesterov: True -> None (decides something" in refused(folder, CONFIG)
+    assert "optim.nesterov: True -> None (determines a setting" in refused(folder, CONFIG)
     allowed = changed("run.allow_changes", ["optim.nesterov"])
     changes = check_run_folder(folder, allowed)
     assert changes.allowed == {"optim.nesterov": [True, None]}
@@ -360,7 +360,7 @@ def test_start_from_another_run_checks_only_tensors_and_position(
     message = refused(new, config)
     assert message.startswith(f"run.resume={checkpoint} does not match")
     difference = f"{value_at(CONFIG, key)!r} -> {other(key)!r}"
-    assert f"  {key}: {difference} (decides {policy.decides})" in message
+    assert f"  {key}: {difference} (determines {policy.decides})" in message
 
 
 def test_start_from_another_run_changes_sizes_by_a_stage(folder: RunFolder, new: RunFolder) -> None:
