@@ -39,7 +39,7 @@ MODEL = (
 
 
 def main() -> None:
-    """Measure and write `bench/results/achieved_flops.json`; with `--case`, measure one case."""
+    """Run the benchmark and write `bench/results/achieved_flops.json`; with `--case`, run one."""
     if sys.argv[1:2] == ["--case"]:
         results = measure(*sys.argv[2:4])
         Path(sys.argv[4]).write_text(json.dumps(results))

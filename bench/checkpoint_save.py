@@ -4,8 +4,8 @@
 
 Two processes hold 1.2 GB of tensors on CPU. Each round alternates a raw write of as many bytes by
 each process with fsync, a synchronous save including hashes and commit, and an asynchronous save,
-of which the stall and the total duration are measured. Targets: a save reaches at least 80% of the
-GB/s of a raw write; an asynchronous save stalls only for the copy to host memory.
+whose stall and total duration are measured. Targets: a save reaches at least 80% of the GB/s of a
+raw write; an asynchronous save stalls only for the copy to host memory.
 """
 
 import multiprocessing
@@ -35,7 +35,7 @@ DIM, LAYERS = 2048, 24  # 24 matrices of 2048 × 2048, with two moments each: 1.
 
 
 def main() -> None:
-    """Measure and write `bench/results/checkpoint_save.json`."""
+    """Run the benchmark and write `bench/results/checkpoint_save.json`."""
     with socket.socket() as free, tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

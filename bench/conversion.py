@@ -56,7 +56,7 @@ class RandomWeights(Weights):
 
 
 def main() -> None:
-    """Measure and write `bench/results/conversion.json`."""
+    """Run the benchmark and write `bench/results/conversion.json`."""
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         rounds = [measure(MODEL, Path(folder)) for _ in range(ROUNDS)]
     sizes = tensor_sizes(MODEL)

@@ -2,9 +2,9 @@
 
     python -m bench.cpu_attention
 
-Measured at the shapes of the two models of `bench.training_step` and of larger ones, one of them
-without grouped queries, with and without documents, in alternation. A ratio above 1 means that our
-kernel is faster. Errors are relative to float64 gradients.
+Alternates both at the shapes of the two models of `bench.training_step` and of larger ones, one of
+them without grouped queries, with and without documents. A ratio above 1 means that our kernel is
+faster. Errors are relative to float64 gradients.
 """
 
 import time
@@ -27,7 +27,7 @@ Gradients = Callable[[], tuple[Tensor, ...]]
 
 
 def main() -> None:
-    """Measure and write `bench/results/cpu_attention.json`."""
+    """Run the benchmark and write `bench/results/cpu_attention.json`."""
     results: dict[str, Any] = {}
     for batch, heads, kv_heads, seq, head_dim in SHAPES:
         torch.manual_seed(0)

@@ -2,8 +2,9 @@
 
     python -m bench.cpu_products
 
-The three products of training, in the layers of the two models of `bench.training_step` and of a
-larger one, with 2,048 tokens, in alternation. A ratio above 1 means that oneDNN is faster.
+Alternates both on the three products of training, in the layers of the two models of
+`bench.training_step` and of a larger one, with 2,048 tokens. A ratio above 1 means that oneDNN is
+faster.
 """
 
 import time
@@ -22,7 +23,7 @@ LAYERS = ((384, 384), (384, 1024), (1024, 384), (640, 640), (640, 1792), (1792, 
 
 
 def main() -> None:
-    """Measure and write `bench/results/cpu_products.json`."""
+    """Run the benchmark and write `bench/results/cpu_products.json`."""
     results = {}
     for width_in, width_out in LAYERS:
         x, weight = torch.randn(TOKENS, width_in), torch.randn(width_out, width_in)

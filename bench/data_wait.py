@@ -20,7 +20,7 @@ STEPS, REPEATS = 60, 3
 
 
 def main() -> None:
-    """Measure and write `bench/results/data_wait.json`."""
+    """Run the benchmark and write `bench/results/data_wait.json`."""
     subprocess.run([sys.executable, "prepare.py"], cwd=ROOT, check=True)
     first, shares = [], []
     for _ in range(REPEATS):

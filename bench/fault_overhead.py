@@ -3,7 +3,7 @@
     python -m bench.fault_overhead [key=value …]
 
 Both runs train at the same time, one core each, and swap cores after each pair, so that variations
-of the machine's speed cancel out. Measured is the time from the first to the last console line,
+of the machine's speed cancel out. The measured time is from the first to the last console line,
 which includes two checkpoints in one of the runs, four times as often as by default. Target: a
 median ratio of at most 1.02.
 """
@@ -37,7 +37,7 @@ OFF = [
 
 
 def main() -> None:
-    """Measure and write `bench/results/fault_overhead.json`."""
+    """Run the benchmark and write `bench/results/fault_overhead.json`."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     assert len(cores) == 2, "the two runs need one core each"
     seconds: dict[str, list[float]] = {"on": [], "off": []}

@@ -32,7 +32,7 @@ STEPS = 100  # per mode
 
 
 def main() -> None:
-    """Measure and write `bench/results/garbage.json`."""
+    """Run the benchmark and write `bench/results/garbage.json`."""
     with (
         initialize_config_dir(str(CONF), version_base="1.3"),
         tempfile.TemporaryDirectory() as folder,

@@ -33,7 +33,7 @@ STEPS = (N_TOKENS // SEQ_LEN - 1) // BATCH
 
 
 def main() -> None:
-    """Measure and write `bench/results/loader.json`."""
+    """Run the benchmark and write `bench/results/loader.json`."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as path:

@@ -34,7 +34,7 @@ MESHES = {
 
 
 def main() -> None:
-    """Measure and write `bench/results/mesh_equality.json`."""
+    """Run the benchmark and write `bench/results/mesh_equality.json`."""
     reference: list[dict[str, Any]] = []
     results: dict[str, dict[str, float]] = {}
     for name, mesh in MESHES.items():

@@ -29,7 +29,7 @@ def stage(first_sample: int = 0, seq_len: int = 8, **weights: float) -> OrderSta
 
 
 def main() -> None:
-    """Measure and write `bench/results/order_lookups.json`."""
+    """Run the benchmark and write `bench/results/order_lookups.json`."""
     mixture = stage(web=0.6, code=0.3, books=0.1)
     later = [
         stage(N_SAMPLES // 4, web=0.2, code=0.4, books=0.4),

@@ -33,7 +33,7 @@ READ_TOKENS, READ_SEQ_LEN, BATCH = 2**25, 8192, 16
 
 
 def main() -> None:
-    """Measure and write `bench/results/packing.json`."""
+    """Run the benchmark and write `bench/results/packing.json`."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     random = np.random.default_rng(0)

@@ -28,7 +28,10 @@ PAIRS, WARM_UP, STEPS = 3, 4, 12
 
 
 def main() -> None:
-    """Measure and write `bench/results/page_faults.json`; with an argument, run one process."""
+    """Run the benchmark and write `bench/results/page_faults.json`.
+
+    With an argument, run one process.
+    """
     if len(sys.argv) > 1:
         print(json.dumps(steps(keep=sys.argv[1] == "kept")))
         return

@@ -38,7 +38,7 @@ print(int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**30)
 
 
 def main() -> None:
-    """Measure and write `bench/results/plan_search.json`."""
+    """Run the benchmark and write `bench/results/plan_search.json`."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         results = {name: measure_search(overrides) for name, overrides in CASES.items()}
         fit_check = spread([fit_check_seconds() for _ in range(REPEATS)])

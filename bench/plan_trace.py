@@ -27,7 +27,7 @@ SECONDS, GB, TOLERANCE = 30, 1.0, 0.05
 
 
 def main() -> None:
-    """Measure and write `bench/results/plan_trace.json`; with `--trace`, trace once."""
+    """Run the benchmark and write `bench/results/plan_trace.json`; with `--trace`, trace once."""
     if sys.argv[1:] == ["--trace"]:
         print(json.dumps(trace()))
         return

@@ -110,7 +110,10 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 def main() -> None:
-    """Measure and write `bench/results/planned_memory.json`; with `--rank`, run one process."""
+    """Run the benchmark and write `bench/results/planned_memory.json`.
+
+    With `--rank`, run one process.
+    """
     if sys.argv[1:2] == ["--rank"]:
         measure(sys.argv[2], Path(sys.argv[3]))
         return

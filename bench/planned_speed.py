@@ -43,7 +43,7 @@ MODEL = (
 
 
 def main() -> None:
-    """Measure and write `bench/results/planned_speed.json`."""
+    """Run the benchmark and write `bench/results/planned_speed.json`."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     with initialize_config_dir(str(CONF), version_base="1.3"):
         prepare_data(load_train_config(compose("train", [*MODEL, "validation.samples=0"])))

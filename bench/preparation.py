@@ -34,7 +34,10 @@ N_CORES = len(os.sched_getaffinity(0))
 
 
 def main() -> None:
-    """Measure and write `bench/results/preparation.json`; with arguments, run one preparation."""
+    """Run the benchmark and write `bench/results/preparation.json`.
+
+    With arguments, run one preparation.
+    """
     if len(sys.argv) > 1:
         print(json.dumps(ours(Path(sys.argv[1]), Path(sys.argv[2]))))
         return

@@ -20,7 +20,7 @@ REPEATS = 3
 
 
 def main() -> None:
-    """Measure and write `bench/results/startup.json`."""
+    """Run the benchmark and write `bench/results/startup.json`."""
     subprocess.run([sys.executable, "prepare.py"], cwd=ROOT, check=True)
     first_step = [seconds_to_first_step() for _ in range(REPEATS)]
     answer = []

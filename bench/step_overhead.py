@@ -31,7 +31,7 @@ WARM_UP, PAIRS = 5, 60
 
 
 def main() -> None:
-    """Measure and write `bench/results/step_overhead.json`."""
+    """Run the benchmark and write `bench/results/step_overhead.json`."""
     with initialize_config_dir(str(CONF), version_base="1.3"), tempfile.TemporaryDirectory() as run:
         overrides = [f"run.dir={run}", "parallel.accelerator=cpu", "log.tensorboard=false"]
         config, processes, mesh = check_config(compose("train", [*overrides, *sys.argv[1:]]))

@@ -52,7 +52,10 @@ Peaks = dict[str, dict[str, int]]
 
 
 def main() -> None:
-    """Measure and write `bench/results/tp_memory.json`; with an argument, run one process."""
+    """Run the benchmark and write `bench/results/tp_memory.json`.
+
+    With an argument, run one process.
+    """
     if len(sys.argv) > 1:
         measure(Path(sys.argv[1]))
         return

@@ -135,7 +135,7 @@ class Implementation:
 
 
 def main() -> None:
-    """Measure and write `bench/results/training_step.json`."""
+    """Run the benchmark and write `bench/results/training_step.json`."""
     for name in BASELINES.keys() - installed():
         print(
             f"{name} is not installed and not measured. To install it: {BASELINES[name]}",

@@ -78,7 +78,7 @@ def restore(
 def find_damage(folder: Path) -> str | None:
     """Return the damage of a committed checkpoint by file, or None if it is valid.
 
-    All ranks call it, read a part of the files each, and return the same.
+    A collective call: each rank reads a part of the files, and all ranks return the same result.
     """
 
     def read() -> tuple[dict[str, Any] | None, str]:

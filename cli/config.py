@@ -1,4 +1,4 @@
-"""Load what Hydra composed as the typed configuration of a program.
+"""Convert configurations composed by Hydra to the dataclasses of a program.
 
 The only code that handles a `DictConfig`: interpolations are resolved, missing values and renamed
 keys reported, and the rest is left to `training.config_validation`.

@@ -26,7 +26,7 @@ def started_by_srun(environment: Mapping[str, str]) -> bool:
     """Return whether `srun` started this process; a job's script is not one of its tasks."""
     if not {"SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE"} <= environment.keys():
         return False
-    # A shell started by srun is one task; several tasks are a run, whatever the job's name.
+    # A shell started by srun is one task; several tasks are a run, regardless of the job's name.
     return in_slurm(environment) or sum(tasks_per_node(environment)) > 1
 
 
@@ -50,7 +50,7 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
     first = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     restarts = int(environment.get("SLURM_RESTART_COUNT", "0"))
-    # Three steps of a job and its first seven starts get ports over 500 apart, so they collide
+    # Three steps of a job and its first seven launches get ports over 500 apart, so they collide
     # neither with each other nor with 500 neighboring jobs (a sweep on one node).
     port = FIRST_PORT + (job + 4000 * step + 1144 * restarts) % N_PORTS
     return {

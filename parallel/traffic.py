@@ -146,12 +146,12 @@ def root_matrices(model: ModelConfig, tp: int) -> list[tuple[int, int]]:
 
 
 def _weights(plan: _Plan) -> list[Collective]:
-    """FSDP2: each block and the root are one flat tensor each, padded to equal shards.
+    """Return the weight gathers and gradient reductions of FSDP2.
 
-    Blocks that are resharded after forward, by default all but the last, are gathered in the
-    forward and in the backward of each micro-batch, others once per step. Gradients are
-    reduce-scattered in the last or in every micro-batch, and with replicas their shards are
-    all-reduced in the last one.
+    Each block and the root are one flat tensor each, padded to equal shards. Blocks that are
+    resharded after forward, by default all but the last, are gathered in the forward and in the
+    backward of each micro-batch, others once per step. Gradients are reduce-scattered in the last
+    or in every micro-batch, and with replicas their shards are all-reduced in the last one.
     """
     mesh, step, sharded = plan.mesh, plan.step, ("dp_shard", "cp")
     ranks = mesh.dp_shard * mesh.cp
@@ -181,11 +181,12 @@ def _weights(plan: _Plan) -> list[Collective]:
 
 
 def _norm_gradients(plan: _Plan) -> list[Collective]:
-    """Norm weights are replicated over tp; their gradients are partial sums.
+    """Return the all-reduces of norm gradients over tp.
 
-    Each reduction of gradients sums a vector of dim per norm, in the dtype of the reduction if it
-    accumulates several micro-batches, else in the activations' dtype. Without sequence
-    parallelism the gradient of the last norm is already complete.
+    Norm weights are replicated over tp, so their gradients are partial sums. Each reduction
+    of gradients sums a vector of dim per norm, in the dtype of the reduction if it accumulates
+    several micro-batches, else in the activations' dtype. Without sequence parallelism the gradient
+    of the last norm is already complete.
     """
     step = plan.step
     element = step.reduce_bytes if step.micro_batches > plan.reductions else step.param_bytes
@@ -197,7 +198,7 @@ def _norm_gradients(plan: _Plan) -> list[Collective]:
 
 
 def _activations(plan: _Plan) -> list[Collective]:
-    """Tensor parallelism around the products of a block and after the embedding.
+    """Return the collectives of tensor parallelism in the blocks and after the embedding.
 
     With sequence parallelism (arXiv:2205.05198) the forward all-gathers before attention and before
     feed-forward and reduce-scatters after each; the backward does the reverse. The embedding
@@ -221,7 +222,7 @@ def _activations(plan: _Plan) -> list[Collective]:
 
 
 def _head(plan: _Plan) -> list[Collective]:
-    """Input of the head, its gradient, and the loss.
+    """Return the collectives of the head's input and its gradient, and of the loss.
 
     Loss parallelism all-reduces, per chunk of tokens in float32, the maximum, and together the sum
     of exponentials and the target's logit. Without it the logits of each chunk are gathered.
@@ -243,10 +244,11 @@ def _head(plan: _Plan) -> list[Collective]:
 
 
 def _context(plan: _Plan) -> list[Collective]:
-    """Context parallelism: each block all-gathers keys and values of the sequence in one tensor.
+    """Return the collectives of context parallelism.
 
-    The backward reduce-scatters their gradient; recomputation gathers again. The float32 loss of
-    each micro-batch is summed.
+    Each block all-gathers keys and values of the sequence in one tensor. The backward
+    reduce-scatters their gradient; recomputation gathers again. The float32 loss of each
+    micro-batch is summed.
     """
     model, step, cp = plan.model, plan.step, ["cp"]
     width = 2 * model.n_kv_heads // plan.mesh.tp * model.head_dim
@@ -264,7 +266,7 @@ def _context(plan: _Plan) -> list[Collective]:
 
 
 def _scalars(plan: _Plan) -> list[Collective]:
-    """Squared norm, loss and requests over all ranks; targets and hash over each data axis."""
+    """Return the reductions of squared norm, loss, requests, targets and batch hash."""
     all_axes = ("dp_replicate", "dp_shard", "cp", "tp")
     counts = [plan.over([axis], "all_reduce", 1, 2 * INT64, "scalars") for axis in DATA_AXES]
     size = (1 + N_EXTRA_SCALARS) * plan.step.norm_bytes

@@ -91,7 +91,7 @@ def _attention_saved_bytes(spec: StepSpec) -> int:
 
 
 def block_saved_bytes(spec: StepSpec, checkpoint: str | float | None = None) -> int:
-    """Return what one block keeps until its backward.
+    """Return the bytes that one block keeps until its backward.
 
     Args:
         checkpoint: Overrides `parallel.activation_checkpoint`.
@@ -119,7 +119,7 @@ def block_saved_bytes(spec: StepSpec, checkpoint: str | float | None = None) -> 
 
 
 def _saved_within_budget(spec: StepSpec, budget: float) -> int:
-    """Return what one block saves under a compiler memory budget.
+    """Return the bytes that one block saves under a compiler memory budget.
 
     The partitioner fills the budget with outputs of matrix products, selected by a knapsack solver
     that is not modeled here. Beyond all of these (the `selective` mode) it saves nothing more until
@@ -139,7 +139,7 @@ def _saved_within_budget(spec: StepSpec, budget: float) -> int:
 
 
 def block_recomputed_bytes(spec: StepSpec) -> int:
-    """Return what recomputation of a block holds during the backward of its FFN."""
+    """Return the bytes of recomputed activations during the backward of a block's FFN."""
     mode = spec.parallel.activation_checkpoint
     if mode in ("none", 1.0):
         return 0
@@ -161,18 +161,18 @@ def block_recomputed_bytes(spec: StepSpec) -> int:
 
 
 def _recomputed_by_compiler(spec: StepSpec) -> int:
-    """Return the same when one kernel recomputes the input of w2 together with its gradients."""
+    """Return the same if a compiled kernel recomputes the input of w2 with its gradients."""
     mode = spec.parallel.activation_checkpoint
     w2_input = spec.local_tokens * spec.model.ffn_dim // spec.mesh.tp * spec.param_bytes
     # The gathered gradient of the output of w2 is alive at the same time.
     output_grad = full_hidden_bytes(spec) if uses_sequence_parallel(spec) else 0
     if mode == "selective" or (isinstance(mode, float) and mode >= HALF_BUDGET):
         return 2 * w2_input + output_grad  # the rest is recomputed on demand
-    # Everything up to w2, and what is not freed before the gradients are computed.
+    # Everything up to w2, and all tensors that are still alive when the gradients are computed.
     return block_saved_bytes(spec, "none") - block_saved_bytes(spec) + w2_input + output_grad
 
 
 def backward_buffer_bytes(spec: StepSpec) -> int:
-    """Return the gradients alive during a block's FFN backward, minus freed activations."""
+    """Return the bytes of gradients in a block's FFN backward, minus freed activations."""
     ffn = spec.model.ffn_dim // spec.mesh.tp
     return 2 * spec.local_tokens * ffn * spec.param_bytes + block_input_bytes(spec)

@@ -1,4 +1,4 @@
-"""The memory check before a run: do the ranks have the memory that a training step needs?
+"""The memory check before a run: compare the peak of a training step with the memory of a rank.
 
 `train.py` runs it before anything is allocated or written. Imports torch only to query GPU memory.
 """

@@ -172,7 +172,7 @@ class _DistributedStep:
     # ------------------------------------------------------------ phases
 
     def head(self) -> MemoryBreakdown:
-        """Forward of one chunk of the head, with the activations of all blocks alive."""
+        """Return the memory in the forward of a chunk of the head, with all activations alive."""
         spec, model = self.spec, self.spec.model
         rows = min(spec.step.head_chunk, spec.local_tokens)
         vocab = model.vocab_size // spec.mesh.tp
@@ -209,7 +209,7 @@ class _DistributedStep:
         return batch_bytes(self.spec) + blocks * block_saved_bytes(self.spec)
 
     def last_norm_backward(self) -> MemoryBreakdown:
-        """Backward of the last norm, if it is not one fused kernel."""
+        """Return the memory in the backward of the last norm, if it is not one fused kernel."""
         saved, temporaries = last_norm_backward_bytes(self.spec)
         return self._memory(
             "backward",
@@ -219,7 +219,7 @@ class _DistributedStep:
         )
 
     def block_backward(self, done: int) -> MemoryBreakdown:
-        """Backward of a block after `done` others: its FFN, its end or its reduction."""
+        """Return the peak of a block's backward (FFN, end or reduction) after `done` others."""
         spec, layers = self.spec, self.spec.model.n_layers
         gathered = self.root.gathered(spec) + self.head_weight
         weights = self.block.gathered(spec)
@@ -265,7 +265,7 @@ class _DistributedStep:
         return accumulated + before + buffers
 
     def root_backward(self) -> MemoryBreakdown:
-        """Reduction of the gradients of embedding, head and last norm, after all blocks."""
+        """Return the memory while gradients of embedding, head and last norm are reduced."""
         spec, layers = self.spec, self.spec.model.n_layers
         accumulated = self._accumulated(0)
         before = self._memory(
@@ -284,7 +284,7 @@ class _DistributedStep:
         return _fullest(before, after)
 
     def update(self) -> MemoryBreakdown:
-        """Optimizer step: all gradients alive, low-precision moments converted in chunks."""
+        """Return the memory in the optimizer step; low-precision moments are updated in chunks."""
         spec, layers = self.spec, self.spec.model.n_layers
         chunk = MOMENT_CHUNK[spec.accelerator]
         largest = max(self.root.elements, self.block.elements) // self.shards
@@ -321,12 +321,12 @@ class _SingleProcessStep(_DistributedStep):
         return {"gradients": existing * FLOAT32, "gathered": copies + in_flight}
 
     def _accumulation(self) -> int:
-        """Return the gradient of head or embedding and its float32 copy during accumulation."""
+        """Return the bytes of a gradient of head or embedding, and of its float32 copy if any."""
         widens = self.spec.param_bytes < FLOAT32 and self.spec.micro_batches == 1
         return self.head_weight + widens * self.head_elements * FLOAT32
 
     def head(self) -> MemoryBreakdown:
-        """The head's logits, or the accumulation of its gradient, whichever is larger."""
+        """Return the memory of the head's logits or gradient accumulation, whichever is larger."""
         layers = self.spec.model.n_layers
         accumulation = self._memory(
             "head",
@@ -341,7 +341,7 @@ class _SingleProcessStep(_DistributedStep):
         return self._grads_and_copies(layers, head=True, in_flight=self.head_weight)
 
     def _after_head(self) -> dict[str, int]:
-        """With tied embeddings, the head's gradient stays alive until the embedding's is added."""
+        """Return weights and gradients after the head, whose gradient stays alive if it is tied."""
         head_grad = self.head_weight if self.spec.model.tie_embeddings else 0
         return self._grads_and_copies(self.spec.model.n_layers, in_flight=head_grad)
 
@@ -363,7 +363,7 @@ class _SingleProcessStep(_DistributedStep):
         return _fullest(middle, end)
 
     def root_backward(self) -> MemoryBreakdown:
-        """Gradient of the embedding, added to the head's if tied, after all blocks."""
+        """Return the memory in the backward of the embedding, which adds to the head's if tied."""
         n_grads = 3 if self.spec.model.tie_embeddings else 1
         computed = self._memory(
             "backward",

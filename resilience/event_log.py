@@ -50,7 +50,7 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
     Raises:
         OSError: The file cannot be written; no part of the line remains in it.
     """
-    with open(path, "a+b", buffering=0) as file:  # appends, whatever the read position
+    with open(path, "a+b", buffering=0) as file:  # appends, regardless of the read position
         end = file.seek(0, os.SEEK_END)
         truncated = False
         if end > 0:

@@ -57,7 +57,7 @@ def launch(
         keep_freed_memory()
     transform = partial(parallelize, parallel=parallel, precision=precision)
     strategy = MeshStrategy(mesh, transform, parallel.reduce_gradients, watchdog.watch_children)
-    # Without it Fabric takes the tasks of a job named "interactive" for shells.
+    # Otherwise Fabric treats the tasks of a job named "interactive" as shells.
     environment = SLURMEnvironment() if processes.launcher == "srun" else None
     fabric = Fabric(
         accelerator=processes.accelerator,

@@ -128,7 +128,7 @@ class RunLock:
         interval = FIRST_HEARTBEAT_SECONDS
         while not self._released.wait(interval):
             interval = HEARTBEAT_SECONDS
-            with suppress(OSError):  # disk unreachable: others may rightly see no heartbeat
+            with suppress(OSError):  # disk unreachable: a missing heartbeat is correct
                 holder = Holder.read(self.path)
                 if holder not in (None, self.holder) and not self._released.is_set():
                     print(

@@ -168,7 +168,7 @@ class Watchdog:
                 self._store_lost_at is not None
                 and time.monotonic() - self._store_lost_at > GRACE_SECONDS
             ):
-                self._abort("rank 0, which hosts the key-value store, exited", self._reports_rank_0())
+                self._abort("rank 0, which hosts the store, exited", self._reports_rank_0())
             elif self._rank and time.monotonic() - self._last_contact > self.silent_seconds:
                 reason = f"no heartbeat from rank 0 for {self.silent_seconds:.0f} s"
                 stack = f"stack of rank {self._rank}:\n{indented(beat.stack)}"

@@ -28,9 +28,9 @@ class RunConfig(ConfigSection):
         init_from: Initial weights of a run without checkpoints: a checkpoint, a Hugging Face or a
             Meta folder.
         allow_changes: Keys that may differ from the previous launch although they affect results.
-        time_limit: Minutes from launch; the run saves and stops before. SLURM's own limit counts
-            too.
-        plan_check: Whether a run that needs more memory than a rank has is rejected or warned of.
+        time_limit: Minutes from launch; the run saves and stops before it. SLURM's own limit
+            counts too.
+        plan_check: Whether to reject a run that does not fit into memory, or only warn.
     """
 
     name: Annotated[str, FREE]

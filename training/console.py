@@ -2,8 +2,8 @@
 
 On a terminal it uses a `rich` panel and progress bar, in a file or pipe plain aligned lines, each
 flushed, without control codes. Ranks other than 0 use a disabled console, so callers do not check
-the rank. Only `log` redraws the bar: there is no refresh thread, so a bar that does not move means
-that training does not either. Failing output (a closed pipe) never stops training.
+the rank. Only `log` redraws the bar: there is no refresh thread, so the bar stops if training
+hangs. Failing output (a closed pipe) never stops training.
 """
 
 import os

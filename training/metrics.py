@@ -1,4 +1,4 @@
-"""Metrics of a run: which there are, how a logged step computes them, and where they are written.
+"""Metrics of a run: their definitions, their values at a logged step, and the log writers.
 
 A new metric is added in this file alone: a row in `METRICS` and its value in `step_metrics`. It
 then appears in `metrics.jsonl`, TensorBoard and W&B, and on the console if it has a column.

@@ -30,9 +30,9 @@ _PEAK_TFLOPS = (
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """Return the dense peak of one device in FLOP/s for matrix products, or None if unknown.
 
-    Known are bf16 and fp16 on the GPUs in the table. The result is None for CPUs, other dtypes, MIG
-    slices and all other GPUs, because no MFU is better than a wrong one. Source: vendor data sheets
-    of A100, H100, H200, HGX B200 and Instinct MI300X, without structured sparsity.
+    The table has bf16 and fp16 peaks of some GPUs. The result is None for CPUs, other dtypes, MIG
+    slices and all other GPUs, since a wrong peak would give a wrong MFU. Source: data sheets of
+    A100, H100, H200, HGX B200 and Instinct MI300X, without structured sparsity.
     """
     if dtype not in (torch.bfloat16, torch.float16) or " MIG " in f"{device_name} ":
         return None

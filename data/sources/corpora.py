@@ -275,7 +275,7 @@ def _hub_corpus(name: str, source: SourceConfig, key: str) -> Corpus:
                 FileRange(path, i, min(i + n_part_rows, n_rows), size * n_part_rows // n_rows)
                 for i in range(0, n_rows, n_part_rows)
             ]
-    except Exception as error:  # the library raises whatever its file systems raise
+    except Exception as error:  # the library propagates errors of any file system
         raise DataError(
             f"{key}.path={path}: cannot read the dataset (name={source.name}, split={source.split},"
             f" revision={source.revision}; {first_line(error)}); check these values, the network, "

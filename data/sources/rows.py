@@ -135,7 +135,7 @@ def _extract_text(raw: RawRow, source: SourceConfig) -> tuple[str | None, bytes,
     try:
         content = text.encode()
     except UnicodeEncodeError:
-        error = f"has half of a surrogate pair in {column}, which is not Unicode text"
+        error = f"has an unpaired surrogate in {column}, which is not Unicode text"
         text = _SURROGATE.sub("\ufffd", text)
         content = text.encode()
     if b"\0" in content:

@@ -212,7 +212,7 @@ def test_every_byte_of_the_manifest_is_verified(folder: RunFolder) -> None:
     assert "manifest.json" in (find_damage(folder.step_folder(12)) or "")
 
 
-def test_without_a_valid_checkpoint_restore_raises_and_moves_nothing(folder: RunFolder) -> None:
+def test_without_a_valid_checkpoint_restore_raises_and_renames_no_folder(folder: RunFolder) -> None:
     for step, name in ((3, FILES[0]), (12, FILES[1])):
         flip(folder.step_folder(step) / name)
     with pytest.raises(NoCheckpoint) as error:
@@ -236,7 +236,7 @@ def test_first_launch_has_no_position(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_highest_step_is_restored_whatever_the_file_times(folder: RunFolder) -> None:
+def test_highest_step_is_restored_regardless_of_file_times(folder: RunFolder) -> None:
     save_step(folder, 9)
     future = folder.step_folder(12).stat().st_mtime + 1000
     for path in [folder.step_folder(3), *folder.step_folder(3).iterdir()]:

@@ -1,4 +1,4 @@
-"""Command-line arguments become typed dataclasses, or one error with everything that is wrong."""
+"""Command-line arguments become typed dataclasses, or a single error that lists all problems."""
 
 import dataclasses
 import re

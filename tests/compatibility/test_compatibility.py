@@ -64,7 +64,7 @@ def test_old_metrics_are_continued_under_the_new_names(
     ]
 
 
-def test_renamed_key_is_one_warning_and_no_change_of_the_run(
+def test_renamed_key_gives_one_warning_and_does_not_change_the_run(
     resumed: tuple[Path, list[dict[str, float]], str],
 ) -> None:
     output = resumed[2]

@@ -408,7 +408,7 @@ def test_memory_for_preparation_does_not_grow_with_the_corpus(tmp_path: Path) ->
     assert peaks[1] - peaks[0] < 7
 
 
-def test_folder_is_claimed_while_sources_are_located(
+def test_folder_is_locked_while_sources_are_located(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Locating a source may download a dataset, which can exceed the idle timeout of waiters."""

@@ -270,7 +270,7 @@ def test_verify_also_checks_content_with_valid_checksums(copy: Path, file: str) 
     assert ("ids up to 700000" if file == "tokens" else "does not increase") in problem
 
 
-def test_blocks_verified_concurrently_by_another_thread_are_no_error(tmp_path: Path) -> None:
+def test_blocks_verified_concurrently_by_another_thread_are_not_an_error(tmp_path: Path) -> None:
     """The other thread marks all blocks right after this thread's first look-up."""
 
     class MarkedByAnotherThread(bytearray):

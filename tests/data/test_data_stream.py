@@ -1,6 +1,6 @@
 """Streaming: windows equal a simple reference and resume at any step on any number of ranks.
 
-A local folder repositions the Hugging Face hub; both are read by the same code.
+A local folder replaces the Hugging Face Hub; both are read by the same code.
 """
 
 import dataclasses

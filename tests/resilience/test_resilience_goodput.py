@@ -131,7 +131,7 @@ def test_goodput_matches_a_simulated_run_and_parts_add_up(seed: int) -> None:
         run.expected["lost"] += run.unfinished  # if another launch follows
 
 
-def test_missing_events_are_no_error() -> None:
+def test_missing_events_are_not_an_error() -> None:
     """A full disk loses events, and older versions wrote fewer."""
     assert compute_goodput([]) == Goodput()
     old = [{"time": iso(EPOCH), "event": "start", "step": 0}]
@@ -140,7 +140,7 @@ def test_missing_events_are_no_error() -> None:
     assert compute_goodput([{"time": iso(EPOCH), "event": "save", "step": 3}, *old]).starts == 1
 
 
-def test_launch_times_use_the_newest_sign_of_the_previous_launch(tmp_path: Path) -> None:
+def test_launch_times_use_the_last_activity_of_the_previous_launch(tmp_path: Path) -> None:
     event_log, metrics = tmp_path / "ledger.jsonl", tmp_path / "metrics.jsonl"
     assert launch_times(event_log, metrics, None)["last_life"] is None
     EventLog(event_log).append("start", step=0)

@@ -28,7 +28,7 @@ def commit(folder: RunFolder, step: int, data_hash: str = "hash") -> None:
 def test_configuration_is_read_back_unchanged_and_leaves_no_temporary_file(
     folder: RunFolder,
 ) -> None:
-    """Careless YAML 1.1 turns 1e-8 into a string."""
+    """A YAML 1.1 parser would read 1e-8 as a string."""
     assert folder.read_config() is None
     config = {"optim": {"eps": 1e-8, "betas": [0.9, 0.95]}, "run": {"name": "é"}}
     folder.write_config(config)

@@ -27,7 +27,7 @@ print("ready", flush=True)
 for line in sys.stdin:
     print(agree(requests.current()).stop, flush=True)
 """
-# Locking the same mutex twice blocks forever in C, whatever signal arrives.
+# Locking the same mutex twice blocks forever in C, regardless of signals.
 BLOCKED = """
 import ctypes
 mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)

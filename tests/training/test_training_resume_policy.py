@@ -275,7 +275,7 @@ def without(config: Any, names: set[str]) -> Any:
     return {key: without(value, names) for key, value in config.items() if key not in names}
 
 
-def test_new_keys_at_their_defaults_are_no_change() -> None:
+def test_new_keys_at_their_defaults_are_not_changes() -> None:
     typed = default()
     stages = [{"from_sample": 64, "seq_len": 128}]
     typed = dataclasses.replace(

@@ -28,7 +28,7 @@ def content(folder: RunFolder) -> dict[Path, bytes]:
 
 
 def test_same_configuration_resumes_without_writing(folder: RunFolder) -> None:
-    """Also covers reading back the configuration: careless YAML 1.1 turns 1e-8 into a string."""
+    """Also covers reading back the configuration: YAML 1.1 would read 1e-8 as a string."""
     before = content(folder)
     assert check_run_folder(folder, CONFIG) == Changes()
     assert content(folder) == before
@@ -101,7 +101,7 @@ def test_unreadable_configuration_is_an_error(folder: RunFolder, text: str) -> N
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["config.yaml", "manifest"])
-def test_renamed_keys_of_an_older_run_are_no_changes(folder: RunFolder, lost: bool) -> None:
+def test_renamed_keys_of_an_older_run_are_not_changes(folder: RunFolder, lost: bool) -> None:
     """Without `config.yaml` the configuration is read from the newest manifest."""
     old = copy.deepcopy(CONFIG)
     old["faults"]["max_in_a_row"] = old["faults"].pop("max_consecutive_skips")

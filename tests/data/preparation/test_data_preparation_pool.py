@@ -216,7 +216,7 @@ def test_second_preparation_is_rejected_while_the_first_or_one_of_its_workers_is
     assert listing(data.folder) == expected
 
 
-def test_lock_on_a_removed_marker_file_is_not_a_claim(
+def test_lock_on_a_removed_marker_file_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The previous process may exit and remove the marker between our open and our lock."""

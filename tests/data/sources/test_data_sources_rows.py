@@ -89,7 +89,7 @@ def test_reading_a_group_of_files_resumes_within_and_between_files(tmp_path: Pat
 BAD_LINES = [
     (b'{"text": "na\xefve"}', "line 2 of .* is not UTF-8 .byte 0xef", "na\ufffdve"),
     (b'{"text": "a\\u0000b"}', "line 2 of .* has a NUL character in text", REPLACED),
-    (b'{"text": "a\\ud800b"}', "line 2 of .* surrogate pair in text", REPLACED),
+    (b'{"text": "a\\ud800b"}', "line 2 of .* unpaired surrogate in text", REPLACED),
     (b'{"text": 3}', "line 2 of .* has a int in text, not text", None),
     (b'{"text": ["a"]}', "line 2 of .* has a list in text", None),
     (b'{"other": "a", "id": 1}', r"text_column=text is not a column at line 2 .*other, id", None),
