@@ -343,7 +343,7 @@ def test_tokenizer_other_than_of_prepared_data_is_rejected(
     # A new run, because the existing one would reject another model before the data check.
     new = [override for override in command if not override.startswith("run.dir=")]
     message = rejected(*new, "tokenizer=bpe", "tokenizer.vocab_size=300", unchanged=shards)
-    line_with(message, f"data.folder ({shards})", "another configuration")
-    line_with(message, "tokenizer.vocab_size", "272 there", "300 now")
-    line_with(message, "tokenizer.name", "byte there", "bpe now")
+    line_with(message, f"data.folder={shards}", "another configuration")
+    line_with(message, "tokenizer.vocab_size", "272 in the folder", "300 requested")
+    line_with(message, "tokenizer.name", "byte in the folder", "bpe requested")
     line_with(message, "another data.folder")

@@ -111,7 +111,7 @@ def test_changed_stream_is_rejected_on_resume(
     finally:
         (folder / "part-5.jsonl").unlink()
     assert done.returncode == 1
-    assert "data.sources names other tokens" in done.stderr and "Traceback" not in done.stderr
+    assert "data.sources has other tokens" in done.stderr and "Traceback" not in done.stderr
     done = start_program(command(uninterrupted, "data.stream_shards=2"))
     assert done.returncode == 1 and "data.stream_shards: 4 -> 2" in done.stderr
 
@@ -120,7 +120,7 @@ def test_evaluation_of_streamed_run_is_rejected(uninterrupted: Path) -> None:
     checkpoint = uninterrupted / "checkpoints" / f"step-{STEPS:08d}"
     done = start_program(["evaluate.py", f"evaluation.checkpoint={checkpoint}"])
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "data.stream_shards (4)" in done.stderr and "nothing to evaluate on" in done.stderr
+    assert "data.stream_shards=4" in done.stderr and "no held-out text" in done.stderr
 
 
 def test_all_stream_errors_are_reported_together_before_launch(
@@ -129,7 +129,7 @@ def test_all_stream_errors_are_reported_together_before_launch(
     invalid = ("validation.samples=8", "tokenizer=bpe", "data.stream_shards=3")
     done = start_program(command(tmp_path / "run", *invalid))
     assert done.returncode == 1
-    for key in ("validation.samples (8)", "tokenizer.path (null)", "data.stream_shards (3)"):
+    for key in ("validation.samples=8", "tokenizer.path=null", "data.stream_shards=3"):
         assert key in done.stderr
     done = start_program(command(tmp_path / "run", "data.stream_shards=8"))
     assert done.returncode == 1

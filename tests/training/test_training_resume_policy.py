@@ -384,7 +384,7 @@ def test_command_that_started_a_run_resumes_it(folder: RunFolder, new: RunFolder
     assert "run.seed: 7 -> 8" in refused(new, changed("run.seed", 8, of=config))
     # Another checkpoint than the initial one is rejected.
     further = changed("run.resume", str(commit(folder, 7)), of=config)
-    assert "lies before step 10" in refused(new, further)
+    assert "is before step 10" in refused(new, further)
     # One of a later step is loaded as requested.
     ahead = str(folder.step_folder(60))
     new.write_config(changed("run.resume", ahead, of=config))
