@@ -25,7 +25,7 @@ def hydra_arguments(
             have no meaning.
 
     Raises:
-        SystemExit: after `--help`, and for a multirun, which Fabric's self-launch breaks.
+        SystemExit: after `--help`, and for `--multirun`, which Fabric's launcher breaks.
     """
     if {"-h", "--help"} & set(arguments):
         print(help_text(config_name))

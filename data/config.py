@@ -18,8 +18,8 @@ Value = bool | int | float | str | list[bool | int | float | str]
 LLAMA3_VOCAB_SIZE = 128_256
 N_SPECIALS = 16  # special tokens of the `bpe` and `byte` tokenizers
 BYTE_VOCAB_SIZE = 256 + N_SPECIALS
-MAX_PACK = 2**24  # tokens; far beyond any context length, far below what would fill the memory
-MAX_SAMPLE = 2**60  # the sample order counts up to here without overflow
+MAX_PACK = 2**24  # tokens; above any context length, and small enough for memory
+MAX_SAMPLE = 2**60  # the sample order does not overflow up to here
 
 TOKENS = ResumePolicy("forbidden", "the tokens, and those held out")
 SAMPLES_TAKEN = ResumePolicy("forbidden", "the samples of the steps so far", on_load=True)

@@ -203,7 +203,7 @@ class _Row:
         self.is_active, self.stopped = True, False
 
     def append(self, token: int) -> bool:
-        """Return whether the token is part of the completion."""
+        """Append a token and return whether it is part of the completion."""
         if not self.is_active:
             return False
         if token in self.stop:

@@ -69,7 +69,7 @@ def planned_devices(parallel: ParallelConfig, hardware: Hardware, devices: int |
 def hardware_errors(
     parallel: ParallelConfig, precision: PrecisionConfig, hardware: Hardware
 ) -> list[str]:
-    """Return errors of requirements that the hardware does not meet."""
+    """Return errors for requirements that the hardware does not meet."""
     errors = []
     if parallel.accelerator not in ("auto", hardware.accelerator):
         errors.append(

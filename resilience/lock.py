@@ -27,9 +27,9 @@ from filelock import lock_descriptor
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolder, RunFolderError
 
-FIRST_HEARTBEAT_SECONDS = 1.0  # early: if two processes took the lock at once, the first one exits
+FIRST_HEARTBEAT_SECONDS = 1.0  # short: if two processes take the lock at once, the first one exits
 HEARTBEAT_SECONDS = 10.0
-STALE_SECONDS = 60.0  # without a heartbeat for so long, by the watcher's own clock, a lock is stale
+STALE_SECONDS = 60.0  # a lock without heartbeats for this long, by the watcher's clock, is stale
 RETRY_SECONDS = 5.0  # a process killed a moment ago holds its lock until its memory is freed
 POLL_SECONDS = 0.2
 _FILE_BYTES = 1024  # fixed file size, more than a holder needs

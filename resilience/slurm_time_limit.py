@@ -4,7 +4,7 @@ import re
 import subprocess
 from collections.abc import Mapping
 
-QUERY_TIMEOUT_SECONDS = 30  # a busy SLURM controller may take that long
+QUERY_TIMEOUT_SECONDS = 30  # a busy SLURM controller may take this long
 
 
 def slurm_time_left(environment: Mapping[str, str], now: float) -> float | None:

@@ -36,7 +36,7 @@ from resilience.heartbeat import (
 
 HEARTBEAT_SECONDS = 1.0
 RANKS_PER_HEARTBEAT = 256  # above this many ranks the interval grows: rank 0 reads every heartbeat
-SILENT_SECONDS = 60.0  # without a heartbeat for so long a process counts as dead or suspended
+SILENT_SECONDS = 60.0  # a process without a heartbeat for this long counts as dead
 GRACE_SECONDS = 5.0  # for processes to exit by themselves when all exit together
 PAUSE_SECONDS = 5.0  # a longer gap in this thread means that the process was suspended
 BACKSTOP_SECONDS = 60.0  # beyond a limit, for a process whose Python threads no longer run

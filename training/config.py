@@ -15,7 +15,7 @@ from parallel.config import ParallelConfig, PrecisionConfig
 from resilience.config import FaultsConfig, WatchdogConfig
 
 Beta = Annotated[float, Interval(ge=0, lt=1)]
-UPDATES = ResumePolicy("override", "every update from here on")
+UPDATES = ResumePolicy("override", "all later updates")
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def _stream_source_errors(data: DataConfig) -> list[str]:
 
 
 def stage_errors(train: TrainConfig, data: DataConfig) -> list[str]:
-    """Return errors of stages that do not start at a step boundary or have no source."""
+    """Return errors for stages that do not start at a step boundary or have no source."""
     if data_errors(data):
         return []
     return plan_stages(
@@ -219,7 +219,7 @@ def for_every_stage(
 def size_errors(
     train: TrainConfig, data: DataConfig, model: ModelConfig, tokenizer: TokenizerConfig
 ) -> list[str]:
-    """Return errors of sequence lengths and vocabulary that exceed the model's."""
+    """Return errors for sequence lengths and vocabulary that exceed the model's."""
 
     def length_errors(sizes: TrainConfig) -> list[str]:
         if sizes.seq_len <= model.max_seq_len:
@@ -242,7 +242,7 @@ def size_errors(
 def stream_errors(
     data: DataConfig, tokenizer: TokenizerConfig, validation: ValidationConfig
 ) -> list[str]:
-    """Return errors of a stream, which holds out no text and trains no tokenizer."""
+    """Return errors for settings that streams do not support: validation, a new tokenizer."""
     if data.stream_shards is None:
         return []
     errors = []
@@ -265,13 +265,13 @@ def moment_errors(precision: PrecisionConfig, optim: OptimConfig) -> list[str]:
     if precision.optimizer_state != "bf16" or optim.betas[1] <= MAX_BETA2_BF16:
         return []
     return [
-        f"optim.betas={optim.betas} changes the second moment by less than bf16 resolves when the "
-        f"second is above {MAX_BETA2_BF16:.3f}; use precision.optimizer_state=fp32 or int8"
+        f"optim.betas={optim.betas} keeps bf16 second moments from decaying, because the second is "
+        f"above {MAX_BETA2_BF16:.3f}; use precision.optimizer_state=fp32 or int8"
     ]
 
 
 def saving_errors(checkpoint: CheckpointConfig, faults: FaultsConfig) -> list[str]:
-    """Return errors of checkpoint settings that contradict each other."""
+    """Return errors for checkpoint settings that contradict each other."""
     errors = []
     interval, kept = checkpoint.interval, checkpoint.keep_every
     if kept is not None and interval is None:
@@ -318,7 +318,7 @@ def wandb_package_errors(log: LogConfig) -> list[str]:
 
 
 def torchao_errors(precision: PrecisionConfig) -> list[str]:
-    """Return errors of number formats that need torchao if it is not installed."""
+    """Return errors for number formats that need torchao if it is not installed."""
     if importlib.util.find_spec("torchao") is not None:
         return []
     requested: list[tuple[str, str, str]] = []  # key, value, remedy
@@ -357,7 +357,7 @@ def mesh_errors(
     train: TrainConfig,
     data: DataConfig,
 ) -> list[str]:
-    """Return errors of model, batches and data that do not divide over the mesh."""
+    """Return errors for model, batches and data that do not divide over the mesh."""
 
     def stage_sizes(sizes: TrainConfig) -> list[str]:
         return model_errors(mesh, parallel, model, sizes.seq_len) + batch_errors(mesh, sizes)
@@ -368,7 +368,7 @@ def mesh_errors(
 def model_errors(
     mesh: MeshShape, parallel: ParallelConfig, model: ModelConfig, seq_len: int
 ) -> list[str]:
-    """Return errors of model sizes and sequence length that do not divide over the mesh."""
+    """Return errors for model sizes and sequence length that do not divide over the mesh."""
     errors = []
     tp = mesh.tp
     for key in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
@@ -396,7 +396,7 @@ def model_errors(
 
 
 def batch_errors(mesh: MeshShape, train: TrainConfig) -> list[str]:
-    """Return errors of batch sizes that do not divide over the data ranks."""
+    """Return errors for batch sizes that do not divide over the data ranks."""
     batch = train.global_batch_size
     per_rank, remainder = divmod(batch, mesh.dp)
     if remainder:
@@ -414,7 +414,7 @@ def batch_errors(mesh: MeshShape, train: TrainConfig) -> list[str]:
 
 
 def stream_shard_errors(mesh: MeshShape, train: TrainConfig, data: DataConfig) -> list[str]:
-    """Return errors of stream shards that do not divide over the batch and the data ranks."""
+    """Return errors for stream shards that do not divide over the batch and the data ranks."""
     shards, batch = data.stream_shards, train.global_batch_size
     if shards is None:
         return []
@@ -444,7 +444,7 @@ def device_errors(
     model: ModelConfig,
     is_hopper: Callable[[], bool] | None = None,
 ) -> list[str]:
-    """Return errors of attention kernels and async TP that the device does not support.
+    """Return errors for attention kernels and async TP that the device does not support.
 
     Args:
         is_hopper: Whether the GPU is Hopper or newer; by default, checks this machine.
@@ -509,7 +509,7 @@ def fp8_errors(
     train: TrainConfig,
     data: DataConfig,
 ) -> list[str]:
-    """Return errors of a device or of sizes that cannot compute in fp8."""
+    """Return errors if the device or a size does not support fp8."""
     recipe = precision.fp8
     if recipe is None:
         return []
@@ -539,7 +539,7 @@ def fp8_errors(
 def fp8_size_errors(
     mesh: MeshShape, precision: PrecisionConfig, model: ModelConfig, train: TrainConfig
 ) -> list[str]:
-    """Return errors of sizes that fp8 matrix products do not support on any device."""
+    """Return errors for sizes that fp8 matrix products do not support on any device."""
     recipe = precision.fp8
     if recipe is None:
         return []
@@ -578,7 +578,7 @@ def prepare_errors(
     seq_len: int | None,
     seed: int | None,
 ) -> list[str]:
-    """Return errors of keys of `prepare.py` that contradict each other."""
+    """Return errors for keys of `prepare.py` that contradict each other."""
     errors = []
     jobs = {"pack": pack is not None, "verify": verify, "inspect": inspect is not None}
     if sum(jobs.values()) > 1:

@@ -101,7 +101,7 @@ def compare_on_load(before: dict[str, Any], now: dict[str, Any], samples: int) -
 
 
 def override_errors(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return errors of the names in `run.allow_changes`.
+    """Return errors for names in `run.allow_changes`.
 
     Names of free or unchanged keys are accepted: a requeued job repeats its command after the
     change has taken effect.

@@ -69,7 +69,7 @@ def read_marker(marker: TextIO) -> dict[str, Any]:
     marker.seek(0)
     try:
         values = json.load(marker)
-    except ValueError:  # empty, or torn by a crash
+    except ValueError:  # empty, or truncated by a crash
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -23,7 +23,7 @@ from resilience.lock import Holder, LockedError, RunLock, acquire_lock
 from resilience.run_folder import RunFolder, RunFolderError
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_SECONDS = 30  # only a hanging program takes so long
+TIMEOUT_SECONDS = 30  # only a hanging program takes this long
 INTERVAL = 0.05  # seconds between heartbeats, instead of 10
 # Instead of 60: twenty heartbeats, so that on a busy machine a live holder does not look dead.
 STALE = 20 * INTERVAL

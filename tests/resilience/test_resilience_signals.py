@@ -12,7 +12,7 @@ from resilience import signals
 from resilience.exit_codes import ExitCode
 from resilience.signals import SIGNALS, Requests, agree
 
-TIMEOUT_SECONDS = 60  # only a hanging process takes so long
+TIMEOUT_SECONDS = 60  # only a hanging process takes this long
 
 PROGRAM = """
 import os, sys
