@@ -31,7 +31,7 @@ from resilience.signals import Requests
 from resilience.slurm_time_limit import slurm_time_left
 from training.config import JobConfig
 from training.config_validation import ConfigError
-from training.metrics import log_metrics, step_metrics
+from training.metrics import step_metrics
 from training.preflight import acquire_run_lock, check_folder, prepare_data
 from training.recovery import Decision, check_step, initial_position, rewind
 from training.resume_policy import Changes
@@ -149,7 +149,8 @@ def train(run: Run) -> None:
             logs = validates or step == 1 or is_due(config.log.interval, step, config)
             logs = logs or stages.at(batch.number + 1) != stage  # throughput of one sequence length
             run.advance(batch)
-            metrics = step_metrics(run, tensors, lr) if logs else {}
+            compiled = config.parallel.compile
+            metrics = step_metrics(run.position, tensors, lr, compiled) if logs else {}
         run.watchdog.enter("step", step + 1)
         run.record_progress()
         decision = check_step(run, batch.number, tensors["scalars"], saves)
@@ -162,7 +163,7 @@ def train(run: Run) -> None:
             if validates and config.validation.samples:
                 metrics["val_loss"] = validate(run)
             if logs:
-                log_metrics(run, metrics, stage)
+                run.log_metrics(metrics, stage)
             if validates:
                 write_sample(run)
                 run.draw()

@@ -24,8 +24,7 @@ from resilience.event_log import RetryingWriter, json_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data.stages import Stage
-    from training.run import Run
+    from checkpoint.position import Position
 
 
 @dataclass(frozen=True)
@@ -70,35 +69,22 @@ _OLD_FIELD = re.compile(rb'(?<=")(' + b"|".join(_RENAMED) + rb')(?="\s*:)')
 TENSORBOARD_RETRY_SECONDS = 60.0
 
 
-def step_metrics(run: "Run", tensors: "dict[str, Tensor]", lr: float) -> dict[str, Any]:
-    """Return the metrics of the step just taken, waiting for the device."""
+def step_metrics(
+    position: "Position", tensors: "dict[str, Tensor]", lr: float, compiled: bool
+) -> dict[str, Any]:
+    """Return the metrics of the step that reached `position`, waiting for the device."""
     from parallel.compilation import compiled_graphs
 
     scalars = StepScalars.from_tensor(tensors["scalars"])
-    compiled = {"compiled_graphs": compiled_graphs()} if run.config.parallel.compile else {}
     return {
-        "step": run.position.step,
-        "samples": run.position.samples,
-        "tokens": run.position.tokens,
+        "step": position.step,
+        "samples": position.samples,
+        "tokens": position.tokens,
         "loss": scalars.loss,
         "grad_norm": scalars.grad_norm,
         "lr": lr,
         "batch_hash": f"{tensors['batch_hash'].item() % 2**32:08x}",
-    } | compiled
-
-
-def log_metrics(run: "Run", metrics: dict[str, Any], stage: "Stage") -> None:
-    """Add the throughput since the last logged step and write to console, files and trackers."""
-    from training.throughput import build_throughput
-
-    steps, seconds, data_wait_seconds = run.clock.read()
-    tokens = steps * stage.global_batch_size * stage.seq_len
-    throughput = build_throughput(run.config, run.mesh, run.fabric.device, stage.seq_len)
-    metrics |= throughput.metrics(tokens, seconds, data_wait_seconds, steps)
-    run.last_metrics |= metrics
-    run.console.log(metrics)
-    if run.metrics is not None:
-        run.metrics.write(metrics)
+    } | ({"compiled_graphs": compiled_graphs()} if compiled else {})
 
 
 class MetricsLog:

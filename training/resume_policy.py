@@ -132,8 +132,7 @@ def changes_error(changes: Changes, now: dict[str, Any], samples: int) -> str | 
         lines += [
             "These keys cannot change within a run:",
             *_rows(changes.forbidden, reasons=True),
-            "Restore the old values to resume that run, or start a new run with another "
-            "run.name=…",
+            "Restore the old values to resume that run, or start a new run with another run.name=…",
             "(it may start from a checkpoint of this one, also on other data: "
             "run.resume=CHECKPOINT).",
             *_stage_remedy(changes.forbidden, now, samples),

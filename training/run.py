@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.stages import Stages
+from data.stages import Stage, Stages
 from parallel.mesh import MeshShape, Processes
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolder
@@ -195,6 +195,19 @@ class Run:
         """On rank 0, redraw the loss curve."""
         if self.metrics is not None:
             self.metrics.plot()
+
+    def log_metrics(self, metrics: dict[str, Any], stage: Stage) -> None:
+        """Add the throughput since the last logged step; write to console, files and trackers."""
+        from training.throughput import build_throughput
+
+        steps, seconds, data_wait_seconds = self.clock.read()
+        tokens = steps * stage.global_batch_size * stage.seq_len
+        throughput = build_throughput(self.config, self.mesh, self.fabric.device, stage.seq_len)
+        metrics |= throughput.metrics(tokens, seconds, data_wait_seconds, steps)
+        self.last_metrics |= metrics
+        self.console.log(metrics)
+        if self.metrics is not None:
+            self.metrics.write(metrics)
 
     def record_progress(self, now: bool = False) -> None:
         """On rank 0, record step and time spent: after the first step, periodically, or `now`."""

@@ -178,6 +178,29 @@ def test_wrong_type_or_choice_error_has_key_and_value(argument: str, key: str, v
     assert found[0].startswith(key) and value in found[0], found
 
 
+@pytest.mark.parametrize(
+    ("arguments", "errors"),
+    [
+        (("parallel.tp=0", "parallel.dp_shard=0"), ("tp=0 is below 1", "dp_shard=0 is below 1")),
+        (("parallel.dp_shard=-2",), ("dp_shard=-2 is below 1; use -1 or at least 1",)),
+        (("parallel.cp=0", "parallel.dp_replicate=-1"), ("dp_replicate=-1 is", "cp=0 is below 1")),
+        (("parallel.devices=0", "parallel.num_nodes=0"), ("devices=0 is", "num_nodes=0 is below")),
+        (("parallel.activation_checkpoint=1.5",), ("activation_checkpoint=1.5 is above 1",)),
+        (("data.folder=''",), ("data.folder='' is empty",)),
+        (("data.shard_tokens=0",), ("data.shard_tokens=0 is below 1",)),
+        (("data.validation_fraction=1",), ("data.validation_fraction=1 is not below 1",)),
+        (("tokenizer.training_characters=0",), ("tokenizer.training_characters=0 is below 1",)),
+        (("run.time_limit=0",), ("run.time_limit=0 is not above 0; use a number above 0 or null",)),
+    ],
+)
+def test_every_value_out_of_bounds_is_reported(
+    arguments: tuple[str, ...], errors: tuple[str, ...]
+) -> None:
+    found = errors_of(*arguments)
+    assert len(found) == len(errors)
+    assert all(any(part in each for each in found) for part in errors), found
+
+
 @pytest.mark.parametrize("value", ["true", "false"])
 def test_booleans_are_rejected_as_numbers(value: str) -> None:
     """pydantic converts them to 1 and 0, which as a memory budget keep everything or nothing."""

@@ -15,6 +15,7 @@ from resilience.config import FaultsConfig
 from training.config import TrainConfig, ValidationConfig
 from training.config_rules import (
     batch_errors,
+    data_errors,
     device_errors,
     for_every_stage,
     model_errors,
@@ -23,6 +24,7 @@ from training.config_rules import (
     stage_errors,
     stream_errors,
     stream_shard_errors,
+    tokenizer_errors,
 )
 
 MODEL = ModelConfig("small", 96, 2, 12, 6, 120, 240)
@@ -235,6 +237,23 @@ def test_async_tp_without_a_gpu_is_a_configuration_error(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     message = device_text(GPU, MeshShape(1, 1, 1, 2), async_tp=True, compile=True)
     assert "symmetric memory" in message and "\n" not in message
+
+
+def test_all_data_and_tokenizer_errors_are_reported() -> None:
+    source = SourceConfig("text", weight=0.0, revision="main")
+    errors = data_errors(DataConfig("x", "folder", {"a/b": source}))
+    for part in (
+        "a/b is not a folder name",
+        "a/b.path=null",
+        "a/b.weight=0.0",
+        "a/b.revision=main",
+    ):
+        assert sum(f"data.sources.{part}" in error for error in errors) == 1, (part, errors)
+    assert len(errors) == 4
+    assert tokenizer_errors(TokenizerConfig("byte", 256)) == [
+        "tokenizer.vocab_size=256 does not match tokenizer byte; use 272"
+    ]
+    assert len(tokenizer_errors(TokenizerConfig("bpe", 100))) == 1
 
 
 def test_memory_budget_needs_the_compiler() -> None:
