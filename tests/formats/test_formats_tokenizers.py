@@ -323,5 +323,5 @@ def test_damaged_files_are_rejected(bpe: Exported, tmp_path: Path) -> None:
     model = tmp_path / "tokenizer.model"
     for damaged in (b"", b"\n\x0e\n\x05<unk>", model_file(bpe.ours.ranks)[:-9]):
         model.write_bytes(damaged)
-        with pytest.raises(FormatError, match=r"tokenizer\.model\) is"):
+        with pytest.raises(FormatError, match=r"tokenizer\.model is"):
             find_tokenizer(tmp_path)
