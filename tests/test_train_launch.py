@@ -228,7 +228,7 @@ def test_interrupt_during_start_up_prints_one_line(command: Any, tmp_path: Path)
         program.kill()
     assert program.main.returncode == 130
     assert errors == "Interrupted before the first step.\n"
-    assert output.startswith("plan: fits") and output.count("\n") == 1
+    assert output.startswith("Memory plan:") and output.count("\n") == 1
 
 
 @linux

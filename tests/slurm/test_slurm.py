@@ -102,7 +102,7 @@ def test_task_counts_that_do_not_match_the_mesh_are_rejected_before_launch(
         ]
         done = cluster.run(*command, check=False)
         assert done.returncode == 1
-        assert done.stderr.count("Error:") == 1 and "Traceback" not in done.stderr
+        assert done.stderr.count("Invalid configuration:") == 1 and "Traceback" not in done.stderr
         return done.stderr
 
     assert "3 tasks unevenly on 2 nodes (2, 1)" in srun("srun", "-N2", "-n3")
