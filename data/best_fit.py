@@ -137,9 +137,8 @@ class _OpenBins:
             part = queue.popleft()
             if len(part) > n:
                 queue.appendleft(part[n:])
-                part = part[:n]
-            parts.append(part)
-            n -= len(part)
+            parts.append(part[:n])
+            n -= len(parts[-1])
         if not queue:
             del self._by_space[space]
             self._mask ^= 1 << space

@@ -1,10 +1,11 @@
 """A prepared folder opened for reading: token streams per source, tokenizer and sample order."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from data.errors import DataError
-from data.manifest import REPREPARE, Manifest
+from data.manifest import REPREPARE, SPLITS, Manifest
 from data.order import Order, OrderStage, quotas
 from data.packing import PackedStream
 from data.shards import TokenStream
@@ -29,21 +30,18 @@ class Dataset:
         packing: Literal["best_fit"] | None = None,
         verify: bool = True,
     ) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self.document_mask = document_mask
+        self.folder, self.manifest, self.document_mask = folder, manifest, document_mask
         self.train: dict[str, TokenStream] | dict[str, PackedStream]
         self.train, self.validation = (
             {
-                name: TokenStream(folder, source.shards[split], verify)
-                for name, source in manifest.sources.items()
+                name: TokenStream(folder, s.shards[split], verify)
+                for name, s in manifest.sources.items()
             }
-            for split in ("train", "validation")
+            for split in SPLITS
         )
         if packing:
-            self.train = {
-                name: PackedStream(folder, manifest, name, verify) for name in manifest.sources
-            }
+            names = manifest.sources
+            self.train = {name: PackedStream(folder, manifest, name, verify) for name in names}
 
     @classmethod
     def open(
@@ -89,15 +87,12 @@ class Dataset:
             DataError: The stages name other sources, or a rule of `check` is violated.
         """
         self._check_sources(stages)
-        order_stages = [
-            OrderStage(
-                stage.first_sample,
-                stage.seq_len,
-                stage.weights,
-                {name: self.train[name].n_windows(stage.seq_len) for name in stage.weights},
+        order_stages = []
+        for stage in stages.all:
+            n_windows = {name: self.train[name].n_windows(stage.seq_len) for name in stage.weights}
+            order_stages.append(
+                OrderStage(stage.first_sample, stage.seq_len, stage.weights, n_windows)
             )
-            for stage in stages.all
-        ]
         return Order(order_stages, seed, shuffle_block_tokens)
 
     def check(self, stages: Stages, vocab_size: int) -> None:
@@ -107,18 +102,15 @@ class Dataset:
             DataError: All violated rules, one per line.
         """
         self._check_sources(stages)
-        errors: dict[str, None] = {}  # ordered, without duplicates
-        for index, stage in enumerate(stages.all):
-            errors.update(dict.fromkeys(self._stage_errors(index, stage)))
-        dataset_vocab_size = self.manifest.tokenizer.vocab_size
-        if dataset_vocab_size > vocab_size:
-            errors[
+        errors = [e for i, stage in enumerate(stages.all) for e in self._stage_errors(i, stage)]
+        n_ids = self.manifest.tokenizer.vocab_size
+        if n_ids > vocab_size:
+            errors.append(
                 f"model.vocab_size={vocab_size} is smaller than the tokenizer of {self.folder} "
-                f"({dataset_vocab_size} tokens); use model.vocab_size={dataset_vocab_size}, or "
-                "prepare other data"
-            ] = None
+                f"({n_ids} tokens); use model.vocab_size={n_ids}, or prepare other data"
+            )
         if errors:
-            raise DataError("\n".join(errors))
+            raise DataError("\n".join(dict.fromkeys(errors)))
 
     def _check_sources(self, stages: Stages) -> None:
         if set(stages.all[0].weights) != set(self.train):
@@ -127,30 +119,28 @@ class Dataset:
                 f"{self.folder} ({', '.join(self.train)}); {REPREPARE}"
             )
 
-    def _stage_errors(self, index: int, stage: Stage) -> list[str]:
-        """Return the violated rules of one stage; `index` 0 is the start of the run."""
+    def _stage_errors(self, index: int, stage: Stage) -> Iterator[str]:
+        """Yield the violated rules of one stage; `index` 0 is the start of the run."""
         section = f"data.stages[{index - 1}]" if index else "train"
         weight_key = f"{section}.weights.{{}}" if index else "data.sources.{}.weight"
         seq_len = stage.seq_len
-        found = []
-        n_windows = 0
-        for name, weight in stage.weights.items():
-            stream = self.train[name]
-            n_windows += stream.n_windows(seq_len) if weight else 0
-            if weight and not stream.n_windows(seq_len):
-                found.append(
-                    f"data.sources.{name} has {stream.n_tokens:,} training tokens, but a window of "
-                    f"{section}.seq_len={seq_len} needs {seq_len + 1:,}; add text or use a shorter "
-                    "seq_len"
+        used = [name for name, weight in stage.weights.items() if weight]
+        n_windows = {name: self.train[name].n_windows(seq_len) for name in used}
+        for name in used:
+            if not n_windows[name]:
+                yield (
+                    f"data.sources.{name} has {self.train[name].n_tokens:,} training tokens, but a "
+                    f"window of {section}.seq_len={seq_len} needs {seq_len + 1:,}; add text or use "
+                    "a shorter seq_len"
                 )
-        if not found and n_windows < stage.global_batch_size:
-            found.append(
+        n_total = sum(n_windows.values())
+        if all(n_windows.values()) and n_total < stage.global_batch_size:
+            yield (
                 f"{section}.global_batch_size={stage.global_batch_size} is larger than the "
-                f"{n_windows} windows of {seq_len} tokens in {self.folder}; use a smaller batch or "
+                f"{n_total} windows of {seq_len} tokens in {self.folder}; use a smaller batch or "
                 "add text"
             )
         try:
-            quotas(list(stage.weights.items()), weight_key)
+            quotas(stage.weights, weight_key)
         except DataError as error:
-            found.append(str(error))
-        return found
+            yield str(error)

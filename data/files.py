@@ -1,46 +1,80 @@
-"""Crash-safe file writing, content checksums and lock probing."""
+"""Crash-safe file writing, content checksums, and waiting for another process's files."""
 
 import fcntl
 import hashlib
 import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from isal import isal_zlib
 
+from data.errors import DataError
+
 CRC_BLOCK = 2**20  # bytes per CRC-32
+POLL_SECONDS, IDLE_SECONDS = 0.5, 60.0  # of waiting for another process
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a dataset.
+
+    Attributes:
+        file: Path relative to the dataset folder.
+        crc32: CRC-32 of each MiB of the file, 8 hexadecimal digits each.
+    """
+
+    file: str
+    n_bytes: int
+    sha256: str
+    crc32: str
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of checksummed MiB."""
+        return len(self.crc32) // 8
+
+    def block_crc32(self, block: int) -> int:
+        """Return the CRC-32 of one MiB."""
+        return int(self.crc32[8 * block : 8 * block + 8], 16)
+
+    def size_error(self, folder: Path) -> str | None:
+        """Return why the file cannot be opened, or how its size differs from this entry."""
+        path = folder / self.file
+        try:
+            with open(path, "rb") as file:
+                n_bytes = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            return f"{path}: cannot read ({error.strerror})"
+        differs = f"{path} has {n_bytes:,} bytes, but the manifest records {self.n_bytes:,}"
+        return differs if n_bytes != self.n_bytes else None
 
 
 class Checksums:
     """CRC-32 of each MiB and SHA-256 of a byte stream, updated incrementally."""
 
-    def __init__(self) -> None:
+    def __init__(self, content: bytes = b"") -> None:
         self.n_bytes = 0
         self._sha256 = hashlib.sha256()
-        self._complete: list[int] = []  # CRC-32 of each complete block
-        self._partial = 0  # CRC-32 of the incomplete last block
+        self._crc32: list[int] = []
+        self.update(content)
 
     def update(self, content: bytes | memoryview) -> None:
         self._sha256.update(content)
         view = memoryview(content).cast("B")
         while view:
-            n_missing = CRC_BLOCK - self.n_bytes % CRC_BLOCK
-            chunk, view = view[:n_missing], view[n_missing:]
-            self._partial = isal_zlib.crc32(chunk, self._partial)
+            n_used = self.n_bytes % CRC_BLOCK
+            if n_used == 0:
+                self._crc32.append(0)
+            chunk, view = view[: CRC_BLOCK - n_used], view[CRC_BLOCK - n_used :]
+            self._crc32[-1] = isal_zlib.crc32(chunk, self._crc32[-1])
             self.n_bytes += len(chunk)
-            if len(chunk) == n_missing:
-                self._complete.append(self._partial)
-                self._partial = 0
 
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the bytes so far, in hexadecimal."""
-        return self._sha256.hexdigest()
-
-    @property
-    def crc32(self) -> str:
-        """CRC-32 of each MiB (the last may be shorter), 8 hexadecimal digits each."""
-        last = [self._partial] if self.n_bytes % CRC_BLOCK else []
-        return "".join(f"{crc:08x}" for crc in (*self._complete, *last))
+    def entry(self, file: str) -> FileEntry:
+        """Return the entry of a file that contains the bytes so far."""
+        crc32 = "".join(f"{crc:08x}" for crc in self._crc32)
+        return FileEntry(file, self.n_bytes, self._sha256.hexdigest(), crc32)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -77,3 +111,21 @@ def is_locked(path: Path) -> bool:
     except OSError:  # no file, hence no holder
         pass
     return False
+
+
+def wait_for_writer(is_ready: Callable[[], bool], lock: Path, unfinished: str, remedy: str) -> None:
+    """Wait, without time limit, until another process has made `is_ready` true.
+
+    Raises:
+        DataError: No process held the lock for `IDLE_SECONDS`.
+    """
+    last_active = time.monotonic()
+    while not is_ready():
+        if is_locked(lock):
+            last_active = time.monotonic()
+        elif time.monotonic() - last_active > IDLE_SECONDS:
+            raise DataError(
+                f"{unfinished}, and no process has worked on it for {IDLE_SECONDS:.0f} s; see the "
+                f"first process's output, or run {remedy} first"
+            )
+        time.sleep(POLL_SECONDS)

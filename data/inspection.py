@@ -25,7 +25,7 @@ from data.config import DataConfig, PrepareJobConfig, SourceConfig
 from data.dataset import Dataset
 from data.errors import DataError
 from data.loader import IGNORE_INDEX, make_batch
-from data.manifest import OFFSET, SPLITS, Manifest
+from data.manifest import OFFSET, OUTCOMES, SPLITS, Manifest
 from data.packing import PackedStream
 from data.progress import ProgressReporter
 from data.shards import map_file
@@ -34,7 +34,6 @@ from data.tokenizer import Tokenizer
 
 SEQ_LEN, SEED = 256, 0  # defaults of `train.py`
 OFFSETS_PER_CHUNK = 2**20
-OUTCOMES = ("empty", "filtered", "skipped", "replaced")
 MASKED_LABEL = "⊘"
 BAR_WIDTH, OTHER_COLUMNS_WIDTH = 60, 58  # of the histogram, in characters
 # Documents may contain terminal control characters; print their symbols instead.
@@ -42,23 +41,10 @@ CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not i
 CONTROL_PICTURES |= {0x7F: 0x2421} | {code: 0xFFFD for code in range(0x80, 0xA0)}
 
 
-class DocumentLengths(NamedTuple):
-    """Histogram of document lengths: bin i counts lengths of 2**i … 2**(i+1)-1 tokens.
-
-    Attributes:
-        documents: (n_bins,) int64
-        tokens: (n_bins,) int64
-    """
-
-    documents: np.ndarray
-    tokens: np.ndarray
-
-
 class Sample(NamedTuple):
     """One training sample.
 
     Attributes:
-        sample_index: Index in the sample order, from 0.
         step: Step that takes the sample, from 0.
         tokens: (seq_len + 1,) uint32; the last token is only a label.
         labels: (seq_len,) int64; -100 if no loss is computed.
@@ -66,7 +52,6 @@ class Sample(NamedTuple):
         n_padding: Padding tokens at the end of a packed window.
     """
 
-    sample_index: int
     source: str
     epoch: int
     window: int
@@ -89,22 +74,6 @@ class Sample(NamedTuple):
         return set(np.flatnonzero(self.labels == IGNORE_INDEX).tolist())
 
 
-class SampleContext(NamedTuple):
-    """Heading of a printed sample.
-
-    Attributes:
-        title: The run or dataset.
-        n_steps: Steps of the run, or None without a run.
-        settings: Values that determine the sample, by configuration key.
-        assumed: Keys of `settings` that were not given.
-    """
-
-    title: str
-    n_steps: int | None
-    settings: dict[str, object]
-    assumed: list[str]
-
-
 def inspect_dataset(folder: Path, config: PrepareJobConfig) -> None:
     """Print a dataset and one sample, as a run with this configuration would read it.
 
@@ -124,7 +93,7 @@ def inspect_dataset(folder: Path, config: PrepareJobConfig) -> None:
         assumed.append("weights (of data.sources)")
     if data.stages:
         assumed.append("no data.stages")
-    seq_len = SEQ_LEN if config.seq_len is None else config.seq_len
+    seq_len, seed = config.seq_len or SEQ_LEN, config.seed or SEED
     console = stdout_console()
     show_dataset(console, folder, dataset.manifest)
     for name, stream in dataset.train.items():
@@ -134,41 +103,9 @@ def inspect_dataset(folder: Path, config: PrepareJobConfig) -> None:
                 f"{stream.n_tokens:,} training tokens; use at most {max(stream.n_tokens - 1, 1)}"
             )
     stages = Stages([Stage(0, 0, 0, seq_len, 1, None, weights)])
-    seed = SEED if config.seed is None else config.seed
-    print_sample(
+    show_sample(
         console, dataset, data, config.sample, stages, seed, title=str(folder), assumed=assumed
     )
-
-
-def print_sample(
-    console: Console,
-    dataset: Dataset,
-    data: DataConfig,
-    index: int,
-    stages: Stages,
-    seed: int,
-    *,
-    title: str,
-    n_steps: int | None = None,
-    assumed: Sequence[str] = (),
-) -> None:
-    """Print the sample with this index and the values that determine it.
-
-    Args:
-        title, n_steps, assumed: See `SampleContext`.
-    """
-    blocks = data.shuffle_block_tokens
-    sample = read_sample(dataset, stages, index, seed=seed, shuffle_block_tokens=blocks)
-    settings = {
-        "seed": seed,
-        "seq_len": sample.stage.seq_len,
-        "weights": dict(sample.stage.weights),
-        "document_mask": data.document_mask,
-        "packing": data.packing,
-        "shuffle_block_tokens": blocks,
-    }
-    context = SampleContext(title, n_steps, settings, list(assumed))
-    show_sample(console, sample, dataset.tokenizer(), context)
 
 
 def stdout_console() -> Console:
@@ -180,17 +117,21 @@ def stdout_console() -> Console:
 
 def document_lengths(
     folder: Path, manifest: Manifest, update: Callable[[int, int], None] = lambda done, total: None
-) -> DocumentLengths:
-    """Compute the lengths of all documents of both splits from the offsets files.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute a histogram of the lengths of all documents from the offsets files.
 
     Args:
         update: Called after each shard with the number of shards read and in total.
+
+    Returns:
+        Number of documents and their tokens, each (64,) int64; bin i is for lengths of
+        2**i … 2**(i+1)-1 tokens.
 
     Raises:
         DataError: An offsets file is missing or damaged.
     """
     documents, tokens = (np.zeros(64, dtype=np.int64) for _ in range(2))
-    shards = [shard for split in SPLITS for shard in manifest.shards(split)]
+    shards = manifest.shards()
     for done, shard in enumerate(shards, start=1):
         offsets = map_file(folder, shard.offsets, OFFSET, verify=True)
         for start in range(0, shard.n_documents, OFFSETS_PER_CHUNK):
@@ -200,7 +141,7 @@ def document_lengths(
             documents += np.bincount(bins, minlength=64)
             tokens += np.bincount(bins, weights=lengths, minlength=64).astype(np.int64)
         update(done, len(shards))
-    return DocumentLengths(documents, tokens)
+    return documents, tokens
 
 
 def read_sample(
@@ -217,8 +158,7 @@ def read_sample(
         DataError: A source is too small, or a shard is damaged.
     """
     order = dataset.order(stages, seed, shuffle_block_tokens)
-    located = order.locate(np.array([index]))
-    source_index, epoch, window = (int(column[0]) for column in located)
+    source_index, epoch, window = (int(column[0]) for column in order.locate(np.array([index])))
     source = order.names[source_index]
     step = stages.step_of(index)
     stage = stages.at(step)
@@ -230,19 +170,8 @@ def read_sample(
         # Each padding token is a segment of length 1; document segments have at least 2 tokens.
         lengths = np.diff(starts, append=len(tokens))
         n_padding = int(np.argmax(lengths[::-1] > 1))
-    return Sample(
-        index,
-        source,
-        epoch,
-        window,
-        stream.n_windows(stage.seq_len),
-        step,
-        stage,
-        tokens,
-        labels[0].numpy(),
-        starts,
-        n_padding,
-    )
+    position = source, epoch, window, stream.n_windows(stage.seq_len), step, stage
+    return Sample(*position, tokens, labels[0].numpy(), starts, n_padding)
 
 
 def show_dataset(console: Console, folder: Path, manifest: Manifest) -> None:
@@ -256,51 +185,58 @@ def show_dataset(console: Console, folder: Path, manifest: Manifest) -> None:
     console.print(_row_table(manifest), "")
     console.print(_split_table(manifest), "")
     with ProgressReporter(enabled=True).bar("reading document lengths") as update:
-        lengths = document_lengths(folder, manifest, update)
+        documents, tokens = document_lengths(folder, manifest, update)
     bar_width = min(BAR_WIDTH, max(console.width - OTHER_COLUMNS_WIDTH, 8))
-    console.print(_length_table(lengths, bar_width), "")
+    console.print(_length_table(documents, tokens, bar_width), "")
 
 
 def show_sample(
-    console: Console, sample: Sample, tokenizer: Tokenizer, context: SampleContext
+    console: Console,
+    dataset: Dataset,
+    data: DataConfig,
+    index: int,
+    stages: Stages,
+    seed: int,
+    *,
+    title: str,
+    n_steps: int | None = None,
+    assumed: Sequence[str] = (),
 ) -> None:
-    """Print a sample's position in the order and its documents with their boundaries."""
-    console.rule(
-        Text(f"sample {sample.sample_index:,} of {context.title}"), align="left", style="bold"
-    )
-    _print_line(
-        console,
-        f"source {sample.source}, epoch {sample.epoch}, window {sample.window:,} of "
-        f"{sample.n_windows:,}",
-    )
-    if context.n_steps is not None:
-        size = sample.stage.global_batch_size
-        first = sample.stage.first_sample + (sample.step - sample.stage.first_step) * size
-        after_end = "" if sample.step < context.n_steps else ", after the last step of the run"
-        _print_line(
-            console,
-            f"step {sample.step + 1:,} of {context.n_steps:,}{after_end} "
-            f"(samples {first:,} … {first + size - 1:,})",
-        )
-    _print_line(console, _format_settings(context.settings), "dim")
-    if context.assumed:
-        assumed = ", ".join(context.assumed)
-        _print_line(console, f"assumed: {assumed} (inspect a run folder for its values)", "yellow")
+    """Print a sample: the values that determine it, and its documents with their boundaries.
+
+    Args:
+        title: The run or dataset.
+        n_steps: Steps of the run, or None without a run.
+        assumed: Configuration keys that were not given.
+    """
+    tokenizer, blocks = dataset.tokenizer(), data.shuffle_block_tokens
+    sample = read_sample(dataset, stages, index, seed=seed, shuffle_block_tokens=blocks)
+    stage, step = sample.stage, sample.step
+    console.rule(Text(f"sample {index:,} of {title}"), align="left", style="bold")
+    position = f"epoch {sample.epoch}, window {sample.window:,} of {sample.n_windows:,}"
+    _print_line(console, f"source {sample.source}, {position}")
+    if n_steps is not None:
+        first, last = stages.first_sample(step), stages.first_sample(step + 1) - 1
+        after_end = "" if step < n_steps else ", after the last step of the run"
+        line = f"step {step + 1:,} of {n_steps:,}{after_end} (samples {first:,} … {last:,})"
+        _print_line(console, line)
+    settings = {"seed": seed, "seq_len": stage.seq_len, "weights": dict(stage.weights)}
+    keys = ("document_mask", "packing", "shuffle_block_tokens")
+    settings |= {key: getattr(data, key) for key in keys}
+    _print_line(console, _format_settings(settings), "dim")
+    if assumed:
+        line = f"assumed: {', '.join(assumed)} (inspect a run folder for its values)"
+        _print_line(console, line, "yellow")
     segments, masked = sample.segments(), sample.masked()
+    n_tokens = len(sample.labels)
     legend = f"; {MASKED_LABEL} marks a token whose label is masked" if masked else ""
-    _print_line(
-        console,
-        f"{len(sample.labels):,} tokens plus the last label, "
-        f"{len(sample.labels) - len(masked):,} labels{legend}",
-        "dim",
-    )
+    counts = f"{n_tokens:,} tokens plus the last label, {n_tokens - len(masked):,} labels"
+    _print_line(console, counts + legend, "dim")
     for number, (start, end) in enumerate(segments, start=1):
         before = "" if sample.tokens[start] == tokenizer.bos_id else ", starts earlier"
         after = "" if sample.tokens[end - 1] == tokenizer.eos_id else ", continues"
-        _print_rule(
-            console,
-            f"document {number}/{len(segments)}, {_format_span(start, end)}{before}{after}",
-        )
+        span = f"document {number}/{len(segments)}, {_format_span(start, end)}"
+        _print_rule(console, span + before + after)
         _show_tokens(console, tokenizer, sample.tokens[start:end], end - 1 in masked)
     if sample.n_padding:
         end = len(sample.tokens)
@@ -310,7 +246,7 @@ def show_sample(
 
 def _show_sources(console: Console, manifest: Manifest) -> None:
     """Print each source's configuration and input revision, and the tokenizer."""
-    configuration = manifest.configuration
+    configuration, entry = manifest.configuration, manifest.tokenizer
     defaults = {**asdict(SourceConfig("text")), "format": None}
     for name, source in manifest.sources.items():
         values = configuration.get("data.sources", {}).get(name, {})
@@ -320,20 +256,16 @@ def _show_sources(console: Console, manifest: Manifest) -> None:
     keys = ("data.validation_fraction", "data.shard_tokens", "data.invalid_text")
     values = {key: configuration[key] for key in keys if key in configuration}
     _print_line(console, _format_settings(values), "dim")
-    entry = manifest.tokenizer
-    _print_line(
-        console,
-        f"tokenizer: {entry.name}, {entry.vocab_size:,} ids, bos {entry.bos_id}, "
-        f"eos {entry.eos_id}, hash {entry.hash[:12]}",
-    )
+    ids = f"{entry.vocab_size:,} ids, bos {entry.bos_id}, eos {entry.eos_id}"
+    _print_line(console, f"tokenizer: {entry.name}, {ids}, hash {entry.hash[:12]}")
     console.print()
 
 
 def _row_table(manifest: Manifest) -> Table:
     """Return a table of row counts by source and outcome."""
-    table = _make_table("rows", "read", *OUTCOMES)
+    table = _make_table("rows", *OUTCOMES)
     for name, source in manifest.sources.items():
-        counts = [source.documents.get(outcome, 0) for outcome in ("read", *OUTCOMES)]
+        counts = (source.documents.get(outcome, 0) for outcome in OUTCOMES)
         table.add_row(Text(name), *(f"{count:,}" for count in counts))
     return table
 
@@ -343,39 +275,31 @@ def _split_table(manifest: Manifest) -> Table:
     headings = ("source", "split", "documents", "tokens", "% of tokens", "per document", "shards")
     table = _make_table(*headings)
     table.columns[1].justify = "left"
-    all_tokens = sum(manifest.n_tokens(split) for split in SPLITS)
+    all_tokens = manifest.n_tokens()
     names: list[str | None] = [*manifest.sources]
     for name in [*names, None] if len(names) > 1 else names:
+        label = Text("all", style="bold") if name is None else Text(name)
         for split in SPLITS:
             n_documents = manifest.n_documents(split, name)
             n_tokens = manifest.n_tokens(split, name)
-            table.add_row(
-                Text("all" if name is None else name, style="bold" if name is None else ""),
-                split,
-                f"{n_documents:,}",
-                f"{n_tokens:,}",
-                f"{n_tokens / max(all_tokens, 1):.1%}",
-                f"{n_tokens / n_documents:,.0f}" if n_documents else "",
-                f"{len(manifest.shards(split, name)):,}",
-            )
+            fraction = f"{n_tokens / max(all_tokens, 1):.1%}"
+            per_document = f"{n_tokens / n_documents:,.0f}" if n_documents else ""
+            counts = f"{n_documents:,}", f"{n_tokens:,}", fraction, per_document
+            table.add_row(label, split, *counts, f"{len(manifest.shards(split, name)):,}")
     return table
 
 
-def _length_table(lengths: DocumentLengths, bar_width: int) -> Table:
+def _length_table(documents: np.ndarray, tokens: np.ndarray, bar_width: int) -> Table:
     """Return a histogram of document lengths in powers of two."""
     table = _make_table("tokens ≥", "documents", "", "% of documents", "% of tokens")
     table.columns[2].justify = "left"
     table.columns[0].justify, table.columns[0].no_wrap = "right", True
-    (filled,) = lengths.documents.nonzero()
+    (filled,) = documents.nonzero()
     for power in range(filled[0], filled[-1] + 1) if len(filled) else ():
-        n_documents, n_tokens = int(lengths.documents[power]), int(lengths.tokens[power])
-        table.add_row(
-            f"{2**power:,}",
-            f"{n_documents:,}",
-            Bar(int(lengths.documents.max()), 0, n_documents, width=bar_width, color="cyan"),
-            f"{n_documents / int(lengths.documents.sum()):.1%}",
-            f"{n_tokens / int(lengths.tokens.sum()):.1%}",
-        )
+        n = int(documents[power])
+        bar = Bar(int(documents.max()), 0, n, width=bar_width, color="cyan")
+        fractions = n / documents.sum(), tokens[power] / tokens.sum()
+        table.add_row(f"{2**power:,}", f"{n:,}", bar, *(f"{x:.1%}" for x in fractions))
     return table
 
 

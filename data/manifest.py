@@ -9,50 +9,25 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
 from data.errors import DataError
-from data.files import Checksums, write_atomically
+from data.files import FileEntry, write_atomically
 
 FORMAT = "llamesh-shards"
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 SPLITS = ("train", "validation")
+OUTCOMES = ("read", "empty", "filtered", "skipped", "replaced")  # of rows; `read` counts all
 TOKEN = np.dtype("<u4")
 OFFSET = np.dtype("<i8")
 REPREPARE = "delete the folder and prepare it again, or choose another data.folder"
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """One file of a dataset.
-
-    Attributes:
-        file: Path relative to the dataset folder.
-        crc32: CRC-32 of each MiB of the file, 8 hexadecimal digits each.
-    """
-
-    file: str
-    n_bytes: int
-    sha256: str
-    crc32: str
-
-    @classmethod
-    def from_checksums(cls, file: str, checksums: Checksums) -> "FileEntry":
-        return cls(file, checksums.n_bytes, checksums.sha256, checksums.crc32)
-
-    @property
-    def n_blocks(self) -> int:
-        """Number of checksummed MiB."""
-        return len(self.crc32) // 8
-
-    def block_crc32(self, block: int) -> int:
-        """Return the CRC-32 of one MiB."""
-        return int(self.crc32[8 * block : 8 * block + 8], 16)
 
 
 @dataclass(frozen=True)
@@ -65,10 +40,15 @@ class Shard:
     n_documents: int
     largest_id: int
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Shard":
-        files = {kind: FileEntry(**values[kind]) for kind in ("tokens", "offsets")}
-        return cls(**{**values, **files})
+    @property
+    def files(self) -> tuple[FileEntry, FileEntry]:
+        """Both files."""
+        return self.tokens, self.offsets
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of both files."""
+        return self.tokens.n_bytes + self.offsets.n_bytes
 
 
 @dataclass(frozen=True)
@@ -85,7 +65,7 @@ class SourceEntry:
 
     revision: str
     documents: dict[str, int]
-    shards: dict[str, list[Shard]]
+    shards: Annotated[dict[str, list[Shard]], Field(min_length=len(SPLITS))]
 
 
 @dataclass(frozen=True)
@@ -121,18 +101,19 @@ class Manifest:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def n_tokens(self, split: str, source: str | None = None) -> int:
-        """Return the number of tokens of a split, in one source or all."""
+    def n_tokens(self, split: str | None = None, source: str | None = None) -> int:
+        """Return the number of tokens of one split or all, in one source or all."""
         return sum(shard.n_tokens for shard in self.shards(split, source))
 
     def n_documents(self, split: str, source: str | None = None) -> int:
         """Return the number of documents of a split, in one source or all."""
         return sum(shard.n_documents for shard in self.shards(split, source))
 
-    def shards(self, split: str, source: str | None = None) -> list[Shard]:
-        """Return the shards of a split, in one source or all."""
-        names = self.sources if source is None else [source]
-        return [shard for name in names for shard in self.sources[name].shards[split]]
+    def shards(self, split: str | None = None, source: str | None = None) -> list[Shard]:
+        """Return the shards of one split or all, in one source or all."""
+        sources = self.sources.values() if source is None else [self.sources[source]]
+        splits = SPLITS if split is None else [split]
+        return [shard for each in splits for entry in sources for shard in entry.shards[each]]
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, which marks the folder as prepared."""
@@ -150,63 +131,57 @@ class Manifest:
             DataError: No manifest, an unsupported version, a missing file or one of another size,
                 or ids outside the tokenizer's vocabulary.
         """
-        path = folder / MANIFEST_FILE
-        try:
-            values = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise DataError(
-                f"data.folder={folder} has no prepared data ({MANIFEST_FILE} is missing); "
-                "run prepare.py"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot read ({error}); {REPREPARE}") from None
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise DataError(f"{path} is not a token-shard manifest; choose another data.folder")
-        if values.get("version") != FORMAT_VERSION:
-            raise DataError(
-                f"{path}: version={values.get('version')} is not supported, only version "
-                f"{FORMAT_VERSION}; {REPREPARE}"
-            )
-        try:
-            manifest = cls._from_json(values)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is damaged (at {error}); {REPREPARE}") from None
-        errors = manifest.errors(folder) if check_files else []
-        if errors:
-            raise DataError("\n".join(f"{error}; {REPREPARE}" for error in errors))
+        missing = f"data.folder={folder} has no prepared data ({MANIFEST_FILE} is missing)"
+        path, supported = folder / MANIFEST_FILE, (FORMAT, FORMAT_VERSION)
+        manifest = read_record(cls, path, supported, f"{missing}; run prepare.py", REPREPARE)
+        errors = manifest.errors(folder) if check_files else ()
+        if message := "\n".join(f"{error}; {REPREPARE}" for error in errors):
+            raise DataError(message)
         return manifest
 
-    def errors(self, folder: Path) -> list[str]:
-        """Return a message for each missing or resized file and each id out of range."""
-        found = []
-        for shard in (shard for split in SPLITS for shard in self.shards(split)):
-            for entry in (shard.tokens, shard.offsets):
-                path = folder / entry.file
-                try:
-                    n_bytes = path.stat().st_size
-                except OSError:
-                    found.append(f"{path} is missing")
-                    continue
-                if n_bytes != entry.n_bytes:
-                    found.append(
-                        f"{path} has {n_bytes:,} bytes, but the manifest records {entry.n_bytes:,}"
-                    )
+    def errors(self, folder: Path) -> Iterator[str]:
+        """Yield a message for each missing or resized file and each id out of range."""
+        for shard in self.shards():
+            yield from filter(None, (entry.size_error(folder) for entry in shard.files))
             if shard.largest_id >= self.tokenizer.vocab_size:
-                found.append(
+                yield (
                     f"{folder / shard.tokens.file} contains token id {shard.largest_id}, outside "
                     f"the tokenizer's vocab_size={self.tokenizer.vocab_size}"
                 )
-        return found
 
-    @classmethod
-    def _from_json(cls, values: dict[str, Any]) -> "Manifest":
-        sources = {
-            name: SourceEntry(
-                entry["revision"],
-                entry["documents"],
-                {split: [Shard.from_json(s) for s in entry["shards"][split]] for split in SPLITS},
-            )
-            for name, entry in values["sources"].items()
-        }
-        tokenizer = TokenizerEntry(**values["tokenizer"])
-        return cls(**{**values, "sources": sources, "tokenizer": tokenizer})
+
+Record = TypeVar("Record")
+
+
+def read_record(
+    record: type[Record], path: Path, supported: tuple[str, int], missing: str, remedy: str
+) -> Record:
+    """Read a JSON file with the fields of a dataclass.
+
+    Args:
+        supported: Values of the fields `format` and `version`.
+        missing: Error message for a missing file.
+        remedy: End of all other error messages.
+
+    Raises:
+        DataError: The file is missing, damaged or of another version.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+        found = values.get("format"), values.get("version")
+    except FileNotFoundError:
+        raise DataError(missing) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot read ({error}); {remedy}") from None
+    except AttributeError:
+        raise DataError(f"{path} is damaged (not a JSON object); {remedy}") from None
+    if found != supported:
+        raise DataError(
+            f"{path}: format={found[0]}, version={found[1]} is not supported, only "
+            f"format={supported[0]}, version={supported[1]}; {remedy}"
+        )
+    try:
+        return TypeAdapter(record).validate_python(values)
+    except ValidationError as error:
+        location = ".".join(map(str, error.errors()[0]["loc"]))
+        raise DataError(f"{path} is damaged (at {location}); {remedy}") from None

@@ -29,8 +29,8 @@ class OrderStage(NamedTuple):
     n_windows: Mapping[str, int]
 
 
-def quotas(weights: Sequence[tuple[str, float]], key: str = "data.sources.{}.weight") -> list[int]:
-    """Return the number of samples per block for each (source, weight).
+def quotas(weights: Mapping[str, float], key: str = "data.sources.{}.weight") -> list[int]:
+    """Return the number of samples per block for each source.
 
     Uses the largest-remainder method in exact arithmetic. Ties go to the alphabetically first name,
     so the order of the sources does not matter.
@@ -41,24 +41,22 @@ def quotas(weights: Sequence[tuple[str, float]], key: str = "data.sources.{}.wei
     Raises:
         DataError: A positive weight rounds to zero samples, or all weights are 0.
     """
-    exact = [Fraction(weight) for _, weight in weights]
-    if not sum(exact):
-        names = ", ".join(key.format(name) for name, _ in weights)
-        raise DataError(f"{names}: every weight is 0; give one source a positive weight")
-    shares = [weight * BLOCK / sum(exact) for weight in exact]
-    found = [int(share) for share in shares]
-    by_remainder = sorted(
-        range(len(shares)), key=lambda i: (found[i] - shares[i], weights[i][0])
-    )  # largest remainder first
-    for index in by_remainder[: BLOCK - sum(found)]:
-        found[index] += 1
-    for (name, weight), quota in zip(weights, found, strict=True):
-        if quota == 0 and weight > 0:
+    names, total = list(weights), sum(map(Fraction, weights.values()))
+    if not total:
+        keys = ", ".join(map(key.format, names))
+        raise DataError(f"{keys}: every weight is 0; give one source a positive weight")
+    exact = {name: Fraction(weight) * BLOCK / total for name, weight in weights.items()}
+    found = {name: int(share) for name, share in exact.items()}
+    by_remainder = sorted(names, key=lambda name: (found[name] - exact[name], name))
+    for name in by_remainder[: BLOCK - sum(found.values())]:  # the largest remainders
+        found[name] += 1
+    for name, weight in weights.items():
+        if found[name] == 0 and weight > 0:
             raise DataError(
                 f"{key.format(name)}={weight} gives the source no sample in {BLOCK}; "
-                f"use at least {float(sum(exact)) / BLOCK:.3g}, or 0"
+                f"use at least {float(total) / BLOCK:.3g}, or 0"
             )
-    return found
+    return list(found.values())
 
 
 class _Stage(NamedTuple):
@@ -95,23 +93,33 @@ class Order:
     def __init__(
         self, stages: Sequence[OrderStage], seed: int, block_tokens: int | None = None
     ) -> None:
-        self.seed = seed
-        self.block_tokens = block_tokens
+        self.seed, self.block_tokens = seed, block_tokens
         self.names = list(stages[0].weights)
-        self._by_name = sorted(range(len(self.names)), key=self.names.__getitem__)
+        by_name = sorted(range(len(self.names)), key=self.names.__getitem__)
         self._last_block: tuple[tuple[int, ...], np.ndarray, np.ndarray] | None = None
         self._stages: list[_Stage] = []
-        draws = np.zeros(len(self.names), dtype=np.int64)
-        epochs = np.zeros_like(draws)
+        draws = epochs = np.zeros(len(self.names), dtype=np.int64)
         for index, stage in enumerate(stages):
+            key = f"data.stages[{index - 1}].weights.{{}}" if index else "data.sources.{}.weight"
+            quota = np.array(quotas({name: stage.weights[name] for name in self.names}, key))
+            n_windows = np.array([stage.n_windows[name] for name in self.names], dtype=np.int64)
+            for name, n, n_samples in zip(self.names, n_windows.tolist(), quota, strict=True):
+                if n_samples and not 1 <= n <= MAX_SIZE:
+                    raise DataError(
+                        f"data.sources.{name} has {n} windows of {stage.seq_len} tokens, but a "
+                        f"source needs 1 to {MAX_SIZE}; add text or use a shorter train.seq_len"
+                    )
             if index:
                 previous = self._stages[-1]
-                n_samples = stage.first_sample - previous.first_sample
-                draws = previous.draws_before + self._count_draws(previous, n_samples)
+                n_before = stage.first_sample - previous.first_sample
+                draws = draws + self._count_draws(previous, n_before)
                 if stage.seq_len != previous.seq_len:
-                    epochs = previous.epochs_before - draws // -np.maximum(previous.n_windows, 1)
+                    epochs = epochs - draws // -np.maximum(previous.n_windows, 1)
                     draws = np.zeros_like(draws)
-            self._stages.append(self._make_stage(index, stage, draws, epochs))
+            layout = np.repeat(by_name, quota[by_name])
+            stage_key = (stage.first_sample,) if index else ()
+            fixed = stage.first_sample, stage.seq_len, quota, n_windows
+            self._stages.append(_Stage(*fixed, draws, epochs, layout, stage_key))
         self._first_samples = np.array([stage.first_sample for stage in stages], dtype=np.int64)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -144,29 +152,6 @@ class Order:
             total += draws / np.maximum(stage.n_windows, 1)
         return dict(zip(self.names, total.tolist(), strict=True))
 
-    def _make_stage(
-        self, index: int, stage: OrderStage, draws: np.ndarray, epochs: np.ndarray
-    ) -> _Stage:
-        key = f"data.stages[{index - 1}].weights.{{}}" if index else "data.sources.{}.weight"
-        quota = np.array(quotas([(name, stage.weights[name]) for name in self.names], key))
-        n_windows = np.array([stage.n_windows[name] for name in self.names], dtype=np.int64)
-        for name, n, n_samples in zip(self.names, n_windows.tolist(), quota, strict=True):
-            if n_samples and not 1 <= n <= MAX_SIZE:
-                raise DataError(
-                    f"data.sources.{name} has {n} windows of {stage.seq_len} tokens, but a source "
-                    f"needs 1 to {MAX_SIZE}; add text or use a shorter train.seq_len"
-                )
-        return _Stage(
-            stage.first_sample,
-            stage.seq_len,
-            quota,
-            n_windows,
-            draws,
-            epochs,
-            layout=np.repeat(self._by_name, quota[self._by_name]),
-            key=(stage.first_sample,) if index else (),
-        )
-
     def _windows(
         self, stage: _Stage, source: np.ndarray, epoch: np.ndarray, offset: np.ndarray
     ) -> np.ndarray:
@@ -175,13 +160,10 @@ class Order:
         for group, selected in _groups(epoch * len(self.names) + source):
             e, i = divmod(group, len(self.names))
             n, name = int(stage.n_windows[i]), self.names[i]
-            keys = round_keys("window", self.seed, name, e)
-            if self.block_tokens is None:
-                window[selected] = permute(offset[selected], n, keys)
-            else:
-                block = max(self.block_tokens // stage.seq_len, 1)
-                block_keys = round_keys("block", self.seed, name, e)
-                window[selected] = permute_in_blocks(offset[selected], n, block, block_keys, keys)
+            # Blocks of n windows or more are the plain permutation.
+            block = n if self.block_tokens is None else self.block_tokens // stage.seq_len
+            keys = (round_keys(kind, self.seed, name, e) for kind in ("block", "window"))
+            window[selected] = permute_in_blocks(offset[selected], n, max(block, 1), *keys)
         return window
 
     def _count_draws(self, stage: _Stage, n_samples: int) -> np.ndarray:

@@ -12,8 +12,8 @@ is bounded by the documents of one shard.
 """
 
 import json
-import time
 from bisect import bisect_right
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +24,8 @@ from filelock import FileLock
 
 from data.best_fit import Bins, pack_documents
 from data.errors import DataError
-from data.files import Checksums, is_locked, write_atomically
-from data.manifest import OFFSET, TOKEN, FileEntry, Manifest
+from data.files import Checksums, FileEntry, wait_for_writer, write_atomically
+from data.manifest import OFFSET, TOKEN, Manifest, read_record
 from data.progress import ProgressReporter
 from data.shards import TokenStream, map_file
 
@@ -81,49 +81,28 @@ class PackIndex:
         """
         path = index_folder(folder, source, seq_len) / INDEX_FILE
         remedy = repack(path, seq_len)
-        try:
-            values = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise DataError(
-                f"data.packing=best_fit: data.sources.{source} is not packed for seq_len={seq_len} "
-                f"({path} is missing); run `python prepare.py … pack={seq_len}` with the same data "
-                "and tokenizer"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot read ({error}); {remedy}") from None
-        try:
-            shards = [
-                PackedShard(**{**shard, "pieces": FileEntry(**shard["pieces"])})
-                for shard in values["shards"]
-            ]
-            index = cls(**{**values, "shards": shards})
-            mismatch = index._mismatch(folder, seq_len, shards_hash)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is damaged (at {error}); {remedy}") from None
-        if mismatch:
+        missing = (
+            f"data.packing=best_fit: data.sources.{source} is not packed for seq_len={seq_len} "
+            f"({path} is missing); run `python prepare.py … pack={seq_len}` with the same data and "
+            "tokenizer"
+        )
+        index = read_record(cls, path, (FORMAT, FORMAT_VERSION), missing, remedy)
+        if mismatch := index._mismatch(folder, seq_len, shards_hash):
             raise DataError(f"{path} {mismatch}; {remedy}")
         return index
 
     def _mismatch(self, folder: Path, seq_len: int, shards_hash: str) -> str | None:
         """Return why this index cannot be used, or None."""
-        if (self.format, self.version) != (FORMAT, FORMAT_VERSION):
-            return f"is {self.format} {self.version}, only version {FORMAT_VERSION} is supported"
         if self.shards_hash != shards_hash:
-            return (
-                f"belongs to other shards (hash {self.shards_hash[:12]}) than {folder} "
-                f"({shards_hash[:12]})"
-            )
+            return f"belongs to other shards ({self.shards_hash[:12]}, not {shards_hash[:12]})"
         if self.seq_len != seq_len:
             return f"has seq_len={self.seq_len}"
         for shard in self.shards:
-            path = folder / shard.pieces.file
-            n_bytes = path.stat().st_size if path.exists() else 0
             n_numbers = shard.n_bins + 1 + 2 * shard.n_pieces
-            if not n_bytes == shard.pieces.n_bytes == n_numbers * OFFSET.itemsize:
-                return (
-                    f"records {n_numbers} numbers in {shard.pieces.n_bytes:,} bytes for {path}, "
-                    f"which has {n_bytes:,} bytes"
-                )
+            if error := shard.pieces.size_error(folder):
+                return f"does not match the files: {error}"
+            if shard.pieces.n_bytes != n_numbers * OFFSET.itemsize:
+                return f"records {n_numbers} numbers in {shard.pieces.n_bytes:,} bytes"
         return None
 
 
@@ -166,9 +145,8 @@ def pack(folder: Path | str, seq_len: int, progress: bool = True) -> None:
     reporter = ProgressReporter(progress)
     try:
         with FileLock(lock_file, fallback_to_soft=False):
-            for source in manifest.sources:
-                if not _has_index(folder, source, seq_len, manifest.hash):
-                    _pack_source(folder, manifest, source, seq_len, reporter)
+            for source in _unpacked_sources(folder, manifest, seq_len):
+                _pack_source(folder, manifest, source, seq_len, reporter)
             lock_file.unlink(missing_ok=True)  # only after success: a waiter has nothing to do
     except OSError as error:
         raise DataError(
@@ -180,30 +158,23 @@ def pack(folder: Path | str, seq_len: int, progress: bool = True) -> None:
 
 def is_packed(folder: Path, manifest: Manifest, seq_len: int) -> bool:
     """Return whether every source has a usable index for windows of `seq_len`."""
-    return all(_has_index(folder, source, seq_len, manifest.hash) for source in manifest.sources)
+    return not any(_unpacked_sources(folder, manifest, seq_len))
 
 
-def wait_until_packed(
-    folder: Path | str, seq_len: int, poll_seconds: float = 0.5, idle_seconds: float = 60
-) -> None:
+def wait_until_packed(folder: Path | str, seq_len: int) -> None:
     """Wait, without time limit, until another process has packed the folder.
 
     Raises:
-        DataError: The folder is damaged, or no process packed it for `idle_seconds`.
+        DataError: The folder is damaged, or no process works on it.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
-    last_active = time.monotonic()
-    while not is_packed(folder, manifest, seq_len):
-        if is_locked(_lock_file(folder, seq_len)):
-            last_active = time.monotonic()
-        elif time.monotonic() - last_active > idle_seconds:
-            raise DataError(
-                f"data.folder={folder} is not packed for seq_len={seq_len}, and no process has "
-                f"worked on it for {idle_seconds:.0f} s; see the first process's output, or run "
-                f"`python prepare.py … pack={seq_len}` first"
-            )
-        time.sleep(poll_seconds)
+    wait_for_writer(
+        lambda: is_packed(folder, manifest, seq_len),
+        _lock_file(folder, seq_len),
+        f"data.folder={folder} is not packed for seq_len={seq_len}",
+        f"`python prepare.py … pack={seq_len}`",
+    )
 
 
 class PackedStream:
@@ -297,7 +268,12 @@ def _pack_source(
             update(shard_index, len(shards))
             bins = pack_documents(stream.starts(shard_index), shard.n_tokens, seq_len + 1)
             path = target / f"{Path(shard.tokens.file).stem}.pieces"
-            packed.append(_write_bins(folder, path, bins, seq_len))
+            content = np.concatenate(bins[:3]).astype(OFFSET).tobytes()
+            write_atomically(path, content)
+            n_bins = len(bins.offsets) - 1
+            n_padding = n_bins * (seq_len + 1) - int(bins.lengths.sum())
+            entry = Checksums(content).entry(path.relative_to(folder).as_posix())
+            packed.append(PackedShard(entry, n_bins, len(bins.starts), n_padding, bins.n_split))
     PackIndex(seq_len, manifest.hash, packed).write(folder, source)
     n_bins, n_padding, n_split = (
         sum(getattr(shard, field) for shard in packed) for field in ("n_bins", "n_padding", "n_cut")
@@ -309,27 +285,13 @@ def _pack_source(
     )
 
 
-def _write_bins(folder: Path, path: Path, bins: Bins, seq_len: int) -> PackedShard:
-    content = np.concatenate(bins[:3]).astype(OFFSET).tobytes()
-    checksums = Checksums()
-    checksums.update(content)
-    write_atomically(path, content)
-    n_bins = len(bins.offsets) - 1
-    return PackedShard(
-        pieces=FileEntry.from_checksums(path.relative_to(folder).as_posix(), checksums),
-        n_bins=n_bins,
-        n_pieces=len(bins.starts),
-        n_padding=n_bins * (seq_len + 1) - int(bins.lengths.sum()),
-        n_cut=bins.n_split,
-    )
-
-
-def _has_index(folder: Path, source: str, seq_len: int, shards_hash: str) -> bool:
-    try:
-        PackIndex.read(folder, source, seq_len, shards_hash)
-    except DataError:
-        return False
-    return True
+def _unpacked_sources(folder: Path, manifest: Manifest, seq_len: int) -> Iterator[str]:
+    """Yield the sources without a usable index."""
+    for source in manifest.sources:
+        try:
+            PackIndex.read(folder, source, seq_len, manifest.hash)
+        except DataError:
+            yield source
 
 
 def _lock_file(folder: Path, seq_len: int) -> Path:

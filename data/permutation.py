@@ -95,7 +95,8 @@ def permute_in_blocks(
     turn, inside = np.divmod(np.where(in_last, 0, other), block)
     inside = np.where(in_last, index - last_start, inside)
     number = np.where(in_last, np.uint64(n_full), permute(turn, n_full, block_keys))
-    tweak = _splitmix64(number ^ inside_keys[0])
+    tweak = number ^ inside_keys[0]
+    _splitmix64(tweak, np.empty_like(tweak))
     image = permute(np.where(in_last, 0, inside), block, inside_keys, tweak)
     if in_last.any():
         image[in_last] = permute(inside[in_last], remainder, inside_keys, tweak[in_last])
@@ -127,27 +128,17 @@ def _feistel(values: np.ndarray, bits: int, keys: np.ndarray, tweaks: np.ndarray
 
 
 def _mix(
-    half: np.ndarray,
-    key: np.uint64,
-    tweak: np.ndarray | None,
-    out: np.ndarray,
-    scratch: np.ndarray,
+    half: np.ndarray, key: np.uint64, tweak: np.ndarray | None, out: np.ndarray, scratch: np.ndarray
 ) -> None:
     """Write splitmix64(half ^ key ^ tweak) to `out`; all arrays are (n,) uint64."""
     np.bitwise_xor(half, key, out=out)
     if tweak is not None:
         np.bitwise_xor(out, tweak, out=out)
-    _splitmix64_inplace(out, scratch)
+    _splitmix64(out, scratch)
 
 
-def _splitmix64(values: np.ndarray) -> np.ndarray:
-    """Return the splitmix64 output function (Steele, Lea and Flood, OOPSLA 2014), elementwise."""
-    mixed = values.astype(np.uint64)
-    _splitmix64_inplace(mixed, np.empty_like(mixed))
-    return mixed
-
-
-def _splitmix64_inplace(values: np.ndarray, scratch: np.ndarray) -> None:
+def _splitmix64(values: np.ndarray, scratch: np.ndarray) -> None:
+    """Apply the splitmix64 output function (Steele, Lea and Flood, OOPSLA 2014) in place."""
     np.add(values, np.uint64(0x9E3779B97F4A7C15), out=values)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         np.right_shift(values, np.uint64(shift), out=scratch)

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn
 
 REFRESH_SECONDS = 0.25
 # Without a terminal, a line is logged after this time and then at growing intervals.
@@ -35,18 +35,16 @@ class ProgressReporter:
         if self.enabled:
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
+    def _progress(self, *columns: str | ProgressColumn) -> Progress:
+        disable = not (self.enabled and self.console.is_terminal)
+        return Progress(*columns, console=self.console, transient=True, disable=disable)
+
     @contextmanager
     def bar(
         self, description: str, *columns: ProgressColumn
     ) -> Iterator[Callable[[int, int], None]]:
         """Show a bar on a terminal and yield its callback `update(done, total)`."""
-        bar = Progress(
-            *(columns or Progress.get_default_columns()),
-            console=self.console,
-            transient=True,
-            disable=not (self.enabled and self.console.is_terminal),
-        )
-        with bar:
+        with self._progress(*columns) as bar:
             task = bar.add_task(description, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -63,15 +61,7 @@ class ProgressReporter:
             yield
             return
         stop = threading.Event()
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        with bar:
+        with self._progress("{task.description}", BarColumn(), "{task.fields[status]}") as bar:
             task = bar.add_task(description, total=n_bytes, status="")
 
             def report() -> None:
@@ -83,9 +73,7 @@ class ProgressReporter:
                     if not bar.disable:
                         bar.update(task, completed=counts.n_bytes, status=status)
                     elif seconds >= next_line:
-                        next_line = seconds + max(
-                            FIRST_LINE_SECONDS, RELATIVE_LINE_INTERVAL * seconds
-                        )
+                        next_line += max(FIRST_LINE_SECONDS, RELATIVE_LINE_INTERVAL * seconds)
                         self.log(f"{description}: {status}")
 
             reporter = threading.Thread(target=report, daemon=True)

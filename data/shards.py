@@ -14,8 +14,8 @@ import numpy as np
 from isal import isal_zlib
 
 from data.errors import DataError
-from data.files import CRC_BLOCK, Checksums, sync_folder, write_atomically
-from data.manifest import OFFSET, TOKEN, FileEntry, Shard
+from data.files import CRC_BLOCK, Checksums, FileEntry, sync_folder, write_atomically
+from data.manifest import OFFSET, TOKEN, Shard
 
 TOKENS_PER_BLOCK = CRC_BLOCK // TOKEN.itemsize
 REPAIR = "list all damage with `prepare.py verify=true`, then restore the file or prepare again"
@@ -67,14 +67,12 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self.abort()
         offsets = np.array(self._offsets, dtype=OFFSET).tobytes()
-        offsets_checksums = Checksums()
-        offsets_checksums.update(offsets)
         write_atomically(self._path("offsets"), offsets)
         os.replace(self._path("tokens.tmp"), self._path("tokens"))
         sync_folder(self._path("tokens").parent)
         return Shard(
-            tokens=FileEntry.from_checksums(f"{self.stem}.tokens", self._checksums),
-            offsets=FileEntry.from_checksums(f"{self.stem}.offsets", offsets_checksums),
+            tokens=self._checksums.entry(f"{self.stem}.tokens"),
+            offsets=Checksums(offsets).entry(f"{self.stem}.offsets"),
             n_tokens=self.n_tokens,
             n_documents=len(self._offsets) - 1,
             largest_id=self.largest_id,
@@ -131,9 +129,17 @@ class TokenStream:
         start = index * seq_len
         shard_index = bisect_right(self._ends, start)
         start -= self._ends[shard_index] - self._shards[shard_index].n_tokens
-        if start + seq_len + 1 <= self._shards[shard_index].n_tokens:
-            return self.read(shard_index, start, start + seq_len + 1)
-        return self._read_across_shards(shard_index, start, seq_len + 1)
+        parts, n_read = [], 0
+        while n_read <= seq_len:
+            end = min(start + seq_len + 1 - n_read, self._shards[shard_index].n_tokens)
+            tokens, starts = self.read(shard_index, start, end)
+            parts.append((tokens, starts + n_read))
+            n_read += end - start
+            shard_index, start = shard_index + 1, 0
+        if len(parts) == 1:
+            return parts[0]
+        all_tokens, all_starts = zip(*parts, strict=True)
+        return np.concatenate(all_tokens), np.concatenate(all_starts)
 
     def read(self, shard_index: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens [start, end) of a shard and the document starts relative to `start`."""
@@ -150,19 +156,6 @@ class TokenStream:
     def starts(self, shard_index: int) -> np.ndarray:
         """Return the document starts of a shard, (n_documents,) int64."""
         return (self._open.get(shard_index) or self._open_shard(shard_index)).starts
-
-    def _read_across_shards(
-        self, shard_index: int, start: int, n_tokens: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        tokens, starts, n_read = [], [], 0
-        while n_read < n_tokens:
-            end = min(start + n_tokens - n_read, self._shards[shard_index].n_tokens)
-            shard_tokens, shard_starts = self.read(shard_index, start, end)
-            tokens.append(shard_tokens)
-            starts.append(shard_starts + n_read)
-            n_read += end - start
-            shard_index, start = shard_index + 1, 0
-        return np.concatenate(tokens), np.concatenate(starts)
 
     def _open_shard(self, shard_index: int) -> "_OpenShard":
         shard = self._shards[shard_index]
@@ -192,19 +185,10 @@ def map_file(
     Raises:
         DataError: The file is missing, has another size or is damaged.
     """
-    path = folder / entry.file
-    try:
-        mapped = np.memmap(path, dtype=np.uint8, mode="r")
-    except (OSError, ValueError) as error:  # ValueError: the file is empty
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot read ({reason}); {remedy}") from None
-    if mapped.nbytes != entry.n_bytes:
-        raise DataError(
-            f"{path} has {mapped.nbytes:,} bytes, but the manifest records {entry.n_bytes:,}; "
-            f"{remedy}"
-        )
+    if error := entry.size_error(folder):
+        raise DataError(f"{error}; {remedy}")
     # A plain view: slicing a np.memmap runs Python code on every slice.
-    content = mapped.view(np.ndarray).view(dtype)
+    content = np.memmap(folder / entry.file, dtype=dtype, mode="r").view(np.ndarray)
     for block in range(entry.n_blocks if verify else 0):
         _verify_block(folder, entry, content, block, remedy)
     return content

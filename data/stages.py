@@ -31,12 +31,10 @@ class Stages:
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.all = list(stages)
-        self._first_steps = [stage.first_step for stage in stages]
-        self._first_samples = [stage.first_sample for stage in stages]
 
     def at(self, step: int) -> Stage:
         """Return the stage of a step, counted from 0."""
-        return self.all[bisect_right(self._first_steps, step) - 1]
+        return self.all[bisect_right(self.all, step, key=lambda stage: stage.first_step) - 1]
 
     def first_sample(self, step: int) -> int:
         """Return the number of samples in all earlier steps."""
@@ -45,7 +43,7 @@ class Stages:
 
     def step_of(self, sample: int) -> int:
         """Return the step that takes a sample, both counted from 0."""
-        stage = self.all[bisect_right(self._first_samples, sample) - 1]
+        stage = self.all[bisect_right(self.all, sample, key=lambda stage: stage.first_sample) - 1]
         return stage.first_step + (sample - stage.first_sample) // stage.global_batch_size
 
     def first_token(self, step: int) -> int:
@@ -77,30 +75,25 @@ def plan_stages(
     stage = Stage(0, 0, 0, seq_len, global_batch_size, micro_batch_size, weights)
     stages, errors = [stage], []
     for index, change in enumerate(data.stages or []):
-        n_steps, remainder = divmod(
-            change.from_sample - stage.first_sample, stage.global_batch_size
-        )
+        key, size = f"data.stages[{index}]", stage.global_batch_size
+        n_steps, remainder = divmod(change.from_sample - stage.first_sample, size)
         if remainder:
             previous = change.from_sample - remainder
-            choices = f"{previous} or " if n_steps else ""
+            choices = f"{previous} or {previous + size}" if n_steps else f"{previous + size}"
             errors.append(
-                f"data.stages[{index}].from_sample={change.from_sample} is inside a step of "
-                f"{stage.global_batch_size} samples; use {choices}"
-                f"{previous + stage.global_batch_size}"
+                f"{key}.from_sample={change.from_sample} is inside a step of {size} samples; use "
+                f"{choices}"
             )
         stage = Stage(
             first_step=stage.first_step + n_steps,
             first_sample=change.from_sample,
-            first_token=stage.first_token + n_steps * stage.global_batch_size * stage.seq_len,
+            first_token=stage.first_token + n_steps * size * stage.seq_len,
             seq_len=change.seq_len or stage.seq_len,
-            global_batch_size=change.global_batch_size or stage.global_batch_size,
+            global_batch_size=change.global_batch_size or size,
             micro_batch_size=change.micro_batch_size or stage.micro_batch_size,
             weights={**stage.weights, **(change.weights or {})},
         )
         if not any(stage.weights.values()):
-            errors.append(
-                f"data.stages[{index}].weights: every source has weight 0; give one a positive "
-                "weight"
-            )
+            errors.append(f"{key}.weights: every source has weight 0; give one a positive weight")
         stages.append(stage)
     return Stages(stages), errors

@@ -13,19 +13,19 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from itertools import count
 from typing import NamedTuple
 
 import numpy as np
 
-from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
-from data.loader import StepBatches, Window, make_step_batches, prefetch_steps
-from data.sources.corpora import Corpus, Part, find_corpus, first_line
+from data.loader import Loader, StepBatches, Window
+from data.sources.corpora import Part, find_corpus, first_line
 from data.sources.reading import RowPosition
-from data.sources.rows import Policy, Row, rows
+from data.sources.rows import Row, rows
 from data.stages import Stage
 from data.tokenizer import Tokenizer, ready_tokenizer
 
@@ -52,18 +52,11 @@ class StreamPosition(NamedTuple):
 class StreamShard:
     """One endless token sequence: begin-of-text, text and end-of-text of each document."""
 
-    def __init__(
-        self,
-        part: Part,
-        source: SourceConfig,
-        policy: Policy,
-        corpus: Corpus,
-        tokenizer: Tokenizer,
-        position: StreamPosition,
-    ) -> None:
-        self._rows = partial(rows, part, source, policy, corpus.dataset)
+    def __init__(self, dataset: "StreamDataset", part: Part, position: StreamPosition) -> None:
+        source = dataset.source
+        self._rows = partial(rows, part, source, dataset.policy, dataset.corpus.dataset)
         self._name = f"data.sources.{part.source}.path={source.path}, stream shard {part.number}"
-        self._tokenizer = tokenizer
+        self._tokenizer = dataset.tokenizer()
         self._n_used = position.n_used
         self._documents = self._read_documents(position)
         # Documents from the start of the next window on, with their positions.
@@ -107,10 +100,8 @@ class StreamShard:
             for before, row in self._rows_with_retries(start):
                 if row.text:
                     empty = False
-                    yield (
-                        StreamPosition(epoch, before.file_range, before.row),
-                        self._tokenizer.encode_document(row.text),
-                    )
+                    start_of_document = StreamPosition(epoch, before.file_range, before.row)
+                    yield start_of_document, self._tokenizer.encode_document(row.text)
             if complete and empty:
                 raise DataError(
                     f"{self._name} has no text; check its filter and text_column, or use fewer "
@@ -141,25 +132,14 @@ class StreamShard:
 
 
 class StreamDataset:
-    """A streamed dataset divided over `n_stream_shards`, without validation data."""
+    """A streamed dataset divided over `n_stream_shards`, without validation data.
 
-    def __init__(self, data: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    Raises:
+        DataError: The dataset does not exist, or the tokenizer needs training.
+    """
+
+    def __init__(self, data: DataConfig, config: TokenizerConfig) -> None:
         assert data.stream_shards is not None
-        ((self.name, source),) = data.sources.items()
-        self.source = replace(source, streaming=True)
-        self.n_stream_shards = data.stream_shards
-        self.document_mask = data.document_mask
-        self._policy = data.invalid_text
-        self._corpus = corpus
-        self._tokenizer = tokenizer
-
-    @classmethod
-    def open(cls, data: DataConfig, config: TokenizerConfig) -> "StreamDataset":
-        """Find the dataset without reading any row.
-
-        Raises:
-            DataError: The dataset does not exist, or the tokenizer needs training.
-        """
         tokenizer = ready_tokenizer(config)
         if tokenizer is None:
             raise DataError(
@@ -167,21 +147,25 @@ class StreamDataset:
                 f"data.stream_shards={data.stream_shards} does not do; set tokenizer.path to a "
                 "tokenizer.model"
             )
-        ((name, source),) = data.sources.items()
-        return cls(data, find_corpus(name, replace(source, streaming=True)), tokenizer)
+        ((self.name, source),) = data.sources.items()
+        self.source = replace(source, streaming=True)
+        self.n_stream_shards = data.stream_shards
+        self.document_mask, self.policy = data.document_mask, data.invalid_text
+        self.corpus = find_corpus(self.name, self.source)  # reads no row
+        self._tokenizer = tokenizer
 
     @property
     def n_files(self) -> int:
         """Number of files of the dataset, the smallest unit of a stream shard."""
-        return len(self._corpus.parts)
+        return len(self.corpus.parts)
 
     @property
     def hash(self) -> str:
         """SHA-256 over everything that determines the tokens of each stream shard."""
         source = self.source
         content = (
-            *(self._corpus.revision, source.path, source.name, source.split, source.revision),
-            *(source.text_column, source.filter, self._policy, self.n_stream_shards),
+            *(self.corpus.revision, source.path, source.name, source.split, source.revision),
+            *(source.text_column, source.filter, self.policy, self.n_stream_shards),
             self._tokenizer.hash,
         )
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -197,14 +181,10 @@ class StreamDataset:
         """
         if self.n_stream_shards <= self.n_files:
             return
-        possible = [
-            n for n in range(1, self.n_files + 1) if global_batch_size % n == 0 and n % size == 0
-        ]
-        remedy = (
-            f"use {possible[-1]}, the largest possible number"
-            if possible
-            else f"use fewer than {size} data ranks, or prepare the data (data.stream_shards=null)"
-        )
+        remedy = f"use fewer than {size} data ranks, or prepare the data (data.stream_shards=null)"
+        for n in range(1, self.n_files + 1):
+            if global_batch_size % n == 0 and n % size == 0:
+                remedy = f"use {n}, the largest possible number"
         raise DataError(
             f"data.stream_shards={self.n_stream_shards} is more than the {self.n_files} files of "
             f"data.sources.{self.name}.path={self.source.path}; {remedy}"
@@ -218,63 +198,39 @@ class StreamDataset:
         """Return a stream shard, a run of consecutive files, starting at `position`."""
         n_files, remainder = divmod(self.n_files, self.n_stream_shards)
         first = n_files * index + min(index, remainder)
-        parts = self._corpus.parts[first : first + n_files + (index < remainder)]
+        parts = self.corpus.parts[first : first + n_files + (index < remainder)]
         part = Part(self.name, index, tuple(r for part in parts for r in part.ranges))
-        return StreamShard(part, self.source, self._policy, self._corpus, self._tokenizer, position)
+        return StreamShard(self, part, position)
 
 
-class StreamLoader:
+@dataclass
+class StreamLoader(Loader):
     """Training batches of one data rank, read from its stream shards.
 
-    Row i of a global batch belongs to stream shard i // (global_batch_size / n_stream_shards), and
-    rank r of `size` computes the r-th contiguous part of the rows; so each rank owns a contiguous
-    range of stream shards.
+    Row i of a global batch belongs to stream shard i // (global_batch_size / n_stream_shards), so
+    each rank owns a contiguous range of stream shards.
 
     Args:
         stage: The only stage of the run.
         positions: Position of each stream shard, by its index as a string; others start at their
             first document.
         threads: Stream shards read concurrently.
-        prefetch: Steps read ahead.
     """
 
-    def __init__(
-        self,
-        dataset: StreamDataset,
-        stage: Stage,
-        *,
-        rank: int,
-        size: int,
-        positions: Mapping[str, Sequence[int]] | None = None,
-        pin_memory: bool = False,
-        threads: int = 1,
-        prefetch: int = 2,
-    ) -> None:
-        n_shards = dataset.n_stream_shards
-        rows_per_rank, remainder = divmod(stage.global_batch_size, size)
-        self.micro_batch_size = stage.micro_batch_size or rows_per_rank
-        if (
-            remainder
-            or rows_per_rank % self.micro_batch_size
-            or n_shards % size
-            or stage.global_batch_size % n_shards
-        ):
+    dataset: StreamDataset
+    stage: Stage
+    _: KW_ONLY
+    positions: Mapping[str, Sequence[int]] | None = None
+
+    def __post_init__(self) -> None:
+        self.n_rows = self.rows_per_rank(self.stage)
+        n_shards = self.dataset.n_stream_shards
+        self.rows_per_shard, remainder = divmod(self.stage.global_batch_size, n_shards)
+        if remainder or n_shards % self.size:
             raise ValueError(
-                f"train.global_batch_size={stage.global_batch_size} cannot be divided evenly over "
-                f"data.stream_shards={n_shards} and {size} data ranks with micro-batches of "
-                f"{self.micro_batch_size}"
+                f"train.global_batch_size={self.stage.global_batch_size} cannot be divided evenly "
+                f"over data.stream_shards={n_shards} and {self.size} data ranks"
             )
-        self.dataset = dataset
-        self.seq_len, self.global_batch_size = stage.seq_len, stage.global_batch_size
-        self.rows_per_shard = stage.global_batch_size // n_shards
-        self.first_row = rank * rows_per_rank
-        shards_per_rank = n_shards // size
-        self.shard_indices = range(rank * shards_per_rank, (rank + 1) * shards_per_rank)
-        self.positions = {
-            int(index): StreamPosition(*position) for index, position in (positions or {}).items()
-        }
-        self.pin_memory = pin_memory
-        self.threads, self.prefetch = threads, prefetch
 
     def steps(
         self, first_batch: int, skips: Sequence[tuple[int, int]] = ()
@@ -282,37 +238,30 @@ class StreamLoader:
         """Yield the batches from `first_batch` (at `positions`) without end, prefetched.
 
         Batches in `skips` are read, because the stream shards must advance, but not returned.
-        Closing the iterator stops its threads. An exception in a thread is raised when its step is
-        due.
         """
-        shards = [
-            self.dataset.stream_shard(index, self.positions.get(index, StreamPosition()))
-            for index in self.shard_indices
-        ]
+        positions = {int(i): StreamPosition(*p) for i, p in (self.positions or {}).items()}
+        n_shards = self.dataset.n_stream_shards // self.size
+        shards = {
+            index: self.dataset.stream_shard(index, positions.get(index, StreamPosition()))
+            for index in range(self.rank * n_shards, (self.rank + 1) * n_shards)
+        }
         next_batch = first_batch
 
         def read_rows(shard: StreamShard) -> list[Window]:
-            return [shard.window(self.seq_len) for _ in range(self.rows_per_shard)]
+            return [shard.window(self.stage.seq_len) for _ in range(self.rows_per_shard)]
 
         def read_step(number: int) -> StepBatches:
             nonlocal next_batch
             while next_batch <= number:
-                windows = [window for part in readers.map(read_rows, shards) for window in part]
+                parts = list(readers.map(read_rows, shards.values()))
                 next_batch += 1
-            batches = make_step_batches(
-                windows,
-                number,
-                number * self.global_batch_size + self.first_row,
-                self.micro_batch_size,
-                self.dataset.document_mask,
-                self.pin_memory,
-            )
-            positions = {
-                str(index): list(shard.position)
-                for index, shard in zip(self.shard_indices, shards, strict=True)
-            }
-            return batches._replace(stream_positions=positions)
+            windows = [window for part in parts for window in part]
+            first_sample = number * self.stage.global_batch_size + self.rank * self.n_rows
+            mask = self.dataset.document_mask
+            batches = self.make_step(windows, number, first_sample, self.stage, mask)
+            ends = {str(index): list(shard.position) for index, shard in shards.items()}
+            return batches._replace(stream_positions=ends)
 
         with ThreadPoolExecutor(self.threads, thread_name_prefix="llamesh-stream") as readers:
             # One loader thread, because stream shards are read sequentially.
-            yield from prefetch_steps(read_step, 1, self.prefetch, first_batch, skips)
+            yield from self.read_ahead(read_step, 1, first_batch, skips)

@@ -24,7 +24,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "model": ("torch",),
     "data": (
         *("torch", "numpy", "datasets", "pyarrow", "fsspec", "zstandard", "isal", "xxhash"),
-        *("tiktoken", "tokenizers", "llama_models", "filelock", "rich"),
+        *("tiktoken", "tokenizers", "llama_models", "filelock", "rich", "pydantic"),
     ),
     "parallel": ("torch", "torchao", "lightning.fabric"),
     "resilience": ("torch", "lightning.fabric", "filelock", "yaml"),

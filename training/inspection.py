@@ -10,7 +10,7 @@ from typing import Any
 
 from data.dataset import Dataset
 from data.errors import DataError
-from data.inspection import print_sample, show_dataset, stdout_console
+from data.inspection import show_dataset, show_sample, stdout_console
 from data.manifest import MANIFEST_FILE
 from resilience.run_folder import RunFolder, RunFolderError
 from training.config import JobConfig
@@ -43,7 +43,7 @@ def inspect_run(run: RunFolder, sample: int, load: Callable[[dict[str, Any]], Jo
         )
     console = stdout_console()
     show_dataset(console, folder, dataset.manifest)
-    print_sample(
+    show_sample(
         console,
         dataset,
         data,

@@ -85,7 +85,7 @@ def needs_preparation(config: JobConfig) -> bool:
 def _open_stream(config: JobConfig) -> "StreamDataset":
     from data.stream import StreamDataset
 
-    dataset = StreamDataset.open(config.data, config.tokenizer)
+    dataset = StreamDataset(config.data, config.tokenizer)
     processes, _ = plan_processes(config.parallel)
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
     dataset.check(config.train.global_batch_size, mesh.dp)

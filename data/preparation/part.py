@@ -6,39 +6,28 @@ preparation resumes from the record and produces the same bytes as an uninterrup
 """
 
 import hashlib
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from ctypes import Structure, c_int64
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from data.config import DataConfig
 from data.files import write_atomically
-from data.manifest import SPLITS, Shard
+from data.manifest import OUTCOMES, SPLITS, Shard
+from data.progress import ProgressCounts
 from data.shards import ShardWriter
 from data.sources.corpora import Part
 from data.sources.reading import RowPosition
 from data.sources.rows import rows
-from data.tokenizer import MODEL_FILE, Tokenizer, read_tokenizer
-
-OUTCOMES = ("read", "empty", "filtered", "skipped", "replaced")
+from data.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class PartSettings:
-    """Settings shared by all parts of a preparation; sent to each worker once.
+class PartCounts(Structure):
+    """Processed input of one part, in an array shared by workers and main process."""
 
-    Attributes:
-        datasets: Objects of the `datasets` library, for the sources that use it.
-    """
-
-    data: DataConfig
-    datasets: dict[str, Any]
-    tokenizer_name: str
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.data.folder)
+    _fields_ = tuple((name, c_int64) for name in ProgressCounts._fields)
 
 
 @dataclass
@@ -63,38 +52,31 @@ class PartRecord:
         return not (self.documents["skipped"] or self.documents["replaced"])
 
     @property
-    def n_documents(self) -> int:
-        """Documents in closed shards."""
-        return sum(shard.n_documents for shards in self.shards.values() for shard in shards)
+    def all_shards(self) -> list[Shard]:
+        """Closed shards of both splits."""
+        return [shard for shards in self.shards.values() for shard in shards]
 
     @property
-    def n_tokens(self) -> int:
-        """Tokens in closed shards."""
-        return sum(shard.n_tokens for shards in self.shards.values() for shard in shards)
-
-    def file_sizes(self) -> dict[str, int]:
-        """Return the size in bytes of each shard file."""
-        shards = [shard for split in SPLITS for shard in self.shards[split]]
-        entries = [entry for shard in shards for entry in (shard.tokens, shard.offsets)]
-        return {entry.file: entry.n_bytes for entry in entries}
+    def counts(self) -> tuple[int, int, int]:
+        """Input bytes, documents and tokens in closed shards."""
+        shards = self.all_shards
+        n_documents = sum(shard.n_documents for shard in shards)
+        return self.n_bytes, n_documents, sum(shard.n_tokens for shard in shards)
 
     def write(self, path: Path) -> None:
         """Write the record; the files it lists must be on disk already."""
-        write_atomically(path, json.dumps(asdict(self)).encode())
+        write_atomically(path, _RECORD.dump_json(self))
 
     @classmethod
     def read(cls, path: Path) -> "PartRecord":
         """Read a record; return an empty one if the file is missing or unreadable."""
         try:
-            values = json.loads(path.read_bytes())
-            values["position"] = RowPosition(*values["position"])
-            values["shards"] = {
-                split: [Shard.from_json(shard) for shard in values["shards"][split]]
-                for split in SPLITS
-            }
-            return cls(**values)
-        except (OSError, ValueError, KeyError, TypeError):
+            return _RECORD.validate_json(path.read_bytes())
+        except (OSError, ValueError):
             return cls()
+
+
+_RECORD = TypeAdapter(PartRecord)
 
 
 def record_path(folder: Path, part: Part) -> Path:
@@ -103,30 +85,27 @@ def record_path(folder: Path, part: Part) -> Path:
 
 
 def prepare_part(
-    settings: PartSettings,
-    tokenizer: Tokenizer,
-    part: Part,
-    update: Callable[[int, int, int], None],
+    data: DataConfig, tokenizer: Tokenizer, datasets: dict[str, Any], part: Part, counts: Any
 ) -> None:
     """Write the missing shards of a part, then mark its record as done.
 
     Args:
-        update: Called after each row with this part's processed input bytes, documents and tokens.
+        datasets: Objects of the `datasets` library, for the sources that use it.
+        counts: `PartCounts` of this part, which are updated after each row.
 
     Raises:
         DataError: The input cannot be read or is invalid.
         OSError: The shards cannot be written.
     """
-    data = settings.data
-    path = record_path(settings.folder, part)
+    folder = Path(data.folder)
+    path = record_path(folder, part)
     record = PartRecord.read(path)
-    n_documents, n_tokens = record.n_documents, record.n_tokens
-    source, dataset = data.sources[part.source], settings.datasets.get(part.source)
-    writers = _open_writers(settings, part, record)
+    source, dataset = data.sources[part.source], datasets[part.source]
+    writers = _open_writers(folder, part, record)
     try:
         for row in rows(part, source, data.invalid_text, dataset, record.position):
             record.position = row.after
-            record.n_bytes += row.n_bytes
+            counts.n_bytes = record.n_bytes = record.n_bytes + row.n_bytes
             record.documents["read"] += 1
             if row.outcome != "text":
                 record.documents[row.outcome] += 1
@@ -134,18 +113,16 @@ def prepare_part(
                 tokens = tokenizer.encode_document(row.text)
                 validation = is_validation(row.content, data.validation_fraction)
                 writers["validation" if validation else "train"].add(tokens)
-                n_documents += 1
-                n_tokens += len(tokens)
-            update(record.n_bytes, n_documents, n_tokens)
+                counts.n_documents += 1
+                counts.n_tokens += len(tokens)
             if sum(writer.n_tokens for writer in writers.values()) >= data.shard_tokens:
                 _close_writers(writers, record)
                 record.write(path)
-                writers = _open_writers(settings, part, record)
+                writers = _open_writers(folder, part, record)
         _close_writers(writers, record)
         record.done = True
-        record.n_bytes = part.n_bytes
+        counts.n_bytes = record.n_bytes = part.n_bytes
         record.write(path)
-        update(record.n_bytes, n_documents, n_tokens)
     finally:
         for writer in writers.values():
             writer.abort()
@@ -164,19 +141,13 @@ def is_validation(text: str | bytes, fraction: float) -> bool:
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
-def load_tokenizer_of(settings: PartSettings) -> Tokenizer:
-    """Load the tokenizer from the dataset folder."""
-    return read_tokenizer(settings.folder / MODEL_FILE, settings.tokenizer_name)
-
-
-def _open_writers(settings: PartSettings, part: Part, record: PartRecord) -> dict[str, ShardWriter]:
+def _open_writers(folder: Path, part: Part, record: PartRecord) -> dict[str, ShardWriter]:
     number = f"{part.number:05d}-{record.n_closed:03d}"
-    return {s: ShardWriter(settings.folder, f"{part.source}/{s}-{number}") for s in SPLITS}
+    return {split: ShardWriter(folder, f"{part.source}/{split}-{number}") for split in SPLITS}
 
 
 def _close_writers(writers: dict[str, ShardWriter], record: PartRecord) -> None:
     for split, writer in writers.items():
-        shard = writer.close()
-        if shard is not None:
+        if shard := writer.close():
             record.shards[split].append(shard)
     record.n_closed += 1

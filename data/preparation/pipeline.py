@@ -8,23 +8,24 @@ others call `wait_until_prepared`.
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
+from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any, TextIO
 
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
-from data.files import is_locked, write_atomically
-from data.manifest import MANIFEST_FILE, SPLITS, Manifest, SourceEntry, TokenizerEntry
+from data.files import wait_for_writer, write_atomically
+from data.manifest import MANIFEST_FILE, OUTCOMES, SPLITS, Manifest, SourceEntry, TokenizerEntry
 from data.preparation import state
-from data.preparation.part import OUTCOMES, PartRecord, PartSettings, record_path
-from data.preparation.pool import N_COUNTERS, prepare_parts, shared_counters
+from data.preparation.part import PartCounts, PartRecord, prepare_part, record_path
+from data.preparation.pool import prepare_parts
 from data.progress import ProgressCounts, ProgressReporter
-from data.sources.corpora import find_corpus
+from data.sources.corpora import Corpus, Part, find_corpus
 from data.sources.rows import rows
 from data.tokenizer import (
     MODEL_FILE,
@@ -87,42 +88,26 @@ def dataset_configuration(data: DataConfig, tokenizer: TokenizerConfig) -> dict[
     sources = {name: asdict(source) for name, source in data.sources.items()}
     for source in sources.values():
         del source["weight"]
-    values = {
-        "data.sources": sources,
-        "data.validation_fraction": data.validation_fraction,
-        "data.shard_tokens": data.shard_tokens,
-        "data.invalid_text": data.invalid_text,
-        "tokenizer": asdict(tokenizer),
-    }
-    return json.loads(json.dumps(values))
+    keys = ("validation_fraction", "shard_tokens", "invalid_text")
+    values = {"data.sources": sources, **{f"data.{key}": getattr(data, key) for key in keys}}
+    return json.loads(json.dumps({**values, "tokenizer": asdict(tokenizer)}))
 
 
-def wait_until_prepared(
-    folder: Path | str, poll_seconds: float = 0.5, idle_seconds: float = 60
-) -> Manifest:
+def wait_until_prepared(folder: Path | str) -> Manifest:
     """Wait, without time limit, until another process has prepared the folder.
 
     Raises:
-        DataError: The folder is damaged, or no process prepared it for `idle_seconds`.
+        DataError: The folder is damaged, or no process works on it.
     """
     folder = Path(folder)
-    last_active = time.monotonic()
-    while not (folder / MANIFEST_FILE).exists():
-        if is_locked(folder / state.MARKER_FILE):
-            last_active = time.monotonic()
-        elif time.monotonic() - last_active > idle_seconds:
-            raise DataError(
-                f"data.folder={folder} is not prepared, and no process has worked on it for "
-                f"{idle_seconds:.0f} s; see the first process's output, or run prepare.py first"
-            )
-        time.sleep(poll_seconds)
+    is_ready, marker = (folder / MANIFEST_FILE).exists, folder / state.MARKER_FILE
+    wait_for_writer(is_ready, marker, f"data.folder={folder} is not prepared", "prepare.py")
     return Manifest.read(folder)
 
 
+@dataclass
 class _Preparation:
     """One preparation of a folder whose lock this process holds.
-
-    Finds the sources on construction, which downloads hub datasets.
 
     Args:
         wanted: `dataset_configuration(…)`
@@ -130,41 +115,39 @@ class _Preparation:
         created: Folders that exist only because of this preparation, deepest first.
     """
 
-    def __init__(
-        self,
-        data: DataConfig,
-        tokenizer: TokenizerConfig,
-        wanted: dict[str, Any],
-        marker: TextIO,
-        created: list[Path],
-        reporter: ProgressReporter,
-    ) -> None:
-        self.data, self.tokenizer, self.wanted = data, tokenizer, wanted
-        self.folder, self.marker, self.created = Path(data.folder), marker, created
-        self.reporter = reporter
-        try:
-            self.corpora = {name: find_corpus(name, s) for name, s in data.sources.items()}
-            self._check_first_documents()
-            self.ready = ready_tokenizer(tokenizer)  # None: to be trained
-        except BaseException:
-            if not state.read_marker(marker):  # otherwise keep the parts of an earlier preparation
-                with suppress(OSError):  # report the original error
-                    state.remove_all(self.folder, created)
-            raise
-        self.parts = [part for corpus in self.corpora.values() for part in corpus.parts]
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    wanted: dict[str, Any]
+    marker: TextIO
+    created: list[Path]
+    reporter: ProgressReporter
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.data.folder)
+        self.corpora: dict[str, Corpus] = {}
 
     def run(self, check: Callable[[Manifest], None] | None) -> Manifest:
         """Prepare everything up to and including the manifest."""
-        folder = self.folder
+        folder, parts = self.folder, list[Part]()
         try:
-            state.resume(folder, self.corpora, self.ready, self.marker, self.wanted, self.reporter)
-            tokenizer = self._make_tokenizer()
-            self._write_parts(tokenizer)
+            for name, source in self.data.sources.items():  # downloads hub datasets
+                self.corpora[name] = find_corpus(name, source)
+                if next(self._texts(name), None) is None:
+                    raise DataError(
+                        f"data.sources.{name}.path={source.path} contains no document; use a path "
+                        "that contains text"
+                    )
+            ready = ready_tokenizer(self.tokenizer)  # None: to be trained
+            parts = [part for corpus in self.corpora.values() for part in corpus.parts]
+            state.resume(folder, self.corpora, ready, self.marker, self.wanted, self.reporter)
+            tokenizer = self._make_tokenizer(ready)
+            self._write_parts(tokenizer, parts)
         except BaseException as error:
             kept = []
             with suppress(OSError):  # report the original error
-                kept = state.keep_complete(folder, self.parts)
-                if not kept:
+                kept = state.keep_complete(folder, parts) if parts else []
+                # Before the parts are known, keep those of an earlier preparation.
+                if not kept and (parts or not state.read_marker(self.marker)):
                     state.remove_all(folder, self.created)
             if kept and isinstance(error, DataError):
                 raise DataError(
@@ -181,14 +164,6 @@ class _Preparation:
         manifest.write(folder)
         return manifest
 
-    def _check_first_documents(self) -> None:
-        for name, source in self.data.sources.items():
-            if next(self._texts(name), None) is None:
-                raise DataError(
-                    f"data.sources.{name}.path={source.path} contains no document; use a path that "
-                    "contains text"
-                )
-
     def _texts(self, name: str) -> Iterator[str]:
         """Yield the text of each row of a source; empty for rows without text."""
         corpus = self.corpora[name]
@@ -196,12 +171,12 @@ class _Preparation:
             for row in rows(part, self.data.sources[name], self.data.invalid_text, corpus.dataset):
                 yield row.text
 
-    def _make_tokenizer(self) -> Tokenizer:
+    def _make_tokenizer(self, ready: Tokenizer | None) -> Tokenizer:
         """Load or train the tokenizer and write it to the folder."""
         path = self.folder / MODEL_FILE
-        if self.ready is None and path.exists():  # trained before an interruption
+        if ready is None and path.exists():  # trained before an interruption
             return read_tokenizer(path, self.tokenizer.name)
-        tokenizer = self.ready or self._train_tokenizer()
+        tokenizer = ready or self._train_tokenizer()
         write_atomically(path, model_file(tokenizer.ranks))
         return tokenizer
 
@@ -228,28 +203,28 @@ class _Preparation:
         self.reporter.log(f"Trained a tokenizer with {trained.vocab_size:,} tokens")
         return trained
 
-    def _write_parts(self, tokenizer: Tokenizer) -> None:
+    def _write_parts(self, tokenizer: Tokenizer, parts: list[Part]) -> None:
         """Tokenize all parts that are not done."""
-        data, folder, parts = self.data, self.folder, self.parts
-        datasets = {name: corpus.dataset for name, corpus in self.corpora.items()}
-        settings = PartSettings(data, datasets, tokenizer.name)
-        counters = shared_counters(len(parts))
+        counters: Any = RawArray(PartCounts, len(parts))
         remaining = []
         for index, part in enumerate(parts):
-            (folder / part.source).mkdir(exist_ok=True)
-            record = PartRecord.read(record_path(folder, part))
-            part_counters = slice(index * N_COUNTERS, (index + 1) * N_COUNTERS)
-            counters[part_counters] = [record.n_bytes, record.n_documents, record.n_tokens]
+            path = record_path(self.folder, part)
+            path.parent.mkdir(exist_ok=True)
+            record = PartRecord.read(path)
+            counters[index] = record.counts
             if not record.done:
                 remaining.append((index, part))
 
         def read_counts() -> ProgressCounts:
-            return ProgressCounts(*(sum(counters[i::N_COUNTERS]) for i in range(N_COUNTERS)))
+            names = ProgressCounts._fields
+            return ProgressCounts(*(sum(getattr(c, name) for c in counters) for name in names))
 
+        datasets = {name: corpus.dataset for name, corpus in self.corpora.items()}
+        prepare = partial(prepare_part, self.data, tokenizer, datasets)
         n_bytes = sum(part.n_bytes for part in parts) if all(p.n_bytes for p in parts) else None
-        n_workers = data.workers or _n_cores()
-        with self.reporter.watch(f"preparing {data.name}", read_counts, n_bytes):
-            prepare_parts(settings, tokenizer, remaining, n_workers, counters, self.marker.fileno())
+        n_workers = self.data.workers or _n_cores()
+        with self.reporter.watch(f"preparing {self.data.name}", read_counts, n_bytes):
+            prepare_parts(prepare, remaining, n_workers, counters, self.marker.fileno())
 
     def _make_manifest(self, tokenizer: Tokenizer) -> Manifest:
         sources = {}
@@ -258,30 +233,27 @@ class _Preparation:
             counts = {o: sum(record.documents[o] for record in records) for o in OUTCOMES}
             shards = {s: [shard for r in records for shard in r.shards[s]] for s in SPLITS}
             sources[name] = SourceEntry(corpus.revision, counts, shards)
-            n_tokens = {s: sum(shard.n_tokens for shard in shards[s]) for s in SPLITS}
-            documents = ", ".join(f"{n:,} {outcome}" for outcome, n in counts.items() if n)
+        ids = tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id
+        manifest = Manifest(
+            TokenizerEntry(tokenizer.name, tokenizer.hash, *ids), self.wanted, sources
+        )
+        for name, entry in sources.items():
+            documents = ", ".join(f"{n:,} {outcome}" for outcome, n in entry.documents.items() if n)
+            n_train, n_validation = (manifest.n_tokens(split, name) for split in SPLITS)
             self.reporter.log(
-                f"{name}: {n_tokens['train']:,} training and {n_tokens['validation']:,} validation "
-                f"tokens; documents: {documents}"
+                f"{name}: {n_train:,} training and {n_validation:,} validation tokens; "
+                f"documents: {documents}"
             )
-            if n_tokens["train"] == 0:
+            if n_train == 0:
                 raise DataError(
                     f"data.sources.{name} has no training token (documents: {documents}); add "
                     f"text, check data.sources.{name}.text_column and filter, or lower "
                     f"data.validation_fraction={self.data.validation_fraction}"
                 )
-        entry = TokenizerEntry(
-            tokenizer.name,
-            tokenizer.hash,
-            tokenizer.vocab_size,
-            tokenizer.bos_id,
-            tokenizer.eos_id,
-        )
-        return Manifest(entry, self.wanted, sources)
+        return manifest
 
 
 def _n_cores() -> int:
     """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1

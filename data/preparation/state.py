@@ -82,10 +82,12 @@ def read_prepared(folder: Path, wanted: dict[str, Any]) -> Manifest:
     """
     manifest = Manifest.read(folder)
     old, new = _flatten(manifest.configuration), _flatten(wanted)
+    absent = dict.fromkeys(old | new, "absent")
+    old, new = absent | old, absent | new
     differences = [
-        f"  {key}: {old.get(key, 'absent')} in the folder, {new.get(key, 'absent')} requested"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, "absent") != new.get(key, "absent")
+        f"  {key}: {old[key]} in the folder, {new[key]} requested"
+        for key in sorted(absent)
+        if old[key] != new[key]
     ]
     if differences:
         raise DataError(
@@ -97,12 +99,10 @@ def read_prepared(folder: Path, wanted: dict[str, Any]) -> Manifest:
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
+        nested = isinstance(value, dict)
+        flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
 
 
@@ -141,8 +141,10 @@ def resume(
         "tokenizer": ready.hash if ready is not None else None,
     }
     old = read_marker(marker)
-    changed = [name for name in new if _without_policy(old.get(name)) != _without_policy(new[name])]
     policies = [values.get("configuration", {}).get("data.invalid_text") for values in (old, new)]
+    configuration = {**old.get("configuration", {}), "data.invalid_text": policies[1]}
+    comparable = {**old, "configuration": configuration}
+    changed = [key for key in new if comparable.get(key) != new[key]]
     if ready is None and policies[0] not in ("strict", policies[1]):
         changed.append("data.invalid_text")  # the tokenizer was trained on text repaired that way
     if changed:
@@ -151,7 +153,7 @@ def resume(
         remove_files(folder)
         (folder / MODEL_FILE).unlink(missing_ok=True)
     elif policies[0] != policies[1]:
-        for path in [record_path(folder, part) for part in parts]:
+        for path in (record_path(folder, part) for part in parts):
             if not PartRecord.read(path).is_clean:
                 path.unlink()
     kept = keep_complete(folder, parts)
@@ -177,25 +179,16 @@ def _input_hash(corpus: Corpus) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _without_policy(values: Any) -> Any:
-    if not isinstance(values, dict):
-        return values
-    return {name: value for name, value in values.items() if name != "data.invalid_text"}
-
-
 def keep_complete(folder: Path, parts: Sequence[Part]) -> list[PartRecord]:
     """Return the records whose shard files are complete; delete all other own files."""
     kept, files = [], set()
     for part in parts:
         path = record_path(folder, part)
         record = PartRecord.read(path)
-        sizes = record.file_sizes()
-        with suppress(FileNotFoundError):
-            if record.n_closed and all(
-                (folder / file).stat().st_size == size for file, size in sizes.items()
-            ):
-                kept.append(record)
-                files |= {path.relative_to(folder).as_posix(), *sizes}
+        entries = [entry for shard in record.all_shards for entry in shard.files]
+        if record.n_closed and not any(entry.size_error(folder) for entry in entries):
+            kept.append(record)
+            files |= {path.relative_to(folder).as_posix(), *(entry.file for entry in entries)}
     remove_files(folder, files)
     return kept
 

@@ -12,6 +12,7 @@ import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,7 @@ SUFFIXES = {
     "parquet": (".parquet",),
     "arrow": (".arrow",),
 }
-EXCLUDED_FROM_STDLIB = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-}
+STDLIB_EXCLUDES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 MIB = 2**20
 # About 64 parts per source serve many workers; the largest part fills one shard of tokens.
 N_PARTS, MIN_PART_BYTES, MAX_PART_BYTES = 64, MIB, 256 * MIB
@@ -97,12 +91,12 @@ def find_corpus(name: str, source: SourceConfig) -> Corpus:
         files = source_files(source, key)
         sizes = [file.stat().st_size for file in files]
         part_bytes = _part_bytes(sum(sizes))
-        ranges = (
-            file_range
+        divided = (
+            _divide_file(file, size, part_bytes, source.format, key)
             for file, size in zip(files, sizes, strict=True)
-            for file_range in _divide_file(file, size, part_bytes, source.format, key)
         )
-        return Corpus(_revision(files, sizes), tuple(_group(name, ranges, part_bytes)))
+        parts = tuple(_group(name, chain.from_iterable(divided), part_bytes))
+        return Corpus(_revision(files, sizes), parts)
     except OSError as error:
         raise DataError(f"{key}.path={source.path}: cannot read ({error})") from error
 
@@ -115,35 +109,25 @@ def source_files(source: SourceConfig, key: str = "data.sources.<name>") -> list
     """
     if source.format == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        return sorted(
-            file
-            for file in root.rglob("*.py")
-            if not EXCLUDED_FROM_STDLIB.intersection(file.relative_to(root).parts)
-        )
+        files = sorted(root.rglob("*.py"))
+        return [f for f in files if STDLIB_EXCLUDES.isdisjoint(f.relative_to(root).parts)]
     assert source.path is not None
     path = Path(source.path).expanduser()
     suffixes = SUFFIXES[source.format]
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = [
-            file
-            for file in path.rglob("*")
-            if file.is_file()
-            and file.name.endswith(suffixes)
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        ]
+        files = [file for file in path.rglob("*") if file.name.endswith(suffixes)]
+        files = [f for f in files if "/." not in f"/{f.relative_to(path).as_posix()}"]
         reason = f"is a folder without {' or '.join(suffixes).strip() or 'visible'} files"
     else:
         files = [Path(name) for name in glob.glob(str(path), recursive=True)]
-        files = [file for file in files if file.is_file()]
         reason = "matches no file or folder"
+    files = sorted(file for file in files if file.is_file())
     if not files:
-        raise DataError(
-            f"{key}.path={source.path} {reason} (working directory {Path.cwd()}); use an existing "
-            "path"
-        )
-    return sorted(files)
+        where = f"(working directory {Path.cwd()}); use an existing path"
+        raise DataError(f"{key}.path={source.path} {reason} {where}")
+    return files
 
 
 def open_arrow(path: str) -> Any:
@@ -287,8 +271,8 @@ def _hub_corpus(name: str, source: SourceConfig, key: str) -> Corpus:
 
 def _hub_revision(builder: Any) -> str:
     """Return a dataset's commit, or `_revision` of local files (the library has no usable hash)."""
-    names = [name for files in (builder.config.data_files or {}).values() for name in files]
-    files = [Path(name) for name in names]
+    groups = (builder.config.data_files or {}).values()
+    files = [Path(name) for names in groups for name in names]
     if files and all(file.is_file() for file in files):
         return _revision(files, [file.stat().st_size for file in files])
     return str(builder.hash)

@@ -18,8 +18,8 @@ from data.sources.corpora import COMPRESSED, MIB, FileRange, open_arrow
 
 BATCH_ROWS = 128  # table rows converted to Python objects at a time
 
-Tables = Iterator[tuple[Any, Sequence[str]]]
-"""Arrow tables or record batches, each with the column names of its file."""
+Tables = Iterator[tuple[Any, Sequence[str], int]]
+"""Arrow tables or record batches, column names of the file, and bytes per row (0: unknown)."""
 
 
 class RowPosition(NamedTuple):
@@ -43,7 +43,7 @@ class RawRow(NamedTuple):
         row: Rows of the range up to and including this one.
         offset: Bytes of the range up to and including this row, for uncompressed JSON lines.
         error: Reason why the complete row is invalid, or an empty string.
-        columns: Column names of the file.
+        columns: Column names of the file; JSON objects have their own.
     """
 
     values: Mapping[str, Any]
@@ -52,6 +52,11 @@ class RawRow(NamedTuple):
     offset: int = 0
     error: str = ""
     columns: Sequence[str] = ()
+
+    @property
+    def choices(self) -> str:
+        """The column names, for messages."""
+        return ", ".join(map(str, self.columns or self.values))
 
 
 def read_rows(
@@ -62,13 +67,14 @@ def read_rows(
         return _json_rows(file_range, source.text_column, start)
     if source.format in ("stdlib", "text"):
         return _text_rows(file_range, source.text_column, start)
-    tables, n_rows = {
-        "parquet": _parquet_tables,
-        "arrow": _arrow_tables,
-        "huggingface": _hub_tables,
-    }[source.format](file_range, source, dataset, start.row)
-    bytes_per_row = file_range.n_bytes // n_rows if n_rows else 0
-    return _table_rows(tables, source, start.row, bytes_per_row)
+    columns = {source.text_column, *(column for column, _, _ in source.filter or [])}
+    if source.format == "huggingface":
+        tables = _hub_tables(file_range, dataset, source.streaming, start.row)
+    elif source.format == "parquet":
+        tables = _parquet_tables(file_range, columns, start.row)
+    else:
+        tables = _arrow_tables(file_range, start.row)
+    return _table_rows(tables, columns, start.row)
 
 
 @contextmanager
@@ -129,80 +135,63 @@ def _parse_line(line: bytes, column: str) -> tuple[Mapping[str, Any], str]:
     return values, message
 
 
-def _parquet_tables(
-    file_range: FileRange, source: SourceConfig, dataset: Any, skip: int
-) -> tuple[Tables, int]:
-    """Return batches of the row groups of a range after `skip` rows, and its number of rows."""
+def _parquet_tables(file_range: FileRange, used: set[str], skip: int) -> Tables:
+    """Yield batches of the row groups of a range after `skip` rows."""
     import pyarrow.parquet
 
     # Without read-ahead: a column of a row group may exceed memory.
-    file = pyarrow.parquet.ParquetFile(file_range.path, buffer_size=MIB, pre_buffer=False)
-    metadata = file.metadata
-    groups = list(range(metadata.num_row_groups))[file_range.start : file_range.end]
-    n_rows = sum(metadata.row_group(group).num_rows for group in groups)
-    while groups and metadata.row_group(groups[0]).num_rows <= skip:
-        skip -= metadata.row_group(groups.pop(0)).num_rows
-    names = file.schema_arrow.names
-    columns = [name for name in names if name in _used_columns(source)]
-
-    def tables() -> Tables:
-        with file:
-            # A file without the columns still yields rows, for the error message.
-            yield from zip(
-                file.iter_batches(BATCH_ROWS, groups, columns, use_threads=False), repeat(names)
-            )
-
-    return _skip_rows(tables(), skip), n_rows
+    path = file_range.path
+    with pyarrow.parquet.ParquetFile(path, buffer_size=MIB, pre_buffer=False) as file:
+        groups = list(range(file.metadata.num_row_groups))[file_range.start : file_range.end]
+        sizes = {group: file.metadata.row_group(group).num_rows for group in groups}
+        n_bytes = file_range.n_bytes // max(sum(sizes.values()), 1)
+        while groups and sizes[groups[0]] <= skip:
+            skip -= sizes[groups.pop(0)]
+        names = file.schema_arrow.names
+        # A file without the columns still yields rows, for the error message.
+        columns = [name for name in names if name in used]
+        batches = file.iter_batches(BATCH_ROWS, groups, columns, use_threads=False)
+        for batch in _skip_rows(batches, skip):
+            yield batch, names, n_bytes
 
 
-def _arrow_tables(
-    file_range: FileRange, source: SourceConfig, dataset: Any, skip: int
-) -> tuple[Tables, int]:
-    """Return the record batches of a range after `skip` rows; their number of rows is unknown."""
+def _arrow_tables(file_range: FileRange, skip: int) -> Tables:
+    """Yield the record batches of a range after `skip` rows; their number of rows is unknown."""
     reader = open_arrow(file_range.path)
-    names = reader.schema.names
-
-    def tables() -> Tables:
-        if hasattr(reader, "num_record_batches"):
-            end = reader.num_record_batches if file_range.end is None else file_range.end
-            for number in range(file_range.start, end):
-                yield reader.get_batch(number), names
-        else:
-            for batch in islice(reader, file_range.start, file_range.end):
-                yield batch, names
-
-    return _skip_rows(tables(), skip), 0
+    if hasattr(reader, "num_record_batches"):
+        end = reader.num_record_batches if file_range.end is None else file_range.end
+        batches: Iterator[Any] = map(reader.get_batch, range(file_range.start, end))
+    else:
+        batches = islice(reader, file_range.start, file_range.end)
+    for batch in _skip_rows(batches, skip):
+        yield batch, reader.schema.names, 0
 
 
-def _hub_tables(
-    file_range: FileRange, source: SourceConfig, dataset: Any, skip: int
-) -> tuple[Tables, int]:
-    """Return rows of a downloaded dataset, or of one streamed shard, after `skip` rows."""
-    rows = dataset.with_format("arrow")
-    if source.streaming:
-        shard = rows.shard(num_shards=dataset.num_shards, index=file_range.start)
-        tables = ((table, table.column_names) for table in shard.iter(batch_size=BATCH_ROWS))
-        return _skip_rows(tables, skip), 0
-    assert file_range.end is not None
-    ranges = range(file_range.start + skip, file_range.end, BATCH_ROWS)
-    batches = (rows[first : min(first + BATCH_ROWS, file_range.end)] for first in ranges)
-    n_rows = file_range.end - file_range.start
-    return ((table, table.column_names) for table in batches), n_rows
+def _hub_tables(file_range: FileRange, dataset: Any, streaming: bool, skip: int) -> Tables:
+    """Yield rows of a downloaded dataset, or of one streamed shard, after `skip` rows."""
+    rows, start, end = dataset.with_format("arrow"), file_range.start, file_range.end or 0
+    if streaming:
+        shard = rows.shard(num_shards=dataset.num_shards, index=start)
+        tables, n_bytes = _skip_rows(shard.iter(batch_size=BATCH_ROWS), skip), 0
+    else:
+        firsts = range(start + skip, end, BATCH_ROWS)
+        tables = (rows[first : min(first + BATCH_ROWS, end)] for first in firsts)
+        n_bytes = file_range.n_bytes // (end - start)
+    for table in tables:
+        yield table, table.column_names, n_bytes
 
 
-def _skip_rows(tables: Tables, skip: int) -> Tables:
-    for table, names in tables:
-        if table.num_rows <= skip:
-            skip -= table.num_rows
-        else:
-            yield table.slice(skip), names
-            skip = 0
+def _skip_rows(tables: Iterator[Any], skip: int) -> Iterator[Any]:
+    for table in tables:
+        if table.num_rows > skip:
+            yield table.slice(skip)
+        skip = max(skip - table.num_rows, 0)
 
 
-def _table_rows(tables: Tables, source: SourceConfig, row: int, n_bytes: int) -> Iterator[RawRow]:
+def _table_rows(tables: Tables, used: set[str], row: int) -> Iterator[RawRow]:
     """Yield the rows of tables, with the used columns as Python objects."""
-    for table, names in tables:
-        present = [name for name in names if name in _used_columns(source)]
+    for table, names, n_bytes in tables:
+        present = [name for name in names if name in used]
         for first in range(0, table.num_rows, BATCH_ROWS):
             batch = table.slice(first, BATCH_ROWS)
             columns = [_to_python(batch.column(name)) for name in present]
@@ -227,10 +216,6 @@ def _decode(value: bytes | None) -> str | bytes | None:
         return None if value is None else value.decode()
     except UnicodeDecodeError:
         return value
-
-
-def _used_columns(source: SourceConfig) -> set[str]:
-    return {source.text_column, *(column for column, _, _ in source.filter or [])}
 
 
 def describe_location(file_range: FileRange, source: SourceConfig, row: int) -> str:

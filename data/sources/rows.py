@@ -7,17 +7,19 @@ Rows that do not meet the source's `filter` are dropped; invalid text is handled
 import operator
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from numbers import Number
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from data.config import SourceConfig
 from data.errors import DataError
-from data.sources.corpora import COMPRESSED, FileRange, Part, first_line
+from data.sources.corpora import COMPRESSED, Part, first_line
 from data.sources.reading import RawRow, RowPosition, describe_location, read_rows
 
 Policy = Literal["strict", "replace", "skip"]
 Outcome = Literal["text", "replaced", "empty", "filtered", "skipped"]
+Locate = Callable[[int], str]  # location of a row for messages
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
@@ -68,13 +70,12 @@ def rows(
     for index in range(start.file_range, len(part.ranges)):
         file_range = part.ranges[index]
         position = start if index == start.file_range else RowPosition()
-        n_read = position.row
+        n_read, locate = position.row, partial(describe_location, file_range, source)
         try:
             for raw in read_rows(file_range, source, dataset, position):
                 n_read = raw.row
-                outcome, text, content = _check(raw, source, policy, file_range, key)
                 after = RowPosition(index, raw.row, raw.offset)
-                yield Row(outcome, text, content, after, raw.n_bytes)
+                yield Row(*_check(raw, source, policy, locate, key), after, raw.n_bytes)
         except DataError:
             raise
         except Exception as error:  # from the file system, the format or the library
@@ -87,25 +88,24 @@ def rows(
 
 
 def _check(
-    raw: RawRow, source: SourceConfig, policy: Policy, file_range: FileRange, key: str
+    raw: RawRow, source: SourceConfig, policy: Policy, locate: Locate, key: str
 ) -> tuple[Outcome, str, bytes]:
     """Return the outcome of a row, its text, and the text as UTF-8."""
     readable = bool(raw.values) or not raw.error
-    if source.filter and readable and not _meets_filter(raw, source, file_range, key):
+    if source.filter and readable and not _meets_filter(raw, source, locate, key):
         return "filtered", "", b""
     text, content, error = _extract_text(raw, source)
     if not error:
         return ("text" if text else "empty"), text or "", content
     if policy == "strict":
-        location = describe_location(file_range, source, raw.row)
         if readable and source.text_column not in raw.values:
             raise DataError(
-                f"{key}.text_column={source.text_column} {error} at {location}; "
-                f"use one of {', '.join(map(str, raw.columns or raw.values))}"
+                f"{key}.text_column={source.text_column} {error} at {locate(raw.row)}; "
+                f"use one of {raw.choices}"
             )
         raise DataError(
-            f"{key}.path: {location} {error}; repair it, use another {key}.text_column, or set "
-            "data.invalid_text to replace (repairs invalid characters) or skip"
+            f"{key}.path: {locate(raw.row)} {error}; repair it, use another {key}.text_column, or "
+            "set data.invalid_text to replace (repairs invalid characters) or skip"
         )
     if policy == "replace" and text is not None:
         return ("replaced" if text else "empty"), text, content
@@ -145,30 +145,25 @@ def _extract_text(raw: RawRow, source: SourceConfig) -> tuple[str | None, bytes,
     return text, content, error
 
 
-def _meets_filter(raw: RawRow, source: SourceConfig, file_range: FileRange, key: str) -> bool:
+def _meets_filter(raw: RawRow, source: SourceConfig, locate: Locate, key: str) -> bool:
     """Return whether a row meets every condition; null meets only `!=` and `not in`."""
     for column, operation, expected in source.filter or []:
         condition = f"{key}.filter=({column} {operation} {expected})"
         # Table rows have every column; a key absent from a JSON object counts as null.
         if column not in raw.values and source.format != "jsonl":
             raise DataError(
-                f"{condition}: {column} is not a column at "
-                f"{describe_location(file_range, source, raw.row)}; use one of "
-                f"{', '.join(map(str, raw.columns or raw.values))}"
+                f"{condition}: {column} is not a column at {locate(raw.row)}; use one of "
+                f"{raw.choices}"
             )
         value = raw.values.get(column)
-        if value is None:
-            met = operation in ("!=", "not in")
-        else:
-            options = expected if isinstance(expected, list) else [expected]
-            if options and _kind(value) not in map(_kind, options):
-                location = describe_location(file_range, source, raw.row)
-                raise DataError(
-                    f"{condition}: {location} has a {_kind(value)} in {column}, which cannot be "
-                    f"compared with a {_kind(options[0])}; change the condition"
-                )
-            met = _COMPARE[operation](value, expected)
-        if not met:
+        options = expected if isinstance(expected, list) else [expected]
+        if value is not None and options and _kind(value) not in map(_kind, options):
+            raise DataError(
+                f"{condition}: {locate(raw.row)} has a {_kind(value)} in {column}, which cannot be "
+                f"compared with a {_kind(options[0])}; change the condition"
+            )
+        negative = operation in ("!=", "not in")
+        if not (negative if value is None else _COMPARE[operation](value, expected)):
             return False
     return True
 

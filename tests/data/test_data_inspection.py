@@ -17,8 +17,6 @@ from data.dataset import Dataset
 from data.errors import DataError
 from data.inspection import (
     MASKED_LABEL,
-    Sample,
-    SampleContext,
     document_lengths,
     read_sample,
     show_dataset,
@@ -68,10 +66,10 @@ def stages(config: DataConfig) -> Stages:
     return planned
 
 
-def rendered(sample: Sample, dataset: Dataset) -> str:
+def rendered(data: DataConfig, dataset: Dataset, index: int, stages: Stages, seed: int) -> str:
     """Return the console output for a sample."""
     console = Console(file=io.StringIO(), width=80)
-    show_sample(console, sample, dataset.tokenizer(), SampleContext("it", 100, {}, []))
+    show_sample(console, dataset, data, index, stages, seed, title="it", n_steps=100)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -120,7 +118,7 @@ def test_output_lists_each_document_with_its_token_range_and_masked_label(
     n_boundaries = n_padding = 0
     for number in range(0, 90, 3):
         sample = read_sample(dataset, stages, number, seed=SEED)
-        text = rendered(sample, dataset)
+        text = rendered(config, dataset, number, stages, SEED)
         documents = re.findall(
             r"document (\d+)/(\d+), tokens? (\d+)(?: … (\d+))? \((\d+)\)(.*?) ─+\n"
             r"(.*?)(?=\n(?:document |padding |\Z)|\Z)",
@@ -157,8 +155,7 @@ def test_terminal_control_characters_are_escaped(tmp_path: Path) -> None:
     prepare(data, TokenizerConfig("byte", 272), progress=False)
     dataset = Dataset.open(data.folder)
     stages, _ = plan_stages(data, seq_len=40, global_batch_size=1, micro_batch_size=None)
-    windows = [read_sample(dataset, stages, n, seed=0) for n in range(2)]
-    texts = [rendered(sample, dataset) for sample in windows]
+    texts = [rendered(data, dataset, index, stages, seed=0) for index in range(2)]
     assert not any(set(text) & {"\x1b", "\x07", "\x9b"} for text in texts)
     assert any("red ␛[31m bell ␇ \ufffd0m\nend\ttab" in text for text in texts)
 
@@ -177,11 +174,8 @@ def test_counts_and_lengths_match_the_shards(
         assert [name, "61", "1", "0", "0", "0"] in lines  # the documents of the fixture
         for split in SPLITS:
             (line,) = [line for line in lines if line[:2] == [name, split]]
-            n_documents, n_tokens = (
-                manifest.n_documents(split, name),
-                manifest.n_tokens(split, name),
-            )
-            assert line[2:4] == [f"{n_documents:,}", f"{n_tokens:,}"]
+            counts = manifest.n_documents(split, name), manifest.n_tokens(split, name)
+            assert line[2:4] == [f"{n:,}" for n in counts]
             assert line[-1] == f"{len(manifest.shards(split, name))}"
         assert manifest.n_documents("train", name) + manifest.n_documents("validation", name) == 60
     sizes = np.array(
@@ -192,10 +186,10 @@ def test_counts_and_lengths_match_the_shards(
             if path.stat().st_size
         ]
     )
-    lengths = document_lengths(folder, manifest)
+    n_documents, n_tokens = document_lengths(folder, manifest)
     for power in range(64):
         in_bin = sizes[(sizes >= 2**power) & (sizes < 2 ** (power + 1))]
-        assert (lengths.documents[power], lengths.tokens[power]) == (len(in_bin), in_bin.sum())
+        assert (n_documents[power], n_tokens[power]) == (len(in_bin), in_bin.sum())
         if len(in_bin):
             (line,) = [line for line in lines if line[:2] == [f"{2**power:,}", str(len(in_bin))]]
 

@@ -130,7 +130,7 @@ def test_epochs_match_the_draws_of_locate() -> None:
 
 def test_weight_that_rounds_to_zero_and_source_without_windows_are_rejected() -> None:
     with pytest.raises(DataError, match=r"data\.sources\.b\.weight=1e-06 .*use at least"):
-        quotas([("a", 1.0), ("b", 1e-6)])
+        quotas({"a": 1.0, "b": 1e-6})
     with pytest.raises(DataError, match="has 0 windows"):
         order_of([("a", 1.0, 0)], 0)
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data_shards import write
 
-from data import packing
+from data import files, packing
 from data.config import DataConfig, SourceConfig
 from data.dataset import Dataset
 from data.errors import DataError
@@ -170,12 +170,16 @@ def replace_text(old: str, new: str) -> Callable[[Path], None]:
     ("name", "damage", "message"),
     [
         ("train-00000-001.pieces", flip_bit, "checksum of MiB 0 "),
-        ("train-00000-001.pieces", Path.unlink, "which has 0"),
-        ("train-00000-001.pieces", lambda path: path.write_bytes(b""), "which has 0"),
+        ("train-00000-001.pieces", Path.unlink, "No such file"),
+        ("train-00000-001.pieces", lambda path: path.write_bytes(b""), "has 0 bytes"),
         ("index.json", Path.unlink, "is missing"),
         ("index.json", lambda path: path.write_text("{"), "cannot read"),
         ("index.json", lambda path: path.write_text("[1]"), "is damaged"),
-        ("index.json", replace_text('"version": 1', '"version": 2'), "only version 1 is supported"),
+        (
+            "index.json",
+            replace_text('"version": 1', '"version": 2'),
+            "version=2 is not supported, only",
+        ),
         ("index.json", replace_text('"n_bins"', '"bins"'), "is damaged"),
         ("index.json", replace_text('"n_pieces": ', '"n_pieces": 1'), "numbers in"),
         ("index.json", replace_text('"seq_len": 16', '"seq_len": 15'), "has seq_len=15"),
@@ -277,15 +281,19 @@ def test_packing_killed_before_any_file_operation_leaves_no_index_that_counts_as
     assert limit > 10
 
 
-def test_other_processes_wait_until_the_first_one_has_packed(folder: Path) -> None:
-    with pytest.raises(DataError, match="no process has worked on it"):
-        wait_until_packed(folder, SEQ_LEN, poll_seconds=0.01, idle_seconds=0.05)
+def test_other_processes_wait_until_the_first_one_has_packed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "POLL_SECONDS", 0.01)
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="no process has worked"):
+        patch.setattr(files, "IDLE_SECONDS", 0.05)
+        wait_until_packed(folder, SEQ_LEN)
     program = "import sys; from data.packing import pack; pack(sys.argv[1], int(sys.argv[2]))"
     command = [sys.executable, "-c", program, str(folder), str(SEQ_LEN)]
     processes = [
         subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    wait_until_packed(folder, SEQ_LEN, poll_seconds=0.01)
+    wait_until_packed(folder, SEQ_LEN)
     outputs = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert "".join(outputs).count("for seq_len=16:") == 1

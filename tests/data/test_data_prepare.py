@@ -424,9 +424,13 @@ def test_folder_is_locked_while_sources_are_located(
     assert claimed == [True]
 
 
-def test_waiting_for_a_preparation_times_out_if_no_process_prepares(tmp_path: Path) -> None:
+def test_waiting_for_a_preparation_times_out_if_no_process_prepares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.files.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("data.files.IDLE_SECONDS", 0.05)
     with pytest.raises(DataError, match="no process has worked on it"):
-        wait_until_prepared(tmp_path, poll_seconds=0.01, idle_seconds=0.05)
+        wait_until_prepared(tmp_path)
 
 
 def test_bpe_without_a_path_has_no_existing_tokenizer() -> None:

@@ -77,7 +77,7 @@ def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dataset(folder: Path) -> StreamDataset:
-    return StreamDataset.open(config(folder), BYTE)
+    return StreamDataset(config(folder), BYTE)
 
 
 def loader(dataset: StreamDataset, rank: int = 0, size: int = 1, **options: Any) -> StreamLoader:
@@ -264,7 +264,7 @@ def test_filter_selects_the_rows_of_a_stream_shard(tmp_path: Path) -> None:
     files = some_rows()
     folder = write(tmp_path / "web", files, "jsonl")
     filtered = config(folder, filter=[("score", ">=", 2)])
-    dataset = StreamDataset.open(filtered, BYTE)
+    dataset = StreamDataset(filtered, BYTE)
     kept = [[row for row in rows if row["score"] >= 2] for rows in files]
     read = dataset.stream_shard(1)
     for expected, _ in islice(reference_windows(kept, 1), 100):
@@ -275,7 +275,7 @@ def test_hash_changes_with_every_setting_that_changes_the_stream(
     folder: Path, tmp_path: Path
 ) -> None:
     def hash_of(changed: DataConfig, tokenizer: TokenizerConfig = BYTE) -> str:
-        return StreamDataset.open(changed, tokenizer).hash
+        return StreamDataset(changed, tokenizer).hash
 
     same = config(folder)
     assert hash_of(same) == hash_of(same)
@@ -293,10 +293,10 @@ def test_hash_changes_with_every_setting_that_changes_the_stream(
 
 def test_hash_changes_when_the_files_of_a_local_dataset_change(tmp_path: Path) -> None:
     folder = write(tmp_path / "web", some_rows(), "jsonl")
-    before = StreamDataset.open(config(folder), BYTE).hash
+    before = StreamDataset(config(folder), BYTE).hash
     with (folder / "part-2.jsonl").open("a") as file:
         file.write('{"text": "more", "score": 1}\n')
-    assert StreamDataset.open(config(folder), BYTE).hash != before
+    assert StreamDataset(config(folder), BYTE).hash != before
 
 
 # ---------------------------------------------------------------- errors
@@ -305,27 +305,27 @@ def test_hash_changes_when_the_files_of_a_local_dataset_change(tmp_path: Path) -
 def test_more_stream_shards_than_files_are_rejected_with_the_largest_valid_number(
     folder: Path,
 ) -> None:
-    dataset = StreamDataset.open(config(folder, n_shards=8), BYTE)
+    dataset = StreamDataset(config(folder, n_shards=8), BYTE)
     with pytest.raises(DataError, match=r"data.stream_shards=8 .* 7 files.*use 4, the largest"):
         dataset.check(global_batch_size=8, size=2)
     with pytest.raises(DataError, match="use fewer than 8 data ranks, or prepare"):
         dataset.check(global_batch_size=8, size=8)
-    StreamDataset.open(config(folder, n_shards=7), BYTE).check(global_batch_size=7, size=1)
+    StreamDataset(config(folder, n_shards=7), BYTE).check(global_batch_size=7, size=1)
 
 
 def test_tokenizer_that_must_be_trained_is_rejected(folder: Path) -> None:
     with pytest.raises(DataError, match=r"tokenizer.path=null.*needs training"):
-        StreamDataset.open(config(folder), TokenizerConfig("bpe", 1000))
+        StreamDataset(config(folder), TokenizerConfig("bpe", 1000))
 
 
 def test_error_names_the_key_of_a_missing_dataset(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"data.sources.web.path=.*empty: cannot read"):
-        StreamDataset.open(config(tmp_path / "empty"), BYTE)
+        StreamDataset(config(tmp_path / "empty"), BYTE)
 
 
 def test_stream_shard_without_text_is_rejected_instead_of_read_forever(folder: Path) -> None:
-    dataset = StreamDataset.open(config(folder, filter=[("score", ">", 9)]), BYTE)
+    dataset = StreamDataset(config(folder, filter=[("score", ">", 9)]), BYTE)
     with pytest.raises(DataError, match=r"stream shard 2 has no text; check its filter"):
         dataset.stream_shard(2).window(SEQ_LEN)
 
@@ -336,12 +336,12 @@ def test_invalid_text_is_replaced_skipped_or_rejected_as_configured(tmp_path: Pa
     texts = {}
     for policy in ("replace", "skip"):
         data_config = dataclasses.replace(config(folder, n_shards=1), invalid_text=policy)
-        dataset = StreamDataset.open(data_config, BYTE)
+        dataset = StreamDataset(data_config, BYTE)
         tokens = dataset.stream_shard(0).window(14)[0].tolist()
         texts[policy] = dataset.tokenizer().decode(t for t in tokens if t < BOS)
     assert texts["replace"].startswith("goodb\ufffdd")
     assert texts["skip"].startswith("goodfine")
-    strict = StreamDataset.open(config(folder, n_shards=1), BYTE)
+    strict = StreamDataset(config(folder, n_shards=1), BYTE)
     with pytest.raises(DataError, match=r"row 2 of shard 0 .* NUL"):
         strict.stream_shard(0).window(14)
     steps = StreamLoader(strict, Stage(0, 0, 0, 14, 1, None, {}), rank=0, size=1).steps(0)
@@ -403,7 +403,7 @@ def test_permanently_lost_connection_is_reported_after_three_attempts(
 
 def test_files_removed_while_a_stream_shard_is_read_are_reported(tmp_path: Path) -> None:
     folder = write(tmp_path / "web", some_rows(), "jsonl")
-    dataset = StreamDataset.open(config(folder), BYTE)
+    dataset = StreamDataset(config(folder), BYTE)
     read = dataset.stream_shard(3)
     read.window(SEQ_LEN)
     for file in folder.iterdir():

@@ -19,8 +19,8 @@ import pytest
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
 from data.preparation import pool, state
-from data.preparation.part import PartSettings, load_tokenizer_of
 from data.preparation.pipeline import prepare
+from data.preparation.pool import PreparePart
 from data.sources import corpora
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -181,12 +181,10 @@ def test_ctrl_c_stops_all_processes_and_the_next_launch_resumes(
 
 
 def initialize_detached_worker(
-    job: PartSettings, counters: Any, workers_end: Any, lock: Any
+    prepare: PreparePart, counters: Any, workers_end: Any, lock: Any
 ) -> None:
     """Initialize a worker that does not notice the death of its main process."""
-    pool._worker_state.update(
-        settings=job, tokenizer=load_tokenizer_of(job), counters=counters, kept=(workers_end, lock)
-    )
+    pool._worker_state.update(prepare=prepare, counters=counters, kept=(workers_end, lock))
 
 
 def test_second_preparation_is_rejected_while_the_first_or_one_of_its_workers_is_alive(
