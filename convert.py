@@ -35,7 +35,6 @@ def run(config: ConvertJobConfig) -> None:
     """
     from formats.conversion import convert
     from formats.detection import open_weights
-    from formats.output_folder import check_target
     from formats.stored_tensor import DTYPES
     from formats.tokenizers import resolve_tokenizer
     from formats.weights import FORMATS
@@ -43,7 +42,6 @@ def run(config: ConvertJobConfig) -> None:
 
     return_freed_memory()
     target = Path(config.target)
-    check_target(target, config.overwrite)
     weights = open_weights(Path(config.source))
     format = config.format or ("hf" if weights.format == "native" else "native")
     start = time.perf_counter()

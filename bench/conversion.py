@@ -22,8 +22,8 @@ import torch
 
 from bench.measurement import write
 from formats.conversion import convert
-from formats.stored_tensor import n_bytes
-from formats.weights import Weights
+from formats.stored_tensor import Dims, StoredTensor
+from formats.weights import Weights, parameter_shapes
 from model.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
@@ -40,19 +40,17 @@ ALLOWANCE = 2**30  # bytes beyond the two largest tensors
 ROUNDS = 3
 
 
-class RandomWeights(Weights):
-    """Random weights without a file: each block is drawn when it is read."""
+class RandomTensor(StoredTensor):
+    """A random tensor without a file: each block is drawn when it is read."""
 
-    format = "native"
+    def read(self, offsets: Dims = None, sizes: Dims = None) -> torch.Tensor:
+        return torch.rand(self.shape if sizes is None else tuple(sizes))
 
-    def _stored_name(self, name: str) -> str:
-        return name
 
-    def dtype(self, name: str) -> torch.dtype:
-        return torch.float32
-
-    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        return torch.rand(tuple(sizes))
+def random_weights(model: ModelConfig) -> Weights:
+    shapes = parameter_shapes(model).items()
+    tensors = {name: RandomTensor(torch.float32, shape, ()) for name, shape in shapes}
+    return Weights("native", Path("drawn"), model, tensors)
 
 
 def main() -> None:
@@ -83,8 +81,7 @@ def main() -> None:
 
 def tensor_sizes(model: ModelConfig) -> list[int]:
     """Return the bytes of each parameter in ascending order."""
-    shapes = RandomWeights(Path(), model, {}).shapes.values()
-    return sorted(n_bytes(shape, torch.float32) for shape in shapes)
+    return sorted(tensor.n_bytes for tensor in random_weights(model).tensors.values())
 
 
 def measure(
@@ -93,7 +90,7 @@ def measure(
     """Return peak memory and duration of each conversion, and of a copy of its output."""
     for old in folder.iterdir():
         shutil.rmtree(old)
-    convert(RandomWeights(Path("drawn"), model, {}), None, folder / "native", "native")
+    convert(random_weights(model), None, folder / "native", "native")
     results = {}
     for source, target, *more in steps:
         kind = KINDS.get(target, target)

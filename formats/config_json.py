@@ -42,12 +42,12 @@ HUGGING_FACE_KEYS = {  # by the field of ModelConfig
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
-HUGGING_FACE_ROPE_KEYS = dict(
-    zip(
-        ROPE_SCALING_KEYS, (*ROPE_SCALING_KEYS[:3], "original_max_position_embeddings"), strict=True
-    )
-)
-META_KEYS = ("dim", "n_layers", "n_heads", "n_kv_heads")  # the same in ModelConfig
+HUGGING_FACE_ROPE_KEYS = {key: key for key in ROPE_SCALING_KEYS} | {
+    "original_max_seq_len": "original_max_position_embeddings"
+}
+# The same in ModelConfig.
+META_KEYS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta")
+META_DEFAULTS = {"multiple_of": 256, "vocab_size": -1, "norm_eps": 1e-5, "rope_theta": 500_000.0}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -65,8 +65,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def validated_config(path: Path, name: str, values: dict[str, Any]) -> ModelConfig:
-    """Return the `ModelConfig` with these values, read from `path`.
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def validated_config(path: Path, values: dict[str, Any]) -> ModelConfig:
+    """Return the `ModelConfig` with these values, read from `path` and named for its folder.
 
     Raises:
         FormatError: A key is missing, has the wrong type or an invalid value.
@@ -74,7 +78,7 @@ def validated_config(path: Path, name: str, values: dict[str, Any]) -> ModelConf
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        model = TypeAdapter(ModelConfig).validate_python({"name": name, **values})
+        return TypeAdapter(ModelConfig).validate_python({"name": path.parent.name, **values})
     except ValidationError as error:
         reasons = "; ".join(
             f"{'.'.join(map(str, item['loc']))}={item['input']!r}: {item['msg']}"
@@ -83,7 +87,6 @@ def validated_config(path: Path, name: str, values: dict[str, Any]) -> ModelConf
             for item in error.errors()
         )
         raise FormatError(f"{path} is not a valid Llama 3 configuration: {reasons}") from None
-    return model
 
 
 # ---------------------------------------------------------------- Hugging Face
@@ -95,7 +98,9 @@ def from_hugging_face(path: Path) -> ModelConfig:
     Raises:
         FormatError: The architecture is not Llama's, or an option is not supported.
     """
-    values = read_json(path)
+    # LlamaConfig's defaults.
+    defaults = {"norm_eps": 1e-6, "tie_embeddings": False, "max_seq_len": 2048}
+    values = {HUGGING_FACE_KEYS[key]: value for key, value in defaults.items()} | read_json(path)
     model_type = values.get("model_type")
     classes = values.get("architectures") or ["LlamaForCausalLM"]
     if model_type != "llama" or "LlamaForCausalLM" not in classes:
@@ -123,16 +128,11 @@ def from_hugging_face(path: Path) -> ModelConfig:
         )
     model = {key: values.get(theirs) for key, theirs in HUGGING_FACE_KEYS.items()}
     model["n_kv_heads"] = model["n_kv_heads"] or heads
-    # LlamaConfig's defaults.
-    model["norm_eps"] = values.get("rms_norm_eps", 1e-6)
-    model["tie_embeddings"] = values.get("tie_word_embeddings", False)
-    model["max_seq_len"] = values.get("max_position_embeddings", 2048)
     model["rope_theta"] = rope.get("rope_theta") or values.get("rope_theta", 10_000.0)
     if rope_type == "llama3":
-        model["rope_scaling"] = {
-            key: rope.get(theirs) for key, theirs in HUGGING_FACE_ROPE_KEYS.items()
-        }
-    return validated_config(path, path.parent.name, model)
+        scaling = {key: rope.get(theirs) for key, theirs in HUGGING_FACE_ROPE_KEYS.items()}
+        model["rope_scaling"] = scaling
+    return validated_config(path, model)
 
 
 def to_hugging_face(
@@ -144,34 +144,25 @@ def to_hugging_face(
         dtype: Data type of the weights, as in `torch_dtype`.
         bos_id, eos_ids: Token ids that start and end a text; None and empty without a tokenizer.
     """
-    scaling = model.rope_scaling
+    scaling: dict[str, Any] | None = None
+    if (ours := model.rope_scaling) is not None:
+        scaling = {theirs: getattr(ours, key) for key, theirs in HUGGING_FACE_ROPE_KEYS.items()}
+        scaling["rope_type"] = "llama3"
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **{theirs: getattr(model, key) for key, theirs in HUGGING_FACE_KEYS.items()},
         "head_dim": model.head_dim,
         "rope_theta": model.rope_theta,
-        "rope_scaling": None
-        if scaling is None
-        else {"rope_type": "llama3"}
-        | {theirs: getattr(scaling, key) for key, theirs in HUGGING_FACE_ROPE_KEYS.items()},
+        "rope_scaling": scaling,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "torch_dtype": dtype,
         "bos_token_id": bos_id,
-        "eos_token_id": _one_or_many(eos_ids),
+        "eos_token_id": list(eos_ids) if len(eos_ids) > 1 else next(iter(eos_ids), None),
         "use_cache": True,
     }
-
-
-def generation_config(bos_id: int | None, eos_ids: Sequence[int]) -> dict[str, Any]:
-    """Return the content of a `generation_config.json`."""
-    return {"bos_token_id": bos_id, "eos_token_id": _one_or_many(eos_ids), "do_sample": False}
-
-
-def _one_or_many(ids: Sequence[int]) -> int | list[int] | None:
-    return (list(ids) if len(ids) > 1 else ids[0]) if ids else None
 
 
 # ---------------------------------------------------------------- Meta
@@ -188,8 +179,10 @@ def from_meta(path: Path, vocab_size: int, ffn_dim: int, tied: bool) -> ModelCon
     Raises:
         FormatError: A value is invalid or contradicts the sizes of the tensors.
     """
-    values = read_json(path)
-    multiplier, multiple_of = values.get("ffn_dim_multiplier"), values.get("multiple_of", 256)
+    values = META_DEFAULTS | read_json(path)
+    scaled = bool(values.get("use_scaled_rope"))
+    values = _published_defaults(scaled, tied) | values
+    multiplier, multiple_of = values.get("ffn_dim_multiplier"), values["multiple_of"]
     if isinstance(values.get("dim"), int):
         computed = meta_ffn_dim(values["dim"], multiplier, multiple_of)
         if computed != ffn_dim:
@@ -198,26 +191,14 @@ def from_meta(path: Path, vocab_size: int, ffn_dim: int, tied: bool) -> ModelCon
                 f"feed-forward width of {computed}, but the tensors have {ffn_dim}; download or "
                 "copy the folder again"
             )
-    scaled = bool(values.get("use_scaled_rope", False))
-    defaults = _published_defaults(scaled, tied)
-    scaling = {key: values.get(f"rope_{key}", defaults[f"rope_{key}"]) for key in ROPE_SCALING_KEYS}
-    return validated_config(
-        path,
-        path.parent.name,
-        {
-            **{key: values.get(key) for key in META_KEYS},
-            "n_kv_heads": values.get("n_kv_heads") or values.get("n_heads"),
-            "ffn_dim": ffn_dim,
-            "vocab_size": vocab_size
-            if values.get("vocab_size", -1) == -1
-            else values["vocab_size"],
-            "norm_eps": values.get("norm_eps", 1e-5),
-            "rope_theta": values.get("rope_theta", 500_000.0),
-            "rope_scaling": scaling if scaled else None,
-            "tie_embeddings": tied,
-            "max_seq_len": values.get("context_length", defaults["context_length"]),
-        },
-    )
+    if values["vocab_size"] == -1:
+        values["vocab_size"] = vocab_size
+    values["n_kv_heads"] = values.get("n_kv_heads") or values.get("n_heads")
+    model = {key: values.get(key) for key in META_KEYS}
+    if scaled:
+        model["rope_scaling"] = {key: values[f"rope_{key}"] for key in ROPE_SCALING_KEYS}
+    sizes = {"ffn_dim": ffn_dim, "tie_embeddings": tied, "max_seq_len": values["context_length"]}
+    return validated_config(path, model | sizes)
 
 
 def to_meta(model: ModelConfig) -> dict[str, Any]:
@@ -230,11 +211,8 @@ def to_meta(model: ModelConfig) -> dict[str, Any]:
     scaling = model.rope_scaling
     values = {
         **{key: getattr(model, key) for key in META_KEYS},
-        "vocab_size": model.vocab_size,
         "ffn_dim_multiplier": multiplier,
         "multiple_of": multiple_of,
-        "norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
         "use_scaled_rope": scaling is not None,
     }
     optional: dict[str, Any] = {"context_length": model.max_seq_len}

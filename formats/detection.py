@@ -28,13 +28,16 @@ def open_weights(folder: Path) -> Weights:
     Raises:
         FormatError: The format is unknown, or the folder is incomplete or damaged.
     """
-    format = detect_format(folder) or _format_of_incomplete(folder)
+    format = detect_format(folder)
     if format == "native":
         from formats.native import open_native
 
         return open_native(folder)
-    if format is not None:
-        return open_hugging_face(folder) if format == "hf" else open_meta(folder)
+    # The reader of a folder that lacks files reports which.
+    if format == "hf" or (format is None and (folder / CONFIG).exists()):
+        return open_hugging_face(folder)
+    if format == "meta" or any(folder.glob("consolidated.*.pth")):
+        return open_meta(folder)
     if not folder.is_dir():
         kinds = " or a ".join(FORMATS.values())
         raise FormatError(f"{folder} is not a folder; use a folder with weights: a {kinds}")
@@ -50,10 +53,3 @@ def open_weights(folder: Path) -> Weights:
         "config.json and safetensors files (Hugging Face), or params.json and "
         "consolidated.00.pth (Meta)"
     )
-
-
-def _format_of_incomplete(folder: Path) -> Format | None:
-    """Return the format of a folder that lacks files, so that its reader reports which."""
-    if (folder / CONFIG).exists():
-        return "hf"
-    return "meta" if any(folder.glob("consolidated.*.pth")) else None

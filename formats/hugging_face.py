@@ -6,24 +6,28 @@ or written; no value changes.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from formats.config_json import from_hugging_face, read_json
+from data.tokenizer import Tokenizer
+from formats.config_json import from_hugging_face, read_json, to_hugging_face, write_json
 from formats.errors import FormatError
 from formats.stored_tensor import (
     SAFETENSORS_DTYPES,
+    Dims,
     StoredTensor,
     TensorSlice,
     bytes_of,
-    n_bytes,
     unreadable,
 )
-from formats.weights import Weights, check_tensors, parameter_shapes
+from formats.tokenizers import stop_token_ids
+from formats.tokenizers import write_hugging_face as write_tokenizer
+from formats.weights import Weights, check_tensors
+from model.config import ModelConfig
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 HUGGING_FACE_NAMES = {  # by Meta's name, without layer and `.weight`
@@ -65,27 +69,37 @@ def to_pairs(rows: Tensor, head_dim: int) -> Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-class HuggingFaceWeights(Weights):
-    """A folder that `transformers` can load."""
+@dataclass(frozen=True)
+class PermutedTensor(StoredTensor):
+    """A tensor whose rows are permuted within each head by `to_pairs` or `to_halves`."""
 
-    format = "hf"
+    source: StoredTensor
+    head_dim: int
+    permute: Callable[[Tensor, int], Tensor]
 
-    def _stored_name(self, name: str) -> str:
-        return hugging_face_name(name)
-
-    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """Read a block as `Weights.read` does; wq and wk are read by whole heads and permuted."""
-        if not name.endswith(PERMUTED):
-            return super().read(name, offsets, sizes)
-        head_dim = self.model.head_dim
-        first = offsets[0] // head_dim * head_dim
-        last = -(-(offsets[0] + sizes[0]) // head_dim) * head_dim
-        heads = super().read(name, (first, offsets[1]), (last - first, sizes[1]))
+    def read(self, offsets: Dims = None, sizes: Dims = None) -> Tensor:
+        """Read a block as `StoredTensor.read` does; the source is read by complete heads."""
+        offsets, sizes = offsets or (0, 0), sizes or self.shape
+        first = offsets[0] // self.head_dim * self.head_dim
+        last = -(-(offsets[0] + sizes[0]) // self.head_dim) * self.head_dim
+        heads = self.source.read((first, offsets[1]), (last - first, sizes[1]))
         start = offsets[0] - first
-        return to_pairs(heads, head_dim)[start : start + sizes[0]]
+        return self.permute(heads, self.head_dim)[start : start + sizes[0]].to(self.dtype)
 
 
-def open_hugging_face(folder: Path) -> HuggingFaceWeights:
+def permuted(
+    tensors: Mapping[str, StoredTensor], head_dim: int, permute: Callable[[Tensor, int], Tensor]
+) -> dict[str, StoredTensor]:
+    """Return the tensors by Meta's name with the rows of wq and wk permuted."""
+    return {
+        name: PermutedTensor(tensor.dtype, tensor.shape, (), tensor, head_dim, permute)
+        if name.endswith(PERMUTED)
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def open_hugging_face(folder: Path) -> Weights:
     """Open a folder with a `config.json` and safetensors files.
 
     Raises:
@@ -99,8 +113,9 @@ def open_hugging_face(folder: Path) -> HuggingFaceWeights:
             raise FormatError(f"{folder / INDEX} has no weight_map; download or copy it again")
         for file in sorted(set(weight_map.values())):
             stored |= _read_header(folder / file)
-        absent = [f"{name} in {file}" for name, file in weight_map.items() if name not in stored]
-        if absent:
+        if absent := [
+            f"{name} in {file}" for name, file in weight_map.items() if name not in stored
+        ]:
             raise FormatError(
                 f"{folder / INDEX} lists tensors that do not exist ({', '.join(absent[:8])}); "
                 "download or copy the folder again"
@@ -112,16 +127,10 @@ def open_hugging_face(folder: Path) -> HuggingFaceWeights:
             f"{folder} contains neither {SINGLE} nor {INDEX}; only Hugging Face folders with "
             "safetensors files can be read"
         )
-    # Old releases also stored RoPE frequencies, which are computed, and a copy of a tied output.
-    stored = {
-        name: tensor
-        for name, tensor in stored.items()
-        if not name.endswith("rotary_emb.inv_freq")
-        and not (model.tie_embeddings and name == "lm_head.weight")
-    }
-    expected = {hugging_face_name(name): shape for name, shape in parameter_shapes(model).items()}
-    check_tensors(str(folder), stored, expected)
-    return HuggingFaceWeights(folder, model, stored)
+    # Old releases also stored RoPE frequencies, which are computed.
+    stored = {name: t for name, t in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+    tensors = check_tensors(folder, model, stored, hugging_face_name)
+    return Weights("hf", folder, model, permuted(tensors, model.head_dim, to_pairs))
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
@@ -150,77 +159,63 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
                 f"{path}: {name} has dtype={entry['dtype']}; use weights in F32, BF16 or F16"
             )
         shape = tuple(entry["shape"])
-        start = 8 + length + entry["data_offsets"][0]
-        full = TensorSlice([0] * len(shape), shape, path, start)
+        full = TensorSlice((0,) * len(shape), shape, path, 8 + length + entry["data_offsets"][0])
         stored[name] = StoredTensor(TORCH_DTYPES[entry["dtype"]], shape, [full])
     return stored
 
 
 def write_hugging_face(
-    weights: Weights, folder: Path, dtype: torch.dtype | None, file_bytes: int
+    model: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    file_bytes: int,
 ) -> None:
-    """Write the tensors slab by slab, and their index.
+    """Write a folder that transformers loads: tensors, slab by slab, configuration and tokenizer.
 
     The safetensors library needs all tensors of a file in memory, so the file is written here: the
     length of the header in 8 bytes, the header as JSON, the values (safetensors' README, "Format").
 
     Args:
-        dtype: Data type to write; None keeps the stored one.
         file_bytes: Maximum size of the values in a file, unless a single tensor is larger.
     """
-    files: list[list[str]] = [[]]
-    filled, total = 0, 0
-    for name, shape in weights.shapes.items():
-        size = n_bytes(shape, dtype or weights.dtype(name))
-        if files[-1] and filled + size > file_bytes:
-            files.append([])
-            filled = 0
-        files[-1].append(name)
-        filled, total = filled + size, total + size
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(files, start=1):
-        file_name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        weight_map |= {hugging_face_name(name): file_name for name in names}
-        with (folder / file_name).open("xb") as file:
-            _write_header(file, weights, names, dtype)
-            for name in names:
-                _write_values(file, weights, name, dtype)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_header(
-    file: BinaryIO, weights: Weights, names: list[str], dtype: torch.dtype | None
-) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name in names:
-        shape = weights.shapes[name]
-        written_dtype = dtype or weights.dtype(name)
-        end = start + n_bytes(shape, written_dtype)
-        header[hugging_face_name(name)] = {
-            "dtype": SAFETENSORS_DTYPES[written_dtype],
-            "shape": list(shape),
-            "data_offsets": [start, end],
+    tensors = {
+        hugging_face_name(name): tensor
+        for name, tensor in permuted(tensors, model.head_dim, to_halves).items()
+    }
+    headers: list[dict[str, Any]] = []  # of each file
+    end = file_bytes
+    for name, tensor in tensors.items():
+        if end + tensor.n_bytes > file_bytes:
+            headers.append({"__metadata__": {"format": "pt"}})
+            end = 0
+        start, end = end, end + tensor.n_bytes
+        headers[-1][name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": (start, end),
         }
-        start = end
-    content = json.dumps(header, separators=(",", ":")).encode()
-    content += b" " * (-len(content) % 8)  # aligns the values to 8 bytes
-    file.write(len(content).to_bytes(8, "little") + content)
+    weight_map: dict[str, str] = {}
+    for number, header in enumerate(headers, start=1):
+        content = json.dumps(header, separators=(",", ":")).encode()
+        content += b" " * (-len(content) % 8)  # aligns the values to 8 bytes
+        names = [name for name in header if name in tensors]
+        file_name = f"model-{number:05d}-of-{len(headers):05d}.safetensors"
+        weight_map |= dict.fromkeys(names, file_name)
+        with (folder / file_name).open("xb") as file:
+            file.write(len(content).to_bytes(8, "little") + content)
+            for slab in (slab for name in names for slab in tensors[name].slabs()):
+                file.write(bytes_of(slab))
+    size = sum(tensor.n_bytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX, index)
 
-
-def _write_values(file: BinaryIO, weights: Weights, name: str, dtype: torch.dtype | None) -> None:
-    permuted = name.endswith(PERMUTED)
-    head_dim = weights.model.head_dim
-    for slab in weights.slabs(name, row_multiple=head_dim if permuted else 1):
-        values = to_halves(slab, head_dim) if permuted else slab
-        if dtype is not None:
-            values = values.to(dtype)
-        file.write(bytes_of(values.contiguous()))
-
-
-def config_dtype(weights: Weights, dtype: torch.dtype | None) -> str:
-    """Return the `torch_dtype` of a `config.json`: the widest data type among the tensors."""
-    dtypes = {dtype or weights.dtype(name) for name in weights.shapes}
-    widest = max(dtypes, key=lambda each: (each.itemsize, str(each)))
-    return str(widest).removeprefix("torch.")
+    widest = max((each.dtype for each in tensors.values()), key=lambda d: (d.itemsize, str(d)))
+    bos_id = None if tokenizer is None else tokenizer.bos_id
+    eos_ids = [] if tokenizer is None else stop_token_ids(tokenizer)
+    config = to_hugging_face(model, str(widest).removeprefix("torch."), bos_id, eos_ids)
+    write_json(folder / CONFIG, config)
+    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
+    write_json(folder / "generation_config.json", ends | {"do_sample": False})
+    if tokenizer is not None:
+        write_tokenizer(tokenizer, folder, model.max_seq_len)

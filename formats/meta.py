@@ -4,23 +4,24 @@ Parts are loaded with `weights_only=True`, which rejects files that contain code
 tensors, which record the file offsets of their values; values are read on demand.
 """
 
+import dataclasses
 import errno
-import json
 import math
-import os
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from formats.config_json import from_meta, read_json, to_meta
+from data.tokenizer import Tokenizer
+from formats.config_json import from_meta, read_json, to_meta, write_json
 from formats.errors import FormatError
 from formats.stored_tensor import StoredTensor, TensorSlice, bytes_of, unreadable
-from formats.weights import Weights, check_tensors, parameter_shapes
+from formats.weights import Weights, check_tensors
+from model.config import ModelConfig
 
 PARAMS = "params.json"
 PART = re.compile(r"consolidated\.(\d+)\.pth")
@@ -36,16 +37,7 @@ def shard_dim(name: str) -> int | None:
     return SHARD_DIMS.get(name.removesuffix(".weight").rpartition(".")[2])
 
 
-class MetaWeights(Weights):
-    """A folder that Meta's own programs can load."""
-
-    format = "meta"
-
-    def _stored_name(self, name: str) -> str:
-        return name
-
-
-def open_meta(folder: Path) -> MetaWeights:
+def open_meta(folder: Path) -> Weights:
     """Open a folder with a `params.json` and any number of parts.
 
     Raises:
@@ -65,12 +57,13 @@ def open_meta(folder: Path) -> MetaWeights:
             f"{folder} does not contain {', '.join(absent)}; download or copy the folder again"
         )
     embedding, output, w1 = (stored[name] for name in required)
-    tied = embedding.shape == output.shape and _bitwise_equal(embedding, output)
+    tied = embedding.shape == output.shape and embedding.dtype == output.dtype
+    tied = tied and all(
+        torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+        for one, other in zip(embedding.slabs(), output.slabs(), strict=True)
+    )
     model = from_meta(folder / PARAMS, embedding.shape[0], w1.shape[0], tied)
-    if tied:
-        del stored["output.weight"]
-    check_tensors(str(folder), stored, parameter_shapes(model))
-    return MetaWeights(folder, model, stored)
+    return Weights("meta", folder, model, check_tensors(folder, model, stored))
 
 
 def _read_part(path: Path) -> dict[str, StoredTensor]:
@@ -88,9 +81,8 @@ def _read_part(path: Path) -> dict[str, StoredTensor]:
         except (RuntimeError, EOFError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise FormatError(f"{path} is damaged ({reason}); download or copy it again") from None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(tensor, torch.Tensor) for tensor in tensors.values()
-    ):
+    values = tensors.values() if isinstance(tensors, dict) else [None]
+    if not all(isinstance(value, torch.Tensor) for value in values):
         raise FormatError(f"{path} is not a dictionary of tensors; use Meta's consolidated.NN.pth")
     stored = {}
     for name, tensor in tensors.items():
@@ -106,7 +98,7 @@ def _read_part(path: Path) -> dict[str, StoredTensor]:
             )
         start = storage_offset + tensor.storage_offset() * tensor.element_size()
         shape = tuple(tensor.shape)
-        full = TensorSlice([0] * len(shape), shape, path, start)
+        full = TensorSlice((0,) * len(shape), shape, path, start)
         stored[name] = StoredTensor(tensor.dtype, shape, [full])
     return stored
 
@@ -135,37 +127,26 @@ def _merge(folder: Path, parts: list[dict[str, StoredTensor]]) -> dict[str, Stor
         if name.endswith(("attention.wk.weight", "attention.wv.weight")):
             # With more parts than kv heads, consecutive parts store the same head.
             tensors = tensors[:: max(1, len(parts) // n_kv_heads)]
-        length = first.shape[dim]
-        slices = []
-        for index, tensor in enumerate(tensors):
-            (full,) = tensor.slices
-            offsets = [0] * len(first.shape)
-            offsets[dim] = index * length
-            slices.append(TensorSlice(offsets, full.shape, full.path, full.start))
-        shape = list(first.shape)
-        shape[dim] = length * len(tensors)
+        slices = [
+            dataclasses.replace(tensor.slices[0], offsets=_offsets(first.shape, dim, part))
+            for part, tensor in enumerate(tensors)
+        ]
+        shape = (n * len(tensors) if i == dim else n for i, n in enumerate(first.shape))
         stored[name] = StoredTensor(first.dtype, tuple(shape), slices)
     return stored
 
 
-def _bitwise_equal(one: StoredTensor, other: StoredTensor) -> bool:
-    """Return whether two matrices are equal bit by bit, stopping at the first difference."""
-    n_rows = max(1, 2**24 // one.shape[1])
-    for first in range(0, one.shape[0], n_rows):
-        sizes = (min(n_rows, one.shape[0] - first), one.shape[1])
-        a, b = one.read((first, 0), sizes), other.read((first, 0), sizes)
-        if a.dtype != b.dtype or not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
-            return False
-    return True
+def _offsets(shape: tuple[int, ...], dim: int | None, part: int) -> tuple[int, ...]:
+    """Return the offsets in the full tensor of a part of this shape."""
+    return tuple(n * part if i == dim else 0 for i, n in enumerate(shape))
 
 
-def check_parts(parts: int, weights: Weights) -> None:
+def check_parts(parts: int, model: ModelConfig) -> None:
     """Check that the model can be split into this number of parts.
 
     Raises:
         FormatError: A size is not divisible.
     """
-    model = weights.model
     sizes = {key: getattr(model, key) for key in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size")}
     indivisible = [f"model.{key}={size}" for key, size in sizes.items() if size % parts]
     if indivisible:
@@ -176,65 +157,39 @@ def check_parts(parts: int, weights: Weights) -> None:
         )
 
 
-def write_meta(weights: Weights, folder: Path, dtype: torch.dtype | None, parts: int) -> None:
-    """Write the parts slab by slab, and `params.json`.
+def write_meta(
+    model: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    parts: int,
+) -> None:
+    """Write the parts slab by slab, `params.json` and the tokenizer.
 
     `torch.save` writes each file with space reserved for its values, which are filled in later. The
     checksums in the zip are those of the empty space; `torch.load` does not check them.
     """
-    names = list(weights.shapes)
-    if weights.model.tie_embeddings:
-        names.append("output.weight")  # Meta's model stores both
+    if model.tie_embeddings:  # Meta's model stores both
+        tensors = {**tensors, "output.weight": tensors["tok_embeddings.weight"]}
+    shapes = {}  # of a part
+    for name, tensor in tensors.items():
+        dim = shard_dim(name)
+        shapes[name] = tuple(n // parts if i == dim else n for i, n in enumerate(tensor.shape))
     for part in range(parts):
         path = folder / f"consolidated.{part:02d}.pth"
-        starts = _write_without_values(weights, path, names, dtype, parts)
+        with FakeTensorMode():
+            empty = {name: torch.empty(shapes[name], dtype=tensors[name].dtype) for name in tensors}
+            try:
+                with torch.serialization.skip_data(materialize_fake_tensors=True):
+                    torch.save(empty, path)
+            except RuntimeError as error:  # raised by PyTorch when the disk is full
+                raise OSError(errno.EIO, str(error).splitlines()[0]) from None
         with path.open("r+b") as file:
-            for name in names:
-                source = name if name in weights.shapes else "tok_embeddings.weight"
-                _write_values(weights, source, file.fileno(), starts[name], dtype, part, parts)
-    values = json.dumps(to_meta(weights.model), indent=2)
-    (folder / PARAMS).write_text(values + "\n", encoding="utf-8")
-
-
-def _local_shape(shape: Sequence[int], dim: int | None, parts: int) -> tuple[int, ...]:
-    return tuple(size // parts if i == dim else size for i, size in enumerate(shape))
-
-
-def _write_without_values(
-    weights: Weights, path: Path, names: list[str], dtype: torch.dtype | None, parts: int
-) -> dict[str, int]:
-    """Write a part with space for its values; return their byte offsets by name."""
-    with FakeTensorMode():
-        tensors = {}
-        for name in names:
-            source = name if name in weights.shapes else "tok_embeddings.weight"
-            shape = _local_shape(weights.shapes[source], shard_dim(name), parts)
-            tensors[name] = torch.empty(shape, dtype=dtype or weights.dtype(source))
-        try:
-            with torch.serialization.skip_data(materialize_fake_tensors=True):
-                torch.save(tensors, path)
-        except RuntimeError as error:  # raised by PyTorch when the disk is full
-            raise OSError(errno.EIO, str(error).splitlines()[0]) from None
-    return {name: stored.slices[0].start for name, stored in _read_part(path).items()}
-
-
-def _write_values(
-    weights: Weights,
-    name: str,
-    file: int,
-    start: int,
-    dtype: torch.dtype | None,
-    part: int,
-    parts: int,
-) -> None:
-    """Write one part of a parameter at byte offset `start`."""
-    dim = shard_dim(name)
-    local = _local_shape(weights.shapes[name], dim, parts)
-    offsets = [size * part if i == dim else 0 for i, size in enumerate(local)]
-    for values in weights.slabs(name, offsets=offsets, sizes=local):
-        if dtype is not None:
-            values = values.to(dtype)
-        buffer = bytes_of(values.contiguous())
-        while buffer:
-            written = os.pwrite(file, buffer, start)
-            buffer, start = buffer[written:], start + written
+            for name, space in _read_part(path).items():
+                offsets = _offsets(space.shape, shard_dim(name), part)
+                file.seek(space.slices[0].start)
+                for slab in tensors[name].slabs(offsets, space.shape):
+                    file.write(bytes_of(slab))
+    write_json(folder / PARAMS, to_meta(model))
+    for name, content in ({} if tokenizer is None else tokenizer.files()).items():
+        (folder / name).write_bytes(content)

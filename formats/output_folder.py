@@ -52,13 +52,12 @@ def check_free_space(target: Path, n_bytes: int) -> None:
 
 
 @contextmanager
-def atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a hidden folder that is renamed to `target` on success and deleted on error.
 
     Raises:
         FormatError: It cannot be written.
     """
-    check_target(target, overwrite)
     hidden = _hidden_name(target)
     lock = FileLock(f"{hidden}.lock")  # held while writing; released when the process dies
     try:
@@ -95,11 +94,9 @@ def _delete_leftovers(target: Path) -> None:
 
 def _publish(hidden: Path, target: Path) -> None:
     """Rename the folder to `target`; an existing target is moved away first and deleted last."""
-    replaced = None
+    replaced = _hidden_name(target)
     if target.exists():
-        replaced = _hidden_name(target)
         target.rename(replaced)
     hidden.rename(target)
     sync_folder(target.parent)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -7,9 +7,8 @@ SIGBUS, and data that was read does not stay resident.
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +18,60 @@ from torch import Tensor
 from formats.errors import FormatError
 
 MAX_READ_BYTES = 2**30  # Linux reads at most 2 GiB minus one page per call
+SLAB_BYTES = 2**24  # size of the pieces in which a tensor is streamed
+Dims = Sequence[int] | None  # a number per dim; None for the full tensor
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # configuration
 
 
+@dataclass(frozen=True)
 class TensorSlice:
     """A part of a tensor, stored row by row in a contiguous byte range of a file.
 
-    Args:
+    Attributes:
         offsets: Index of the first element in the full tensor, per dim.
         shape: Shape of the slice.
         path: The file.
-        start: Byte offset of the first element, or a function that determines it on first use.
+        start: Byte offset of the slice.
     """
 
-    def __init__(
-        self,
-        offsets: Sequence[int],
-        shape: Sequence[int],
-        path: Path,
-        start: int | Callable[[], int],
-    ) -> None:
-        self.offsets, self.shape, self.path = tuple(offsets), tuple(shape), path
-        self._start = start
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    path: Path
+    start: int
 
-    @cached_property
-    def start(self) -> int:
+    @property
+    def first_byte(self) -> int:
         """Byte offset of the first element in the file."""
-        return self._start if isinstance(self._start, int) else self._start()
+        return self.start
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of one or two dims on disk; its slices cover it without overlap."""
+    """A tensor of one or two dims on disk; its slices cover it without overlap.
 
-    dtype: torch.dtype
+    Attributes:
+        stored_dtype: Data type in the files.
+        cast: Data type to which values are converted when they are read; None to keep them.
+    """
+
+    stored_dtype: torch.dtype
     shape: tuple[int, ...]
     slices: Sequence[TensorSlice]
+    cast: torch.dtype | None = field(default=None, kw_only=True)
 
-    def read(self, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """Read a block into a new CPU tensor.
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the values read."""
+        return self.cast or self.stored_dtype
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the values read."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, offsets: Dims = None, sizes: Dims = None) -> Tensor:
+        """Read a block, by default the full tensor, into a new contiguous CPU tensor.
 
         Args:
             offsets: Index of the block's first element, per dim.
@@ -67,12 +80,21 @@ class StoredTensor:
         Raises:
             FormatError: A file cannot be read or is too short.
         """
-        block = torch.empty(tuple(sizes), dtype=self.dtype)
-        if block.numel() == 0:
-            return block
-        n_read = sum(_read_overlap(each, block, tuple(offsets)) for each in self.slices)
-        assert n_read == block.numel(), "the slices of a tensor cover it exactly once"
-        return block
+        block = torch.empty(self.shape if sizes is None else tuple(sizes), dtype=self.stored_dtype)
+        if block.numel() > 0:
+            start = (0,) * block.ndim if offsets is None else tuple(offsets)
+            n_read = sum(_read_overlap(each, block, start) for each in self.slices)
+            assert n_read == block.numel(), "the slices of a tensor cover it exactly once"
+        return block.to(self.dtype)
+
+    def slabs(self, offsets: Dims = None, sizes: Dims = None) -> Iterator[Tensor]:
+        """Yield a block, by default the full tensor, in slabs of rows of bounded size."""
+        sizes = self.shape if sizes is None else sizes
+        offsets = (0,) * len(sizes) if offsets is None else offsets
+        n_rows = max(1, SLAB_BYTES // (math.prod(sizes[1:]) * self.dtype.itemsize))
+        for first in range(0, sizes[0], n_rows):
+            slab_sizes = (min(n_rows, sizes[0] - first), *sizes[1:])
+            yield self.read((offsets[0] + first, *offsets[1:]), slab_sizes)
 
 
 def _read_overlap(stored: TensorSlice, block: Tensor, offsets: tuple[int, ...]) -> int:
@@ -85,11 +107,10 @@ def _read_overlap(stored: TensorSlice, block: Tensor, offsets: tuple[int, ...]) 
     left, right = max(column, block_column), min(column + n_columns, block_column + block_columns)
     if top >= bottom or left >= right:
         return 0
-    target = target[
-        top - block_row : bottom - block_row, left - block_column : right - block_column
-    ]
+    target = target[top - block_row : bottom - block_row]
+    target = target[:, left - block_column : right - block_column]
     row_bytes = n_columns * block.element_size()
-    start = stored.start + (top - row) * row_bytes + (left - column) * block.element_size()
+    start = stored.first_byte + (top - row) * row_bytes + (left - column) * block.element_size()
     is_contiguous = right - left == n_columns == block_columns
     try:
         with stored.path.open("rb", buffering=0) as file:
@@ -123,8 +144,3 @@ def bytes_of(values: Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor without copying."""
     array: Any = values.view(torch.uint8).numpy()
     return memoryview(array).cast("B")
-
-
-def n_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Return the size of a tensor in bytes."""
-    return math.prod(shape) * dtype.itemsize

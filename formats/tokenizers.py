@@ -8,9 +8,9 @@ tokenizer and therefore by ours, but not by Hugging Face.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from data.tokenizer import (
     read_tokenizer,
     special_names,
 )
+from formats.config_json import write_json
 from formats.errors import FormatError
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -71,11 +72,8 @@ def write_hugging_face(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> 
         "model_max_length": max_seq_len,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    for file, values in (
-        ("tokenizer_config.json", config),
-        ("special_tokens_map.json", names),
-    ):
-        (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", names)
     # The library's `save` does not raise OSError.
     content = _to_library(tokenizer).to_str(pretty=True)
     (folder / TOKENIZER_JSON).write_text(content, encoding="utf-8")
@@ -206,12 +204,12 @@ def read_tokenizer_file(path: Path) -> Tokenizer:
         ranks = read_tokenizer(path, "bpe").ranks
     except DataError as error:
         raise FormatError(str(error)) from None
-    return Tokenizer("llama3" if len(ranks) == N_LLAMA3_RANKS else _small_name(ranks), ranks)
+    return Tokenizer(_name(len(ranks) == N_LLAMA3_RANKS, ranks), ranks)
 
 
-def _small_name(ranks: dict[bytes, int]) -> str:
-    """Return the name of a tokenizer with 16 special tokens."""
-    return "byte" if ranks == BYTE_RANKS else "bpe"
+def _name(is_llama3: bool, ranks: dict[bytes, int]) -> str:
+    small = "byte" if ranks == BYTE_RANKS else "bpe"
+    return "llama3" if is_llama3 else small
 
 
 @dataclass(frozen=True)
@@ -264,6 +262,7 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
     # Parsed without the library, which aborts the process on some damaged files.
     try:
         file = TypeAdapter(_File).validate_json(path.read_bytes(), strict=True)
+        reason = next(_differences(file), None)
     except OSError as error:
         raise FormatError(f"{path} cannot be read ({error}); download or copy it again") from None
     except ValidationError as error:
@@ -273,20 +272,14 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
                 f"{path} cannot be read ({first['msg']}); download or copy it again"
             ) from None
         key, value = ".".join(map(str, first["loc"])), _shortened(first["input"])
-        raise _unsupported(path, f"{key}={value}: {first['msg']}") from None
-    if file.pre_tokenizer != json.loads(library_split().__getstate__()):
-        value = _shortened(file.pre_tokenizer)
-        raise _unsupported(path, f"pre_tokenizer={value} is not Llama 3's pattern and ByteLevel")
-    ranks = _vocabulary_ranks(path, file.model.vocab)
-    _check_merges(path, file.model, ranks)
-    return Tokenizer(_name_by_specials(path, file.added_tokens, ranks), ranks)
-
-
-def _unsupported(path: Path, reason: str) -> FormatError:
-    return FormatError(
-        f"{path} is not a tokenizer like Llama 3's: {reason}; use the model's tokenizer.model, or "
-        "the tokenizer.json of Llama 3 or of a folder written by convert.py"
-    )
+        reason = f"{key}={value}: {first['msg']}"
+    if reason is not None:
+        raise FormatError(
+            f"{path} is not a tokenizer like Llama 3's: {reason}; use the model's tokenizer.model, "
+            "or the tokenizer.json of Llama 3 or of a folder written by convert.py"
+        )
+    ranks = _ranks(file.model.vocab)
+    return Tokenizer(_name(len(file.added_tokens) == N_LLAMA3_SPECIALS, ranks), ranks)
 
 
 def _shortened(value: Any) -> str:
@@ -294,75 +287,59 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _vocabulary_ranks(path: Path, vocabulary: dict[str, int]) -> dict[bytes, int]:
-    """Return the id of each token by its bytes.
-
-    Raises:
-        FormatError: A token is not a byte sequence, a single byte is missing, or the ids are not
-            consecutive from 0.
-    """
+def _ranks(vocabulary: dict[str, int]) -> dict[bytes, int]:
+    """Return the id of each token by its bytes."""
     as_byte = byte_of_character()
-    ranks = {}
-    for token, rank in vocabulary.items():
-        if invalid := set(token) - as_byte.keys():
-            raise _unsupported(
-                path,
-                f"token {_shortened(token)} contains {_shortened(min(invalid))}, which is not in "
-                "the byte-level alphabet",
-            )
-        ranks[bytes(as_byte[character] for character in token)] = rank
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise _unsupported(path, f"the ids of its {len(ranks)} tokens are not consecutive from 0")
-    if absent := [value for value in range(256) if bytes([value]) not in ranks]:
-        raise _unsupported(path, f"byte {absent[0]} is not a token")
-    return ranks
+    return {bytes(as_byte[each] for each in token): rank for token, rank in vocabulary.items()}
 
 
-def _check_merges(path: Path, model: _Model, ranks: dict[bytes, int]) -> None:
-    """Check that BPE with these merges is equivalent to tiktoken's with these ranks.
+def _differences(file: _File) -> Iterator[str]:
+    """Yield the properties of a `tokenizer.json` that none of our tokenizers has.
 
-    Raises:
-        FormatError: It is not.
+    Each check assumes that the earlier ones have passed, so only the first result is valid.
     """
+    if file.pre_tokenizer != json.loads(library_split().__getstate__()):
+        value = _shortened(file.pre_tokenizer)
+        yield f"pre_tokenizer={value} is not Llama 3's pattern and ByteLevel"
+    vocabulary, alphabet = file.model.vocab, byte_of_character().keys()
+    for token in vocabulary:
+        if invalid := set(token) - alphabet:
+            name, character = _shortened(token), _shortened(min(invalid))
+            yield f"token {name} contains {character}, which is not in the byte-level alphabet"
+    ranks = _ranks(vocabulary)
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        yield f"the ids of its {len(ranks)} tokens are not consecutive from 0"
+    if absent := BYTE_RANKS.keys() - ranks.keys():
+        yield f"byte {ord(min(absent))} is not a token"
+    yield from _merge_differences(file.model, ranks)
+
+    names = {token.id: token.content for token in file.added_tokens}
+    name = _name(len(file.added_tokens) == N_LLAMA3_SPECIALS, ranks)
+    expected = dict(enumerate(special_names(name), start=len(ranks)))
+    if len(file.added_tokens) != len(expected) or names.keys() != expected.keys():
+        yield (
+            f"{len(file.added_tokens)} special tokens found; expected {N_LLAMA3_SPECIALS} or "
+            f"{N_SPECIALS} with consecutive ids from {len(ranks)}"
+        )
+    for index in islice(expected, 2 if name == "llama3" else None):
+        if names[index] != expected[index]:
+            yield f"token {index} is {_shortened(names[index])}, not {expected[index]}"
+
+
+def _merge_differences(model: _Model, ranks: dict[bytes, int]) -> Iterator[str]:
+    """Yield why BPE with these merges is not equivalent to tiktoken's with these ranks."""
     merges = [tuple(each.split(" ")) if isinstance(each, str) else each for each in model.merges]
     for pair in merges:
         if len(pair) != 2 or not {*pair, "".join(pair)} <= model.vocab.keys():
-            raise _unsupported(path, f"merge {_shortened(pair)} does not join two tokens into one")
-    order = [model.vocab["".join(pair)] for pair in merges]
-    for i, (first, second) in enumerate(pairwise(order)):
-        if first > second:
-            early, late = _shortened(merges[i]), _shortened(merges[i + 1])
-            raise _unsupported(path, f"merge {early} precedes {late}, which has a lower id")
+            yield f"merge {_shortened(pair)} does not join two tokens into one"
+    for early, late in pairwise(merges):
+        if model.vocab["".join(early)] > model.vocab["".join(late)]:
+            yield f"merge {_shortened(early)} precedes {_shortened(late)}, which has a lower id"
     required = bpe_merges(ranks)
     as_text = _byte_level_encoder()
     if absent := {(as_text(left), as_text(right)) for left, right in required} - set(merges):
         example = _shortened(min(absent))
-        raise _unsupported(path, f"{len(absent)} required merges are missing, including {example}")
+        yield f"{len(absent)} required merges are missing, including {example}"
     unreachable = len(ranks) - 256 - len(required)
     if unreachable and not model.ignore_merges:
-        raise _unsupported(
-            path, f"with ignore_merges=false, {unreachable} tokens are not reachable by merges"
-        )
-
-
-def _name_by_specials(path: Path, added: list[_Added], ranks: dict[bytes, int]) -> str:
-    """Return the name of the tokenizer with these special tokens.
-
-    Raises:
-        FormatError: None of our tokenizers has them.
-    """
-    names = {token.id: token.content for token in added}
-    name = "llama3" if len(names) == N_LLAMA3_SPECIALS else _small_name(ranks)
-    expected = special_names(name)
-    ids = list(range(len(ranks), len(ranks) + len(expected)))
-    if len(added) != len(expected) or sorted(names) != ids:
-        raise _unsupported(
-            path,
-            f"{len(added)} special tokens found; expected {N_LLAMA3_SPECIALS} or {N_SPECIALS} with "
-            f"consecutive ids from {len(ranks)}",
-        )
-    n_fixed = 2 if name == "llama3" else len(expected)
-    for token, special in enumerate(expected[:n_fixed], start=len(ranks)):
-        if names[token] != special:
-            raise _unsupported(path, f"token {token} is {_shortened(names[token])}, not {special}")
-    return name
+        yield f"with ignore_merges=false, {unreachable} tokens are not reachable by merges"

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from formats.stored_tensor import Dims, StoredTensor
 from formats.weights import Weights, parameter_shapes
 from model.config import ModelConfig, RopeScaling
 from model.llama import Llama
@@ -23,36 +24,33 @@ KINDS = {
 SEQ = 48  # longer than the original context of `scaled`
 
 
+@dataclass(frozen=True)
+class MemoryTensor(StoredTensor):
+    """A tensor in memory."""
+
+    values: Tensor
+
+    def read(self, offsets: Dims = None, sizes: Dims = None) -> Tensor:
+        tensor = self.values
+        for dim, size in enumerate(self.shape if sizes is None else sizes):
+            tensor = tensor.narrow(dim, 0 if offsets is None else offsets[dim], size)
+        return tensor.contiguous().to(self.dtype)
+
+
 class RandomWeights(Weights):
     """Random weights in memory, scaled so that attention is far from uniform."""
 
-    format = "native"
-
     def __init__(self, model: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(Path("made"), model, {})
         generator = torch.Generator().manual_seed(0)
-        self.tensors = {
+        self.values = {
             name: torch.randn(shape, generator=generator).mul_(0.2).add_(len(shape) == 1).to(dtype)
-            for name, shape in self.shapes.items()
+            for name, shape in parameter_shapes(model).items()
         }
-
-    def _stored_name(self, name: str) -> str:
-        return name
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        tensor = self.tensors[name]
-        for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-            tensor = tensor.narrow(dim, offset, size)
-        return tensor.contiguous()
-
-
-def full_tensor(weights: Weights, name: str) -> Tensor:
-    """Read a full parameter."""
-    shape = weights.shapes[name]
-    return weights.read(name, [0] * len(shape), shape)
+        stored = {
+            name: MemoryTensor(dtype, tuple(tensor.shape), (), tensor)
+            for name, tensor in self.values.items()
+        }
+        super().__init__("native", Path("made"), model, stored)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -62,9 +60,9 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 def assert_same_weights(one: Weights, other: Weights) -> None:
     """Assert equality bit for bit, and of the configurations except for the name."""
     assert dataclasses.replace(one.model, name="") == dataclasses.replace(other.model, name="")
-    assert one.shapes == parameter_shapes(one.model) == other.shapes
-    for name in one.shapes:
-        assert same_bits(full_tensor(one, name), full_tensor(other, name)), name
+    assert list(one.tensors) == list(parameter_shapes(one.model)) == list(other.tensors)
+    for name, tensor in one.tensors.items():
+        assert same_bits(tensor.read(), other.tensors[name].read()), name
 
 
 def filled(weights: Weights) -> Llama:
@@ -72,7 +70,7 @@ def filled(weights: Weights) -> Llama:
     model = Llama(weights.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(full_tensor(weights, name))
+            parameter.copy_(weights.tensors[name].read())
     return model
 
 
@@ -84,7 +82,7 @@ def tokens_of(model: ModelConfig) -> Tensor:
 def meta_parts(weights: RandomWeights, parts: int) -> list[dict[str, Tensor]]:
     """Return the tensors of each part, implemented independently after Meta's model."""
     row_parallel = ("wo.weight", "w2.weight")
-    tensors = dict(weights.tensors)
+    tensors = dict(weights.values)
     tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
     kv_rows = weights.model.n_kv_heads * weights.model.head_dim
     found: list[dict[str, Tensor]] = []

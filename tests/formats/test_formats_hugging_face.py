@@ -15,7 +15,6 @@ from random_weights import (
     RandomWeights,
     assert_same_weights,
     filled,
-    full_tensor,
     same_bits,
     tokens_of,
 )
@@ -104,14 +103,14 @@ def test_any_block_equals_the_slice_of_the_full_tensor(
 ) -> None:
     """A shard may start and end anywhere, also inside a head, or be empty."""
     weights = open_weights(folders[data.draw(st.sampled_from(sorted(folders)))])
-    name = data.draw(st.sampled_from(sorted(weights.shapes)))
+    name = data.draw(st.sampled_from(sorted(weights.tensors)))
     offsets, sizes = [], []
-    for length in weights.shapes[name]:
+    for length in weights.tensors[name].shape:
         offset = data.draw(st.integers(0, length))
         offsets.append(offset)
         sizes.append(data.draw(st.integers(0, length - offset)))
-    expected = RandomWeights(SMALL).read(name, offsets, sizes)
-    assert same_bits(weights.read(name, offsets, sizes), expected)
+    expected = RandomWeights(SMALL).tensors[name].read(offsets, sizes)
+    assert same_bits(weights.tensors[name].read(offsets, sizes), expected)
 
 
 def test_dtype_conversion_rounds_like_torch(tmp_path: Path) -> None:
@@ -119,8 +118,8 @@ def test_dtype_conversion_rounds_like_torch(tmp_path: Path) -> None:
     for format in ("native", "hf", "meta"):
         convert(made, None, tmp_path / format, format, dtype=torch.bfloat16)
         found = open_weights(tmp_path / format)
-        for name, tensor in made.tensors.items():
-            assert same_bits(full_tensor(found, name), tensor.bfloat16())
+        for name, tensor in made.values.items():
+            assert same_bits(found.tensors[name].read(), tensor.bfloat16())
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 

@@ -57,7 +57,7 @@ def test_meta_weights_give_reference_logits_and_round_trip_bit_exactly(
     tokens = tokens_of(made.model)
     with torch.no_grad():
         logits = filled(weights)(tokens)
-    expected = plain_llama(made.tensors, made.model, tokens)
+    expected = plain_llama(made.values, made.model, tokens)
     scale = expected.abs().max().item()
     # float32 vs. float64: measured 2e-6 of the largest logit; a wrong RoPE pairing changes a third.
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-5 * scale)
@@ -110,8 +110,8 @@ def test_reading_a_block_reads_only_its_bytes(
         ("norm.weight", (16,), (8,)),
     ):
         read[0] = 0
-        block = weights.read(name, offsets, sizes)
-        assert same_bits(block, made.read(name, offsets, sizes))
+        block = weights.tensors[name].read(offsets, sizes)
+        assert same_bits(block, made.tensors[name].read(offsets, sizes))
         assert read[0] == block.numel() * 4
 
 

@@ -5,16 +5,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from random_weights import SMALL, RandomWeights, assert_same_weights
+from random_weights import SMALL, MemoryTensor, RandomWeights, assert_same_weights
 from torch import Tensor
 
 from formats.conversion import convert
 from formats.detection import open_weights
 from formats.errors import FormatError
+from formats.stored_tensor import Dims
 from formats.weights import Format
 
 FORMATS: tuple[Format, ...] = ("native", "hf", "meta")
@@ -58,25 +59,30 @@ def test_corrupted_checkpoint_is_not_converted(format: Format, tmp_path: Path) -
     assert os.listdir(tmp_path) == ["source"]
 
 
-class FailingWeights(RandomWeights):
-    """Weights whose last tensor cannot be read."""
+class FailingTensor(MemoryTensor):
+    def read(self, offsets: Dims = None, sizes: Dims = None) -> Tensor:
+        raise FormatError("disk failure")
 
-    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        if name == "output.weight":
-            raise FormatError("disk failure")
-        return super().read(name, offsets, sizes)
+
+def failing_weights() -> RandomWeights:
+    """Weights whose last tensor cannot be read."""
+    made = RandomWeights(SMALL)
+    last = made.values["output.weight"]
+    failing = FailingTensor(last.dtype, tuple(last.shape), (), last)
+    made.tensors = {**made.tensors, "output.weight": failing}
+    return made
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_failed_conversion_leaves_no_files(format: Format, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="disk failure"):
-        convert(FailingWeights(SMALL), None, tmp_path / "out", format)
+        convert(failing_weights(), None, tmp_path / "out", format)
     assert os.listdir(tmp_path) == []
     # An existing target is kept.
     made = RandomWeights(SMALL)
     convert(made, None, tmp_path / "out", format)
     with pytest.raises(FormatError, match="disk failure"):
-        convert(FailingWeights(SMALL), None, tmp_path / "out", format, overwrite=True)
+        convert(failing_weights(), None, tmp_path / "out", format, overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
     assert_same_weights(open_weights(tmp_path / "out"), made)
 
@@ -111,15 +117,17 @@ SLOW = """
 import sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
-from random_weights import SMALL, RandomWeights
+from random_weights import SMALL, MemoryTensor, RandomWeights
 from formats.conversion import convert
-class Waiting(RandomWeights):
-    def read(self, name, offsets, sizes):
-        if name == "norm.weight":
-            print("halfway", flush=True)
-            sys.stdin.read()
-        return super().read(name, offsets, sizes)
-convert(Waiting(SMALL), None, Path({target!r}), "hf")
+class Waiting(MemoryTensor):
+    def read(self, offsets=None, sizes=None):
+        print("halfway", flush=True)
+        sys.stdin.read()
+        return super().read(offsets, sizes)
+made = RandomWeights(SMALL)
+norm = made.values["norm.weight"]
+made.tensors = made.tensors | {{"norm.weight": Waiting(norm.dtype, tuple(norm.shape), (), norm)}}
+convert(made, None, Path({target!r}), "hf")
 """
 
 
