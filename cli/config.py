@@ -36,6 +36,7 @@ from training.config_rules import (
     generate_errors,
     inference_errors,
     mesh_errors,
+    model_errors,
     prepare_errors,
     saving_errors,
 )
@@ -106,6 +107,21 @@ def check_for_tasks(composed: DictConfig, per_node: int, num_nodes: int) -> JobC
         )
 
     return load_train_config(composed, task_errors, *INSTALLATION_RULES)
+
+
+def check_inference_mesh(
+    parallel: ParallelConfig, model: ModelConfig, seq_len: int
+) -> tuple[Processes, MeshShape]:
+    """Return the processes and the mesh of `evaluate.py` and `generate.py` on this machine.
+
+    Raises:
+        ConfigError: The mesh does not fit this machine or the model.
+    """
+    processes, errors = plan_processes(parallel)
+    mesh, unresolved = resolve_mesh(parallel, processes.world_size)
+    if errors := errors + (unresolved or model_errors(mesh, parallel, model, seq_len)):
+        raise ConfigError(errors)
+    return processes, mesh
 
 
 def load_plan_config(composed: DictConfig) -> PlanJobConfig:

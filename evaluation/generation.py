@@ -7,7 +7,6 @@ the device or the mesh. Reading prompts and printing text are left to the caller
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from data.tokenizer import Tokenizer
 from model.llama import Llama
 from parallel.mesh import DATA_AXES
 
@@ -30,32 +30,12 @@ class SamplingParams:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Completion:
     """Generated tokens of one prompt; `stopped` is False if a length limit ended them."""
 
     tokens: list[int]
     stopped: bool
-
-
-class TextTokenizer(Protocol):
-    """The part of a tokenizer that `sample_text` uses."""
-
-    bos_id: int
-    eos_id: int
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: list[int]) -> str: ...
-
-
-class SingleProcessSync:
-    """Synchronization of generation in a single process: nothing to do."""
-
-    def broadcast_tokens(self, tokens: Tensor) -> Tensor:
-        return tokens
-
-    def any_active(self, active: bool) -> bool:
-        return active
 
 
 class GenerationSync:
@@ -64,30 +44,33 @@ class GenerationSync:
     Logits of tensor-parallel ranks may differ by rounding, so the first rank chooses the tokens.
     Data ranks have different prompts but gather sharded weights together, so all run a step while
     any has an unfinished row.
+
+    Args:
+        mesh: The mesh; None for a single process.
     """
 
-    def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:
-        self.mesh, self.device = mesh, device
+    def __init__(self, mesh: DeviceMesh | None = None) -> None:
+        def groups(*axes: str) -> list[dist.ProcessGroup]:
+            if mesh is None:
+                return []
+            return [mesh[axis].get_group() for axis in axes if mesh[axis].size() > 1]
+
+        self.tensor_groups, self.data_groups = groups("tp"), groups(*DATA_AXES)
 
     def broadcast_tokens(self, tokens: Tensor) -> Tensor:
         """Return the tokens (batch,) of the first tensor-parallel rank."""
-        if self.mesh["tp"].size() > 1:
-            dist.broadcast(tokens, group=self.mesh["tp"].get_group(), group_src=0)
+        for group in self.tensor_groups:
+            dist.broadcast(tokens, group=group, group_src=0)
         return tokens
 
-    def any_active(self, active: bool) -> bool:
+    def any_active(self, active: bool, device: torch.device) -> bool:
         """Return whether any data rank has an unfinished row."""
-        axes = [axis for axis in DATA_AXES if self.mesh[axis].size() > 1]
-        if not axes:
+        if not self.data_groups:
             return active
-        count = torch.tensor(int(active), device=self.device)
-        for axis in axes:
-            dist.all_reduce(count, group=self.mesh[axis].get_group())
+        count = torch.tensor(int(active), device=device)
+        for group in self.data_groups:
+            dist.all_reduce(count, group=group)
         return bool(count)
-
-
-Sync = SingleProcessSync | GenerationSync
-SINGLE_PROCESS = SingleProcessSync()
 
 
 # ---------------------------------------------------------------- generation
@@ -102,7 +85,7 @@ def generate(
     sampling: SamplingParams,
     stop: Sequence[int],
     device: torch.device,
-    sync: Sync = SINGLE_PROCESS,
+    sync: GenerationSync | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
     first_prompt: int = 0,
 ) -> list[Completion]:
@@ -117,7 +100,8 @@ def generate(
         max_new_tokens: At least 1.
         stop: Token ids that end a row; not part of its completion.
         device: Device of the model.
-        sync: Synchronizes the processes of a mesh, which all call `generate` together.
+        sync: Synchronizes the processes of a mesh, which all call `generate` together; None for a
+            single process.
         on_token: Called as `on_token(row, token)` for each generated token; returning True ends the
             row after this token.
         first_prompt: Index of the first prompt among all prompts of the program.
@@ -135,7 +119,8 @@ def generate(
     limits = [min(max_new_tokens, context + 1 - length) for length in lengths]
     # The last token of a row is sampled but never fed to the model.
     capacity = max(length + limit - 1 for length, limit in zip(lengths, limits, strict=True))
-    rows = [_Row(limit, frozenset(stop)) for limit in limits]
+    completions = [Completion([], stopped=False) for _ in prompts]
+    sync = sync or GenerationSync()
     sampler = _TokenSampler(sampling, range(first_prompt, first_prompt + len(prompts)))
     tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)  # (batch, seq)
     for index, prompt in enumerate(prompts):
@@ -146,11 +131,18 @@ def generate(
         logits = model(tokens)  # (batch, 1, vocab)
         while True:
             sampled = sync.broadcast_tokens(sampler(logits[:, 0]))  # (batch,)
-            for index, (row, token) in enumerate(zip(rows, sampled.tolist(), strict=True)):
-                if row.append(token) and on_token is not None and on_token(index, token):
-                    row.is_active, row.stopped = False, True
-            if not sync.any_active(any(row.is_active for row in rows)):
-                return [Completion(row.tokens, row.stopped) for row in rows]
+            active = False
+            rows = zip(completions, limits, sampled.tolist(), strict=True)
+            for index, (row, limit, token) in enumerate(rows):
+                if row.stopped or len(row.tokens) == limit:
+                    continue
+                row.stopped = token in stop
+                if not row.stopped:
+                    row.tokens.append(token)
+                    row.stopped = on_token is not None and bool(on_token(index, token))
+                active |= not row.stopped and len(row.tokens) < limit
+            if not sync.any_active(active, device):
+                return completions
             # Finished rows still take part; what they add to the cache does not affect other rows.
             logits = model(sampled.unsqueeze(1), positions.clamp(max=capacity - 1))
             positions = positions + 1
@@ -159,7 +151,7 @@ def generate(
 @torch.no_grad()
 def sample_text(
     model: nn.Module,
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     prompt: str,
     *,
     n_tokens: int,
@@ -192,26 +184,6 @@ def sample_text(
     if tokenizer.eos_id in generated:
         generated = generated[: generated.index(tokenizer.eos_id)]
     return prompt + tokenizer.decode(generated)
-
-
-class _Row:
-    """State of one row of a batch."""
-
-    def __init__(self, limit: int, stop: frozenset[int]) -> None:
-        self.limit, self.stop = limit, stop
-        self.tokens: list[int] = []
-        self.is_active, self.stopped = True, False
-
-    def append(self, token: int) -> bool:
-        """Append a token and return whether it is part of the completion."""
-        if not self.is_active:
-            return False
-        if token in self.stop:
-            self.is_active, self.stopped = False, True
-            return False
-        self.tokens.append(token)
-        self.is_active = len(self.tokens) < self.limit
-        return True
 
 
 # ---------------------------------------------------------------- sampling

@@ -4,32 +4,21 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from data.dataset import Dataset
 from data.errors import DataError
+from data.loader import Batch, validation_batches
+from evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
-    from data.dataset import Dataset
+    from evaluation.inference import InferenceContext
     from formats.weights import Weights
 
 DEFAULT_MAX_SEQ_LEN = 2048  # window length of weights without a training run
-
-
-class Batch(Protocol):
-    """A batch of windows, each field (micro_batch, seq) int64.
-
-    `positions` is None if every row is a single document.
-    """
-
-    @property
-    def tokens(self) -> Tensor: ...
-    @property
-    def positions(self) -> Tensor | None: ...
-    @property
-    def labels(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -66,6 +55,11 @@ class LossTotals:
         """Loss in bits per byte of text, comparable across tokenizers."""
         return self.nats / math.log(2) / self.n_bytes
 
+    def metrics(self) -> dict[str, float]:
+        """Return loss in nats per token, perplexity and bits per byte, and what they cover."""
+        values = {key: getattr(self, key) for key in ("loss", "perplexity", "bits_per_byte")}
+        return values | {"targets": self.targets, "bytes": self.n_bytes}
+
 
 @torch.no_grad()
 def evaluate_loss(
@@ -95,34 +89,44 @@ def evaluate_loss(
             total[1] += (labels >= 0).sum()
             if byte_lengths is not None:
                 total[2] += byte_lengths[batch.labels[batch.labels >= 0]].sum()
-    return {
-        name: LossTotals(nats, int(targets), int(n_bytes))
-        for name, (nats, targets, n_bytes) in zip(
-            batches, sum_over_data(totals).tolist(), strict=True
-        )
-    }
+    summed = zip(batches, sum_over_data(totals).tolist(), strict=True)
+    return {name: LossTotals(nats, int(n), int(n_bytes)) for name, (nats, n, n_bytes) in summed}
+
+
+def evaluate_dataset(
+    context: "InferenceContext", dataset: Dataset, seq_len: int, config: EvaluationConfig
+) -> dict[str, LossTotals]:
+    """Return the loss on the held-out windows by data source, equal on all ranks."""
+    n_windows = dataset.n_validation_windows(seq_len)
+    batches = validation_batches(
+        dataset,
+        samples=min(config.samples or n_windows, n_windows),
+        seq_len=seq_len,
+        micro_batch_size=config.micro_batch_size,
+        rank=context.data_rank,
+        size=context.mesh.dp,
+    )
+    byte_lengths = torch.tensor(dataset.tokenizer().byte_lengths())
+    sum_over_data = context.strategy.sum_over_data
+    return evaluate_loss(context.model, batches, context.fabric.device, sum_over_data, byte_lengths)
 
 
 def open_held_out(
-    weights: "Weights", folder: str | None, seq_len: int | None, optional: bool
-) -> "tuple[Dataset | None, int]":
+    weights: "Weights", config: EvaluationConfig, optional: bool
+) -> tuple[Dataset | None, int]:
     """Return the dataset with held-out text and the window length in tokens.
 
     Args:
-        folder: A prepared dataset; None for the training dataset of the weights.
-        seq_len: Window length; None for the value of the training run.
-        optional: Whether to return no dataset, instead of raising, if `folder` is None and the
+        optional: Whether to return no dataset, instead of raising, if none is configured and the
             training dataset is unknown or no longer exists.
 
     Raises:
         DataError: There is no held-out text, or it uses another tokenizer than the weights.
     """
-    from data.dataset import Dataset
-
     data, train = weights.config.get("data") or {}, weights.config.get("train") or {}
     default_seq_len = min(weights.model.max_seq_len, DEFAULT_MAX_SEQ_LEN)
-    seq_len = seq_len or train.get("seq_len") or default_seq_len
-    trained_on = data.get("folder")
+    seq_len = config.seq_len or train.get("seq_len") or default_seq_len
+    trained_on, folder = data.get("folder"), config.data
     if folder is None and (trained_on is None or data.get("stream_shards") is not None):
         if optional:
             return None, seq_len
@@ -149,7 +153,7 @@ def open_held_out(
     return dataset, seq_len
 
 
-def _check_vocabulary(dataset: "Dataset", weights: "Weights") -> None:
+def _check_vocabulary(dataset: Dataset, weights: "Weights") -> None:
     """Raise DataError if dataset and weights use different tokenizers."""
     from formats.tokenizers import find_tokenizer
 

@@ -2,37 +2,37 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from model.config import ModelConfig
+import torch
+from lightning.fabric import Fabric
+
+from evaluation.generation import GenerationSync
+from formats.weights import Weights, load_weights
+from model.llama import Llama
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes, plan_processes, resolve_mesh
+from parallel.mesh import MeshShape, Processes
+from parallel.strategy import MeshStrategy
+from resilience.config import WatchdogConfig
 from resilience.exit_codes import ExitCode
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-
-    from evaluation.generation import GenerationSync
-    from formats.weights import Weights
-    from parallel.strategy import MeshStrategy
-    from resilience.watchdog import Watchdog
-
-ModelRule = Callable[[MeshShape, ParallelConfig, ModelConfig, int], list[str]]
+from resilience.launch import launch
+from resilience.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
 class InferenceContext:
     """A model in evaluation mode on every process of its mesh."""
 
-    fabric: "Fabric"
-    strategy: "MeshStrategy"
+    fabric: Fabric
+    strategy: MeshStrategy
     mesh: MeshShape
-    model: Any  # Fabric's wrapper around the sharded Llama
-    weights: "Weights"
-    watchdog: "Watchdog"
+    llama: Llama  # sharded
+    model: Any  # Fabric's wrapper around it
+    weights: Weights
+    watchdog: Watchdog
 
     @property
     def data_rank(self) -> int:
@@ -40,11 +40,9 @@ class InferenceContext:
         return self.mesh.data_rank(self.fabric.global_rank)
 
     @property
-    def sync(self) -> "GenerationSync":
+    def sync(self) -> GenerationSync:
         """Synchronization of `generate` between the processes."""
-        from evaluation.generation import GenerationSync
-
-        return GenerationSync(self.strategy.device_mesh, self.fabric.device)
+        return GenerationSync(self.strategy.device_mesh)
 
     @contextmanager
     def exit_on_interrupt(self) -> Iterator[None]:
@@ -65,21 +63,8 @@ class InferenceContext:
         os._exit(code)  # other ranks may be waiting in a collective
 
 
-def plan_inference(
-    parallel: ParallelConfig, model: ModelConfig, seq_len: int, rule: ModelRule
-) -> tuple[Processes, MeshShape, list[str]]:
-    """Return the processes and the mesh, and the configuration errors found.
-
-    Args:
-        rule: Returns the errors of combining mesh, parallelism, model and sequence length.
-    """
-    processes, errors = plan_processes(parallel)
-    mesh, mesh_errors = resolve_mesh(parallel, processes.world_size)
-    return processes, mesh, errors + (mesh_errors or rule(mesh, parallel, model, seq_len))
-
-
 def load_model(
-    weights: "Weights",
+    weights: Weights,
     processes: Processes,
     mesh: MeshShape,
     parallel: ParallelConfig,
@@ -91,14 +76,6 @@ def load_model(
         FormatError: On all ranks, if the weights are damaged or a rank cannot read its shard.
         LaunchError: The processes cannot connect to each other.
     """
-    import torch
-
-    from formats.weights import load_weights
-    from model.llama import Llama
-    from resilience.config import WatchdogConfig
-    from resilience.launch import launch
-    from resilience.watchdog import Watchdog
-
     watchdog = Watchdog(WatchdogConfig(None, None, None))  # detects dead ranks, without time limits
     fabric, strategy = launch(processes, mesh, parallel, precision, watchdog)
     with torch.device("meta"):
@@ -106,4 +83,4 @@ def load_model(
     model = fabric.setup_module(llama)
     load_weights(llama, weights)
     model.eval()
-    return InferenceContext(fabric, strategy, mesh, model, weights, watchdog)
+    return InferenceContext(fabric, strategy, mesh, llama, model, weights, watchdog)

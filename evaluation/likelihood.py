@@ -2,7 +2,7 @@
 
 For short answers the output head dominates both time and memory, so it is computed only at the
 positions of targets, in chunks. `TargetScores` replaces the model's loss layer, which already
-implements the head under the active parallelism.
+implements the head under tensor parallelism.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ class TargetScores(nn.Module):
     """Replacement for a model's loss layer that returns one score per target instead of a sum.
 
     Args:
-        loss: The layer to replace.
+        loss: The layer to replace, without loss parallelism.
     """
 
     def __init__(self, loss: CrossEntropySum) -> None:
@@ -51,19 +51,8 @@ class TargetScores(nn.Module):
             local = hidden[rows, columns] @ weight.t()  # (rows, local vocab)
             logits = self.vocabulary.gather(local)  # (rows, vocab)
             scores[0, chunk] = -self.nll(logits, tokens, with_gradient=False)
-            scores[1, chunk] = self._is_argmax(logits, tokens)
+            scores[1, chunk] = logits.argmax(dim=-1) == tokens
         return scores
-
-    def _is_argmax(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """(rows, vocab), (rows) -> (rows) bool; ties are resolved to the lowest token id."""
-        values, indices = logits.max(dim=-1)  # (rows)
-        highest = values.to(torch.float32, copy=True)
-        self.vocabulary.maximum_(highest)
-        # Token ids are exact in float32; the maximum of their negatives is the lowest id.
-        lowest = -(indices + self.vocabulary.first).float()
-        lowest = torch.where(values.float() == highest, lowest, -torch.inf)
-        self.vocabulary.maximum_(lowest)
-        return lowest == -tokens.float()
 
 
 @contextmanager

@@ -7,26 +7,25 @@ forwards because sharded weights are gathered collectively.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.models.utils import postprocess_generated_text as cut_at_stops
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import nn
 from tqdm import tqdm
 
 from data.tokenizer import BOS_TOKEN, EOS_TOKEN, Tokenizer, split_text
 from evaluation.errors import TaskError
-from evaluation.generation import SINGLE_PROCESS, SamplingParams, Sync, generate
+from evaluation.generation import SamplingParams, generate
 from evaluation.inference import InferenceContext
 from evaluation.likelihood import target_scoring
 from formats.tokenizers import stop_token_ids
-from model.llama import Llama
+from formats.weights import all_gather
 
 MAX_NEW_TOKENS = 256
 """Default of a task's max_gen_toks."""
@@ -39,66 +38,16 @@ class LlameshLM(TemplateLM):
     """lm-eval language model, constructed and called with the same arguments on every process.
 
     Args:
-        model: A Llama or Fabric's wrapper of one, without context parallelism; generation also
-            requires that sequence parallelism is off.
+        context: A loaded model, without context, sequence and loss parallelism.
         tokenizer: Tokenizer of the weights.
-        device: Device of the model.
         batch_size: Number of requests per forward of a data rank.
-        stop: Token ids that end a generated text.
-        data_rank, data_size: Index and number of the data ranks.
-        all_gather: Gathers the lists of all data ranks, in rank order.
-        sync: Synchronizes the processes during generation.
-        seq_multiple: Scored sequences are padded to a multiple of this.
-        is_first: Whether this process shows progress.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        *,
-        device: torch.device,
-        batch_size: int,
-        stop: Sequence[int],
-        data_rank: int = 0,
-        data_size: int = 1,
-        all_gather: Callable[[list[Any]], list[list[Any]]] = lambda answers: [answers],
-        sync: Sync = SINGLE_PROCESS,
-        seq_multiple: int = 1,
-        is_first: bool = True,
-    ) -> None:
+    def __init__(self, context: InferenceContext, tokenizer: Tokenizer, batch_size: int) -> None:
         super().__init__()
-        llama = model if isinstance(model, Llama) else model.module
-        assert isinstance(llama, Llama)
-        self.model, self.llama, self._tokenizer = model, llama, tokenizer
-        self.max_length = llama.config.max_seq_len
-        self._device, self.batch_size, self.stop = device, batch_size, stop
-        self.data_rank, self.data_size, self.all_gather = data_rank, data_size, all_gather
-        self.sync, self.seq_multiple, self.is_first = sync, seq_multiple, is_first
-
-    @classmethod
-    def on_mesh(
-        cls, context: InferenceContext, tokenizer: Tokenizer, batch_size: int
-    ) -> "LlameshLM":
-        """Create the adapter of a model that is loaded on a mesh."""
-
-        def all_gather(answers: list[Any]) -> list[list[Any]]:
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, answers)
-            return gathered[:: context.mesh.ranks_per_sample]  # ranks of one sample agree
-
-        return cls(
-            context.model,
-            tokenizer,
-            device=context.fabric.device,
-            batch_size=batch_size,
-            stop=stop_token_ids(tokenizer),
-            data_rank=context.data_rank,
-            data_size=context.mesh.dp,
-            all_gather=all_gather,
-            sync=context.sync,
-            is_first=context.fabric.is_global_zero,
-        )
+        self.context, self._tokenizer, self.batch_size = context, tokenizer, batch_size
+        self.max_length = context.weights.model.max_seq_len
+        self.is_first = context.fabric.is_global_zero
 
     @property
     def eot_token_id(self) -> int:
@@ -118,30 +67,20 @@ class LlameshLM(TemplateLM):
         """
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(BOS_TOKEN)
-        encoding = self._tokenizer.encoding
-        ids = [
-            token
-            for piece in split_text(string)
-            for token in encoding.encode(piece, allowed_special="all")
-        ]
+        encode = partial(self._tokenizer.encoding.encode, allowed_special="all")
+        ids = [token for piece in split_text(string) for token in encode(piece)]
         return [self._tokenizer.bos_id, *ids] if add_special_tokens else ids
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Return log-probabilities in nats of full texts, split into windows of the context."""
-        windows = [
-            [
-                (None, *make_disjoint_window(window))
-                for window in get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0]),
-                    prefix_token=self.prefix_token_id,
-                    max_seq_len=self.max_length,
-                    context_len=1,
-                )
-            ]
-            for request in requests
-        ]
+        start, length = self.prefix_token_id, self.max_length
+        split = partial(
+            get_rolling_token_windows, prefix_token=start, max_seq_len=length, context_len=1
+        )
+        texts = [self.tok_encode(request.args[0]) for request in requests]
+        windows = [[(None, *make_disjoint_window(each)) for each in split(text)] for text in texts]
         answers = iter(self._loglikelihood_tokens([window for text in windows for window in text]))
         return [sum(next(answers)[0] for _ in text) for text in windows]
 
@@ -164,10 +103,9 @@ class LlameshLM(TemplateLM):
             ids = (context + continuation)[-(self.max_length + 1) :]
             rows.setdefault(tuple(ids[:-1]), []).append((index, continuation))
         longest_first = sorted(rows, key=lambda tokens: (-len(tokens), tokens))
-        batches = _batches(longest_first, self.batch_size)
         answers = [
             answer
-            for batch in self._local_batches(batches, "loglikelihood")
+            for batch in self._local_batches(longest_first, "loglikelihood")
             for answer in self._score(batch, [rows[tokens] for tokens in batch])
         ]
         return self._gather_in_order(answers, len(requests))
@@ -183,8 +121,7 @@ class LlameshLM(TemplateLM):
             continuations: For each row, the request indices and continuations that end it.
         """
         longest = max((len(tokens) for tokens in batch), default=1)
-        seq = -(-longest // self.seq_multiple) * self.seq_multiple
-        inputs = torch.zeros(max(len(batch), 1), seq, dtype=torch.int64)  # (batch, seq)
+        inputs = torch.zeros(max(len(batch), 1), longest, dtype=torch.int64)  # (batch, seq)
         targets: list[tuple[int, int, int]] = []
         for row, (tokens, requests) in enumerate(zip(batch, continuations, strict=True)):
             inputs[row, : len(tokens)] = torch.tensor(tokens)
@@ -192,9 +129,10 @@ class LlameshLM(TemplateLM):
                 first = len(tokens) - len(continuation)
                 targets += ((row, first + i, token) for i, token in enumerate(continuation))
         target_tensor = torch.tensor(targets, dtype=torch.int64).view(-1, 3).t()  # (3, targets)
+        device = self.context.fabric.device
         # Shapes differ from training batches; compiling them does not pay off.
-        with torch.compiler.set_stance("force_eager"), target_scoring(self.llama):
-            scores = self.model(inputs.to(self._device), None, target_tensor.to(self._device))
+        with torch.compiler.set_stance("force_eager"), target_scoring(self.context.llama):
+            scores = self.context.model(inputs.to(device), None, target_tensor.to(device))
         log_probs, is_argmax = scores.double().cpu()  # (targets) each
         answers, first = [], 0
         for index, continuation in (request for requests in continuations for request in requests):
@@ -216,14 +154,13 @@ class LlameshLM(TemplateLM):
                 for index in indices
             }
             indices.sort(key=lambda index: (-len(prompts[index]), prompts[index], index))
-            order = {index: n_before + i for i, index in enumerate(indices)}
-            n_before += len(indices)
-            for batch in self._local_batches(_batches(indices, self.batch_size), "generate_until"):
+            for batch in self._local_batches(indices, "generate_until"):
                 # Without a batch, this rank generates a dummy text to join the collectives.
                 batch_prompts = [prompts[index] for index in batch] or [[self.prefix_token_id]]
-                first = order[batch[0]] if batch else 0
+                first = n_before + indices.index(batch[0]) if batch else 0
                 texts = self._generate(batch_prompts, options, first)[: len(batch)]
                 answers += zip(batch, texts, strict=True)
+            n_before += len(indices)
         return self._gather_in_order(answers, len(requests))
 
     def _generate(
@@ -234,18 +171,20 @@ class LlameshLM(TemplateLM):
         tails = [b""] * len(prompts)  # last bytes of each text, in which a stop may end
 
         def is_at_stop(row: int, token: int) -> bool:
-            tail = tails[row] + self._bytes(token)
+            tail = tails[row]
+            if token < self._tokenizer.vocab_size:  # the model's vocabulary may exceed it
+                tail += self._tokenizer.encoding.decode_single_token_bytes(token)
             tails[row] = tail[-longest:]
             return any(stop in tail for stop in stops)
 
         completions = generate(
-            self.model,
+            self.context.model,
             prompts,
             max_new_tokens=options.max_new_tokens,
             sampling=options.sampling,
-            stop=self.stop,
-            device=self._device,
-            sync=self.sync,
+            stop=stop_token_ids(self._tokenizer),
+            device=self.context.fabric.device,
+            sync=self.context.sync,
             on_token=is_at_stop,
             first_prompt=first_prompt,
         )
@@ -256,22 +195,16 @@ class LlameshLM(TemplateLM):
         ]
         return [cut_at_stops(text, options.stops, None) for text in texts]
 
-    def _bytes(self, token: int) -> bytes:
-        """Return the bytes of a token; empty for ids beyond the tokenizer's vocabulary."""
-        if token >= self._tokenizer.vocab_size:
-            return b""
-        return self._tokenizer.encoding.decode_single_token_bytes(token)
-
-    def _local_batches(self, batches: list[list[Any]], kind: str) -> Iterator[list[Any]]:
+    def _local_batches(self, items: list[Any], kind: str) -> Iterator[list[Any]]:
         """Yield this data rank's batches; the last one is empty if only other ranks have one."""
-        rounds = range(0, len(batches), self.data_size)
-        for first in tqdm(rounds, desc=f"{kind}, batches", disable=not self.is_first):
-            index = first + self.data_rank
-            yield batches[index] if index < len(batches) else []
+        rounds = range(0, len(items), self.batch_size * self.context.mesh.dp)
+        for start in tqdm(rounds, desc=f"{kind}, batches", disable=not self.is_first):
+            first = start + self.context.data_rank * self.batch_size
+            yield items[first : first + self.batch_size]
 
     def _gather_in_order(self, answers: list[tuple[int, Any]], n_requests: int) -> list[Any]:
         """Return the answers of all data ranks in the order of the requests."""
-        gathered = dict(answer for part in self.all_gather(answers) for answer in part)
+        gathered = dict(answer for part in all_gather(answers) for answer in part)
         return [gathered[index] for index in range(n_requests)]
 
 
@@ -284,10 +217,9 @@ class _GenerationOptions:
 
     def __init__(self, generation_kwargs: dict[str, Any], max_length: int) -> None:
         options = normalize_gen_kwargs(generation_kwargs, MAX_NEW_TOKENS)
-        num_beams = options.pop("num_beams", 1)
-        unsupported = sorted(set(options) - GENERATION_KEYS)
-        unsupported += ["num_beams"] if num_beams != 1 else []
-        if unsupported:
+        if options.get("num_beams") == 1:
+            del options["num_beams"]
+        if unsupported := sorted(set(options) - GENERATION_KEYS):
             raise TaskError(
                 f"a task sets unsupported generation_kwargs ({', '.join(unsupported)}); use only "
                 f"{', '.join(sorted(GENERATION_KEYS))} in its file"
@@ -301,12 +233,5 @@ class _GenerationOptions:
                 f"no context for a prompt (max_seq_len={max_length}); set it to at most "
                 f"{max_length - 1} in the task file"
             )
-        self.sampling = SamplingParams(
-            temperature=options.get("temperature", 0.0),
-            top_k=options.get("top_k"),
-            top_p=options.get("top_p"),
-        )
-
-
-def _batches(items: list[Any], size: int) -> list[list[Any]]:
-    return [items[first : first + size] for first in range(0, len(items), size)]
+        temperature = options.get("temperature", 0.0)
+        self.sampling = SamplingParams(temperature, options.get("top_k"), options.get("top_p"))

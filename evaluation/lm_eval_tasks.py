@@ -11,7 +11,7 @@ import io
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,35 +28,29 @@ REPORTED_KEYS = ("results", "groups", "versions", "n-shot", "n-samples")
 """Keys of lm-eval's result that are reported."""
 
 
-def task_errors(tasks: Sequence[str], folder: str | None, cp: int = 1) -> list[str]:
-    """Return the errors in the configuration of the tasks.
+def task_errors(tasks: Sequence[str], folder: str | None, cp: int = 1) -> Iterator[str]:
+    """Yield the errors in the configuration of the tasks.
 
     Args:
         tasks: Task or group names, patterns like `mmlu_*`, or paths of task files.
         folder: Folder with the user's task files, which take precedence over lm-eval's.
         cp: Size of the context-parallel axis.
     """
-    if not tasks:
-        return []
-    errors = []
     if cp > 1:
-        errors = [
+        yield (
             f"parallel.cp={cp} splits sequences, but tasks generate text token by token; use "
             "parallel.cp=1"
-        ]
+        )
     if importlib.util.find_spec("lm_eval") is None:
-        errors.append(
+        yield (
             f"tasks={list(tasks)} requires the package lm-eval; install the extra `lm-eval` "
             "(pip install '.[lm-eval]'), or use tasks=[]"
         )
     elif folder is not None and not Path(folder).is_dir():
-        errors.append(
-            f"task_folder={folder} is not a folder; use the folder that contains your task files"
-        )
+        yield f"task_folder={folder} is not a folder; use the folder with your task files"
     else:
         manager = _manager(tasks, folder)
-        errors += [_unknown_task(t, manager.all_tasks) for t in tasks if not _match(t, manager)]
-    return errors
+        yield from (_unknown_task(t, manager.all_tasks) for t in tasks if not _match(t, manager))
 
 
 def run_tasks(

@@ -36,16 +36,12 @@ def read_prompts(
         path: A prompt file if `prompt` is None: one prompt per line or, in a .jsonl file, one
             object with the key "prompt" per line.
     """
-    if prompt is not None:
-        named, errors = [("prompt", prompt)], list[str]()
-    else:
+    named, errors = [("prompt", str(prompt))], list[str]()
+    if prompt is None:
         named, errors = _read_file(Path(str(path)))
-    if errors:
-        return [], errors[:MAX_LISTED]
-    prompts = []
-    for name, text in named:
-        prompts.append(encode_prompt(text, tokenizer))
-        if error := prompt_error(prompts[-1], model):
+    prompts = [encode_prompt(text, tokenizer) for _, text in named]
+    for (name, _), each in zip(named, prompts, strict=True):
+        if error := prompt_error(each, model):
             errors.append(f"{name} {error}")
     if len(errors) > MAX_LISTED:
         errors[MAX_LISTED:] = [f"and {len(errors) - MAX_LISTED} more prompts of {path}"]
@@ -106,27 +102,25 @@ def interactive_prompts(
 
     # A separate group, since reading a prompt may take longer than any timeout.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    lines = _valid_lines(tokenizer, model)
     while True:
-        prompt: list[Any] = [_read_line(tokenizer, model) if fabric.is_global_zero else None]
+        prompt: list[Any] = [next(lines, None) if fabric.is_global_zero else None]
         dist.broadcast_object_list(prompt, group=group)
         if prompt[0] is None:
             return
         yield prompt[0]
 
 
-def _read_line(tokenizer: "Tokenizer", model: ModelConfig) -> Prompt | None:
-    """Return the next valid prompt from standard input; None at its end."""
-    while True:
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.buffer.readline()
-        if not line:
-            if sys.stdin.isatty():
-                print(file=sys.stderr)  # end the line of the "> "
-            return None
+def _valid_lines(tokenizer: "Tokenizer", model: ModelConfig) -> Iterator[Prompt]:
+    """Yield the valid prompts from standard input and print the errors of the others."""
+    mark = "> " if sys.stdin.isatty() else ""
+    print(mark, end="", file=sys.stderr, flush=True)
+    for line in iter(sys.stdin.buffer.readline, b""):
         prompt = encode_prompt(line.decode(errors="surrogateescape").rstrip("\r\n"), tokenizer)
-        error = prompt_error(prompt, model)
-        if error is None:
-            return prompt
-        if prompt.text:
+        if (error := prompt_error(prompt, model)) is None:
+            yield prompt
+        elif prompt.text:
             print(f"Prompt {error}", file=sys.stderr, flush=True)
+        print(mark, end="", file=sys.stderr, flush=True)
+    if mark:
+        print(file=sys.stderr)  # end the line of the mark

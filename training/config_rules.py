@@ -594,10 +594,16 @@ def prepare_errors(
     return errors
 
 
-def generate_errors(prompt: str | None, prompts: str | None) -> list[str]:
-    if prompt is None or prompts is None:
-        return []
-    return [f"prompts={prompts} and prompt={prompt!r} are both given; use one of them"]
+def generate_errors(prompt: str | None, prompts: str | None, parallel: ParallelConfig) -> list[str]:
+    errors = [
+        f"parallel.{axis}={size} is not supported for generation; use parallel.{axis}=1, and "
+        "parallel.tp to shard the model"
+        for axis in ("dp_replicate", "dp_shard", "cp")
+        if (size := getattr(parallel, axis)) != 1
+    ]
+    if prompt is not None and prompts is not None:
+        errors.append(f"prompts={prompts} and prompt={prompt!r} are both given; use one of them")
+    return errors
 
 
 def convert_errors(format: str | None, parts: int) -> list[str]:

@@ -1,12 +1,13 @@
 """Held-out loss: the mean over targets, independent of batches and ranks."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from data.loader import Batch
 from evaluation.held_out import LossTotals, evaluate_loss
 from model.config import ModelConfig
 from model.init import initialize
@@ -16,13 +17,7 @@ from model.loss import IGNORE
 WINDOWS, SEQ, VOCAB = 6, 8, 23
 
 
-class Windows(NamedTuple):
-    tokens: Tensor
-    positions: Tensor
-    labels: Tensor
-
-
-def held_out() -> Windows:
+def held_out() -> Batch:
     """Return windows with unequal numbers of targets; one contains a second document."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, VOCAB, (WINDOWS, SEQ), generator=generator)
@@ -31,12 +26,13 @@ def held_out() -> Windows:
     positions[2, 5:] = torch.arange(SEQ - 5)
     for row in range(WINDOWS):
         labels[row, :row] = IGNORE
-    return Windows(tokens, positions, labels)
+    return Batch(tokens, positions, labels)
 
 
-def batches(size: int) -> list[Windows]:
-    parts = zip(*(field.split(size) for field in held_out()), strict=True)
-    return [Windows(*fields) for fields in parts]
+def batches(size: int) -> list[Batch]:
+    windows: Any = held_out()
+    parts = zip(*(field.split(size) for field in windows), strict=True)
+    return [Batch(*fields) for fields in parts]
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +50,11 @@ def single_rank(values: Tensor) -> Tensor:
     return values
 
 
-def mean_loss(model: Llama, batches: list[Windows], *more: Any) -> float:
+def mean_loss(model: Llama, batches: list[Batch], *more: Any) -> float:
     return evaluate_loss(model, {"one": batches}, *more)["one"].loss
 
 
-def reference(model: Llama, windows: Windows) -> tuple[float, int]:
+def reference(model: Llama, windows: Any) -> tuple[float, int]:
     """Return sum and number of negative log-likelihoods, computed token by token."""
     total, number = 0.0, 0
     with torch.no_grad():
@@ -95,7 +91,7 @@ def test_ranks_are_weighted_by_number_of_targets(model: Llama) -> None:
 
 def test_windows_without_target_raise(model: Llama) -> None:
     tokens, positions, labels = held_out()
-    masked = [Windows(tokens, positions, torch.full_like(labels, IGNORE))]
+    masked = [Batch(tokens, positions, torch.full_like(labels, IGNORE))]
     with pytest.raises(ValueError, match="contain no target"):
         mean_loss(model, masked, torch.device("cpu"), single_rank)
 

@@ -114,9 +114,9 @@ def errors_of(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(evaluation.inference, "load_model", launch)
 
     def errors(*arguments: str) -> list[str]:
-        config = load_generate_config(composed(f"checkpoint={checkpoint}", CPU, *arguments))
+        composed_config = composed(f"checkpoint={checkpoint}", CPU, *arguments)
         with pytest.raises((ConfigError, FormatError)) as error:
-            generate.run(config)
+            generate.run(load_generate_config(composed_config))
         return getattr(error.value, "errors", [str(error.value)])
 
     return errors

@@ -54,7 +54,8 @@ def llama() -> Llama:
 
 def sample(model: nn.Module, prompt: str = "cab", **changed: Any) -> str:
     arguments = {"n_tokens": 12, "temperature": 0.0, "seed": 0, "device": CPU, **changed}
-    return sample_text(model, Letters(), prompt, **arguments)
+    tokenizer: Any = Letters()
+    return sample_text(model, tokenizer, prompt, **arguments)
 
 
 def test_temperature_zero_is_greedy(llama: Llama) -> None:

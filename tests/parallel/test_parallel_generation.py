@@ -60,9 +60,7 @@ def completions(case: Case) -> Completions:
         for parameter in run.llama.parameters():
             parameter.mul_(20)  # an untrained model tends to repeat one token
     diverges = run.fabric.global_rank > 0 and case.tp > 1
-    sync = (DivergingSync if diverges else GenerationSync)(
-        run.strategy.device_mesh, run.fabric.device
-    )
+    sync = (DivergingSync if diverges else GenerationSync)(run.strategy.device_mesh)
     n_prompts = len(PROMPTS) // case.dp
     return [
         generate(
