@@ -146,8 +146,8 @@ def to_hugging_face(
     """
     scaling: dict[str, Any] | None = None
     if (ours := model.rope_scaling) is not None:
-        scaling = {theirs: getattr(ours, key) for key, theirs in HUGGING_FACE_ROPE_KEYS.items()}
-        scaling["rope_type"] = "llama3"
+        scaling = {"rope_type": "llama3"}
+        scaling |= {theirs: getattr(ours, key) for key, theirs in HUGGING_FACE_ROPE_KEYS.items()}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
