@@ -52,10 +52,7 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
     """
     with open(path, "a+b", buffering=0) as file:  # appends, regardless of the read position
         end = file.seek(0, os.SEEK_END)
-        truncated = False
-        if end > 0:
-            file.seek(end - 1)
-            truncated = file.read(1) != b"\n"
+        truncated = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
         rest = (b"\n" if truncated else b"") + line.encode(errors="replace") + b"\n"
         try:
             while rest:
@@ -78,24 +75,23 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         return []
     records = []
     for line in raw.split(b"\n"):
-        try:
-            record = json.loads(line)
-        except ValueError:  # truncated JSON or UTF-8, or a block of zeros that was never written
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+        with suppress(ValueError):  # truncated JSON or UTF-8, or zeros that were never written
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 class RetryingWriter:
     """Append lines to a file, and keep lines that fail in memory for the next attempt.
 
     A temporarily full disk therefore loses no line, unless the process exits before space is freed.
+
+    Attributes:
+        pending: Lines not written yet.
     """
 
     def __init__(self, path: Path, *, durable: bool = False) -> None:
         self.path, self.durable = path, durable
-        self._pending: deque[str] = deque(maxlen=MAX_PENDING_LINES)
+        self.pending: deque[str] = deque(maxlen=MAX_PENDING_LINES)
 
     def append(self, line: str) -> None:
         """Write all pending lines and this one.
@@ -103,20 +99,11 @@ class RetryingWriter:
         Raises:
             OSError: The file still cannot be written; the line stays pending.
         """
-        self._pending.append(line)
+        self.pending.append(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        while self._pending:
-            append_line(self.path, self._pending[0], durable=self.durable)
-            self._pending.popleft()
-
-    @property
-    def n_pending(self) -> int:
-        """Number of lines not written yet."""
-        return len(self._pending)
-
-    def drop_last(self) -> None:
-        """Discard the newest pending line."""
-        self._pending.pop()
+        while self.pending:
+            append_line(self.path, self.pending[0], durable=self.durable)
+            self.pending.popleft()
 
 
 class EventLog:
@@ -149,7 +136,7 @@ class EventLog:
             self._file.append(json_line({"time": now, "event": event, **fields}))
         except OSError as error:
             if required:
-                self._file.drop_last()
+                self._file.pending.pop()
                 raise
             if not self._warned:
                 self._warned = True

@@ -7,20 +7,20 @@ records when the previous launch was last alive, the step it resumes from and wh
 started. The training loop decides when to write which event.
 """
 
-import math
 import os
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
 from resilience.event_log import read_json_lines
 
 
-@dataclass(frozen=True)
+@dataclass
 class Goodput:
     """Wall time of a run since its first launch, in seconds and disjoint parts.
 
@@ -59,76 +59,29 @@ class Goodput:
         return {"ratio": round(self.ratio, 4), "wall": round(self.wall, 3), **parts}
 
 
-@dataclass
-class _Interval:
-    """Seconds of work on the steps after `first` up to `last`."""
-
-    first: int
-    last: int
-    seconds: float
-
-
 class _WorkTimeline:
     """Time spent on the steps that count, as ordered intervals of steps."""
 
     def __init__(self) -> None:
-        self._intervals: list[_Interval] = []
+        self.intervals: list[tuple[int, int, float]] = []  # after a step, up to a step, seconds
         self.step = 0  # reached
-        self.lost = 0.0
-        self.lost_steps = 0
-
-    @property
-    def productive(self) -> float:
-        return sum(interval.seconds for interval in self._intervals)
+        self.lost, self.lost_steps = 0.0, 0
 
     def add(self, step: int, seconds: float) -> None:
         """Add work that advanced to `step`, or stayed within the current step."""
-        self._intervals.append(_Interval(self.step, max(step, self.step), seconds))
-        self.step = max(step, self.step)
+        step = max(step, self.step)
+        self.intervals.append((self.step, step, seconds))
+        self.step = step
 
     def go_back_to(self, step: int) -> None:
         """Move work beyond `step`, partial steps included, to `lost`."""
         self.lost_steps += max(0, self.step - step)
-        kept = []
-        for interval in self._intervals:
-            fraction = 1.0
-            if interval.first >= step:  # includes an unfinished step
-                fraction = 0.0
-            elif interval.last > step:
-                fraction = (step - interval.first) / (interval.last - interval.first)
-            self.lost += interval.seconds * (1 - fraction)
-            if fraction:
-                last = min(interval.last, step)
-                kept.append(_Interval(interval.first, last, interval.seconds * fraction))
-        self._intervals, self.step = kept, step
-
-
-class _Launch:
-    """One launch of a run: its events in order."""
-
-    def __init__(self, start: Mapping[str, Any]) -> None:
-        self.start = start
-        self.start_time = min(
-            _seconds(start.get("began") or start["time"]), _seconds(start["time"])
-        )
-        self.last_event_time = _seconds(start["time"])
-        self.first_step_time: float | None = None
-        self.points: list[Mapping[str, Any]] = []  # events with the time spent
-        self.stop: Mapping[str, Any] | None = None
-
-    def add(self, event: Mapping[str, Any]) -> None:
-        self.last_event_time = max(self.last_event_time, _seconds(event["time"]))
-        if "elapsed_seconds" in event:
-            self.first_step_time = self.first_step_time or _seconds(event["time"])
-            self.points.append(event)
-        if event["event"] == "stop":
-            self.stop = event
-
-    def end_time(self, last_alive: float, limit: float) -> float:
-        """Return when it was last alive, at most `limit`, the start of the next launch."""
-        if self.stop is not None:
-            return min(_seconds(self.stop["time"]), limit)
-        return min(max(last_alive, self.last_event_time), limit)
+        intervals, self.intervals, self.step = self.intervals, [], step
+        for first, last, seconds in intervals:
+            kept = seconds * min(max(0.0, (step - first) / max(1, last - first)), 1.0)
+            self.lost += seconds - kept
+            if first < step:
+                self.intervals.append((first, min(last, step), kept))
 
 
 def compute_goodput(
@@ -140,74 +93,72 @@ def compute_goodput(
         events: Events of the log in the order written; unknown types are ignored.
         alive_until: When the newest launch was last alive, used if it has no `stop` event.
     """
-    launches: list[_Launch] = []
+    launches: list[list[Mapping[str, Any]]] = []  # the events of each
     for event in events:
         if event.get("event") == "start":
-            launches.append(_Launch(event))
-        elif launches:
-            launches[-1].add(event)
-    work, stalled, restart, rest = _WorkTimeline(), 0.0, 0.0, 0.0
-    end = None
-    for launch, following in zip(launches, [*launches[1:], None], strict=False):
-        if end is not None:
-            restart += max(0.0, launch.start_time - end)
-        begin_time = launch.start_time if end is None else max(launch.start_time, end)
-        if following is None:
-            end = launch.end_time(alive_until.timestamp() if alive_until else 0.0, math.inf)
+            launches.append([])
+        if launches:
+            launches[-1].append(event)
+    goodput, work = Goodput(starts=len(launches)), _WorkTimeline()
+    end: float | None = None
+    for launch, following in zip_longest(launches, launches[1:]):
+        start, next_start = launch[0], following[0] if following else {}
+        points = [event for event in launch if "elapsed_seconds" in event]
+        stop = next((event for event in launch if event["event"] == "stop"), None)
+        previous_end = _start_time(start) if end is None else end
+        if stop is not None:
+            end = _seconds(stop["time"])
         else:
-            last_alive = following.start.get("last_life")
-            end = launch.end_time(_seconds(last_alive) if last_alive else 0.0, following.start_time)
-        work.go_back_to(launch.start["step"])
-        if launch.first_step_time is None:
-            restart += max(0.0, end - begin_time)
-        else:
-            restart += max(0.0, launch.first_step_time - begin_time)
-            more_stalled, more_rest = _add_training(launch, following, end, work)
-            stalled, rest = stalled + more_stalled, rest + more_rest
-        if launch.stop is not None and launch.stop.get("reason") == "finished":
+            end = max(_seconds(event["time"]) for event in launch)
+            last_alive = next_start.get("last_life") if following else alive_until
+            end = max(end, _seconds(last_alive)) if last_alive else end
+        if following:
+            end = min(end, _start_time(next_start))
+        first_step_time = _seconds(points[0]["time"]) if points else end
+        goodput.restart += max(0.0, first_step_time - previous_end)
+        work.go_back_to(start["step"])
+        if points:
+            covered = _add_points(points, work, goodput)
+            unknown = max(0.0, end - first_step_time - covered)
+            if stop is not None:
+                goodput.rest += unknown
+            else:  # after a kill: work on the steps up to the last one with metrics
+                step = max(next_start.get("step", 0), next_start.get("last_step") or 0)
+                work.add(step, unknown)
+        if stop is not None and stop.get("reason") == "finished":
             end = None  # idle time before a finished run is extended does not count
-    return Goodput(
-        work.productive, stalled, work.lost, restart, rest, len(launches), work.lost_steps
-    )
+    goodput.productive = sum(seconds for _, _, seconds in work.intervals)
+    goodput.lost, goodput.lost_steps = work.lost, work.lost_steps
+    return goodput
 
 
-def _add_training(
-    launch: _Launch, following: _Launch | None, end: float, work: _WorkTimeline
-) -> tuple[float, float]:
-    """Add the work of a launch after its first step; return its seconds of stalls and of the rest.
-
-    Args:
-        end: When the launch was last alive. After a kill, time since the newest event counts as
-            work on the steps up to the last one with metrics.
-    """
-    stalled = rest = 0.0
-    points = sorted(launch.points, key=lambda point: point["elapsed_seconds"])
-    previous = points[0]
-    work.add(previous["step"], 0.0)
-    for point in points[1:]:
-        elapsed, productive, stalls = (
+def _add_points(
+    points: Iterable[Mapping[str, Any]], work: _WorkTimeline, goodput: Goodput
+) -> float:
+    """Add the time between the events of a launch with time spent; return its sum in seconds."""
+    points = sorted(points, key=lambda point: point["elapsed_seconds"])
+    work.add(points[0]["step"], 0.0)
+    for previous, point in pairwise(points):
+        elapsed, productive, stalled = (
             point[key] - previous[key]
             for key in ("elapsed_seconds", "productive_seconds", "stalled_seconds")
         )
         work.add(point["step"], productive)
-        stalled += stalls
-        rest += max(0.0, elapsed - productive - stalls)
+        goodput.stalled += stalled
+        goodput.rest += max(0.0, elapsed - productive - stalled)
         if point["event"] == "rewound":
             work.go_back_to(point["to"])
-        previous = point
-    assert launch.first_step_time is not None
-    known = previous["elapsed_seconds"] - points[0]["elapsed_seconds"]
-    unknown = max(0.0, end - launch.first_step_time - known)
-    if launch.stop is not None:
-        return stalled, rest + unknown
-    steps = [following.start["step"], following.start.get("last_step") or 0] if following else []
-    work.add(max([work.step, *steps]), unknown)
-    return stalled, rest
+    return points[-1]["elapsed_seconds"] - points[0]["elapsed_seconds"]
 
 
-def _seconds(time: str) -> float:
+def _start_time(start: Mapping[str, Any]) -> float:
+    """Return when the process of a `start` event started, in Unix seconds."""
+    return min(_seconds(start.get("began") or start["time"]), _seconds(start["time"]))
+
+
+def _seconds(time: str | datetime) -> float:
     """Convert a time of the event log to Unix seconds."""
-    return datetime.fromisoformat(time).timestamp()
+    return (datetime.fromisoformat(time) if isinstance(time, str) else time).timestamp()
 
 
 # ---------------------------------------------------------------- fields of the `start` event

@@ -18,7 +18,7 @@ MAX_FRAMES = 12  # innermost frames of a stack
 ROOT = str(Path(__file__).parent.parent) + os.sep
 
 
-@dataclass(frozen=True)
+@dataclass
 class Heartbeat:
     """State of one process, as its watchdog last reported it.
 
@@ -33,12 +33,12 @@ class Heartbeat:
     rank: int
     host: str
     pid: int
-    phase: Phase
-    step: int
-    seconds: float
-    count: int
-    lost_peer: bool
-    stack: list[str]
+    phase: Phase = "set-up"
+    step: int = 0
+    seconds: float = 0.0
+    count: int = 0
+    lost_peer: bool = False
+    stack: Sequence[str] = ()
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
@@ -70,10 +70,8 @@ def last_seen(beat: Heartbeat) -> str:
 def late_message(beat: Heartbeat, others: Sequence[Heartbeat] = ()) -> str:
     """Return the message about processes that have the same stack and exceeded a time limit."""
     also = f" and ranks {', '.join(str(other.rank) for other in others)}" if others else ""
-    state = "waiting" if beat.is_waiting else "stuck"
-    return f"{beat}{also} {state} in {beat.activity} for {beat.seconds:.0f} s:\n" + indented(
-        beat.stack
-    )
+    state = f"{'waiting' if beat.is_waiting else 'stuck'} in {beat.activity}"
+    return f"{beat}{also} {state} for {beat.seconds:.0f} s:\n{indented(beat.stack)}"
 
 
 def stack_of(thread: int | None) -> list[str]:

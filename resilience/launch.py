@@ -56,7 +56,7 @@ def launch(
     if processes.accelerator == "cpu":
         keep_freed_memory()
     transform = partial(parallelize, parallel=parallel, precision=precision)
-    strategy = MeshStrategy(mesh, transform, parallel.reduce_gradients, watchdog.watch_children)
+    strategy = MeshStrategy(mesh, transform, parallel.reduce_gradients, watchdog.children.extend)
     # Otherwise Fabric treats the tasks of a job named "interactive" as shells.
     environment = SLURMEnvironment() if processes.launcher == "srun" else None
     fabric = Fabric(

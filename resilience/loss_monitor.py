@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parallel.step_scalars import NO_REQUESTS, StepRequests, StepScalars
+from parallel.step_scalars import NO_REQUESTS, StepRequests, split_scalars
 from resilience.config import FaultsConfig
 
 BatchRange = tuple[int, int]
 """Half-open range of batch indices or sample indices."""
+
+StepIndex = tuple[int, int, BatchRange]
+"""Step, batch and samples of `StepStats`."""
 
 WARMUP_STEPS = 20  # steps before spike detection starts; consecutive spikes that set a new baseline
 EMA_WEIGHT = 0.01  # weight of the newest loss in the running mean and variance, after 100 losses
@@ -64,21 +67,21 @@ class AsyncStatsReader:
 
     def __init__(self, device_type: str) -> None:
         self.delay = 1 if device_type == "cuda" else 0
-        self._pending: deque[tuple[StepStats, Tensor, torch.cuda.Event | None]] = deque()
+        self._pending: deque[tuple[StepIndex, Tensor, torch.cuda.Event | None]] = deque()
 
     def read(self, step: int, batch: int, samples: BatchRange, values: Tensor) -> list[StepStats]:
         """Enqueue one step and return the statistics that are due.
 
         Args:
-            values: (2 + n_requests) the step's `StepScalars`, on the device.
+            values: (2 + n_requests) the step's scalars, as for `split_scalars`.
         """
-        stats, copied = StepStats(step, batch, samples, 0.0, 0.0), None
+        copied = None
         if values.is_cuda:
             host = torch.empty_like(values, device="cpu", pin_memory=True)
             host.copy_(values, non_blocking=True)
             values, copied = host, torch.cuda.Event(blocking=True)
             copied.record()
-        self._pending.append((stats, values, copied))
+        self._pending.append(((step, batch, samples), values, copied))
         return self._pop(len(self._pending) - self.delay)
 
     def flush(self) -> list[StepStats]:
@@ -92,11 +95,10 @@ class AsyncStatsReader:
     def _pop(self, count: int) -> list[StepStats]:
         popped = []
         for _ in range(count):
-            stats, values, copied = self._pending.popleft()
+            index, values, copied = self._pending.popleft()
             if copied is not None:
                 copied.synchronize()
-            scalars = StepScalars.from_tensor(values)
-            popped.append(stats._replace(**vars(scalars)))
+            popped.append(StepStats(*index, *split_scalars(values)))
         return popped
 
 
@@ -204,8 +206,8 @@ class LossMonitor:
             f"norm {stats.grad_norm:g} ({stats.samples_text}; {state.n_consecutive} consecutive, "
             f"{state.n_skipped} in total)"
         )
-        counts = {"n_consecutive": state.n_consecutive, "n_skipped": state.n_skipped}
-        fields = _event_fields(stats) | counts
+        fields = _event_fields(stats)
+        fields |= {"n_consecutive": state.n_consecutive, "n_skipped": state.n_skipped}
         if state.n_consecutive < config.max_consecutive_skips:
             return MonitorAction(message, "skip", fields)
         skips = (
@@ -213,9 +215,9 @@ class LossMonitor:
             f"{state.first_sample} to {stats.samples[1] - 1})"
         )
         if self.n_rewinds < config.max_rewinds:
-            message = f"{message}; {skips}: {self._next_rewind()}"
+            message += f"; {skips}: {self._next_rewind()}"
             rewind = state.first_batch, stats.batch + 1
-            return MonitorAction(message, "skip", fields, rewind=rewind)
+            return MonitorAction(message, "skip", fields, rewind)
         abort = (
             f"{skips}, and faults.max_rewinds={config.max_rewinds} allows no further rewind; "
             "inspect these samples, lower optim.lr, or allow more rewinds"
@@ -232,9 +234,8 @@ class LossMonitor:
         fields = _event_fields(stats) | {"deviations": round(deviations, 2), "mean": state.mean}
         if self.config.rewind_on_spike:
             if self.n_rewinds < max_rewinds:
-                message = f"{message}: {self._next_rewind()}"
-                rewind = stats.batch, stats.batch + 1
-                return MonitorAction(message, "spike", fields, rewind=rewind)
+                message += f": {self._next_rewind()}"
+                return MonitorAction(message, "spike", fields, (stats.batch, stats.batch + 1))
             message += f"; faults.max_rewinds={max_rewinds} allows no further rewind"
         state.n_consecutive_spikes += 1
         if state.n_consecutive_spikes == WARMUP_STEPS:
@@ -270,9 +271,8 @@ class LossMonitor:
 
 def _event_fields(stats: StepStats) -> dict[str, Any]:
     """Return the fields of a bad step for the event log."""
-    fields = stats._asdict() | {"samples": list(stats.samples)}
-    del fields["requests"]
-    return fields
+    fields = {"step": stats.step, "batch": stats.batch, "samples": list(stats.samples)}
+    return fields | {"loss": stats.loss, "grad_norm": stats.grad_norm}
 
 
 # ---------------------------------------------------------------- excluded batches

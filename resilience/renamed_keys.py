@@ -16,14 +16,12 @@ def rename_keys(config: dict[str, Any]) -> dict[str, str]:
     """
     found = {}
     for old, new in RENAMED_KEYS.items():
-        *sections, name = old.split(".")
-        section: Any = config
-        for key in sections:
-            section = section.get(key) if isinstance(section, dict) else None
-        if isinstance(section, dict) and name in section:
-            section[new.rpartition(".")[2]] = section.pop(name)
+        section, name = old.split(".")
+        values = config.get(section)
+        if isinstance(values, dict) and name in values:
+            values[new.rpartition(".")[2]] = values.pop(name)
             found[old] = new
-    run = config.get("run") if isinstance(config, dict) else None
+    run = config.get("run")
     allowed = run.get("allow_changes") if isinstance(run, dict) else None
     if isinstance(allowed, list):
         found |= {old: RENAMED_KEYS[old] for old in allowed if old in RENAMED_KEYS}

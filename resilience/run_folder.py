@@ -5,7 +5,6 @@ any process is launched. Whether a configuration may resume a run is checked in 
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +24,20 @@ class RunFolderError(RuntimeError):
     code: ExitCode = ExitCode.USER_ERROR
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths and small files of a run."""
+    """Paths and small files of a run.
 
-    path: Path
+    Attributes:
+        config: Resolved configuration of the newest launch.
+        checkpoints: Folder with one subfolder per committed checkpoint.
+        event_log: Event log; see `resilience.event_log`.
+        metrics: Metrics of each logged step.
+    """
 
-    @property
-    def config(self) -> Path:
-        """Resolved configuration of the newest launch."""
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder with one subfolder per committed checkpoint."""
-        return self.path / "checkpoints"
-
-    @property
-    def event_log(self) -> Path:
-        """Event log; see `resilience.event_log`."""
-        return self.path / "ledger.jsonl"
-
-    @property
-    def metrics(self) -> Path:
-        """Metrics of each logged step."""
-        return self.path / "metrics.jsonl"
-
-    def profile_folder(self, step: int) -> Path:
-        """Return the folder of a profiled step (`log.profile`)."""
-        return self.path / "profile" / f"step-{step:08d}"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config, self.checkpoints = path / "config.yaml", path / "checkpoints"
+        self.event_log, self.metrics = path / "ledger.jsonl", path / "metrics.jsonl"
 
     def step_folder(self, step: int) -> Path:
         """Return the folder of the committed checkpoint of a step."""
@@ -61,12 +45,9 @@ class RunFolder:
 
     def committed_steps(self) -> list[int]:
         """Return the steps with a committed checkpoint, ascending; reads names only."""
-        found = []
-        for folder in self.checkpoints.glob("step-*"):
-            digits = folder.name.removeprefix("step-")
-            if digits.isdigit() and (folder / COMMITTED).exists():
-                found.append(int(digits))
-        return sorted(found)
+        names = [path.parent.name for path in self.checkpoints.glob(f"step-*/{COMMITTED}")]
+        numbers = (name.removeprefix("step-") for name in names)
+        return sorted(int(number) for number in numbers if number.isdigit())
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write `config.yaml` atomically and durably.
@@ -104,17 +85,13 @@ class RunFolder:
 
     def newest_manifest(self) -> dict[str, Any] | None:
         """Return the newest checkpoint manifest that can be read, without verifying its hash."""
-        manifests = (
-            read_manifest(self.step_folder(step)) for step in reversed(self.committed_steps())
-        )
-        return next((manifest for manifest in manifests if manifest), None)
+        manifests = map(read_manifest, map(self.step_folder, reversed(self.committed_steps())))
+        return next(filter(None, manifests), None)
 
     def newest_position(self) -> dict[str, Any] | None:
-        """Return `step`, `samples` and `data_hash` of the newest readable checkpoint, or None."""
+        """Return the position in the newest readable checkpoint, or None."""
         manifest = self.newest_manifest()
-        if manifest is None:
-            return None
-        return {key: manifest["position"][key] for key in ("step", "samples", "data_hash")}
+        return manifest["position"] if manifest else None
 
     def resume_source(self, resume: str) -> str:
         """Return the current meaning of `run.resume`: `auto`, `never` or the path of a checkpoint.

@@ -12,7 +12,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from typing import NamedTuple
 
 from parallel.step_scalars import StepRequests
@@ -115,18 +114,13 @@ class Requests:
     def _listen(self, reading: int) -> None:
         """Read signal numbers from the pipe."""
         while number := os.read(reading, 1):
-            code = SIGNALS.get(signal.Signals(number[0]))
-            if code is None:
-                continue
-            self.request_stop(code)
-            if not self._training:
-                self._on_early_signal(code)
+            if (code := SIGNALS.get(signal.Signals(number[0]))) is not None:
+                self.request_stop(code)
+                if not self._training:
+                    self._on_early_signal(code)
 
 
 def agree(requests: StepRequests) -> AgreedRequests:
     """Return the action for the requests summed over all ranks; the first reason to stop counts."""
-    reasons = [
-        ExitCode[field.name.upper()] for field in fields(StepRequests) if field.name != "save"
-    ]
-    stop = next((code for code in reasons if getattr(requests, code.name.lower())), None)
-    return AgreedRequests(stop, bool(requests.save))
+    reasons = [name for name, count in vars(requests).items() if count and name != "save"]
+    return AgreedRequests(ExitCode[reasons[0].upper()] if reasons else None, bool(requests.save))

@@ -15,9 +15,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from subprocess import Popen
 from typing import Any, NoReturn
@@ -54,30 +54,29 @@ class Watchdog:
         config: Time limit of each phase.
 
     Attributes:
+        children: Processes of ranks 1, 2, … that this process has started.
         has_saved: Whether this launch has committed a checkpoint, which selects the exit code.
         on_abort: Called with the reason before the process exits; runs in a watchdog thread.
     """
 
     def __init__(self, config: WatchdogConfig) -> None:
-        self._limits: dict[Phase, float | None] = {
-            "set-up": config.setup_seconds,
-            "step": config.step_seconds,
-            "checkpoint": config.checkpoint_seconds,
+        self._limits: dict[Phase, float] = {
+            "set-up": config.setup_seconds or math.inf,
+            "step": config.step_seconds or math.inf,
+            "checkpoint": config.checkpoint_seconds or math.inf,
         }
         # A silent process soon exceeds the step limit too; silence is the better explanation, so
         # detect it first.
-        self.silent_seconds = min(SILENT_SECONDS, (config.step_seconds or math.inf) / 2)
+        self.silent_seconds = min(SILENT_SECONDS, self._limits["step"] / 2)
+        self.children: list[Popen[Any]] = []
         self.has_saved = False
         self.on_abort: Callable[[str], None] = lambda reason: None
         self._main_thread = threading.main_thread().ident
-        self._phase: Phase = "set-up"
-        self._step, self._since = 0, time.monotonic()
-        self._lost_peer = False
-        self._children: list[Popen[Any]] = []
-        self._rank: int | None = None
+        rank = int(os.environ.get("LOCAL_RANK", 0))  # the global rank is known when connected
+        self._state = Heartbeat(rank, socket.gethostname(), os.getpid())
+        self._since = time.monotonic()
         self._connected = False
-        self._last_contact = 0.0  # with the store
-        self._store_lost_at: float | None = None
+        self._last_contact, self._store_lost_at = 0.0, math.inf
         self._closed = threading.Event()
         self._pause_backstop_on_sigtstp()
         self._arm_backstop()
@@ -86,23 +85,19 @@ class Watchdog:
 
     # ------------------------------------------------------------ called by the main thread
 
-    def watch_children(self, children: Sequence["Popen[Any]"]) -> None:
-        """Watch the processes of ranks 1, 2, … if this process started them."""
-        self._children = list(children)
-
     def connect(self) -> None:
         """Start exchanging heartbeats; all ranks call it once the process group exists."""
         import torch.distributed as dist
 
-        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        self._state.rank, self._size = dist.get_rank(), dist.get_world_size()
         host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=60)
         port: list[Any] = [None]
-        if self._rank == 0:
+        if self._state.rank == 0:
             # Not the store of the process group: a blocked main thread holds its lock.
             self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
             port[0] = self._store.port
         dist.broadcast_object_list(port)
-        if self._rank != 0:
+        if self._state.rank != 0:
             self._store = dist.TCPStore(host, port[0], is_master=False, timeout=timeout)
         self._send_heartbeat(0)
         dist.barrier()  # every rank has written a heartbeat
@@ -114,16 +109,16 @@ class Watchdog:
 
     def enter(self, phase: Phase, step: int) -> None:
         """Start a phase and its time limit."""
-        self._phase, self._step, self._since = phase, step, time.monotonic()
+        self._state.phase, self._state.step, self._since = phase, step, time.monotonic()
         self._arm_backstop()
 
     @contextmanager
     def during(self, phase: Phase, step: int) -> Iterator[None]:
         """Enter a phase for the duration of the block, then restart the outer one."""
-        outer, outer_step = self._phase, self._step
+        outer = self._state.phase, self._state.step
         self.enter(phase, step)
         yield
-        self.enter(outer, outer_step)
+        self.enter(*outer)
 
     def wait_for_abort(self, error: BaseException) -> None:
         """If `error` may be caused by a dead peer, wait for the abort that then ends this process.
@@ -132,7 +127,7 @@ class Watchdog:
         """
         text = f"{type(error).__name__} {error}".lower()
         if any(word in text for word in CONNECTION_ERRORS):
-            self._lost_peer = True
+            self._state.lost_peer = True
             time.sleep(3 * GRACE_SECONDS)
 
     @property
@@ -164,19 +159,15 @@ class Watchdog:
             if not self._connected:
                 if self._is_late(beat):
                     self._abort(f"{late_message(beat)}\nDid every node start its processes?")
-            elif (
-                self._store_lost_at is not None
-                and time.monotonic() - self._store_lost_at > GRACE_SECONDS
-            ):
+            elif time.monotonic() - self._store_lost_at > GRACE_SECONDS:
                 self._abort("rank 0, which hosts the store, exited", self._reports_rank_0())
-            elif self._rank and time.monotonic() - self._last_contact > self.silent_seconds:
+            elif beat.rank and time.monotonic() - self._last_contact > self.silent_seconds:
                 reason = f"no heartbeat from rank 0 for {self.silent_seconds:.0f} s"
-                stack = f"stack of rank {self._rank}:\n{indented(beat.stack)}"
+                stack = f"stack of rank {beat.rank}:\n{indented(beat.stack)}"
                 self._abort(f"{reason}; {stack}", self._reports_rank_0())
 
     def _exchange(self) -> None:
         """Send heartbeats to the store and look for an abort; rank 0 also checks all heartbeats."""
-        assert self._rank is not None
         seen: dict[int, tuple[int, float]] = {}
         interval = HEARTBEAT_SECONDS * max(1.0, self._size / RANKS_PER_HEARTBEAT)
         count, last = 0, time.monotonic()
@@ -189,7 +180,7 @@ class Watchdog:
                 self._send_heartbeat(count)
                 if self._store.check(["abort"]):
                     self._abort("", report=False)
-                if self._rank == 0:
+                if self._state.rank == 0:
                     self._check_heartbeats(seen)
             except Exception:  # connection to the store; torch raises several types
                 if not self._closed.is_set():
@@ -226,7 +217,7 @@ class Watchdog:
 
     def _check_children(self) -> None:
         """Abort if a process started by this one has exited with an error."""
-        for rank, child in enumerate(self._children, start=1):
+        for rank, child in enumerate(self.children, start=1):
             code = child.poll()
             if not code:
                 continue
@@ -234,14 +225,9 @@ class Watchdog:
                 self._closed.wait(GRACE_SECONDS)  # this process exits too, perhaps later
                 if self._closed.is_set():
                     return
-            if code < 0:
-                cause = f"was killed by {signal.Signals(-code).name}"
-            else:
-                cause = f"exited with code {code}"
-            position = self._last_position(rank)
-            self._abort(
-                f"rank {rank} (pid {child.pid} on {socket.gethostname()}) {cause}{position}"
-            )
+            killed = f"was killed by {signal.Signals(-code).name}" if code < 0 else ""
+            cause = (killed or f"exited with code {code}") + self._last_position(rank)
+            self._abort(f"rank {rank} (pid {child.pid} on {self._state.host}) {cause}")
 
     # ------------------------------------------------------------ helpers
 
@@ -251,23 +237,21 @@ class Watchdog:
             print(f"Aborting: {reason}", file=sys.stderr, flush=True)
             with suppress(Exception):
                 self.on_abort(reason)
-        if self._rank == 0 and self._connected:
+        if self._connected and self._state.rank == 0:
             with suppress(Exception):
                 self._store.set("abort", reason)
             time.sleep(3 * HEARTBEAT_SECONDS)  # until the other ranks have read it
-        elif reason and self._rank is not None and _is_child_of_main():
+        elif self._connected and reason and _is_child_of_main():
             with suppress(OSError):  # a suspended main process would never exit
                 os.kill(os.getppid(), signal.SIGKILL)
-        for child in self._children:
+        for child in self.children:
             child.kill()
         os._exit(self.exit_code)
 
     def _arm_backstop(self) -> None:
         """Set a timeout in C, for a process whose Python threads do not run."""
-        limit = self._limits[self._phase]
-        if limit is None:
-            faulthandler.cancel_dump_traceback_later()
-        else:
+        faulthandler.cancel_dump_traceback_later()
+        if (limit := self._limits[self._state.phase]) < math.inf:
             faulthandler.dump_traceback_later(limit + BACKSTOP_SECONDS, exit=True)
 
     def _pause_backstop_on_sigtstp(self) -> None:
@@ -281,24 +265,14 @@ class Watchdog:
             signal.signal(signal.SIGTSTP, stop)
 
     def _heartbeat(self, count: int) -> Heartbeat:
-        return Heartbeat(
-            rank=int(os.environ.get("LOCAL_RANK", 0)) if self._rank is None else self._rank,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            phase=self._phase,
-            step=self._step,
-            seconds=time.monotonic() - self._since,
-            count=count,
-            lost_peer=self._lost_peer,
-            stack=stack_of(self._main_thread),
-        )
+        seconds, stack = time.monotonic() - self._since, stack_of(self._main_thread)
+        return replace(self._state, seconds=seconds, count=count, stack=stack)
 
     def _send_heartbeat(self, count: int) -> None:
-        self._store.set(f"beat/{self._rank}", json.dumps(asdict(self._heartbeat(count))))
+        self._store.set(f"beat/{self._state.rank}", json.dumps(asdict(self._heartbeat(count))))
 
     def _is_late(self, beat: Heartbeat) -> bool:
-        limit = self._limits[beat.phase]
-        return limit is not None and beat.seconds > limit
+        return beat.seconds > self._limits[beat.phase]
 
     def _last_position(self, rank: int) -> str:
         """Return the last reported position of a rank, up to one heartbeat old, for a message."""
@@ -312,7 +286,7 @@ class Watchdog:
     def _reports_rank_0(self) -> bool:
         """Return whether this rank reports the loss of rank 0: one process per node does."""
         local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
-        return self._rank == 1 or local_rank == "0"
+        return self._state.rank == 1 or local_rank == "0"
 
 
 def _is_child_of_main() -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.files import write_atomically
-from parallel.step_scalars import StepScalars
+from parallel.step_scalars import split_scalars
 from resilience.event_log import RetryingWriter, json_line
 
 if TYPE_CHECKING:
@@ -75,13 +75,13 @@ def step_metrics(
     """Return the metrics of the step that reached `position`, waiting for the device."""
     from parallel.compilation import compiled_graphs
 
-    scalars = StepScalars.from_tensor(tensors["scalars"])
+    loss, grad_norm, _ = split_scalars(tensors["scalars"])
     return {
         "step": position.step,
         "samples": position.samples,
         "tokens": position.tokens,
-        "loss": scalars.loss,
-        "grad_norm": scalars.grad_norm,
+        "loss": loss,
+        "grad_norm": grad_norm,
         "lr": lr,
         "batch_hash": f"{tensors['batch_hash'].item() % 2**32:08x}",
     } | ({"compiled_graphs": compiled_graphs()} if compiled else {})
@@ -190,7 +190,7 @@ class MetricsLog:
 
     def _write_tensorboard(self, record: Mapping[str, Any]) -> None:
         # While the disk rejects metrics.jsonl, TensorBoard would fail as well.
-        retry = not self._lines.n_pending and time.monotonic() >= self._tensorboard_retry_at
+        retry = not self._lines.pending and time.monotonic() >= self._tensorboard_retry_at
         if self._tensorboard is None and retry:
             self._open_tensorboard(record["step"] - 1)
         if self._tensorboard is None:

@@ -132,7 +132,7 @@ def profile_step(run: "Run", step: int) -> Iterator[None]:
         if on_cuda:
             torch.cuda.memory._record_memory_history(enabled=None)
     run.clock.around_data = nullcontext
-    folder = run.folder.profile_folder(step)
+    folder = run.folder.path / "profile" / f"step-{step:08d}"
     with run.clock.stall():
         try:
             folder.mkdir(parents=True, exist_ok=True)
