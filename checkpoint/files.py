@@ -23,11 +23,7 @@ from resilience.run_folder import COMMITTED, MANIFEST
 
 FORMAT_VERSION = 2
 ALGORITHM = "xxh3_128"  # of new checkpoints
-ALGORITHMS: dict[str, Callable[..., Any]] = {
-    ALGORITHM: xxhash.xxh3_128,
-    "sha256": hashlib.sha256,
-}
-CHUNK_BYTES = 2**20  # read at a time while hashing
+ALGORITHMS: dict[str, Callable[..., Any]] = {ALGORITHM: xxhash.xxh3_128, "sha256": hashlib.sha256}
 
 Fingerprint = dict[str, int | str]  # `bytes` and `hash` of a file
 
@@ -109,11 +105,8 @@ def find_file_damage(path: Path, expected: Fingerprint, algorithm: str) -> str |
         size = path.stat().st_size
         if size != expected["bytes"]:
             return f"{name} has {size} bytes instead of {expected['bytes']}"
-        found = ALGORITHMS[algorithm]()
         with path.open("rb", buffering=0) as file:
-            buffer = memoryview(bytearray(CHUNK_BYTES))
-            while count := file.readinto(buffer):
-                found.update(buffer[:count])
+            found = hashlib.file_digest(file, ALGORITHMS[algorithm])
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     if found.hexdigest() != expected["hash"]:

@@ -5,46 +5,30 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 State = dict[str, Any]
 
 
 @torch.no_grad()
 def copy_to_host(state: State, buffers: State | None) -> State:
-    """Copy all tensors to host memory, reusing the buffers of the previous copy where they fit.
+    """Copy all tensors to host memory, into the previous copy if it has the same structure.
 
     Copies CPU tensors too, because training modifies them while the copy is written.
     """
-    copied: State = _copy(state, buffers)
+    values, structure = tree_flatten(state)
+    hosts, host_structure = tree_flatten(buffers)
+    if host_structure != structure:
+        hosts = [_host_like(value) if isinstance(value, Tensor) else None for value in values]
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor):
+            _local(hosts[index]).copy_(_local(value), non_blocking=True)
+        else:
+            hosts[index] = value
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()  # copies are queued without waiting
+    copied: State = tree_unflatten(hosts, structure)
     return copied
-
-
-def _copy(value: Any, buffer: Any) -> Any:
-    """Copy a tensor, or all tensors of a nested value, into `buffer` if it fits."""
-    if isinstance(value, dict):
-        buffers = buffer if isinstance(buffer, dict) else {}
-        return {key: _copy(item, buffers.get(key)) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = buffer if isinstance(buffer, list | tuple) else []
-        items = [*items, *[None] * (len(value) - len(items))]
-        return [_copy(*pair) for pair in zip(value, items, strict=False)]
-    if not isinstance(value, Tensor):
-        return value
-    if not _fits(value, buffer):
-        buffer = _host_like(value)
-    _local(buffer).copy_(_local(value), non_blocking=True)
-    return buffer
-
-
-def _fits(tensor: Tensor, buffer: Any) -> bool:
-    """Return whether a buffer has the type, dtype, placements and shapes of a tensor."""
-    if type(tensor) is not type(buffer) or tensor.dtype != buffer.dtype:
-        return False
-    if isinstance(tensor, DTensor) and tensor.placements != cast(DTensor, buffer).placements:
-        return False
-    return tensor.shape == buffer.shape and _local(tensor).shape == _local(buffer).shape
 
 
 def _host_like(tensor: Tensor) -> Tensor:

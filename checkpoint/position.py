@@ -44,30 +44,6 @@ class Position:
         # Before rewinds existed, a step consumed one batch and `batches` was not saved.
         return cls(**{"batches": values["step"], **values, "skips": skips})
 
-    def advance(
-        self,
-        *,
-        batches: int,
-        samples: int,
-        tokens: int,
-        stream_shards: dict[str, list[int]] | None = None,
-    ) -> "Position":
-        """Return the position after one more step.
-
-        Args:
-            batches, samples, stream_shards: Totals after the step.
-            tokens: Tokens of the step.
-        """
-        return dataclasses.replace(
-            self,
-            step=self.step + 1,
-            batches=batches,
-            samples=samples,
-            tokens=self.tokens + tokens,
-            stream_shards=stream_shards,
-            monitor_state=None,
-        )
-
     def with_data(self, data_hash: str) -> "Position":
         """Return the position in a run on this dataset; on another one, streams start over."""
         if data_hash == self.data_hash:

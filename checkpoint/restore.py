@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from checkpoint.files import find_file_damage, verify_manifest
 from checkpoint.position import Position
-from checkpoint.writer import is_single_process, on_rank_0, one_line, tensors_of
+from checkpoint.writer import on_rank_0, one_line, tensors_of
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolder, RunFolderError
 
@@ -80,42 +80,31 @@ def find_damage(folder: Path) -> str | None:
 
     A collective call: each rank reads a part of the files, and all ranks return the same result.
     """
-
-    def read() -> tuple[dict[str, Any] | None, str]:
-        try:
-            return verify_manifest(folder), ""
-        except ValueError as error:
-            return None, str(error)
-
-    manifest, damage = _from_rank_0(read)
-    if manifest is None:
-        return str(damage)
+    try:
+        manifest = on_rank_0(lambda: verify_manifest(folder), ValueError, catch=(ValueError,))
+    except ValueError as error:
+        return str(error)
     files, algorithm = manifest["files"], manifest["algorithm"]
-    names = _files_of_rank(files, dist.get_rank(), dist.get_world_size())
+    # Round robin from the largest to the smallest; names break ties, so that all ranks agree.
+    by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
+    names = by_size[dist.get_rank() :: dist.get_world_size()]
     found = (find_file_damage(folder / name, files[name], algorithm) for name in names)
     return _gather_errors([damage for damage in found if damage is not None])
 
 
-def load(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
-) -> None:
+def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load model and optimizer from a checkpoint saved on this or any other mesh.
 
     The optimizer keeps its own hyperparameters; changes since the checkpoint were allowed.
     """
-    groups = [] if optimizer is None else optimizer.param_groups
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    settings = [dict(group) for group in optimizer.param_groups]
     state = tensors_of(model, optimizer)
     # A single process uses no collective, as in saving.
-    dcp_load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=is_single_process())
-    set_state_dict(
-        model,
-        optimizer if optimizer is not None else (),
-        model_state_dict=state["model"],
-        optim_state_dict=state.get("optimizer", {}),
-    )
-    groups = [] if optimizer is None else optimizer.param_groups  # replaced by set_state_dict
-    for group, own in zip(groups, settings, strict=True):
+    single = dist.get_world_size() == 1
+    dcp_load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=single)
+    model_state, optimizer_state = state["model"], state["optimizer"]
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
 
 
@@ -141,21 +130,6 @@ def _candidates(folder: RunFolder, resume: str, before: int | None) -> list[Path
     if resume in ("auto", "never"):
         return own
     return [Path(resume)] if before is None else [*own, Path(resume)]
-
-
-def _files_of_rank(files: dict[str, dict[str, Any]], rank: int, size: int) -> list[str]:
-    """Return the files that one rank verifies, balanced by bytes.
-
-    Assigns files to the rank with the fewest bytes so far, largest first; ties are broken by name,
-    so that all ranks compute the same assignment.
-    """
-    load_by_rank, own = [0] * size, []
-    for name in sorted(files, key=lambda name: (-files[name]["bytes"], name)):
-        least = load_by_rank.index(min(load_by_rank))
-        load_by_rank[least] += files[name]["bytes"] + 1  # spreads empty files too
-        if least == rank:
-            own.append(name)
-    return own
 
 
 def _rename_damaged(skipped: list[tuple[Path, str]]) -> list[str]:

@@ -5,6 +5,7 @@ returned as a message; except for a rewind, which a remaining checkpoint would u
 """
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from data.files import sync_folder
@@ -18,18 +19,7 @@ def remove_old(folder: RunFolder, keep_last: int | None, keep_every: int | None)
         A message for each folder that could not be deleted.
     """
     older = folder.committed_steps()[:-keep_last] if keep_last else []
-    errors = []
-    for step in older:
-        if keep_every and step % keep_every == 0:
-            continue
-        path = folder.step_folder(step)
-        try:
-            uncommit(path)
-        except OSError as error:
-            errors.append(_message(path, error))
-        else:
-            errors += delete(path)
-    return errors
+    return delete(folder.step_folder(step) for step in older if not keep_every or step % keep_every)
 
 
 def remove_beyond(folder: RunFolder, step: int) -> list[str]:
@@ -44,17 +34,13 @@ def remove_beyond(folder: RunFolder, step: int) -> list[str]:
     beyond = [folder.step_folder(each) for each in folder.committed_steps() if each > step]
     for path in reversed(beyond):
         uncommit(path)
-    return [error for path in beyond for error in delete(path)]
+    return delete(beyond)
 
 
 def remove_leftovers(checkpoints: Path) -> list[str]:
     """Delete remains of interrupted saves and deletions: hidden and uncommitted folders."""
-    leftovers = [
-        path
-        for path in [*checkpoints.glob(".step-*"), *checkpoints.glob("step-*")]
-        if path.name.startswith(".") or not (path / COMMITTED).exists()
-    ]
-    return [error for path in leftovers for error in delete(path)]
+    uncommitted = [p for p in checkpoints.glob("step-*") if not (p / COMMITTED).exists()]
+    return delete([*checkpoints.glob(".step-*"), *uncommitted])
 
 
 def uncommit(path: Path) -> None:
@@ -63,16 +49,14 @@ def uncommit(path: Path) -> None:
     sync_folder(path)
 
 
-def delete(path: Path) -> list[str]:
-    """Delete an uncommitted folder; return the error message, if any."""
-    try:
-        shutil.rmtree(path)
-    except OSError as error:
-        return [_message(path, error)]
-    return []
-
-
-def _message(path: Path, error: OSError) -> str:
-    return (
-        f"Could not delete {path} ({error.strerror}). Continuing; delete it manually to free space."
-    )
+def delete(paths: Iterable[Path]) -> list[str]:
+    """Uncommit and delete checkpoints; return a message for each that could not be deleted."""
+    errors = []
+    for path in paths:
+        try:
+            uncommit(path)
+            shutil.rmtree(path)
+        except OSError as error:
+            reason = f"Could not delete {path} ({error.strerror})"
+            errors.append(f"{reason}. Continuing; delete it manually to free space.")
+    return errors

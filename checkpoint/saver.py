@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -121,15 +121,12 @@ class Saver:
 
         Ranks may see the result of one save at different steps.
         """
-        while not self._errors.empty():
+        for _ in range(self._errors.qsize()):
             error = self._errors.get()
             if error not in self._reported:
                 self._reported.add(error)
                 self._report(error)
-        results = []
-        while not self._results.empty():
-            results.append(self._results.get())
-        return results
+        return [self._results.get() for _ in range(self._results.qsize())]
 
     def finish(self, timeout_seconds: float | None = None) -> None:
         """Wait until no save is running, or until the timeout."""
@@ -138,17 +135,15 @@ class Saver:
             if not self._thread.is_alive():
                 self._thread = None
 
-    def _decide(self, step: int) -> Literal["save", "busy", "committed"]:
-        """Return the decision of rank 0 about a request to save."""
-        answer: list[Any] = ["save"]
-        if dist.get_rank() == 0:
-            if self._thread is not None and self._thread.is_alive():
-                answer = ["busy"]
-            elif (self._folder.step_folder(step) / COMMITTED).exists():
-                answer = ["committed"]
-        dist.broadcast_object_list(answer, group=self._main_group)
-        decision: Literal["save", "busy", "committed"] = answer[0]
-        return decision
+    def _decide(self, step: int) -> str:
+        """Return the decision of rank 0 about a request to save: save, busy or committed."""
+        decision = ["save"]
+        if self._thread is not None and self._thread.is_alive():
+            decision = ["busy"]
+        elif dist.get_rank() == 0 and (self._folder.step_folder(step) / COMMITTED).exists():
+            decision = ["committed"]
+        dist.broadcast_object_list(decision, group=self._main_group)
+        return decision[0]
 
     def _write(
         self, state: State, position: dict[str, Any], started_at: float, stall_seconds: float | None

@@ -79,23 +79,19 @@ def write_checkpoint(
         on_rank_0(complete, _save_failed, group)
     except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
         if dist.get_rank() == 0:
-            retention.delete(fresh)  # if that fails, the next save deletes it
+            retention.delete([fresh])  # if that fails, the next save deletes it
         if isinstance(error, SaveFailed):
             raise
-        message = one_line(error)
-        if not isinstance(error, CheckpointException):
-            message = f"rank {dist.get_rank()}: {message}"
-        raise SaveFailed(message) from error
+        rank = "" if isinstance(error, CheckpointException) else f"rank {dist.get_rank()}: "
+        raise SaveFailed(f"{rank}{one_line(error)}") from error
     return sum(int(entry["bytes"]) for entry in files.values())
 
 
 # ---------------------------------------------------------------- phases, in order
 
 
-def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> State:
+def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> State:
     """Return sharded tensors by name for DCP; missing optimizer state is initialized."""
-    if optimizer is None:
-        return {"model": dict(get_state_dict(model, ())[0])}
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": dict(model_state), "optimizer": dict(optimizer_state)}
 
@@ -124,13 +120,9 @@ def write_shards(
     """
     writer = dcp.FileSystemWriter(fresh, sync_files=True, overwrite=False)
     writer.fs = files = HashedFiles()
-    dcp.save(state, storage_writer=writer, process_group=group, no_dist=is_single_process(group))
+    single = dist.get_world_size(group) == 1
+    dcp.save(state, storage_writer=writer, process_group=group, no_dist=single)
     return files.written
-
-
-def is_single_process(group: dist.ProcessGroup | None = None) -> bool:
-    """Return whether the group (default: all processes) has one process."""
-    return dist.get_world_size(group) == 1
 
 
 def write_extra_files(fresh: Path, files: Mapping[str, bytes]) -> dict[str, Fingerprint]:
@@ -138,26 +130,18 @@ def write_extra_files(fresh: Path, files: Mapping[str, bytes]) -> dict[str, Fing
     fingerprints: dict[str, Fingerprint] = {}
     for name, content in files.items():
         write_synced(fresh / name, content)
-        file_hash = ALGORITHMS[ALGORITHM](content).hexdigest()
-        fingerprints[name] = {"bytes": len(content), "hash": file_hash}
+        hashed = ALGORITHMS[ALGORITHM](content)
+        fingerprints[name] = {"bytes": len(content), "hash": hashed.hexdigest()}
     return fingerprints
 
 
 def write_manifest(
-    fresh: Path,
-    files: dict[str, Fingerprint],
-    position: dict[str, Any],
-    config: dict[str, Any],
+    fresh: Path, files: dict[str, Fingerprint], position: dict[str, Any], config: dict[str, Any]
 ) -> None:
     """Write the manifest, on rank 0: files with hashes, position and configuration."""
-    values = {
-        "format_version": FORMAT_VERSION,
-        "position": position,
-        "algorithm": ALGORITHM,
-        "files": files,
-        "config": config,
-    }
-    write_synced(fresh / MANIFEST, json.dumps(values, indent=1).encode())
+    header = {"format_version": FORMAT_VERSION, "position": position, "algorithm": ALGORITHM}
+    content = json.dumps(header | {"files": files, "config": config}, indent=1)
+    write_synced(fresh / MANIFEST, content.encode())
 
 
 def commit(fresh: Path) -> None:

@@ -1,7 +1,7 @@
 """State of one launch: everything that the training loop in `train.py` works with."""
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,11 +124,14 @@ class Run:
     def advance(self, batch: "StepBatches") -> None:
         """Move the position past the step just taken."""
         stage, n_batches = self.stages.at(batch.number), batch.number + 1
-        self.position = self.position.advance(
-            batches=n_batches,
+        self.position = replace(
+            self.position,
+            step=self.position.step + 1,
             samples=self.stages.first_sample(n_batches),
-            tokens=stage.global_batch_size * stage.seq_len,
+            tokens=self.position.tokens + stage.global_batch_size * stage.seq_len,
             stream_shards=batch.stream_positions,
+            batches=n_batches,
+            monitor_state=None,
         )
 
     def poll_checkpoints(self) -> None:
