@@ -56,8 +56,14 @@ def parameter_std(name: str, config: ModelConfig) -> float | None:
     )
 
 
+def complete_block(parameter: Tensor) -> tuple[Tensor, Sequence[int]]:
+    """Return a parameter that is not sharded, and its offsets: 0 in each dim."""
+    return parameter, [0] * parameter.dim()
+
+
+@torch.no_grad()
 def initialize(
-    model: nn.Module, config: ModelConfig, seed: int, local_block: LocalBlock | None = None
+    model: nn.Module, config: ModelConfig, seed: int, local_block: LocalBlock = complete_block
 ) -> None:
     """Fill every parameter in place.
 
@@ -65,34 +71,21 @@ def initialize(
         model: Parameters have their global names and shapes; their values may be shards.
         config: Configuration of the model.
         seed: Any integer.
-        local_block: Returns the part of a parameter that this process holds, and its offsets. None:
-            the complete parameter.
+        local_block: Returns the part of a parameter that this process holds, and its offsets.
     """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            local: Tensor
-            offsets: Sequence[int]
-            if local_block is None:
-                local, offsets = parameter, [0] * parameter.dim()
-            else:
-                local, offsets = local_block(parameter)
-            std = parameter_std(name, config)
-            if std is None:
-                local.fill_(1.0)
-            else:
-                _fill(local, offsets, _strides(parameter.shape), _key(name, seed), _scale(std))
+    for name, parameter in model.named_parameters():
+        local, offsets = local_block(parameter)
+        std = parameter_std(name, config)
+        if std is None:
+            local.fill_(1.0)
+        else:
+            fill_block(local, name, parameter.shape, offsets, std, seed)
 
 
-def initial_block(
-    name: str,
-    shape: Sequence[int],
-    offsets: Sequence[int],
-    sizes: Sequence[int],
-    std: float,
-    seed: int,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Return a block of a parameter's initial values, normal with mean 0.
+def fill_block(
+    block: Tensor, name: str, shape: Sequence[int], offsets: Sequence[int], std: float, seed: int
+) -> None:
+    """Fill a block of a parameter with its initial values, normal with mean 0.
 
     Normal values are approximated by sums of twelve uniform ones (Irwin-Hall), bounded by 6 std.
 
@@ -100,16 +93,15 @@ def initial_block(
         name: Name of the parameter in the model.
         shape: Shape of the complete parameter.
         offsets: Index of the block's first element, per dim.
-        sizes: Shape of the block.
         std: Standard deviation.
         seed: Seed of the run.
-        device: Device of the result.
-
-    Returns: float32 of shape `sizes`.
     """
-    block = torch.empty(tuple(sizes), dtype=torch.float32, device=device)
-    _fill(block, offsets, _strides(shape), _key(name, seed), _scale(std))
-    return block
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]  # of a contiguous tensor
+    # A hash makes similar seeds and names unrelated.
+    digest = hashlib.blake2b(f"{VERSION}\n{seed}\n{name}".encode(), digest_size=8).digest()
+    # The factor from sums to values is rounded to float32 here and not on the device.
+    (scale,) = struct.unpack("<f", struct.pack("<f", std / _STD_OF_SUM))
+    _fill(block, offsets, strides, int.from_bytes(digest, "little"), scale)
 
 
 def _fill(
@@ -155,23 +147,6 @@ def _mix(state: Tensor) -> Tensor:
         state *= _signed(factor)
     state ^= (state >> 31) & (_MASK64 >> 31)
     return state
-
-
-def _key(name: str, seed: int) -> int:
-    """Return a 64-bit key. A hash makes similar seeds and names unrelated."""
-    digest = hashlib.blake2b(f"{VERSION}\n{seed}\n{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def _scale(std: float) -> float:
-    """Return the factor from sums to values, rounded to float32 here and not on the device."""
-    (rounded,) = struct.unpack("<f", struct.pack("<f", std / _STD_OF_SUM))
-    return rounded
-
-
-def _strides(shape: Sequence[int]) -> list[int]:
-    """Return the strides of a contiguous tensor."""
-    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
 
 
 def _signed(value: int) -> int:

@@ -59,13 +59,14 @@ class CrossEntropySum(nn.Module):
 
     Args:
         chunk: Tokens per chunk of logits.
+        vocabulary: Communication between shards of the vocabulary; None: there is one shard.
     """
 
-    def __init__(self, chunk: int = CHUNK) -> None:
+    def __init__(self, chunk: int = CHUNK, vocabulary: Vocabulary | None = None) -> None:
         super().__init__()
         self.chunk = chunk
         self.block = BLOCK
-        self.vocabulary = Vocabulary()
+        self.vocabulary = vocabulary or Vocabulary()
         self.compiled = False
         self.sum_exponentials = sum_exponentials
         self.exponentiate_ = exponentiate_

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
+    noop_context_fn,
 )
 
 from model.kernels.onednn_linear import LINEAR_OP
@@ -45,16 +46,14 @@ def apply_activation_checkpoint(model: Llama, mode: str) -> None:
     Args:
         mode: `full` or `selective`.
     """
-    contexts: dict[str, Any] = {}
-    if mode == "selective":
-        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    selective = partial(create_selective_checkpoint_contexts, _policy)
     for block in model.layers:
         block.forward = partial(
             checkpoint,
             block.forward,
             use_reentrant=False,
             preserve_rng_state=False,  # there is no dropout
-            **contexts,
+            context_fn=selective if mode == "selective" else noop_context_fn,
         )
 
 

@@ -7,6 +7,7 @@ in the global batch. A single process uses `parallel.mixed_precision` instead.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -43,17 +44,16 @@ def apply_data_parallel(
     n_shards, replicated = shards.size(), mesh["dp_replicate"].size() > 1
     if replicated:
         shards = DeviceMesh._concatenate([mesh["dp_replicate"], shards])
+    shard = partial(fully_shard, mesh=shards, mp_policy=precision)
     blocks = []
-    for number, block in enumerate(model.layers, start=1):
+    for number, layer in enumerate(model.layers, start=1):
         reshard = reshard_after_forward
         if reshard is None:
             reshard = n_shards > 1 and number < len(model.layers)
-        blocks.append(
-            fully_shard(block, mesh=shards, mp_policy=precision, reshard_after_forward=reshard)
-        )
-        vars(block)[_STAYS_GATHERED] = not reshard
+        blocks.append(shard(layer, reshard_after_forward=reshard))
+        vars(layer)[_STAYS_GATHERED] = not reshard
     # The backward starts with the root's weights, so they stay gathered.
-    root = fully_shard(model, mesh=shards, mp_policy=precision, reshard_after_forward=False)
+    root = shard(model, reshard_after_forward=False)
     vars(model)[_STAYS_GATHERED] = True
     for module in [*blocks, root]:
         if n_shards == 1:
@@ -64,7 +64,9 @@ def apply_data_parallel(
             # Otherwise the factor would be applied by a premultiplied sum, which gloo lacks.
             module.set_force_sum_reduction_for_comms(True)
     if n_shards > 1:
-        _prefetch(blocks)
+        for block, following in pairwise(blocks):  # gather weights before they are needed
+            block.set_modules_to_forward_prefetch([following])
+            following.set_modules_to_backward_prefetch([block])
 
 
 def hold_gradients(model: nn.Module, hold: bool, replicas_only: bool) -> None:
@@ -86,13 +88,6 @@ def hold_gradients(model: nn.Module, hold: bool, replicas_only: bool) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule) and vars(module)[_STAYS_GATHERED]:
             module.set_reshard_after_backward(not hold, recurse=False)
-
-
-def _prefetch(blocks: list[FSDPModule]) -> None:
-    """Make each block gather the next block's weights before it computes."""
-    for block, following in pairwise(blocks):
-        block.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([block])
 
 
 class _OneBuffer:

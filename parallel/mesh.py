@@ -6,7 +6,7 @@ this program, `torchrun` or `srun`. Imports torch only to count GPUs.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from parallel.config import ParallelConfig
@@ -29,7 +29,7 @@ class MeshShape:
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """Axis sizes in the order of `AXES`."""
-        return (self.dp_replicate, self.dp_shard, self.cp, self.tp)
+        return self.dp_replicate, self.dp_shard, self.cp, self.tp
 
     @property
     def world_size(self) -> int:
@@ -56,7 +56,7 @@ class MeshShape:
         return rank // (self.cp * self.tp)
 
     def __str__(self) -> str:
-        named = [f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1]
+        named = [f"{axis}={size}" for axis, size in vars(self).items() if size > 1]
         return " × ".join(named) or "one process"
 
 
@@ -143,21 +143,16 @@ def started_errors(config: ParallelConfig, started: Processes) -> list[str]:
     ]
 
 
-def _task_errors(environment: Mapping[str, str]) -> list[str]:
-    """Return errors in the task layout that `srun` started."""
+def _task_errors(environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield errors in the task layout that `srun` started."""
     tasks = tasks_per_node(environment)
     if len(set(tasks)) > 1:
+        started = f"{sum(tasks)} tasks unevenly on {len(tasks)} nodes"
         listed = ", ".join(map(str, tasks))
-        return [
-            f"srun started {sum(tasks)} tasks unevenly on {len(tasks)} nodes ({listed}); use "
-            f"--nodes and --ntasks-per-node"
-        ]
-    if "SLURM_NTASKS_PER_NODE" not in environment:
-        return [
-            f"srun --ntasks={sum(tasks)} does not set the number of tasks per node; add "
-            f"--ntasks-per-node={tasks[0]}"
-        ]
-    return []
+        yield f"srun started {started} ({listed}); use --nodes and --ntasks-per-node"
+    elif "SLURM_NTASKS_PER_NODE" not in environment:
+        missing = f"srun --ntasks={sum(tasks)} does not set the number of tasks per node"
+        yield f"{missing}; add --ntasks-per-node={tasks[0]}"
 
 
 def _accelerator(config: ParallelConfig) -> tuple[str, int]:
@@ -167,9 +162,7 @@ def _accelerator(config: ParallelConfig) -> tuple[str, int]:
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.accelerator == "auto":
-        return ("cuda" if gpus else "cpu"), gpus
-    return "cuda", gpus
+    return ("cpu" if config.accelerator == "auto" and not gpus else "cuda"), gpus
 
 
 def resolve_mesh(config: ParallelConfig, world_size: int) -> tuple[MeshShape, list[str]]:
@@ -183,15 +176,11 @@ def resolve_mesh(config: ParallelConfig, world_size: int) -> tuple[MeshShape, li
     shape = MeshShape(config.dp_replicate, dp_shard, config.cp, config.tp)
     if world_size == shape.world_size:
         return shape, []
-    named = ", ".join(
-        f"parallel.{axis}={size}" for axis, size in zip(AXES, shape.sizes, strict=True)
-    )
-    remedy = (
-        f"start a multiple of {others} processes, or let dp_replicate × cp × tp be one of "
-        + ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
-        if world_size % others
-        else f"use parallel.dp_shard=-1, which resolves to {world_size // others}"
-    )
-    return shape, [
-        f"the mesh ({named}) needs {shape.world_size} processes, not {world_size}; {remedy}"
-    ]
+    named = ", ".join(f"parallel.{axis}={size}" for axis, size in vars(shape).items())
+    remedy = f"use parallel.dp_shard=-1, which resolves to {world_size // others}"
+    if world_size % others:
+        divisors = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        remedy = f"start a multiple of {others} processes, or let dp_replicate × cp × tp be one of "
+        remedy += divisors
+    needs = f"the mesh ({named}) needs {shape.world_size} processes, not {world_size}"
+    return shape, [f"{needs}; {remedy}"]

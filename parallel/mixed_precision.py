@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 _COPIES = "llamesh_copies"  # attribute of the model
 
+Uses = list[tuple[nn.Module, str]]
+"""The modules that use a parameter, and its name in each."""
+
 
 def apply_mixed_precision(model: nn.Module, dtype: torch.dtype) -> None:
     """Make a model compute in `dtype`, in place; its parameters do not change."""
@@ -38,15 +41,13 @@ class _Copies:
     def _enter(self, model: nn.Module) -> None:
         """Replace all parameters by up-to-date copies."""
         if not self._copies:
-            self._copies = [
-                _Copy(self, parameter, uses) for parameter, uses in _parameter_uses(model).items()
-            ]
-        stale = [copy for copy in self._copies if copy.is_stale()]
+            self._copies = [_Copy(self, *item) for item in _parameter_uses(model).items()]
+        # The master has changed since the copy, or the copy's memory was freed.
+        stale = [copy for copy in self._copies if copy.version != copy.master._version]
         if stale:
+            weights = [copy.prepare() for copy in stale]
             with torch.no_grad():
-                torch._foreach_copy_(
-                    [copy.prepare() for copy in stale], [copy.master for copy in stale]
-                )
+                torch._foreach_copy_(weights, [copy.master for copy in stale])
         for copy in self._copies:
             copy.assign(copy.weight)
 
@@ -60,19 +61,13 @@ class _Copies:
 class _Copy:
     """Copy of a parameter, allocated only while it is needed."""
 
-    def __init__(
-        self, copies: _Copies, master: nn.Parameter, uses: list[tuple[nn.Module, str]]
-    ) -> None:
+    def __init__(self, copies: _Copies, master: nn.Parameter, uses: Uses) -> None:
         self.copies, self.master, self.uses = copies, master, uses
         self.version: int | None = None  # version of the master that was copied
         values = torch.empty_like(master, dtype=copies.dtype, requires_grad=False)
         self.size = values.untyped_storage().nbytes()
         self.weight = nn.Parameter(values, requires_grad=master.requires_grad)
         self.weight.register_post_accumulate_grad_hook(self._accumulate)
-
-    def is_stale(self) -> bool:
-        """Return whether the master has changed since the copy, or the memory was freed."""
-        return self.version != self.master._version
 
     def prepare(self) -> Tensor:
         """Allocate the copy and return it for writing."""
@@ -99,9 +94,9 @@ class _Copy:
             self.version = None
 
 
-def _parameter_uses(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
-    """Return each parameter with the modules that use it and its names there."""
-    uses: dict[nn.Parameter, list[tuple[nn.Module, str]]] = defaultdict(list)
+def _parameter_uses(model: nn.Module) -> dict[nn.Parameter, Uses]:
+    """Return each parameter with its uses."""
+    uses: dict[nn.Parameter, Uses] = defaultdict(list)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             uses[parameter].append((module, name))

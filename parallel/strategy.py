@@ -2,12 +2,12 @@
 
 Fabric starts the processes, initializes their group and wraps model and optimizer. Its
 `ModelParallelStrategy` supports two axes; `MeshStrategy` supports all axes of `parallel.mesh`, and
-defines gradient synchronization and the global norm on them. The transforms of the model are in
+defines gradient synchronization on them. The transforms of the model are in
 `parallel.parallelize`; checkpoints are written by the package `checkpoint`, not by Fabric.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from subprocess import Popen
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.data_parallel import hold_gradients
-from parallel.gradients import clip_grad_norm
 from parallel.mesh import AXES, DATA_AXES, MeshShape
 
 OnChildren = Callable[[list[Popen[Any]]], None]
@@ -65,11 +64,6 @@ class MeshStrategy(ModelParallelStrategy):
             self.root_device.type, self.shape.sizes, mesh_dim_names=AXES
         )
 
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Number of data-parallel groups, and the group of this rank."""
-        return {"num_replicas": self.shape.dp, "rank": self.shape.data_rank(self.global_rank)}
-
     def setup_module(self, module: Any) -> Any:
         """Transform the model on the meta device, then allocate this rank's shards.
 
@@ -81,18 +75,6 @@ class MeshStrategy(ModelParallelStrategy):
         module.to_empty(device=self.root_device)
         module.tie_weights()  # `to_empty` separates tied weights
         return module
-
-    def clip_gradients_norm(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        max_norm: float | int,
-        norm_type: float | int = 2.0,
-        error_if_nonfinite: bool = False,
-    ) -> torch.Tensor:
-        """Clip by the global 2-norm over all axes; return the norm before clipping, a scalar."""
-        assert norm_type == 2.0 and not error_if_nonfinite
-        return clip_grad_norm(module, max_norm, torch.empty(0, device=self.root_device))[0]
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over the ranks that read different samples, in place, and return it."""
@@ -120,16 +102,15 @@ class MicroBatchSync(_BackwardSyncControl):
         super().__init__()
         self.every = every
 
-    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-        return self._without_sync(module) if enabled else nullcontext()
-
     @contextmanager
-    def _without_sync(self, module: Any) -> Iterator[None]:
-        hold_gradients(module, True, self.every)
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
+        if enabled:
+            hold_gradients(module, True, self.every)
         try:
             yield
         finally:
-            hold_gradients(module, False, self.every)
+            if enabled:
+                hold_gradients(module, False, self.every)
 
 
 class _Launcher(_SubprocessScriptLauncher):

@@ -54,43 +54,29 @@ def apply_tensor_parallel(
             input_layouts=(hidden_layout, *plain), desired_input_layouts=(Replicate(), *plain)
         )
 
-    parallelize_module(
-        model,
-        mesh,
-        {
-            "tok_embeddings": _VocabParallelEmbedding(hidden_layout),
-            "norm": _Norm(hidden_layout),
-            "output": ColwiseParallel(
-                input_layouts=hidden_layout,
-                output_layouts=Shard(-1) if loss_parallel else Replicate(),
-                use_local_output=not loss_parallel,
-            ),
-        },
-    )
-    for block in model.layers:
-        parallelize_module(
-            block,
-            mesh,
-            {
-                "attention_norm": _Norm(hidden_layout),
-                "attention": gathered_input(n_plain_inputs=2),  # rotations, mask
-                "attention.wq": ColwiseParallel(),
-                "attention.wk": ColwiseParallel(),
-                "attention.wv": ColwiseParallel(),
-                "attention.wo": RowwiseParallel(output_layouts=hidden_layout),
-                "ffn_norm": _Norm(hidden_layout),
-                "feed_forward": gathered_input(),
-                "feed_forward.w1": ColwiseParallel(),
-                "feed_forward.w3": ColwiseParallel(),
-                "feed_forward.w2": RowwiseParallel(output_layouts=hidden_layout),
-            },
-        )
+    plan: dict[str, ParallelStyle] = {
+        "tok_embeddings": _VocabParallelEmbedding(hidden_layout),
+        "layers.*.attention_norm": _Norm(hidden_layout),
+        "layers.*.attention": gathered_input(n_plain_inputs=2),  # rotations, mask
+        "layers.*.attention.w[qkv]": ColwiseParallel(),
+        "layers.*.attention.wo": RowwiseParallel(output_layouts=hidden_layout),
+        "layers.*.ffn_norm": _Norm(hidden_layout),
+        "layers.*.feed_forward": gathered_input(),
+        "layers.*.feed_forward.w[13]": ColwiseParallel(),
+        "layers.*.feed_forward.w2": RowwiseParallel(output_layouts=hidden_layout),
+        "norm": _Norm(hidden_layout),
+        "output": ColwiseParallel(
+            input_layouts=hidden_layout,
+            output_layouts=Shard(-1) if loss_parallel else Replicate(),
+            use_local_output=not loss_parallel,
+        ),
+    }
+    parallelize_module(model, mesh, plan)
     model.tie_weights()
-    model.loss = VocabParallelCrossEntropySum(
-        ShardedVocabulary(mesh, model.config.vocab_size)
-        if loss_parallel
-        else GatheredVocabulary(mesh)
-    )
+    vocabulary: Vocabulary = GatheredVocabulary(mesh)
+    if loss_parallel:
+        vocabulary = ShardedVocabulary(mesh, model.config.vocab_size)
+    model.loss = VocabParallelCrossEntropySum(vocabulary=vocabulary)
 
 
 class _Norm(SequenceParallel):
@@ -142,15 +128,7 @@ class _VocabParallelEmbedding(ParallelStyle):
 
 
 class VocabParallelCrossEntropySum(CrossEntropySum):
-    """`CrossEntropySum` with the head's weight sharded over the ranks.
-
-    Args:
-        vocabulary: Communication between the ranks for each chunk.
-    """
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        super().__init__()
-        self.vocabulary = vocabulary
+    """`CrossEntropySum` with the head's weight sharded over the ranks."""
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """Return the sum over all targets, equal on all ranks.
@@ -161,11 +139,10 @@ class VocabParallelCrossEntropySum(CrossEntropySum):
             labels: (batch, seq), equal on all ranks.
         """
         assert isinstance(hidden, DTensor) and isinstance(weight, DTensor)
-        hidden = hidden.redistribute(placements=[Replicate()])
+        gathered = hidden.redistribute(placements=[Replicate()])
         # The local gradient is the term of this rank's vocabulary shard.
-        return super().forward(
-            hidden.to_local(grad_placements=[Partial()]), weight.to_local(), labels
-        )
+        local = gathered.to_local(grad_placements=[Partial()])
+        return super().forward(local, weight.to_local(), labels)
 
 
 class ShardedVocabulary(Vocabulary):

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from math import prod
 from typing import Literal
 
 from model.config import ModelConfig
@@ -100,11 +101,8 @@ class _Plan:
         self, axes: Iterable[str], kind: Kind, count: int, payload: int, part: str
     ) -> Collective:
         """Return `count` collectives of `payload` bytes in total in the group of `axes`."""
-        spanned = [axis for axis in axes if getattr(self.mesh, axis) > 1]
-        ranks = 1
-        for axis in spanned:
-            ranks *= getattr(self.mesh, axis)
-        return Collective("+".join(spanned), ranks, kind, count, payload, part)
+        sizes = {axis: getattr(self.mesh, axis) for axis in axes if getattr(self.mesh, axis) > 1}
+        return Collective("+".join(sizes), prod(sizes.values()), kind, count, payload, part)
 
 
 def step_traffic(

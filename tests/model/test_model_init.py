@@ -5,6 +5,7 @@ import hashlib
 import math
 import random
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import model.init
 from model.config import ModelConfig
-from model.init import initial_block, initialize, parameter_std
+from model.init import fill_block, initialize, parameter_std
 from model.llama import Llama
 
 CONFIG = ModelConfig(
@@ -60,6 +61,19 @@ def test_splitmix64_of_the_reference_gives_the_published_sequence() -> None:
         y = (y ^ (y >> 27)) * 0x94D049BB133111EB % 2**64
         out.append(y ^ (y >> 31))
     assert out == [6457827717110365317, 3203168211198807973]
+
+
+def initial_block(
+    name: str,
+    shape: Sequence[int],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    std: float,
+    seed: int,
+) -> Tensor:
+    block = torch.empty(tuple(sizes))
+    fill_block(block, name, shape, offsets, std, seed)
+    return block
 
 
 @pytest.mark.parametrize("seed", [0, 7, -1, 2**70])

@@ -96,7 +96,7 @@ def on_rank() -> tuple[dict[tuple[str, str, str], Result], dict[str, list[tuple[
     for variant in VARIANTS:
         gathered = variant == "gathered"
         module = VocabParallelCrossEntropySum(
-            GatheredVocabulary(mesh) if gathered else ShardedVocabulary(mesh, VOCAB)
+            vocabulary=GatheredVocabulary(mesh) if gathered else ShardedVocabulary(mesh, VOCAB)
         )
         module.chunk = CHUNK
         if variant == "compiled":

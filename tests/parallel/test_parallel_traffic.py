@@ -113,10 +113,9 @@ def test_tracing_detects_a_plan_with_equal_results_and_more_communication(
     apply = parallel.tensor_parallel.parallelize_module
 
     def other_plan(module: nn.Module, mesh: Any, plan: dict[str, Any]) -> nn.Module:
-        if "feed_forward.w2" in plan:
-            style = ColwiseParallel(input_layouts=Shard(-1), output_layouts=Replicate())
-            plan = plan | {"feed_forward.w2": style}
-        return apply(module, mesh, plan)
+        assert "layers.*.feed_forward.w2" in plan
+        style = ColwiseParallel(input_layouts=Shard(-1), output_layouts=Replicate())
+        return apply(module, mesh, plan | {"layers.*.feed_forward.w2": style})
 
     monkeypatch.setattr(parallel.tensor_parallel, "parallelize_module", other_plan)
     traced, closed_form = traced_and_closed_form(MeshShape(1, 2, 1, 2), sequence_parallel=False)
