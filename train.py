@@ -14,7 +14,7 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
@@ -33,7 +33,7 @@ from training.config import JobConfig
 from training.config_validation import ConfigError
 from training.metrics import step_metrics
 from training.preflight import acquire_run_lock, check_folder, prepare_data
-from training.recovery import Decision, check_step, initial_position, rewind
+from training.recovery import check_step, initial_position, rewind
 from training.resume_policy import Changes
 from training.run import Run, build_saver
 from training.run_summary import header
@@ -171,7 +171,10 @@ def train(run: Run) -> None:
         if saves or decision.save:
             save(run, wait=step == config.train.max_steps)
         if decision.stop is not None:
-            stop(run, decision)
+            if decision.stop != ExitCode.DIVERGED:
+                save(run, wait=True)
+            code = ExitCode.SAVE_FAILED if run.save_failed else decision.stop
+            stop_run(run, code, decision.reason)
     batches.close()
     run.garbage.enable()
     if run.save_failed:
@@ -251,14 +254,6 @@ def save(run: Run, wait: bool = False) -> None:
         if wait:
             run.saver.finish()
     run.poll_checkpoints()
-
-
-def stop(run: Run, decision: Decision) -> NoReturn:
-    """Stop after this step, on all ranks, with a checkpoint unless the run has diverged."""
-    assert decision.stop is not None
-    if decision.stop != ExitCode.DIVERGED:
-        save(run, wait=True)
-    stop_run(run, ExitCode.SAVE_FAILED if run.save_failed else decision.stop, decision.reason)
 
 
 if __name__ == "__main__":

@@ -88,10 +88,9 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
             for entry in manifest["files"].values():
                 entry["hash"] = entry.pop("sha256")
         elif version != FORMAT_VERSION or manifest["algorithm"] not in ALGORITHMS:
-            raise ValueError(
-                f"format version {version}, hash {manifest.get('algorithm')}; this program reads "
-                f"versions 1 to {FORMAT_VERSION} with one of {', '.join(ALGORITHMS)}"
-            )
+            known = f"versions 1 to {FORMAT_VERSION} with one of {', '.join(ALGORITHMS)}"
+            found = f"format version {version}, hash {manifest.get('algorithm')}"
+            raise ValueError(f"{found}; this program reads {known}")
         Position.from_dict(manifest["position"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot read {MANIFEST} ({error})") from None
@@ -114,9 +113,10 @@ def find_file_damage(path: Path, expected: Fingerprint, algorithm: str) -> str |
     return None
 
 
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a small file and fsync it."""
-    with path.open("wb") as file:
+def write_synced(path: Path, content: bytes) -> Fingerprint:
+    """Write a small new file, fsync it and return its fingerprint."""
+    with HashedFile(path) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    return file.fingerprint()

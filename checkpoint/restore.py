@@ -7,6 +7,7 @@ checkpoints exist and none can be loaded, the run stops; it never restarts from 
 
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from checkpoint.position import Position
 from checkpoint.writer import on_rank_0, one_line, tensors_of
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolder, RunFolderError
+
+# Return the result of rank 0 on every rank, or raise its error.
+_from_rank_0 = partial(on_rank_0, wrap=RunFolderError, catch=(OSError, RunFolderError))
 
 
 class NoCheckpoint(RunFolderError):
@@ -61,10 +65,8 @@ def restore(
         if damage is None:
             for message in _from_rank_0(lambda: _rename_damaged(skipped)):
                 report(message)
-            position: Position = _from_rank_0(
-                lambda: Position.from_dict(verify_manifest(candidate)["position"])  # noqa: B023
-            )
-            return position
+            manifest = _from_rank_0(partial(verify_manifest, candidate))
+            return Position.from_dict(manifest["position"])
         skipped.append((candidate, damage))
     if skipped:
         rows = "".join(f"  {path}: {damage}\n" for path, damage in skipped)
@@ -122,11 +124,8 @@ def _try_to_load(
 
 def _candidates(folder: RunFolder, resume: str, before: int | None) -> list[Path]:
     """Return the checkpoints to try, best first."""
-    own = [
-        folder.step_folder(step)
-        for step in reversed(folder.committed_steps())
-        if before is None or step <= before
-    ]
+    steps = reversed(folder.committed_steps())
+    own = [folder.step_folder(step) for step in steps if before is None or step <= before]
     if resume in ("auto", "never"):
         return own
     return [Path(resume)] if before is None else [*own, Path(resume)]
@@ -146,13 +145,6 @@ def _rename_damaged(skipped: list[tuple[Path, str]]) -> list[str]:
             ) from None
         messages.append(f"Skipped damaged {path.name}, kept as {renamed.name}: {damage}")
     return messages
-
-
-def _from_rank_0(action: Callable[[], Any]) -> Any:
-    """Return the result of rank 0 on every rank, or raise its error."""
-    return on_rank_0(
-        action, lambda error: RunFolderError(str(error)), catch=(OSError, RunFolderError)
-    )
 
 
 def _gather_errors(errors: list[str]) -> str | None:

@@ -18,14 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from checkpoint import retention
-from checkpoint.files import (
-    ALGORITHM,
-    ALGORITHMS,
-    FORMAT_VERSION,
-    Fingerprint,
-    HashedFiles,
-    write_synced,
-)
+from checkpoint.files import ALGORITHM, FORMAT_VERSION, Fingerprint, HashedFiles, write_synced
 from checkpoint.host_copy import State
 from data.files import sync_folder
 from resilience.run_folder import COMMITTED, MANIFEST, RunFolder
@@ -127,12 +120,7 @@ def write_shards(
 
 def write_extra_files(fresh: Path, files: Mapping[str, bytes]) -> dict[str, Fingerprint]:
     """Write small files next to the shards and return their fingerprints, on rank 0."""
-    fingerprints: dict[str, Fingerprint] = {}
-    for name, content in files.items():
-        write_synced(fresh / name, content)
-        hashed = ALGORITHMS[ALGORITHM](content)
-        fingerprints[name] = {"bytes": len(content), "hash": hashed.hexdigest()}
-    return fingerprints
+    return {name: write_synced(fresh / name, content) for name, content in files.items()}
 
 
 def write_manifest(

@@ -51,9 +51,8 @@ def parameter_std(name: str, config: ModelConfig) -> float | None:
         return BASE_STD / math.sqrt(2 * config.n_layers)
     if kind in ("tok_embeddings", "output", "wq", "wk", "wv", "w1", "w3"):
         return BASE_STD
-    raise ValueError(
-        f"parameter {name} has no initialization rule; add it to model.init.parameter_std"
-    )
+    remedy = "add it to model.init.parameter_std"
+    raise ValueError(f"parameter {name} has no initialization rule; {remedy}")
 
 
 def complete_block(parameter: Tensor) -> tuple[Tensor, Sequence[int]]:

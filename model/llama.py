@@ -104,9 +104,8 @@ class Llama(nn.Module):
         self.config = config
         self.kernel = AttentionKernel(config.attention)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(
-            TransformerBlock(config, self.kernel) for _ in range(config.n_layers)
-        )
+        blocks = (TransformerBlock(config, self.kernel) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.loss = CrossEntropySum()

@@ -93,10 +93,10 @@ class _GatheringKernel(AttentionKernel):
         positions: Tensor | None,
         token_indices: Tensor | None,
         like: Tensor,
-        key_indices: Tensor | None = None,
-        n_documents: int | None = None,
+        *_: Any,
+        **__: Any,
     ) -> Mask:
-        assert token_indices is not None and key_indices is None
+        assert token_indices is not None
         seq = len(token_indices) * self.context.size
         keys = self.context.token_indices(seq, token_indices.device).flatten()  # (seq,)
         return self.kernel.mask(positions, token_indices, like, keys)

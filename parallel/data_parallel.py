@@ -115,13 +115,10 @@ class _OneBuffer:
 
 def mixed_precision_policy(config: PrecisionConfig, device_type: str) -> MixedPrecisionPolicy:
     """Return FSDP2's policy: `param` for forward and backward, `reduce` for the reduction."""
-    param = config.param
-    if param == "auto":
-        param = "bf16" if device_type == "cuda" else "fp32"
-    reduce = "fp32" if config.reduce == "auto" else config.reduce
+    auto = torch.bfloat16 if device_type == "cuda" else torch.float32
     return MixedPrecisionPolicy(
-        param_dtype=_DTYPES[param],
-        reduce_dtype=_DTYPES[reduce],
+        param_dtype=_DTYPES.get(config.param, auto),
+        reduce_dtype=_DTYPES.get(config.reduce, torch.float32),
         # The only floating-point inputs are RoPE rotations, which must stay in float32.
         cast_forward_inputs=False,
     )

@@ -126,10 +126,8 @@ def plan_processes(
         on_this_machine = gpus if accelerator == "cuda" else max(mesh_size // num_nodes, 1)
         processes = Processes(accelerator, config.devices or on_this_machine, num_nodes, "self")
     if accelerator == "cuda" and processes.per_node > gpus > 0:
-        errors.append(
-            f"parallel.devices={processes.per_node} exceeds the {gpus} visible GPUs; "
-            f"use at most {gpus}, or parallel.accelerator=cpu"
-        )
+        rule = f"exceeds the {gpus} visible GPUs; use at most {gpus}, or parallel.accelerator=cpu"
+        errors.append(f"parallel.devices={processes.per_node} {rule}")
     return processes, errors
 
 

@@ -51,12 +51,7 @@ def parallelize(
     if mesh["tp"].size() > 1:
         from parallel.tensor_parallel import apply_tensor_parallel
 
-        apply_tensor_parallel(
-            model,
-            mesh["tp"],
-            sequence_parallel=parallel.sequence_parallel,
-            loss_parallel=parallel.loss_parallel,
-        )
+        apply_tensor_parallel(model, mesh["tp"], parallel.sequence_parallel, parallel.loss_parallel)
     if mesh["cp"].size() > 1:
         from parallel.context_parallel import apply_context_parallel
 

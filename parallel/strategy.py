@@ -60,9 +60,8 @@ class MeshStrategy(ModelParallelStrategy):
         # Not the parent class's, which would build a mesh of two axes.
         ParallelStrategy.setup_environment(self)
         self._setup_distributed()
-        self._device_mesh = init_device_mesh(
-            self.root_device.type, self.shape.sizes, mesh_dim_names=AXES
-        )
+        device_type = self.root_device.type
+        self._device_mesh = init_device_mesh(device_type, self.shape.sizes, mesh_dim_names=AXES)
 
     def setup_module(self, module: Any) -> Any:
         """Transform the model on the meta device, then allocate this rank's shards.

@@ -12,14 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import (
-    DTensor,
-    Partial,
-    Placement,
-    Replicate,
-    Shard,
-    distribute_tensor,
-)
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -33,9 +26,12 @@ from model.llama import Llama
 from model.loss import CrossEntropySum, Vocabulary
 from model.norm import RMSNorm
 
+Layout = Shard | Replicate
+"""Placement of hidden states (batch, seq, dim)."""
+
 
 def apply_tensor_parallel(
-    model: Llama, mesh: DeviceMesh, *, sequence_parallel: bool, loss_parallel: bool
+    model: Llama, mesh: DeviceMesh, sequence_parallel: bool, loss_parallel: bool
 ) -> None:
     """Shard every parameter of `model` over the one-axis `mesh`, in place.
 
@@ -46,7 +42,7 @@ def apply_tensor_parallel(
         loss_parallel: Keep logits as shards of the vocabulary; else every rank gathers them, in the
             loss by chunks.
     """
-    hidden_layout = Shard(1) if sequence_parallel else Replicate()  # of (batch, seq, dim)
+    hidden_layout: Layout = Shard(1) if sequence_parallel else Replicate()
 
     def gathered_input(n_plain_inputs: int = 0) -> ParallelStyle:
         plain = (None,) * n_plain_inputs
@@ -86,7 +82,7 @@ class _Norm(SequenceParallel):
         layout: Placement of input and output.
     """
 
-    def __init__(self, layout: Placement) -> None:
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.sequence_sharding = (layout,)  # type: ignore[assignment]
 
@@ -105,7 +101,7 @@ class _VocabParallelEmbedding(ParallelStyle):
         layout: Placement of the result (batch, seq, dim).
     """
 
-    def __init__(self, layout: Placement) -> None:
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
 

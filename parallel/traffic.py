@@ -167,13 +167,11 @@ def _weights(plan: _Plan) -> list[Collective]:
     for count, size, freed in groups:
         gathers = 2 * step.micro_batches * freed + count - freed
         weights, gradients = size * step.param_bytes, size * step.reduce_bytes
-        sums = count * plan.reductions
+        sums, replicated = count * plan.reductions, count * gradients // ranks
         found += [
             plan.over(sharded, "all_gather", gathers, gathers * weights, "weights"),
             plan.over(sharded, "reduce_scatter", sums, sums * gradients, "gradients"),
-            plan.over(
-                ["dp_replicate"], "all_reduce", count, count * gradients // ranks, "gradients"
-            ),
+            plan.over(["dp_replicate"], "all_reduce", count, replicated, "gradients"),
         ]
     return found
 
@@ -227,13 +225,10 @@ def _head(plan: _Plan) -> list[Collective]:
     """
     step, tp, micro = plan.step, ["tp"], plan.step.micro_batches
     hidden = micro * plan.hidden
-    if plan.parallel.sequence_parallel:
-        found = [
-            plan.over(tp, "all_gather", micro, hidden, "head"),
-            plan.over(tp, "reduce_scatter", micro, hidden, "head"),
-        ]
-    else:
-        found = [plan.over(tp, "all_reduce", micro, hidden, "head")]
+    kinds: tuple[Kind, ...] = ("all_gather", "reduce_scatter")
+    if not plan.parallel.sequence_parallel:
+        kinds = ("all_reduce",)
+    found = [plan.over(tp, kind, micro, hidden, "head") for kind in kinds]
     chunks, tokens = micro * -(-plan.tokens // step.head_chunk), micro * plan.tokens
     if plan.parallel.loss_parallel:
         return [*found, plan.over(tp, "all_reduce", 2 * chunks, 3 * tokens * FLOAT32, "loss")]

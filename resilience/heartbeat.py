@@ -53,25 +53,26 @@ class Heartbeat:
         """Whether the innermost frame is inside torch, as in a collective."""
         return bool(self.stack) and "torch" in self.stack[-1].split(":")[0].split(os.sep)
 
+    @property
+    def indented_stack(self) -> str:
+        """The stack, one frame per line."""
+        return "\n".join(f"    {line}" for line in self.stack)
 
-def silent_message(beat: Heartbeat, seconds: float) -> str:
-    """Return the message about a process whose heartbeats stopped."""
-    return (
-        f"no heartbeat from {beat} for {seconds:.0f} s; the process is dead, suspended or "
-        f"unreachable. {last_seen(beat)}"
-    )
+    @property
+    def last_seen(self) -> str:
+        """The last known activity and stack, for messages."""
+        return f"Last seen in {self.activity}:\n{self.indented_stack}"
 
+    def silent_message(self, seconds: float) -> str:
+        """Return the message about a process whose heartbeats stopped."""
+        state = "the process is dead, suspended or unreachable"
+        return f"no heartbeat from {self} for {seconds:.0f} s; {state}. {self.last_seen}"
 
-def last_seen(beat: Heartbeat) -> str:
-    """Return the last known activity and stack of a process."""
-    return f"Last seen in {beat.activity}:\n{indented(beat.stack)}"
-
-
-def late_message(beat: Heartbeat, others: Sequence[Heartbeat] = ()) -> str:
-    """Return the message about processes that have the same stack and exceeded a time limit."""
-    also = f" and ranks {', '.join(str(other.rank) for other in others)}" if others else ""
-    state = f"{'waiting' if beat.is_waiting else 'stuck'} in {beat.activity}"
-    return f"{beat}{also} {state} for {beat.seconds:.0f} s:\n{indented(beat.stack)}"
+    def late_message(self, others: "Sequence[Heartbeat]" = ()) -> str:
+        """Return the message about processes that have the same stack and exceeded a time limit."""
+        also = f" and ranks {', '.join(str(other.rank) for other in others)}" if others else ""
+        state = f"{'waiting' if self.is_waiting else 'stuck'} in {self.activity}"
+        return f"{self}{also} {state} for {self.seconds:.0f} s:\n{self.indented_stack}"
 
 
 def stack_of(thread: int | None) -> list[str]:
@@ -93,7 +94,3 @@ def _short_path(path: str) -> str:
     """Return a path relative to site-packages or to the repository."""
     _, found, rest = path.rpartition(f"site-packages{os.sep}")
     return rest if found else path.removeprefix(ROOT)
-
-
-def indented(lines: Sequence[str]) -> str:
-    return "\n".join(f"    {line}" for line in lines)

@@ -42,9 +42,8 @@ def _untouched_memory_counts() -> bool:
     """Return whether allocated but untouched memory counts against a limit."""
     limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
     limited = any(limit != resource.RLIM_INFINITY for limit in limits)
-    return (
-        limited or Path("/proc/sys/vm/overcommit_memory").read_text().strip() == _STRICT_OVERCOMMIT
-    )
+    overcommit = Path("/proc/sys/vm/overcommit_memory").read_text().strip()
+    return limited or overcommit == _STRICT_OVERCOMMIT
 
 
 def _use_huge_pages() -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from filelock import lock_descriptor
 
 from resilience.exit_codes import ExitCode
-from resilience.run_folder import RunFolder, RunFolderError
+from resilience.run_folder import RunFolder, RunFolderError, not_writable
 
 FIRST_HEARTBEAT_SECONDS = 1.0  # short: if two processes take the lock at once, the first one exits
 HEARTBEAT_SECONDS = 10.0
@@ -103,11 +103,9 @@ class RunLock:
         last_heartbeat: When the previous holder was last alive, in Unix seconds; None without one.
     """
 
-    def __init__(
-        self, path: Path, descriptor: int, holder: Holder, last_heartbeat: float | None
-    ) -> None:
+    def __init__(self, path: Path, fd: int, holder: Holder, last_heartbeat: float | None) -> None:
         self.path, self.holder, self.last_heartbeat = path, holder, last_heartbeat
-        self._descriptor = descriptor
+        self._descriptor = fd
         self._released = threading.Event()
         threading.Thread(target=self._send_heartbeats, name="run lock", daemon=True).start()
         atexit.register(self.release)
@@ -131,12 +129,9 @@ class RunLock:
             with suppress(OSError):  # disk unreachable: a missing heartbeat is correct
                 holder = Holder.read(self.path)
                 if holder not in (None, self.holder) and not self._released.is_set():
-                    print(
-                        f"Stopped: {self.path} was taken over by {holder}. This run had sent no "
-                        "heartbeat for too long, or the lock file was removed.",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    cause = "had sent no heartbeat for too long, or the lock file was removed"
+                    message = f"Stopped: {self.path} was taken over by {holder}. This run {cause}."
+                    print(message, file=sys.stderr, flush=True)
                     os._exit(ExitCode.LOCKED)
                 os.utime(self._descriptor)
 
@@ -169,10 +164,7 @@ def acquire_lock(folder: RunFolder, report: Callable[[str], None]) -> RunLock:
                 if lock is None:
                     os.close(descriptor)
     except OSError as error:
-        raise RunFolderError(
-            f"run.dir={folder.path} cannot be written ({error.strerror}); free space or fix the "
-            "permissions, or choose another folder with run.dir=…"
-        ) from None
+        raise RunFolderError(f"run.dir={folder.path} {not_writable(error)}") from None
     return lock
 
 
@@ -211,10 +203,8 @@ def _take_over(
     if previous is not None:
         same_machine = has_kernel_lock and previous.machine == holder.machine
         if not same_machine and not previous.was_requeued_as(holder):
-            report(
-                f"{path} names {previous}: watching it for {STALE_SECONDS:.0f} seconds to see "
-                "whether that run is alive."
-            )
+            purpose = f"{STALE_SECONDS:.0f} seconds to see whether that run is alive"
+            report(f"{path} names {previous}: watching it for {purpose}.")
             if not _is_stale(path, previous):
                 return None
         report(f"Removed the stale lock of {previous}, which did not exit cleanly.")
@@ -247,10 +237,9 @@ def _is_stale(path: Path, holder: Holder) -> bool:
 
 
 def _locked_error(path: Path, holder: Holder | None) -> LockedError:
-    return LockedError(
-        f"run.dir={path.parent} is in use by {holder or 'a process that is just starting'}; wait "
-        "for that run or stop it, or choose another folder with run.name=…"
-    )
+    user = holder or "a process that is just starting"
+    remedy = "wait for that run or stop it, or choose another folder with run.name=…"
+    return LockedError(f"run.dir={path.parent} is in use by {user}; {remedy}")
 
 
 def _boot_id() -> str:

@@ -59,10 +59,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.config, yaml.safe_dump(config, sort_keys=False).encode())
         except OSError as error:
-            raise RunFolderError(
-                f"{self.config} cannot be written ({error.strerror}); free space or fix the "
-                "permissions, or choose another folder with run.dir=…"
-            ) from None
+            raise RunFolderError(f"{self.config} {not_writable(error)}") from None
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the configuration of the previous launch, with today's keys; None without one.
@@ -76,10 +73,8 @@ class RunFolder:
             config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
             assert isinstance(config, dict)
         except (OSError, yaml.YAMLError, UnicodeDecodeError, AssertionError) as error:
-            raise RunFolderError(
-                f"{self.config} cannot be read ({error}); restore it, or choose another folder "
-                "with run.name=…"
-            ) from None
+            remedy = "restore it, or choose another folder with run.name=…"
+            raise RunFolderError(f"{self.config} cannot be read ({error}); {remedy}") from None
         rename_keys(config)
         return config
 
@@ -106,6 +101,12 @@ class RunFolder:
         manifest = read_manifest(Path(resume))
         started = manifest is not None and steps[-1] > manifest["position"]["step"]
         return "auto" if previous == resume and started else resume
+
+
+def not_writable(error: OSError) -> str:
+    """Return the reason and the remedy if a file of a run cannot be written."""
+    remedy = "free space or fix the permissions, or choose another folder with run.dir=…"
+    return f"cannot be written ({error.strerror}); {remedy}"
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:

@@ -59,7 +59,6 @@ class Requests:
         self._longest_step = self._longest_save = 0.0
         self._save_seconds = math.inf if save_minutes is None else 60 * save_minutes
         self._next_save = now + self._save_seconds
-        self._training = False
         self._on_early_signal: Callable[[ExitCode], None] = lambda code: None
 
     def catch_signals(self, on_early_signal: Callable[[ExitCode], None]) -> None:
@@ -82,7 +81,7 @@ class Requests:
 
     def start_training(self) -> None:
         """From now on, a signal takes effect at the end of the step."""
-        self._training = True
+        self._on_early_signal = lambda code: None
 
     def request_stop(self, reason: ExitCode) -> None:
         """Request that the run stops after this step; repeating it has no effect."""
@@ -116,8 +115,7 @@ class Requests:
         while number := os.read(reading, 1):
             if (code := SIGNALS.get(signal.Signals(number[0]))) is not None:
                 self.request_stop(code)
-                if not self._training:
-                    self._on_early_signal(code)
+                self._on_early_signal(code)
 
 
 def agree(requests: StepRequests) -> AgreedRequests:

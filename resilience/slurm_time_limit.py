@@ -3,6 +3,7 @@
 import re
 import subprocess
 from collections.abc import Mapping
+from functools import partial
 
 QUERY_TIMEOUT_SECONDS = 30  # a busy SLURM controller may take this long
 
@@ -22,14 +23,10 @@ def slurm_time_left(environment: Mapping[str, str], now: float) -> float | None:
     # Set by newer versions of SLURM (not 22.05). The limit may have changed since: query it first.
     end_time = environment.get("SLURM_JOB_END_TIME")
     fallback = float(end_time) - now if end_time is not None else None
+    query = ["squeue", "--noheader", f"--jobs={job}", "--format=%L"]
+    run = partial(subprocess.run, capture_output=True, text=True, check=True)
     try:
-        time_left = subprocess.run(
-            ["squeue", "--noheader", f"--jobs={job}", "--format=%L"],
-            capture_output=True,
-            text=True,
-            timeout=QUERY_TIMEOUT_SECONDS,
-            check=True,
-        ).stdout.strip()
+        time_left = run(query, timeout=QUERY_TIMEOUT_SECONDS).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return fallback  # without it, SIGUSR1 still announces the limit
     return _seconds(time_left) if re.fullmatch(r"[\d:-]+", time_left) else None

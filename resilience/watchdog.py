@@ -24,15 +24,7 @@ from typing import Any, NoReturn
 
 from resilience.config import WatchdogConfig
 from resilience.exit_codes import ExitCode
-from resilience.heartbeat import (
-    Heartbeat,
-    Phase,
-    indented,
-    last_seen,
-    late_message,
-    silent_message,
-    stack_of,
-)
+from resilience.heartbeat import Heartbeat, Phase, stack_of
 
 HEARTBEAT_SECONDS = 1.0
 RANKS_PER_HEARTBEAT = 256  # above this many ranks the interval grows: rank 0 reads every heartbeat
@@ -158,12 +150,12 @@ class Watchdog:
             beat = self._heartbeat(0)
             if not self._connected:
                 if self._is_late(beat):
-                    self._abort(f"{late_message(beat)}\nDid every node start its processes?")
+                    self._abort(f"{beat.late_message()}\nDid every node start its processes?")
             elif time.monotonic() - self._store_lost_at > GRACE_SECONDS:
                 self._abort("rank 0, which hosts the store, exited", self._reports_rank_0())
             elif beat.rank and time.monotonic() - self._last_contact > self.silent_seconds:
                 reason = f"no heartbeat from rank 0 for {self.silent_seconds:.0f} s"
-                stack = f"stack of rank {beat.rank}:\n{indented(beat.stack)}"
+                stack = f"stack of rank {beat.rank}:\n{beat.indented_stack}"
                 self._abort(f"{reason}; {stack}", self._reports_rank_0())
 
     def _exchange(self) -> None:
@@ -205,7 +197,7 @@ class Watchdog:
             limit = min(GRACE_SECONDS, limit)
         silent = [beat for beat in beats if now - seen[beat.rank][1] > limit]
         if silent:
-            self._abort("\n".join(silent_message(b, now - seen[b.rank][1]) for b in silent))
+            self._abort("\n".join(b.silent_message(now - seen[b.rank][1]) for b in silent))
         if any(self._is_late(beat) for beat in beats):
             # Ranks that wait for a stuck rank are late too: list ranks that do not wait first,
             # then small groups of equal stacks.
@@ -213,7 +205,7 @@ class Watchdog:
             for beat in beats:
                 by_stack.setdefault(tuple(beat.stack), []).append(beat)
             groups = sorted(by_stack.values(), key=lambda group: (group[0].is_waiting, len(group)))
-            self._abort("\n".join(late_message(group[0], group[1:]) for group in groups))
+            self._abort("\n".join(group[0].late_message(group[1:]) for group in groups))
 
     def _check_children(self) -> None:
         """Abort if a process started by this one has exited with an error."""
@@ -279,7 +271,7 @@ class Watchdog:
         if not self._connected:
             return " in set-up"
         try:
-            return f". {last_seen(Heartbeat(**json.loads(self._store.get(f'beat/{rank}'))))}"
+            return f". {Heartbeat(**json.loads(self._store.get(f'beat/{rank}'))).last_seen}"
         except Exception:
             return ""
 

@@ -186,7 +186,7 @@ def rewind(run: Run, skip: "BatchRange") -> None:
     run.poll_checkpoints()
     previous_step = run.position.step
     _record_rewind(run, {"step": previous_step, "skip": list(skip), "before": before})
-    run.reader.clear()
+    run.reader.flush()  # discards the steps that are rewound
     skips = merge_ranges([*run.position.skips, skip])
     model, optimizer = run.model.module, run.optimizer.optimizer
     position = _load_or_initialize(

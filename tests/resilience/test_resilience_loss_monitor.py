@@ -259,5 +259,5 @@ def test_cuda_statistics_are_read_one_step_late_and_the_last_by_flush() -> None:
     assert [[s.step for s in each] for each in found] == [[], [1], [2], [3], [4]]
     assert [s.loss for each in found for s in each] == [1.0, 2.0, 3.0, 4.0]
     reader.read(5, 5, (0, 1), scalars(5, "cuda"))
-    reader.clear()
+    reader.flush()
     assert reader.flush() == []
