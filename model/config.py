@@ -84,9 +84,7 @@ class ModelConfig(ConfigSection):
         if self.dim % unit:
             below = self.dim // unit * unit
             remedy = f"{below} or {below + unit}" if below else str(unit)
-            errors.append(
-                f"model.dim={self.dim} is not a multiple of twice model.n_heads={self.n_heads}; "
-                f"use {remedy}"
-            )
+            rule = f"is not a multiple of twice model.n_heads={self.n_heads}"
+            errors.append(f"model.dim={self.dim} {rule}; use {remedy}")
         if errors:
             raise ValueError("\n".join(errors))

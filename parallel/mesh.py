@@ -106,9 +106,8 @@ def plan_processes(
     accelerator, gpus = _accelerator(config)
     errors = []
     if config.accelerator == "cuda" and gpus == 0:
-        errors.append(
-            "parallel.accelerator=cuda but no GPU is visible; use parallel.accelerator=cpu"
-        )
+        remedy = "use parallel.accelerator=cpu"
+        errors.append(f"parallel.accelerator=cuda but no GPU is visible; {remedy}")
     started = started_processes(environment)
     if started is not None:
         processes = Processes(accelerator, started.per_node, started.num_nodes, started.launcher)

@@ -69,8 +69,9 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return all complete JSON objects of a file, one per line; [] if the file does not exist."""
+    raw = path.read_bytes() if path.exists() else b""
     records = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+    for line in raw.split(b"\n"):
         with suppress(ValueError):  # truncated JSON or UTF-8, or zeros that were never written
             records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]

@@ -80,7 +80,7 @@ class RunFolder:
 
     def newest_manifest(self) -> dict[str, Any] | None:
         """Return the newest checkpoint manifest that can be read, without verifying its hash."""
-        manifests = map(read_manifest, map(self.step_folder, reversed(self.committed_steps())))
+        manifests = (read_manifest(self.step_folder(n)) for n in reversed(self.committed_steps()))
         return next(filter(None, manifests), None)
 
     def newest_position(self) -> dict[str, Any] | None:
