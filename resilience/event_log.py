@@ -69,7 +69,10 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return all complete JSON objects of a file, one per line; [] if the file does not exist."""
-    raw = path.read_bytes() if path.exists() else b""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return []
     records = []
     for line in raw.split(b"\n"):
         with suppress(ValueError):  # truncated JSON or UTF-8, or zeros that were never written
