@@ -19,6 +19,9 @@ from typing import Any
 
 from resilience.event_log import read_json_lines
 
+Event = Mapping[str, Any]
+"""A line of the event log."""
+
 
 @dataclass
 class Goodput:
@@ -84,16 +87,14 @@ class _WorkTimeline:
                 self.intervals.append((first, min(last, step), kept))
 
 
-def compute_goodput(
-    events: Iterable[Mapping[str, Any]], alive_until: datetime | None = None
-) -> Goodput:
+def compute_goodput(events: Iterable[Event], alive_until: datetime | None = None) -> Goodput:
     """Compute the goodput of a run.
 
     Args:
         events: Events of the log in the order written; unknown types are ignored.
         alive_until: When the newest launch was last alive, used if it has no `stop` event.
     """
-    launches: list[list[Mapping[str, Any]]] = []  # the events of each
+    launches: list[list[Event]] = []  # the events of each
     for event in events:
         if event.get("event") == "start":
             launches.append([])
@@ -132,9 +133,7 @@ def compute_goodput(
     return goodput
 
 
-def _add_points(
-    points: Iterable[Mapping[str, Any]], work: _WorkTimeline, goodput: Goodput
-) -> float:
+def _add_points(points: Iterable[Event], work: _WorkTimeline, goodput: Goodput) -> float:
     """Add the time between the events of a launch with time spent; return its sum in seconds."""
     points = sorted(points, key=lambda point: point["elapsed_seconds"])
     work.add(points[0]["step"], 0.0)
@@ -151,7 +150,7 @@ def _add_points(
     return points[-1]["elapsed_seconds"] - points[0]["elapsed_seconds"]
 
 
-def _start_time(start: Mapping[str, Any]) -> float:
+def _start_time(start: Event) -> float:
     """Return when the process of a `start` event started, in Unix seconds."""
     return min(_seconds(start.get("began") or start["time"]), _seconds(start["time"]))
 
