@@ -254,8 +254,7 @@ def _show_sources(console: Console, manifest: Manifest) -> None:
         _print_line(console, f"{name}: {_format_settings(changed)}")
         _print_line(console, f"    revision {source.revision}", "dim")
     keys = ("data.validation_fraction", "data.shard_tokens", "data.invalid_text")
-    values = {key: configuration[key] for key in keys if key in configuration}
-    _print_line(console, _format_settings(values), "dim")
+    _print_line(console, _format_settings({key: configuration.get(key) for key in keys}), "dim")
     ids = f"{entry.vocab_size:,} ids, bos {entry.bos_id}, eos {entry.eos_id}"
     _print_line(console, f"tokenizer: {entry.name}, {ids}, hash {entry.hash[:12]}")
     console.print()

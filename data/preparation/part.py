@@ -47,11 +47,6 @@ class PartRecord:
     done: bool = False
 
     @property
-    def is_clean(self) -> bool:
-        """Whether all text was valid, so that `data.invalid_text` had no effect."""
-        return not (self.documents["skipped"] or self.documents["replaced"])
-
-    @property
     def all_shards(self) -> list[Shard]:
         """Closed shards of both splits."""
         return [shard for shards in self.shards.values() for shard in shards]

@@ -154,7 +154,8 @@ def resume(
         (folder / MODEL_FILE).unlink(missing_ok=True)
     elif policies[0] != policies[1]:
         for path in (record_path(folder, part) for part in parts):
-            if not PartRecord.read(path).is_clean:
+            documents = PartRecord.read(path).documents
+            if documents["skipped"] or documents["replaced"]:  # the policy had an effect
                 path.unlink()
     kept = keep_complete(folder, parts)
     if kept:
