@@ -5,7 +5,7 @@ keys reported, and the rest is left to `training.config_validation`.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -35,6 +35,7 @@ from training.config_rules import (
     fp8_errors,
     generate_errors,
     inference_errors,
+    inspect_errors,
     mesh_errors,
     model_errors,
     prepare_errors,
@@ -64,24 +65,7 @@ def check_config(composed: DictConfig) -> tuple[JobConfig, Processes, MeshShape]
         ConfigError: as `load_train_config`, with the errors of mesh and machine.
     """
 
-    def machine_errors(
-        parallel: ParallelConfig,
-        precision: PrecisionConfig,
-        model: ModelConfig,
-        train: TrainConfig,
-        data: DataConfig,
-    ) -> list[str]:
-        processes, errors = plan_processes(parallel)
-        mesh, unresolved = resolve_mesh(parallel, processes.world_size)
-        accelerator = processes.accelerator
-        errors += device_errors(accelerator, mesh, parallel, precision, model)
-        return errors + (
-            unresolved
-            or mesh_errors(mesh, parallel, model, train, data)
-            + fp8_errors(accelerator, mesh, precision, model, train, data)
-        )
-
-    config = load_train_config(composed, machine_errors, *INSTALLATION_RULES)
+    config = load_train_config(composed, launch_rule(), *INSTALLATION_RULES)
     processes, _ = plan_processes(config.parallel)
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
     return config, processes, mesh
@@ -97,16 +81,32 @@ def check_for_tasks(composed: DictConfig, per_node: int, num_nodes: int) -> JobC
         ConfigError: as `load_train_config`, with the errors of the mesh.
     """
 
-    def task_errors(
-        parallel: ParallelConfig, model: ModelConfig, train: TrainConfig, data: DataConfig
-    ) -> list[str]:
-        tasks = Processes("auto", per_node, num_nodes, "srun")
-        mesh, unresolved = resolve_mesh(parallel, tasks.world_size)
-        return started_errors(parallel, tasks) + (
-            unresolved or mesh_errors(mesh, parallel, model, train, data)
-        )
+    tasks = Processes("auto", per_node, num_nodes, "srun")
+    return load_train_config(composed, launch_rule(tasks), *INSTALLATION_RULES)
 
-    return load_train_config(composed, task_errors, *INSTALLATION_RULES)
+
+def launch_rule(tasks: Processes | None = None) -> Rule:
+    """Return the rule for a launch on this machine, or for `tasks` on other machines."""
+
+    def launch_errors(
+        parallel: ParallelConfig,
+        precision: PrecisionConfig,
+        model: ModelConfig,
+        train: TrainConfig,
+        data: DataConfig,
+    ) -> Iterator[str]:
+        if tasks is None:
+            processes, errors = plan_processes(parallel)
+        else:
+            processes, errors = tasks, started_errors(parallel, tasks)
+        mesh, unresolved = resolve_mesh(parallel, processes.world_size)
+        yield from errors
+        if tasks is None:
+            yield from device_errors(processes.accelerator, mesh, parallel, precision, model)
+            yield from fp8_errors(processes.accelerator, precision)
+        yield from unresolved or mesh_errors(mesh, parallel, precision, model, train, data)
+
+    return launch_errors
 
 
 def check_inference_mesh(
@@ -134,7 +134,7 @@ def load_plan_config(composed: DictConfig) -> PlanJobConfig:
 
 def load_prepare_config(composed: DictConfig) -> PrepareJobConfig:
     """Return the configuration of `prepare.py`; raise as `load_train_config` does."""
-    return _load(composed, PrepareJobConfig, (*CONFIG_RULES, prepare_errors))
+    return _load(composed, PrepareJobConfig, (*CONFIG_RULES, prepare_errors, inspect_errors))
 
 
 def load_evaluate_config(composed: DictConfig) -> EvaluateJobConfig:
@@ -155,7 +155,7 @@ def load_convert_config(composed: DictConfig) -> ConvertJobConfig:
 def _load(composed: DictConfig, schema: type[Config], rules: Sequence[Rule]) -> Config:
     """Return the composed configuration as a dataclass; raise ConfigError with all errors."""
     values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
-    errors = _missing_values(values)
+    errors = list(_missing_values(values))
     if not errors:
         try:
             values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
@@ -174,12 +174,11 @@ def _load(composed: DictConfig, schema: type[Config], rules: Sequence[Rule]) -> 
     raise ConfigError(errors)
 
 
-def _missing_values(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return an error for each key that the user must set."""
-    errors = []
-    for key, value in values.items():
+def _missing_values(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield an error for each key that the user must set."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
         if isinstance(value, dict):
-            errors += _missing_values(value, f"{prefix}{key}.")
+            yield from _missing_values(value, f"{key}.")
         elif value == "???":
-            errors.append(f"{prefix}{key} has no value; add {prefix}{key}=… to the command")
-    return errors
+            yield f"{key} has no value; add {key}=… to the command"

@@ -1,7 +1,6 @@
 """Configuration of `plan.py`: the one of `train.py`, the hardware, and what to plan."""
 
 from dataclasses import dataclass
-from functools import partial
 
 from data.config import DataConfig
 from model.config import ModelConfig
@@ -11,7 +10,6 @@ from parallel.mesh import MeshShape, resolve_mesh
 from planning.hardware import Hardware
 from planning.request import PlanRequest, planned_errors
 from training.config import JobConfig, TrainConfig
-from training.config_rules import for_every_stage, fp8_size_errors
 
 
 @dataclass(frozen=True)
@@ -102,9 +100,7 @@ def planned_mesh_errors(
     if errors:
         return errors
     accelerator, hopper = hardware.accelerator, hardware.is_hopper
-    return planned_errors(
-        accelerator, mesh, parallel, precision, model, train, data, hopper
-    ) + for_every_stage(train, data, partial(fp8_size_errors, mesh, precision, model))
+    return planned_errors(accelerator, mesh, parallel, precision, model, train, data, hopper)
 
 
 PLAN_RULES = (hardware_errors, planned_mesh_errors)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from data.config import DataConfig
-from data.stages import plan_stages
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import AXES, MeshShape
@@ -101,13 +100,9 @@ class PlanRequest:
 
     def stages(self, choice: Choice) -> list[tuple[StepSpec, int]]:
         """Return (step, number of tokens) for each sequence length and batch size of the run."""
-        config, train = self.config, self.config.train
-        stages, _ = plan_stages(
-            config.data,
-            seq_len=train.seq_len,
-            global_batch_size=train.global_batch_size,
-            micro_batch_size=choice.micro_batch_size,
-        )
+        config = self.config
+        train = replace(config.train, micro_batch_size=choice.micro_batch_size)
+        stages, _ = train.plan_stages(config.data)
         ends = [stage.first_token for stage in stages.all[1:]] + [self.tokens]
         tokens: dict[StepSpec, int] = {}
         for stage, end in zip(stages.all, ends, strict=True):
@@ -156,7 +151,7 @@ class PlanRequest:
             train,
             config.data,
             lambda sizes: (
-                batch_errors(choice.mesh, sizes)
+                list(batch_errors(choice.mesh, sizes))
                 or fp8_size_errors(choice.mesh, self.precision, config.model, sizes)
             ),
         )
@@ -173,5 +168,7 @@ def planned_errors(
     hopper: bool,
 ) -> list[str]:
     """Apply the rules of `train.py` to a mesh of devices that need not be present."""
-    errors = device_errors(accelerator, mesh, parallel, precision, model, lambda: hopper)
-    return errors + mesh_errors(mesh, parallel, model, train, data)
+    return [
+        *device_errors(accelerator, mesh, parallel, precision, model, lambda: hopper),
+        *mesh_errors(mesh, parallel, precision, model, train, data),
+    ]

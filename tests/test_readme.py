@@ -118,8 +118,8 @@ def test_gpu_commands_are_valid_configurations(launcher: str) -> None:
         world_size = 8 * int(nodes[0].partition("=")[2]) if nodes else 8
         mesh, errors = resolve_mesh(config.parallel, world_size)
         assert not errors
-        assert model_errors(mesh, config.parallel, config.model, config.train.seq_len) == []
-        assert batch_errors(mesh, config.train) == []
+        assert not list(model_errors(mesh, config.parallel, config.model, config.train.seq_len))
+        assert not list(batch_errors(mesh, config.train))
         checked += 1
     assert checked == 1
 

@@ -60,6 +60,15 @@ class TrainConfig(ConfigSection):
         Annotated[float, Gt(0)] | None, ResumePolicy("override", "every update that is clipped")
     ] = 1.0
 
+    def plan_stages(self, data: DataConfig) -> tuple[Stages, list[str]]:
+        """Return the stages of a run that starts with these sizes, and all errors."""
+        return plan_stages(
+            data,
+            seq_len=self.seq_len,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+        )
+
 
 @dataclass(frozen=True)
 class OptimConfig(ConfigSection):
@@ -132,9 +141,4 @@ class JobConfig(ConfigSection):
 
     def stages(self) -> Stages:
         """The stages of the run; `stage_errors` has rejected those that do not fit the steps."""
-        return plan_stages(
-            self.data,
-            seq_len=self.train.seq_len,
-            global_batch_size=self.train.global_batch_size,
-            micro_batch_size=self.train.micro_batch_size,
-        )[0]
+        return self.train.plan_stages(self.data)[0]

@@ -5,17 +5,16 @@ rules that tie sections together are functions whose parameters name those secti
 reported together, each with key, value, rule and remedy. Has no knowledge of Hydra.
 """
 
-import copy
 import dataclasses
 import difflib
 import inspect
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-Rule = Callable[..., list[str]]
+Rule = Callable[..., Iterable[str]]
 """Return error messages; each parameter is named for a section of the configuration."""
 
 Config = TypeVar("Config")
@@ -62,23 +61,20 @@ def validate(
         for item in error.errors():  # a union reports one error per member
             by_key.setdefault(_dotted(item, values), []).append(item)
     errors = [
-        message
+        line
         for key, items in by_key.items()
-        for message in _messages(prefix, key, items, schema)
+        for line in _message(prefix, key, items, schema).split("\n")
     ]
-    values = copy.deepcopy(values)  # unknown keys are removed: the rules of their section apply
-    unknown = [key for key, items in by_key.items() if items[0]["type"] == UNKNOWN]
-    for key in unknown:
-        _remove(values, key)
-    invalid = {re.split(r"[.[]", key)[0] for key in by_key.keys() - unknown}
     sections: dict[str, Any] = {}
-    hints = fields_of(schema)
-    for name in hints.keys() & values.keys() - invalid:
-        section = TypeAdapter(hints[name]).validate_python(values[name])
-        if booleans := list(_booleans_as_numbers(f"{prefix}{name}", values[name], section)):
-            errors += booleans
-        else:
-            sections[name] = section
+    for name, annotation in fields_of(schema).items():
+        if name not in values:
+            continue
+        with suppress(ValidationError):  # reported above; unknown keys do not disable the rules
+            section = TypeAdapter(annotation).validate_python(values[name], extra="ignore")
+            if booleans := list(_booleans_as_numbers(prefix + name, values[name], section)):
+                errors += booleans
+            else:
+                sections[name] = section
     for rule in rules:
         names = inspect.signature(rule).parameters
         if names.keys() <= sections.keys():
@@ -140,73 +136,63 @@ def _dotted(item: Any, values: Any) -> str:
     return key.removeprefix(".")
 
 
-def _remove(values: Any, key: str) -> None:
-    """Delete a dotted key."""
-    *parents, last = key.replace("[", ".").replace("]", "").split(".")
-    for name in parents:
-        values = values[int(name) if isinstance(values, list) else name]
-    values.pop(last, None)
-
-
-def _messages(prefix: str, key: str, items: list[Any], schema: Any) -> list[str]:
-    """Return the messages of one key from pydantic's errors."""
+def _message(prefix: str, key: str, items: list[Any], schema: Any) -> str:
+    """Return the message of one key from pydantic's errors."""
     item, name = items[0], prefix + key
     kind, value = item["type"], item["input"]
     path = key.replace("[", ".").replace("]", "").split(".")
     annotations = list(annotations_along(schema, path))
     if kind == "value_error":  # raised by __post_init__, one message per line
-        return str(item["ctx"]["error"]).split("\n")
+        return str(item["ctx"]["error"])
     if kind == UNKNOWN:
-        parent = annotations[-1] if len(path) > 1 else schema
-        known, above = fields_of(parent), name.rpartition(".")[0]
-        near = difflib.get_close_matches(path[-1], known, n=1)
-        if near:
-            return [f"Unknown key {name}. Did you mean {f'{above}.{near[0]}'.lstrip('.')}?"]
-        return [f"Unknown key {name}. Known keys: {', '.join(known)}"]
+        known, above = (
+            fields_of(annotations[-1] if len(path) > 1 else schema),
+            name.rpartition(".")[0],
+        )
+        if near := difflib.get_close_matches(path[-1], known, n=1):
+            return f"Unknown key {name}. Did you mean {f'{above}.{near[0]}'.lstrip('.')}?"
+        return f"Unknown key {name}. Known keys: {', '.join(known)}"
     if kind == "missing":
-        to = f"to the list {name.partition('[')[0]}" if "[" in name else f"{name}=… to the command"
-        return [f"{name} has no value; add {'it ' if '[' in name else ''}{to}"]
-    or_null = " or null" if annotations and type(None) in _members(annotations[-1]) else ""
-    shown = f"{name}={_shown(value)}"
+        add = (
+            f"it to the list {name.partition('[')[0]}"
+            if "[" in name
+            else f"{name}=… to the command"
+        )
+        return f"{name} has no value; add {add}"
     if isinstance(value, bool):
-        return [f"{shown} {NOT_A_NUMBER}"]
-    pairs = [_rule_and_remedy(one["type"], one.get("ctx") or {}) for one in items]
+        return f"{name}={_shown(value)} {NOT_A_NUMBER}"
+    pairs = [_rule_and_remedy(each) for each in items]
     rule = next((rule for rule, _ in reversed(pairs) if rule), "has the wrong type")
-    remedy = " or ".join(
-        remedy or one["msg"].removeprefix("Input should be ").partition(",")[0]
-        for (_, remedy), one in zip(pairs, items, strict=True)
-    )
-    if or_null:  # "a, b or c" becomes "a, b, c or null"
-        remedy = remedy.replace(" or ", ", ")
-    return [f"{shown} {rule}; use {remedy}{or_null}"]
+    remedy = " or ".join(remedy for _, remedy in pairs)
+    if annotations and type(None) in _members(annotations[-1]):
+        remedy = remedy.replace(" or ", ", ") + " or null"  # "a, b or c" becomes "a, b, c or null"
+    return f"{name}={_shown(value)} {rule}; use {remedy}"
 
 
-def _rule_and_remedy(kind: str, context: dict[str, Any]) -> tuple[str, str]:
-    """Return the rule that a value breaks and its remedy; empty for a wrong type."""
-    if kind == "literal_error":
-        return "is not a valid choice", context["expected"].replace("'", "")
-    if kind == "string_too_short":
-        return "is empty", "a non-empty text"
-    if kind == "too_short":
-        return "is empty", "a list with at least one item"
-    for name, rule, remedy in (
-        ("greater_than_equal", "is below {}", "at least {}"),
-        ("greater_than", "is not above {}", "a number above {}"),
-        ("less_than_equal", "is above {}", "at most {}"),
-        ("less_than", "is not below {}", "a number below {}"),
-    ):
-        if kind == name:
-            limit = next(iter(context.values()))
-            limit = int(limit) if isinstance(limit, float) and limit.is_integer() else limit
-            return rule.format(limit), remedy.format(limit)
-    return "", ""
+RULES = {  # pydantic's error type: rule and remedy, for its first parameter
+    "literal_error": ("is not a valid choice", "{}"),
+    "string_too_short": ("is empty", "a non-empty text"),
+    "too_short": ("is empty", "a list with at least one item"),
+    "greater_than_equal": ("is below {}", "at least {}"),
+    "greater_than": ("is not above {}", "a number above {}"),
+    "less_than_equal": ("is above {}", "at most {}"),
+    "less_than": ("is not below {}", "a number below {}"),
+}
+
+
+def _rule_and_remedy(item: Any) -> tuple[str, str]:
+    """Return the rule that a value breaks, empty for a wrong type, and its remedy."""
+    if item["type"] not in RULES:
+        return "", item["msg"].removeprefix("Input should be ").partition(",")[0]
+    limit = next(iter(item["ctx"].values()))
+    limit = int(limit) if isinstance(limit, float) and limit.is_integer() else limit
+    rule, remedy = RULES[item["type"]]
+    return rule.format(limit), remedy.format(limit).replace("'", "")
 
 
 def _shown(value: Any) -> str:
     """Return a value in command-line syntax."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return repr(value) if isinstance(value, str) else str(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _booleans_as_numbers(key: str, given: Any, validated: Any) -> Iterator[str]:
@@ -215,8 +201,8 @@ def _booleans_as_numbers(key: str, given: Any, validated: Any) -> Iterator[str]:
         yield f"{key}={_shown(given)} {NOT_A_NUMBER}"
     elif isinstance(given, dict):
         for name, value in given.items():
-            taken = validated[name] if isinstance(validated, dict) else getattr(validated, name)
-            yield from _booleans_as_numbers(f"{key}.{name}", value, taken)
+            fields = validated if isinstance(validated, dict) else vars(validated)
+            yield from _booleans_as_numbers(f"{key}.{name}", value, fields.get(name, value))
     elif isinstance(given, list | tuple):
         for index, (value, taken) in enumerate(zip(given, validated, strict=True)):
             yield from _booleans_as_numbers(f"{key}[{index}]", value, taken)

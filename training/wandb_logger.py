@@ -4,7 +4,6 @@ Records that W&B does not accept in time are dropped. A failure stops the loggin
 `WandbLogger.failure`; `training.metrics` reports it.
 """
 
-import importlib.util
 import queue
 import secrets
 import threading
@@ -15,18 +14,6 @@ from typing import Any
 
 MAX_QUEUED = 10_000  # records kept while W&B does not respond
 FINISH_SECONDS = 60.0  # time to send the remaining records at the end of a run
-
-
-def wandb_errors(project: str | None) -> list[str]:
-    """Return an error if `log.wandb` is set and the wandb package is missing."""
-    spec = importlib.util.find_spec("wandb") if project is not None else None
-    # A folder `wandb`, which W&B creates in its working directory, is a package without an origin.
-    if project is not None and (spec is None or spec.origin is None):
-        return [
-            f"log.wandb={project} requires the package wandb, which is not installed; "
-            "pip install 'llamesh[wandb]', or set log.wandb=null"
-        ]
-    return []
 
 
 class WandbLogger:
@@ -71,8 +58,6 @@ class WandbLogger:
             self.failure = error
 
     def _init(self) -> Any:
-        if errors := wandb_errors(self._project):
-            raise ImportError(errors[0])
         import wandb
 
         run = wandb.init(

@@ -298,7 +298,7 @@ def test_missing_torchao_error_names_the_extra(
 
     def found_in(*words: str) -> list[str]:
         config = load(*words)
-        return torchao_errors(config.precision)
+        return list(torchao_errors(config.precision))
 
     if installed:
         assert found_in(*formats) == []

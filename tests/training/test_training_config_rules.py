@@ -56,7 +56,7 @@ def test_tp_error_lists_every_valid_size(key: str) -> None:
 @pytest.mark.parametrize("seq_len", [48, 50, 63])
 def test_cp_error_lists_every_valid_size(seq_len: int) -> None:
     def rejected(cp: int) -> list[str]:
-        return model_errors(MeshShape(1, 1, cp, 1), PARALLEL, MODEL, seq_len)
+        return list(model_errors(MeshShape(1, 1, cp, 1), PARALLEL, MODEL, seq_len))
 
     [error] = rejected(9)
     assert f"parallel.cp=9 splits a sequence into 18 chunks, but train.seq_len={seq_len}" in error
@@ -78,7 +78,7 @@ def test_sequence_parallel_needs_tp_to_divide_the_local_sequence(cp: int) -> Non
 def test_batch_error_lists_nearest_multiples_and_valid_data_ranks() -> None:
     def rejected(replicate: int, shard: int, batch: int = 12) -> list[str]:
         train = TrainConfig(max_steps=1, global_batch_size=batch, seq_len=8)
-        return batch_errors(MeshShape(replicate, shard, 1, 1), train)
+        return list(batch_errors(MeshShape(replicate, shard, 1, 1), train))
 
     [error] = rejected(2, 4)
     assert "train.global_batch_size=12 is not a multiple of the 8 data ranks" in error
@@ -92,7 +92,7 @@ def test_batch_error_lists_nearest_multiples_and_valid_data_ranks() -> None:
 def test_micro_batch_error_lists_every_divisor_of_the_rank_batch() -> None:
     def rejected(size: int) -> list[str]:
         train = TrainConfig(max_steps=1, global_batch_size=24, seq_len=8, micro_batch_size=size)
-        return batch_errors(MeshShape(1, 2, 1, 1), train)
+        return list(batch_errors(MeshShape(1, 2, 1, 1), train))
 
     [error] = rejected(5)
     assert "train.micro_batch_size=5" in error
@@ -115,8 +115,8 @@ def test_valid_meshes_have_no_errors() -> None:
     for sizes in ((1, 1, 1, 1), (2, 4, 1, 2), (1, 2, 8, 2), (4, 4, 2, 6), (16, 1, 64, 1)):
         mesh = MeshShape(*sizes)
         if train.seq_len // mesh.cp % mesh.tp == 0:
-            assert model_errors(mesh, PARALLEL, MODEL, train.seq_len) == []
-        assert batch_errors(mesh, train) == []
+            assert not list(model_errors(mesh, PARALLEL, MODEL, train.seq_len))
+        assert not list(batch_errors(mesh, train))
 
 
 def staged(*stages: StageConfig) -> DataConfig:
@@ -148,7 +148,7 @@ def test_stage_must_start_at_a_step_boundary() -> None:
     train = TrainConfig(max_steps=1, global_batch_size=8, seq_len=64)
 
     def errors(*stages: StageConfig) -> list[str]:
-        return stage_errors(train, staged(*stages))
+        return list(stage_errors(train, staged(*stages)))
 
     assert errors(StageConfig(16, global_batch_size=3), StageConfig(22)) == []
     [error] = errors(StageConfig(17))
@@ -178,7 +178,7 @@ def stream(shards: int | None) -> DataConfig:
 def test_stream_shard_errors_list_valid_numbers() -> None:
     def rejected(shards: int, batch: int = 24, dp: int = 1) -> list[str]:
         train = TrainConfig(max_steps=1, global_batch_size=batch, seq_len=64)
-        return stream_shard_errors(MeshShape(1, dp, 1, 1), train, stream(shards))
+        return list(stream_shard_errors(MeshShape(1, dp, 1, 1), train, stream(shards)))
 
     [error] = rejected(9)
     assert "train.global_batch_size=24 is not a multiple of data.stream_shards=9" in error
@@ -197,13 +197,13 @@ def test_stream_shard_errors_list_valid_numbers() -> None:
 
 def test_prepared_data_has_no_stream_errors() -> None:
     train = TrainConfig(max_steps=1, global_batch_size=7, seq_len=64)
-    assert not stream_shard_errors(MeshShape(1, 2, 1, 1), train, stream(None))
-    assert not stream_errors(stream(None), TokenizerConfig("bpe", 4096), ValidationConfig())
+    assert not list(stream_shard_errors(MeshShape(1, 2, 1, 1), train, stream(None)))
+    assert not list(stream_errors(stream(None), TokenizerConfig("bpe", 4096), ValidationConfig()))
 
 
 def test_stream_rejects_tokenizer_training_and_validation() -> None:
     def found(tokenizer: TokenizerConfig, samples: int) -> list[str]:
-        return stream_errors(stream(4), tokenizer, ValidationConfig(samples=samples))
+        return list(stream_errors(stream(4), tokenizer, ValidationConfig(samples=samples)))
 
     byte, trained = TokenizerConfig("byte", 272), TokenizerConfig("bpe", 4096)
     assert not found(byte, 0) and not found(replace(trained, path="tokenizer.model"), 0)
@@ -241,7 +241,7 @@ def test_async_tp_without_a_gpu_is_a_configuration_error(
 
 def test_all_data_and_tokenizer_errors_are_reported() -> None:
     source = SourceConfig("text", weight=0.0, revision="main")
-    errors = data_errors(DataConfig("x", "folder", {"a/b": source}))
+    errors = list(data_errors(DataConfig("x", "folder", {"a/b": source})))
     for part in (
         "a/b is not a folder name",
         "a/b.path=null",
@@ -250,22 +250,22 @@ def test_all_data_and_tokenizer_errors_are_reported() -> None:
     ):
         assert sum(f"data.sources.{part}" in error for error in errors) == 1, (part, errors)
     assert len(errors) == 4
-    assert tokenizer_errors(TokenizerConfig("byte", 256)) == [
+    assert list(tokenizer_errors(TokenizerConfig("byte", 256))) == [
         "tokenizer.vocab_size=256 does not match tokenizer byte; use 272"
     ]
-    assert len(tokenizer_errors(TokenizerConfig("bpe", 100))) == 1
+    assert len(list(tokenizer_errors(TokenizerConfig("bpe", 100)))) == 1
 
 
 def test_memory_budget_needs_the_compiler() -> None:
     [error] = parallel_errors(ParallelConfig(activation_checkpoint=0.5))
     assert "parallel.activation_checkpoint=0.5" in error and "parallel.compile=false" in error
-    assert parallel_errors(ParallelConfig(activation_checkpoint=0.5, compile=True)) == []
+    assert not list(parallel_errors(ParallelConfig(activation_checkpoint=0.5, compile=True)))
 
 
 def test_keep_every_must_be_a_multiple_of_the_interval() -> None:
     def rejected(interval: int | None, keep_every: int | None) -> list[str]:
         checkpoint = CheckpointConfig(interval=interval, keep_every=keep_every)
-        return saving_errors(checkpoint, FaultsConfig())
+        return list(saving_errors(checkpoint, FaultsConfig()))
 
     [error] = rejected(40, 100)
     assert "checkpoint.keep_every=100" in error and "checkpoint.interval=40" in error
@@ -286,14 +286,14 @@ def test_keep_every_must_be_a_multiple_of_the_interval() -> None:
 def test_skip_when_busy_needs_async_save() -> None:
     [error] = saving_errors(CheckpointConfig(async_save=False, when_busy="skip"), FaultsConfig())
     assert "checkpoint.when_busy=skip" in error and "checkpoint.async_save" in error
-    assert not saving_errors(CheckpointConfig(when_busy="skip"), FaultsConfig())
-    assert not saving_errors(CheckpointConfig(async_save=False), FaultsConfig())
+    assert not list(saving_errors(CheckpointConfig(when_busy="skip"), FaultsConfig()))
+    assert not list(saving_errors(CheckpointConfig(async_save=False), FaultsConfig()))
 
 
 def test_rewind_on_spike_needs_a_checkpoint() -> None:
     rewinding = FaultsConfig(rewind_on_spike=True)
     [error] = saving_errors(CheckpointConfig(interval=None), rewinding)
     assert "faults.rewind_on_spike=true" in error and "checkpoint.interval_minutes" in error
-    assert not saving_errors(CheckpointConfig(interval=None, interval_minutes=5), rewinding)
-    assert not saving_errors(CheckpointConfig(interval=5), rewinding)
-    assert not saving_errors(CheckpointConfig(interval=None), FaultsConfig())
+    assert not list(saving_errors(CheckpointConfig(interval=None, interval_minutes=5), rewinding))
+    assert not list(saving_errors(CheckpointConfig(interval=5), rewinding))
+    assert not list(saving_errors(CheckpointConfig(interval=None), FaultsConfig()))

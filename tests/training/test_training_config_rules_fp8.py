@@ -8,10 +8,10 @@ import torch
 
 from data.config import DataConfig, SourceConfig
 from model.config import ModelConfig
-from parallel.config import PrecisionConfig
+from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
 from training.config import TrainConfig
-from training.config_rules import fp8_errors, inference_errors, precision_errors
+from training.config_rules import fp8_errors, inference_errors, mesh_errors, precision_errors
 
 MODEL = ModelConfig("some", dim=64, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=50)
 TRAIN = TrainConfig(max_steps=1, global_batch_size=4, seq_len=32)
@@ -37,13 +37,15 @@ def errors(
     train: TrainConfig = TRAIN,
     accelerator: str = "cuda",
 ) -> list[str]:
-    return fp8_errors(accelerator, mesh, PrecisionConfig(fp8=recipe), model, train, DATA)
+    precision = PrecisionConfig(fp8=recipe)
+    mesh_rules = mesh_errors(mesh, ParallelConfig(), precision, model, train, DATA)
+    return [*fp8_errors(accelerator, precision), *mesh_rules]
 
 
 def test_without_fp8_there_are_no_errors() -> None:
     odd = replace(TRAIN, seq_len=7)
     assert errors(None, train=odd, accelerator="cpu") == []
-    assert inference_errors(PrecisionConfig()) == []
+    assert not list(inference_errors(PrecisionConfig()))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,8 @@ def test_micro_batches_must_be_multiples_of_16_tokens(
 
 def test_fp8_rejects_fp32_parameters() -> None:
     for param, refused in (("auto", False), ("bf16", False), ("fp32", True)):
-        found = precision_errors(PrecisionConfig(param=param, fp8="rowwise"))  # type: ignore[arg-type]
+        precision = PrecisionConfig(param=param, fp8="rowwise")  # type: ignore[arg-type]
+        found = list(precision_errors(precision))
         assert len(found) == refused
         assert all("precision.param=bf16" in error for error in found)
 

@@ -14,8 +14,9 @@ import pytest
 
 from resilience.event_log import EventLog, read_json_lines
 from training import metrics, wandb_logger
+from training.config import LogConfig
+from training.config_rules import wandb_errors
 from training.metrics import METRICS, MetricsLog
-from training.wandb_logger import wandb_errors
 
 ROOT = Path(__file__).parents[2]
 KEYS = tuple(metric.key for metric in METRICS)
@@ -277,12 +278,12 @@ def test_unwritable_folder_does_not_stop_training(tmp_path: Path) -> None:
 
 def test_missing_wandb_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # imports fail as without the package
-    assert wandb_errors(None) == []
-    (error,) = wandb_errors("my-project")
+    assert not list(wandb_errors(LogConfig()))
+    (error,) = wandb_errors(LogConfig(wandb="my-project"))
     assert "log.wandb=my-project" in error and "llamesh[wandb]" in error
     log, warnings = open_log(tmp_path, wandb="my-project")
     log.write(record(1))
-    assert len(warnings) == 1 and "llamesh[wandb]" in warnings[0]
+    assert len(warnings) == 1 and "W&B" in warnings[0] and "import of wandb" in warnings[0]
     assert len(read_json_lines(log.path)) == 1
 
 

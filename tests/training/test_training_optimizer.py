@@ -197,7 +197,7 @@ def test_bf16_moment_error_appears_where_moments_stop_decaying(beta2: float) -> 
     """Without gradients the second moment decays to zero, or rounding keeps it constant."""
     model = small()
     config = OptimConfig(lr=1e-2, betas=(0.9, beta2))
-    found = moment_errors(PrecisionConfig(optimizer_state="bf16"), config)
+    found = list(moment_errors(PrecisionConfig(optimizer_state="bf16"), config))
     assert bool(found) == (beta2 > MAX_BETA2_BF16)
     optimizer = build_optimizer(model, config, "bf16")
     seen = []
@@ -209,7 +209,7 @@ def test_bf16_moment_error_appears_where_moments_stop_decaying(beta2: float) -> 
     assert bool((seen[-1] == seen[-2]).all()) == bool(found)
     for problem in found:
         assert f"{beta2}" in problem and "precision.optimizer_state=fp32 or int8" in problem
-        assert moment_errors(PrecisionConfig(optimizer_state="int8"), config) == []
+        assert not list(moment_errors(PrecisionConfig(optimizer_state="int8"), config))
 
 
 # ---------------------------------------------------------------- skipped steps
