@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TextIO
 
 from rich.box import ROUNDED
@@ -51,6 +52,12 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minute:02d}:{second:02d}"
 
 
+class _Output(RichConsole):
+    def on_broken_pipe(self) -> None:
+        """Raise the error instead of exiting."""
+        raise
+
+
 class Console:
     """Terminal output of one process.
 
@@ -61,10 +68,16 @@ class Console:
 
     def __init__(self, enabled: bool, file: TextIO | None = None) -> None:
         self.enabled = enabled
-        self._file = file or sys.stdout
-        self._rich: RichConsole | None = None
-        if enabled and self._file.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-            self._rich = RichConsole(file=self._file, highlight=False)
+        file = file or sys.stdout
+        self._terminal = file.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        width = None if self._terminal else PLAIN_WIDTH
+        self._rich = _Output(
+            file=file,
+            force_terminal=self._terminal,
+            width=width,
+            highlight=False,
+            quiet=not enabled,
+        )
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._max_steps = 0
@@ -75,34 +88,28 @@ class Console:
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Print a title and (name, value) rows."""
-        if self._rich is None:
-            self._print(_clean(title))
-            for line in _row_lines(rows, PLAIN_WIDTH):
+        if not self._terminal:
+            for line in (title, *_row_lines(rows, PLAIN_WIDTH), ""):
                 self._print(line)
-            self._print("")
             return
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="cyan", no_wrap=True)
         grid.add_column(overflow="fold")
         for name, value in rows:
-            grid.add_row(Text(_clean(name)), Text(_clean(value)))
-        heading = Text(_clean(title), style="bold")
+            grid.add_row(self._text(name), self._text(value))
+        heading = self._text(title, style="bold")
+        panel = Panel(grid, title=heading, title_align="left", box=ROUNDED, expand=False)
         with self._disable_on_error():
-            self._rich.print(
-                Panel(grid, title=heading, title_align="left", box=ROUNDED, expand=False)
-            )
+            self._rich.print(panel)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print aligned columns under a title: the first is text, the others are numbers."""
-        self._print_text(title, style="bold")
+        self._print(title, style="bold")
         cells = [[_clean(value) for value in row] for row in (columns, *rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        for row in cells:
-            first, *others = (
-                f"{value:{'>' if index else '<'}{width}}"
-                for index, (value, width) in enumerate(zip(row, widths, strict=True))
-            )
-            self._print("  ".join([f"  {first}", *others]).rstrip())
+        for first, *others in cells:
+            numbers = [each.rjust(width) for each, width in zip(others, widths[1:], strict=True)]
+            self._print("  ".join(["  " + first.ljust(widths[0]), *numbers]).rstrip())
         self._print("")
 
     def start(self, first_step: int, max_steps: int) -> None:
@@ -111,7 +118,7 @@ class Console:
         self._max_steps = max_steps
         self._lines = 0
         self._pace.clear()
-        if self._rich is None:
+        if not (self._terminal and self.enabled):
             return
         self._progress = Progress(
             TextColumn("{task.fields[step]}", style="bold"),
@@ -156,7 +163,7 @@ class Console:
 
     def note(self, text: str) -> None:
         """Print a message, above the progress bar if there is one."""
-        self._print_text(text)
+        self._print(text)
 
     def stop(self) -> None:
         """Stop the progress display, leaving the bar on the screen."""
@@ -174,35 +181,32 @@ class Console:
         """
         self.stop()
         self._print("")
-        self._print_text(title, style="bold")
-        width = PLAIN_WIDTH if self._rich is None else self._rich.width
-        for line in _row_lines(rows, width):
-            self._print(line)
+        self._print(title, style="bold")
+        width = self._rich.width
+        lines = _row_lines(rows, width)
         for description, command in commands:
-            self._print("")
-            for line in _wrap(_clean(description) + ":", width, indent="  "):
-                self._print(line)
-            self._print("    " + _clean(command))
+            described = ["  " + line for line in _wrap(_clean(description) + ":", width - 2)]
+            lines += ["", *described, "    " + command]
+        for line in lines:
+            self._print(line)
 
     def _log_line(self, record: Mapping[str, Any], left: float | None) -> None:
         """Print one aligned line of metrics, with headings above every `HEADING_INTERVAL` lines."""
-        cells = [
-            (metric.optional, metric.column, _format(record.get(metric.key), metric))
-            for metric in METRICS
-            if metric.column is not None
-        ]
-        cells.append((False, "time left", duration(left)))
-        cells.sort(key=lambda cell: cell[0])  # optional columns come last
-        headings = ["step", *(heading for _, heading, _ in cells)]
-        values = [f"{record['step']}/{self._max_steps}", *(value for _, _, value in cells)]
-        widths = [2 * len(str(self._max_steps)) + 1, *[8] * len(cells)]
-        for line in (headings, values):
-            if line is values or self._lines % HEADING_INTERVAL == 0:
-                aligned = (
-                    f"{text:>{max(width, len(heading))}}"
-                    for text, width, heading in zip(line, widths, headings, strict=True)
-                )
-                self._print("  ".join(aligned).rstrip())
+        cells = [(f"{record['step']}/{self._max_steps}", "step", 2 * len(str(self._max_steps)) + 1)]
+        for optional in (False, True):  # optional columns come last
+            cells += [
+                (_format(record.get(metric.key), metric), metric.column, 8)
+                for metric in METRICS
+                if metric.column is not None and metric.optional == optional
+            ]
+            cells += [] if optional else [(duration(left), "time left", 8)]
+        values, headings, _ = zip(*cells, strict=True)
+        for line in (values,) if self._lines % HEADING_INTERVAL else (headings, values):
+            aligned = [
+                text.rjust(max(width, len(heading)))
+                for text, (_, heading, width) in zip(line, cells, strict=True)
+            ]
+            self._print("  ".join(aligned).rstrip())
         self._lines += 1
 
     def _seconds_left(self, step: int, step_seconds: float | None) -> float | None:
@@ -213,22 +217,15 @@ class Console:
             step_seconds = (last_time - first_time) / (last_step - first_step)
         return None if step_seconds is None else max(0, self._max_steps - step) * step_seconds
 
-    def _print(self, line: str) -> None:
-        """Print and flush one line; characters outside the file's encoding become "?"."""
-        if not self.enabled:
-            return
-        encoding = getattr(self._file, "encoding", None) or "utf-8"
+    def _print(self, text: str, style: str = "") -> None:
+        """Print and flush text, on a terminal with a style and above the progress bar."""
         with self._disable_on_error():
-            self._file.write(line.encode(encoding, "replace").decode(encoding) + "\n")
-            self._file.flush()
+            self._rich.print(self._text(text, style), soft_wrap=True)
 
-    def _print_text(self, text: str, style: str = "") -> None:
-        """Print text, on a terminal with a style and above the progress bar."""
-        if self._rich is None:
-            self._print(_clean(text))
-            return
-        with self._disable_on_error():
-            self._rich.print(Text(_clean(text), style=style), soft_wrap=True)
+    def _text(self, text: str, style: str = "") -> Text:
+        """Return text to print; characters outside the file's encoding become "?"."""
+        encoding = self._rich.encoding
+        return Text(_clean(text).encode(encoding, "replace").decode(encoding), style=style)
 
     @contextmanager
     def _disable_on_error(self) -> Iterator[None]:
@@ -236,7 +233,7 @@ class Console:
         try:
             yield
         except (OSError, ValueError):
-            self.enabled, self._rich = False, None
+            self.enabled, self._rich.quiet = False, True
             progress, self._progress = self._progress, None
             if progress is not None:
                 with suppress(OSError, ValueError):
@@ -255,24 +252,16 @@ def _clean(text: str) -> str:
     return "".join(escaped)
 
 
-def _wrap(text: str, width: int, indent: str) -> list[str]:
-    """Wrap text to `width`; long words, such as paths, are never split."""
-    return textwrap.wrap(
-        text,
-        width,
-        initial_indent=indent,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+# Long words, such as paths, are never split.
+_wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
 
 
 def _row_lines(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
     """Return indented lines of aligned names and wrapped values."""
-    names = max((len(_clean(name)) for name, _ in rows), default=0)
+    size = max((len(_clean(name)) for name, _ in rows), default=0)
     lines = []
     for name, value in rows:
-        wrapped = _wrap(_clean(value), width, indent=" " * (names + 4)) or [""]
-        wrapped[0] = f"  {_clean(name):<{names}}  " + wrapped[0].lstrip()
-        lines += wrapped
+        first, *rest = _wrap(_clean(value), max(width - size - 4, 1)) or [""]
+        lines.append(f"  {_clean(name):<{size}}  {first}")
+        lines += [" " * (size + 4) + line for line in rest]
     return lines

@@ -1,15 +1,14 @@
 """Compatibility of a run with its initial weights (`run.init_from`) and their tokenizer."""
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from data.errors import DataError
 from model.config import ModelConfig
 from training.config import JobConfig, RunConfig
 from training.config_validation import ConfigError
-from training.resume_policy import policy_of
+from training.resume_policy import override_value, policy_of
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
@@ -32,18 +31,19 @@ def check_initial_weights(run: RunConfig, model: ModelConfig) -> None:
     for field in dataclasses.fields(ModelConfig):
         key = f"model.{field.name}"
         policy = policy_of(key)
-        assert policy is not None
         value, source_value = getattr(model, field.name), getattr(source, field.name)
-        if policy.change == "free" or value == source_value:
+        may_differ = policy is not None and policy.change == "override"
+        allowed = (
+            policy is None or policy.change == "free" or (may_differ and key in run.allow_changes)
+        )
+        if allowed or value == source_value:
             continue
-        if policy.change == "override" and key in run.allow_changes:
-            continue
-        source_override = _override(key, source_value)
+        source_override = f"{key}={override_value(source_value)}"
         remedy = f"'{source_override}'" if "{" in source_override else source_override
-        if policy.change == "override":
+        if may_differ:
             remedy += f", or run.allow_changes=[{key}] to train the weights with another function"
         errors.append(
-            f"{_override(key, value)} differs from {source_override} of the weights in "
+            f"{key}={override_value(value)} differs from {source_override} of the weights in "
             f"run.init_from={run.init_from}; use {remedy}"
         )
     if errors:
@@ -68,11 +68,3 @@ def check_initial_tokenizer(config: JobConfig, tokenizer: "Tokenizer") -> None:
             f"tokenizer={source.name} with tokenizer.path set to tokenizer.model of that folder, "
             "and another data.folder"
         )
-
-
-def _override(key: str, value: Any) -> str:
-    """Return the Hydra override that gives the key this value, not quoted for a shell."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    text = json.dumps(value).replace('"', "").replace(": ", ":").replace(", ", ",")
-    return f"{key}={text}"

@@ -7,12 +7,11 @@ unreachable server is reported once.
 """
 
 import json
-import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,9 +76,7 @@ def step_metrics(
 
     loss, grad_norm, _ = split_scalars(tensors["scalars"])
     return {
-        "step": position.step,
-        "samples": position.samples,
-        "tokens": position.tokens,
+        **{key: getattr(position, key) for key in ("step", "samples", "tokens")},
         "loss": loss,
         "grad_norm": grad_norm,
         "lr": lr,
@@ -107,12 +104,10 @@ class MetricsLog:
         run_name: str,
         run_config: dict[str, Any],
         first_step: int,
-        warn: Callable[[str], None] | None = None,
+        warn: Callable[[str], None],
     ) -> None:
-        self.folder = folder
-        self.path = folder / "metrics.jsonl"
-        self.run_name = run_name
-        self._warn = warn or logging.getLogger(__name__).warning
+        self.folder, self.path, self.run_name = folder, folder / "metrics.jsonl", run_name
+        self._warn = warn
         self._warned: set[str] = set()
         self._lines = RetryingWriter(self.path)
         self._use_tensorboard = tensorboard
@@ -127,13 +122,12 @@ class MetricsLog:
 
     def truncate(self, last_step: int) -> None:
         """Remove records beyond `last_step`, when a run resumes or rewinds."""
-        try:
+        with self._warn_on_error("metrics.jsonl"):
             self.folder.mkdir(parents=True, exist_ok=True)
             _truncate_lines(self.path, last_step)
-        except OSError as error:
-            self._fail("metrics.jsonl", error)
         self._close_tensorboard()
-        self._open_tensorboard(last_step)
+        if self._use_tensorboard:
+            self._open_tensorboard(last_step)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write the metrics of one step; only `step` is required.
@@ -141,31 +135,28 @@ class MetricsLog:
         Keys follow the order of `METRICS`; others come last.
         """
         record = {m.key: record[m.key] for m in METRICS if m.key in record} | dict(record)
-        try:
+        with self._warn_on_error("metrics.jsonl"):
             self._lines.append(json_line(record))
-        except OSError as error:
-            self._fail("metrics.jsonl", error)
-        self._write_tensorboard(record)
+        if self._use_tensorboard:
+            self._write_tensorboard(record)
         if self._wandb is not None:
             self._wandb.log(record)
             self._check_wandb()
 
     def write_sample(self, step: int, text: str) -> None:
         """Append generated text to `samples.txt` under a line with its step."""
-        try:
-            with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
-                file.write(f"--- step {step} ---\n{text}\n\n")
-        except OSError as error:
-            self._fail("samples.txt", error)
+        with (
+            self._warn_on_error("samples.txt"),
+            (self.folder / "samples.txt").open("a", encoding="utf-8") as file,
+        ):
+            file.write(f"--- step {step} ---\n{text}\n\n")
 
     def plot(self) -> None:
         """Redraw `loss.png` from `metrics.jsonl`."""
-        try:
+        with self._warn_on_error("loss.png"):
             from training.loss_plot import plot_loss
 
             plot_loss(self.path, self.folder / "loss.png", self.run_name)
-        except Exception as error:
-            self._fail("loss.png", error)
 
     def close(self) -> None:
         """Close the trackers. Calling it twice, or never (after a kill), loses nothing."""
@@ -178,15 +169,11 @@ class MetricsLog:
 
     def _open_tensorboard(self, last_step: int) -> None:
         """Open a new event file, which hides events of older files past `last_step`."""
-        if not self._use_tensorboard:
-            return
-        try:
+        with self._warn_on_error("TensorBoard"):
             from torch.utils.tensorboard import SummaryWriter
 
             purge = last_step + 1 if last_step > 0 else 0
             self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
-        except Exception as error:
-            self._fail_tensorboard(error)
 
     def _write_tensorboard(self, record: Mapping[str, Any]) -> None:
         # While the disk rejects metrics.jsonl, TensorBoard would fail as well.
@@ -195,39 +182,39 @@ class MetricsLog:
             self._open_tensorboard(record["step"] - 1)
         if self._tensorboard is None:
             return
-        try:
+        with self._warn_on_error("TensorBoard"):
             for key, value in record.items():
                 if key != "step" and isinstance(value, int | float):
                     self._tensorboard.add_scalar(key, value, record["step"])
             self._tensorboard.flush()  # a kill loses no event, and write errors surface here
-        except Exception as error:
-            self._fail_tensorboard(error)
-
-    def _fail_tensorboard(self, error: Exception) -> None:
-        self._tensorboard = None
-        self._tensorboard_retry_at = time.monotonic() + TENSORBOARD_RETRY_SECONDS
-        self._fail("TensorBoard", error)
 
     def _close_tensorboard(self) -> None:
+        writer, self._tensorboard = self._tensorboard, None
+        if writer is not None:
+            with self._warn_on_error("TensorBoard"):
+                writer.close()
+
+    @contextmanager
+    def _warn_on_error(self, target: str) -> Iterator[None]:
+        """Report an error once per target and continue; TensorBoard is closed for a while."""
         try:
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+            yield
         except Exception as error:
-            self._fail("TensorBoard", error)
-        self._tensorboard = None
+            if target == "TensorBoard":
+                self._tensorboard = None
+                self._tensorboard_retry_at = time.monotonic() + TENSORBOARD_RETRY_SECONDS
+            self._fail(target, error)
 
     def _check_wandb(self) -> None:
-        if self._wandb is not None and self._wandb.failure is not None:
+        if self._wandb.failure is not None:
             self._fail("W&B", self._wandb.failure)
             self._wandb = None
 
     def _fail(self, target: str, error: object) -> None:
         if target not in self._warned:
             self._warned.add(target)
-            reason = " ".join(str(error).split())
-            self._warn(
-                f"Could not write {target} in {self.folder} ({reason}). Continuing without it."
-            )
+            failed = f"{target} in {self.folder} ({' '.join(str(error).split())})"
+            self._warn(f"Could not write {failed}. Continuing without it.")
 
 
 def _truncate_lines(path: Path, last_step: int) -> None:

@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw
 from training.config import OptimConfig
 from training.moments import BLOCK, FloatMoment, Int8Moment, Moment
 
+Group = dict[str, Any]  # parameters with their options, as torch.optim keeps them
 StateFormat = Literal["fp32", "bf16", "int8"]
 
 # Values of low-bit moments converted to float32 at a time; on CPU a chunk should fit in the cache.
@@ -31,19 +32,15 @@ def build_optimizer(model: nn.Module, config: OptimConfig, state: StateFormat = 
         state: Format of the two moments: 8, 4 or 2 bytes per parameter.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    options: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": config.betas,
-        "eps": config.eps,
-        "fused": parameters[0].device.type in ("cpu", "cuda"),
-    }
-    return AdamW(groups, **options) if state == "fp32" else LowBitAdamW(groups, state, **options)
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if state == "fp32":
+        return AdamW(groups, fused=fused, **options)
+    return LowBitAdamW(groups, state, fused=fused, **options)
 
 
 class AdamW(torch.optim.AdamW):
@@ -88,19 +85,13 @@ class AdamW(torch.optim.AdamW):
             "exp_avg_sq": torch.zeros_like(parameter),
         }
 
-    def _update(
-        self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None
-    ) -> None:
+    def _update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
         states = [self.state[parameter] for parameter in parameters]
-        _adamw(
-            group,
-            [_local(parameter) for parameter in parameters],
-            [_local(parameter.grad) for parameter in parameters],
-            [_local(state["exp_avg"]) for state in states],
-            [_local(state["exp_avg_sq"]) for state in states],
-            [state["step"] for state in states],
-            found_inf,
-        )
+        gradients = [_local(parameter.grad) for parameter in parameters]
+        first = [_local(state["exp_avg"]) for state in states]
+        second = [_local(state["exp_avg_sq"]) for state in states]
+        steps = [state["step"] for state in states]
+        _adamw(group, found_inf, [*map(_local, parameters)], gradients, first, second, steps)
 
 
 class LowBitAdamW(AdamW):
@@ -117,13 +108,10 @@ class LowBitAdamW(AdamW):
         super().__init__(groups, **options)
 
     def _init_state(self, parameter: Tensor) -> None:
-        self.state[parameter] = {"step": torch.zeros((), device=parameter.device)}
-        for key in ("exp_avg", "exp_avg_sq"):
-            self.state[parameter][key] = self._moment(parameter, key)
+        moments = {key: self._moment(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
+        self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
 
-    def _update(
-        self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None
-    ) -> None:
+    def _update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
         for parameter in parameters:
             state = self.state[parameter]
             weights = _local(parameter).view(-1)  # (local numel)
@@ -131,12 +119,11 @@ class LowBitAdamW(AdamW):
             chunk_size = _CHUNK_CPU if weights.device.type == "cpu" else _CHUNK_DEVICE
             for start in range(0, len(weights), chunk_size):
                 stop = min(start + chunk_size, len(weights))
-                chunk = slice(start, stop)
+                chunk = weights[start:stop], gradient[start:stop]
                 first = state["exp_avg"].read(start, stop)
                 second = state["exp_avg_sq"].read(start, stop)
                 step = state["step"].clone()  # the kernel increments it in place
-                tensors = ([weights[chunk]], [gradient[chunk]], [first], [second], [step])
-                _adamw(group, *tensors, found_inf)
+                _adamw(group, found_inf, *([each] for each in (*chunk, first, second, step)))
                 # A skipped step writes the values that it read.
                 state["exp_avg"].write(start, first)
                 state["exp_avg_sq"].write(start, second)
@@ -181,36 +168,19 @@ class LowBitAdamW(AdamW):
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
 
-def _adamw(
-    group: dict[str, Any],
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    steps: list[Tensor],
-    found_inf: Tensor | None,
-) -> None:
-    """Call torch's AdamW kernel on plain tensors, in place; a `found_inf` of 1 is a no-op."""
-    adamw(
-        weights,
-        gradients,
-        first,
-        second,
-        [],
-        steps,
-        foreach=False,
-        fused=group["fused"],
-        found_inf=found_inf,
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )
+def _adamw(group: Group, found_inf: Tensor | None, *tensors: list[Tensor]) -> None:
+    """Call torch's AdamW kernel on plain tensors, in place; a `found_inf` of 1 is a no-op.
+
+    Args:
+        tensors: Weights, gradients, first moments, second moments and steps.
+    """
+    names = ("lr", "weight_decay", "eps", "fused", "amsgrad", "maximize")
+    options = {name: group[name] for name in names} | {"foreach": False, "found_inf": found_inf}
+    beta1, beta2 = group["betas"]
+    *weights_to_moments, steps = tensors
+    adamw(*weights_to_moments, [], steps, beta1=beta1, beta2=beta2, **options)
     # The fused kernel does not increment the version, which `parallel.mixed_precision` checks.
-    torch.autograd.graph.increment_version(weights)
+    torch.autograd.graph.increment_version(tensors[0])
 
 
 def _local(tensor: Tensor | None) -> Tensor:
@@ -225,8 +195,6 @@ def _to_float32(moment: Moment, parameter: Tensor) -> Tensor:
     local = _local(parameter)
     values = moment.read(0, local.numel()).view(local.shape)
     if isinstance(parameter, DTensor):
-        mesh, placements = parameter.device_mesh, parameter.placements
-        values = DTensor.from_local(
-            values, mesh, placements, shape=parameter.shape, stride=parameter.stride()
-        )
+        layout = {"shape": parameter.shape, "stride": parameter.stride()}
+        values = DTensor.from_local(values, parameter.device_mesh, parameter.placements, **layout)
     return values.cpu()

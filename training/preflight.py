@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.errors import DataError
-from parallel.mesh import (
-    is_first_process,
-    plan_processes,
-    resolve_mesh,
-)
+from parallel.mesh import is_first_process, plan_processes, resolve_mesh
 from resilience.lock import RunLock, acquire_lock
 from resilience.run_folder import RunFolder, RunFolderError
 from training.config import JobConfig

@@ -8,6 +8,7 @@ configurations of two launches and formats the errors. Imports nothing heavy.
 import dataclasses
 import difflib
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from itertools import zip_longest
 from typing import Annotated, Any, get_args, get_origin
 
 from model.config_base import ResumePolicy
+from resilience.run_folder import RunFolderError
 from training.config import JobConfig
 from training.config_validation import annotations_along
 
@@ -55,7 +57,9 @@ class Changes:
         return _rows(self.allowed, note=" (allowed)") + _rows(self.free)
 
 
-def compare(before: dict[str, Any], now: dict[str, Any], samples: int) -> Changes:
+def compare(
+    before: dict[str, Any], now: dict[str, Any], samples: int, on_load: bool = False
+) -> Changes:
     """Return the changes between the last launch of a run and this one.
 
     Args:
@@ -63,13 +67,21 @@ def compare(before: dict[str, Any], now: dict[str, Any], samples: int) -> Change
             override unless it was null.
         now: Configuration of this launch, whose `run.allow_changes` is the override.
         samples: Samples trained so far; stages that start later may change.
+        on_load: Compare a new run with the run whose checkpoint it starts from. Only what
+            determines the meaning of tensors and position must match. Everything else, data and
+            seed included, is the new run's own and is reported as free.
     """
     changes = Changes()
     for key, both in differences(before, now).items():
         policy = policy_of(key) or REMOVED_KEY
-        if policy.change == "free" or _has_no_effect(key, both, samples):
+        is_free = not policy.on_load if on_load else policy.change == "free"
+        if key == "data.stages":
+            is_free = is_free or _same_past(both, samples)
+        elif key == "run.init_from":
+            is_free = is_free or both[1] is None  # the run has its own weights by now
+        if is_free:
             changes.free[key] = both
-        elif policy.change == "forbidden":
+        elif on_load or policy.change == "forbidden":
             changes.forbidden[key] = both
         elif _is_listed(key, now["run"]["allow_changes"]):
             changes.allowed[key] = both
@@ -78,65 +90,29 @@ def compare(before: dict[str, Any], now: dict[str, Any], samples: int) -> Change
     return changes
 
 
-def _has_no_effect(key: str, both: Difference, samples: int) -> bool:
-    """Return whether a change of a restricted key leaves the run the same."""
-    if key == "run.init_from":
-        return both[1] is None  # the run has its own weights by now
-    return key == "data.stages" and _same_past(both[0], both[1], samples)
+def check_changes(
+    heading: str, before: dict[str, Any], now: dict[str, Any], samples: int, on_load: bool = False
+) -> Changes:
+    """Return the changes as `compare` does, if all are permitted.
 
-
-def compare_on_load(before: dict[str, Any], now: dict[str, Any], samples: int) -> Changes:
-    """Return the changes for a new run that starts from another run's checkpoint.
-
-    Only what determines the meaning of tensors and position must match. Everything else, data and
-    seed included, is the new run's own and is reported as free.
+    Raises:
+        RunFolderError: Every change that is not permitted, with its remedy, below the heading.
     """
-    changes = Changes()
-    for key, both in differences(before, now).items():
-        policy = policy_of(key)
-        fits = policy is None or not policy.on_load
-        fits = fits or (key == "data.stages" and _same_past(both[0], both[1], samples))
-        (changes.free if fits else changes.forbidden)[key] = both
-    return changes
-
-
-def override_errors(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return errors for names in `run.allow_changes`.
-
-    Names of free or unchanged keys are accepted: a requeued job repeats its command after the
-    change has taken effect.
-    """
-    named_before = (before.get("run") or {}).get("allow_changes") or []
-    known = [*_leaves(before), *_leaves(now), *named_before]
-    errors = []
-    for name in now["run"]["allow_changes"]:
-        policy = policy_of(name)
-        if policy is not None and policy.change == "forbidden":
-            errors.append(
-                f"run.allow_changes lists {name}, which cannot change within a run because it "
-                f"determines {policy.decides}; remove it"
-            )
-        elif name not in known and not (
-            policy and any(key.startswith(f"{name}.") for key in known)
-        ):
-            near = difflib.get_close_matches(name, known, n=1)
-            remedy = f"did you mean {near[0]}?" if near else "list keys like optim.weight_decay"
-            errors.append(f"run.allow_changes lists {name}, which is not a key; {remedy}")
-    return errors
-
-
-def changes_error(changes: Changes, now: dict[str, Any], samples: int) -> str | None:
-    """Return a message with every change that is not permitted and its remedy, or None."""
-    lines = []
+    changes, lines = compare(before, now, samples, on_load), []
     if changes.forbidden:
-        lines += [
-            "These keys cannot change within a run:",
-            *_rows(changes.forbidden, reasons=True),
-            "Restore the old values to resume that run, or start a new run with another run.name=…",
-            "(it may start from a checkpoint of this one, also on other data: "
-            "run.resume=CHECKPOINT).",
-            *_stage_remedy(changes.forbidden, now, samples),
-        ]
+        rows, stages = _rows(changes.forbidden, reasons=True), _stage_remedy(changes, now, samples)
+        if on_load:
+            remedy = "Set these as in the run of the checkpoint, or use another checkpoint."
+            lines += [*rows, remedy, *stages]
+        else:
+            lines += [
+                "These keys cannot change within a run:",
+                *rows,
+                "Restore the old values to resume that run, or start a new run with another "
+                "run.name=…\n(it may start from a checkpoint of this one, also on other data: "
+                "run.resume=CHECKPOINT).",
+                *stages,
+            ]
     if changes.unlisted:
         names = dict.fromkeys([*now["run"]["allow_changes"], *changes.unlisted])
         override = shlex.quote(f"run.allow_changes=[{','.join(names)}]")
@@ -146,22 +122,33 @@ def changes_error(changes: Changes, now: dict[str, Any], samples: int) -> str | 
             f"Restore the old values, or add {override} to the command; the change is then "
             "recorded.",
         ]
-    if lines and (rest := changes.rows()):
+    if not lines:
+        return changes
+    if not on_load and (rest := changes.rows()):
         lines += ["Also changed, which is permitted:", *rest]
-    return "\n".join(lines) or None
+    raise RunFolderError("\n".join([f"{heading} (key: there -> now).", *lines]))
 
 
-def load_error(changes: Changes, now: dict[str, Any], samples: int) -> str | None:
-    """Return a message for a checkpoint of another run that does not fit, or None."""
-    if not changes.forbidden:
-        return None
-    return "\n".join(
-        [
-            *_rows(changes.forbidden, reasons=True),
-            "Set these as in the run of the checkpoint, or use another checkpoint.",
-            *_stage_remedy(changes.forbidden, now, samples),
-        ]
-    )
+def override_errors(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Yield errors for names in `run.allow_changes`.
+
+    Names of free or unchanged keys are accepted: a requeued job repeats its command after the
+    change has taken effect.
+    """
+    named_before = (before.get("run") or {}).get("allow_changes") or []
+    known = [*_leaves(before), *_leaves(now), *named_before]
+    for name in now["run"]["allow_changes"]:
+        policy = policy_of(name)
+        is_section = policy is not None and any(key.startswith(f"{name}.") for key in known)
+        if policy is not None and policy.change == "forbidden":
+            yield (
+                f"run.allow_changes lists {name}, which cannot change within a run because it "
+                f"determines {policy.decides}; remove it"
+            )
+        elif name not in known and not is_section:
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {near[0]}?" if near else "list keys like optim.weight_decay"
+            yield f"run.allow_changes lists {name}, which is not a key; {remedy}"
 
 
 def with_defaults(before: Any, now: Any) -> Any:
@@ -174,19 +161,17 @@ def with_defaults(before: Any, now: Any) -> Any:
         now: The corresponding part of this version's, typed.
     """
     if dataclasses.is_dataclass(now) and isinstance(before, dict):
-        filled = {
-            name: with_defaults(value, getattr(now, name, None)) for name, value in before.items()
-        }
+        filled = dict(before)
         for each in dataclasses.fields(now):
-            if each.name in before:
-                continue
             if each.default is not dataclasses.MISSING:
-                filled[each.name] = json.loads(json.dumps(each.default))
+                filled.setdefault(each.name, json.loads(json.dumps(each.default)))
             elif each.default_factory is not dataclasses.MISSING:
-                filled[each.name] = json.loads(json.dumps(each.default_factory()))
+                filled.setdefault(each.name, each.default_factory())
             elif dataclasses.is_dataclass(getattr(now, each.name)):  # an entire section
-                filled[each.name] = with_defaults({}, getattr(now, each.name))
-        return filled
+                filled.setdefault(each.name, {})
+        return {
+            name: with_defaults(value, getattr(now, name, None)) for name, value in filled.items()
+        }
     if isinstance(now, dict) and isinstance(before, dict):
         return {name: with_defaults(value, now.get(name)) for name, value in before.items()}
     if isinstance(now, list) and isinstance(before, list):
@@ -225,49 +210,40 @@ def _rows(changed: dict[str, Difference], note: str = "", reasons: bool = False)
     return rows
 
 
-def _stage_remedy(forbidden: dict[str, Difference], now: dict[str, Any], samples: int) -> list[str]:
+def _stage_remedy(changes: Changes, now: dict[str, Any], samples: int) -> list[str]:
     """Return how to change sizes and weights from the next sample on, if any were changed."""
     stage: dict[str, Any] = {}
-    weights: dict[str, Any] = {}
-    for key, (_, value) in forbidden.items():
-        names = key.split(".")
+    for key, (_, value) in changes.forbidden.items():
         if key in ("train.seq_len", "train.global_batch_size"):
-            stage[names[-1]] = value
-        elif names[:2] == ["data", "sources"] and names[3:] == ["weight"]:
-            weights[names[2]] = value
-    if weights:
-        stage["weights"] = weights
+            stage[key.removeprefix("train.")] = value
+        elif source := re.fullmatch(r"data\.sources\.(.+)\.weight", key):
+            stage.setdefault("weights", {})[source[1]] = value
     if not stage:
         return []
-    new = _override_value({"from_sample": samples} | stage)
+    new = override_value({"from_sample": samples} | stage)
     start = f"To change sizes or weights from sample {samples} on, restore the old values and add"
     if now["data"]["stages"]:
         return [f"{start} {new} to data.stages."]
     return [f"{start} {shlex.quote(f'data.stages=[{new}]')}"]
 
 
-def _override_value(value: Any) -> str:
-    """Return a value in the syntax of a Hydra override."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_override_value(one)}" for key, one in value.items()) + "}"
-    return str(value)
+def override_value(value: Any) -> str:
+    """Return a value in the syntax of a Hydra override, not quoted for a shell."""
+    text = json.dumps(value, default=dataclasses.asdict)
+    return text.replace('"', "").replace(": ", ":").replace(", ", ",")
 
 
-def _same_past(before: Any, now: Any, samples: int) -> bool:
+def _same_past(both: Difference, samples: int) -> bool:
     """Return whether two lists of stages agree on the first `samples` samples.
 
     `micro_batch_size` may differ, like `train.micro_batch_size`: it depends on the mesh.
     """
-
-    def is_past(stage: Any) -> bool:
-        start = stage.get("from_sample") if isinstance(stage, dict) else None
-        return not isinstance(start, int) or start < samples
-
-    def past(stages: Any) -> list[Any]:
-        return [
-            stage | {"micro_batch_size": None} if isinstance(stage, dict) else stage
-            for stage in (stages if isinstance(stages, list) else [])
-            if is_past(stage)
+    before, now = (
+        [
+            stage | {"micro_batch_size": None}
+            for stage in stages or []
+            if stage.get("from_sample", -1) < samples
         ]
-
-    return past(before) == past(now)
+        for stages in both
+    )
+    return before == now

@@ -6,15 +6,7 @@ from typing import Any
 
 from resilience.event_log import read_json_lines
 from resilience.run_folder import COMMITTED, RunFolder, RunFolderError, read_manifest
-from training.resume_policy import (
-    Changes,
-    changes_error,
-    compare,
-    compare_on_load,
-    differences,
-    load_error,
-    override_errors,
-)
+from training.resume_policy import Changes, check_changes, differences, override_errors
 
 AddDefaults = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -40,9 +32,15 @@ def check_run_folder(
     newest = folder.newest_manifest()
     previous = folder.read_config() or (newest and newest["config"])
     previous = add_defaults(previous) if previous else {}
-    if errors := override_errors(previous, config):
+    if errors := list(override_errors(previous, config)):
         raise RunFolderError("\n".join(errors))
-    changes = _check_changes(folder, previous, config, steps)
+    changes = Changes()
+    if previous and steps:
+        heading = f"{folder.path} holds a run with a different configuration"
+        samples = newest["position"]["samples"] if newest else 0
+        changes = check_changes(heading, previous, config, samples)
+    elif previous:  # all changes are free before the first checkpoint
+        changes = Changes(free=differences(previous, config))
     resume = folder.resume_source(config["run"]["resume"])
     if resume == "never" and steps:
         raise RunFolderError(
@@ -52,28 +50,11 @@ def check_run_folder(
     if resume not in ("auto", "never"):
         start_changes = _check_checkpoint(folder, Path(resume), steps, config, add_defaults)
         changes = changes if steps else start_changes
-    if resume == "auto" and not steps and _has_saved(folder):
+    events = [] if steps else read_json_lines(folder.event_log)
+    if resume == "auto" and any(event.get("event") == "save" for event in events):
         raise RunFolderError(
             f"{folder.event_log} records saved checkpoints, but {folder.checkpoints} has none; "
             "restore them to resume, or use another run.name to start from scratch"
-        )
-    return changes
-
-
-def _check_changes(
-    folder: RunFolder, previous: dict[str, Any], config: dict[str, Any], steps: list[int]
-) -> Changes:
-    """Return the changes since the previous launch; all are free before the first checkpoint."""
-    if not previous:
-        return Changes()
-    if not steps:
-        return Changes(free=differences(previous, config))
-    samples = (folder.newest_position() or {"samples": 0})["samples"]
-    changes = compare(previous, config, samples)
-    if error := changes_error(changes, config, samples):
-        raise RunFolderError(
-            f"{folder.path} holds a run with a different configuration (key: there -> now).\n"
-            f"{error}"
         )
     return changes
 
@@ -111,15 +92,5 @@ def _check_checkpoint(
         )
     if checkpoint.resolve().parent == folder.checkpoints.resolve():
         return Changes()  # a checkpoint of this run: compared with its previous launch
-    changes = compare_on_load(add_defaults(manifest["config"]), config, samples)
-    if error := load_error(changes, config, samples):
-        raise RunFolderError(
-            f"run.resume={checkpoint} does not match this configuration (key: there -> now).\n"
-            f"{error}"
-        )
-    return changes
-
-
-def _has_saved(folder: RunFolder) -> bool:
-    """Return whether the event log records a save."""
-    return any(event.get("event") == "save" for event in read_json_lines(folder.event_log))
+    heading = f"run.resume={checkpoint} does not match this configuration"
+    return check_changes(heading, add_defaults(manifest["config"]), config, samples, on_load=True)
