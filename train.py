@@ -102,7 +102,7 @@ def set_up(
     model = fabric.setup_module(llama)  # sharded in place
     adamw = build_optimizer(llama, config.optim, config.precision.optimizer_state)
     optimizer = fabric.setup_optimizers(adamw)
-    position, history = initial_position(config, llama, adamw, dataset, console.note)
+    position, rewinds = initial_position(config, llama, adamw, dataset, console.note)
     run = Run(
         config=config,
         processes=processes,
@@ -119,12 +119,12 @@ def set_up(
         watchdog=watchdog,
         saver=build_saver(config, dataset, console.note),
         reader=AsyncStatsReader(fabric.device.type),
-        monitor=LossMonitor(config.faults, len(history.rewinds), position.monitor_state),
+        monitor=LossMonitor(config.faults, len(rewinds), position.monitor_state),
         lock=lock,
     )
     run.open_logs(changes)
     watchdog.on_abort = partial(record_fault, run)
-    console.header(*header(config, mesh, processes, dataset, position, changes))
+    console.header(*header(run, changes))
     return run
 
 

@@ -219,7 +219,7 @@ def fp8_on_cpu() -> Iterator[None]:
     """Skip the rule that rejects fp8 on CPU; torchao emulates it in float32."""
     emulated = partial(apply_float8, emulate=True)
     with (
-        patch("cli.config.fp8_errors", lambda *_: []),
+        patch("training.config_rules.fp8_errors", lambda *_: []),
         patch("parallel.float8.apply_float8", emulated),
     ):
         yield

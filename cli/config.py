@@ -11,36 +11,16 @@ from typing import Any, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.config import DataConfig, PrepareJobConfig
+from data.config import PrepareJobConfig
 from evaluation.config import EvaluateJobConfig, GenerateJobConfig
 from formats.config import ConvertJobConfig
 from model.config import ModelConfig
-from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import (
-    MeshShape,
-    Processes,
-    is_first_process,
-    plan_processes,
-    resolve_mesh,
-    started_errors,
-)
+from parallel.config import ParallelConfig
+from parallel.mesh import MeshShape, Processes, is_first_process, plan_processes, resolve_mesh
 from planning.config import PLAN_RULES, PlanJobConfig
 from resilience.renamed_keys import rename_keys
-from training.config import JobConfig, TrainConfig
-from training.config_rules import (
-    CONFIG_RULES,
-    INSTALLATION_RULES,
-    convert_errors,
-    device_errors,
-    fp8_errors,
-    generate_errors,
-    inference_errors,
-    inspect_errors,
-    mesh_errors,
-    model_errors,
-    prepare_errors,
-    saving_errors,
-)
+from training import config_rules as rules
+from training.config import JobConfig
 from training.config_validation import ConfigError, Rule, validate
 
 Config = TypeVar("Config")
@@ -55,7 +35,7 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> JobConfig:
     Raises:
         ConfigError: unknown keys, missing values, wrong types and broken rules, all together.
     """
-    return _load(composed, JobConfig, (*CONFIG_RULES, *more_rules))
+    return _load(composed, JobConfig, (*rules.CONFIG_RULES, *more_rules))
 
 
 def check_config(composed: DictConfig) -> tuple[JobConfig, Processes, MeshShape]:
@@ -64,8 +44,7 @@ def check_config(composed: DictConfig) -> tuple[JobConfig, Processes, MeshShape]
     Raises:
         ConfigError: as `load_train_config`, with the errors of mesh and machine.
     """
-
-    config = load_train_config(composed, launch_rule(), *INSTALLATION_RULES)
+    config = load_train_config(composed, rules.launch_rule(), *rules.INSTALLATION_RULES)
     processes, _ = plan_processes(config.parallel)
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
     return config, processes, mesh
@@ -80,33 +59,8 @@ def check_for_tasks(composed: DictConfig, per_node: int, num_nodes: int) -> JobC
     Raises:
         ConfigError: as `load_train_config`, with the errors of the mesh.
     """
-
     tasks = Processes("auto", per_node, num_nodes, "srun")
-    return load_train_config(composed, launch_rule(tasks), *INSTALLATION_RULES)
-
-
-def launch_rule(tasks: Processes | None = None) -> Rule:
-    """Return the rule for a launch on this machine, or for `tasks` on other machines."""
-
-    def launch_errors(
-        parallel: ParallelConfig,
-        precision: PrecisionConfig,
-        model: ModelConfig,
-        train: TrainConfig,
-        data: DataConfig,
-    ) -> Iterator[str]:
-        if tasks is None:
-            processes, errors = plan_processes(parallel)
-        else:
-            processes, errors = tasks, started_errors(parallel, tasks)
-        mesh, unresolved = resolve_mesh(parallel, processes.world_size)
-        yield from errors
-        if tasks is None:
-            yield from device_errors(processes.accelerator, mesh, parallel, precision, model)
-            yield from fp8_errors(processes.accelerator, precision)
-        yield from unresolved or mesh_errors(mesh, parallel, precision, model, train, data)
-
-    return launch_errors
+    return load_train_config(composed, rules.launch_rule(tasks), *rules.INSTALLATION_RULES)
 
 
 def check_inference_mesh(
@@ -119,7 +73,8 @@ def check_inference_mesh(
     """
     processes, errors = plan_processes(parallel)
     mesh, unresolved = resolve_mesh(parallel, processes.world_size)
-    if errors := errors + (unresolved or model_errors(mesh, parallel, model, seq_len)):
+    errors += unresolved or rules.model_errors(mesh, parallel, model, seq_len)
+    if errors:
         raise ConfigError(errors)
     return processes, mesh
 
@@ -129,30 +84,34 @@ def load_plan_config(composed: DictConfig) -> PlanJobConfig:
 
     A search chooses the mesh, so the configured one need not be valid.
     """
-    return _load(composed, PlanJobConfig, (*CONFIG_RULES, saving_errors, *PLAN_RULES))
+    return _load(composed, PlanJobConfig, (*rules.CONFIG_RULES, rules.saving_errors, *PLAN_RULES))
 
 
 def load_prepare_config(composed: DictConfig) -> PrepareJobConfig:
     """Return the configuration of `prepare.py`; raise as `load_train_config` does."""
-    return _load(composed, PrepareJobConfig, (*CONFIG_RULES, prepare_errors, inspect_errors))
+    return _load(composed, PrepareJobConfig, rules.PREPARE_RULES)
 
 
 def load_evaluate_config(composed: DictConfig) -> EvaluateJobConfig:
     """Return the configuration of `evaluate.py`; raise as `load_train_config` does."""
-    return _load(composed, EvaluateJobConfig, (*CONFIG_RULES, inference_errors))
+    return _load(composed, EvaluateJobConfig, (*rules.CONFIG_RULES, rules.inference_errors))
 
 
 def load_generate_config(composed: DictConfig) -> GenerateJobConfig:
     """Return the configuration of `generate.py`; raise as `load_train_config` does."""
-    return _load(composed, GenerateJobConfig, (*CONFIG_RULES, inference_errors, generate_errors))
+    return _load(
+        composed,
+        GenerateJobConfig,
+        (*rules.CONFIG_RULES, rules.inference_errors, rules.generate_errors),
+    )
 
 
 def load_convert_config(composed: DictConfig) -> ConvertJobConfig:
     """Return the configuration of `convert.py`; raise as `load_train_config` does."""
-    return _load(composed, ConvertJobConfig, (convert_errors,))
+    return _load(composed, ConvertJobConfig, (rules.convert_errors,))
 
 
-def _load(composed: DictConfig, schema: type[Config], rules: Sequence[Rule]) -> Config:
+def _load(composed: DictConfig, schema: type[Config], applied: Sequence[Rule]) -> Config:
     """Return the composed configuration as a dataclass; raise ConfigError with all errors."""
     values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
     errors = list(_missing_values(values))
@@ -165,7 +124,7 @@ def _load(composed: DictConfig, schema: type[Config], rules: Sequence[Rule]) -> 
         if is_first_process():
             print(f"Warning: {old} is deprecated; use {new}", file=sys.stderr, flush=True)
     if not errors:
-        return validate(values, schema, rules)
+        return validate(values, schema, applied)
     # Values are not final: of the other errors only unknown keys are certain.
     try:
         validate(values, schema)

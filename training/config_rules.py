@@ -23,7 +23,7 @@ from data.config import (
 )
 from model.config import ModelConfig
 from parallel.config import FP8_MULTIPLE, ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape
+from parallel.mesh import MeshShape, Processes, plan_processes, resolve_mesh, started_errors
 from resilience.config import FaultsConfig
 from training.config import LogConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
 
@@ -469,6 +469,30 @@ def fp8_errors(accelerator: str, precision: PrecisionConfig) -> Iterator[str]:
         )
 
 
+def launch_rule(tasks: Processes | None = None) -> Callable[..., Iterator[str]]:
+    """Return the rule for a launch on this machine, or for `tasks` on other machines."""
+
+    def launch_errors(
+        parallel: ParallelConfig,
+        precision: PrecisionConfig,
+        model: ModelConfig,
+        train: TrainConfig,
+        data: DataConfig,
+    ) -> Iterator[str]:
+        if tasks is None:
+            processes, errors = plan_processes(parallel)
+        else:
+            processes, errors = tasks, started_errors(parallel, tasks)
+        mesh, unresolved = resolve_mesh(parallel, processes.world_size)
+        yield from errors
+        if tasks is None:
+            yield from device_errors(processes.accelerator, mesh, parallel, precision, model)
+            yield from fp8_errors(processes.accelerator, precision)
+        yield from unresolved or mesh_errors(mesh, parallel, precision, model, train, data)
+
+    return launch_errors
+
+
 # ---------------------------------------------------------------- other programs
 
 
@@ -493,6 +517,9 @@ def generate_errors(
             )
     if prompt is not None and prompts is not None:
         yield f"prompts={prompts} and prompt={prompt!r} are both given; use one of them"
+
+
+PREPARE_RULES = (*CONFIG_RULES, prepare_errors, inspect_errors)
 
 
 def generate_errors(prompt: str | None, prompts: str | None) -> Iterator[str]:

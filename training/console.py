@@ -120,14 +120,12 @@ class Console:
         self._pace.clear()
         if not (self._terminal and self.enabled):
             return
-        self._progress = Progress(
+        columns = (
             TextColumn("{task.fields[step]}", style="bold"),
             BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
             TextColumn("{task.fields[metrics]}"),
-            console=self._rich,
-            auto_refresh=False,
-            expand=True,
         )
+        self._progress = Progress(*columns, console=self._rich, auto_refresh=False, expand=True)
         step = f"step {first_step}/{max_steps}"
         self._task = self._progress.add_task(
             "", total=max_steps, completed=first_step, step=step, metrics="first step"
@@ -152,14 +150,12 @@ class Console:
             metrics.append(f"val {self._val_loss:.4f}")
         metrics.append(f"{compact(record.get('tokens_per_second'))} tok/s")
         metrics.append(f"{duration(left)} left")
+        fields: dict[str, Any] = {
+            "step": f"step {step}/{self._max_steps}",
+            "metrics": "  ".join(metrics),
+        }
         with self._disable_on_error():
-            self._progress.update(
-                self._task,
-                completed=step,
-                step=f"step {step}/{self._max_steps}",
-                metrics="  ".join(metrics),
-                refresh=True,
-            )
+            self._progress.update(self._task, completed=step, refresh=True, **fields)
 
     def note(self, text: str) -> None:
         """Print a message, above the progress bar if there is one."""

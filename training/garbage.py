@@ -14,8 +14,7 @@ INTERVAL = 100  # steps; reference counting frees nearly everything that a step 
 class GarbageCollector:
     """Garbage collection of this process during training."""
 
-    def __init__(self) -> None:
-        self._frozen = False
+    _frozen = False
 
     def disable(self) -> None:
         """Disable automatic collection."""

@@ -43,16 +43,9 @@ def inspect_run(run: RunFolder, sample: int, load: Callable[[dict[str, Any]], Jo
         )
     console = stdout_console()
     show_dataset(console, folder, dataset.manifest)
-    show_sample(
-        console,
-        dataset,
-        data,
-        sample,
-        config.stages(),
-        config.run.seed,
-        title=str(run.path),
-        n_steps=config.train.max_steps,
-    )
+    title, n_steps, seed = str(run.path), config.train.max_steps, config.run.seed
+    stages = config.stages()
+    show_sample(console, dataset, data, sample, stages, seed, title=title, n_steps=n_steps)
 
 
 def _read_config(run: RunFolder, load: Callable[[dict[str, Any]], JobConfig]) -> JobConfig:

@@ -44,20 +44,13 @@ class Metric:
 
 
 METRICS = (
-    Metric("step"),
-    Metric("samples"),
-    Metric("tokens"),
+    *map(Metric, ("step", "samples", "tokens")),
     Metric("loss", "loss", ".4f"),
     Metric("grad_norm", "grad norm", ".3f"),
     Metric("lr", "lr", ".2e"),
     Metric("tokens_per_second", "tokens/s", "compact"),
-    Metric("tflops"),
-    Metric("mfu_causal"),
-    Metric("mfu_full"),
-    Metric("peak_memory_gib"),
-    Metric("step_seconds"),
-    Metric("data_wait_seconds"),
-    Metric("batch_hash"),
+    *map(Metric, ("tflops", "mfu_causal", "mfu_full", "peak_memory_gib")),
+    *map(Metric, ("step_seconds", "data_wait_seconds", "batch_hash")),
     Metric("val_loss", "val loss", ".4f", optional=True),
 )
 

@@ -6,7 +6,7 @@ only, and a run that loads one continues bit for bit.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -81,15 +81,13 @@ def _quantize(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8), scales
 
 
+# One graph for the first number of blocks, one for others.
+_compiled = cache(partial(torch.compile, fullgraph=True))
+
+
 def _run(function: Callable[..., Any], *arguments: Tensor) -> Any:
     """Call a function of tensors, on GPUs compiled: one kernel instead of ten passes."""
     return (_compiled(function) if arguments[0].is_cuda else function)(*arguments)
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the compiled function: one graph for the first number of blocks, one for others."""
-    return torch.compile(function, fullgraph=True)
 
 
 @cache

@@ -79,11 +79,11 @@ class AdamW(torch.optim.AdamW):
                 self._update(parameters, group, None)
 
     def _init_state(self, parameter: Tensor) -> None:
-        self.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+        moments = {key: self._moment(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
+        self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+
+    def _moment(self, parameter: Tensor, key: str) -> Any:
+        return torch.zeros_like(parameter)
 
     def _update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
         states = [self.state[parameter] for parameter in parameters]
@@ -106,10 +106,6 @@ class LowBitAdamW(AdamW):
     def __init__(self, groups: Any, state: Literal["bf16", "int8"], **options: Any) -> None:
         self.format = state
         super().__init__(groups, **options)
-
-    def _init_state(self, parameter: Tensor) -> None:
-        moments = {key: self._moment(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
-        self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
 
     def _update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
         for parameter in parameters:
@@ -174,13 +170,13 @@ def _adamw(group: Group, found_inf: Tensor | None, *tensors: list[Tensor]) -> No
     Args:
         tensors: Weights, gradients, first moments, second moments and steps.
     """
+    weights, gradients, first, second, steps = tensors
     names = ("lr", "weight_decay", "eps", "fused", "amsgrad", "maximize")
     options = {name: group[name] for name in names} | {"foreach": False, "found_inf": found_inf}
-    beta1, beta2 = group["betas"]
-    *weights_to_moments, steps = tensors
-    adamw(*weights_to_moments, [], steps, beta1=beta1, beta2=beta2, **options)
+    options["beta1"], options["beta2"] = group["betas"]
+    adamw(weights, gradients, first, second, [], steps, **options)
     # The fused kernel does not increment the version, which `parallel.mixed_precision` checks.
-    torch.autograd.graph.increment_version(tensors[0])
+    torch.autograd.graph.increment_version(weights)
 
 
 def _local(tensor: Tensor | None) -> Tensor:
@@ -195,6 +191,6 @@ def _to_float32(moment: Moment, parameter: Tensor) -> Tensor:
     local = _local(parameter)
     values = moment.read(0, local.numel()).view(local.shape)
     if isinstance(parameter, DTensor):
-        layout = {"shape": parameter.shape, "stride": parameter.stride()}
+        layout: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride()}
         values = DTensor.from_local(values, parameter.device_mesh, parameter.placements, **layout)
     return values.cpu()

@@ -9,6 +9,7 @@ training thread, each counted for its self time.
 
 import gzip
 import json
+import math
 import os
 import pickle
 import re
@@ -88,14 +89,12 @@ class StepBreakdown:
             for name, seconds in sorted(self.rows.items(), key=lambda row: -row[1])
         ]
         overlapped = self.communication - self.rows[COMMUNICATION]
-        return "\n".join(
-            [
-                *lines,
-                f"  {'total':<24}{1e3 * self.total:10.1f} ms",
-                f"  {'overlapped communication':<24}{1e3 * overlapped:10.1f} ms",
-                f"  {'peak memory increase':<24}{self.peak_allocated / 2**30:10.3f} GiB",
-            ]
-        )
+        lines += [
+            f"  {'total':<24}{1e3 * self.total:10.1f} ms",
+            f"  {'overlapped communication':<24}{1e3 * overlapped:10.1f} ms",
+            f"  {'peak memory increase':<24}{self.peak_allocated / 2**30:10.3f} GiB",
+        ]
+        return "\n".join(lines)
 
 
 @contextmanager
@@ -108,29 +107,20 @@ def profile_step(run: "Run", step: int) -> Iterator[None]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences its start and stop messages
     device = run.fabric.device
     on_cuda = device.type == "cuda"
-    # CPU memory has no snapshot, so allocations go into the trace.
-    profiler = profile(
-        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])],
-        record_shapes=True,
-        profile_memory=True,
-    )
+    synchronize = partial(torch.cuda.synchronize, device) if on_cuda else lambda: None
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     run.clock.around_data = partial(record_function, DATA)
-    snapshot: Any = None
     if on_cuda:
         torch.cuda.memory._record_memory_history(max_entries=MAX_ALLOCATIONS)
-    try:
-        with profiler:
-            if on_cuda:
-                torch.cuda.synchronize(device)
-            with record_function(STEP):
-                yield
-                if on_cuda:
-                    torch.cuda.synchronize(device)
-        if on_cuda:
-            snapshot = torch.cuda.memory._snapshot()
-    finally:
-        if on_cuda:
-            torch.cuda.memory._record_memory_history(enabled=None)
+    # CPU memory has no snapshot, so allocations go into the trace.
+    with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+        synchronize()
+        with record_function(STEP):
+            yield
+            synchronize()
+    snapshot = torch.cuda.memory._snapshot() if on_cuda else None
+    if on_cuda:
+        torch.cuda.memory._record_memory_history(enabled=None)
     run.clock.around_data = nullcontext
     folder = run.folder.path / "profile" / f"step-{step:08d}"
     with run.clock.stall():
@@ -243,26 +233,21 @@ def _self_times(events: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Span]]:
     """
     stack: list[tuple[float, str | None, bool]] = []  # end, row, whether inside an update
     at = 0.0
-
-    def advance(now: float) -> Iterator[tuple[str, Span]]:
-        nonlocal at
-        if stack and stack[-1][1] is not None and now > at:
-            row = stack[-1][1]
-            yield (OPTIMIZER if stack[-1][2] and row != COMMUNICATION else row), Span(at, now)
-        at = max(at, now)
-
-    for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
-        start, end = _span(event)
-        while stack and stack[-1][0] <= start:
-            yield from advance(stack[-1][0])
-            stack.pop()
-        yield from advance(start)
-        _, parent_row, updating = stack[-1] if stack else (0.0, None, False)
-        row = parent_row if parent_row in (MATRIX, ATTENTION) else _row(event["name"])
-        stack.append((end, row, updating or _is_update(event)))
-    while stack:
-        yield from advance(stack[-1][0])
-        stack.pop()
+    for event in [*sorted(events, key=lambda event: (event["ts"], -event["dur"])), None]:
+        start = math.inf if event is None else event["ts"]
+        while stack and (at < start or stack[-1][0] <= start):
+            end, row, updating = stack[-1]
+            until = min(end, start)
+            if row is not None and until > at:
+                yield (OPTIMIZER if updating and row != COMMUNICATION else row), Span(at, until)
+            at = max(at, until)
+            if end <= start:
+                stack.pop()
+        if event is not None:
+            at = max(at, start)
+            _, parent_row, updating = stack[-1] if stack else (0.0, None, False)
+            row = parent_row if parent_row in (MATRIX, ATTENTION) else _row(event["name"])
+            stack.append((_span(event).end, row, updating or _is_update(event)))
 
 
 def _row(name: str) -> str | None:
@@ -271,12 +256,9 @@ def _row(name: str) -> str | None:
         return COMMUNICATION
     if name.startswith(("autograd::", "Optimizer.", "FSDP::")):
         return None
-    if _FUSED.search(name):
-        return ELEMENTWISE
-    if _ATTENTION.search(name):
-        return ATTENTION
-    if _MATRIX.search(name):
-        return MATRIX
+    for row, pattern in ((ELEMENTWISE, _FUSED), (ATTENTION, _ATTENTION), (MATRIX, _MATRIX)):
+        if pattern.search(name):
+            return row
     return ELEMENTWISE if _OPERATOR.match(name) and not _OVERHEAD.match(name) else None
 
 

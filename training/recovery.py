@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from resilience.loss_monitor import BatchRange, StepStats
 
 
+Report = Callable[[str], None]
+
+
 class Decision(NamedTuple):
     """What all ranks do after a step: rewind and exclude batches, save, stop, or continue."""
 
@@ -32,65 +35,43 @@ class Decision(NamedTuple):
     reason: str = ""
 
 
-class RewindHistory(NamedTuple):
-    """Rewinds of earlier launches, from the event log.
-
-    Attributes:
-        rewinds: Batches excluded by each.
-        unfinished: Highest step to restore, if a kill interrupted the last rewind; else None.
-    """
-
-    rewinds: "list[BatchRange]"
-    unfinished: int | None = None
-
-
-def load_rewind_history(folder: RunFolder) -> RewindHistory:
-    """Read the rewinds so far on rank 0 and broadcast them."""
-    import torch.distributed as dist
-
-    from resilience.event_log import EventLog
-    from resilience.loss_monitor import read_rewinds
-
-    found: list[Any] = [None]
-    if dist.get_rank() == 0:
-        events = EventLog(folder.event_log).read()
-        # A `start` after a rewind means that the rewind was completed before it was recorded.
-        last = [e for e in events if e.get("event") in ("rewind", "rewound", "start")][-1:]
-        unfinished = last and last[0]["event"] == "rewind"
-        found[0] = RewindHistory(read_rewinds(events), last[0]["before"] if unfinished else None)
-    dist.broadcast_object_list(found)
-    history: RewindHistory = found[0]
-    return history
-
-
 def initial_position(
     config: JobConfig,
     llama: Any,
     optimizer: Any,
     dataset: "Dataset | StreamDataset",
-    report: Callable[[str], None],
-) -> "tuple[Position, RewindHistory]":
-    """Load or initialize model and optimizer for this launch and return its position.
+    report: Report,
+) -> "tuple[Position, list[BatchRange]]":
+    """Load or initialize model and optimizer for this launch.
+
+    Returns:
+        Its position, and the batches excluded by each rewind of earlier launches.
 
     Raises:
         RunFolderError: Checkpoints exist, and none of those to resume from is valid.
         FormatError: The initial weights cannot be read.
     """
-    from resilience.loss_monitor import merge_ranges
+    import torch.distributed as dist
 
-    history = load_rewind_history(RunFolder(Path(config.run.dir)))
-    position = _load_or_initialize(config, llama, optimizer, dataset, report, history.unfinished)
-    skips = merge_ranges([*position.skips, *history.rewinds])
-    return dataclasses.replace(position, skips=skips), history
+    from resilience.event_log import read_json_lines
+    from resilience.loss_monitor import merge_ranges, read_rewinds
+
+    history: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        events = read_json_lines(RunFolder(Path(config.run.dir)).event_log)
+        # A `start` after a rewind means that the rewind was completed before it was recorded.
+        last = [e for e in events if e.get("event") in ("rewind", "rewound", "start")][-1:]
+        unfinished = last and last[0]["event"] == "rewind"
+        history = [read_rewinds(events), last[0]["before"] if unfinished else None]
+    dist.broadcast_object_list(history)
+    rewinds, before = history
+    position = _load_or_initialize(config, llama, optimizer, dataset, report, before)
+    skips = merge_ranges([*position.skips, *rewinds])
+    return dataclasses.replace(position, skips=skips), rewinds
 
 
 def _load_or_initialize(
-    config: JobConfig,
-    llama: Any,
-    optimizer: Any,
-    dataset: Any,
-    report: Callable[[str], None],
-    before: int | None,
+    config: JobConfig, llama: Any, optimizer: Any, dataset: Any, report: Report, before: int | None
 ) -> "Position":
     """Load the newest valid checkpoint, of step `before` at most, or initialize the weights."""
     import torch.distributed as dist
@@ -138,12 +119,7 @@ def check_step(run: Run, batch: int, scalars: "Tensor", saves: bool) -> Decision
     decision = _decide(run, run.reader.read(run.position.step, batch, samples, scalars))
     if saves or decision.save or decision.stop:
         later = _decide(run, run.reader.flush())
-        decision = Decision(
-            decision.rewind or later.rewind,
-            decision.save or later.save,
-            decision.stop or later.stop,
-            decision.reason or later.reason,
-        )
+        decision = Decision._make(a or b for a, b in zip(decision, later, strict=True))
     return decision
 
 
@@ -178,10 +154,8 @@ def rewind(run: Run, skip: "BatchRange") -> None:
     from resilience.loss_monitor import merge_ranges
 
     first, _ = skip
-    n_excluded = sum(
-        min(stop, first) - start for start, stop in run.position.skips if start < first
-    )
-    before = first - n_excluded  # steps done when that batch was taken
+    excluded = (min(stop, first) - start for start, stop in run.position.skips if start < first)
+    before = first - sum(excluded)  # steps done when that batch was taken
     run.saver.finish()
     run.poll_checkpoints()
     previous_step = run.position.step
@@ -189,16 +163,14 @@ def rewind(run: Run, skip: "BatchRange") -> None:
     run.reader.flush()  # discards the steps that are rewound
     skips = merge_ranges([*run.position.skips, skip])
     model, optimizer = run.model.module, run.optimizer.optimizer
-    position = _load_or_initialize(
-        run.config, model, optimizer, run.dataset, run.console.note, before
-    )
+    note = run.console.note
+    position = _load_or_initialize(run.config, model, optimizer, run.dataset, note, before)
     run.position = dataclasses.replace(position, skips=skips)
     run.monitor.reset_after_rewind(position.monitor_state)
     run.record("rewound", step=previous_step, to=position.step, **run.clock.spent())
-    run.console.note(
-        f"Rewound to step {position.step}; excluding batches {skip[0]} to {skip[1] - 1}."
-    )
-    run.truncate_metrics()
+    note(f"Rewound to step {position.step}; excluding batches {skip[0]} to {skip[1] - 1}.")
+    if run.metrics is not None:
+        run.metrics.truncate(position.step)
 
 
 def _record_rewind(run: Run, fields: dict[str, Any]) -> None:

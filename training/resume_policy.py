@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Annotated, Any, get_args, get_origin
+from typing import Any
 
 from model.config_base import ResumePolicy
 from resilience.run_folder import RunFolderError
@@ -27,9 +27,8 @@ def policy_of(key: str) -> ResumePolicy | None:
     """Return the policy declared closest to a dotted key, or None."""
     found = None
     for annotation in annotations_along(JobConfig, key.split(".")):
-        if get_origin(annotation) is Annotated:
-            policies = [each for each in get_args(annotation) if isinstance(each, ResumePolicy)]
-            found = policies[-1] if policies else found
+        for each in getattr(annotation, "__metadata__", ()):  # of Annotated
+            found = each if isinstance(each, ResumePolicy) else found
     return found
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from data.stream import StreamDataset
     from parallel.strategy import MeshStrategy
     from resilience.event_log import EventLog
-    from resilience.goodput import Goodput
     from resilience.lock import RunLock
     from resilience.loss_monitor import AsyncStatsReader, LossMonitor
     from resilience.signals import Requests
@@ -79,12 +77,6 @@ class Run:
         return RunFolder(Path(self.config.run.dir))
 
     @property
-    def validation_batch_size(self) -> int:
-        """Validation sequences that a data-parallel rank computes at a time."""
-        train = self.config.train
-        return train.micro_batch_size or train.global_batch_size // self.mesh.dp
-
-    @property
     def data_rank(self) -> int:
         """Index of the part of each batch, out of `mesh.dp`, that this process reads."""
         return self.mesh.data_rank(self.fabric.global_rank)
@@ -94,32 +86,24 @@ class Run:
         from data.dataset import Dataset
         from data.loader import TrainLoader
 
-        data, rank, size = self.config.data, self.data_rank, self.mesh.dp
-        on_gpu = self.fabric.device.type == "cuda"
-        if not isinstance(self.dataset, Dataset):
+        dataset, data, position = self.dataset, self.config.data, self.position
+        options: dict[str, Any] = {
+            "rank": self.data_rank,
+            "size": self.mesh.dp,
+            "pin_memory": self.fabric.device.type == "cuda",
+            "threads": data.loader_threads,
+            "prefetch": data.prefetch,
+        }
+        if isinstance(dataset, Dataset):
+            options["shuffle_block_tokens"] = data.shuffle_block_tokens
+            seed = self.config.run.seed
+            loader: Any = TrainLoader(dataset, self.stages, seed=seed, **options)
+        else:
             from data.stream import StreamLoader
 
-            return StreamLoader(
-                self.dataset,
-                self.stages.at(0),
-                rank=rank,
-                size=size,
-                positions=self.position.stream_shards,
-                pin_memory=on_gpu,
-                threads=data.loader_threads,
-                prefetch=data.prefetch,
-            ).steps(self.position.batches, self.position.skips)
-        return TrainLoader(
-            self.dataset,
-            self.stages,
-            seed=self.config.run.seed,
-            rank=rank,
-            size=size,
-            shuffle_block_tokens=data.shuffle_block_tokens,
-            pin_memory=on_gpu,
-            threads=data.loader_threads,
-            prefetch=data.prefetch,
-        ).steps(self.position.batches, self.position.skips)
+            positions = position.stream_shards
+            loader = StreamLoader(dataset, self.stages.at(0), positions=positions, **options)
+        return loader.steps(position.batches, position.skips)
 
     def advance(self, batch: "StepBatches") -> None:
         """Move the position past the step just taken."""
@@ -139,11 +123,8 @@ class Run:
         for result in self.saver.poll():
             self.save_failed = result.error is not None
             self.requests.record_save(result.write_seconds)
-            fields = {
-                "step": result.step,
-                "seconds": round(result.stall_seconds, 3),
-                "write_seconds": round(result.write_seconds, 3),
-            }
+            seconds, write_seconds = round(result.stall_seconds, 3), round(result.write_seconds, 3)
+            fields = {"step": result.step, "seconds": seconds, "write_seconds": write_seconds}
             if result.error is None:
                 self.watchdog.has_saved = True
                 self.record("save", path=result.path.name, bytes=result.bytes, **fields)
@@ -151,9 +132,8 @@ class Run:
             self.record("save_failed", error=result.error, **fields)
             stops = self.config.checkpoint.on_failure == "stop"
             action = "Stopping." if stops else "Continuing (checkpoint.on_failure=continue)."
-            self.console.note(
-                f"Could not save a checkpoint at step {result.step}: {result.error}. {action}"
-            )
+            failed = f"Could not save a checkpoint at step {result.step}"
+            self.console.note(f"{failed}: {result.error}. {action}")
             if stops:
                 self.requests.request_stop(ExitCode.SAVE_FAILED)
 
@@ -165,34 +145,18 @@ class Run:
 
         if not self.fabric.is_global_zero:
             return
-        folder = self.folder
+        folder, config, step, note = self.folder, self.config, self.position.step, self.console.note
         last_heartbeat = self.lock.last_heartbeat if self.lock else None
         times = launch_times(folder.event_log, folder.metrics, last_heartbeat)
-        folder.write_config(plain(self.config))
-        self.event_log = EventLog(folder.event_log, self.console.note)
-        self.record(
-            "start",
-            step=self.position.step,
-            mesh=str(self.mesh),
-            **({} if self.position.step else {"init_from": self.config.run.init_from}),
-            changed=changes.free,
-            allowed=changes.allowed,
-            **times,
-        )
+        folder.write_config(plain(config))
+        self.event_log = EventLog(folder.event_log, note)
+        origin = {} if step else {"init_from": config.run.init_from}
+        changed = {"changed": changes.free, "allowed": changes.allowed}
+        self.record("start", step=step, mesh=str(self.mesh), **origin, **changed, **times)
+        tensorboard, wandb, name = config.log.tensorboard, config.log.wandb, config.run.name
         self.metrics = MetricsLog(
-            folder.path,
-            self.config.log.tensorboard,
-            self.config.log.wandb,
-            run_name=self.config.run.name,
-            run_config=plain(self.config),
-            first_step=self.position.step,
-            warn=self.console.note,
+            folder.path, tensorboard, wandb, name, plain(config), first_step=step, warn=note
         )
-
-    def truncate_metrics(self) -> None:
-        """On rank 0, remove metrics beyond the current position."""
-        if self.metrics is not None:
-            self.metrics.truncate(self.position.step)
 
     def draw(self) -> None:
         """On rank 0, redraw the loss curve."""
@@ -221,14 +185,6 @@ class Run:
             self.record("trained", step=self.position.step, **self.clock.spent())
         else:
             self.event_log.progress(self.position.step, self.clock.spent(), now=now)
-
-    def goodput(self) -> "Goodput | None":
-        """On rank 0, return the goodput of the run over all its launches."""
-        from resilience.goodput import compute_goodput
-
-        if self.event_log is None:
-            return None
-        return compute_goodput(self.event_log.read(), alive_until=datetime.now(UTC))
 
     def record(self, event: str, **fields: Any) -> None:
         """On rank 0, write an event to the event log."""

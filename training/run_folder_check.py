@@ -48,7 +48,7 @@ def check_run_folder(
             "overwritten; use run.resume=auto to resume, or another run.name"
         )
     if resume not in ("auto", "never"):
-        start_changes = _check_checkpoint(folder, Path(resume), steps, config, add_defaults)
+        start_changes = _check_checkpoint(folder, Path(resume), config, add_defaults)
         changes = changes if steps else start_changes
     events = [] if steps else read_json_lines(folder.event_log)
     if resume == "auto" and any(event.get("event") == "save" for event in events):
@@ -60,11 +60,7 @@ def check_run_folder(
 
 
 def _check_checkpoint(
-    folder: RunFolder,
-    checkpoint: Path,
-    steps: list[int],
-    config: dict[str, Any],
-    add_defaults: AddDefaults,
+    folder: RunFolder, checkpoint: Path, config: dict[str, Any], add_defaults: AddDefaults
 ) -> Changes:
     """Check that this run can start or resume from the checkpoint named by `run.resume`."""
     if not (checkpoint / COMMITTED).exists():
@@ -84,6 +80,7 @@ def _check_checkpoint(
             f"run.init_from={checkpoint} to start from its weights"
         )
     step, samples = manifest["position"]["step"], manifest["position"]["samples"]
+    steps = folder.committed_steps()
     if steps and steps[-1] > step:
         raise RunFolderError(
             f"run.resume={checkpoint} is before step {steps[-1]} of {folder.checkpoints}, and "

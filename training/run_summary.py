@@ -4,54 +4,41 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from parallel.mesh import MeshShape, Processes
-from training.config import JobConfig
+from data.stages import Stage
+from parallel.mesh import Processes
 from training.resume_policy import Changes
+from training.run import Run
 
-if TYPE_CHECKING:
-    from checkpoint.position import Position
-    from data.dataset import Dataset
-    from data.stages import Stage
-    from data.stream import StreamDataset
+Rows = list[tuple[str, str]]
 
 
-def header(
-    config: JobConfig,
-    mesh: MeshShape,
-    processes: Processes,
-    dataset: "Dataset | StreamDataset",
-    position: "Position",
-    changes: Changes,
-) -> tuple[str, list[tuple[str, str]]]:
+def header(run: Run, changes: Changes) -> tuple[str, Rows]:
     """Return title and rows of the header: model, mesh, data, batch sizes and steps."""
     from model.flops import parameter_count
     from training.console import compact
 
+    config, position, processes, stages = run.config, run.position, run.processes, run.stages
     model, max_steps = config.model, config.train.max_steps
-    stages = config.stages()
     origin = f"from step {position.step}" if position.step else "from scratch"
     if not position.step and config.run.init_from is not None:
         origin = f"from the weights of {config.run.init_from}"
     steps = max(max_steps - position.step, 0)
     tokens = max(stages.first_token(max_steps) - position.tokens, 0)
-    batch_rows = [
-        (
-            f"from step {stage.first_step + 1}" if index else "batch",
-            f"{stage.global_batch_size} sequences of {stage.seq_len} tokens per step"
-            + (f", weights {_weights(stage)}" if len(stage.weights) > 1 else ""),
-        )
-        for index, stage in enumerate(stages.all)
-    ]
+    batch_rows = []
+    for stage in stages.all:
+        name = f"from step {stage.first_step + 1}" if stage.first_step else "batch"
+        batch = f"{stage.global_batch_size} sequences of {stage.seq_len} tokens per step"
+        weights = f", weights {_weights(stage)}" if len(stage.weights) > 1 else ""
+        batch_rows.append((name, batch + weights))
     return f"Llamesh: {config.run.name}", [
         (
             "model",
             f"{model.name}, {compact(parameter_count(model))} parameters: {model.n_layers} layers, "
             f"dim {model.dim}, {model.n_heads} heads ({model.n_kv_heads} kv)",
         ),
-        ("mesh", f"{mesh} on {processes.accelerator}, launched by {processes.launcher}"),
-        *_data_rows(config, dataset),
+        ("mesh", f"{run.mesh} on {processes.accelerator}, launched by {processes.launcher}"),
+        *_data_rows(run),
         *batch_rows,
         ("steps", f"{steps} ({compact(tokens)} tokens), {origin}"),
         ("folder", config.run.dir),
@@ -59,18 +46,18 @@ def header(
     ]
 
 
-def _data_rows(config: JobConfig, dataset: "Dataset | StreamDataset") -> list[tuple[str, str]]:
+def _data_rows(run: Run) -> Rows:
     """Return rows about the tokens and, except for streams, the epochs of each source."""
     from data.dataset import Dataset
     from training.console import compact
 
+    config, dataset, stages = run.config, run.dataset, run.stages
     names = ", ".join(config.data.sources)
     vocabulary = f"{config.tokenizer.name} vocabulary of {config.tokenizer.vocab_size:,}"
     if not isinstance(dataset, Dataset):
         files = f"{dataset.n_files} files of {dataset.source.path}"
         shards = f"{dataset.n_stream_shards} stream shards"
         return [("data", f"{names}, streamed from {files} in {shards}, {vocabulary}")]
-    stages = config.stages()
     order = dataset.order(stages, config.run.seed, config.data.shuffle_block_tokens)
     epochs = order.epochs(stages.first_sample(config.train.max_steps))
     n_tokens = compact(dataset.manifest.n_tokens("train"))
@@ -80,27 +67,19 @@ def _data_rows(config: JobConfig, dataset: "Dataset | StreamDataset") -> list[tu
     ]
 
 
-def _weights(stage: "Stage") -> str:
+def _weights(stage: Stage) -> str:
     """Return the normalized mixture weights of a stage."""
     total = sum(stage.weights.values())
     return ", ".join(f"{name} {weight / total:.3g}" for name, weight in stage.weights.items())
 
 
-def summary(
-    config: JobConfig, processes: Processes, position: "Position", metrics: dict[str, Any]
-) -> tuple[str, list[tuple[str, str]], list[tuple[str, str]]]:
-    """Return title, result rows and follow-up commands of a finished run.
-
-    Args:
-        metrics: Latest value of each metric; empty if this launch had no step left to train.
-    """
+def summary(run: Run) -> tuple[str, Rows, Rows]:
+    """Return title, result rows and follow-up commands of a finished run."""
     from training.console import compact
 
+    config, position, processes, metrics = run.config, run.position, run.processes, run.last_metrics
     folder = config.run.dir
     checkpoint = f"{folder}/checkpoints/step-{position.step:08d}"
-    evaluate, generate = (
-        Path(sys.argv[0]).with_name(f"{name}.py") for name in ("evaluate", "generate")
-    )
     checkpoint_override = f"checkpoint={shlex.quote(checkpoint)}"
     rows = [("tokens", f"{compact(position.tokens)} in {position.step} steps")]
     for name, key in (("training loss", "loss"), ("validation loss", "val_loss")):
@@ -116,21 +95,26 @@ def summary(
     longer = [*overrides, f"train.max_steps={2 * position.step}"]
     commands = [("Resume after an interruption", resume_command(processes))]
     if config.data.stream_shards is None:  # streams have no validation split
-        commands.append(("Evaluate", f"python {evaluate} evaluation.{checkpoint_override}"))
+        commands.append(("Evaluate", f"{_program('evaluate')} evaluation.{checkpoint_override}"))
     commands += [
-        ("Generate text", f"python {generate} {checkpoint_override}"),
+        ("Generate text", f"{_program('generate')} {checkpoint_override}"),
         ("Train longer", _command(processes, longer)),
     ]
     if config.log.tensorboard:
         logdir = f"{shlex.quote(folder)}/tensorboard"
         commands.append(("View in TensorBoard", f"tensorboard --logdir {logdir}"))
-    title = "Finished" if metrics else "Finished already"
+    title = "Finished" if metrics else "Finished already"  # no step was left to train
     return f"{title}: {config.run.name}", rows, commands
 
 
 def resume_command(processes: Processes) -> str:
     """Return the shell command that resumes this run."""
     return _command(processes, _overrides())
+
+
+def _program(name: str) -> str:
+    """Return the shell command for a program in the folder of `train.py`."""
+    return f"python {Path(sys.argv[0]).with_name(name)}.py"
 
 
 def _command(processes: Processes, overrides: list[str]) -> str:

@@ -8,12 +8,13 @@ collective that never completes.
 import os
 import sys
 import traceback
+from datetime import UTC, datetime
 from typing import NoReturn
 
 from data.errors import DataError
 from parallel.mesh import is_first_process
 from resilience.exit_codes import ExitCode
-from resilience.goodput import Goodput
+from resilience.goodput import Goodput, compute_goodput
 from resilience.run_folder import RunFolderError
 from training.run import Run
 from training.run_summary import resume_command, summary
@@ -32,8 +33,7 @@ def exit_early(code: ExitCode) -> NoReturn:
     """Exit before the first step; the first process prints the reason."""
     if is_first_process():
         reason = STOP_REASONS[code]
-        message = f"{reason[0].upper()}{reason[1:]} before the first step."
-        print(message, file=sys.stderr, flush=True)
+        _report(f"{reason[0].upper()}{reason[1:]} before the first step.")
     os._exit(code)
 
 
@@ -42,10 +42,9 @@ def stop_run(run: Run, code: ExitCode, reason: str = "") -> NoReturn:
     run.console.stop()
     reason = reason or STOP_REASONS[code]
     goodput = _record_stop(run, code.name.lower(), code, why=reason)
-    rows = "".join(f"\n{name} {value}" for name, value in goodput)
-    run.console.note(
-        f"Stopped after step {run.position.step}: {reason}.{rows}\n{_resume_hint(run)}"
-    )
+    stopped = f"Stopped after step {run.position.step}: {reason}."
+    rows = [f"{name} {value}" for name, value in goodput]
+    run.console.note("\n".join([stopped, *rows, _resume_hint(run)]))
     _exit(run, code)
 
 
@@ -65,11 +64,7 @@ def abort(run: Run, error: Exception) -> NoReturn:
         code, message = ExitCode.USER_ERROR, "".join(traceback.format_exception(error))
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     _record_stop(run, reason, code)
-    print(
-        f"Stopped in step {run.position.step + 1}: {message}\n{_resume_hint(run)}",
-        file=sys.stderr,
-        flush=True,
-    )
+    _report(f"Stopped in step {run.position.step + 1}: {message}\n{_resume_hint(run)}")
     _exit(run, code)
 
 
@@ -77,7 +72,7 @@ def record_fault(run: Run, reason: str) -> None:
     """Record an abort by the watchdog of rank 0; called in a watchdog thread."""
     run.console.stop()
     run.record("fault", step=run.position.step, reason=reason, code=int(run.watchdog.exit_code))
-    print(_resume_hint(run), file=sys.stderr, flush=True)
+    _report(_resume_hint(run))
 
 
 def finish(run: Run) -> None:
@@ -85,9 +80,13 @@ def finish(run: Run) -> None:
     goodput = _record_stop(run, "finished", ExitCode.FINISHED)
     if run.metrics is not None:
         run.metrics.close()
-    title, rows, commands = summary(run.config, run.processes, run.position, run.last_metrics)
+    title, rows, commands = summary(run)
     run.console.summary(title, [*rows, *goodput], commands)
     run.watchdog.close()
+
+
+def _report(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def goodput_row(goodput: Goodput) -> tuple[str, str]:
@@ -106,9 +105,9 @@ def goodput_row(goodput: Goodput) -> tuple[str, str]:
 
 def _record_stop(run: Run, reason: str, code: ExitCode, **more: str) -> list[tuple[str, str]]:
     """Record the end of this launch; return the goodput of the run as a console row."""
-    goodput = run.goodput()
-    if goodput is None:
+    if run.event_log is None:
         return []
+    goodput = compute_goodput(run.event_log.read(), alive_until=datetime.now(UTC))
     fields = {"step": run.position.step, "reason": reason, "code": int(code), **more}
     run.record("stop", **fields, **run.clock.spent(), goodput=goodput.to_dict())
     return [goodput_row(goodput)]

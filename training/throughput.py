@@ -36,10 +36,9 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """
     if dtype not in (torch.bfloat16, torch.float16) or " MIG " in f"{device_name} ":
         return None
-    for pattern, tflops in _PEAK_TFLOPS:
-        if re.search(pattern, device_name):
-            return tflops * 1e12
-    return None
+    peaks = (tflops for pattern, tflops in _PEAK_TFLOPS if re.search(pattern, device_name))
+    tflops = next(peaks, None)
+    return tflops and tflops * 1e12
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -103,11 +102,7 @@ def build_throughput(
     """Return the throughput meter of a run for sequences of length `seq_len`."""
     dtype = mixed_precision_policy(config.precision, device.type).param_dtype or torch.float32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return Throughput(
-        flops_per_token(config.model, seq_len, causal=True),
-        flops_per_token(config.model, seq_len, causal=False),
-        mesh.world_size,
-        # With fp8 products, a fraction of the bf16 peak would be meaningless.
-        None if config.precision.fp8 else peak_flops(name, dtype),
-        device,
-    )
+    causal, full = (flops_per_token(config.model, seq_len, causal=each) for each in (True, False))
+    # With fp8 products, a fraction of the bf16 peak would be meaningless.
+    peak = None if config.precision.fp8 else peak_flops(name, dtype)
+    return Throughput(causal, full, mesh.world_size, peak, device)

@@ -21,11 +21,12 @@ def validate(run: Run) -> float:
     from evaluation.held_out import LossTotals, evaluate_loss
 
     assert isinstance(run.dataset, Dataset)  # streams have no validation split
+    train = run.config.train
     batches = validation_batches(
         run.dataset,
         samples=run.config.validation.samples,
-        seq_len=run.config.train.seq_len,
-        micro_batch_size=run.validation_batch_size,
+        seq_len=train.seq_len,
+        micro_batch_size=train.micro_batch_size or train.global_batch_size // run.mesh.dp,
         rank=run.data_rank,
         size=run.mesh.dp,
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_QUEUED = 10_000  # records kept while W&B does not respond
+TIMEOUTS = {"init_timeout": 30, "login_timeout": 30}  # seconds
 FINISH_SECONDS = 60.0  # time to send the remaining records at the end of a run
 
 
@@ -37,41 +38,36 @@ class WandbLogger:
         except queue.Full:
             self.failure = self.failure or "it does not respond"
 
-    def finish(self, seconds: float | None = None) -> None:
-        """Send the remaining records and finish, within `seconds` (default `FINISH_SECONDS`)."""
-        seconds = FINISH_SECONDS if seconds is None else seconds
+    def finish(self) -> None:
+        """Send the remaining records and finish, within `FINISH_SECONDS`."""
         if not self._thread.is_alive():
             return
         with suppress(queue.Full):
-            self._records.put(None, timeout=seconds)
-        self._thread.join(seconds)
+            self._records.put(None, timeout=FINISH_SECONDS)
+        self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
-            self.failure = self.failure or f"it did not finish within {seconds:g} seconds"
+            self.failure = self.failure or f"it did not finish within {FINISH_SECONDS:g} seconds"
 
     def _send(self) -> None:
         try:
-            run = self._init()
+            import wandb
+
+            run = wandb.init(
+                project=self._project,
+                name=self._run_name,
+                config=self._config,
+                dir=str(self._folder),
+                id=self._run_id(),
+                resume="allow",
+                settings=wandb.Settings(console="off", quiet=True, **TIMEOUTS),
+            )
+            # The x-axis is our step, which may decrease after a kill or rewind; W&B's may not.
+            run.define_metric("*", step_metric="step")
             while (record := self._records.get()) is not None:
                 run.log(record)
             run.finish()
         except Exception as error:
             self.failure = error
-
-    def _init(self) -> Any:
-        import wandb
-
-        run = wandb.init(
-            project=self._project,
-            name=self._run_name,
-            config=self._config,
-            dir=str(self._folder),
-            id=self._run_id(),
-            resume="allow",
-            settings=wandb.Settings(console="off", quiet=True, init_timeout=30, login_timeout=30),
-        )
-        # The x-axis is our step: W&B's own must increase, ours decreases after a kill or rewind.
-        run.define_metric("*", step_metric="step")
-        return run
 
     def _run_id(self) -> str:
         """Return the W&B run ID from the run folder when resuming, otherwise a new one."""
