@@ -91,13 +91,8 @@ def annotations_along(schema: Any, path: Sequence[str]) -> Iterator[Any]:
     """
     annotation = schema
     for name in path:
-        container = next(
-            (one for one in _members(annotation) if get_origin(one) in (dict, list)), None
-        )
-        if container is not None:
-            annotation = get_args(container)[-1]
-        else:
-            annotation = fields_of(annotation).get(name)
+        containers = [one for one in _members(annotation) if get_origin(one) in (dict, list)]
+        annotation = get_args(containers[0])[-1] if containers else fields_of(annotation).get(name)
         if annotation is None:
             return
         yield annotation
@@ -145,19 +140,14 @@ def _message(prefix: str, key: str, items: list[Any], schema: Any) -> str:
     if kind == "value_error":  # raised by __post_init__, one message per line
         return str(item["ctx"]["error"])
     if kind == UNKNOWN:
-        known, above = (
-            fields_of(annotations[-1] if len(path) > 1 else schema),
-            name.rpartition(".")[0],
-        )
+        known = fields_of(annotations[-1] if len(path) > 1 else schema)
+        above = name.rpartition(".")[0]
         if near := difflib.get_close_matches(path[-1], known, n=1):
             return f"Unknown key {name}. Did you mean {f'{above}.{near[0]}'.lstrip('.')}?"
         return f"Unknown key {name}. Known keys: {', '.join(known)}"
     if kind == "missing":
-        add = (
-            f"it to the list {name.partition('[')[0]}"
-            if "[" in name
-            else f"{name}=… to the command"
-        )
+        above, inside, _ = name.partition("[")
+        add = f"it to the list {above}" if inside else f"{name}=… to the command"
         return f"{name} has no value; add {add}"
     if isinstance(value, bool):
         return f"{name}={_shown(value)} {NOT_A_NUMBER}"

@@ -53,6 +53,8 @@ def duration(seconds: float | None) -> str:
 
 
 class _Output(RichConsole):
+    """rich's console, which by default exits the process when a pipe is closed."""
+
     def on_broken_pipe(self) -> None:
         """Raise the error instead of exiting."""
         raise
@@ -73,8 +75,8 @@ class Console:
         width = None if self._terminal else PLAIN_WIDTH
         self._rich = _Output(
             file=file,
-            force_terminal=self._terminal,
             width=width,
+            force_terminal=self._terminal,
             highlight=False,
             quiet=not enabled,
         )
@@ -150,10 +152,8 @@ class Console:
             metrics.append(f"val {self._val_loss:.4f}")
         metrics.append(f"{compact(record.get('tokens_per_second'))} tok/s")
         metrics.append(f"{duration(left)} left")
-        fields: dict[str, Any] = {
-            "step": f"step {step}/{self._max_steps}",
-            "metrics": "  ".join(metrics),
-        }
+        shown = f"step {step}/{self._max_steps}"
+        fields: dict[str, Any] = {"step": shown, "metrics": "  ".join(metrics)}
         with self._disable_on_error():
             self._progress.update(self._task, completed=step, refresh=True, **fields)
 
@@ -195,7 +195,8 @@ class Console:
                 for metric in METRICS
                 if metric.column is not None and metric.optional == optional
             ]
-            cells += [] if optional else [(duration(left), "time left", 8)]
+            if not optional:
+                cells.append((duration(left), "time left", 8))
         values, headings, _ = zip(*cells, strict=True)
         for line in (values,) if self._lines % HEADING_INTERVAL else (headings, values):
             aligned = [
