@@ -212,11 +212,14 @@ def _rows(changed: dict[str, Difference], note: str = "", reasons: bool = False)
 def _stage_remedy(changes: Changes, now: dict[str, Any], samples: int) -> list[str]:
     """Return how to change sizes and weights from the next sample on, if any were changed."""
     stage: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
     for key, (_, value) in changes.forbidden.items():
         if key in ("train.seq_len", "train.global_batch_size"):
             stage[key.removeprefix("train.")] = value
         elif source := re.fullmatch(r"data\.sources\.(.+)\.weight", key):
-            stage.setdefault("weights", {})[source[1]] = value
+            weights[source[1]] = value
+    if weights:
+        stage["weights"] = weights
     if not stage:
         return []
     new = override_value({"from_sample": samples} | stage)
