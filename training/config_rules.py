@@ -506,6 +506,18 @@ def prepare_errors(
         yield f"{' and '.join(names)} are mutually exclusive; use one per command"
 
 
+def inspect_errors(
+    inspect: str | None, sample: int, seq_len: int | None, seed: int | None
+) -> Iterator[str]:
+    """Yield errors for keys of `prepare.py` that apply only to `inspect`."""
+    for key, value in (("sample", sample or None), ("seq_len", seq_len), ("seed", seed)):
+        if inspect is None and value is not None:
+            yield f"{key}={value} has no effect without inspect; add inspect=FOLDER"
+
+
+PREPARE_RULES = (*CONFIG_RULES, prepare_errors, inspect_errors)
+
+
 def generate_errors(
     prompt: str | None, prompts: str | None, parallel: ParallelConfig
 ) -> Iterator[str]:
@@ -515,14 +527,6 @@ def generate_errors(
                 f"parallel.{axis}={size} is not supported for generation; use parallel.{axis}=1, "
                 "and parallel.tp to shard the model"
             )
-    if prompt is not None and prompts is not None:
-        yield f"prompts={prompts} and prompt={prompt!r} are both given; use one of them"
-
-
-PREPARE_RULES = (*CONFIG_RULES, prepare_errors, inspect_errors)
-
-
-def generate_errors(prompt: str | None, prompts: str | None) -> Iterator[str]:
     if prompt is not None and prompts is not None:
         yield f"prompts={prompts} and prompt={prompt!r} are both given; use one of them"
 
