@@ -24,13 +24,12 @@ from cli.config import check_config
 from cli.errors import exit_on_user_error
 from parallel.mesh import MeshShape, Processes, is_first_process
 from parallel.step_scalars import NO_REQUESTS, StepRequests
-from planning.fit_check import check_plan, print_fit_check
+from planning.fit_check import check_plan
 from resilience.exit_codes import ExitCode
 from resilience.lock import RunLock
 from resilience.signals import Requests
 from resilience.slurm_time_limit import slurm_time_left
 from training.config import JobConfig
-from training.config_validation import ConfigError
 from training.metrics import step_metrics
 from training.preflight import acquire_run_lock, check_folder, prepare_data
 from training.recovery import check_step, initial_position, rewind
@@ -55,12 +54,11 @@ def main(composed: DictConfig) -> None:
     with exit_on_user_error():
         config, processes, mesh = check_config(composed)
         changes = check_folder(config)
-        fit = check_plan(config, processes, mesh)
-        if fit is not None and fit.rejected:
-            raise ConfigError([fit.message])
+        memory_plan = check_plan(config, processes, mesh)
         dataset = prepare_data(config)
         lock = acquire_run_lock(config)
-        print_fit_check(fit)
+        if memory_plan and is_first_process():
+            print(memory_plan, flush=True)
         run = set_up(config, processes, mesh, dataset, changes, lock)
     try:
         train(run)

@@ -182,10 +182,10 @@ def block_table(block: dict[int, Peaks]) -> str:
     collected = {n: held.get("collectives", 0) for n, held in update.items()}
     rows = [
         ("weights, gradients, moments", {n: sharded_bytes(block[n]) for n in block}),
-        ("AdamW's copies (1)", {n: held["update_temporaries"] for n, held in update.items()}),
+        ("AdamW's copies (1)", {n: held["update"] for n, held in update.items()}),
         (
             "batch, output (2)",
-            {n: held["activations"] + collected[n] for n, held in update.items()},
+            {n: held["forward"] + collected[n] for n, held in update.items()},
         ),
         ("peak of a step", {n: sum(held.values()) for n, held in update.items()}),
         ("cuBLAS's workspaces (3)", dict.fromkeys(block, CUBLAS_BYTES)),

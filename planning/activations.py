@@ -57,10 +57,9 @@ def last_norm_backward_bytes(spec: StepSpec) -> tuple[int, int]:
     if norm_is_decomposed(spec):
         return elements, 5 * elements
     # Input, gradient and result; for narrower types also a float32 copy of each.
-    wide = elements
-    if spec.param_bytes != FLOAT32:
-        wide = block_input_bytes(spec) + 3 * elements
-    return block_input_bytes(spec), block_input_bytes(spec) + wide
+    hidden = block_input_bytes(spec)
+    wide = elements if spec.param_bytes == FLOAT32 else hidden + 3 * elements
+    return hidden, hidden + wide
 
 
 def norm_is_decomposed(spec: StepSpec) -> bool:

@@ -12,19 +12,20 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+from data.files import write_atomically
 from model.attention import AttentionKernel
 from planning.hardware import FOLDER, LOCAL, PROCESS_GIB, Hardware, hardware_of
 
 SECONDS = 1.5  # per measurement
-N_WARM_UP, MIN_REPEATS = 2, 3
+MIN_REPEATS = 5
 # Matrix size, elements of a copy, (batch, heads, seq, head_dim), elements of an all-gather.
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"product": 1024, "copy": 2**24, "attention": (4, 8, 512, 64), "payload": 2**22},
@@ -38,9 +39,12 @@ DEFAULT_LINK = (20.0, 20.0)  # GB/s and microseconds: PCI Express, a fast networ
 
 def measure_local_hardware() -> tuple[Path, Hardware]:
     """Measure this machine and write the result to conf/hardware/local.yaml."""
-    path = FOLDER / f"{LOCAL}.yaml"
-    hardware = calibrate()
-    write_hardware(hardware, path)
+    import yaml
+
+    hardware, path = calibrate(), FOLDER / f"{LOCAL}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(_rounded(dataclasses.asdict(hardware)), sort_keys=False)
+    write_atomically(path, f"# Measured by `python plan.py calibrate=true`.\n{text}".encode())
     return path, hardware
 
 
@@ -51,7 +55,13 @@ def calibrate(seconds: float = SECONDS) -> Hardware:
         seconds: Duration of each of about eight measurements.
     """
     kind: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    known, name, memory_gib, devices = _device(kind)
+    known, devices = None, MAX_CPU_RANKS
+    name = f"cpu, {torch.get_num_threads()} threads"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if kind == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        name, memory = properties.name, properties.total_memory
+        known, devices = hardware_of(name), torch.cuda.device_count()
     sizes = SIZES[kind]
     n = sizes["product"]
     matrix = {key: matrix_tflops(kind, dtype, n, seconds) for key, dtype in DTYPES.items()}
@@ -59,14 +69,13 @@ def calibrate(seconds: float = SECONDS) -> Hardware:
     if known is not None and "fp8" in known.matrix_tflops:  # scaled from the known ratio
         for measured, rates in ((matrix, known.matrix_tflops), (attention, known.attention_tflops)):
             measured["fp8"] = measured["bf16"] * rates["fp8"] / rates["bf16"]
-    link = _link(kind, sizes["payload"], seconds)
-    if link is None:
-        link = (known.link_gb_s, known.link_latency_us) if known else DEFAULT_LINK
+    known_link = (known.link_gb_s, known.link_latency_us) if known else DEFAULT_LINK
+    link = _link(kind, sizes["payload"], seconds) or known_link
     network = (known.network_gb_s, known.network_latency_us) if known else link
     return Hardware(
         name=name,
         accelerator=kind,
-        memory_gib=memory_gib,
+        memory_gib=memory / 2**30,
         reserved_gib=RESERVED_GIB[kind],
         peak_tflops=known.peak_tflops if known else matrix,
         matrix_tflops=matrix,
@@ -80,17 +89,6 @@ def calibrate(seconds: float = SECONDS) -> Hardware:
     )
 
 
-def write_hardware(hardware: Hardware, path: Path) -> None:
-    """Write a hardware file atomically."""
-    import yaml
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(_rounded(dataclasses.asdict(hardware)), sort_keys=False)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(f"# Measured by `python plan.py calibrate=true`.\n{text}")
-    os.replace(temporary, path)
-
-
 def _rounded(value: Any) -> Any:
     """Round all floats to four significant digits."""
     if isinstance(value, dict):
@@ -98,35 +96,22 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def _device(kind: str) -> tuple[Hardware | None, str, float, int]:
-    """Return the known hardware, name, memory in GiB and number of devices."""
-    if kind == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        known = hardware_of(properties.name)
-        memory_gib = properties.total_memory / 2**30
-        return known, properties.name, memory_gib, torch.cuda.device_count()
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return None, f"cpu, {torch.get_num_threads()} threads", memory_gib, MAX_CPU_RANKS
+def _repeated_seconds(kind: str, operation: Callable[[], object], repeats: int) -> float:
+    """Return the median time of `repeats` operations."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        operation()
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def _median_seconds(kind: str, operation: Callable[[], object], seconds: float) -> float:
     """Return the median time of an operation repeated for `seconds`."""
-
-    def synchronize() -> None:
-        if kind == "cuda":
-            torch.cuda.synchronize()
-
-    for _ in range(N_WARM_UP):
-        operation()
-    synchronize()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < MIN_REPEATS:
-        start = time.perf_counter()
-        operation()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    estimate = _repeated_seconds(kind, operation, MIN_REPEATS)  # also warms up
+    return _repeated_seconds(kind, operation, max(int(seconds / estimate), MIN_REPEATS))
 
 
 def matrix_tflops(kind: str, dtype: torch.dtype, n: int, seconds: float) -> float:
@@ -157,8 +142,7 @@ def _bandwidth(kind: str, elements: int, seconds: float) -> float:
     """Return the GB/s of a copy, bytes read plus bytes written."""
     source = torch.zeros(elements, device=kind)
     target = torch.empty_like(source)
-    moved = 2 * source.nbytes
-    return moved / _median_seconds(kind, lambda: target.copy_(source), seconds) / 1e9
+    return 2 * source.nbytes / _median_seconds(kind, lambda: target.copy_(source), seconds) / 1e9
 
 
 # ---------------------------------------------------------------- between processes
@@ -176,8 +160,7 @@ def _link(kind: str, payload: int, seconds: float) -> tuple[float, float] | None
         spawn(_gather, args=(ranks, kind, payload, seconds, folder), nprocs=ranks)
         large, small = map(float, (Path(folder) / "seconds").read_text().split())
     sent = 4 * payload * (ranks - 1) / ranks
-    if kind == "cpu":
-        sent *= ranks
+    sent *= ranks if kind == "cpu" else 1
     return sent / max(large - small, 1e-9) / 1e9, small * 1e6
 
 
@@ -185,32 +168,20 @@ def _gather(rank: int, ranks: int, kind: str, payload: int, seconds: float, fold
     """Time all-gathers of `payload` float32 values and of one per rank; rank 0 writes the times."""
     warnings.simplefilter("ignore", FutureWarning)  # the collective is renamed in PyTorch 2.13
     backend = "nccl" if kind == "cuda" else "gloo"
+    torch.set_num_threads(1)
     if kind == "cuda":
         torch.cuda.set_device(rank)
-    else:
-        torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
     times = []
     for elements in (payload, ranks):
         shard = torch.zeros(elements // ranks, device=kind)
         full = torch.empty(elements, device=kind)
-        estimate = _gather_seconds(kind, full, shard, 5)
-        repeats = torch.tensor(max(int(seconds / estimate), 5), device=kind)
+        gather = partial(dist.all_gather_into_tensor, full, shard)
+        estimate = _repeated_seconds(kind, gather, MIN_REPEATS)
+        repeats = torch.tensor(max(int(seconds / estimate), MIN_REPEATS), device=kind)
         dist.broadcast(repeats, 0)  # the same number on all ranks
-        times.append(_gather_seconds(kind, full, shard, int(repeats)))
+        times.append(_repeated_seconds(kind, gather, int(repeats)))
     if rank == 0:
         (Path(folder) / "seconds").write_text(" ".join(map(str, times)))
     dist.destroy_process_group()
-
-
-def _gather_seconds(kind: str, full: Tensor, shard: Tensor, repeats: int) -> float:
-    """Return the median time of `repeats` all-gathers."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        dist.all_gather_into_tensor(full, shard)
-        if kind == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)

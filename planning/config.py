@@ -1,5 +1,6 @@
 """Configuration of `plan.py`: the one of `train.py`, the hardware, and what to plan."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data.config import DataConfig
@@ -8,8 +9,9 @@ from model.config_base import PositiveInt
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, resolve_mesh
 from planning.hardware import Hardware
-from planning.request import PlanRequest, planned_errors
+from planning.request import PlanRequest
 from training.config import JobConfig, TrainConfig
+from training.config_rules import device_errors, mesh_errors
 
 
 @dataclass(frozen=True)
@@ -66,21 +68,19 @@ def planned_devices(parallel: ParallelConfig, hardware: Hardware, devices: int |
 
 def hardware_errors(
     parallel: ParallelConfig, precision: PrecisionConfig, hardware: Hardware
-) -> list[str]:
-    """Return errors for requirements that the hardware does not meet."""
-    errors = []
+) -> Iterator[str]:
+    """Yield errors for requirements that the hardware does not meet."""
     if parallel.accelerator not in ("auto", hardware.accelerator):
-        errors.append(
+        yield (
             f"parallel.accelerator={parallel.accelerator} does not match hardware "
             f"{hardware.name} ({hardware.accelerator}); use parallel.accelerator=auto or another "
             "hardware"
         )
     if precision.fp8 is not None and not hardware.is_hopper:
-        errors.append(
+        yield (
             f"precision.fp8={precision.fp8} needs 8-bit matrix products, but hardware "
             f"{hardware.name} has none; use precision.fp8=null or hardware=h100"
         )
-    return errors
 
 
 def planned_mesh_errors(
@@ -99,8 +99,11 @@ def planned_mesh_errors(
     mesh, errors = resolve_mesh(parallel, planned_devices(parallel, hardware, devices))
     if errors:
         return errors
-    accelerator, hopper = hardware.accelerator, hardware.is_hopper
-    return planned_errors(accelerator, mesh, parallel, precision, model, train, data, hopper)
+    hopper = hardware.is_hopper
+    return [
+        *device_errors(hardware.accelerator, mesh, parallel, precision, model, lambda: hopper),
+        *mesh_errors(mesh, parallel, precision, model, train, data),
+    ]
 
 
 PLAN_RULES = (hardware_errors, planned_mesh_errors)

@@ -3,40 +3,32 @@
 `train.py` runs it before anything is allocated or written. Imports torch only to query GPU memory.
 """
 
-from dataclasses import dataclass
+import os
+from contextlib import suppress
 from pathlib import Path
 
-from parallel.mesh import MeshShape, Processes, is_first_process
+from parallel.mesh import MeshShape, Processes
 from planning.hardware import LOCAL, PROCESS_GIB, Hardware, hardware_of, load_hardware
 from planning.memory import GIB, MemoryBreakdown
 from planning.plan import plan_run
-from planning.request import Choice, PlanRequest, configured_choice
-from planning.search import fewest_devices, fullest_stage, nearest_fit
+from planning.request import PlanRequest, configured_choice
+from planning.search import peak_memory, remedy
 from training.config import JobConfig
+from training.config_validation import ConfigError
 
 CONTEXT_GIB = 0.5
 """Memory of the CUDA context on GPUs without a hardware file."""
 
 
-@dataclass(frozen=True)
-class FitCheck:
-    """Result of the memory check.
-
-    Attributes:
-        message: One line with the memory of a step, and a remedy if it does not fit.
-        rejected: Whether the run must not start: it does not fit and `run.plan_check=refuse`.
-    """
-
-    fits: bool
-    message: str
-    rejected: bool = False
-
-
-def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> FitCheck | None:
+def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str | None:
     """Compare the peak memory of a step with the memory of a rank on this machine.
 
     Returns:
-        The result, or None with `run.plan_check=off`.
+        One line with the memory of a step, and a remedy if it does not fit. None with
+        `run.plan_check=off`.
+
+    Raises:
+        ConfigError: It does not fit and `run.plan_check=refuse`.
     """
     if config.run.plan_check == "off":
         return None
@@ -45,43 +37,24 @@ def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> FitC
     request = PlanRequest(config, processes.accelerator, tokens)
     choice = configured_choice(config, mesh)
     stages = request.stages(choice)
-    _, memory = fullest_stage(stages)
-    used = f"{memory.peak / GIB:.2f} of {available / GIB:.2f} GiB per rank"
+    memory = peak_memory(stages)
+    used = f"Memory plan: {memory.peak / GIB:.2f} of {available / GIB:.2f} GiB per rank"
     if memory.peak <= available:
         speed = ""
         if hardware is not None:
             speed = f"; about {plan_run(stages, hardware).tokens_per_second:,.0f} tokens/s"
-        return FitCheck(True, f"Memory plan: {used} (fits): {largest_parts(memory)}{speed}")
-    remedy = _remedy(request, choice, available, processes.per_node)
-    message = f"Memory plan: {used} (does not fit): {largest_parts(memory)}; {remedy}"
-    if config.run.plan_check == "warn":
-        return FitCheck(False, message)
-    return FitCheck(False, f"{message}, or run.plan_check=warn to start anyway", rejected=True)
-
-
-def print_fit_check(check: FitCheck | None) -> None:
-    """Print the result of the memory check on the first process."""
-    if check is not None and is_first_process():
-        print(check.message, flush=True)
+        return f"{used} (fits): {largest_parts(memory)}{speed}"
+    more = remedy(request, lambda _: available, mesh.world_size, processes.per_node, choice)
+    message = f"{used} (does not fit): {largest_parts(memory)}; {more}"
+    if config.run.plan_check == "refuse":
+        raise ConfigError([f"{message}, or run.plan_check=warn to start anyway"])
+    return message
 
 
 def largest_parts(memory: MemoryBreakdown) -> str:
     """Return the three largest parts of a breakdown, in GiB."""
     parts = sorted(memory.by_part().items(), key=lambda item: item[1], reverse=True)
     return ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts[:3])
-
-
-def _remedy(request: PlanRequest, current: Choice, available: int, per_node: int) -> str:
-    """Return overrides that would make the run fit, for an error message."""
-    nearest = nearest_fit(request, current, lambda spec: available)
-    if nearest is not None:
-        changed = [word for word in nearest.overrides if word not in current.overrides]
-        return f"use {' '.join(changed)}"
-    fewest = fewest_devices(request, lambda spec: available, current.mesh.world_size, per_node)
-    if fewest is None:
-        return "no mesh of any size fits: use a smaller model, shorter sequences or a smaller batch"
-    devices, choice = fewest
-    return f"use at least {devices} devices with {' '.join(choice.overrides)}"
 
 
 def this_machine(processes: Processes) -> tuple[Hardware | None, int]:
@@ -91,7 +64,11 @@ def this_machine(processes: Processes) -> tuple[Hardware | None, int]:
     of a node share its total memory; memory currently used by other processes is not subtracted,
     because they may free it.
     """
-    known = _calibrated(processes.accelerator)
+    known = None
+    with suppress(ValueError):  # not calibrated
+        known = load_hardware(LOCAL)
+    if known is not None and known.accelerator != processes.accelerator:
+        known = None
     if processes.accelerator == "cuda":
         import torch
 
@@ -102,25 +79,10 @@ def this_machine(processes: Processes) -> tuple[Hardware | None, int]:
     return known, machine_memory() // processes.per_node - int(PROCESS_GIB * GIB)
 
 
-def _calibrated(accelerator: str) -> Hardware | None:
-    try:
-        hardware = load_hardware(LOCAL)
-    except ValueError:
-        return None
-    return hardware if hardware.accelerator == accelerator else None
-
-
-def machine_memory(root: Path = Path("/")) -> int:
+def machine_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Return the bytes of memory of this machine, or of the cgroup if it is limited."""
-    limits = []
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int((root / "sys/fs/cgroup" / name).read_text()))
-        except (OSError, ValueError):  # "max", or not this version of cgroups
-            continue
-    try:
-        total = (root / "proc/meminfo").read_text().partition("MemTotal:")[2].split()[0]
-        limits.append(int(total) * 1024)  # KiB
-    except (OSError, ValueError, IndexError):
-        pass
-    return min(limits, default=2**60)
+        with suppress(OSError, ValueError):  # "max", or not this version of cgroups
+            limits.append(int((cgroup / name).read_text()))
+    return min(limits)

@@ -71,13 +71,12 @@ class Hardware(ConfigSection):
         return self.accelerator == "cuda" and "fp8" in self.peak_tflops
 
     def __post_init__(self) -> None:
-        errors = []
-        for key in ("matrix_tflops", "attention_tflops"):
-            rates = getattr(self, key)
-            if missing := [dtype for dtype in ("fp32", "bf16") if dtype not in rates]:
-                errors.append(
-                    f"hardware.{key}={rates} lacks {' and '.join(missing)}; add the rate in TFLOP/s"
-                )
+        errors = [
+            f"hardware.{key}={rates} lacks {' and '.join(missing)}; add the rate in TFLOP/s"
+            for key in ("matrix_tflops", "attention_tflops")
+            for rates in [getattr(self, key)]
+            if (missing := [each for each in ("fp32", "bf16") if each not in rates])
+        ]
         if errors:
             raise ValueError("\n".join(errors))
 
@@ -120,8 +119,5 @@ def hardware_of(device_name: str) -> Hardware | None:
     """
     if " MIG " in f"{device_name} ":
         return None
-    for name in known_hardware():
-        hardware = load_hardware(name)
-        if hardware.names is not None and re.search(hardware.names, device_name):
-            return hardware
-    return None
+    known = map(load_hardware, known_hardware())
+    return next((each for each in known if each.names and re.search(each.names, device_name)), None)

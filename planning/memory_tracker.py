@@ -8,7 +8,7 @@ tracker are not seen.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,22 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-# Category by phase of creation, for tensors that neither model nor optimizer owns.
-PHASE_CATEGORIES = {
-    "setup": "setup",
-    "forward": "activations",
-    "backward": "backward_temporaries",  # includes gradients not yet accumulated
-    "update": "update_temporaries",
-}
 COLLECTIVE_NAMESPACES = ("c10d", "_c10d_functional")
 
 
 class MemoryTracker(TorchDispatchMode):
     """Record the bytes held by category at the peak of each phase.
 
+    The category of tensors that neither model nor optimizer owns is the phase that created them.
+
     Args:
-        phase_categories: Category of unowned tensors by the phase that created them; the phase
-            name itself if missing.
         fake: Count fake tensors instead of real ones.
         collective_namespaces: Operator namespaces whose results form the category `collectives`.
 
@@ -45,14 +38,10 @@ class MemoryTracker(TorchDispatchMode):
     """
 
     def __init__(
-        self,
-        phase_categories: Mapping[str, str] = PHASE_CATEGORIES,
-        fake: bool = False,
-        collective_namespaces: tuple[str, ...] = COLLECTIVE_NAMESPACES,
+        self, fake: bool = False, collective_namespaces: Sequence[str] = COLLECTIVE_NAMESPACES
     ) -> None:
         super().__init__()
-        self.phase_categories, self.fake = phase_categories, fake
-        self.collective_namespaces = collective_namespaces
+        self.fake, self.collective_namespaces = fake, collective_namespaces
         self.phase = "setup"
         self.model: torch.nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -96,28 +85,28 @@ class MemoryTracker(TorchDispatchMode):
         if collective:
             self._categories[storage] = "collectives"
         elif storage not in self._categories:
-            self._categories[storage] = self.phase_categories.get(self.phase, self.phase)
+            self._categories[storage] = self.phase
 
     @torch.no_grad()
     def _owned(self) -> dict[int, str]:
         """Return the category of each storage owned by model or optimizer."""
-        owned: dict[int, str] = {}
         if self.model is None or self.optimizer is None:
-            return owned
+            return {}
+        owned: list[tuple[Tensor | None, str]] = []
         # While FSDP2 has a module unsharded, its parameters are the gathered weights.
         for parameter in self.model.parameters():
-            _set_category(owned, parameter, "gathered_weights")
-            _set_category(owned, parameter.grad, "gathered_gradients")
+            owned += [(parameter, "gathered_weights"), (parameter.grad, "gathered_gradients")]
         for parameter in [p for g in self.optimizer.param_groups for p in g["params"]]:
-            _set_category(owned, parameter, "parameters")
-            _set_category(owned, parameter.grad, "gradients")
-            for state in self.optimizer.state.get(parameter, {}).values():
-                _set_category(owned, state, "optimizer")
-        return owned
+            owned += [(parameter, "parameters"), (parameter.grad, "gradients")]
+            states = self.optimizer.state.get(parameter, {}).values()
+            owned += [(state, "optimizer") for state in states]
+        return {
+            local_tensor(tensor).untyped_storage()._cdata: category
+            for tensor, category in owned
+            if tensor is not None
+        }
 
 
-def _set_category(owned: dict[int, str], tensor: Tensor | None, category: str) -> None:
-    if tensor is not None:
-        # `to_local` would return a view that dispatches through every mode.
-        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-        owned[local.untyped_storage()._cdata] = category
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor or its shard; `to_local` is a view that dispatches through every mode."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

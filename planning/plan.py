@@ -5,7 +5,6 @@ length or batch size changes has one plan per stage; the stage that needs the mo
 whether the run fits.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,16 +12,10 @@ from functools import cached_property
 from model.flops import flops_per_token
 from planning.hardware import Hardware
 from planning.memory import GIB, MemoryBreakdown, step_memory
-from planning.speed import StepTime, span, step_time
+from planning.speed import StepTime, ranks_per_device, span, step_time
 from planning.step_spec import StepSpec
 
 SECONDS_PER_DAY = 86_400
-
-
-def ranks_per_device(spec: StepSpec, hardware: Hardware) -> int:
-    """Return the ranks that share the resources in `hardware`: all of a node on CPU, one on GPU."""
-    on_cpu = spec.accelerator == "cpu"
-    return min(spec.mesh.world_size, hardware.devices_per_node) if on_cpu else 1
 
 
 def capacity(spec: StepSpec, hardware: Hardware) -> int:
@@ -36,25 +29,26 @@ class Plan:
     """The plan of one stage: a step on given hardware, repeated for `tokens` tokens.
 
     Attributes:
-        memory: Peak memory of a rank.
-        capacity: Bytes available to a rank.
-        analytic: The closed-form breakdown if `memory` is traced, else None.
+        tiers: Peak memory of a rank by method: analytic, and traced if available. The last decides.
     """
 
     spec: StepSpec
     hardware: Hardware
-    memory: MemoryBreakdown
-    capacity: int
-    time: StepTime
-    tokens: int | None
-    analytic: MemoryBreakdown | None = None
+    tokens: int
+    tiers: dict[str, MemoryBreakdown]
 
     @property
-    def tiers(self) -> dict[str, MemoryBreakdown]:
-        """Memory breakdowns by method: analytic, and traced if available."""
-        if self.analytic is None:
-            return {"analytic": self.memory}
-        return {"analytic": self.analytic, "traced": self.memory}
+    def memory(self) -> MemoryBreakdown:
+        return list(self.tiers.values())[-1]
+
+    @property
+    def capacity(self) -> int:
+        """Bytes available to a rank."""
+        return capacity(self.spec, self.hardware)
+
+    @cached_property
+    def time(self) -> StepTime:
+        return step_time(self.spec, self.hardware)
 
     @property
     def fits(self) -> bool:
@@ -82,9 +76,9 @@ class Plan:
         return self.tflops(causal) / (peak / ranks_per_device(self.spec, self.hardware))
 
     @property
-    def seconds(self) -> float | None:
+    def seconds(self) -> float:
         """Duration of `tokens` tokens, without checkpoints, validation and faults."""
-        return None if self.tokens is None else self.tokens / self.tokens_per_second
+        return self.tokens / self.tokens_per_second
 
     @property
     def bottleneck(self) -> str:
@@ -92,19 +86,20 @@ class Plan:
         if not self.fits:
             part = self.memory.largest_part
             return f"memory (largest part: {part}, {getattr(self.memory, part) / GIB:.1f} GiB)"
-        seconds = step_seconds(self)
-        longest = max(seconds, key=lambda name: seconds[name])
-        return f"{longest} ({seconds[longest] / self.time.total:.0%} of a step)"
+        longest, seconds = max(self.time.by_part().items(), key=lambda part: part[1])
+        return f"{longest} ({seconds / self.time.total:.0%} of a step)"
 
-    def traffic_by_axis(self) -> list[tuple[str, str, str, int, float]]:
-        """Return (axis, kind, purpose, count, bytes sent per rank) of a step, largest first."""
-        sums: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0.0])
-        for collective in self.spec.traffic():
-            row = sums[collective.axis, collective.kind, collective.part]
-            row[0] += collective.count
-            row[1] += float(collective.sent)
-        rows = [(*key, int(count), sent) for key, (count, sent) in sums.items()]
-        return sorted(rows, key=lambda row: -row[4])
+    def traffic(self) -> list[tuple[str, str, str, str, int, float]]:
+        """Return (axis, link, kind, purpose, count, bytes sent per rank) of a step, largest first.
+
+        The link is where the groups of the axis communicate: inside a node or between nodes.
+        """
+        sums: dict[tuple[str, str, str, str], tuple[int, float]] = {}
+        for each in self.spec.traffic():
+            key = (each.axis, link(each.axis, self.spec, self.hardware), each.kind, each.part)
+            count, sent = sums.get(key, (0, 0.0))
+            sums[key] = count + each.count, sent + float(each.sent)
+        return sorted((key + row for key, row in sums.items()), key=lambda row: -row[-1])
 
 
 def link(axis: str, spec: StepSpec, hardware: Hardware) -> str:
@@ -134,53 +129,32 @@ class RunPlan:
         return (self.stages[0] if self.fits else self.fullest).bottleneck
 
     @property
-    def tokens(self) -> int | None:
-        """Tokens of all stages, or None if unknown."""
-        known = [plan.tokens for plan in self.stages if plan.tokens is not None]
-        return sum(known) if len(known) == len(self.stages) else None
+    def tokens(self) -> int:
+        return sum(plan.tokens for plan in self.stages)
 
     @property
-    def seconds(self) -> float | None:
-        """Duration of all stages, or None if unknown."""
-        known = [plan.seconds for plan in self.stages if plan.seconds is not None]
-        return sum(known) if len(known) == len(self.stages) else None
-
-    @property
-    def days(self) -> float | None:
-        return None if self.seconds is None else self.seconds / SECONDS_PER_DAY
+    def seconds(self) -> float:
+        return sum(plan.seconds for plan in self.stages)
 
     @property
     def cost(self) -> float | None:
         """Cost of all devices for the duration, in the currency of `price_per_hour`."""
-        first = self.stages[0]
-        price = first.hardware.price_per_hour
-        if price is None or self.seconds is None:
+        spec, hardware = self.stages[0].spec, self.stages[0].hardware
+        if hardware.price_per_hour is None:
             return None
-        devices = first.spec.mesh.world_size / ranks_per_device(first.spec, first.hardware)
-        return self.seconds / 3600 * price * devices
+        devices = spec.mesh.world_size / ranks_per_device(spec, hardware)
+        return self.seconds / 3600 * hardware.price_per_hour * devices
 
     @property
     def tokens_per_second(self) -> float:
         """Throughput of the entire mesh, averaged over all stages."""
-        if len(self.stages) > 1 and self.seconds and self.tokens:
-            return self.tokens / self.seconds
-        return self.stages[0].tokens_per_second
-
-
-def step_seconds(plan: Plan) -> dict[str, float]:
-    """Return the seconds of a step by part."""
-    time = plan.time
-    return {
-        "matrix products": time.matrix,
-        "attention": time.attention,
-        "elementwise": time.elementwise,
-        "optimizer": time.optimizer,
-        **{f"exposed communication, {axis}": seconds for axis, seconds in time.exposed.items()},
-    }
+        if len(self.stages) == 1:
+            return self.stages[0].tokens_per_second
+        return self.tokens / self.seconds
 
 
 def plan_run(
-    stages: Sequence[tuple[StepSpec, int | None]],
+    stages: Sequence[tuple[StepSpec, int]],
     hardware: Hardware,
     trace_memory: Callable[[StepSpec], MemoryBreakdown] | None = None,
 ) -> RunPlan:
@@ -190,18 +164,10 @@ def plan_run(
         stages: (step, number of tokens) per stage.
         trace_memory: Replaces the closed forms of memory, which are then reported as `analytic`.
     """
-    plans = []
-    for spec, tokens in stages:
-        analytic = step_memory(spec)
-        plans.append(
-            Plan(
-                spec=spec,
-                hardware=hardware,
-                memory=trace_memory(spec) if trace_memory else analytic,
-                capacity=capacity(spec, hardware),
-                time=step_time(spec, hardware),
-                tokens=tokens,
-                analytic=analytic if trace_memory else None,
-            )
+    methods = {"analytic": step_memory} | ({"traced": trace_memory} if trace_memory else {})
+    return RunPlan(
+        tuple(
+            Plan(spec, hardware, tokens, {name: method(spec) for name, method in methods.items()})
+            for spec, tokens in stages
         )
-    return RunPlan(tuple(plans))
+    )

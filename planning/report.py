@@ -9,27 +9,23 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data.files import write_atomically
+from parallel.config import PrecisionConfig
 from parallel.mesh import AXES
 from planning.config import PlanJobConfig
 from planning.memory import GIB, PARTS, MemoryBreakdown
-from planning.plan import SECONDS_PER_DAY, Plan, RunPlan, link, step_seconds
+from planning.plan import SECONDS_PER_DAY, Plan, RunPlan
+from planning.request import SEARCHED, in_yaml
 from planning.search import SearchResult
-from training.console import Console, compact
+from training.console import Console, compact, duration
 
 MIB = 2**20
-# Persistent state in blue, the rest in orange.
-COLORS = {
-    "parameters": "#08519c",
-    "gradients": "#3182bd",
-    "optimizer": "#9ecae1",
-    "activations": "#d94801",
-    "gathered": "#fd8d3c",
-    "logits": "#fdbe85",
-    "temporary": "#bdbdbd",
-}
+# Of `PARTS`: persistent state in blue, the rest in orange and grey.
+COLORS = ("#08519c", "#3182bd", "#9ecae1", "#d94801", "#fd8d3c", "#fdbe85", "#bdbdbd")
 
 
 # ---------------------------------------------------------------- tables
@@ -37,64 +33,57 @@ COLORS = {
 
 def print_plan(console: Console, config: PlanJobConfig, run: RunPlan) -> None:
     """Print memory, communication and time of each stage, then a summary."""
-    first = run.stages[0]
-    names = _stage_names(run)
+    spec, full = run.stages[0].spec, run.fullest
+    stages = list(zip(_stage_names(run), run.stages, strict=True))
     console.header(
-        f"Plan: {config.model.name} on {first.spec.mesh.world_size} × {config.hardware.name}",
+        f"Plan: {config.model.name} on {spec.mesh.world_size} × {config.hardware.name}",
         [
-            ("mesh", f"{first.spec.mesh}"),
-            *(
-                (name or "batch", _batch(stage))
-                for name, stage in zip(names, run.stages, strict=True)
-            ),
-            ("precision", _precision(first)),
-            ("checkpointing", str(first.spec.parallel.activation_checkpoint)),
+            ("mesh", str(spec.mesh)),
+            *((name or "batch", _batch(stage)) for name, stage in stages),
+            ("precision", _precision(spec.precision)),
+            ("checkpointing", str(spec.parallel.activation_checkpoint)),
         ],
     )
     bars = memory_bars(run)
     capacities = [stage.capacity for stage in run.stages for _ in stage.tiers]
-    unit, size = ("GiB", GIB) if max(m.peak for _, m in bars) >= GIB else ("MiB", MIB)
+    unit, size = _unit(max(memory.peak for _, memory in bars))
+    sizes = {part: [memory.by_part()[part] for _, memory in bars] for part in PARTS}
+    sizes |= {"peak": [memory.peak for _, memory in bars], "available": capacities}
     console.table(
         f"Peak memory per rank, {unit}",
         ["", *(name for name, _ in bars)],
         [
-            *([part, *(f"{m.by_part()[part] / size:,.2f}" for _, m in bars)] for part in PARTS),
-            ["peak", *(f"{memory.peak / size:,.2f}" for _, memory in bars)],
-            ["available", *(f"{available / size:,.2f}" for available in capacities)],
+            *([name, *(f"{each / size:,.2f}" for each in row)] for name, row in sizes.items()),
             ["phase", *(memory.phase for _, memory in bars)],
         ],
     )
-    full = run.fullest
-    if traffic := full.traffic_by_axis():
-        unit, size = ("GiB", GIB) if traffic[0][-1] >= GIB else ("MiB", MIB)
-        links = {axis: link(axis, full.spec, full.hardware) for axis, *_ in traffic}
+    if traffic := full.traffic():
+        unit, size = _unit(traffic[0][-1])
         console.table(
             "Communication per rank and step",
             ["axis", "link", "collective", "purpose", "count", f"{unit} sent"],
-            [
-                [axis, links[axis], kind, part, f"{count:,}", f"{sent / size:,.3f}"]
-                for axis, kind, part, count, sent in traffic
-            ],
+            [[*names, f"{count:,}", f"{sent / size:,.3f}"] for *names, count, sent in traffic],
         )
-    for name, stage in zip(names, run.stages, strict=True):
-        parts = step_seconds(stage) | {"total": stage.time.total}
+    for name, stage in stages:
+        total = stage.time.total
+        parts = stage.time.by_part() | {"total": total}
         console.table(
             f"Step time{name and ', '}{name}",
             ["", "seconds", "fraction"],
-            [
-                [part, f"{seconds:.4f}", f"{seconds / stage.time.total:.1%}"]
-                for part, seconds in parts.items()
-            ],
+            [[part, f"{time:.4f}", f"{time / total:.1%}"] for part, time in parts.items()],
         )
     console.header("Summary", _summary_rows(config, run))
 
 
+def _unit(most: float) -> tuple[str, int]:
+    """Return the unit for sizes up to `most` bytes, and its bytes."""
+    return ("GiB", GIB) if most >= GIB else ("MiB", MIB)
+
+
 def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
     full, first = run.fullest, run.stages[0]
-    causal, all_pairs = first.mfu(), first.mfu(causal=False)
-    mfu = ""
-    if causal is not None and all_pairs is not None:
-        mfu = f", MFU {causal:.1%} causal, {all_pairs:.1%} full"
+    causal = first.mfu()
+    mfu = "" if causal is None else f", MFU {causal:.1%} causal, {first.mfu(causal=False):.1%} full"
     source = f"train.max_steps={config.train.max_steps}" if config.tokens is None else "tokens="
     rows = [
         ("fits", "yes" if run.fits else "no"),
@@ -104,9 +93,8 @@ def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
         ("per device", f"{first.tokens_per_second_per_device:,.0f} tokens/s"),
         ("", f"{first.tflops():.3g} TFLOP/s{mfu}"),
         ("tokens", f"{compact(run.tokens)} ({source})"),
+        ("duration", duration(run.seconds)),
     ]
-    if run.days is not None:
-        rows.append(("duration", _duration(run.days)))
     if run.cost is not None:
         price = config.hardware.price_per_hour
         rows.append(("cost", f"{run.cost:,.0f} at {price:g} per device-hour"))
@@ -127,12 +115,8 @@ def print_search(
             ["", *AXES, "micro-batch", "checkpointing", "reshard", "reduce", "GiB", "tokens/s"],
             [
                 [
-                    str(rank),
-                    *map(str, choice.mesh.sizes),
-                    str(choice.micro_batch_size),
-                    str(choice.activation_checkpoint),
-                    choice.reshard,
-                    choice.reduce_gradients,
+                    *(str(value) for value in (rank, *choice.mesh.sizes, choice.micro_batch_size)),
+                    *(in_yaml(getattr(choice.parallel, key)) for key in SEARCHED),
                     f"{run.fullest.memory.peak / GIB:.2f}",
                     f"{run.tokens_per_second:,.0f}",
                 ]
@@ -159,9 +143,8 @@ def memory_bars(run: RunPlan) -> list[tuple[str, MemoryBreakdown]]:
 
 def _stage_names(run: RunPlan) -> list[str]:
     """Return one name per stage, empty if there is only one."""
-    if len(run.stages) == 1:
-        return [""]
-    return [f"stage {number}" for number in range(1, len(run.stages) + 1)]
+    names = [f"stage {number}" for number in range(1, len(run.stages) + 1)]
+    return names if len(names) > 1 else [""]
 
 
 def _batch(plan: Plan) -> str:
@@ -172,20 +155,12 @@ def _batch(plan: Plan) -> str:
     )
 
 
-def _precision(plan: Plan) -> str:
-    precision = plan.spec.precision
+def _precision(precision: PrecisionConfig) -> str:
     fp8 = f", matrix products in fp8 ({precision.fp8})" if precision.fp8 else ""
     return (
         f"{precision.param}{fp8}, gradient reduction in {precision.reduce}, optimizer state in "
         f"{precision.optimizer_state}"
     )
-
-
-def _duration(days: float) -> str:
-    if days >= 2:
-        return f"{days:,.1f} days"
-    hours = days * 24
-    return f"{hours:.1f} hours" if hours >= 2 else f"{days * SECONDS_PER_DAY:.1f} seconds"
 
 
 # ---------------------------------------------------------------- plan.json
@@ -201,7 +176,7 @@ def plan_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
         "limit": run.bottleneck,
         "tokens": run.tokens,
         "tokens_per_second": run.tokens_per_second,
-        "days": run.days,
+        "days": run.seconds / SECONDS_PER_DAY,
         "cost": run.cost,
         "stages": [_stage_record(stage) for stage in run.stages],
     }
@@ -209,36 +184,20 @@ def plan_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
 
 def _stage_record(plan: Plan) -> dict[str, Any]:
     spec = plan.spec
+    sizes = ("seq_len", "global_batch_size", "micro_batch_size", "micro_batches")
+    results = ("tokens", "fits", "capacity", "tokens_per_second", "tokens_per_second_per_device")
+    traffic = ("axis", "link", "kind", "part", "count", "bytes_sent")
     return {
-        "mesh": dict(zip(AXES, spec.mesh.sizes, strict=True)),
-        "seq_len": spec.seq_len,
-        "global_batch_size": spec.global_batch_size,
-        "micro_batch_size": spec.micro_batch_size,
-        "micro_batches": spec.micro_batches,
-        "activation_checkpoint": spec.parallel.activation_checkpoint,
-        "reduce_gradients": spec.parallel.reduce_gradients,
-        "reshard_after_forward": spec.parallel.reshard_after_forward,
-        "tokens": plan.tokens,
-        "fits": plan.fits,
-        "capacity": plan.capacity,
+        "mesh": asdict(spec.mesh),
+        **{key: getattr(spec, key) for key in sizes},
+        **{key: getattr(spec.parallel, key) for key in SEARCHED},
+        **{key: getattr(plan, key) for key in results},
         "memory": {
             tier: {**memory.by_part(), "peak": memory.peak, "moment": memory.phase}
             for tier, memory in plan.tiers.items()
         },
-        "traffic": [
-            {
-                "axis": axis,
-                "link": link(axis, spec, plan.hardware),
-                "kind": kind,
-                "part": part,
-                "count": count,
-                "bytes_sent": sent,
-            }
-            for axis, kind, part, count, sent in plan.traffic_by_axis()
-        ],
-        "step_seconds": {**step_seconds(plan), "all": plan.time.total},
-        "tokens_per_second": plan.tokens_per_second,
-        "tokens_per_second_per_device": plan.tokens_per_second_per_device,
+        "traffic": [dict(zip(traffic, row, strict=True)) for row in plan.traffic()],
+        "step_seconds": {**plan.time.by_part(), "all": plan.time.total},
         "tflops_per_device": plan.tflops(),
         "mfu_causal": plan.mfu(),
         "mfu_full": plan.mfu(causal=False),
@@ -257,7 +216,7 @@ def search_record(
         "fitting": result.fitting,
         "best": [
             {
-                "overrides": " ".join(choice.overrides),
+                "overrides": str(choice),
                 "command": command,
                 "tokens_per_second": run.tokens_per_second,
                 "memory_peak": run.fullest.memory.peak,
@@ -265,10 +224,7 @@ def search_record(
             }
             for (choice, run), command in zip(result.best, commands, strict=True)
         ],
-        "not": {
-            reason: {"count": each.count, "example": each.example}
-            for reason, each in result.rejections.items()
-        },
+        "not": {reason: asdict(each) for reason, each in result.rejections.items()},
     }
 
 
@@ -284,11 +240,9 @@ def write(
         return
     path = Path(config.output)
     image = path.with_suffix(".png")
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, f"{json.dumps(record, indent=1)}\n".encode())
         if bars:
             plot_memory(bars, limit, image, f"{config.model.name} on {config.hardware.name}")
     except OSError as error:
@@ -308,39 +262,30 @@ def plot_memory(
         OSError: The image cannot be written.
     """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # silence "building the font cache"
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.6 + 0.55 * len(bars)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     left = [0.0] * len(bars)
-    for part in PARTS:
+    for part, color in zip(PARTS, COLORS, strict=True):
         sizes = [getattr(memory, part) / GIB for _, memory in bars]
         if any(sizes):
-            axes.barh(range(len(bars)), sizes, left=left, color=COLORS[part], label=part)
+            axes.barh(range(len(bars)), sizes, left=left, color=color, label=part)
             left = [before + size for before, size in zip(left, sizes, strict=True)]
     for row, size in enumerate(left):
         axes.annotate(f"{size:.1f}", (size, row), (4, 0), textcoords="offset points", va="center")
     limit_gib = limit / GIB
     axes.axvline(limit_gib, color="#252525", linestyle="--", linewidth=1.2)
-    axes.annotate(
-        f"available: {limit_gib:.1f}",
-        (limit_gib, 1),
-        (0, 2),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-    )
+    top = axes.get_xaxis_transform()
+    axes.text(limit_gib, 1.01, f"available: {limit_gib:.1f}", transform=top, ha="center")
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], parse_math=False)
     axes.invert_yaxis()
     axes.set_title(title, loc="left", fontweight="bold", pad=18, parse_math=False)
-    axes.set_xlabel("peak memory per rank (GiB)")
+    axes.set(xlabel="peak memory per rank (GiB)", axisbelow=True)
     axes.set_xlim(0, 1.12 * max(*left, limit_gib))
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside lower center", ncols=4)
     temporary = image.with_name(image.name + ".tmp")
-    FigureCanvasAgg(figure).print_figure(temporary, format="png")
+    figure.savefig(temporary, format="png")
     os.replace(temporary, image)

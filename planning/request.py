@@ -4,12 +4,9 @@
 it results in. Imports no heavy packages.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
 
-from data.config import DataConfig
-from model.config import ModelConfig
-from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.config import ParallelConfig
 from parallel.mesh import AXES, MeshShape
 from planning.step_spec import StepSpec, resolved_precision
 from training.config import JobConfig, TrainConfig
@@ -21,62 +18,42 @@ from training.config_rules import (
     mesh_errors,
 )
 
-CheckpointMode = Literal["none", "full", "selective"] | float
-ReduceMode = Literal["step", "micro_batch"]
+SEARCHED = ("activation_checkpoint", "reshard_after_forward", "reduce_gradients")
+"""Keys of `parallel` that a search varies in addition to the axes."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One candidate of a search: a mesh and how each rank computes on it."""
+    """One candidate of a search: a mesh, with `dp_shard` resolved, and how each rank computes."""
 
-    mesh: MeshShape
+    parallel: ParallelConfig
     micro_batch_size: int | None
-    activation_checkpoint: CheckpointMode
-    reshard_after_forward: bool | None
-    reduce_gradients: ReduceMode
-
-    def parallel(self, base: ParallelConfig) -> ParallelConfig:
-        """Return `base` with the values of this choice."""
-        mesh = self.mesh
-        return replace(
-            base,
-            dp_replicate=mesh.dp_replicate,
-            dp_shard=mesh.dp_shard,
-            cp=mesh.cp,
-            tp=mesh.tp,
-            activation_checkpoint=self.activation_checkpoint,
-            reshard_after_forward=self.reshard_after_forward,
-            reduce_gradients=self.reduce_gradients,
-        )
 
     @property
-    def reshard(self) -> str:
-        """`reshard_after_forward` in command-line syntax."""
-        return {None: "null", True: "true", False: "false"}[self.reshard_after_forward]
+    def mesh(self) -> MeshShape:
+        return MeshShape(*(getattr(self.parallel, axis) for axis in AXES))
 
     @property
     def overrides(self) -> tuple[str, ...]:
         """Command-line overrides of `train.py` for this choice."""
-        size = "null" if self.micro_batch_size is None else self.micro_batch_size
         return (
-            *(f"parallel.{axis}={n}" for axis, n in zip(AXES, self.mesh.sizes, strict=True)),
-            f"train.micro_batch_size={size}",
-            f"parallel.activation_checkpoint={self.activation_checkpoint}",
-            f"parallel.reshard_after_forward={self.reshard}",
-            f"parallel.reduce_gradients={self.reduce_gradients}",
+            *(f"parallel.{axis}={getattr(self.parallel, axis)}" for axis in AXES),
+            f"train.micro_batch_size={in_yaml(self.micro_batch_size)}",
+            *(f"parallel.{key}={in_yaml(getattr(self.parallel, key))}" for key in SEARCHED),
         )
+
+    def __str__(self) -> str:
+        return " ".join(self.overrides)
+
+
+def in_yaml(value: object) -> str:
+    """Return a value in command-line syntax."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
 def configured_choice(config: JobConfig, mesh: MeshShape) -> Choice:
     """Return the choice that a configuration makes itself."""
-    parallel = config.parallel
-    return Choice(
-        mesh,
-        config.train.micro_batch_size,
-        parallel.activation_checkpoint,
-        parallel.reshard_after_forward,
-        parallel.reduce_gradients,
-    )
+    return Choice(replace(config.parallel, **asdict(mesh)), config.train.micro_batch_size)
 
 
 class PlanRequest:
@@ -100,75 +77,55 @@ class PlanRequest:
 
     def stages(self, choice: Choice) -> list[tuple[StepSpec, int]]:
         """Return (step, number of tokens) for each sequence length and batch size of the run."""
-        config = self.config
+        config, mesh = self.config, choice.mesh
         train = replace(config.train, micro_batch_size=choice.micro_batch_size)
-        stages, _ = train.plan_stages(config.data)
-        ends = [stage.first_token for stage in stages.all[1:]] + [self.tokens]
+        stages = train.plan_stages(config.data)[0].all
+        ends = [stage.first_token for stage in stages[1:]] + [self.tokens]
         tokens: dict[StepSpec, int] = {}
-        for stage, end in zip(stages.all, ends, strict=True):
+        for stage, end in zip(stages, ends, strict=True):
             stage_tokens = min(end, self.tokens) - stage.first_token
             if stage_tokens <= 0 and stage.first_token:
                 continue  # beyond the end of the run
+            batch_size = stage.global_batch_size
             spec = StepSpec(
                 model=config.model,
-                mesh=choice.mesh,
-                parallel=choice.parallel(config.parallel),
+                mesh=mesh,
+                parallel=choice.parallel,
                 precision=self.precision,
                 accelerator="cuda" if self.accelerator == "cuda" else "cpu",
                 seq_len=stage.seq_len,
-                global_batch_size=stage.global_batch_size,
-                micro_batch_size=stage.micro_batch_size
-                or stage.global_batch_size // choice.mesh.dp,
+                global_batch_size=batch_size,
+                micro_batch_size=stage.micro_batch_size or batch_size // mesh.dp,
                 document_mask=config.data.document_mask,
             )
             tokens[spec] = tokens.get(spec, 0) + stage_tokens
         return list(tokens.items())
 
     def mesh_errors(self, mesh: MeshShape) -> list[str]:
-        """Return the validation errors of `train.py` for a mesh with the entire local batch."""
-        config = self.config
-        return planned_errors(
-            self.accelerator,
-            mesh,
-            config.parallel,
-            self.precision,
-            config.model,
-            replace(config.train, micro_batch_size=None),
-            config.data,
-            self.hopper,
-        )
+        """Return the validation errors of `train.py` for a mesh with the entire local batch.
+
+        The devices need not be present.
+        """
+        model, parallel, data = self.config.model, self.config.parallel, self.config.data
+        train = replace(self.config.train, micro_batch_size=None)
+        accelerator, precision, hopper = self.accelerator, self.precision, self.hopper
+        return [
+            *device_errors(accelerator, mesh, parallel, precision, model, lambda: hopper),
+            *mesh_errors(mesh, parallel, precision, model, train, data),
+        ]
 
     def choice_errors(self, choice: Choice) -> list[str]:
         """Return the remaining validation errors of a choice on a valid mesh.
 
         Without stages and fp8 there are none, as micro-batch sizes divide the local batch.
         """
-        config = self.config
+        config, mesh = self.config, choice.mesh
         if self.precision.fp8 is None and not config.data.stages:
             return []
+
+        def size_errors(sizes: TrainConfig) -> list[str]:
+            batch = list(batch_errors(mesh, sizes))
+            return batch or list(fp8_size_errors(mesh, self.precision, config.model, sizes))
+
         train = replace(config.train, micro_batch_size=choice.micro_batch_size)
-        return for_every_stage(
-            train,
-            config.data,
-            lambda sizes: (
-                list(batch_errors(choice.mesh, sizes))
-                or fp8_size_errors(choice.mesh, self.precision, config.model, sizes)
-            ),
-        )
-
-
-def planned_errors(
-    accelerator: str,
-    mesh: MeshShape,
-    parallel: ParallelConfig,
-    precision: PrecisionConfig,
-    model: ModelConfig,
-    train: TrainConfig,
-    data: DataConfig,
-    hopper: bool,
-) -> list[str]:
-    """Apply the rules of `train.py` to a mesh of devices that need not be present."""
-    return [
-        *device_errors(accelerator, mesh, parallel, precision, model, lambda: hopper),
-        *mesh_errors(mesh, parallel, precision, model, train, data),
-    ]
+        return for_every_stage(train, config.data, size_errors)

@@ -46,6 +46,22 @@ class StepTime:
         compute = self.matrix + self.attention + self.elementwise
         return compute + self.optimizer + sum(self.exposed.values())
 
+    def by_part(self) -> dict[str, float]:
+        """Return the seconds of a step by the name of the part in reports."""
+        return {
+            "matrix products": self.matrix,
+            "attention": self.attention,
+            "elementwise": self.elementwise,
+            "optimizer": self.optimizer,
+            **{f"exposed communication, {axis}": time for axis, time in self.exposed.items()},
+        }
+
+
+def ranks_per_device(spec: StepSpec, hardware: Hardware) -> int:
+    """Return the ranks that share the resources in `hardware`: all of a node on CPU, one on GPU."""
+    on_cpu = spec.accelerator == "cpu"
+    return min(spec.mesh.world_size, hardware.devices_per_node) if on_cpu else 1
+
 
 def step_time(spec: StepSpec, hardware: Hardware) -> StepTime:
     """Return the duration of a step by part."""
@@ -53,13 +69,8 @@ def step_time(spec: StepSpec, hardware: Hardware) -> StepTime:
     micro = spec.micro_batches
     matrix, attention = micro * costs.matrix(), micro * costs.attention()
     elementwise = micro * costs.elementwise()
-    return StepTime(
-        matrix=matrix,
-        attention=attention,
-        elementwise=elementwise,
-        optimizer=costs.optimizer(),
-        exposed=costs.exposed(spec.traffic(), matrix + attention + elementwise),
-    )
+    exposed = costs.exposed(spec.traffic(), matrix + attention + elementwise)
+    return StepTime(matrix, attention, elementwise, costs.optimizer(), exposed)
 
 
 class RankCosts:
@@ -74,10 +85,8 @@ class RankCosts:
         self.tokens = spec.local_tokens
         self.norm_tokens = self.tokens // tp if spec.parallel.sequence_parallel else self.tokens
         self.shards = mesh.dp_shard * mesh.cp
-        on_cpu = spec.accelerator == "cpu"
-        # Ranks that share the node's resources on CPU.
-        self.sharing = min(mesh.world_size, hardware.devices_per_node) if on_cpu else 1
-        self.efficiency = 1.0 if on_cpu else MATMUL_EFFICIENCY
+        self.sharing = ranks_per_device(spec, hardware)
+        self.efficiency = 1.0 if spec.accelerator == "cpu" else MATMUL_EFFICIENCY
         self.bandwidth = hardware.bandwidth_gb_s * 1e9 / self.sharing
         block, root = block_matrices(model, tp), root_matrices(model, tp)
         self.elements = model.n_layers * _elements(block) + _elements(root)
@@ -102,16 +111,8 @@ class RankCosts:
         """Return the seconds of products: forward, two per product in backward, recomputation."""
         model, spec = self.spec.model, self.spec
         dtype = "fp8" if spec.precision.fp8 is not None else spec.precision.param
-        shapes = [
-            (model.dim, self.width),
-            (model.dim, self.kv_width),
-            (model.dim, self.kv_width),
-            (self.width, model.dim),
-            (model.dim, self.ffn),
-            (model.dim, self.ffn),
-            (self.ffn, model.dim),
-        ]
-        products = [self.product(self.tokens, k, n, dtype) for k, n in shapes]
+        matrices = block_matrices(model, spec.mesh.tp)[:-2]  # without norms
+        products = [self.product(self.tokens, k, n, dtype) for n, k in matrices]
         recomputed = self.recomputed()[0] * sum(products[:-1])  # w2's output is not needed
         block = 3 * sum(products) + recomputed
         head = self.product(self.tokens, model.dim, self.vocab, spec.precision.param)

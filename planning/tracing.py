@@ -6,7 +6,9 @@ kernel that CPUs lack, an operation that saves the same tensors replaces it. Dee
 at two depths and each phase is extrapolated linearly.
 """
 
-import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -32,25 +34,16 @@ from planning.activations import (
     full_hidden_bytes,
     uses_sequence_parallel,
 )
-from planning.memory import MOMENT_BLOCK, MOMENT_CHUNK, MemoryBreakdown
-from planning.memory_tracker import MemoryTracker
+from planning.memory import MOMENT_BLOCK, MOMENT_CHUNK, PARTS, MemoryBreakdown
+from planning.memory_tracker import MemoryTracker, local_tensor
 from planning.step_spec import StepSpec
 
 DEPTHS = (4, 6)  # at least 4: the first two and last two blocks differ from the rest
 
-# Tracker category: field of `MemoryBreakdown`. Other categories are temporary.
-_FIELDS = {
-    "parameters": "parameters",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "forward": "activations",
-    "inputs": "activations",
-    "gathered_weights": "gathered",
-    "gathered_gradients": "gathered",
-    "collectives": "gathered",
-    "unreduced": "gathered",
-    "logits": "logits",
-}
+# Tracker category: field of `MemoryBreakdown` where the names differ. Others are temporary.
+_GATHERED = ("gathered_weights", "gathered_gradients", "collectives", "unreduced")
+_FIELDS = {part: part for part in PARTS} | dict.fromkeys(("forward", "inputs"), "activations")
+_FIELDS |= dict.fromkeys(_GATHERED, "gathered")
 
 Peaks = dict[str, dict[str, float]]
 """Bytes by category at the peak of each phase."""
@@ -60,8 +53,8 @@ def trace_memory(spec: StepSpec) -> MemoryBreakdown:
     """Return the peak memory of rank 0 in a step. Takes seconds."""
     budget = spec.parallel.activation_checkpoint
     if not isinstance(budget, float):
-        return _breakdown(spec, _extrapolated_peaks(spec))
-    if budget >= HALF_BUDGET:  # recomputation behaves as if all matrix products were saved
+        peaks = _extrapolated_peaks(spec)
+    elif budget >= HALF_BUDGET:  # recomputation behaves as if all matrix products were saved
         reference = _with_checkpoint(spec, "none" if budget == 1 else "selective")
         peaks = _extrapolated_peaks(reference)
         difference = block_saved_bytes(spec) - block_saved_bytes(reference)
@@ -69,18 +62,16 @@ def trace_memory(spec: StepSpec) -> MemoryBreakdown:
         for held in peaks.values():
             alive = held.get("forward", 0)
             held["forward"] = alive + spec.model.n_layers * difference * min(alive / all_saved, 1)
-        return _breakdown(spec, peaks)
-    full, none = _with_checkpoint(spec, "full"), _with_checkpoint(spec, "none")
-    least, saved, most = (block_saved_bytes(each) for each in (full, spec, none))
-    weight = (saved - least) / (most - least)
-    return _breakdown(
-        spec, _interpolate(_extrapolated_peaks(full), _extrapolated_peaks(none), weight)
-    )
+    else:
+        full, none = _with_checkpoint(spec, "full"), _with_checkpoint(spec, "none")
+        least, saved, most = (block_saved_bytes(each) for each in (full, spec, none))
+        weight = (saved - least) / (most - least)
+        peaks = _interpolate(_extrapolated_peaks(full), _extrapolated_peaks(none), weight)
+    return _breakdown(spec, peaks)
 
 
 def _with_checkpoint(spec: StepSpec, mode: Literal["full", "selective", "none"]) -> StepSpec:
-    parallel = dataclasses.replace(spec.parallel, activation_checkpoint=mode)
-    return dataclasses.replace(spec, parallel=parallel)
+    return replace(spec, parallel=replace(spec.parallel, activation_checkpoint=mode))
 
 
 def _extrapolated_peaks(spec: StepSpec) -> Peaks:
@@ -89,8 +80,7 @@ def _extrapolated_peaks(spec: StepSpec) -> Peaks:
     if layers <= DEPTHS[-1]:
         return _peaks(spec)
     shallow, deep = (
-        _peaks(dataclasses.replace(spec, model=dataclasses.replace(spec.model, n_layers=depth)))
-        for depth in DEPTHS
+        _peaks(replace(spec, model=replace(spec.model, n_layers=depth))) for depth in DEPTHS
     )
     return _interpolate(shallow, deep, (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
 
@@ -112,28 +102,31 @@ def _breakdown(spec: StepSpec, peaks: Peaks) -> MemoryBreakdown:
     vocab = spec.model.vocab_size // (spec.mesh.tp if spec.parallel.loss_parallel else 1)
     logits = rows * vocab * spec.param_bytes
     phase, held = max(peaks.items(), key=lambda item: sum(item[1].values()))
-    held = dict(held)
-    held["logits"] = min(logits, held.get("head", 0))
-    held["head"] = held.get("head", 0) - held["logits"]
-    parts: dict[str, int] = {}
+    in_head = held.get("head", 0)
+    held = held | {"logits": min(logits, in_head), "head": max(0, in_head - logits)}
+    parts: Counter[str] = Counter()
     for category, size in held.items():
-        part = _FIELDS.get(category, "temporary")
-        parts[part] = parts.get(part, 0) + round(size)
+        parts[_FIELDS.get(category, "temporary")] += round(size)
     return MemoryBreakdown(**parts, phase=phase)
 
 
 def _peaks(spec: StepSpec) -> Peaks:
-    """Return bytes by category at the peak of each phase of the second step."""
+    """Return bytes by category at the peak of each phase of the second step.
+
+    Runs the operations of `train_step` on uninitialized tokens, with at most 2 micro-batches.
+    """
     # FSDP2 uses the namespace c10d; tensors received by tensor and context parallelism use the
     # functional one and count as activations.
-    tracker = MemoryTracker({}, fake=True, collective_namespaces=("c10d",))
-    precision = dataclasses.replace(spec.precision, fp8=None)
-    parallel, lazy = spec.parallel, _recomputes_lazily(spec)
-    if lazy:
-        parallel = dataclasses.replace(parallel, activation_checkpoint="none")
-    prepare = partial(_use_gpu_attention, spec)
+    tracker = MemoryTracker(fake=True, collective_namespaces=("c10d",))
+    precision = replace(spec.precision, fp8=None)
+    # The compiler recomputes each tensor on demand in selective checkpointing.
+    lazy = spec.parallel.compile and spec.parallel.activation_checkpoint == "selective"
+    parallel = (_with_checkpoint(spec, "none") if lazy else spec).parallel
+    micro_batches = min(spec.micro_batches, 2)
     with (
-        traced_model(spec.model, spec.mesh, parallel, precision, prepare) as (llama, strategy),
+        traced_model(
+            spec.model, spec.mesh, parallel, precision, partial(_use_gpu_attention, spec)
+        ) as (llama, strategy),
         tracker,
     ):
         materialise(llama)
@@ -147,32 +140,25 @@ def _peaks(spec: StepSpec) -> Peaks:
         tracker.model, tracker.optimizer = llama, cast(Any, optimizer)
         for _ in range(2):
             tracker.peaks.clear()
-            _step(llama, strategy, optimizer, tracker, spec)
+            for i in range(1, micro_batches + 1):
+                tracker.phase = "inputs"
+                tokens = torch.empty(spec.micro_batch_size, spec.seq_len, dtype=torch.int64)
+                positions = torch.empty_like(tokens) if spec.document_mask else None
+                labels = torch.empty_like(tokens)  # all are (batch, seq)
+                tracker.phase = "forward"
+                with strategy.micro_batch_sync.no_backward_sync(llama, i < micro_batches):
+                    loss = llama(tokens, positions, labels)  # hooks set the phases from here on
+                    loss.backward()
+                del loss
+                if i < micro_batches:
+                    tracker.rename("unreduced")  # only unreduced gradients are still alive
+            tracker.phase = "update"
+            clip_grad_norm(llama, max_norm=1.0, extra_scalars=torch.empty(N_EXTRA_SCALARS))
+            optimizer.step()
+            for parameter in llama.parameters():
+                parameter.grad = None
+            del tokens, positions, labels
     return cast(Peaks, dict(tracker.peaks))
-
-
-def _step(
-    llama: Any, strategy: Any, optimizer: "FakeAdamW", tracker: MemoryTracker, spec: StepSpec
-) -> None:
-    """Run the operations of `train_step` on uninitialized tokens, with at most 2 micro-batches."""
-    micro_batches = min(spec.micro_batches, 2)
-    for i in range(1, micro_batches + 1):
-        tracker.phase = "inputs"
-        tokens = torch.empty(spec.micro_batch_size, spec.seq_len, dtype=torch.int64)  # (batch, seq)
-        positions = torch.empty_like(tokens) if spec.document_mask else None
-        labels = torch.empty_like(tokens)
-        tracker.phase = "forward"
-        with strategy.micro_batch_sync.no_backward_sync(llama, i < micro_batches):
-            loss = llama(tokens, positions, labels)  # hooks set the phases from here on
-            loss.backward()
-        del loss
-        if i < micro_batches:
-            tracker.rename("unreduced")  # only unreduced gradients are still alive
-    tracker.phase = "update"
-    clip_grad_norm(llama, max_norm=1.0, extra_scalars=torch.empty(N_EXTRA_SCALARS))
-    optimizer.step()
-    for parameter in llama.parameters():
-        parameter.grad = None
 
 
 def _set_phases(llama: Llama, tracker: MemoryTracker) -> None:
@@ -181,17 +167,16 @@ def _set_phases(llama: Llama, tracker: MemoryTracker) -> None:
     names = {-1: "embedding", 0: "first block", 1: "second block"}
     names |= {last: "last block", last - 1: "last block but one"}
 
-    def set_phase(phase: str) -> None:
-        tracker.phase = phase
+    def set_phase(phase: str) -> Callable[..., None]:
+        return lambda *_: setattr(tracker, "phase", phase)
 
-    llama.loss.register_forward_pre_hook(lambda *_: set_phase("head"))
-    llama.loss.register_forward_hook(lambda *_: set_phase(names[last]))
+    llama.loss.register_forward_pre_hook(set_phase("head"))
+    llama.loss.register_forward_hook(set_phase(names[last]))
     for index, block in enumerate(llama.layers):
-        previous = names.get(index - 1, "a block")
 
-        def hook(_: Any, arguments: tuple[Tensor, ...], previous: str = previous) -> None:
+        def hook(_: Any, arguments: Any, previous: str = names.get(index - 1, "a block")) -> None:
             if arguments[0].requires_grad:  # its gradient is computed last in this block's backward
-                arguments[0].register_hook(lambda _: set_phase(previous))
+                arguments[0].register_hook(set_phase(previous))
 
         block.register_forward_pre_hook(hook)
 
@@ -214,27 +199,25 @@ class FakeAdamW:
     def step(self) -> None:
         """Allocate the moments, and float32 chunks of low-precision ones."""
         for parameter in self.param_groups[0]["params"]:
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local = local_tensor(parameter)
+            state_format = self.format if local.ndim >= 2 else "fp32"
             if parameter not in self.state:
-                self.state[parameter] = self._new_moments(local)
-            if self.format != "fp32" and local.ndim >= 2:
+                dtype = torch.bfloat16 if state_format == "bf16" else torch.float32
+                sizes = {"": (local.shape, dtype)}
+                if state_format == "int8":
+                    blocks = -(-local.numel() // MOMENT_BLOCK)
+                    values = torch.Size([blocks, MOMENT_BLOCK])
+                    sizes = {"": (values, torch.uint8), " scales": (values[:1], torch.float32)}
+                self.state[parameter] = {
+                    f"{moment}{name}": torch.empty(shape, dtype=dtype)
+                    for moment in ("exp_avg", "exp_avg_sq")
+                    for name, (shape, dtype) in sizes.items()
+                }
+            if state_format != "fp32":
                 chunk = min(self.chunk, local.numel())
                 for _ in range(2):
                     widened = [torch.empty(chunk) for _ in range(2)]
                 del widened
-
-    def _new_moments(self, local: Tensor) -> dict[str, Tensor]:
-        state_format = self.format if local.ndim >= 2 else "fp32"
-        moments = {}
-        for name in ("exp_avg", "exp_avg_sq"):
-            if state_format == "int8":
-                blocks = -(-local.numel() // MOMENT_BLOCK)
-                moments[name] = torch.empty(blocks, MOMENT_BLOCK, dtype=torch.uint8)
-                moments[f"{name} scales"] = torch.empty(blocks)
-            else:
-                dtype = torch.bfloat16 if state_format == "bf16" else torch.float32
-                moments[name] = torch.empty(local.shape, dtype=dtype)
-        return moments
 
 
 # ---------------------------------------------------------------- replacements of fused kernels
@@ -264,9 +247,8 @@ def _replace_fused(llama: Any, spec: StepSpec) -> None:
                 setattr(module, "forward", partial(_norm, module))  # noqa: B010
         elif spec.parallel.compile and isinstance(module, FeedForward):
             recompute = spec.parallel.activation_checkpoint != "none"
-            pending = 0
-            if recompute and uses_sequence_parallel(spec):
-                pending = full_hidden_bytes(spec)
+            alive = recompute and uses_sequence_parallel(spec)
+            pending = full_hidden_bytes(spec) if alive else 0
             forward = partial(_feed_forward, module, recompute, pending)
             setattr(module, "forward", forward)  # noqa: B010
     if spec.parallel.compile:
@@ -323,11 +305,6 @@ class _FusedSwiGLU(torch.autograd.Function):
 # ---------------------------------------------------------------- recomputation by the compiler
 
 
-def _recomputes_lazily(spec: StepSpec) -> bool:
-    """Return whether the compiler recomputes each tensor on demand (selective checkpointing)."""
-    return spec.parallel.compile and spec.parallel.activation_checkpoint == "selective"
-
-
 def _lazy_forward(forward: Any, *arguments: Any) -> Tensor:
     """Run a block whose backward allocates, on demand, what `_SavedResults` did not save."""
     saved = _SavedResults()
@@ -362,17 +339,16 @@ class _SavedResults(TorchDispatchMode):
         """Return the saved tensor, or a function that allocates one of its size."""
         if not _storages(saved) & self.recomputable:
             return saved
-        local = saved.to_local() if isinstance(saved, DTensor) else saved
+        local = local_tensor(saved)
         allocate = partial(torch.empty_strided, local.shape, local.stride(), dtype=local.dtype)
         # `self` keeps the results alive as long as the graph.
         return self, allocate, (saved._spec if isinstance(saved, DTensor) else None)
 
 
 def _storages(tree: Any) -> set[int]:
-    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-    local = [t._local_tensor if isinstance(t, DTensor) else t for t in tensors]
-    local = [t.elem if isinstance(t, AsyncCollectiveTensor) else t for t in local]
-    return {t.untyped_storage()._cdata for t in local}
+    local = [local_tensor(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    waited = (t.elem if isinstance(t, AsyncCollectiveTensor) else t for t in local)
+    return {t.untyped_storage()._cdata for t in waited}
 
 
 def _unpack(packed: Any) -> Tensor:

@@ -19,9 +19,8 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script in a subfolder cannot import the packages otherwise
@@ -45,12 +44,17 @@ OPTIONS = ("gpus-per-node", "cpus-per-task", "mem", "partition", "account", "qos
 SIGNAL = "USR1@300"  # as in train.sbatch: five minutes before the limit, to the tasks only
 
 
-class SweepError(ValueError):
-    """The arguments are not a valid grid of runs."""
+class SweepError(Exception):
+    """The arguments are not a valid grid of runs, or jobs cannot be submitted."""
 
 
-@dataclass(frozen=True)
-class SweepJob:
+def reject(errors: Sequence[str]) -> None:
+    """Raise SweepError with all errors, if any."""
+    if errors:
+        raise SweepError("\n".join(["No job submitted:", *(f"  - {error}" for error in errors)]))
+
+
+class SweepJob(NamedTuple):
     """One run of the grid.
 
     Attributes:
@@ -62,8 +66,7 @@ class SweepJob:
     overrides: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class ValidRun:
+class ValidRun(NamedTuple):
     """One run that passed validation, with all overrides and its configuration."""
 
     overrides: tuple[str, ...]
@@ -78,49 +81,40 @@ def main(arguments: Sequence[str]) -> int:
         runs = validate(jobs, options.nodes, options.ntasks_per_node)
         if not options.dry_run:
             require_prepared_data(runs)
+            submit(runs, options)
+            return ExitCode.FINISHED
     except SweepError as error:
-        print(f"No job submitted:\n{error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return ExitCode.USER_ERROR
-    if options.dry_run:
-        shown = " ".join(f"--{key}={value}" for key, value in sbatch_options(options).items())
-        print(f"{len(runs)} jobs with {shown}:")
-        for run in runs:
-            print(shlex.join(["python", "train.py", *run.overrides]))
-        return ExitCode.FINISHED
-    return submit(runs, options)
+    shown = " ".join(f"--{key}={value}" for key, value in sbatch_options(options).items())
+    print(f"{len(runs)} jobs with {shown}:")
+    for run in runs:
+        print(shlex.join(["python", "train.py", *run.overrides]))
+    return ExitCode.FINISHED
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the options of SLURM and the overrides for train.py, in any order."""
     usage, text = (__doc__ or "").split("\n\n")[1:3]
     parser = argparse.ArgumentParser(
-        prog="python slurm/sweep.py",
-        usage=usage.strip(),
-        description=text,
-        allow_abbrev=False,
+        prog="python slurm/sweep.py", usage=usage.strip(), description=text, allow_abbrev=False
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="train.py's overrides")
-    parser.add_argument("--nodes", type=int, default=1, help="nodes per job")
-    parser.add_argument(
-        "--ntasks-per-node", type=int, default=1, help="processes per node, one per GPU"
-    )
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="key=value", help="train.py's overrides")
+    add("--nodes", type=int, default=1, help="nodes per job")
+    add("--ntasks-per-node", type=int, default=1, help="processes per node, one per GPU")
     for name in OPTIONS:
-        parser.add_argument(f"--{name}", help="see sbatch")
-    parser.add_argument(
-        "--sbatch",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="any other option of sbatch",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="validate and print the commands")
+        add(f"--{name}", help="see sbatch")
+    other = "any other option of sbatch"
+    add("--sbatch", action="append", default=[], metavar="NAME=VALUE", help=other)
+    add("--dry-run", action="store_true", help="validate and print the commands")
     return parser.parse_intermixed_args(arguments)
 
 
 def sbatch_options(options: argparse.Namespace) -> dict[str, str]:
     """Return the requested options by their sbatch names."""
-    given = {name: getattr(options, name.replace("-", "_")) for name in OPTIONS}
-    given = {"nodes": options.nodes, "ntasks-per-node": options.ntasks_per_node, **given}
+    names = ("nodes", "ntasks-per-node", *OPTIONS)
+    given = {name: getattr(options, name.replace("-", "_")) for name in names}
     given |= {name: value for name, _, value in (each.partition("=") for each in options.sbatch)}
     return {name: str(value) for name, value in given.items() if value is not None}
 
@@ -135,8 +129,8 @@ def grid(overrides: Sequence[str]) -> list[SweepJob]:
         SweepError: for overrides that Hydra cannot parse or enumerate.
     """
     parser = OverridesParser.create()
-    values: dict[str, list[str]] = {}  # of each swept key
-    choices: dict[str, list[str]] = {}  # overrides by key; the last one for a key counts
+    values: dict[str, list[str]] = {}  # by key; the last override for a key counts
+    plain: dict[str, str] = {}  # overrides that are not swept
     errors = []
     for override in overrides:
         try:
@@ -152,29 +146,25 @@ def grid(overrides: Sequence[str]) -> list[SweepJob]:
                 f"{override}: {key} cannot be swept because runs are named after the other swept "
                 "keys; use one value"
             )
-        choices[key] = [f"{key}={value}" for value in values[key]] or [override]
-    if errors:
-        raise SweepError("\n".join(f"  - {error}" for error in errors))
-    swept_keys = [key for key in choices if values[key]]
-    names = dict(zip(swept_keys, short_names(swept_keys), strict=True))
-    suffixes = {
-        key: [f"-{names[key]}_{as_name(value)}" for value in values[key]] for key in swept_keys
-    }
+        plain[key] = override
+    reject(errors)
+    names = short_names([key for key in values if values[key]])
+    choices = [  # (suffix, override) of each value
+        [(f"-{names[key]}_{as_name(value)}", f"{key}={value}") for value in values[key]]
+        or [("", plain[key])]
+        for key in values
+    ]
     return [
         SweepJob("".join(suffix for suffix, _ in run), tuple(override for _, override in run))
-        for run in itertools.product(
-            *(zip(suffixes.get(key, [""]), choices[key], strict=True) for key in choices)
-        )
+        for run in itertools.product(*choices)
     ]
 
 
-def short_names(keys: Sequence[str]) -> list[str]:
+def short_names(keys: Sequence[str]) -> dict[str, str]:
     """Return the last part of each key, or the full key if two have the same last part."""
-    last = [key.rpartition(".")[2].lstrip("+") for key in keys]
-    return [
-        name if last.count(name) == 1 else key.lstrip("+")
-        for key, name in zip(keys, last, strict=True)
-    ]
+    last = {key: key.rpartition(".")[2].lstrip("+") for key in keys}
+    counts = Counter(last.values())
+    return {key: name if counts[name] == 1 else key.lstrip("+") for key, name in last.items()}
 
 
 def as_name(value: str) -> str:
@@ -195,34 +185,34 @@ def validate(jobs: Sequence[SweepJob], nodes: int, tasks_per_node: int) -> list[
     runs = []
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for job in jobs:
-            job_errors: list[str] = []
+            errors = []
             try:
                 composed = compose("train", hydra_arguments(list(job.overrides), "train"))
                 # The suffix follows the name that the run would have without a sweep.
                 name = composed.run.name = as_name(f"{composed.run.name}{job.suffix}")
                 config = check_for_tasks(composed, tasks_per_node, nodes)
                 check_folder(config)
-            except ConfigError as error:
-                job_errors = error.errors
-            except (HydraException, OmegaConfBaseException, RunFolderError) as error:
-                job_errors = [str(error)]
-            else:
                 kept = [each for each in job.overrides if not re.match(r"\+*run\.name=", each)]
                 runs.append(ValidRun((*kept, f"run.name={name}"), config))
-            for message in job_errors:
+            except ConfigError as error:
+                errors = error.errors
+            except (HydraException, OmegaConfBaseException, RunFolderError) as error:
+                errors = [str(error)]
+            for message in errors:
                 runs_by_error.setdefault(message, []).append(job.suffix.removeprefix("-"))
-    errors = [
-        f"  - {message}" + (in_runs(names) if len(names) < len(jobs) else "")
-        for message, names in runs_by_error.items()
-    ]
-    for folder, count in Counter(run.config.run.dir for run in runs).items():
-        if count > 1:
-            errors.append(
-                f"  - run.dir={folder} is the folder of {count} runs; include '${{run.name}}' in "
-                "it and list no value twice"
-            )
-    if errors:
-        raise SweepError("\n".join(errors))
+    folders = Counter(run.config.run.dir for run in runs)
+    reject(
+        [
+            message + (in_runs(names) if len(names) < len(jobs) else "")
+            for message, names in runs_by_error.items()
+        ]
+        + [
+            f"run.dir={folder} is the folder of {count} runs; include '${{run.name}}' in it and "
+            "list no value twice"
+            for folder, count in folders.items()
+            if count > 1
+        ]
+    )
     return runs
 
 
@@ -235,35 +225,27 @@ def in_runs(names: Sequence[str]) -> str:
 def require_prepared_data(runs: Sequence[ValidRun]) -> None:
     """Raise SweepError for datasets that several runs would prepare at the same time."""
     unprepared = Counter(run.config.data.folder for run in runs if needs_preparation(run.config))
-    errors = [
-        f"  - data.folder={folder} is not prepared, and {count} runs would prepare it at the same "
-        "time; run prepare.py with the same data and tokenizer first"
-        for folder, count in unprepared.items()
-        if count > 1
-    ]
-    if errors:
-        raise SweepError("\n".join(errors))
+    reject(
+        [
+            f"data.folder={folder} is not prepared, and {count} runs would prepare it at the same "
+            "time; run prepare.py with the same data and tokenizer first"
+            for folder, count in unprepared.items()
+            if count > 1
+        ]
+    )
 
 
 # ---------------------------------------------------------------- SLURM
 
 
-def submit(runs: Sequence[ValidRun], options: argparse.Namespace) -> int:
-    """Submit every run, print its job number and log, and return the exit code."""
+def submit(runs: Sequence[ValidRun], options: argparse.Namespace) -> None:
+    """Submit every run, and print its job number and log."""
     try:
         import submitit
     except ImportError:
-        print(
-            "No job submitted: submitit is not installed; run pip install '.[sweep]'",
-            file=sys.stderr,
-        )
-        return ExitCode.USER_ERROR
+        reject(["submitit is not installed; run pip install '.[sweep]'"])
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        print(
-            "No job submitted: sbatch or srun not found; run this on a SLURM login node",
-            file=sys.stderr,
-        )
-        return ExitCode.USER_ERROR
+        reject(["sbatch or srun not found; run this on a SLURM login node"])
     for number, run in enumerate(runs):
         executor = submitit.SlurmExecutor(Path(run.config.run.dir) / "slurm")
         executor.update_parameters(**parameters(run.config.run.name, options))
@@ -272,23 +254,18 @@ def submit(runs: Sequence[ValidRun], options: argparse.Namespace) -> int:
             # exec replaces submitit's process, so train.py gets the signals and sets the exit code.
             job = executor.submit(os.execv, sys.executable, command)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            print(
+            raise SweepError(
                 f"SLURM rejected {run.config.run.name}: {' '.join(str(error).split())}\n"
-                f"Submitted: {number} of {len(runs)}.",
-                file=sys.stderr,
-            )
-            return ExitCode.USER_ERROR
+                f"Submitted: {number} of {len(runs)}."
+            ) from None
         print(f"job {job.job_id}: {run.config.run.name}, log {job.paths.stdout}", flush=True)
-    return ExitCode.FINISHED
 
 
 def parameters(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return submitit's parameters for the same job as slurm/train.sbatch."""
-    requested = sbatch_options(options)
-    others = {
-        key: value for key, value in requested.items() if key not in ("nodes", "ntasks-per-node")
-    }
-    cpus = requested.get("cpus-per-task")
+    others = sbatch_options(options)
+    del others["nodes"], others["ntasks-per-node"]  # submitit's own parameters
+    cpus = others.get("cpus-per-task")
     return {
         "job_name": name,
         "nodes": options.nodes,
@@ -299,10 +276,8 @@ def parameters(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True, "signal": SIGNAL, **others},
         "setup": ["trap : TERM USR1"],
-        "srun_args": [
-            *("--kill-on-bad-exit=0", "--wait=60"),
-            *([f"--cpus-per-task={cpus}"] if cpus else []),
-        ],
+        "srun_args": ["--kill-on-bad-exit=0", "--wait=60"]
+        + ([f"--cpus-per-task={cpus}"] if cpus else []),
         "teardown": [f"source {shlex.quote(str(ROOT / 'slurm' / 'requeue.sh'))} $?"],
     }
 

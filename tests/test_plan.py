@@ -19,14 +19,14 @@ from omegaconf import OmegaConf
 
 from cli.arguments import CONF, hydra_arguments, plan_arguments
 from cli.config import load_plan_config, load_train_config
-from parallel.mesh import MeshShape, Processes, resolve_mesh
+from parallel.mesh import AXES, MeshShape, Processes, resolve_mesh
 from planning import fit_check
 from planning.config import PlanJobConfig
-from planning.fit_check import FitCheck, check_plan, machine_memory
+from planning.fit_check import check_plan, machine_memory
 from planning.hardware import load_hardware
 from planning.memory import GIB, PARTS, step_memory
 from planning.plan import Plan, capacity, link, plan_run
-from planning.request import Choice, PlanRequest, configured_choice, planned_errors
+from planning.request import SEARCHED, Choice, PlanRequest, configured_choice
 from planning.search import (
     CHECKPOINT_MODES,
     REDUCE_MODES,
@@ -38,6 +38,7 @@ from planning.search import (
     search,
 )
 from training.config import JobConfig
+from training.config_rules import device_errors, mesh_errors
 from training.config_validation import ConfigError
 from training.throughput import Throughput
 
@@ -269,12 +270,18 @@ def test_search_finds_the_fastest_valid_configuration() -> None:
     for sizes, size, mode, reshard, reduced in itertools.product(
         sizes_of_4, (1, 2, 4, 8), CHECKPOINT_MODES, reshards, REDUCE_MODES
     ):
-        choice = Choice(MeshShape(*sizes), size, mode, reshard, reduced)
-        parallel = choice.parallel(config.parallel)
+        settings: dict[str, Any] = dict(
+            zip((*AXES, *SEARCHED), (*sizes, mode, reshard, reduced), strict=True)
+        )
+        parallel = replace(config.parallel, **settings)
+        choice = Choice(parallel, size)
         train = replace(config.train, micro_batch_size=size)
         mesh, errors = resolve_mesh(parallel, 4)
-        sections = (parallel, config.precision, config.model, train, config.data)
-        if errors or planned_errors("cpu", mesh, *sections, hopper=False):
+        model = config.model
+        precision = config.precision
+        if errors or any(device_errors("cpu", mesh, parallel, precision, model, lambda: False)):
+            continue
+        if any(mesh_errors(mesh, parallel, precision, model, train, config.data)):
             continue
         [plan] = plans_of(replace(config, parallel=parallel, train=train))
         if plan.fits:
@@ -286,9 +293,15 @@ def test_search_finds_the_fastest_valid_configuration() -> None:
     distinct = [
         choice
         for choice in speeds
-        if (choice.reshard_after_forward is None or choice.mesh.dp_shard * choice.mesh.cp > 1)
-        and (choice.reduce_gradients == "step" or choice.mesh.dp * choice.mesh.cp > 1)
-        and (choice.reduce_gradients == "step" or choice.micro_batch_size != 8 // choice.mesh.dp)
+        if (
+            choice.parallel.reshard_after_forward is None
+            or choice.mesh.dp_shard * choice.mesh.cp > 1
+        )
+        and (choice.parallel.reduce_gradients == "step" or choice.mesh.dp * choice.mesh.cp > 1)
+        and (
+            choice.parallel.reduce_gradients == "step"
+            or choice.micro_batch_size != 8 // choice.mesh.dp
+        )
     ]
     assert result.fitting == len(distinct) < len(speeds)
 
@@ -343,12 +356,11 @@ def test_fewest_devices_is_the_smallest_number_that_fits() -> None:
     def limit_of(spec: Any) -> int:
         return capacity(spec, hardware)
 
-    fewest = fewest_devices(request, limit_of, 8, 8)
-    assert fewest is not None
-    devices, choice = fewest
+    choice = fewest_devices(request, limit_of, 8, 8)
+    assert choice is not None
     [(spec, _)] = request.stages(choice)
-    assert step_memory(spec).peak <= limit_of(spec) and choice.mesh.world_size == devices
-    for fewer in range(16, devices, 8):
+    assert step_memory(spec).peak <= limit_of(spec)
+    for fewer in range(16, choice.mesh.world_size, 8):
         assert not search(request, fewer, hardware).best, fewer
     # A batch of one sequence and little memory does not fit on any number of devices.
     small = planned(*LLAMA_70B, "devices=8", "train.global_batch_size=1", "search=true").request
@@ -370,13 +382,19 @@ def test_nearest_fit_changes_as_little_as_possible() -> None:
     assert nearest(needed) == current
     smaller = nearest(needed * 0.9)
     assert smaller is not None and peak(smaller) <= needed * 0.9
-    assert smaller.mesh == current.mesh and smaller.activation_checkpoint == "none"
+    assert smaller.mesh == current.mesh and smaller.parallel.activation_checkpoint == "none"
     on_same = list(choices(current.mesh, request))
-    least = min(peak(each) for each in on_same if each.activation_checkpoint == "selective")
-    assert least < min(peak(each) for each in on_same if each.activation_checkpoint == "none")
+    least = min(
+        peak(each) for each in on_same if each.parallel.activation_checkpoint == "selective"
+    )
+    assert least < min(
+        peak(each) for each in on_same if each.parallel.activation_checkpoint == "none"
+    )
     recomputed = nearest(least)  # although `full` would fit with larger micro-batches
     assert recomputed is not None and peak(recomputed) <= least
-    assert recomputed.mesh == current.mesh and recomputed.activation_checkpoint == "selective"
+    assert (
+        recomputed.mesh == current.mesh and recomputed.parallel.activation_checkpoint == "selective"
+    )
     assert nearest(1) is None
 
 
@@ -388,7 +406,7 @@ def test_program_prints_writes_and_plots(tmp_path: Path) -> None:
     overrides = ["hardware=h100", "output=plans/p.json", *LLAMA_8B, "train.micro_batch_size=4"]
     done = start_program([str(ROOT / "plan.py"), *overrides], cwd=tmp_path)
     assert done.returncode == 1 and done.stderr == ""
-    assert "Fits on the same number of devices with" in done.stdout
+    assert "Does not fit on 8 × h100: use " in done.stdout
     record = json.loads((tmp_path / "plans/p.json").read_text())
     [stage] = record["stages"]
     memory = stage["memory"]["analytic"]
@@ -415,29 +433,28 @@ def test_program_prints_writes_and_plots(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- memory check of train.py
 
 
-def check(config: JobConfig, processes: Processes = ONE_PROCESS, mesh: MeshShape = ONE_RANK) -> Any:
-    fit = check_plan(config, processes, mesh)
-    assert fit is not None
-    return fit
+def check(config: JobConfig, processes: Processes = ONE_PROCESS, mesh: MeshShape = ONE_RANK) -> str:
+    message = check_plan(config, processes, mesh)
+    assert message is not None
+    return message
 
 
 def test_run_that_does_not_fit_is_rejected_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit_check, "machine_memory", lambda: 2**30)
     overrides = ("train.micro_batch_size=16", "train.seq_len=4096", "model.max_seq_len=4096")
     config = trained(*overrides)
-    rejected: FitCheck = check(config)
-    assert rejected.rejected and not rejected.fits and "(does not fit)" in rejected.message
-    remedy = rejected.message.partition("; use ")[2].partition(", or ")[0].split()
-    accepted: FitCheck = check(trained(*overrides, *remedy))
-    assert accepted.fits and accepted.message.startswith("Memory plan: ")
-    warned: FitCheck = check(trained(*overrides, "run.plan_check=warn"))
-    assert not warned.rejected and "(does not fit)" in warned.message
+    with pytest.raises(ConfigError, match=r"\(does not fit\).*; use .* to start anyway") as error:
+        check(config)
+    remedy = str(error.value).partition("; use ")[2].partition(" (")[0].split()
+    accepted = check(trained(*overrides, *remedy))
+    assert accepted.startswith("Memory plan: ") and "(fits)" in accepted
+    assert "(does not fit)" in check(trained(*overrides, "run.plan_check=warn"))
     assert check_plan(trained(*overrides, "run.plan_check=off"), ONE_PROCESS, ONE_RANK) is None
     # It fits into 16 times the memory, which two ranks of a node share.
     monkeypatch.setattr(fit_check, "machine_memory", lambda: 2**34)
-    assert "of 15.55 GiB per rank (fits)" in check(config).message
+    assert "of 15.55 GiB per rank (fits)" in check(config)
     shared = check(config, Processes("cpu", 2, 1, "self"), MeshShape(1, 2, 1, 1))
-    assert "of 7.55 GiB per rank" in shared.message
+    assert "of 7.55 GiB per rank" in shared
 
 
 def test_gpu_memory_is_queried_and_known_devices_have_a_speed(
@@ -447,21 +464,20 @@ def test_gpu_memory_is_queried_and_known_devices_have_a_speed(
     processes, mesh = Processes("cuda", 8, 1, "torchrun"), MeshShape(1, 8, 1, 1)
     monkeypatch.setattr(fit_check, "LOCAL", "never measured")
 
-    def check_on(name: str, gib: int) -> FitCheck:
+    def check_on(name: str, gib: int) -> str:
         device = SimpleNamespace(name=name, total_memory=gib * GIB)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-        fit: FitCheck = check(config, processes, mesh)
-        return fit
+        return check(config, processes, mesh)
 
     known = check_on("NVIDIA H100 80GB HBM3", 80)
     reserved = load_hardware("h100").reserved_gib
-    assert known.fits and f"of {80 - reserved:.2f} GiB per rank" in known.message
+    assert f"of {80 - reserved:.2f} GiB per rank (fits)" in known
     plan = plans_of(planned(*LLAMA_8B, "parallel.activation_checkpoint=full"))[0]
-    assert known.message.endswith(f"about {plan.tokens_per_second:,.0f} tokens/s")
+    assert known.endswith(f"about {plan.tokens_per_second:,.0f} tokens/s")
     unknown = check_on("Some Card", 80)
-    assert unknown.fits and "of 79.50 GiB" in unknown.message
-    assert "tokens/s" not in unknown.message
-    assert not check_on("Some Card", 12).fits
+    assert "of 79.50 GiB per rank (fits)" in unknown and "tokens/s" not in unknown
+    with pytest.raises(ConfigError, match=r"\(does not fit\)"):
+        check_on("Some Card", 12)
 
 
 def test_train_prints_memory_plan_and_rejects_a_run_that_does_not_fit(
@@ -476,17 +492,19 @@ def test_train_prints_memory_plan_and_rejects_a_run_that_does_not_fit(
     assert output.index("Memory plan: ") < output.index("Llamesh: smoke")
 
 
-def test_machine_memory_is_the_smallest_limit(tmp_path: Path) -> None:
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
-    (tmp_path / "proc/meminfo").write_text("MemTotal:       1024 kB\nMemFree:  1 kB\n")
+def test_machine_memory_is_the_smallest_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with open("/proc/meminfo") as file:
+        total_kib = int(file.readline().split()[1])
+    assert machine_memory(tmp_path) == total_kib * 1024
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 256}.get)
     assert machine_memory(tmp_path) == 2**20
-    limit = tmp_path / "sys/fs/cgroup/memory.max"
+    limit = tmp_path / "memory.max"
     limit.write_text("max\n")
     assert machine_memory(tmp_path) == 2**20
     limit.write_text("4096\n")
     assert machine_memory(tmp_path) == 4096
-    assert machine_memory() <= machine_memory(tmp_path / "nothing")
 
 
 def test_meshes_yields_every_factorization_once() -> None:

@@ -71,5 +71,5 @@ def test_measured_hardware_is_written_and_used_by_fit_check(
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = load_train_config(compose("train", ["experiment=smoke"]))
-    fit = check_plan(config, Processes("cpu", 1, 1, "self"), MeshShape(1, 1, 1, 1))
-    assert fit is not None and re.search(r"about [\d,]+ tokens/s$", fit.message)
+    message = check_plan(config, Processes("cpu", 1, 1, "self"), MeshShape(1, 1, 1, 1))
+    assert message is not None and re.search(r"about [\d,]+ tokens/s$", message)

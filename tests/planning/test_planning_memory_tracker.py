@@ -35,15 +35,15 @@ def test_adamw_step_matches_count_by_hand() -> None:
         "parameters": FLOAT * matrix,
         "gradients": FLOAT * matrix,
         "optimizer": FLOAT * (2 * matrix + 1),  # two moments and the step
-        "activations": FLOAT * (batch + output + 1),  # and the loss
-        "update_temporaries": FLOAT * matrix,  # the root of the second moment
+        "forward": FLOAT * (batch + output + 1),  # and the loss
+        "update": FLOAT * matrix,  # the root of the second moment
     }
     # End of a forward: the previous step left no gradient; `x` and `y` are rebound while the old
     # `y` and `loss` are still alive.
     assert tracker.peaks["forward"] == {
         "parameters": FLOAT * matrix,
         "optimizer": FLOAT * (2 * matrix + 1),
-        "activations": FLOAT * (batch + 2 * output + 1),
+        "forward": FLOAT * (batch + 2 * output + 1),
     }
 
 
