@@ -24,9 +24,9 @@ _CHUNK_CPU, _CHUNK_DEVICE = 2**8 * BLOCK, 2**17 * BLOCK
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, state: StateFormat = "fp32") -> "AdamW":
-    """Return AdamW with weight decay on matrices and none on vectors (the norm weights).
+    """Return `optim.optimizer` with weight decay on matrices and none on vectors (norm weights).
 
-    On CPU and CUDA it is fused: one kernel instead of a dozen passes over the states.
+    On CPU and CUDA AdamW is fused: one kernel instead of a dozen passes over the states.
 
     Args:
         state: Format of the two moments: 8, 4 or 2 bytes per parameter.
@@ -38,9 +38,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig, state: StateFormat = 
     ]
     fused = parameters[0].device.type in ("cpu", "cuda")
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
-    if state == "fp32":
-        return AdamW(groups, fused=fused, **options)
-    return LowBitAdamW(groups, state, fused=fused, **options)
+    match config.optimizer:
+        case "adamw" if state == "fp32":
+            return AdamW(groups, fused=fused, **options)
+        case "adamw":
+            return LowBitAdamW(groups, state, fused=fused, **options)
 
 
 class AdamW(torch.optim.AdamW):

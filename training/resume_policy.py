@@ -238,14 +238,15 @@ def override_value(value: Any) -> str:
 def _same_past(both: Difference, samples: int) -> bool:
     """Return whether two lists of stages agree on the first `samples` samples.
 
-    `micro_batch_size` may differ, like `train.micro_batch_size`: it depends on the mesh.
+    `micro_batch_size` may differ, like `train.micro_batch_size`: it depends on the mesh. Values
+    with a wrong type, in a `config.yaml` edited by hand, do not agree.
     """
-    before, now = (
-        [
-            stage | {"micro_batch_size": None}
-            for stage in stages or []
-            if stage.get("from_sample", -1) < samples
-        ]
-        for stages in both
-    )
-    return before == now
+
+    def past(stages: Any) -> list[dict[str, Any]]:
+        begun = [stage for stage in stages or [] if stage.get("from_sample", -1) < samples]
+        return [stage | {"micro_batch_size": None} for stage in begun]
+
+    try:
+        return past(both[0]) == past(both[1])
+    except (AttributeError, TypeError):
+        return False

@@ -236,7 +236,10 @@ def test_unknown_names_in_allow_changes_are_rejected(tmp_path: Path, name: str, 
             True,
         ),
         ([{"from_sample": 80, "micro_batch_size": 4}], None, False),
-        ([{"from_sampel": 80}], None, False),  # a damaged file
+        ([{"from_sampel": 80}], None, False),  # a file edited by hand
+        ([{"from_sample": "80"}], None, False),
+        ([80], None, False),
+        (80, None, False),
     ],
 )
 def test_future_stages_may_change(folder: RunFolder, before: Any, now: Any, allowed: bool) -> None:
