@@ -194,7 +194,7 @@ def train_step(
 
     Returns:
         Tensors on the device, identical on all ranks, without waiting for them: `scalars`
-        (2 + n_requests), as for `split_scalars`, and `batch_hash` of the global batch.
+        (2 + n_requests), the layout of `StepScalars`, and `batch_hash` of the global batch.
     """
     import torch
 

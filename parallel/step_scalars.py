@@ -46,12 +46,26 @@ N_EXTRA_SCALARS = 1 + len(fields(StepRequests))
 """Scalars summed together with the squared gradient norm: the loss and the requests."""
 
 
-def split_scalars(values: Tensor) -> tuple[float, float, StepRequests]:
-    """Wait for the device and return loss, gradient norm and requests, identical on all ranks.
+@dataclass(frozen=True)
+class StepScalars:
+    """Host-side scalars of one step, identical on all ranks.
 
-    Args:
-        values: (2 + n_requests): loss of the global batch in nats per target, 2-norm of all
-            gradients before clipping, and how many ranks made each request.
+    Attributes:
+        loss: Loss of the global batch, in nats per target.
+        grad_norm: 2-norm of all gradients before clipping.
+        requests: How many ranks made each request.
     """
-    loss, grad_norm, *requests = values.tolist()
-    return loss, grad_norm, StepRequests(*map(round, requests))
+
+    loss: float
+    grad_norm: float
+    requests: StepRequests
+
+    @classmethod
+    def from_tensor(cls, values: Tensor) -> StepScalars:
+        """Wait for the device and return the scalars.
+
+        Args:
+            values: (2 + n_requests): loss, gradient norm and requests.
+        """
+        loss, grad_norm, *requests = values.tolist()
+        return cls(loss, grad_norm, StepRequests(*map(round, requests)))

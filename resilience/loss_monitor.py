@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parallel.step_scalars import NO_REQUESTS, StepRequests, split_scalars
+from parallel.step_scalars import NO_REQUESTS, StepRequests, StepScalars
 from resilience.config import FaultsConfig
 
 BatchRange = tuple[int, int]
@@ -73,7 +73,7 @@ class AsyncStatsReader:
         """Enqueue one step and return the statistics that are due.
 
         Args:
-            values: (2 + n_requests) the step's scalars, as for `split_scalars`.
+            values: (2 + n_requests) the step's `StepScalars`, on the device.
         """
         copied = None
         if values.is_cuda:
@@ -94,7 +94,8 @@ class AsyncStatsReader:
             index, values, copied = self._pending.popleft()
             if copied is not None:
                 copied.synchronize()
-            popped.append(StepStats(*index, *split_scalars(values)))
+            scalars = StepScalars.from_tensor(values)
+            popped.append(StepStats(*index, scalars.loss, scalars.grad_norm, scalars.requests))
         return popped
 
 

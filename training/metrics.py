@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.files import write_atomically
-from parallel.step_scalars import split_scalars
+from parallel.step_scalars import StepScalars
 from resilience.event_log import RetryingWriter, json_line
 
 if TYPE_CHECKING:
@@ -44,13 +44,20 @@ class Metric:
 
 
 METRICS = (
-    *map(Metric, ("step", "samples", "tokens")),
+    Metric("step"),
+    Metric("samples"),
+    Metric("tokens"),
     Metric("loss", "loss", ".4f"),
     Metric("grad_norm", "grad norm", ".3f"),
     Metric("lr", "lr", ".2e"),
     Metric("tokens_per_second", "tokens/s", "compact"),
-    *map(Metric, ("tflops", "mfu_causal", "mfu_full", "peak_memory_gib")),
-    *map(Metric, ("step_seconds", "data_wait_seconds", "batch_hash")),
+    Metric("tflops"),
+    Metric("mfu_causal"),
+    Metric("mfu_full"),
+    Metric("peak_memory_gib"),
+    Metric("step_seconds"),
+    Metric("data_wait_seconds"),
+    Metric("batch_hash"),
     Metric("val_loss", "val loss", ".4f", optional=True),
 )
 
@@ -67,11 +74,13 @@ def step_metrics(
     """Return the metrics of the step that reached `position`, waiting for the device."""
     from parallel.compilation import compiled_graphs
 
-    loss, grad_norm, _ = split_scalars(tensors["scalars"])
+    scalars = StepScalars.from_tensor(tensors["scalars"])
     return {
-        **{key: getattr(position, key) for key in ("step", "samples", "tokens")},
-        "loss": loss,
-        "grad_norm": grad_norm,
+        "step": position.step,
+        "samples": position.samples,
+        "tokens": position.tokens,
+        "loss": scalars.loss,
+        "grad_norm": scalars.grad_norm,
         "lr": lr,
         "batch_hash": f"{tensors['batch_hash'].item() % 2**32:08x}",
     } | ({"compiled_graphs": compiled_graphs()} if compiled else {})
