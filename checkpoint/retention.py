@@ -19,7 +19,8 @@ def remove_old(folder: RunFolder, keep_last: int | None, keep_every: int | None)
         A message for each folder that could not be deleted.
     """
     older = folder.committed_steps()[:-keep_last] if keep_last else []
-    return delete(folder.step_folder(step) for step in older if not keep_every or step % keep_every)
+    removed = [step for step in older if not keep_every or step % keep_every]
+    return delete(map(folder.step_folder, removed), committed=True)
 
 
 def remove_beyond(folder: RunFolder, step: int) -> list[str]:
@@ -49,12 +50,18 @@ def uncommit(path: Path) -> None:
     sync_folder(path)
 
 
-def delete(paths: Iterable[Path]) -> list[str]:
-    """Uncommit and delete checkpoints; return a message for each that could not be deleted."""
+def delete(paths: Iterable[Path], committed: bool = False) -> list[str]:
+    """Delete folders and return a message for each that could not be deleted.
+
+    Args:
+        committed: The folders are checkpoints, so remove `COMMITTED` durably first. The remains of
+            a failed save are deleted without syncing, which fails on some full disks.
+    """
     errors = []
     for path in paths:
         try:
-            uncommit(path)
+            if committed:
+                uncommit(path)
             shutil.rmtree(path)
         except OSError as error:
             reason = f"Could not delete {path} ({error.strerror})"
