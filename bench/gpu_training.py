@@ -71,6 +71,7 @@ TINY = (
 MICRO_BATCHES = 4  # per step, which takes seconds on an H200
 WARM_UP, STEPS = 2, {"cuda": 7, "cpu": 3}
 PRODUCT_SECONDS = {"cuda": 0.3, "cpu": 0.02}
+PRODUCT_SIZE = {"cuda": SIZES["cuda"]["product"], "cpu": 128}
 METRICS = (
     *("tokens_per_second", "tflops", "mfu_causal", "step_seconds"),
     *("product_tflops", "share"),
@@ -164,8 +165,9 @@ def measure_steps(config: JobConfig, processes: Processes, mesh: MeshShape) -> d
     for number in range(WARM_UP + STEPS[kind]):
         if number == WARM_UP and on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        size, rate = SIZES[kind]["product"], learning_rate(number, config.optim)
-        product = matrix_tflops(kind, torch.bfloat16, size, PRODUCT_SECONDS[kind])
+        rate = learning_rate(number, config.optim)
+        size, seconds = PRODUCT_SIZE[kind], PRODUCT_SECONDS[kind]
+        product = matrix_tflops(kind, torch.bfloat16, size, seconds)
         start = time.perf_counter()
         batch = next(batches)
         data_wait_seconds = time.perf_counter() - start

@@ -25,7 +25,7 @@ from model.attention import AttentionKernel
 from planning.hardware import FOLDER, LOCAL, PROCESS_GIB, Hardware, hardware_of
 
 SECONDS = 1.5  # per measurement
-MIN_REPEATS = 5
+MIN_GATHERS = 5
 # Matrix size, elements of a copy, (batch, heads, seq, head_dim), elements of an all-gather.
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"product": 1024, "copy": 2**24, "attention": (4, 8, 512, 64), "payload": 2**22},
@@ -109,9 +109,10 @@ def _repeated_seconds(kind: str, operation: Callable[[], object], repeats: int) 
 
 
 def _median_seconds(kind: str, operation: Callable[[], object], seconds: float) -> float:
-    """Return the median time of an operation repeated for `seconds`."""
-    estimate = _repeated_seconds(kind, operation, MIN_REPEATS)  # also warms up
-    return _repeated_seconds(kind, operation, max(int(seconds / estimate), MIN_REPEATS))
+    """Return the median time of an operation repeated for `seconds`, and at least three times."""
+    _repeated_seconds(kind, operation, 2)  # warm-up
+    estimate = _repeated_seconds(kind, operation, 1)
+    return _repeated_seconds(kind, operation, max(int(seconds / estimate), 3))
 
 
 def matrix_tflops(kind: str, dtype: torch.dtype, n: int, seconds: float) -> float:
@@ -178,8 +179,8 @@ def _gather(rank: int, ranks: int, kind: str, payload: int, seconds: float, fold
         shard = torch.zeros(elements // ranks, device=kind)
         full = torch.empty(elements, device=kind)
         gather = partial(dist.all_gather_into_tensor, full, shard)
-        estimate = _repeated_seconds(kind, gather, MIN_REPEATS)
-        repeats = torch.tensor(max(int(seconds / estimate), MIN_REPEATS), device=kind)
+        estimate = _repeated_seconds(kind, gather, MIN_GATHERS)
+        repeats = torch.tensor(max(int(seconds / estimate), MIN_GATHERS), device=kind)
         dist.broadcast(repeats, 0)  # the same number on all ranks
         times.append(_repeated_seconds(kind, gather, int(repeats)))
     if rank == 0:
