@@ -19,11 +19,18 @@ STEPS = 16  # of the run of `command`
 FAULT_STEPS = 24  # of the run of `train_arguments`
 # Files of half a minute and more, longest first.
 LONGEST = (
-    *("test_parallel_grid", "test_train_launch", "test_slurm", "test_train_watchdog"),
-    *("test_parallel_optimizer_state", "test_faults", "test_storm", "test_train_mesh"),
-    *("test_parallel_activation_checkpoint", "test_train_stream", "test_faults_phases"),
-    *("test_train_data", "test_data_preparation_pool", "test_data_preparation_resume"),
-    *("test_faults_damage", "test_sweep", "test_readme"),
+    *("test_train_launch", "test_train_watchdog", "test_parallel_grid", "test_slurm", "test_storm"),
+    *("test_planning_memory", "test_parallel_activation_checkpoint", "test_train_mesh"),
+    *(
+        "test_faults_phases",
+        "test_data_preparation_pool",
+        "test_faults",
+        "test_bench_training_step",
+    ),
+    *("test_train_data", "test_parallel_optimizer_state", "test_generate", "test_train_stream"),
+    *("test_faults_damage", "test_planning_calibration", "test_data_preparation_resume"),
+    *("test_convert", "test_resilience_host_memory", "test_parallel_mixed_precision"),
+    *("test_readme", "test_sweep"),
 )
 # Names and fixtures by which a test module starts processes.
 LAUNCHING_NAMES = {"start_program", "start_python", "on_ranks", "subprocess", "Cluster"}
