@@ -19,6 +19,8 @@ elif [[ $1 == 143 ]]; then
 fi
 if [[ $requeue == true ]]; then
     echo "Exit code $1: requeuing the job (scontrol requeue $job)."
-    scontrol requeue "$job" || echo "SLURM did not requeue the job; submit it again." >&2
+    # After a node failure SLURM may have requeued the job already, which rejects the command.
+    scontrol requeue "$job" || [[ $(scontrol show job -o "$job") == *" JobState=PENDING "* ]] \
+        || echo "SLURM did not requeue the job; submit it again." >&2
 fi
 exit "$1"
