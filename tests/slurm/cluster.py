@@ -185,9 +185,11 @@ class Cluster:
         """Shorten the delay before SLURM restarts a requeued job, and wait until it runs."""
 
         def runs() -> bool:
-            for node in (node for node, state in self.states().items() if "dr" in state):
-                # SLURM drained a node that was slow to terminate the job, as for an administrator.
-                self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+            for node, state in self.states().items():
+                # SLURM drains a node that is slow to terminate the job, and a node that was down
+                # may not return by itself. Both need an administrator.
+                if "dr" in state or "down" in state:
+                    self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
             job = self.job(number)
             if job["JobState"] == "PENDING" and job.get("Restarts") == str(restarts):
                 # SLURM sets the delay once the job's processes are gone. It revokes their

@@ -80,7 +80,6 @@ def test_job_resumes_bit_for_bit_after_usr1_and_after_a_node_failure(
     cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=gone")
     (folder / "samples.txt").unlink()
     cluster.start_node("n2")
-    cluster.run("scontrol", "update", "nodename=n2", "state=resume")
     cluster.start_requeued(job, restarts=2)
     cluster.wait_for_state(job, "COMPLETED")
     assert "launched by srun" in output.read_text()
