@@ -201,6 +201,76 @@ def test_every_value_out_of_bounds_is_reported(
     assert all(any(part in each for each in found) for part in errors), found
 
 
+# Key: a valid value at each of its bounds, and the nearest invalid one.
+BOUNDS: dict[str, list[tuple[float, float]]] = {
+    "run.seed": [(0, -1), (2**63 - 1, 2**63)],
+    "run.time_limit": [(1e-9, 0)],
+    "train.max_steps": [(1, 0)],
+    "train.global_batch_size": [(1, 0)],
+    "train.seq_len": [(1, 0)],
+    "train.micro_batch_size": [(1, 0)],
+    "train.max_grad_norm": [(1e-9, 0)],
+    "optim.lr": [(1e-9, 0)],
+    "optim.eps": [(1e-9, 0)],
+    "optim.weight_decay": [(0, -1e-9)],
+    "optim.schedule_steps": [(1, 0)],
+    "optim.warmup_steps": [(0, -1)],
+    "optim.min_lr_ratio": [(0, -1e-9), (1, 1.001)],
+    "optim.decay_ratio": [(0, -1e-9), (1, 1.001)],
+    "validation.interval": [(1, 0)],
+    "validation.samples": [(0, -1)],
+    "validation.sample_tokens": [(0, -1)],
+    "validation.temperature": [(0, -1e-9)],
+    "log.interval": [(1, 0)],
+    "checkpoint.interval": [(1, 0)],
+    "checkpoint.interval_minutes": [(1e-9, 0)],
+    "checkpoint.keep_last": [(1, 0)],
+    "checkpoint.keep_every": [(1, 0)],
+    "faults.max_consecutive_skips": [(1, 0)],
+    "faults.max_rewinds": [(0, -1)],
+    "faults.spike_threshold": [(1e-9, 0)],
+    "watchdog.setup_seconds": [(1e-9, 0)],
+    "watchdog.step_seconds": [(1e-9, 0)],
+    "watchdog.checkpoint_seconds": [(1e-9, 0)],
+    "data.validation_fraction": [(0, -1e-9), (0.999, 1)],
+    "data.shard_tokens": [(1, 0)],
+    "data.workers": [(1, 0)],
+    "data.shuffle_block_tokens": [(1, 0)],
+    "data.stream_shards": [(1, 0)],
+    "data.loader_threads": [(1, 0)],
+    "data.prefetch": [(1, 0)],
+    "data.sources.stdlib.weight": [(0, -1e-9)],
+    "tokenizer.vocab_size": [(1, 0)],
+    "tokenizer.training_characters": [(1, 0)],
+    "parallel.dp_replicate": [(1, 0)],
+    "parallel.dp_shard": [(1, 0)],
+    "parallel.cp": [(1, 0)],
+    "parallel.tp": [(1, 0)],
+    "parallel.devices": [(1, 0)],
+    "parallel.num_nodes": [(1, 0)],
+    "model.dim": [(1, 0)],
+    "model.n_layers": [(1, 0)],
+    "model.norm_eps": [(1e-9, 0)],
+    "model.rope_theta": [(1.001, 1)],
+    "model.max_seq_len": [(1, 0)],
+}
+
+
+@pytest.mark.parametrize("bound", [0, 1])
+def test_values_beyond_their_bounds_are_rejected_and_values_at_them_are_not(bound: int) -> None:
+    rows = {key: pairs[bound] for key, pairs in BOUNDS.items() if len(pairs) > bound}
+
+    def out_of_bounds(values: dict[str, float]) -> set[str]:
+        found = errors_of(*(f"{key}={value}" for key, value in values.items()))
+        pattern = r"([a-z_.]+)=\S+ is (below|above|not below|not above) \d+; use (a number|at|-1)"
+        keys = {match[1] for error in found if (match := re.match(pattern, error))}
+        return keys & values.keys()  # without keys interpolated from them
+
+    assert out_of_bounds({key: invalid for key, (_, invalid) in rows.items()}) == set(rows)
+    at_bounds = out_of_bounds({key: valid for key, (valid, _) in rows.items()})
+    assert at_bounds <= {"train.seq_len"}  # a rule compares it with model.max_seq_len
+
+
 @pytest.mark.parametrize("value", ["true", "false"])
 def test_booleans_are_rejected_as_numbers(value: str) -> None:
     """pydantic converts them to 1 and 0, which as a memory budget keep everything or nothing."""

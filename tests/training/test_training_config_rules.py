@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, resolve_mesh
 from resilience.config import FaultsConfig
-from training.config import TrainConfig, ValidationConfig
+from training.config import RunConfig, TrainConfig, ValidationConfig
 from training.config_rules import (
     batch_errors,
     data_errors,
@@ -20,6 +20,7 @@ from training.config_rules import (
     for_every_stage,
     model_errors,
     parallel_errors,
+    run_errors,
     saving_errors,
     stage_errors,
     stream_errors,
@@ -297,3 +298,12 @@ def test_rewind_on_spike_needs_a_checkpoint() -> None:
     assert not list(saving_errors(CheckpointConfig(interval=None, interval_minutes=5), rewinding))
     assert not list(saving_errors(CheckpointConfig(interval=5), rewinding))
     assert not list(saving_errors(CheckpointConfig(interval=None), FaultsConfig()))
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "runs/a/checkpoints/step-00000008"])
+@pytest.mark.parametrize("init_from", [None, "Llama-3.2-1B"])
+def test_initial_weights_and_a_checkpoint_exclude_each_other(
+    init_from: str | None, resume: str
+) -> None:
+    found = list(run_errors(RunConfig("a", "runs/a", init_from=init_from, resume=resume)))
+    assert bool(found) == (init_from is not None and resume.startswith("runs/"))
