@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def trace() -> dict[str, float]:
-    """Trace a step of Llama 3.1 405B, all 126 layers recomputed, on dp_shard=64 × tp=8."""
+    """Trace a step of Llama 3.1 405B, with full activation checkpointing, on dp_shard=64 × tp=8."""
     from planning.tracing import trace_memory
 
     overrides = [

@@ -40,7 +40,7 @@ class ShardWriter:
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens so far."""
+        """Number of tokens written so far."""
         return self._offsets[-1]
 
     def add(self, tokens: np.ndarray) -> None:

@@ -136,8 +136,8 @@ def _load(tasks: Sequence[str], folder: str | None, num_fewshot: int | None) -> 
 def _manager(tasks: Sequence[str], folder: str | None) -> Any:
     """Return lm-eval's task manager, restricted to the folder if it contains all tasks.
 
-    Indexing lm-eval's own tasks takes seconds. Groups of the folder may refer to them, so only
-    single tasks count as contained.
+    Indexing lm-eval's own tasks takes seconds. A group in the folder may include lm-eval's
+    own tasks, so a request for a group always loads the full index.
     """
     if folder is not None:
         local = _index(folder, include_defaults=False)

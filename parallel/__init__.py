@@ -1,1 +1,1 @@
-"""Parallelism: device mesh, launch, transforms of the model per axis, communication volume."""
+"""Parallelism: device mesh, Fabric strategy, transforms of the model per axis, communication volume."""

@@ -29,7 +29,7 @@ def parallelize(
 
     Args:
         model: On the meta device, so that no rank allocates the complete model.
-        mesh: Four axes named as in `parallel.mesh.AXES`.
+        mesh: Device mesh with the dims `parallel.mesh.AXES`.
     """
     dtypes = mixed_precision_policy(precision, mesh.device_type)
     param_dtype = dtypes.param_dtype or torch.float32

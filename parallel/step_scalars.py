@@ -1,8 +1,9 @@
 """Scalars that all ranks share in one optimizer step, and their layout in a tensor.
 
 `parallel.gradients.clip_grad_norm` sums them in the all-reduce of the gradient norm. Signal
-handling, the loss monitor, the traffic model and tracing read this layout by field. Imports torch
-only inside functions, because signal handling and the traffic model must start without it.
+handling and the loss monitor read the sums by field; the traffic model and tracing count them.
+Imports torch only inside functions, because signal handling and the traffic model must start
+without it.
 """
 
 from __future__ import annotations

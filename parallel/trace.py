@@ -48,7 +48,7 @@ class Recorder(TorchDispatchMode):
     """Record the collectives of this rank in `collectives`, except in groups of one.
 
     Args:
-        shape: The mesh, from which the axis names of a group are derived.
+        shape: Mesh shape, used to map the ranks of a group to axis names.
     """
 
     def __init__(self, shape: MeshShape) -> None:

@@ -46,7 +46,9 @@ def batch_bytes(spec: StepSpec) -> int:
 
 
 def head_saved_bytes(spec: StepSpec) -> int:
-    """Return the bytes saved by the last norm and the head: head input, and its shard if any."""
+    """Return the bytes saved by the last norm and the head: head input and, under
+    sequence parallelism, its shard.
+    """
     shard = block_input_bytes(spec) if uses_sequence_parallel(spec) else 0
     return _norm_saved_bytes(spec, compiled=False) + full_hidden_bytes(spec) + shard
 

@@ -125,7 +125,7 @@ class RunPlan:
 
     @property
     def bottleneck(self) -> str:
-        """The bottleneck of the first stage, or of the fullest if the run does not fit."""
+        """The bottleneck of the first stage, or of the one with the highest peak memory if the run does not fit."""
         return (self.stages[0] if self.fits else self.fullest).bottleneck
 
     @property

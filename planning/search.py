@@ -1,6 +1,6 @@
 """Search for the fastest mesh, micro-batch size, activation checkpointing and resharding.
 
-Every candidate is planned with the closed forms, about a second for a thousand. Validity is decided
+Every candidate is planned with the closed forms, a fraction of a second for a thousand. Validity is decided
 by the rules of `train.py` (`PlanRequest`).
 """
 

@@ -2,9 +2,9 @@
 
 A matrix product takes the larger of its FLOPs at the rate of large products and its memory traffic;
 other operations take their memory traffic over the bandwidth of a copy; a collective takes the
-bytes of its ring algorithm (Patarasuk and Yuan 2009) over the slowest link it uses. FSDP2 overlaps
-communication with computation; tensor and context parallelism do not. docs/planning.md reports the
-accuracy.
+bytes of its ring algorithm (Patarasuk and Yuan 2009) over the slowest link it uses. On GPUs FSDP2
+overlaps communication with computation, and async TP half of that of tensor parallelism; all other
+communication is exposed. docs/planning.md reports the accuracy.
 """
 
 from collections import defaultdict
@@ -74,7 +74,7 @@ def step_time(spec: StepSpec, hardware: Hardware) -> StepTime:
 
 
 class RankCosts:
-    """Times of one rank's operations. Matrix products to `sums` are per micro-batch."""
+    """Times of one rank's operations. The methods from `matrix` to `sums` return costs per micro-batch."""
 
     def __init__(self, spec: StepSpec, hardware: Hardware) -> None:
         self.spec, self.hardware = spec, hardware

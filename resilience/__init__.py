@@ -1,1 +1,1 @@
-"""Run folder, lock, event log, signals, watchdog, loss monitor and goodput."""
+"""Launch, exit codes, run folder, lock, event log, signals, watchdog, loss monitor and goodput."""

@@ -1,4 +1,4 @@
-"""Errors of `parallel` that a program reports to the user."""
+"""Errors of the launch that a program reports to the user."""
 
 
 class LaunchError(RuntimeError):

@@ -1,8 +1,9 @@
 """The watchdog: a dead or hung rank aborts the run within a time limit.
 
 Every rank writes heartbeats (phase, step, stack of the main thread) to a key-value store hosted by
-rank 0. Rank 0 checks them, publishes the reason to abort, and every process exits by itself,
-because a rank blocked in a collective cannot be reached otherwise. The last position of a rank that
+rank 0. Rank 0 checks them, publishes the reason to abort, and every process exits by itself
+and kills the processes it started, because a rank blocked in a collective cannot be reached
+otherwise. The last position of a rank that
 was killed, suspended or lost with its node is therefore still known.
 """
 

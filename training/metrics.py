@@ -1,7 +1,8 @@
 """Metrics of a run: their definitions, their values at a logged step, and the log writers.
 
-A new metric is added in this file alone: a row in `METRICS` and its value in `step_metrics`. It
-then appears in `metrics.jsonl`, TensorBoard and W&B, and on the console if it has a column.
+A metric is a row in `METRICS` with its value in `step_metrics` (rates and memory: in
+`training.throughput`). It appears in `metrics.jsonl`, TensorBoard and W&B, and on the console if it
+has a column.
 `MetricsLog` exists on rank 0 only and never stops training: a full disk, a missing package or an
 unreachable server is reported once.
 """

@@ -1,7 +1,7 @@
 """The ways a launch ends: last messages, the `stop` event and the exit code.
 
 A run that is requested or forced to stop exits with a code that gives the reason
-(`resilience.exit_codes`). No process waits for another one then, since a peer may be blocked in a
+(`resilience.exit_codes`). Waits for other processes are limited, since a peer may be blocked in a
 collective that never completes.
 """
 
