@@ -140,8 +140,8 @@ class Llama(nn.Module):
             positions: (batch, seq) integers, restarting at 0 with each document; attention stays
                 within documents. None: each row is one document starting at 0.
             labels: (batch, seq) int64, the token to predict, `model.loss.IGNORE` where none.
-            token_indices: (seq,) integers, global position of each local token, under context parallelism. None: the
-                columns are the full sequence, in order.
+            token_indices: (seq,) integers, global position of each local token, under context
+                parallelism. None: the tokens are the full sequence, in order.
             n_documents: Upper bound of the number of documents in these rows. None: kernels that
                 need the number read it from the device, which synchronizes.
 

@@ -1,1 +1,1 @@
-"""Parallelism: device mesh, Fabric strategy, transforms of the model per axis, communication volume."""
+"""Device mesh, Fabric strategy, transforms of the model per axis, communication volume."""

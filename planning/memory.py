@@ -1,8 +1,8 @@
 """Closed forms of peak memory per rank.
 
 A few microseconds per call. Each method of `_DistributedStep`, or of `_SingleProcessStep`, counts
-what `parallelize`, FSDP2 and autograd keep alive in one phase of a step; the phase with the largest sum
-is the result. A test compares it with the traced step (`planning.tracing`). Activations are in
+what `parallelize`, FSDP2 and autograd keep alive in one phase of a step; the phase with the largest
+sum is the result. A test compares it with the traced step (`planning.tracing`). Activations are in
 `planning.activations`.
 """
 

@@ -125,7 +125,10 @@ class RunPlan:
 
     @property
     def bottleneck(self) -> str:
-        """The bottleneck of the first stage, or of the one with the highest peak memory if the run does not fit."""
+        """The bottleneck of the first stage, or of the fullest one if the run does not fit.
+
+        The fullest stage has the highest peak memory.
+        """
         return (self.stages[0] if self.fits else self.fullest).bottleneck
 
     @property

@@ -1,7 +1,7 @@
 """Search for the fastest mesh, micro-batch size, activation checkpointing and resharding.
 
-Every candidate is planned with the closed forms, a fraction of a second for a thousand. Validity is decided
-by the rules of `train.py` (`PlanRequest`).
+Every candidate is planned with the closed forms, a fraction of a second for a thousand.
+Validity is decided by the rules of `train.py` (`PlanRequest`).
 """
 
 import math

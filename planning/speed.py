@@ -74,7 +74,7 @@ def step_time(spec: StepSpec, hardware: Hardware) -> StepTime:
 
 
 class RankCosts:
-    """Times of one rank's operations. The methods from `matrix` to `sums` return costs per micro-batch."""
+    """Times of one rank's operations; the methods from `matrix` to `sums` are per micro-batch."""
 
     def __init__(self, spec: StepSpec, hardware: Hardware) -> None:
         self.spec, self.hardware = spec, hardware

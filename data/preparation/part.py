@@ -126,7 +126,8 @@ def prepare_part(
 def is_validation(text: str | bytes, fraction: float) -> bool:
     """Return whether a document belongs to the validation split.
 
-    The split depends only on a hash of the content, so no document changes splits when the corpus grows.
+    The split depends only on a hash of the content, so no document changes splits when the corpus
+    grows.
 
     Args:
         text: The document, as a string or as UTF-8.
