@@ -33,12 +33,14 @@ def clip_grad_norm(
         processes, in float64 on CPU and float32 on CUDA; both equal on all ranks. If the norm is
         not finite, the gradients are not either, and the caller must skip the step.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
     if local[0].device.type == "cpu":
-        precise, norms = torch.float64, [precise_norm(shard) for shard in local]
+        precise = torch.float64
+        norms = [precise_norm(shard) for shard in local]
     else:  # CUDA sums in a tree, which is precise enough
-        precise, norms = torch.float32, list(torch._foreach_norm(local, 2, dtype=torch.float32))
+        precise = torch.float32
+        norms = list(torch._foreach_norm(local, 2, dtype=torch.float32))
     torch._foreach_div_(norms, [_n_replicas(gradient) ** 0.5 for gradient in gradients])
     squares = torch.stack(norms).square().sum()
     sums = torch.cat([squares.view(1), extra_scalars.to(precise)])  # (1 + n)

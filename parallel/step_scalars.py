@@ -69,4 +69,4 @@ class StepScalars:
             values: (2 + n_requests): loss, gradient norm and requests.
         """
         loss, grad_norm, *requests = values.tolist()
-        return cls(loss, grad_norm, StepRequests(*map(round, requests)))
+        return cls(loss, grad_norm, StepRequests(*[round(count) for count in requests]))

@@ -151,7 +151,8 @@ def _weights(plan: _Plan) -> list[Collective]:
     backward of each micro-batch, others once per step. Gradients are reduce-scattered in the last
     or in every micro-batch, and with replicas their shards are all-reduced in the last one.
     """
-    mesh, step, sharded = plan.mesh, plan.step, ("dp_shard", "cp")
+    mesh, step = plan.mesh, plan.step
+    sharded = ("dp_shard", "cp")
     ranks = mesh.dp_shard * mesh.cp
 
     def elements(matrices: list[tuple[int, int]]) -> int:
@@ -167,10 +168,13 @@ def _weights(plan: _Plan) -> list[Collective]:
     for count, size, freed in groups:
         gathers = 2 * step.micro_batches * freed + count - freed
         weights, gradients = size * step.param_bytes, size * step.reduce_bytes
-        sums, replicated = count * plan.reductions, count * gradients // ranks
+        n_reductions = count * plan.reductions
+        replicated = count * gradients // ranks
         found += [
             plan.over(sharded, "all_gather", gathers, gathers * weights, "weights"),
-            plan.over(sharded, "reduce_scatter", sums, sums * gradients, "gradients"),
+            plan.over(
+                sharded, "reduce_scatter", n_reductions, n_reductions * gradients, "gradients"
+            ),
             plan.over(["dp_replicate"], "all_reduce", count, replicated, "gradients"),
         ]
     return found
@@ -223,17 +227,18 @@ def _head(plan: _Plan) -> list[Collective]:
     Loss parallelism all-reduces, per chunk of tokens in float32, the maximum, and together the sum
     of exponentials and the target's logit. Without it the logits of each chunk are gathered.
     """
-    step, tp, micro = plan.step, ["tp"], plan.step.micro_batches
-    hidden = micro * plan.hidden
+    step = plan.step
+    n_micro = step.micro_batches
     kinds: tuple[Kind, ...] = ("all_gather", "reduce_scatter")
     if not plan.parallel.sequence_parallel:
         kinds = ("all_reduce",)
-    found = [plan.over(tp, kind, micro, hidden, "head") for kind in kinds]
-    chunks, tokens = micro * -(-plan.tokens // step.head_chunk), micro * plan.tokens
+    found = [plan.over(["tp"], kind, n_micro, n_micro * plan.hidden, "head") for kind in kinds]
+    chunks = n_micro * -(-plan.tokens // step.head_chunk)
+    tokens = n_micro * plan.tokens
     if plan.parallel.loss_parallel:
-        return [*found, plan.over(tp, "all_reduce", 2 * chunks, 3 * tokens * FLOAT32, "loss")]
+        return [*found, plan.over(["tp"], "all_reduce", 2 * chunks, 3 * tokens * FLOAT32, "loss")]
     logits = tokens * plan.model.vocab_size * step.param_bytes
-    return [*found, plan.over(tp, "all_gather", chunks, logits, "loss")]
+    return [*found, plan.over(["tp"], "all_gather", chunks, logits, "loss")]
 
 
 def _context(plan: _Plan) -> list[Collective]:
@@ -243,15 +248,16 @@ def _context(plan: _Plan) -> list[Collective]:
     reduce-scatters their gradient; recomputation gathers again. The float32 loss of each
     micro-batch is summed.
     """
-    model, step, cp = plan.model, plan.step, ["cp"]
+    model, step = plan.model, plan.step
     width = 2 * model.n_kv_heads // plan.mesh.tp * model.head_dim
     keys_values = step.micro_batch_size * step.seq_len * width * step.param_bytes
-    sums = model.n_layers * step.micro_batches
-    gathers = sums * (2 if plan.parallel.activation_checkpoint in ("full", "selective") else 1)
+    n_reductions = model.n_layers * step.micro_batches
+    recomputes = plan.parallel.activation_checkpoint in ("full", "selective")
+    gathers = n_reductions * (2 if recomputes else 1)
     return [
-        plan.over(cp, "all_gather", gathers, gathers * keys_values, "context"),
-        plan.over(cp, "reduce_scatter", sums, sums * keys_values, "context"),
-        plan.over(cp, "all_reduce", step.micro_batches, step.micro_batches * FLOAT32, "loss"),
+        plan.over(["cp"], "all_gather", gathers, gathers * keys_values, "context"),
+        plan.over(["cp"], "reduce_scatter", n_reductions, n_reductions * keys_values, "context"),
+        plan.over(["cp"], "all_reduce", step.micro_batches, step.micro_batches * FLOAT32, "loss"),
     ]
 
 
