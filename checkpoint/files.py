@@ -88,9 +88,10 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
             for entry in manifest["files"].values():
                 entry["hash"] = entry.pop("sha256")
         elif version != FORMAT_VERSION or manifest["algorithm"] not in ALGORITHMS:
-            known = f"versions 1 to {FORMAT_VERSION} with one of {', '.join(ALGORITHMS)}"
-            found = f"format version {version}, hash {manifest.get('algorithm')}"
-            raise ValueError(f"{found}; this program reads {known}")
+            raise ValueError(
+                f"format version {version}, hash {manifest.get('algorithm')}; this program reads "
+                f"versions 1 to {FORMAT_VERSION} with one of {', '.join(ALGORITHMS)}"
+            )
         Position.from_dict(manifest["position"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot read {MANIFEST} ({error})") from None

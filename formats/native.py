@@ -74,7 +74,12 @@ def open_native(folder: Path) -> Weights:
         values = manifest["config"]["model"]
         metadata = dcp.FileSystemReader(folder).read_metadata()
     except (
-        *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError),
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
         pickle.UnpicklingError,
     ) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error

@@ -106,8 +106,9 @@ def plan_processes(
     accelerator, gpus = _accelerator(config)
     errors = []
     if config.accelerator == "cuda" and gpus == 0:
-        remedy = "use parallel.accelerator=cpu"
-        errors.append(f"parallel.accelerator=cuda but no GPU is visible; {remedy}")
+        errors.append(
+            "parallel.accelerator=cuda but no GPU is visible; use parallel.accelerator=cpu"
+        )
     started = started_processes(environment)
     if started is not None:
         processes = Processes(accelerator, started.per_node, started.num_nodes, started.launcher)
@@ -125,8 +126,10 @@ def plan_processes(
         on_this_machine = gpus if accelerator == "cuda" else max(mesh_size // num_nodes, 1)
         processes = Processes(accelerator, config.devices or on_this_machine, num_nodes, "self")
     if accelerator == "cuda" and processes.per_node > gpus > 0:
-        rule = f"exceeds the {gpus} visible GPUs; use at most {gpus}, or parallel.accelerator=cpu"
-        errors.append(f"parallel.devices={processes.per_node} {rule}")
+        errors.append(
+            f"parallel.devices={processes.per_node} exceeds the {gpus} visible GPUs; use at most "
+            f"{gpus}, or parallel.accelerator=cpu"
+        )
     return processes, errors
 
 
@@ -144,12 +147,15 @@ def _task_errors(environment: Mapping[str, str]) -> Iterator[str]:
     """Yield errors in the task layout that `srun` started."""
     tasks = tasks_per_node(environment)
     if len(set(tasks)) > 1:
-        started = f"{sum(tasks)} tasks unevenly on {len(tasks)} nodes"
-        listed = ", ".join(map(str, tasks))
-        yield f"srun started {started} ({listed}); use --nodes and --ntasks-per-node"
+        yield (
+            f"srun started {sum(tasks)} tasks unevenly on {len(tasks)} nodes "
+            f"({', '.join(map(str, tasks))}); use --nodes and --ntasks-per-node"
+        )
     elif "SLURM_NTASKS_PER_NODE" not in environment:
-        missing = f"srun --ntasks={sum(tasks)} does not set the number of tasks per node"
-        yield f"{missing}; add --ntasks-per-node={tasks[0]}"
+        yield (
+            f"srun --ntasks={sum(tasks)} does not set the number of tasks per node; add "
+            f"--ntasks-per-node={tasks[0]}"
+        )
 
 
 def _accelerator(config: ParallelConfig) -> tuple[str, int]:
@@ -174,10 +180,14 @@ def resolve_mesh(config: ParallelConfig, world_size: int) -> tuple[MeshShape, li
     if world_size == shape.world_size:
         return shape, []
     named = ", ".join(f"parallel.{axis}={size}" for axis, size in vars(shape).items())
-    remedy = f"use parallel.dp_shard=-1, which resolves to {world_size // others}"
-    if world_size % others:
-        divisors = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
-        remedy = f"start a multiple of {others} processes, or let dp_replicate × cp × tp be one of "
-        remedy += divisors
-    needs = f"the mesh ({named}) needs {shape.world_size} processes, not {world_size}"
-    return shape, [f"{needs}; {remedy}"]
+    if world_size % others == 0:
+        return shape, [
+            f"the mesh ({named}) needs {shape.world_size} processes, not {world_size}; use "
+            f"parallel.dp_shard=-1, which resolves to {world_size // others}"
+        ]
+    divisors = [str(size) for size in range(1, world_size + 1) if world_size % size == 0]
+    return shape, [
+        f"the mesh ({named}) needs {shape.world_size} processes, not {world_size}; start a "
+        f"multiple of {others} processes, or let dp_replicate × cp × tp be one of "
+        f"{', '.join(divisors)}"
+    ]

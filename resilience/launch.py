@@ -85,9 +85,14 @@ def silence_libraries() -> None:
     The libraries' other warnings are shown on rank 0.
     """
     for name in (
-        *("lightning", "lightning.fabric", "lightning.pytorch", "torch.distributed"),
-        *("torchao", "torch.utils._pytree"),  # kernels not built for this machine; registrations
-        *("torch._dynamo", "torch._higher_order_ops"),  # hints for authors of the compiled code
+        "lightning",
+        "lightning.fabric",
+        "lightning.pytorch",
+        "torch.distributed",
+        "torchao",  # kernels not built for this machine
+        "torch.utils._pytree",  # registrations
+        "torch._dynamo",  # hints for authors of the compiled code
+        "torch._higher_order_ops",  # the same
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):

@@ -129,8 +129,10 @@ class RunLock:
             with suppress(OSError):  # disk unreachable: a missing heartbeat is correct
                 holder = Holder.read(self.path)
                 if holder not in (None, self.holder) and not self._released.is_set():
-                    cause = "had sent no heartbeat for too long, or the lock file was removed"
-                    message = f"Stopped: {self.path} was taken over by {holder}. This run {cause}."
+                    message = (
+                        f"Stopped: {self.path} was taken over by {holder}. This run had sent no "
+                        "heartbeat for too long, or the lock file was removed."
+                    )
                     print(message, file=sys.stderr, flush=True)
                     os._exit(ExitCode.LOCKED)
                 os.utime(self._descriptor)
@@ -153,7 +155,8 @@ def acquire_lock(folder: RunFolder, report: Callable[[str], None]) -> RunLock:
         LockedError: Another run holds the folder.
         RunFolderError: The folder cannot be written.
     """
-    path, lock = folder.path / "lock", None
+    path = folder.path / "lock"
+    lock = None
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         while lock is None:
@@ -203,8 +206,10 @@ def _take_over(
     if previous is not None:
         same_machine = has_kernel_lock and previous.machine == holder.machine
         if not same_machine and not previous.was_requeued_as(holder):
-            purpose = f"{STALE_SECONDS:.0f} seconds to see whether that run is alive"
-            report(f"{path} names {previous}: watching it for {purpose}.")
+            report(
+                f"{path} names {previous}: watching it for {STALE_SECONDS:.0f} seconds to see "
+                "whether that run is alive."
+            )
             if not _is_stale(path, previous):
                 return None
         report(f"Removed the stale lock of {previous}, which did not exit cleanly.")
@@ -237,9 +242,10 @@ def _is_stale(path: Path, holder: Holder) -> bool:
 
 
 def _locked_error(path: Path, holder: Holder | None) -> LockedError:
-    user = holder or "a process that is just starting"
-    remedy = "wait for that run or stop it, or choose another folder with run.name=…"
-    return LockedError(f"run.dir={path.parent} is in use by {user}; {remedy}")
+    return LockedError(
+        f"run.dir={path.parent} is in use by {holder or 'a process that is just starting'}; wait "
+        "for that run or stop it, or choose another folder with run.name=…"
+    )
 
 
 def _boot_id() -> str:

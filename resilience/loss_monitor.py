@@ -79,7 +79,8 @@ class AsyncStatsReader:
         if values.is_cuda:
             host = torch.empty_like(values, device="cpu", pin_memory=True)
             host.copy_(values, non_blocking=True)
-            values, copied = host, torch.cuda.Event(blocking=True)
+            values = host
+            copied = torch.cuda.Event(blocking=True)
             copied.record()
         self._pending.append(((step, batch, samples), values, copied))
         return self._pop(len(self._pending) - self.delay)
@@ -198,29 +199,36 @@ class LossMonitor:
         state.n_consecutive += 1
         if state.n_consecutive == 1:
             state.first_batch, state.first_sample = stats.batch, stats.samples[0]
-        values = f"loss {stats.loss:g}, gradient norm {stats.grad_norm:g}"
-        counts = f"{state.n_consecutive} consecutive, {state.n_skipped} in total"
-        message = f"Step {stats.step}: skipped the update on all ranks: {values} "
-        message += f"({stats.samples_text}; {counts})"
+        message = (
+            f"Step {stats.step}: skipped the update on all ranks: loss {stats.loss:g}, gradient "
+            f"norm {stats.grad_norm:g} ({stats.samples_text}; {state.n_consecutive} consecutive, "
+            f"{state.n_skipped} in total)"
+        )
         fields = _event_fields(stats)
         fields |= {"n_consecutive": state.n_consecutive, "n_skipped": state.n_skipped}
         if state.n_consecutive < config.max_consecutive_skips:
             return MonitorAction(message, "skip", fields)
-        samples = f"samples {state.first_sample} to {stats.samples[1] - 1}"
-        skips = f"{state.n_consecutive} consecutive updates were not finite ({samples})"
+        reason = (
+            f"{state.n_consecutive} consecutive updates were not finite (samples "
+            f"{state.first_sample} to {stats.samples[1] - 1})"
+        )
         if self.n_rewinds < config.max_rewinds:
-            message += f"; {skips}: {self._next_rewind()}"
+            message += f"; {reason}: {self._next_rewind()}"
             rewind = state.first_batch, stats.batch + 1
             return MonitorAction(message, "skip", fields, rewind)
-        rule = f"faults.max_rewinds={config.max_rewinds} allows no further rewind"
-        abort = f"{skips}, and {rule}; inspect these samples, lower optim.lr, or allow more rewinds"
+        abort = (
+            f"{reason}, and faults.max_rewinds={config.max_rewinds} allows no further rewind; "
+            "inspect these samples, lower optim.lr, or allow more rewinds"
+        )
         return MonitorAction(message, "skip", fields, abort=abort)
 
     def _spike(self, stats: StepStats, deviations: float) -> MonitorAction:
         """Return the action for a loss far above the mean; it is excluded from the statistics."""
         state, max_rewinds = self._state, self.config.max_rewinds
-        height = f"{deviations:.1f} standard deviations above its running mean of {state.mean:.4g}"
-        message = f"Step {stats.step}: loss {stats.loss:.4g} is {height} ({stats.samples_text})"
+        message = (
+            f"Step {stats.step}: loss {stats.loss:.4g} is {deviations:.1f} standard deviations "
+            f"above its running mean of {state.mean:.4g} ({stats.samples_text})"
+        )
         fields = _event_fields(stats) | {"deviations": round(deviations, 2), "mean": state.mean}
         if self.config.rewind_on_spike:
             if self.n_rewinds < max_rewinds:
@@ -234,8 +242,10 @@ class LossMonitor:
         return MonitorAction(message, "spike", fields)
 
     def _next_rewind(self) -> str:
-        number = f"rewind {self.n_rewinds + 1} of {self.config.max_rewinds}"
-        return f"rewinding to the last valid checkpoint and excluding these samples ({number})"
+        return (
+            "rewinding to the last valid checkpoint and excluding these samples "
+            f"(rewind {self.n_rewinds + 1} of {self.config.max_rewinds})"
+        )
 
     def _deviations(self, loss: float) -> float:
         """Return the distance of `loss` from the running mean in standard deviations."""

@@ -1,9 +1,10 @@
 """Rules that tie keys of the configuration together, and to mesh, device and installed packages.
 
-Each function yields error messages with key, value, rule and remedy. `CONFIG_RULES` apply to a
-configuration alone, `INSTALLATION_RULES` also to the packages of this machine;
-`training.config_validation` passes the sections that their parameters name. The other functions
-need a mesh or a device. Imports nothing heavy.
+Each function yields error messages with key, value, rule and remedy. `CONFIG_RULES` apply to every
+program except conversion, `INSTALLATION_RULES` to training (`saving_errors` also to planning):
+they depend on its sections `checkpoint`, `faults` and `log`, or on the installed packages.
+`training.config_validation` passes the sections that their parameters name. The remaining functions
+belong to particular programs, or need a mesh or a device. Imports nothing heavy.
 """
 
 import importlib.util
@@ -283,8 +284,16 @@ def inference_errors(precision: PrecisionConfig) -> Iterator[str]:
 
 
 CONFIG_RULES = (
-    *(run_errors, parallel_errors, precision_errors, faults_errors, tokenizer_errors, data_errors),
-    *(stage_errors, size_errors, stream_errors, moment_errors),
+    run_errors,
+    parallel_errors,
+    precision_errors,
+    faults_errors,
+    tokenizer_errors,
+    data_errors,
+    stage_errors,
+    size_errors,
+    stream_errors,
+    moment_errors,
 )
 INSTALLATION_RULES = (saving_errors, wandb_errors, torchao_errors, profile_errors)
 
@@ -375,22 +384,22 @@ def fp8_size_errors(
     """Yield errors for sizes that fp8 matrix products do not support on any device."""
     if precision.fp8 is None:
         return
-    needs, off = f"precision.fp8={precision.fp8} needs", "precision.fp8=null"
     widths = {"dim": model.dim, "ffn_dim": model.ffn_dim}
     widths["n_kv_heads × head_dim"] = model.n_kv_heads * model.head_dim
     for key, width in widths.items():
         if width % mesh.tp == 0 and width // mesh.tp % FP8_MULTIPLE:
             yield (
-                f"{needs} widths that are multiples of {FP8_MULTIPLE}, but model.{key}={width} "
-                f"over parallel.tp={mesh.tp} is {width // mesh.tp}; use a multiple of "
-                f"{FP8_MULTIPLE * mesh.tp}, or {off}"
+                f"precision.fp8={precision.fp8} needs widths that are multiples of {FP8_MULTIPLE}, "
+                f"but model.{key}={width} over parallel.tp={mesh.tp} is {width // mesh.tp}; use a "
+                f"multiple of {FP8_MULTIPLE * mesh.tp}, or precision.fp8=null"
             )
     micro_batch_size = train.micro_batch_size or train.global_batch_size // mesh.dp
     if micro_batch_size * train.seq_len // mesh.cp % FP8_MULTIPLE:
         yield (
-            f"{needs} micro-batches of a multiple of {FP8_MULTIPLE} tokens, but a rank has "
-            f"{micro_batch_size} × train.seq_len={train.seq_len} / parallel.cp={mesh.cp}; use a "
-            f"train.seq_len that is a multiple of {FP8_MULTIPLE * mesh.cp}, or {off}"
+            f"precision.fp8={precision.fp8} needs micro-batches of a multiple of {FP8_MULTIPLE} "
+            f"tokens, but a rank has {micro_batch_size} × train.seq_len={train.seq_len} / "
+            f"parallel.cp={mesh.cp}; use a train.seq_len that is a multiple of "
+            f"{FP8_MULTIPLE * mesh.cp}, or precision.fp8=null"
         )
 
 
@@ -410,9 +419,9 @@ def device_errors(
     Args:
         is_hopper: Whether the GPU is Hopper or newer; by default, checks this machine.
     """
-    on_gpu, kernel = accelerator == "cuda", model.attention
+    kernel = model.attention
     key = f"model.attention={kernel}"
-    if kernel in ("flex", "varlen") and not on_gpu:
+    if kernel in ("flex", "varlen") and accelerator != "cuda":
         yield f"{key} has no backward on CPU; use model.attention=auto or sdpa"
     elif kernel == "varlen" and precision.param == "fp32":
         yield (
@@ -426,17 +435,27 @@ def device_errors(
         )
     if not parallel.async_tp:
         return
-    key, off = "parallel.async_tp=true", "parallel.async_tp=false"
-    if not (on_gpu and (is_hopper or _is_hopper)()):
-        yield f"{key} needs the symmetric memory of Hopper or newer NVIDIA GPUs; use {off}"
+    if accelerator != "cuda" or not (is_hopper or _is_hopper)():
+        yield (
+            "parallel.async_tp=true needs the symmetric memory of Hopper or newer NVIDIA GPUs; "
+            "use parallel.async_tp=false"
+        )
     if mesh.tp == 1:
-        yield f"{key} has nothing to overlap with parallel.tp=1; use parallel.tp=8 or {off}"
-    for name, needs in (
-        ("compile", "is implemented by the compiler"),
-        ("sequence_parallel", "overlaps gathers along the sequence"),
-    ):
-        if not getattr(parallel, name):
-            yield f"{key} {needs}, but parallel.{name}=false; use parallel.{name}=true or {off}"
+        yield (
+            "parallel.async_tp=true has nothing to overlap with parallel.tp=1; use parallel.tp=8 "
+            "or parallel.async_tp=false"
+        )
+    if not parallel.compile:
+        yield (
+            "parallel.async_tp=true is implemented by the compiler, but parallel.compile=false; "
+            "use parallel.compile=true or parallel.async_tp=false"
+        )
+    if not parallel.sequence_parallel:
+        yield (
+            "parallel.async_tp=true overlaps gathers along the sequence, but "
+            "parallel.sequence_parallel=false; use parallel.sequence_parallel=true or "
+            "parallel.async_tp=false"
+        )
 
 
 def _is_hopper() -> bool:
@@ -448,12 +467,14 @@ def _is_hopper() -> bool:
 
 def fp8_errors(accelerator: str, precision: PrecisionConfig) -> Iterator[str]:
     """Yield an error if the device does not support fp8."""
-    recipe, off = precision.fp8, "precision.fp8=null"
+    recipe = precision.fp8
     if recipe is None:
         return
     if accelerator != "cuda":
-        used = f"parallel.accelerator={accelerator}"
-        yield f"precision.fp8={recipe} needs a GPU, but the run uses {used}; use {off}"
+        yield (
+            f"precision.fp8={recipe} needs a GPU, but the run uses "
+            f"parallel.accelerator={accelerator}; use precision.fp8=null"
+        )
         return
     import torch
 
@@ -461,11 +482,11 @@ def fp8_errors(accelerator: str, precision: PrecisionConfig) -> Iterator[str]:
 
     capability = lacking_capability(recipe) if torch.cuda.is_available() else None
     if capability is not None:
-        (major, minor), tensorwise = CAPABILITY[recipe], CAPABILITY["tensorwise"]
+        major, minor = CAPABILITY[recipe]
+        lesser = "precision.fp8=tensorwise or " if capability >= CAPABILITY["tensorwise"] else ""
         yield (
             f"precision.fp8={recipe} needs GPUs of compute capability {major}.{minor}, but this "
-            f"one has {capability[0]}.{capability[1]}; use "
-            f"{'precision.fp8=tensorwise or ' if capability >= tensorwise else ''}{off}"
+            f"one has {capability[0]}.{capability[1]}; use {lesser}precision.fp8=null"
         )
 
 

@@ -54,7 +54,8 @@ def validate(
     """
     from pydantic import TypeAdapter, ValidationError  # 0.1 s that `--help` does not need
 
-    config, by_key = None, dict[str, list[Any]]()
+    config = None
+    by_key: dict[str, list[Any]] = {}
     try:
         config = TypeAdapter(schema).validate_python(values)
     except ValidationError as error:

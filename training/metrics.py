@@ -216,8 +216,10 @@ class MetricsLog:
     def _fail(self, target: str, error: object) -> None:
         if target not in self._warned:
             self._warned.add(target)
-            failed = f"{target} in {self.folder} ({' '.join(str(error).split())})"
-            self._warn(f"Could not write {failed}. Continuing without it.")
+            self._warn(
+                f"Could not write {target} in {self.folder} ({' '.join(str(error).split())}). "
+                "Continuing without it."
+            )
 
 
 def _truncate_lines(path: Path, last_step: int) -> None:

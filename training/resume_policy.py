@@ -97,9 +97,11 @@ def check_changes(
     Raises:
         RunFolderError: Every change that is not permitted, with its remedy, below the heading.
     """
-    changes, lines = compare(before, now, samples, on_load), []
+    changes = compare(before, now, samples, on_load)
+    lines = []
     if changes.forbidden:
-        rows, stages = _rows(changes.forbidden, reasons=True), _stage_remedy(changes, now, samples)
+        rows = _rows(changes.forbidden, reasons=True)
+        stages = _stage_remedy(changes, now, samples)
         if on_load:
             remedy = "Set these as in the run of the checkpoint, or use another checkpoint."
             lines += [*rows, remedy, *stages]
