@@ -24,7 +24,6 @@ from cli.config import check_config
 from cli.errors import exit_on_user_error
 from parallel.mesh import MeshShape, Processes, is_first_process
 from parallel.step_scalars import NO_REQUESTS, StepRequests
-from planning.fit_check import check_plan
 from resilience.exit_codes import ExitCode
 from resilience.lock import RunLock
 from resilience.signals import Requests
@@ -51,6 +50,8 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(composed: DictConfig) -> None:
     """Validate, launch and train."""
+    from planning.fit_check import check_plan
+
     with exit_on_user_error():
         config, processes, mesh = check_config(composed)
         changes = check_folder(config)

@@ -1,12 +1,13 @@
 """Convert configurations composed by Hydra to the dataclasses of a program.
 
 The only code that handles a `DictConfig`: interpolations are resolved, missing values and renamed
-keys reported, and the rest is left to `training.config_validation`.
+keys reported, and the rest is left to `training.config_validation`. The planner is imported by
+`plan.py` only, since `--help` should be fast.
 """
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,11 +18,13 @@ from formats.config import ConvertJobConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.mesh import MeshShape, Processes, is_first_process, plan_processes, resolve_mesh
-from planning.config import PLAN_RULES, PlanJobConfig
 from resilience.renamed_keys import rename_keys
 from training import config_rules as rules
 from training.config import JobConfig
 from training.config_validation import ConfigError, Rule, validate
+
+if TYPE_CHECKING:
+    from planning.config import PlanJobConfig
 
 Config = TypeVar("Config")
 
@@ -79,11 +82,13 @@ def check_inference_mesh(
     return processes, mesh
 
 
-def load_plan_config(composed: DictConfig) -> PlanJobConfig:
+def load_plan_config(composed: DictConfig) -> "PlanJobConfig":
     """Return the configuration of `plan.py`; raise as `load_train_config` does.
 
     A search chooses the mesh, so the configured one need not be valid.
     """
+    from planning.config import PLAN_RULES, PlanJobConfig
+
     return _load(composed, PlanJobConfig, (*rules.CONFIG_RULES, rules.saving_errors, *PLAN_RULES))
 
 

@@ -22,8 +22,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from filelock import lock_descriptor
-
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolder, RunFolderError, not_writable
 
@@ -173,6 +171,8 @@ def acquire_lock(folder: RunFolder, report: Callable[[str], None]) -> RunLock:
 
 def _open_locked(path: Path) -> tuple[int, bool]:
     """Open and lock the file; return its descriptor and whether the file system supports locks."""
+    from filelock import lock_descriptor  # `--help` does not need it
+
     deadline = time.monotonic() + RETRY_SECONDS
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
