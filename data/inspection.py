@@ -230,18 +230,17 @@ def show_sample(
     segments, masked = sample.segments(), sample.masked()
     n_tokens = len(sample.labels)
     legend = f"; {MASKED_LABEL} marks a token whose label is masked" if masked else ""
-    counts = f"{n_tokens:,} tokens plus the last label, {n_tokens - len(masked):,} labels"
-    _print_line(console, counts + legend, "dim")
+    line = f"{n_tokens:,} tokens plus the last label, {n_tokens - len(masked):,} labels{legend}"
+    _print_line(console, line, "dim")
     for number, (start, end) in enumerate(segments, start=1):
         before = "" if sample.tokens[start] == tokenizer.bos_id else ", starts earlier"
         after = "" if sample.tokens[end - 1] == tokenizer.eos_id else ", continues"
-        span = f"document {number}/{len(segments)}, {_format_span(start, end)}"
-        _print_rule(console, span + before + after)
+        span = _format_span(start, end)
+        _print_rule(console, f"document {number}/{len(segments)}, {span}{before}{after}")
         _show_tokens(console, tokenizer, sample.tokens[start:end], end - 1 in masked)
     if sample.n_padding:
         end = len(sample.tokens)
-        span = _format_span(end - sample.n_padding, end)
-        _print_rule(console, f"padding without labels, {span}")
+        _print_rule(console, f"padding without labels, {_format_span(end - sample.n_padding, end)}")
 
 
 def _show_sources(console: Console, manifest: Manifest) -> None:
@@ -250,13 +249,16 @@ def _show_sources(console: Console, manifest: Manifest) -> None:
     defaults = {**asdict(SourceConfig("text")), "format": None}
     for name, source in manifest.sources.items():
         values = configuration.get("data.sources", {}).get(name, {})
-        changed = {key: v for key, v in values.items() if v != defaults.get(key)}
+        changed = {key: value for key, value in values.items() if value != defaults.get(key)}
         _print_line(console, f"{name}: {_format_settings(changed)}")
         _print_line(console, f"    revision {source.revision}", "dim")
     keys = ("data.validation_fraction", "data.shard_tokens", "data.invalid_text")
     _print_line(console, _format_settings({key: configuration.get(key) for key in keys}), "dim")
-    ids = f"{entry.vocab_size:,} ids, bos {entry.bos_id}, eos {entry.eos_id}"
-    _print_line(console, f"tokenizer: {entry.name}, {ids}, hash {entry.hash[:12]}")
+    _print_line(
+        console,
+        f"tokenizer: {entry.name}, {entry.vocab_size:,} ids, "
+        f"bos {entry.bos_id}, eos {entry.eos_id}, hash {entry.hash[:12]}",
+    )
     console.print()
 
 
@@ -298,7 +300,7 @@ def _length_table(documents: np.ndarray, tokens: np.ndarray, bar_width: int) -> 
         n = int(documents[power])
         bar = Bar(int(documents.max()), 0, n, width=bar_width, color="cyan")
         fractions = n / documents.sum(), tokens[power] / tokens.sum()
-        table.add_row(f"{2**power:,}", f"{n:,}", bar, *(f"{x:.1%}" for x in fractions))
+        table.add_row(f"{2**power:,}", f"{n:,}", bar, *(f"{each:.1%}" for each in fractions))
     return table
 
 

@@ -132,9 +132,13 @@ class Manifest:
             DataError: No manifest, an unsupported version, a missing file or one of another size,
                 or ids outside the tokenizer's vocabulary.
         """
-        missing = f"data.folder={folder} has no prepared data ({MANIFEST_FILE} is missing)"
-        path, supported = folder / MANIFEST_FILE, (FORMAT, FORMAT_VERSION)
-        manifest = read_record(cls, path, supported, f"{missing}; run prepare.py", REPREPARE)
+        try:
+            manifest = read_record(cls, folder / MANIFEST_FILE, (FORMAT, FORMAT_VERSION), REPREPARE)
+        except FileNotFoundError:
+            raise DataError(
+                f"data.folder={folder} has no prepared data ({MANIFEST_FILE} is missing); "
+                "run prepare.py"
+            ) from None
         errors = manifest.errors(folder) if check_files else ()
         if message := "\n".join(f"{error}; {REPREPARE}" for error in errors):
             raise DataError(message)
@@ -156,23 +160,23 @@ _adapter: Callable[[Any], TypeAdapter] = cache(TypeAdapter)  # takes millisecond
 
 
 def read_record(
-    record: type[Record], path: Path, supported: tuple[str, int], missing: str, remedy: str
+    record: type[Record], path: Path, supported: tuple[str, int], remedy: str
 ) -> Record:
     """Read a JSON file with the fields of a dataclass.
 
     Args:
         supported: Values of the fields `format` and `version`.
-        missing: Error message for a missing file.
-        remedy: End of all other error messages.
+        remedy: End of all error messages.
 
     Raises:
-        DataError: The file is missing, damaged or of another version.
+        FileNotFoundError: The file is missing.
+        DataError: The file is damaged or of another version.
     """
     try:
         values = json.loads(path.read_bytes())
         found = values.get("format"), values.get("version")
     except FileNotFoundError:
-        raise DataError(missing) from None
+        raise
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot read ({error}); {remedy}") from None
     except AttributeError:

@@ -17,7 +17,7 @@ import numpy as np
 from data.errors import DataError
 from data.permutation import MAX_SIZE, permute, permute_in_blocks, round_keys
 
-BLOCK = 65_536  # samples in a mixture block; each block has exactly the configured proportions
+BLOCK = 65_536  # samples in a mixture block; each block has exactly the `quotas` of the weights
 
 
 class OrderStage(NamedTuple):
@@ -32,8 +32,8 @@ class OrderStage(NamedTuple):
 def quotas(weights: Mapping[str, float], key: str = "data.sources.{}.weight") -> list[int]:
     """Return the number of samples per block for each source.
 
-    Uses the largest-remainder method in exact arithmetic. Ties go to the alphabetically first name,
-    so the order of the sources does not matter.
+    Weights are rounded to whole samples by the largest-remainder method in exact arithmetic. Ties
+    go to the alphabetically first name, so the order of the sources does not matter.
 
     Args:
         key: Format string for the configuration key of a source's weight, used in messages.
@@ -103,10 +103,10 @@ class Order:
             key = f"data.stages[{index - 1}].weights.{{}}" if index else "data.sources.{}.weight"
             quota = np.array(quotas({name: stage.weights[name] for name in self.names}, key))
             n_windows = np.array([stage.n_windows[name] for name in self.names], dtype=np.int64)
-            for name, n, n_samples in zip(self.names, n_windows.tolist(), quota, strict=True):
-                if n_samples and not 1 <= n <= MAX_SIZE:
+            for name, count, n_samples in zip(self.names, n_windows.tolist(), quota, strict=True):
+                if n_samples and not 1 <= count <= MAX_SIZE:
                     raise DataError(
-                        f"data.sources.{name} has {n} windows of {stage.seq_len} tokens, but a "
+                        f"data.sources.{name} has {count} windows of {stage.seq_len} tokens, but a "
                         f"source needs 1 to {MAX_SIZE}; add text or use a shorter train.seq_len"
                     )
             if index:
@@ -117,9 +117,11 @@ class Order:
                     epochs = epochs - draws // -np.maximum(previous.n_windows, 1)
                     draws = np.zeros_like(draws)
             layout = np.repeat(by_name, quota[by_name])
-            stage_key = (stage.first_sample,) if index else ()
-            fixed = stage.first_sample, stage.seq_len, quota, n_windows
-            self._stages.append(_Stage(*fixed, draws, epochs, layout, stage_key))
+            first, seq_len = stage.first_sample, stage.seq_len
+            stage_key = (first,) if index else ()
+            self._stages.append(
+                _Stage(first, seq_len, quota, n_windows, draws, epochs, layout, stage_key)
+            )
         self._first_samples = np.array([stage.first_sample for stage in stages], dtype=np.int64)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -158,12 +160,16 @@ class Order:
         """Return the window at each offset of each epoch of each source, (n,) int64."""
         window = np.empty_like(offset)
         for group, selected in _groups(epoch * len(self.names) + source):
-            e, i = divmod(group, len(self.names))
-            n, name = int(stage.n_windows[i]), self.names[i]
-            # Blocks of n windows or more are the plain permutation.
-            block = n if self.block_tokens is None else self.block_tokens // stage.seq_len
-            keys = (round_keys(kind, self.seed, name, e) for kind in ("block", "window"))
-            window[selected] = permute_in_blocks(offset[selected], n, max(block, 1), *keys)
+            epoch_index, source_index = divmod(group, len(self.names))
+            name = self.names[source_index]
+            n_windows = int(stage.n_windows[source_index])
+            # Blocks of n_windows or more are the plain permutation.
+            block = n_windows if self.block_tokens is None else self.block_tokens // stage.seq_len
+            block_keys = round_keys("block", self.seed, name, epoch_index)
+            inside_keys = round_keys("window", self.seed, name, epoch_index)
+            window[selected] = permute_in_blocks(
+                offset[selected], n_windows, max(block, 1), block_keys, inside_keys
+            )
         return window
 
     def _count_draws(self, stage: _Stage, n_samples: int) -> np.ndarray:

@@ -81,12 +81,14 @@ class PackIndex:
         """
         path = index_folder(folder, source, seq_len) / INDEX_FILE
         remedy = repack(path, seq_len)
-        missing = (
-            f"data.packing=best_fit: data.sources.{source} is not packed for seq_len={seq_len} "
-            f"({path} is missing); run `python prepare.py … pack={seq_len}` with the same data and "
-            "tokenizer"
-        )
-        index = read_record(cls, path, (FORMAT, FORMAT_VERSION), missing, remedy)
+        try:
+            index = read_record(cls, path, (FORMAT, FORMAT_VERSION), remedy)
+        except FileNotFoundError:
+            raise DataError(
+                f"data.packing=best_fit: data.sources.{source} is not packed for seq_len={seq_len} "
+                f"({path} is missing); run `python prepare.py … pack={seq_len}` with the same data "
+                "and tokenizer"
+            ) from None
         if mismatch := index._mismatch(folder, seq_len, shards_hash):
             raise DataError(f"{path} {mismatch}; {remedy}")
         return index

@@ -73,7 +73,11 @@ class StreamShard:
         Raises:
             DataError: The dataset cannot be read, or this stream shard has no text.
         """
-        parts, starts, n_missing, start, index = [], [], seq_len + 1, self._n_used, 0
+        parts: list[np.ndarray] = []
+        starts: list[int] = []
+        n_missing = seq_len + 1
+        index = 0  # in the buffer
+        start = self._n_used
         while True:
             if index == len(self._buffer):
                 self._buffer.append(next(self._documents))
@@ -182,9 +186,9 @@ class StreamDataset:
         if self.n_stream_shards <= self.n_files:
             return
         remedy = f"use fewer than {size} data ranks, or prepare the data (data.stream_shards=null)"
-        for n in range(1, self.n_files + 1):
-            if global_batch_size % n == 0 and n % size == 0:
-                remedy = f"use {n}, the largest possible number"
+        for number in range(1, self.n_files + 1):
+            if global_batch_size % number == 0 and number % size == 0:
+                remedy = f"use {number}, the largest possible number"
         raise DataError(
             f"data.stream_shards={self.n_stream_shards} is more than the {self.n_files} files of "
             f"data.sources.{self.name}.path={self.source.path}; {remedy}"
@@ -199,7 +203,7 @@ class StreamDataset:
         n_files, remainder = divmod(self.n_files, self.n_stream_shards)
         first = n_files * index + min(index, remainder)
         parts = self.corpus.parts[first : first + n_files + (index < remainder)]
-        part = Part(self.name, index, tuple(r for part in parts for r in part.ranges))
+        part = Part(self.name, index, tuple(each for part in parts for each in part.ranges))
         return StreamShard(self, part, position)
 
 
@@ -239,7 +243,8 @@ class StreamLoader(Loader):
 
         Batches in `skips` are read, because the stream shards must advance, but not returned.
         """
-        positions = {int(i): StreamPosition(*p) for i, p in (self.positions or {}).items()}
+        given = self.positions or {}
+        positions = {int(index): StreamPosition(*fields) for index, fields in given.items()}
         n_shards = self.dataset.n_stream_shards // self.size
         shards = {
             index: self.dataset.stream_shard(index, positions.get(index, StreamPosition()))

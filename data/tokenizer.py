@@ -131,15 +131,18 @@ def _may_contain_long_run(segment: str) -> bool:
 
 def special_names(name: str) -> list[str]:
     """Return the special tokens of a tokenizer, in id order."""
-    n, named = (N_LLAMA3_SPECIALS, LLAMA3_NAMES) if name == "llama3" else (N_SPECIALS, ())
-    reserved = [f"<|reserved_special_token_{i}|>" for i in range(n - 2 - len(named))]
+    is_llama3 = name == "llama3"
+    named = LLAMA3_NAMES if is_llama3 else ()
+    n_reserved = (N_LLAMA3_SPECIALS if is_llama3 else N_SPECIALS) - 2 - len(named)
+    reserved = [f"<|reserved_special_token_{index}|>" for index in range(n_reserved)]
     return [BOS_TOKEN, EOS_TOKEN, *reserved[:2], *named, *reserved[2:]]
 
 
 def model_file(ranks: dict[bytes, int]) -> bytes:
     """Return the content of a `tokenizer.model`: base64 token, space and rank per line."""
     ordered = sorted(ranks.items(), key=itemgetter(1))
-    return b"".join(binascii.b2a_base64(t, newline=False) + b" %d\n" % rank for t, rank in ordered)
+    encode = partial(binascii.b2a_base64, newline=False)
+    return b"".join(encode(token) + b" %d\n" % rank for token, rank in ordered)
 
 
 def read_tokenizer(path: Path, name: str) -> Tokenizer:
@@ -213,14 +216,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         DataError: The texts have too few distinct pairs.
     """
     n_ranks = vocab_size - N_SPECIALS
-    vocabulary = _train_library_bpe(texts, n_ranks).get_vocab()
-    if len(vocabulary) < n_ranks:
+    vocab = _train_library_bpe(texts, n_ranks).get_vocab()
+    if len(vocab) < n_ranks:
         raise DataError(
             f"tokenizer.vocab_size={vocab_size} is too large for this text; "
-            f"use at most {len(vocabulary) + N_SPECIALS}, or more text"
+            f"use at most {len(vocab) + N_SPECIALS}, or more text"
         )
-    as_byte = byte_of_character()
-    ranks = {bytes(map(as_byte.__getitem__, token)): rank for token, rank in vocabulary.items()}
+    byte_of = byte_of_character()
+    ranks = {bytes(byte_of[char] for char in token): rank for token, rank in vocab.items()}
     return Tokenizer("bpe", ranks)
 
 
