@@ -100,7 +100,8 @@ def wait_until_prepared(folder: Path | str) -> Manifest:
         DataError: The folder is damaged, or no process works on it.
     """
     folder = Path(folder)
-    is_ready, marker = (folder / MANIFEST_FILE).exists, folder / state.MARKER_FILE
+    is_ready = (folder / MANIFEST_FILE).exists
+    marker = folder / state.MARKER_FILE
     wait_for_writer(is_ready, marker, f"data.folder={folder} is not prepared", "prepare.py")
     return Manifest.read(folder)
 
@@ -128,7 +129,7 @@ class _Preparation:
 
     def run(self, check: Callable[[Manifest], None] | None) -> Manifest:
         """Prepare everything up to and including the manifest."""
-        folder, parts = self.folder, list[Part]()
+        parts: list[Part] = []
         try:
             for name, source in self.data.sources.items():  # downloads hub datasets
                 self.corpora[name] = find_corpus(name, source)
@@ -139,19 +140,19 @@ class _Preparation:
                     )
             ready = ready_tokenizer(self.tokenizer)  # None: to be trained
             parts = [part for corpus in self.corpora.values() for part in corpus.parts]
-            state.resume(folder, self.corpora, ready, self.marker, self.wanted, self.reporter)
+            state.resume(self.folder, self.corpora, ready, self.marker, self.wanted, self.reporter)
             tokenizer = self._make_tokenizer(ready)
             self._write_parts(tokenizer, parts)
         except BaseException as error:
             kept = []
             with suppress(OSError):  # report the original error
-                kept = state.keep_complete(folder, parts) if parts else []
+                kept = state.keep_complete(self.folder, parts) if parts else []
                 # Before the parts are known, keep those of an earlier preparation.
                 if not kept and (parts or not state.read_marker(self.marker)):
-                    state.remove_all(folder, self.created)
+                    state.remove_all(self.folder, self.created)
             if kept and isinstance(error, DataError):
                 raise DataError(
-                    f"{error}\nFinished parts are kept in {folder}; run again to resume."
+                    f"{error}\nFinished parts are kept in {self.folder}; run again to resume."
                 ) from error
             raise
         try:
@@ -159,9 +160,9 @@ class _Preparation:
             if check is not None:
                 check(manifest)
         except DataError:
-            state.remove_all(folder, self.created)
+            state.remove_all(self.folder, self.created)
             raise
-        manifest.write(folder)
+        manifest.write(self.folder)
         return manifest
 
     def _texts(self, name: str) -> Iterator[str]:
@@ -217,11 +218,15 @@ class _Preparation:
 
         def read_counts() -> ProgressCounts:
             names = ProgressCounts._fields
-            return ProgressCounts(*(sum(getattr(c, name) for c in counters) for name in names))
+            return ProgressCounts(
+                *(sum(getattr(part, name) for part in counters) for name in names)
+            )
 
         datasets = {name: corpus.dataset for name, corpus in self.corpora.items()}
         prepare = partial(prepare_part, self.data, tokenizer, datasets)
-        n_bytes = sum(part.n_bytes for part in parts) if all(p.n_bytes for p in parts) else None
+        n_bytes = (
+            sum(part.n_bytes for part in parts) if all(part.n_bytes for part in parts) else None
+        )
         n_workers = self.data.workers or _n_cores()
         with self.reporter.watch(f"preparing {self.data.name}", read_counts, n_bytes):
             prepare_parts(prepare, remaining, n_workers, counters, self.marker.fileno())
@@ -230,13 +235,19 @@ class _Preparation:
         sources = {}
         for name, corpus in self.corpora.items():
             records = [PartRecord.read(record_path(self.folder, part)) for part in corpus.parts]
-            counts = {o: sum(record.documents[o] for record in records) for o in OUTCOMES}
-            shards = {s: [shard for r in records for shard in r.shards[s]] for s in SPLITS}
+            counts = {
+                outcome: sum(record.documents[outcome] for record in records)
+                for outcome in OUTCOMES
+            }
+            shards = {
+                split: [shard for record in records for shard in record.shards[split]]
+                for split in SPLITS
+            }
             sources[name] = SourceEntry(corpus.revision, counts, shards)
-        ids = tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id
-        manifest = Manifest(
-            TokenizerEntry(tokenizer.name, tokenizer.hash, *ids), self.wanted, sources
+        tokenizer_entry = TokenizerEntry(
+            tokenizer.name, tokenizer.hash, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id
         )
+        manifest = Manifest(tokenizer_entry, self.wanted, sources)
         for name, entry in sources.items():
             documents = ", ".join(f"{n:,} {outcome}" for outcome, n in entry.documents.items() if n)
             n_train, n_validation = (manifest.n_tokens(split, name) for split in SPLITS)
