@@ -89,11 +89,15 @@ class AdamW(torch.optim.AdamW):
 
     def _update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
         states = [self.state[parameter] for parameter in parameters]
-        gradients = [_local(parameter.grad) for parameter in parameters]
-        first = [_local(state["exp_avg"]) for state in states]
-        second = [_local(state["exp_avg_sq"]) for state in states]
-        steps = [state["step"] for state in states]
-        _adamw(group, found_inf, [*map(_local, parameters)], gradients, first, second, steps)
+        _adamw(
+            group,
+            found_inf,
+            weights=[_local(parameter) for parameter in parameters],
+            gradients=[_local(parameter.grad) for parameter in parameters],
+            exp_avgs=[_local(state["exp_avg"]) for state in states],
+            exp_avg_sqs=[_local(state["exp_avg_sq"]) for state in states],
+            steps=[state["step"] for state in states],
+        )
 
 
 class LowBitAdamW(AdamW):
@@ -117,14 +121,20 @@ class LowBitAdamW(AdamW):
             chunk_size = _CHUNK_CPU if weights.device.type == "cpu" else _CHUNK_DEVICE
             for start in range(0, len(weights), chunk_size):
                 stop = min(start + chunk_size, len(weights))
-                chunk = weights[start:stop], gradient[start:stop]
-                first = state["exp_avg"].read(start, stop)
-                second = state["exp_avg_sq"].read(start, stop)
-                step = state["step"].clone()  # the kernel increments it in place
-                _adamw(group, found_inf, *([each] for each in (*chunk, first, second, step)))
+                exp_avg = state["exp_avg"].read(start, stop)
+                exp_avg_sq = state["exp_avg_sq"].read(start, stop)
+                _adamw(
+                    group,
+                    found_inf,
+                    weights=[weights[start:stop]],
+                    gradients=[gradient[start:stop]],
+                    exp_avgs=[exp_avg],
+                    exp_avg_sqs=[exp_avg_sq],
+                    steps=[state["step"].clone()],  # the kernel increments it in place
+                )
                 # A skipped step writes the values that it read.
-                state["exp_avg"].write(start, first)
-                state["exp_avg_sq"].write(start, second)
+                state["exp_avg"].write(start, exp_avg)
+                state["exp_avg_sq"].write(start, exp_avg_sq)
             state["step"] += 1 if found_inf is None else 1 - found_inf
 
     def _moment(self, parameter: Tensor, key: str) -> Moment:
@@ -166,17 +176,21 @@ class LowBitAdamW(AdamW):
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
 
-def _adamw(group: Group, found_inf: Tensor | None, *tensors: list[Tensor]) -> None:
-    """Call torch's AdamW kernel on plain tensors, in place; a `found_inf` of 1 is a no-op.
-
-    Args:
-        tensors: Weights, gradients, first moments, second moments and steps.
-    """
-    weights, gradients, first, second, steps = tensors
+def _adamw(
+    group: Group,
+    found_inf: Tensor | None,
+    *,
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+) -> None:
+    """Call torch's AdamW kernel on plain tensors, in place; a `found_inf` of 1 is a no-op."""
     names = ("lr", "weight_decay", "eps", "fused", "amsgrad", "maximize")
     options = {name: group[name] for name in names} | {"foreach": False, "found_inf": found_inf}
     options["beta1"], options["beta2"] = group["betas"]
-    adamw(weights, gradients, first, second, [], steps, **options)
+    adamw(weights, gradients, exp_avgs, exp_avg_sqs, [], steps, **options)
     # The fused kernel does not increment the version, which `parallel.mixed_precision` checks.
     torch.autograd.graph.increment_version(weights)
 

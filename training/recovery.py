@@ -34,6 +34,15 @@ class Decision(NamedTuple):
     stop: ExitCode | None = None
     reason: str = ""
 
+    def merge(self, later: "Decision") -> "Decision":
+        """Return this decision, with fields that are not set taken from a later one."""
+        return Decision(
+            rewind=self.rewind or later.rewind,
+            save=self.save or later.save,
+            stop=self.stop or later.stop,
+            reason=self.reason or later.reason,
+        )
+
 
 def initial_position(
     config: JobConfig,
@@ -56,13 +65,14 @@ def initial_position(
     from resilience.event_log import read_json_lines
     from resilience.loss_monitor import merge_ranges, read_rewinds
 
-    history: list[Any] = [None, None]
+    history: list[Any] = [[], None]  # rewinds, and the last step an unfinished one may restore
     if dist.get_rank() == 0:
         events = read_json_lines(RunFolder(Path(config.run.dir)).event_log)
         # A `start` after a rewind means that the rewind was completed before it was recorded.
-        last = [e for e in events if e.get("event") in ("rewind", "rewound", "start")][-1:]
-        unfinished = last and last[0]["event"] == "rewind"
-        history = [read_rewinds(events), last[0]["before"] if unfinished else None]
+        kinds = ("rewind", "rewound", "start")
+        relevant = [event for event in events if event.get("event") in kinds]
+        unfinished = relevant and relevant[-1]["event"] == "rewind"
+        history = [read_rewinds(events), relevant[-1]["before"] if unfinished else None]
     dist.broadcast_object_list(history)
     rewinds, before = history
     position = _load_or_initialize(config, llama, optimizer, dataset, report, before)
@@ -118,8 +128,7 @@ def check_step(run: Run, batch: int, scalars: "Tensor", saves: bool) -> Decision
     run.poll_checkpoints()
     decision = _decide(run, run.reader.read(run.position.step, batch, samples, scalars))
     if saves or decision.save or decision.stop:
-        later = _decide(run, run.reader.flush())
-        decision = Decision._make(a or b for a, b in zip(decision, later, strict=True))
+        decision = decision.merge(_decide(run, run.reader.flush()))
     return decision
 
 

@@ -86,7 +86,8 @@ class Run:
         from data.dataset import Dataset
         from data.loader import TrainLoader
 
-        dataset, data, position = self.dataset, self.config.data, self.position
+        dataset = self.dataset
+        data = self.config.data
         options: dict[str, Any] = {
             "rank": self.data_rank,
             "size": self.mesh.dp,
@@ -101,9 +102,9 @@ class Run:
         else:
             from data.stream import StreamLoader
 
-            positions = position.stream_shards
+            positions = self.position.stream_shards
             loader = StreamLoader(dataset, self.stages.at(0), positions=positions, **options)
-        return loader.steps(position.batches, position.skips)
+        return loader.steps(self.position.batches, self.position.skips)
 
     def advance(self, batch: "StepBatches") -> None:
         """Move the position past the step just taken."""
@@ -132,8 +133,9 @@ class Run:
             self.record("save_failed", error=result.error, **fields)
             stops = self.config.checkpoint.on_failure == "stop"
             action = "Stopping." if stops else "Continuing (checkpoint.on_failure=continue)."
-            failed = f"Could not save a checkpoint at step {result.step}"
-            self.console.note(f"{failed}: {result.error}. {action}")
+            self.console.note(
+                f"Could not save a checkpoint at step {result.step}: {result.error}. {action}"
+            )
             if stops:
                 self.requests.request_stop(ExitCode.SAVE_FAILED)
 
@@ -145,7 +147,10 @@ class Run:
 
         if not self.fabric.is_global_zero:
             return
-        folder, config, step, note = self.folder, self.config, self.position.step, self.console.note
+        folder = self.folder
+        config = self.config
+        step = self.position.step
+        note = self.console.note
         last_heartbeat = self.lock.last_heartbeat if self.lock else None
         times = launch_times(folder.event_log, folder.metrics, last_heartbeat)
         folder.write_config(plain(config))
@@ -153,9 +158,14 @@ class Run:
         origin = {} if step else {"init_from": config.run.init_from}
         changed = {"changed": changes.free, "allowed": changes.allowed}
         self.record("start", step=step, mesh=str(self.mesh), **origin, **changed, **times)
-        tensorboard, wandb, name = config.log.tensorboard, config.log.wandb, config.run.name
         self.metrics = MetricsLog(
-            folder.path, tensorboard, wandb, name, plain(config), first_step=step, warn=note
+            folder.path,
+            tensorboard=config.log.tensorboard,
+            wandb=config.log.wandb,
+            run_name=config.run.name,
+            run_config=plain(config),
+            first_step=step,
+            warn=note,
         )
 
     def draw(self) -> None:
@@ -198,5 +208,5 @@ def build_saver(
     """Create the saver of a run; every checkpoint includes the tokenizer of the data."""
     from checkpoint.saver import Saver
 
-    folder, tokenizer = RunFolder(Path(config.run.dir)), dataset.tokenizer().files()
-    return Saver(folder, config.checkpoint, plain(config), report, tokenizer)
+    folder = RunFolder(Path(config.run.dir))
+    return Saver(folder, config.checkpoint, plain(config), report, dataset.tokenizer().files())
