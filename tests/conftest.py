@@ -29,9 +29,23 @@ LONGEST = (
     ),
     *("test_train_data", "test_parallel_optimizer_state", "test_generate", "test_train_stream"),
     *("test_faults_damage", "test_planning_calibration", "test_data_preparation_resume"),
-    *("test_convert", "test_resilience_host_memory", "test_parallel_mixed_precision"),
+    *(
+        "test_evaluation_lm_eval",
+        "test_convert",
+        "test_resilience_host_memory",
+        "test_parallel_mixed_precision",
+    ),
     *("test_readme", "test_sweep"),
 )
+# Unit tests of ten seconds and more: they compile, or read a large vocabulary.
+LONG_UNIT_TESTS = {
+    "test_flex_matches_reference_attention",
+    "test_compiled_stages_match_eager_and_compile_once_for_each_shape",
+    "test_compiled_rope_matches_eager_rope_and_its_gradient",
+    "test_compiled_functions_equal_eager_ones_with_at_most_two_graphs_each",
+    "test_exported_tokenizer_is_read_back_unchanged",
+    "test_temporary_memory_is_bounded_by_the_chunk_size",
+}
 # Names and fixtures by which a test module starts processes.
 LAUNCHING_NAMES = {"start_program", "start_python", "on_ranks", "subprocess", "Cluster"}
 LAUNCHING_FIXTURES = {"fork_server", "smoke_run", "command", "uninterrupted", "train_modules"}
@@ -56,10 +70,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def is_quick(item: pytest.Item) -> bool:
-    """Return whether a test starts no process and is not in a file of long tests."""
+    """Return whether a test starts no process and is not among the long ones."""
     assert isinstance(item, pytest.Function)
     return not (
         item.path.stem in LONGEST
+        or item.originalname in LONG_UNIT_TESTS
         or item.path.parent.name == "bench"
         or LAUNCHING_NAMES & vars(item.module).keys()
         or LAUNCHING_FIXTURES & {*item.fixturenames}
