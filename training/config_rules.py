@@ -260,8 +260,8 @@ def wandb_errors(log: LogConfig) -> Iterator[str]:
     # A folder `wandb`, which W&B creates in its working directory, is a package without an origin.
     if log.wandb is not None and (spec is None or spec.origin is None):
         yield (
-            f"log.wandb={log.wandb} requires the package wandb, which is not installed; "
-            "pip install 'llamesh[wandb]', or set log.wandb=null"
+            f"log.wandb={log.wandb} needs the package wandb; install the extra `wandb` "
+            "(pip install '.[wandb]') or use log.wandb=null"
         )
 
 
@@ -269,12 +269,13 @@ def torchao_errors(precision: PrecisionConfig) -> Iterator[str]:
     """Yield errors for number formats that need torchao if it is not installed."""
     if importlib.util.find_spec("torchao") is not None:
         return
-    for key, remedy in (("fp8", "null"), ("optimizer_state", "bf16")):
-        if (value := getattr(precision, key)) in ("tensorwise", "rowwise", "int8"):
-            yield (
-                f"precision.{key}={value} needs the package torchao; install the extra `torchao` "
-                f"(pip install '.[torchao]') or use precision.{key}={remedy}"
-            )
+    install = "install the extra `torchao` (pip install '.[torchao]')"
+    if precision.fp8 is not None:
+        key = f"precision.fp8={precision.fp8}"
+        yield f"{key} needs the package torchao; {install} or use precision.fp8=null"
+    if precision.optimizer_state == "int8":
+        key = "precision.optimizer_state=int8"
+        yield f"{key} needs the package torchao; {install} or use precision.optimizer_state=bf16"
 
 
 def inference_errors(precision: PrecisionConfig) -> Iterator[str]:
