@@ -22,6 +22,7 @@ from resilience.renamed_keys import rename_keys
 from training import config_rules as rules
 from training.config import JobConfig
 from training.config_validation import ConfigError, Rule, validate
+from training.config_warnings import config_warnings
 
 if TYPE_CHECKING:
     from planning.config import PlanJobConfig
@@ -44,10 +45,13 @@ def load_train_config(composed: DictConfig, *more_rules: Rule) -> JobConfig:
 def check_config(composed: DictConfig) -> tuple[JobConfig, Processes, MeshShape]:
     """Return the configuration of `train.py` with its processes and mesh on this machine.
 
+    Prints warnings about it.
+
     Raises:
         ConfigError: as `load_train_config`, with the errors of mesh and machine.
     """
     config = load_train_config(composed, rules.launch_rule(), *rules.INSTALLATION_RULES)
+    print_warnings(config)
     processes, _ = plan_processes(config.parallel)
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
     return config, processes, mesh
@@ -89,7 +93,10 @@ def load_plan_config(composed: DictConfig) -> "PlanJobConfig":
     """
     from planning.config import PLAN_RULES, PlanJobConfig
 
-    return _load(composed, PlanJobConfig, (*rules.CONFIG_RULES, rules.saving_errors, *PLAN_RULES))
+    applied = (*rules.CONFIG_RULES, rules.saving_errors, *PLAN_RULES)
+    config = _load(composed, PlanJobConfig, applied)
+    print_warnings(config)
+    return config
 
 
 def load_prepare_config(composed: DictConfig) -> PrepareJobConfig:
@@ -114,6 +121,13 @@ def load_generate_config(composed: DictConfig) -> GenerateJobConfig:
 def load_convert_config(composed: DictConfig) -> ConvertJobConfig:
     """Return the configuration of `convert.py`; raise as `load_train_config` does."""
     return _load(composed, ConvertJobConfig, (rules.convert_errors,))
+
+
+def print_warnings(config: JobConfig) -> None:
+    """Print the warnings about a configuration on the first process."""
+    if is_first_process():
+        for warning in config_warnings(config):
+            print(f"Warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _load(composed: DictConfig, schema: type[Config], applied: Sequence[Rule]) -> Config:
