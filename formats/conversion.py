@@ -1,6 +1,5 @@
 """Convert weights with their configuration and tokenizer from any format to any other."""
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from formats.errors import FormatError
 from formats.hugging_face import write_hugging_face
 from formats.meta import check_parts, write_meta
 from formats.output_folder import atomic_folder, check_free_space, check_target
+from formats.stored_tensor import CheckedTensor
 from formats.weights import Format, Weights
 
 
@@ -37,15 +37,18 @@ def convert(
 
     Raises:
         FormatError: The target exists, does not fit on the disk, cannot be written, or cannot be
-            split into `parts`; the tokenizer has more tokens than the model; the source is damaged
-            or cannot be read.
+            split into `parts`; the tokenizer has more tokens than the model; the source is damaged,
+            cannot be read, or has values that are not finite or overflow `dtype`.
     """
     check_target(target, overwrite)
     if format == "meta":
         check_parts(parts, weights.model)
     check_vocabulary(weights, tokenizer)
     model = weights.model
-    tensors = {name: dataclasses.replace(t, cast=dtype) for name, t in weights.tensors.items()}
+    tensors = {
+        name: CheckedTensor(t.dtype, t.shape, (), t, f"{weights.folder}: {name}", cast=dtype)
+        for name, t in weights.tensors.items()
+    }
     check_free_space(target, sum(tensor.n_bytes for tensor in tensors.values()))
     if damage := weights.damage():
         raise FormatError(f"{weights.folder} is damaged: {damage}; use another checkpoint")

@@ -97,6 +97,68 @@ class StoredTensor:
             yield self.read((offsets[0] + first, *offsets[1:]), slab_sizes)
 
 
+@dataclass(frozen=True)
+class CheckedTensor(StoredTensor):
+    """A tensor that raises instead of returning NaN or infinite values.
+
+    Attributes:
+        source: The tensor to read, in its own data type.
+        name: Named in the error, with its file or folder.
+    """
+
+    source: StoredTensor
+    name: str
+
+    def read(self, offsets: Dims = None, sizes: Dims = None) -> Tensor:
+        """Read a block as `StoredTensor.read` does.
+
+        Raises:
+            FormatError: A value is NaN or infinite, or becomes infinite in the target data type.
+        """
+        values = self.source.read(offsets, sizes)
+        check_finite(values, self.name)
+        if self.dtype == values.dtype:
+            return values
+        cast = values.to(self.dtype)
+        if not is_finite(cast):
+            short = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+            largest = values.abs().max().item()
+            raise FormatError(
+                f"{self.name} has values up to {largest:.4g}, which dtype={short} cannot represent "
+                f"(at most {torch.finfo(self.dtype).max:.4g}); use dtype=bf16, or dtype=null to "
+                "keep the stored data type"
+            )
+        return cast
+
+
+def is_finite(values: Tensor) -> bool:
+    """Return whether no value is NaN or infinite."""
+    # aminmax propagates NaN, and is 8 to 30 times faster than isfinite().all() on CPU.
+    return values.numel() == 0 or all(math.isfinite(each) for each in torch.aminmax(values))
+
+
+def check_finite(values: Tensor, name: str) -> None:
+    """Check that a tensor has no NaN or infinite values.
+
+    Args:
+        name: Named in the error: the tensor and its folder.
+
+    Raises:
+        FormatError: It has.
+    """
+    if is_finite(values):
+        return
+    kinds = [
+        kind
+        for kind, found in (("NaN", values.isnan()), ("infinite", values.isinf()))
+        if found.any()
+    ]
+    raise FormatError(
+        f"{name} contains {' and '.join(kinds)} values; use an earlier checkpoint, or download or "
+        "copy the weights again"
+    )
+
+
 def _read_overlap(stored: TensorSlice, block: Tensor, offsets: tuple[int, ...]) -> int:
     """Read the intersection of a slice and a block; return its number of elements."""
     # A vector is handled as a matrix of one row.

@@ -16,7 +16,7 @@ import xxhash
 from torch import nn
 
 from formats.errors import FormatError
-from formats.stored_tensor import SAFETENSORS_DTYPES, StoredTensor, bytes_of
+from formats.stored_tensor import SAFETENSORS_DTYPES, StoredTensor, bytes_of, check_finite
 from model.config import ModelConfig
 from model.llama import Llama
 
@@ -103,7 +103,8 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
         weights: Have the shapes of the model's full parameters.
 
     Raises:
-        FormatError: On all ranks, if the checkpoint is damaged or any rank cannot read its shard.
+        FormatError: On all ranks, if the checkpoint is damaged, or any rank cannot read its shard
+            or finds NaN or infinite values in it.
     """
     from checkpoint.restore import find_damage
     from parallel.parallelize import local_block
@@ -115,7 +116,9 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 local, offsets = local_block(parameter)
-                local.copy_(weights.tensors[name].read(offsets, local.shape))
+                values = weights.tensors[name].read(offsets, local.shape)
+                check_finite(values, f"{weights.folder}: {name}")
+                local.copy_(values)
     except FormatError as caught:
         error = str(caught)
     errors = [f"{each} (rank {rank})" for rank, each in enumerate(all_gather(error)) if each]
