@@ -11,6 +11,20 @@ from typing import Any
 CONF = Path(__file__).parent.parent / "conf"
 
 
+KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)  # a dotted key or a group
+
+
+def explicit_keys(arguments: list[str]) -> set[str]:
+    """Return the dotted keys and the groups that the command line sets or deletes.
+
+    `model=llama3_8b ++optim.lr=1e-3 ~data.sources.stdlib` gives `model`, `optim.lr` and
+    `data.sources.stdlib`. Keys that a group's file sets are not among them.
+    """
+    keys = (argument.lstrip("+~-").partition("=")[0] for argument in arguments if "=" in argument)
+    deleted = (argument[1:] for argument in arguments if argument.startswith("~"))
+    return {key for key in (*keys, *deleted) if KEY.fullmatch(key)}
+
+
 def hydra_arguments(
     arguments: list[str], config_name: str, texts: tuple[str, ...] = ()
 ) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from cli.arguments import CONF, help_text, hydra_arguments
+from cli.arguments import CONF, explicit_keys, help_text, hydra_arguments
 from cli.config import check_for_tasks, load_prepare_config, load_train_config
 from data.config import PrepareJobConfig
 from evaluation.config import EvaluationConfig
@@ -379,6 +379,15 @@ def test_missing_torchao_error_names_the_extra(
     found = found_in(*formats)
     assert [error.split()[0] for error in found] == list(formats)
     assert all("pip install '.[torchao]'" in error for error in found)
+
+
+def test_explicit_keys_are_those_typed_and_not_those_of_the_files() -> None:
+    typed = ["model=llama3_8b", "++optim.lr=1e-3", "--train.max_steps=3", "~data.sources.stdlib"]
+    typed += ["validation.prompt=a=b", "--cfg", "job", "~log.wandb=null", "word"]
+    assert explicit_keys(typed) == {
+        *("model", "optim.lr", "train.max_steps", "data.sources.stdlib"),
+        *("validation.prompt", "log.wandb"),
+    }
 
 
 def test_hydra_arguments_admit_unknown_keys_and_keep_groups() -> None:
