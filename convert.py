@@ -43,6 +43,8 @@ def run(config: ConvertJobConfig) -> None:
     return_freed_memory()
     target = Path(config.target)
     weights = open_weights(Path(config.source))
+    for warning in weights.warnings:
+        print(f"Warning: {warning}", file=sys.stderr)
     format = config.format or ("hf" if weights.format == "native" else "native")
     start = time.perf_counter()
     n_bytes = convert(

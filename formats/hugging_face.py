@@ -14,22 +14,15 @@ from typing import Any
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
-from formats.config_json import from_hugging_face, read_json, to_hugging_face, write_json
-from formats.errors import FormatError
-from formats.stored_tensor import (
-    SAFETENSORS_DTYPES,
-    Dims,
-    StoredTensor,
-    TensorSlice,
-    bytes_of,
-    unreadable,
-)
+from formats.config_json import from_hugging_face, to_hugging_face, write_json
+from formats.hugging_face_files import INDEX, read_tensors
+from formats.stored_tensor import SAFETENSORS_DTYPES, Dims, StoredTensor, bytes_of
 from formats.tokenizers import stop_token_ids
 from formats.tokenizers import write_hugging_face as write_tokenizer
 from formats.weights import Weights, check_tensors
 from model.config import ModelConfig
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+CONFIG = "config.json"
 HUGGING_FACE_NAMES = {  # by Meta's name, without layer and `.weight`
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -45,7 +38,6 @@ HUGGING_FACE_NAMES = {  # by Meta's name, without layer and `.weight`
     "output": "lm_head",
 }
 PERMUTED = ("attention.wq.weight", "attention.wk.weight")
-TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
 def hugging_face_name(name: str) -> str:
@@ -100,68 +92,24 @@ def permuted(
 
 
 def open_hugging_face(folder: Path) -> Weights:
-    """Open a folder with a `config.json` and safetensors files.
+    """Open a folder with a `config.json` and safetensors files or `pytorch_model.bin`.
 
     Raises:
         FormatError: A file is missing, damaged, or inconsistent with another one.
     """
-    model = from_hugging_face(folder / CONFIG)
-    stored: dict[str, StoredTensor] = {}
-    if (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise FormatError(f"{folder / INDEX} has no weight_map; download or copy it again")
-        for file in sorted(set(weight_map.values())):
-            stored |= _read_header(folder / file)
-        if absent := [
-            f"{name} in {file}" for name, file in weight_map.items() if name not in stored
-        ]:
-            raise FormatError(
-                f"{folder / INDEX} lists tensors that do not exist ({', '.join(absent[:8])}); "
-                "download or copy the folder again"
-            )
-    elif (folder / SINGLE).exists():
-        stored = _read_header(folder / SINGLE)
-    else:
-        raise FormatError(
-            f"{folder} contains neither {SINGLE} nor {INDEX}; only Hugging Face folders with "
-            "safetensors files can be read"
-        )
+    config = from_hugging_face(folder / CONFIG)
+    stored, warnings = read_tensors(folder)
     # Old releases also stored RoPE frequencies, which are computed.
     stored = {name: t for name, t in stored.items() if not name.endswith("rotary_emb.inv_freq")}
-    tensors = check_tensors(folder, model, stored, hugging_face_name)
-    return Weights("hf", folder, model, permuted(tensors, model.head_dim, to_pairs))
-
-
-def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a safetensors file without reading their values."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt"):
-            pass  # validates the header and the file length
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise FormatError(
-            f"{path} does not exist but is listed in {INDEX}; download or copy it again"
-        ) from None
-    except OSError as error:
-        raise unreadable(path, error) from None
-    except (SafetensorError, ValueError) as error:
-        raise FormatError(f"{path} is damaged ({error}); download or copy it again") from None
-    header.pop("__metadata__", None)
-    stored = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in TORCH_DTYPES:
-            raise FormatError(
-                f"{path}: {name} has dtype={entry['dtype']}; use weights in F32, BF16 or F16"
-            )
-        shape = tuple(entry["shape"])
-        full = TensorSlice((0,) * len(shape), shape, path, 8 + length + entry["data_offsets"][0])
-        stored[name] = StoredTensor(TORCH_DTYPES[entry["dtype"]], shape, [full])
-    return stored
+    model, tensors = check_tensors(folder, config, stored, hugging_face_name)
+    if model.tie_embeddings != config.tie_embeddings:
+        warnings.append(
+            f"{folder / CONFIG}: tie_word_embeddings=true, but lm_head.weight differs from "
+            "model.embed_tokens.weight; the model is untied, as transformers loads it "
+            "(model.tie_embeddings=false)"
+        )
+    tensors = permuted(tensors, model.head_dim, to_pairs)
+    return Weights("hf", folder, model, tensors, warnings=warnings)
 
 
 def write_hugging_face(

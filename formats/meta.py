@@ -1,17 +1,14 @@
 """Meta folders: `consolidated.NN.pth`, one per tensor-parallel part, and `params.json`.
 
-Parts are loaded with `weights_only=True`, which rejects files that contain code, and as fake
-tensors, which record the file offsets of their values; values are read on demand.
+Opening a folder reads names, shapes and file offsets; values are read on demand.
 """
 
 import dataclasses
 import errno
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from data.tokenizer import Tokenizer
 from formats.config_json import from_meta, read_json, to_meta, write_json
 from formats.errors import FormatError
-from formats.stored_tensor import StoredTensor, TensorSlice, bytes_of, unreadable
+from formats.stored_tensor import StoredTensor, bytes_of, equal_values
+from formats.torch_file import read_torch_file
 from formats.weights import Weights, check_tensors
 from model.config import ModelConfig
 
@@ -57,49 +55,15 @@ def open_meta(folder: Path) -> Weights:
             f"{folder} does not contain {', '.join(absent)}; download or copy the folder again"
         )
     embedding, output, w1 = (stored[name] for name in required)
-    tied = embedding.shape == output.shape and embedding.dtype == output.dtype
-    tied = tied and all(
-        torch.equal(one.view(torch.uint8), other.view(torch.uint8))
-        for one, other in zip(embedding.slabs(), output.slabs(), strict=True)
-    )
-    model = from_meta(folder / PARAMS, embedding.shape[0], w1.shape[0], tied)
-    return Weights("meta", folder, model, check_tensors(folder, model, stored))
+    tied = equal_values(embedding, output)
+    config = from_meta(folder / PARAMS, embedding.shape[0], w1.shape[0], tied)
+    return Weights("meta", folder, *check_tensors(folder, config, stored))
 
 
 def _read_part(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a part, reading only names, shapes and file offsets."""
-    with FakeTensorMode():
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise unreadable(path, error) from None
-        except pickle.UnpicklingError:
-            raise FormatError(
-                f"{path} contains objects other than tensors and could execute code, so it is not "
-                "loaded; use the published weights, or save them as a plain dictionary of tensors"
-            ) from None
-        except (RuntimeError, EOFError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise FormatError(f"{path} is damaged ({reason}); download or copy it again") from None
-    values = tensors.values() if isinstance(tensors, dict) else [None]
-    if not all(isinstance(value, torch.Tensor) for value in values):
-        raise FormatError(f"{path} is not a dictionary of tensors; use Meta's consolidated.NN.pth")
-    stored = {}
-    for name, tensor in tensors.items():
-        if name == "rope.freqs":  # stored by old releases; our model computes it
-            continue
-        if not tensor.is_contiguous():
-            raise FormatError(f"{path}: {name} is not contiguous; save it after contiguous()")
-        storage_offset: Any = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-        if storage_offset is None:
-            raise FormatError(
-                f"{path} uses the file format of PyTorch before 1.6; load and save it with a "
-                "current version"
-            )
-        start = storage_offset + tensor.storage_offset() * tensor.element_size()
-        shape = tuple(tensor.shape)
-        full = TensorSlice((0,) * len(shape), shape, path, start)
-        stored[name] = StoredTensor(tensor.dtype, shape, [full])
+    stored = read_torch_file(path)
+    stored.pop("rope.freqs", None)  # stored by old releases; our model computes it
     return stored
 
 
@@ -118,8 +82,14 @@ def _merge(folder: Path, parts: list[dict[str, StoredTensor]]) -> dict[str, Stor
     stored = {}
     for name, first in parts[0].items():
         tensors = [part[name] for part in parts]
-        if any((tensor.shape, tensor.dtype) != (first.shape, first.dtype) for tensor in tensors):
-            raise FormatError(f"{folder}: {name} differs between parts; download or copy it again")
+        for index, tensor in enumerate(tensors):
+            if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
+                raise FormatError(
+                    f"{folder}: {name} is {list(first.shape)} ({first.dtype}) in "
+                    f"consolidated.00.pth and {list(tensor.shape)} ({tensor.dtype}) in "
+                    f"consolidated.{index:02d}.pth, so the parts are of different conversions; "
+                    f"remove those of one, or download or copy the folder again"
+                )
         dim = shard_dim(name)
         if dim is None or len(first.shape) <= dim:
             stored[name] = first

@@ -98,7 +98,14 @@ def open_native(folder: Path) -> Weights:
             )
         name, shape = key.removeprefix(PREFIX), tuple(entry.size)
         stored[name] = StoredTensor(entry.properties.dtype, shape, chunks)
-    tensors = check_tensors(folder, model, stored)
+    config_model = model
+    model, tensors = check_tensors(folder, config_model, stored)
+    warnings = []
+    if model.tie_embeddings != config_model.tie_embeddings:
+        warnings.append(
+            f"{folder}: model.tie_embeddings=true, but output.weight differs from "
+            "tok_embeddings.weight; the model is read as untied (model.tie_embeddings=false)"
+        )
 
     def damage() -> str | None:
         algorithm = manifest["algorithm"]
@@ -107,7 +114,7 @@ def open_native(folder: Path) -> Weights:
 
     step, config = manifest["position"]["step"], manifest["config"]
     rename_keys(config)
-    return Weights("native", folder, model, tensors, step, config, damage)
+    return Weights("native", folder, model, tensors, step, config, damage, warnings)
 
 
 def write_native(

@@ -5,6 +5,7 @@ model configuration and tensors that are read block by block, so that each rank 
 and no process holds the full model. Opening a folder is the task of `detection`.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,22 @@ import xxhash
 from torch import nn
 
 from formats.errors import FormatError
-from formats.stored_tensor import SAFETENSORS_DTYPES, StoredTensor, bytes_of, check_finite
+from formats.stored_tensor import (
+    SAFETENSORS_DTYPES,
+    StoredTensor,
+    bytes_of,
+    check_finite,
+    equal_values,
+)
 from model.config import ModelConfig
 from model.llama import Llama
 
 Format = Literal["native", "hf", "meta"]
-FORMATS = {"native": "checkpoint", "hf": "Hugging Face folder", "meta": "Meta folder"}
+FORMATS: dict[Format, str] = {
+    "native": "checkpoint",
+    "hf": "Hugging Face folder",
+    "meta": "Meta folder",
+}
 MAX_LISTED = 8  # names of one kind listed in an error message
 
 
@@ -34,6 +45,7 @@ class Weights:
         step: Optimizer step of the training run that saved them, if any.
         config: Configuration of that run as plain dictionaries, or empty.
         damage: Returns the first difference from stored hashes; None if intact or without hashes.
+        warnings: What was read differently than a user may expect.
     """
 
     format: Format
@@ -43,6 +55,7 @@ class Weights:
     step: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     damage: Callable[[], str | None] = lambda: None
+    warnings: Sequence[str] = ()
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -57,8 +70,12 @@ def check_tensors(
     model: ModelConfig,
     found: Mapping[str, StoredTensor],
     stored_name: Callable[[str], str] = str,
-) -> dict[str, StoredTensor]:
-    """Return the stored tensors by Meta's name, after checking them against the configuration.
+) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+    """Return the model and its stored tensors by Meta's name, after checking them against it.
+
+    If the embeddings are tied but the files contain an output with other values, the returned model
+    is untied. If they contain only the output, it is also the embedding. transformers does the same
+    (`tie_weights`).
 
     Args:
         found: Tensors by the name in the files; may include a copy of a tied output.
@@ -67,6 +84,13 @@ def check_tensors(
     Raises:
         FormatError: Lists missing and unknown tensors, wrong shapes and unsupported data types.
     """
+    names = [stored_name(name) for name in ("tok_embeddings.weight", "output.weight")]
+    embedding, output = (found.get(name) for name in names)
+    if model.tie_embeddings and output is not None:
+        if embedding is None:
+            found = {**found, names[0]: output}
+        elif not equal_values(embedding, output):
+            model = dataclasses.replace(model, tie_embeddings=False)
     expected = parameter_shapes(model)
     shapes = {stored_name(name): shape for name, shape in expected.items()}
     tied = {stored_name("output.weight")} if model.tie_embeddings else set()
@@ -90,7 +114,7 @@ def check_tensors(
             f"{folder}: the tensors do not match the configuration ({'; '.join(errors)}); "
             "download or copy the folder again, or correct its configuration"
         )
-    return {name: found[stored_name(name)] for name in expected}
+    return model, {name: found[stored_name(name)] for name in expected}
 
 
 def load_weights(model: nn.Module, weights: Weights) -> None:

@@ -1,11 +1,13 @@
 """Compatibility of a run with its initial weights (`run.init_from`) and their tokenizer."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.errors import DataError
 from model.config import ModelConfig
+from parallel.mesh import is_first_process
 from training.config import JobConfig, RunConfig
 from training.config_validation import ConfigError
 from training.resume_policy import override_value, policy_of
@@ -26,7 +28,11 @@ def check_initial_weights(run: RunConfig, model: ModelConfig) -> None:
     """
     from formats.detection import open_weights
 
-    source = open_weights(Path(str(run.init_from))).model
+    weights = open_weights(Path(str(run.init_from)))
+    if is_first_process():
+        for warning in weights.warnings:
+            print(f"Warning: {warning}", file=sys.stderr, flush=True)
+    source = weights.model
     errors = []
     for field in dataclasses.fields(ModelConfig):
         key = f"model.{field.name}"
