@@ -1,10 +1,11 @@
 """Convert weights between native checkpoints, Hugging Face folders and Meta folders.
 
-    python convert.py source=runs/llama3_tiny/checkpoints/step-00000160 target=llama3_tiny_hf
-    python convert.py source=Llama-3.1-8B target=llama3_1_8b format=native
-    python convert.py source=Meta-Llama-3-70B target=one_part format=meta parts=1
+    python convert.py checkpoint=runs/llama3_tiny target=llama3_tiny_hf
+    python convert.py checkpoint=Llama-3.1-8B target=llama3_1_8b format=native
+    python convert.py checkpoint=Meta-Llama-3-70B target=one_part format=meta parts=1
 
-The source format is detected from its files. A failed or killed conversion leaves no target folder.
+`checkpoint` is a run folder (its newest valid checkpoint), one of its checkpoints, or a Hugging
+Face or Meta folder; the format is detected. A failed or killed conversion leaves no target folder.
 """
 
 import sys
@@ -42,14 +43,15 @@ def run(config: ConvertJobConfig) -> None:
 
     return_freed_memory()
     target = Path(config.target)
-    weights = open_weights(Path(config.source))
+    weights = open_weights(Path(config.checkpoint))
     for warning in weights.warnings:
         print(f"Warning: {warning}", file=sys.stderr)
     format = config.format or ("hf" if weights.format == "native" else "native")
+    or_none = ", or tokenizer_path=null to write none"
     start = time.perf_counter()
     n_bytes = convert(
         weights,
-        resolve_tokenizer(weights.folder, config.tokenizer_path),
+        resolve_tokenizer(weights.folder, config.tokenizer_path, or_none),
         target,
         format,
         dtype=None if config.dtype is None else DTYPES[config.dtype],

@@ -1,9 +1,9 @@
-"""Evaluate trained weights: `python evaluate.py evaluation.checkpoint=…`.
+"""Evaluate trained weights: `python evaluate.py checkpoint=…`.
 
 Computes loss, perplexity and bits per byte on held-out text by data source, on any mesh, and with
-`tasks=[…]` benchmarks through lm-eval. Weights are a native checkpoint, which records its dataset,
-or a Hugging Face or Meta folder. Results are printed and written to `evaluation.json` in the folder
-of the weights.
+`tasks=[…]` benchmarks through lm-eval. Weights are a run folder or one of its checkpoints, which
+record the dataset, or a Hugging Face or Meta folder. Results are printed and written to
+`evaluation.json` in the folder of the weights.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ def evaluate(config: EvaluateJobConfig) -> None:
     if tasks and (errors := list(task_errors(tasks, folder, parallel.cp))):
         raise ConfigError(errors)
     settings = config.evaluation
-    weights = open_weights(Path(settings.checkpoint))
+    weights = open_weights(Path(config.checkpoint))
     held_out, seq_len = open_held_out(weights, settings, optional=bool(tasks))
     tokenizer = resolve_tokenizer(weights.folder, config.tokenizer_path) if tasks else None
     if tasks:  # their sequences have arbitrary lengths, and scoring needs logits
@@ -56,6 +56,7 @@ def evaluate(config: EvaluateJobConfig) -> None:
     # The number of windows need not be divisible: every data rank has its own micro-batches.
     processes, mesh = check_inference_mesh(parallel, weights.model, seq_len)
     context = load_model(weights, processes, mesh, parallel, config.precision)
+    weights = context.weights
     policy = mixed_precision_policy(config.precision, context.fabric.device.type)
     results: dict[str, Any] = {
         "checkpoint": str(weights.folder),
@@ -82,7 +83,7 @@ def evaluate(config: EvaluateJobConfig) -> None:
     }
     context.watchdog.close()
     if context.fabric.is_global_zero:
-        output = settings.output or Path(settings.checkpoint) / "evaluation.json"
+        output = settings.output or weights.folder / "evaluation.json"
         write_results(Path(output), results)
         print(json.dumps(results, indent=1))
 

@@ -1,6 +1,6 @@
 """Generate text: `python generate.py checkpoint=… prompt="Once upon a time"`.
 
-    python generate.py checkpoint=runs/llama3_tiny/checkpoints/step-00000160 prompt="def "
+    python generate.py checkpoint=runs/llama3_tiny prompt="def "
     python generate.py checkpoint=Llama-3.2-1B prompts=prompts.txt temperature=0
     python generate.py checkpoint=Meta-Llama-3-70B parallel.tp=8       reads prompts from stdin
 

@@ -94,7 +94,7 @@ def measure(
     results = {}
     for source, target, *more in steps:
         kind = KINDS.get(target, target)
-        names = [f"source={folder / source}", f"target={folder / target}", f"format={kind}"]
+        names = [f"checkpoint={folder / source}", f"target={folder / target}", f"format={kind}"]
         peak, seconds = run(["convert.py", *names, "tokenizer_path=null", *more])
         start = time.perf_counter()
         copy(folder / target, folder / "copy")

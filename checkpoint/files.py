@@ -114,6 +114,22 @@ def find_file_damage(path: Path, expected: Fingerprint, algorithm: str) -> str |
     return None
 
 
+def find_checkpoint_damage(folder: Path, with_hashes: bool = True) -> str | None:
+    """Return the damage of a committed checkpoint, or None; one process reads all files.
+
+    Args:
+        with_hashes: Whether to verify the hashes of all files, not only their manifest.
+    """
+    try:
+        manifest = verify_manifest(folder)
+    except ValueError as error:
+        return str(error)
+    entries = manifest["files"].items() if with_hashes else ()
+    algorithm = manifest["algorithm"]
+    found = (find_file_damage(folder / name, entry, algorithm) for name, entry in entries)
+    return next(filter(None, found), None)
+
+
 def write_synced(path: Path, content: bytes) -> Fingerprint:
     """Write a small new file, fsync it and return its fingerprint."""
     with HashedFile(path) as file:

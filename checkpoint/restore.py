@@ -22,7 +22,7 @@ from checkpoint.files import find_file_damage, verify_manifest
 from checkpoint.position import Position
 from checkpoint.writer import on_rank_0, one_line, tensors_of
 from resilience.exit_codes import ExitCode
-from resilience.run_folder import RunFolder, RunFolderError
+from resilience.run_folder import RunFolder, RunFolderError, checkpoints_in
 
 # Return the result of rank 0 on every rank, or raise its error.
 _from_rank_0 = partial(on_rank_0, wrap=RunFolderError, catch=(OSError, RunFolderError))
@@ -46,7 +46,8 @@ def restore(
 
     Args:
         folder: Run folder.
-        resume: `auto` or `never` for the run's own checkpoints, or the path of a checkpoint.
+        resume: `auto` or `never` for the run's own checkpoints, or the path of a checkpoint or of
+            another run folder.
         model: Model on any mesh.
         optimizer: Optimizer of the parameters of `model`.
         report: Called on every rank with a message for each checkpoint skipped.
@@ -63,7 +64,7 @@ def restore(
     for candidate in _from_rank_0(lambda: _candidates(folder, resume, before)):
         damage = find_damage(candidate) or _try_to_load(candidate, model, optimizer)
         if damage is None:
-            for message in _from_rank_0(lambda: _rename_damaged(skipped)):
+            for message in _from_rank_0(lambda: _rename_damaged(folder, skipped)):
                 report(message)
             manifest = _from_rank_0(partial(verify_manifest, candidate))
             return Position.from_dict(manifest["position"])
@@ -128,13 +129,17 @@ def _candidates(folder: RunFolder, resume: str, before: int | None) -> list[Path
     own = [folder.step_folder(step) for step in steps if before is None or step <= before]
     if resume in ("auto", "never"):
         return own
-    return [Path(resume)] if before is None else [*own, Path(resume)]
+    other = checkpoints_in(Path(resume)) or [Path(resume)]
+    return other if before is None else [*own, *other]
 
 
-def _rename_damaged(skipped: list[tuple[Path, str]]) -> list[str]:
-    """Rename damaged checkpoints, on rank 0, and return a message for each."""
+def _rename_damaged(folder: RunFolder, skipped: list[tuple[Path, str]]) -> list[str]:
+    """Rename damaged checkpoints of this run, on rank 0, and return a message for each."""
     messages = []
     for path, damage in skipped:
+        if path.parent != folder.checkpoints:  # of another run, which may be in progress
+            messages.append(f"Skipped damaged {path}: {damage}")
+            continue
         renamed = path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}")
         try:
             path.rename(renamed)

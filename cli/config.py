@@ -6,7 +6,7 @@ keys reported, and the rest is left to `training.config_validation`. The planner
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +18,7 @@ from formats.config import ConvertJobConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.mesh import MeshShape, Processes, is_first_process, plan_processes, resolve_mesh
-from resilience.renamed_keys import rename_keys
+from resilience.renamed_keys import CONVERT_KEYS, EVALUATE_KEYS, RENAMED_KEYS, rename_keys
 from training import config_rules as rules
 from training.config import JobConfig
 from training.config_validation import ConfigError, Rule, validate
@@ -106,7 +106,8 @@ def load_prepare_config(composed: DictConfig) -> PrepareJobConfig:
 
 def load_evaluate_config(composed: DictConfig) -> EvaluateJobConfig:
     """Return the configuration of `evaluate.py`; raise as `load_train_config` does."""
-    return _load(composed, EvaluateJobConfig, (*rules.CONFIG_RULES, rules.inference_errors))
+    applied = (*rules.CONFIG_RULES, rules.inference_errors, rules.task_errors)
+    return _load(composed, EvaluateJobConfig, applied, EVALUATE_KEYS)
 
 
 def load_generate_config(composed: DictConfig) -> GenerateJobConfig:
@@ -120,7 +121,7 @@ def load_generate_config(composed: DictConfig) -> GenerateJobConfig:
 
 def load_convert_config(composed: DictConfig) -> ConvertJobConfig:
     """Return the configuration of `convert.py`; raise as `load_train_config` does."""
-    return _load(composed, ConvertJobConfig, (rules.convert_errors,))
+    return _load(composed, ConvertJobConfig, (rules.convert_errors,), CONVERT_KEYS)
 
 
 def print_warnings(config: JobConfig) -> None:
@@ -130,16 +131,29 @@ def print_warnings(config: JobConfig) -> None:
             print(f"Warning: {warning}", file=sys.stderr, flush=True)
 
 
-def _load(composed: DictConfig, schema: type[Config], applied: Sequence[Rule]) -> Config:
+def _load(
+    composed: DictConfig,
+    schema: type[Config],
+    applied: Sequence[Rule],
+    renamed: Mapping[str, str] = RENAMED_KEYS,
+) -> Config:
     """Return the composed configuration as a dataclass; raise ConfigError with all errors."""
     values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
-    errors = list(_missing_values(values))
+    unset = {name for name, value in values.items() if value == "???"}
+    found = rename_keys(values, renamed)
+    errors = [
+        f"{old} and {new} are both given; use {new}"
+        for old, new in found.items()
+        if "." not in new and new not in unset
+    ]
+    errors += _missing_values(values)
     if not errors:
         try:
             values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
         except OmegaConfBaseException as error:
             errors = [f"{error.full_key}: {str(error).splitlines()[0]}"]
-    for old, new in rename_keys(values).items():
+        rename_keys(values, renamed)
+    for old, new in found.items():
         if is_first_process():
             print(f"Warning: {old} is deprecated; use {new}", file=sys.stderr, flush=True)
     if not errors:

@@ -12,7 +12,7 @@ from parallel.config import ParallelConfig, PrecisionConfig
 
 @dataclass(frozen=True)
 class EvaluationConfig(ConfigSection):
-    """Weights and held-out text to evaluate.
+    """Held-out text to evaluate, and how.
 
     Attributes:
         data: A prepared folder; None for the data of the checkpoint's run.
@@ -22,7 +22,6 @@ class EvaluationConfig(ConfigSection):
         output: The file to write.
     """
 
-    checkpoint: str
     data: str | None = None
     seq_len: PositiveInt | None = None
     samples: PositiveInt | None = None
@@ -34,6 +33,7 @@ class EvaluationConfig(ConfigSection):
 class EvaluateJobConfig(ConfigSection):
     """Root configuration of `evaluate.py`; everything else comes from the checkpoint."""
 
+    checkpoint: Annotated[str, MinLen(1)]
     evaluation: EvaluationConfig
     tasks: list[str]
     task_folder: str | None
@@ -48,7 +48,7 @@ class EvaluateJobConfig(ConfigSection):
 class GenerateJobConfig(ConfigSection):
     """Root configuration of `generate.py`; conf/generate.yaml documents its keys."""
 
-    checkpoint: str
+    checkpoint: Annotated[str, MinLen(1)]
     prompt: Annotated[str, MinLen(1)] | None
     prompts: str | None
     max_new_tokens: PositiveInt

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from lightning.fabric import Fabric
 
 from evaluation.generation import GenerationSync
+from formats.detection import agreed_weights
 from formats.weights import Weights, load_weights
 from model.llama import Llama
 from parallel.config import ParallelConfig, PrecisionConfig
@@ -78,6 +80,9 @@ def load_model(
     """
     watchdog = Watchdog(WatchdogConfig(None, None, None))  # detects dead ranks, without time limits
     fabric, strategy = launch(processes, mesh, parallel, precision, watchdog)
+    weights = agreed_weights(weights.folder, opened=weights)
+    for warning in weights.warnings if fabric.is_global_zero else ():
+        print(f"Warning: {warning}", file=sys.stderr, flush=True)
     with torch.device("meta"):
         llama = Llama(weights.model)
     model = fabric.setup_module(llama)

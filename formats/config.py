@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Gt
+from annotated_types import Gt, MinLen
 
 from model.config_base import ConfigSection, PositiveInt
 
@@ -12,7 +12,7 @@ from model.config_base import ConfigSection, PositiveInt
 class ConvertJobConfig(ConfigSection):
     """Root configuration of `convert.py`; conf/convert.yaml documents its keys."""
 
-    source: str
+    checkpoint: Annotated[str, MinLen(1)]
     target: str
     format: Literal["native", "hf", "meta"] | None
     dtype: Literal["fp32", "bf16", "fp16"] | None

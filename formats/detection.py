@@ -1,5 +1,7 @@
-"""Detect the format of a folder of weights by its file names and open it."""
+"""Find the weights that a path names, detect their format by file names and open them."""
 
+import difflib
+import sys
 from pathlib import Path
 
 from formats.config_json import read_json
@@ -7,8 +9,9 @@ from formats.errors import FormatError
 from formats.hugging_face import CONFIG, open_hugging_face
 from formats.hugging_face_files import WEIGHT_FILES
 from formats.meta import PARAMS, PART, open_meta
-from formats.weights import FORMATS, Format, Weights
-from resilience.run_folder import COMMITTED
+from formats.weights import FORMATS, MAX_LISTED, Format, Weights
+from parallel.mesh import is_first_process
+from resilience.run_folder import COMMITTED, checkpoints_in
 
 
 def detect_format(folder: Path) -> Format | None:
@@ -24,12 +27,50 @@ def detect_format(folder: Path) -> Format | None:
     return "hf" if CONFIG in names and names & set(WEIGHT_FILES) else None
 
 
-def open_weights(folder: Path) -> Weights:
-    """Open a folder of weights in any format; no values are read yet.
+def find_checkpoint(path: Path, verify: bool = True) -> Path:
+    """Return the folder with the weights that `path` names.
+
+    For a run folder or its `checkpoints` folder that is the newest valid checkpoint. The first
+    process verifies its hashes and prints which one it uses; the other processes skip checkpoints
+    whose manifest is damaged, and adopt the choice of the first one in `agreed_weights`.
+
+    Args:
+        verify: False to skip only checkpoints with a damaged manifest, on all processes.
+
+    Raises:
+        FormatError: A run has no valid checkpoint.
+    """
+    path = path.expanduser()
+    if detect_format(path) is not None or not (candidates := checkpoints_in(path)):
+        return path
+    from checkpoint.files import find_checkpoint_damage
+
+    verify &= is_first_process()
+    skipped = list[str]()
+    for candidate in candidates:
+        damage = find_checkpoint_damage(candidate, with_hashes=verify)
+        if damage is None:
+            if verify:
+                for warning in skipped:
+                    print(f"Warning: skipped damaged {warning}", file=sys.stderr)
+                print(f"Using {candidate}", file=sys.stderr, flush=True)
+            return candidate
+        skipped.append(f"{candidate}: {damage}")
+    raise FormatError(
+        f"{path} has no valid checkpoint; restore one from a backup:\n  " + "\n  ".join(skipped)
+    )
+
+
+def open_weights(path: Path, verify: bool = True) -> Weights:
+    """Open the weights that a path names, in any format; no values are read yet.
+
+    Args:
+        path, verify: As for `find_checkpoint`.
 
     Raises:
         FormatError: The format is unknown, or the folder is incomplete or damaged.
     """
+    folder = find_checkpoint(path, verify)
     format = detect_format(folder)
     if format == "native":
         from formats.native import open_native
@@ -67,36 +108,71 @@ def reject_adapter(folder: Path) -> None:
         )
 
 
-def _without_weights(folder: Path) -> str:
-    """Return the error for a path without weights in a known format."""
-    kinds = " or a ".join(FORMATS.values())
-    if folder.suffix == ".gguf" or (folder.is_dir() and any(folder.glob("*.gguf"))):
+def agreed_weights(path: Path, opened: Weights | None = None) -> Weights:
+    """Open the weights that rank 0 finds at a path, on all ranks; a collective call.
+
+    Ranks that look at the folder of a run in progress may otherwise find different checkpoints.
+
+    Args:
+        opened: Weights that this rank has opened, kept if they are those of rank 0.
+
+    Raises:
+        FormatError: As `open_weights`.
+    """
+    from checkpoint.writer import on_rank_0
+
+    def found() -> str:
+        return str(find_checkpoint(path) if opened is None else opened.folder)
+
+    folder = Path(on_rank_0(found, lambda error: error, catch=(FormatError,)))
+    return opened if opened is not None and opened.folder == folder else open_weights(folder)
+
+
+EXPECTED = (
+    "use a run folder like runs/NAME, one of its checkpoints (with COMMITTED), a Hugging Face "
+    "folder (config.json and safetensors files), or a Meta folder (params.json and "
+    "consolidated.00.pth)"
+)
+
+
+def _without_weights(path: Path) -> str:
+    """Return an error message for a path without weights: what was found, and what is expected."""
+    try:
+        found = sorted(each.name for each in path.iterdir())
+    except PermissionError as error:
+        return f"{path} cannot be read ({error.strerror}); fix its permissions"
+    except OSError:
+        found = []
+    if path.suffix == ".gguf" or any(name.endswith(".gguf") for name in found):
         return (
-            f"{folder} is in GGUF format, which is not supported; use the weights from which it "
-            f"was made: a {kinds}"
+            f"{path} is in GGUF format, which is not supported; use the weights from which it was "
+            f"made: a {' or a '.join(FORMATS.values())}"
         )
-    if folder.is_file():
-        return f"{folder} is a file; use its folder {folder.parent}, which must be a {kinds}"
-    if not folder.is_dir():
-        return f"{folder} is not a folder; use a folder with weights: a {kinds}"
-    checkpoints = sorted(folder.glob("step-*/COMMITTED"))
-    checkpoints += sorted(folder.glob("checkpoints/step-*/COMMITTED"))
-    if checkpoints:
-        return (
-            f"{folder} is a run folder; use one of its checkpoints, for example "
-            f"{checkpoints[-1].parent}"
-        )
+    if path.is_file():
+        return f"{path} is a file; use its folder {path.parent}, if it contains all weights"
+    if not path.is_dir():
+        parent = next(each for each in path.absolute().parents if each.is_dir())
+        names = [each.name for each in sorted(parent.iterdir()) if each.is_dir()]
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f". Did you mean {path.parent / near[0]}?" if near else f"; {EXPECTED}"
+        return f"{path} is not a folder" + hint
     # Published repositories have Meta's files in `original`, a hub cache revisions in `snapshots`.
-    for inner in (folder / "original", *sorted(folder.glob("snapshots/*"))):
-        if detect_format(inner):
-            return f"{folder} contains no weights, but {inner} does; use {inner}"
-    if (folder / "consolidated.safetensors").exists():
+    folders = [path / name for name in found] + sorted(path.glob("snapshots/*"))
+    below = [each for each in folders if detect_format(each) or checkpoints_in(each)]
+    if len(below) == 1:
+        return f"{path} contains no weights, but {below[0]} does; use {below[0]}"
+    if below:
+        listed = ", ".join(str(each) for each in below[:MAX_LISTED])
+        return f"{path} contains no weights, but its subfolders do; use one of {listed}"
+    if "consolidated.safetensors" in found:
         return (
-            f"{folder}: consolidated.safetensors is not supported; use {PARAMS} with "
+            f"{path}: consolidated.safetensors is not supported; use {PARAMS} with "
             f"consolidated.00.pth (Meta), or {CONFIG} with model.safetensors (Hugging Face)"
         )
-    return (
-        f"{folder} contains no weights; use a folder with COMMITTED (native checkpoint), "
-        "config.json and safetensors files (Hugging Face), or params.json and "
-        "consolidated.00.pth (Meta)"
-    )
+    shown = ", ".join(found[:MAX_LISTED]) + (", …" if len(found) > MAX_LISTED else "")
+    if (path / "checkpoints").is_dir() or "config.yaml" in found:
+        return (
+            f"{path} is a run folder without a committed checkpoint (found: {shown}); wait for its "
+            "first checkpoint, or use another run"
+        )
+    return f"{path} contains no weights (found: {shown or 'no files'}); {EXPECTED}"

@@ -143,10 +143,13 @@ def bpe_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 # ---------------------------------------------------------------- read
 
 
-def resolve_tokenizer(folder: Path, choice: str | None = "auto") -> Tokenizer | None:
+def resolve_tokenizer(
+    folder: Path, choice: str | None = "auto", remedy: str = ""
+) -> Tokenizer | None:
     """Return the tokenizer for the weights in `folder`.
 
     Args:
+        remedy: What else a program accepts, appended to the message if there is no tokenizer.
         choice: `auto` for the tokenizer in `folder`; the path of a `tokenizer.model`, a
             `tokenizer.json`, or a folder with either; or None for no tokenizer.
 
@@ -163,7 +166,7 @@ def resolve_tokenizer(folder: Path, choice: str | None = "auto") -> Tokenizer | 
     if found is None:
         raise FormatError(
             f"{folder if choice == 'auto' else choice} contains neither {MODEL_FILE} nor "
-            f"{TOKENIZER_JSON}; use tokenizer_path=PATH, or tokenizer_path=null for no tokenizer"
+            f"{TOKENIZER_JSON}; use tokenizer_path=PATH of one of them{remedy}"
         )
     return found
 

@@ -1,5 +1,6 @@
 """Renamed configuration keys: command lines and run folders of older versions stay valid."""
 
+from collections.abc import Mapping
 from typing import Any
 
 RENAMED_KEYS = {
@@ -8,18 +9,25 @@ RENAMED_KEYS = {
 }
 
 
-def rename_keys(config: dict[str, Any]) -> dict[str, str]:
+# Of single programs; in `train.py`, `checkpoint` is a section.
+EVALUATE_KEYS = {"evaluation.checkpoint": "checkpoint"}
+CONVERT_KEYS = {"source": "checkpoint"}
+
+
+def rename_keys(
+    config: dict[str, Any], renamed: Mapping[str, str] = RENAMED_KEYS
+) -> dict[str, str]:
     """Move the values of renamed keys to their new names, in place, also in `run.allow_changes`.
 
     Returns:
         The keys that were found: old name to new name.
     """
     found = {}
-    for old, new in RENAMED_KEYS.items():
-        section, name = old.split(".")
-        values = config.get(section)
+    for old, new in renamed.items():
+        values, name = _section_of(config, old)
         if isinstance(values, dict) and name in values:
-            values[new.rpartition(".")[2]] = values.pop(name)
+            new_values, new_name = _section_of(config, new)
+            new_values[new_name] = values.pop(name)
             found[old] = new
     run = config.get("run")
     allowed = run.get("allow_changes") if isinstance(run, dict) else None
@@ -27,3 +35,9 @@ def rename_keys(config: dict[str, Any]) -> dict[str, str]:
         found |= {old: RENAMED_KEYS[old] for old in allowed if old in RENAMED_KEYS}
         allowed[:] = [RENAMED_KEYS.get(name, name) for name in allowed]
     return found
+
+
+def _section_of(config: dict[str, Any], key: str) -> tuple[Any, str]:
+    """Return the section that a dotted key belongs to, or None, and the key's last name."""
+    section, _, name = key.rpartition(".")
+    return (config.get(section) if section else config), name

@@ -89,18 +89,37 @@ class RunFolder:
         return manifest["position"] if manifest else None
 
     def resume_source(self, resume: str) -> str:
-        """Return the current meaning of `run.resume`: `auto`, `never` or the path of a checkpoint.
+        """Return the current meaning of `run.resume`: `auto`, `never` or a path.
 
-        A path is where the run started from. Once the run has later checkpoints of its own, the
-        same command (as repeated by a requeued job) resumes from those.
+        A path, of a checkpoint or another run folder, is where the run started from. Once the run
+        has later checkpoints of its own, the same command (as repeated by a requeued job) resumes
+        from those.
         """
         steps = self.committed_steps()
-        if resume in ("auto", "never") or not steps:
+        if resume in ("auto", "never"):
+            return resume
+        if Path(resume).resolve() in (self.path.resolve(), self.checkpoints.resolve()):
+            return "auto"
+        if not steps:
             return resume
         previous = ((self.read_config() or {}).get("run") or {}).get("resume")
-        manifest = read_manifest(Path(resume))
-        started = manifest is not None and steps[-1] > manifest["position"]["step"]
+        if not (Path(resume) / COMMITTED).exists() and checkpoints_in(Path(resume)):
+            started = True  # a run folder, whose newest step may have changed since
+        else:
+            manifest = read_manifest(Path(resume))
+            started = manifest is not None and steps[-1] > manifest["position"]["step"]
         return "auto" if previous == resume and started else resume
+
+
+def checkpoints_in(path: Path) -> list[Path]:
+    """Return the committed checkpoints of a run folder or its `checkpoints` folder, newest first.
+
+    A path that is a committed checkpoint itself is the only result.
+    """
+    if (path / COMMITTED).exists():
+        return [path]
+    run = RunFolder(path.parent if path.name == "checkpoints" else path)
+    return [run.step_folder(step) for step in reversed(run.committed_steps())]
 
 
 def not_writable(error: OSError) -> str:

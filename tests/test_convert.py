@@ -37,7 +37,7 @@ def checkpoint(
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint converted to a Hugging Face folder by `convert.py`."""
     target = tmp_path_factory.mktemp("exported") / "hf"
-    done = start_program(["convert.py", f"source={checkpoint}", f"target={target}"])
+    done = start_program(["convert.py", f"checkpoint={checkpoint}", f"target={target}"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{target}: Hugging Face folder, 0.00")
     assert done.stderr == ""
@@ -88,7 +88,7 @@ def test_held_out_loss_equals_transformers_and_hash_is_equal_in_all_formats(
         more = [] if folder == checkpoint else [f"evaluation.data={data}", "evaluation.seq_len=64"]
         launch = fork_server.run(
             [
-                *(f"evaluation.checkpoint={folder}", f"evaluation.samples={SAMPLES}", *more),
+                *(f"checkpoint={folder}", f"evaluation.samples={SAMPLES}", *more),
                 *("parallel.accelerator=cpu", f"parallel.{mesh}=2"),
             ],
             2,
@@ -104,16 +104,18 @@ def test_held_out_loss_equals_transformers_and_hash_is_equal_in_all_formats(
 
 
 def test_greedy_text_equals_transformers(checkpoint: Path, reference: Any) -> None:
+    """The run folder names its only checkpoint."""
+    run = checkpoint.parent.parent
     done = start_program(
         [
-            *("generate.py", f"checkpoint={checkpoint}", f"prompt={PROMPT}", "temperature=0"),
+            *("generate.py", f"checkpoint={run}", f"prompt={PROMPT}", "temperature=0"),
             *("max_new_tokens=40", "parallel.accelerator=cpu"),
         ]
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == reference[0]["text"] + "\n"
     assert len(reference[0]["text"]) > len(PROMPT)
-    assert "tokens/s" in done.stderr
+    assert done.stderr.startswith(f"Using {checkpoint}\n") and "tokens/s" in done.stderr
 
 
 def test_round_trip_through_all_formats_is_bit_exact(
@@ -125,7 +127,12 @@ def test_round_trip_through_all_formats_is_bit_exact(
         (tmp_path / "meta", "hf", "hf"),
     ):
         parts = ["parts=2"] if format == "meta" else []
-        arguments = [f"source={source}", f"target={tmp_path / target}", f"format={format}", *parts]
+        arguments = [
+            f"checkpoint={source}",
+            f"target={tmp_path / target}",
+            f"format={format}",
+            *parts,
+        ]
         launch = fork_server.run(arguments, 1, program="convert.py")
         assert launch.exit_codes == {0: 0}, launch.output()
         assert_same_weights(open_weights(tmp_path / target), open_weights(checkpoint))
@@ -150,20 +157,20 @@ def test_invalid_input_is_rejected_and_nothing_is_written(
         return message
 
     out = f"target={tmp_path / 'out'}"
-    found = error_of(f"source={checkpoint}", out, "parts=2", "file_gb=0", "formt=hf", "dtype=int8")
+    found = error_of(
+        f"checkpoint={checkpoint}", out, "parts=2", "file_gb=0", "formt=hf", "dtype=int8"
+    )
     assert "Unknown key formt. Did you mean format?" in found
     assert "parts=2 applies to Meta folders only" in found
     assert "file_gb=0 is not above 0" in found
     assert "dtype='int8' is not a valid choice" in found
-    assert "source has no value" in error_of(out)
-    assert "is not a folder" in error_of("source=nowhere", out)
-    parts = error_of(f"source={checkpoint}", out, "format=meta", "parts=3")
+    assert "checkpoint has no value" in error_of(out)
+    assert "is not a folder" in error_of("checkpoint=nowhere", out)
+    parts = error_of(f"checkpoint={checkpoint}", out, "format=meta", "parts=3")
     assert "parts=3 does not divide model.n_heads=4" in parts and "use 1 or 2" in parts
-    run = checkpoint.parent.parent
-    assert f"use one of its checkpoints, for example {checkpoint}" in error_of(f"source={run}", out)
-    exists = error_of(f"source={checkpoint}", f"target={exported}")
+    exists = error_of(f"checkpoint={checkpoint}", f"target={exported}")
     assert "exists; use another folder, or overwrite=true" in exists
-    llama3 = error_of(f"source={checkpoint}", out, f"tokenizer_path={_llama3()}")
+    llama3 = error_of(f"checkpoint={checkpoint}", out, f"tokenizer_path={_llama3()}")
     assert "the tokenizer has 128256 tokens, more than vocab_size=272 of the model" in llama3
 
 

@@ -58,7 +58,7 @@ def evaluate(fork_server: ForkServer) -> Evaluate:
     """Function that runs the program: `evaluate(folder, "key=value", …, ranks=2)`."""
 
     def run(folder: Path, *overrides: str, ranks: int = 1) -> Launch:
-        named = [f"evaluation.checkpoint={folder}", "parallel.accelerator=cpu"]
+        named = [f"checkpoint={folder}", "parallel.accelerator=cpu"]
         return fork_server.run([*named, *overrides], ranks, program="evaluate.py")
 
     return run
@@ -125,7 +125,7 @@ def test_invalid_input_is_rejected_with_a_remedy(
         assert "Traceback" not in launch.output()
         return launch.output()
 
-    assert "is not a folder; use a folder with weights" in error_of(tmp_path / "step-00000001")
+    assert "is not a folder; use a run folder" in error_of(tmp_path / "step-00000001")
     mesh = error_of(checkpoint, "parallel.tp=3", ranks=3)
     assert "parallel.tp=3 does not divide model.n_heads=4; use 1, 2 or 4" in mesh
     assert "set evaluation.data to a prepared dataset" in error_of(exported)

@@ -116,7 +116,7 @@ def test_changed_stream_is_rejected_on_resume(
 
 def test_evaluation_of_streamed_run_is_rejected(uninterrupted: Path) -> None:
     checkpoint = uninterrupted / "checkpoints" / f"step-{STEPS:08d}"
-    done = start_program(["evaluate.py", f"evaluation.checkpoint={checkpoint}"])
+    done = start_program(["evaluate.py", f"checkpoint={checkpoint}"])
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "data.stream_shards=4" in done.stderr and "no held-out text" in done.stderr
 

@@ -24,9 +24,9 @@ class RunConfig(ConfigSection):
 
     Attributes:
         resume: `auto` resumes from the newest valid checkpoint of this run, `never` rejects a
-            folder that has one, a path starts from that checkpoint.
-        init_from: Initial weights of a run without checkpoints: a checkpoint, a Hugging Face or a
-            Meta folder.
+            folder that has one, a path starts from that checkpoint or the newest of that run.
+        init_from: Initial weights of a run without checkpoints: a run folder (its newest valid
+            checkpoint), a checkpoint, a Hugging Face or a Meta folder.
         allow_changes: Keys that may differ from the previous launch although they affect results.
         time_limit: Minutes from launch; the run saves and stops before it. SLURM's own limit
             counts too.

@@ -553,6 +553,14 @@ def generate_errors(
         yield f"prompts={prompts} and prompt={prompt!r} are both given; use one of them"
 
 
+def task_errors(tasks: list[str], tokenizer_path: str | None) -> Iterator[str]:
+    if tasks and tokenizer_path is None:
+        yield (
+            f"tokenizer_path=null has no tokenizer for tasks={tasks}; use tokenizer_path=auto or "
+            "the path of a tokenizer.model or tokenizer.json, or tasks=[]"
+        )
+
+
 def convert_errors(format: str | None, parts: int) -> Iterator[str]:
     if parts != 1 and format != "meta":
         yield f"parts={parts} applies to Meta folders only; use parts=1 or format=meta"

@@ -28,7 +28,7 @@ def check_initial_weights(run: RunConfig, model: ModelConfig) -> None:
     """
     from formats.detection import open_weights
 
-    weights = open_weights(Path(str(run.init_from)))
+    weights = open_weights(Path(str(run.init_from)), verify=False)
     if is_first_process():
         for warning in weights.warnings:
             print(f"Warning: {warning}", file=sys.stderr, flush=True)
@@ -63,9 +63,10 @@ def check_initial_tokenizer(config: JobConfig, tokenizer: "Tokenizer") -> None:
         DataError: They were trained with another tokenizer.
         FormatError: Their tokenizer cannot be read.
     """
+    from formats.detection import find_checkpoint
     from formats.tokenizers import find_tokenizer
 
-    source = find_tokenizer(Path(str(config.run.init_from)))
+    source = find_tokenizer(find_checkpoint(Path(str(config.run.init_from)), verify=False))
     if source is not None and source.ranks != tokenizer.ranks:
         raise DataError(
             f"data.folder={config.data.folder} is tokenized with {tokenizer.name} (vocabulary of "

@@ -104,10 +104,10 @@ def _load_or_initialize(
         if config.run.init_from is None:
             initialize_weights(llama, config.model, config.run.seed)
         else:
-            from formats.detection import open_weights
+            from formats.detection import agreed_weights
             from formats.weights import load_weights
 
-            load_weights(llama, open_weights(Path(config.run.init_from)))
+            load_weights(llama, agreed_weights(Path(config.run.init_from)))
         position = Position(step=0, samples=0, tokens=0, data_hash=dataset.hash)
     if before is not None and dist.get_rank() == 0:
         for error in remove_beyond(folder, position.step):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from resilience.event_log import read_json_lines
-from resilience.run_folder import COMMITTED, RunFolder, RunFolderError, read_manifest
+from resilience.run_folder import RunFolder, RunFolderError, checkpoints_in, read_manifest
 from training.resume_policy import Changes, check_changes, differences, override_errors
 
 AddDefaults = Callable[[dict[str, Any]], dict[str, Any]]
@@ -63,11 +63,13 @@ def _check_checkpoint(
     folder: RunFolder, checkpoint: Path, config: dict[str, Any], add_defaults: AddDefaults
 ) -> Changes:
     """Check that this run can start or resume from the checkpoint named by `run.resume`."""
-    if not (checkpoint / COMMITTED).exists():
+    candidates = checkpoints_in(checkpoint)
+    if not candidates:
         raise RunFolderError(
-            f"run.resume={checkpoint} is not a committed checkpoint; use auto, never, or a folder "
-            "like runs/NAME/checkpoints/step-00000100"
+            f"run.resume={checkpoint} is not a committed checkpoint or a run folder with one; use "
+            "auto, never, or a folder like runs/NAME or runs/NAME/checkpoints/step-00000100"
         )
+    checkpoint = candidates[0]
     manifest = read_manifest(checkpoint)
     if manifest is None:
         raise RunFolderError(

@@ -95,7 +95,7 @@ def summary(run: Run) -> tuple[str, Rows, Rows]:
     longer = [*overrides, f"train.max_steps={2 * position.step}"]
     commands = [("Resume after an interruption", resume_command(processes))]
     if config.data.stream_shards is None:  # streams have no validation split
-        commands.append(("Evaluate", f"{_program('evaluate')} evaluation.{checkpoint_override}"))
+        commands.append(("Evaluate", f"{_program('evaluate')} {checkpoint_override}"))
     commands += [
         ("Generate text", f"{_program('generate')} {checkpoint_override}"),
         ("Train longer", _command(processes, longer)),

@@ -12,7 +12,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from cli.arguments import CONF, explicit_keys, help_text, hydra_arguments
-from cli.config import check_for_tasks, load_prepare_config, load_train_config
+from cli.config import (
+    check_for_tasks,
+    load_convert_config,
+    load_evaluate_config,
+    load_prepare_config,
+    load_train_config,
+)
 from data.config import PrepareJobConfig
 from evaluation.config import EvaluationConfig
 from training.config import JobConfig
@@ -518,6 +524,27 @@ def test_renamed_key_is_accepted_with_one_warning(
     section, name = new.split(".")
     assert getattr(getattr(config, section), name) == int(value)
     assert capsys.readouterr().err == f"Warning: {key} is deprecated; use {new}\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "old", "more"),
+    [("evaluate", "evaluation.checkpoint", ()), ("convert", "source", ("target=out",))],
+)
+def test_old_names_of_checkpoint_are_accepted(
+    program: str, old: str, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaders: dict[str, Any] = {"evaluate": load_evaluate_config, "convert": load_convert_config}
+
+    def load(*arguments: str) -> Any:
+        return loaders[program](compose(program, hydra_arguments([*arguments, *more], program)))
+
+    assert load(f"{old}=runs/x") == load("checkpoint=runs/x")
+    assert capsys.readouterr().err == f"Warning: {old} is deprecated; use checkpoint\n"
+    with pytest.raises(ConfigError) as raised:
+        load(f"{old}=runs/x", "checkpoint=runs/y")
+    assert raised.value.errors == [f"{old} and checkpoint are both given; use checkpoint"]
+    with pytest.raises(ConfigError, match="checkpoint has no value; add checkpoint="):
+        load()
 
 
 def test_defaults_of_dataclasses_and_yaml_files_are_equal() -> None:

@@ -153,19 +153,3 @@ def test_killed_conversion_leaves_no_target_and_the_next_one_deletes_its_files(
     convert(made, None, target, "hf", overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
     assert_same_weights(open_weights(target), made)
-
-
-def test_error_for_folder_without_weights_lists_supported_formats(tmp_path: Path) -> None:
-    with pytest.raises(
-        FormatError, match="is not a folder; use a folder with weights: a checkpoint or a Hugging"
-    ):
-        open_weights(tmp_path / "nowhere")
-    with pytest.raises(FormatError, match="contains no weights; use a folder with COMMITTED"):
-        open_weights(tmp_path)
-    step = tmp_path / "run" / "checkpoints" / "step-00000002"
-    step.parent.mkdir(parents=True)
-    convert(RandomWeights(SMALL), None, step, "native")
-    with pytest.raises(
-        FormatError, match=r"is a run folder; use one of its checkpoints, for example .*02"
-    ):
-        open_weights(tmp_path / "run")

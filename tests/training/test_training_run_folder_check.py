@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,20 @@ def test_resume_path_must_be_a_committed_checkpoint(folder: RunFolder, tmp_path:
     for path in (folder.step_folder(5), tmp_path / "nowhere"):
         with pytest.raises(RunFolderError, match="is not a committed checkpoint"):
             check_run_folder(new, resuming(str(path)))
+
+
+def test_resume_path_may_be_a_run_folder(folder: RunFolder, tmp_path: Path) -> None:
+    """Once the new run has steps of its own, the same command resumes those."""
+    new = RunFolder(tmp_path / "new")
+    for path in (folder.path, folder.checkpoints):
+        check_run_folder(new, resuming(str(path)))
+        assert new.resume_source(str(path)) == str(path)
+        assert folder.resume_source(str(path)) == "auto"
+    new.write_config(resuming(str(folder.path)))
+    shutil.copytree(folder.step_folder(5), new.step_folder(1))
+    assert new.resume_source(str(folder.path)) == "auto"  # although step 5 of the other is newer
+    with pytest.raises(RunFolderError, match="or a run folder with one; use auto, never, or a"):
+        check_run_folder(RunFolder(tmp_path / "third"), resuming(str(tmp_path)))
 
 
 def test_renamed_checkpoint_can_be_resumed(folder: RunFolder, tmp_path: Path) -> None:
