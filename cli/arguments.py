@@ -59,7 +59,23 @@ def hydra_arguments(
                 value = quoted(value)
             argument = f"++{key}={value}"
         rewritten.append(argument)
-    return rewritten
+    return [*rewritten, *_other_length(arguments)]
+
+
+def _other_length(arguments: list[str]) -> list[str]:
+    """Return `train.max_tokens=null` if only `train.max_steps` is given.
+
+    Raises:
+        SystemExit: Both lengths are given.
+    """
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    steps, tokens = (given.get(f"train.{key}", "null") for key in ("max_steps", "max_tokens"))
+    if steps != "null" and tokens != "null":
+        sys.exit(
+            f"Invalid configuration:\n  - train.max_steps={steps} and train.max_tokens={tokens} are "
+            "both set; use one of them"
+        )
+    return [] if steps == "null" else ["++train.max_tokens=null"]
 
 
 def quoted(text: str) -> str:

@@ -138,6 +138,7 @@ def _load(
     renamed: Mapping[str, str] = RENAMED_KEYS,
 ) -> Config:
     """Return the composed configuration as a dataclass; raise ConfigError with all errors."""
+    OmegaConf.register_new_resolver("scratch_or_continued", _scratch_or_continued, replace=True)
     values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
     unset = {name for name, value in values.items() if value == "???"}
     found = rename_keys(values, renamed)
@@ -149,7 +150,7 @@ def _load(
     errors += _missing_values(values)
     if not errors:
         try:
-            values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+            values = _resolve(composed, schema)
         except OmegaConfBaseException as error:
             errors = [f"{error.full_key}: {str(error).splitlines()[0]}"]
         rename_keys(values, renamed)
@@ -164,6 +165,27 @@ def _load(
     except ConfigError as error:
         errors += [each for each in error.errors if each.startswith("Unknown key")]
     raise ConfigError(errors)
+
+
+def _scratch_or_continued(scratch: Any, continued: Any, *, _root_: DictConfig) -> Any:
+    """Return the value for a run from scratch, or for one that starts from `run.init_from`."""
+    return scratch if OmegaConf.select(_root_, "run.init_from") is None else continued
+
+
+def _resolve(composed: DictConfig, schema: type[Any]) -> dict[str, Any]:
+    """Return all values, with `train.max_steps` derived from `train.max_tokens` if that is set."""
+    values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    max_tokens = OmegaConf.select(composed, "train.max_tokens")
+    if max_tokens is None or not issubclass(schema, JobConfig):
+        return values
+    try:
+        config = validate(values, schema)
+    except ConfigError:
+        return values  # the caller reports the errors
+    steps = config.stages().steps_for(max_tokens)
+    # Values that refer to max_steps, such as optim.schedule_steps, follow.
+    derived = OmegaConf.merge(composed, {"train": {"max_steps": steps}})
+    return cast(dict[str, Any], OmegaConf.to_container(derived, resolve=True))
 
 
 def _missing_values(values: dict[str, Any], prefix: str = "") -> Iterator[str]:

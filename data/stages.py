@@ -5,7 +5,7 @@ of a step. Steps here count the batches of the sample order: after a rewind has 
 optimizer step n takes a later batch than batch n.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -51,6 +51,12 @@ class Stages:
         stage = self.at(step)
         tokens_per_step = stage.global_batch_size * stage.seq_len
         return stage.first_token + (step - stage.first_step) * tokens_per_step
+
+    def steps_for(self, tokens: int) -> int:
+        """Return the smallest number of steps, at least 1, that take `tokens` input tokens."""
+        stage = self.all[bisect_left(self.all, tokens, key=lambda stage: stage.first_token) - 1]
+        tokens_per_step = stage.global_batch_size * stage.seq_len
+        return stage.first_step + -(-(tokens - stage.first_token) // tokens_per_step)
 
 
 def batch_indices(first: int, skips: Sequence[tuple[int, int]]) -> Iterator[int]:

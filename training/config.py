@@ -49,12 +49,14 @@ class RunConfig(ConfigSection):
 class TrainConfig(ConfigSection):
     """Length of the run and shape of its batches; batch sizes count sequences of `seq_len` tokens.
 
+    If `max_tokens` is set, `max_steps` is the number of steps that take at least as many tokens.
     `micro_batch_size` is per data rank and forward; None is the data rank's entire batch.
     """
 
     max_steps: Annotated[PositiveInt, FREE]
     global_batch_size: Annotated[PositiveInt, SAMPLES_TAKEN]
     seq_len: Annotated[PositiveInt, SAMPLES_TAKEN]
+    max_tokens: Annotated[PositiveInt | None, FREE] = None
     micro_batch_size: Annotated[PositiveInt | None, FREE] = None
     max_grad_norm: Annotated[
         Annotated[float, Gt(0)] | None, ResumePolicy("override", "every update that is clipped")
