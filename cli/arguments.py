@@ -59,6 +59,10 @@ def hydra_arguments(
                 value = quoted(value)
             argument = f"++{key}={value}"
         rewritten.append(argument)
+    if config_name in ("train", "plan") and any("run.init_from=" in each for each in arguments):
+        from cli.initial_model import initial_model_arguments
+
+        rewritten = initial_model_arguments(arguments) + rewritten
     return [*rewritten, *_other_length(arguments)]
 
 
@@ -72,8 +76,8 @@ def _other_length(arguments: list[str]) -> list[str]:
     steps, tokens = (given.get(f"train.{key}", "null") for key in ("max_steps", "max_tokens"))
     if steps != "null" and tokens != "null":
         sys.exit(
-            f"Invalid configuration:\n  - train.max_steps={steps} and train.max_tokens={tokens} are "
-            "both set; use one of them"
+            f"Invalid configuration:\n  - train.max_steps={steps} and train.max_tokens={tokens} "
+            "are both given; use one of them"
         )
     return [] if steps == "null" else ["++train.max_tokens=null"]
 
@@ -132,15 +136,15 @@ def _hardware_overrides(name: str) -> list[str]:
         hardware = load_hardware(name)
     except (OSError, ValueError) as error:
         raise SystemExit(f"Invalid configuration: {error}") from None
-    return [f"++hardware.{key}={_hydra_value(one)}" for key, one in asdict(hardware).items()]
+    return [f"++hardware.{key}={hydra_value(one)}" for key, one in asdict(hardware).items()]
 
 
-def _hydra_value(value: Any) -> str:
+def hydra_value(value: Any) -> str:
     """Return a YAML value in Hydra's grammar."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_hydra_value(one)}" for key, one in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{hydra_value(one)}" for key, one in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(map(_hydra_value, value)) + "]"
+        return "[" + ",".join(map(hydra_value, value)) + "]"
     if isinstance(value, str):
         return quoted(value)
     return "null" if value is None else str(value).lower()

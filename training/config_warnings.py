@@ -5,10 +5,24 @@ Each function yields messages with key, value, consequence and remedy. Like the 
 """
 
 import inspect
+import math
+from bisect import bisect_left
 from collections.abc import Iterator
 
 from checkpoint.config import CheckpointConfig
-from training.config import JobConfig, OptimConfig, TrainConfig, ValidationConfig
+from model.config import ModelConfig
+from model.flops import parameter_count
+from training.config import JobConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
+
+RECIPE_RATES = (
+    (1.312e6, 4e-3),
+    (1.236e9, 3e-4),
+    (8.03e9, 3e-4),
+    (70.55e9, 1.5e-4),
+    (405.9e9, 8e-5),
+)
+"""Parameters and peak learning rates of the models in conf/model (docs/recipes.md)."""
+FAR_ABOVE = 5  # times the recipe
 
 
 def warmup_warnings(optim: OptimConfig) -> Iterator[str]:
@@ -44,7 +58,36 @@ def interval_warnings(
         )
 
 
-WARNING_RULES = (warmup_warnings, interval_warnings)
+def learning_rate_warnings(run: RunConfig, model: ModelConfig, optim: OptimConfig) -> Iterator[str]:
+    """Yield a warning if the learning rate is far above the recipes of models of this size."""
+    n_parameters = parameter_count(model)
+    recipe = recipe_learning_rate(n_parameters)
+    size = f"a model of {n_parameters / 1e6:,.0f}M parameters"
+    if run.init_from is not None and optim.lr > recipe:
+        yield (
+            f"optim.lr={optim.lr:g} is above the recipe for training {size} from scratch, and the "
+            f"run continues from run.init_from={run.init_from}: it may forget what these weights "
+            f"have learned; use optim.lr={recipe / 10:.1g}"
+        )
+    elif optim.lr > FAR_ABOVE * recipe:
+        yield (
+            f"optim.lr={optim.lr:g} is far above the recipe for {size}: the loss may diverge; use "
+            f"optim.lr={recipe:.1g}"
+        )
+
+
+def recipe_learning_rate(n_parameters: int) -> float:
+    """Return the peak learning rate of a model size, interpolated between `RECIPE_RATES`."""
+    sizes, rates = zip(*RECIPE_RATES, strict=True)
+    above = bisect_left(sizes, n_parameters)
+    if above in (0, len(sizes)):
+        return rates[min(above, len(sizes) - 1)]
+    low, high = above - 1, above
+    fraction = math.log(n_parameters / sizes[low]) / math.log(sizes[high] / sizes[low])
+    return rates[low] * (rates[high] / rates[low]) ** fraction
+
+
+WARNING_RULES = (learning_rate_warnings, warmup_warnings, interval_warnings)
 
 
 def config_warnings(config: JobConfig) -> Iterator[str]:

@@ -405,7 +405,7 @@ def test_hydra_arguments_admit_unknown_keys_and_keep_groups() -> None:
         "hydra.run.dir=x",
         "--cfg",
     ]
-    rewritten = ["++train.max_steps=3", *given[1:]]
+    rewritten = ["++train.max_steps=3", *given[1:], "++train.max_tokens=null"]
     assert hydra_arguments(given, "train") == rewritten
 
 

@@ -294,7 +294,10 @@ def test_new_keys_at_their_defaults_are_not_changes() -> None:
     filled = with_defaults(old, typed)
     changes = compare(filled, now, samples=SAMPLES)
     # Keys that differ from their default did change.
-    assert changes.free == {"checkpoint.when_busy": ["wait", "skip"]}
+    assert changes.free == {
+        "checkpoint.when_busy": ["wait", "skip"],
+        "train.micro_batch_size": [None, 1],
+    }
     assert changes.unlisted == {
         "optim.weight_decay": [0.1, 0.3],
         "model.rope_scaling": [None, now["model"]["rope_scaling"]],
