@@ -132,7 +132,7 @@ def test_params_json_equals_the_published_one(name: str, tmp_path: Path) -> None
     import yaml
     from pydantic import TypeAdapter
 
-    values = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    values = yaml.safe_load((CONF / f"{name}.yaml").read_text())["model"]
     model = TypeAdapter(ModelConfig).validate_python(values)
     published = resolve_model(PUBLISHED[name])
     assert published is not None
