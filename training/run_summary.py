@@ -91,7 +91,8 @@ def summary(run: Run) -> tuple[str, Rows, Rows]:
         ("text samples", f"{folder}/samples.txt"),
         ("metrics", f"{folder}/metrics.jsonl"),
     ]
-    overrides = [each for each in _overrides() if not each.startswith("train.max_steps=")]
+    length = ("train.max_steps=", "train.max_tokens=")
+    overrides = [each for each in _overrides() if not each.startswith(length)]
     longer = [*overrides, f"train.max_steps={2 * position.step}"]
     commands = [("Resume after an interruption", resume_command(processes))]
     if config.data.stream_shards is None:  # streams have no validation split
