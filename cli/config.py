@@ -18,6 +18,7 @@ from formats.config import ConvertJobConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.mesh import MeshShape, Processes, is_first_process, plan_processes, resolve_mesh
+from resilience.launcher_variables import launcher_errors
 from resilience.renamed_keys import CONVERT_KEYS, EVALUATE_KEYS, RENAMED_KEYS, rename_keys
 from training import config_rules as rules
 from training.config import JobConfig
@@ -79,6 +80,7 @@ def check_inference_mesh(
         ConfigError: The mesh does not fit this machine or the model.
     """
     processes, errors = plan_processes(parallel)
+    errors += launcher_errors(parallel, processes.accelerator)
     mesh, unresolved = resolve_mesh(parallel, processes.world_size)
     errors += unresolved or rules.model_errors(mesh, parallel, model, seq_len)
     if errors:

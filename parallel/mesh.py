@@ -2,19 +2,25 @@
 
 The axes, outermost first, are dp_replicate, dp_shard, cp and tp: neighboring ranks are
 tensor-parallel, because that axis communicates most. The process count depends on the launcher:
-this program, `torchrun` or `srun`. Imports torch only to count GPUs.
+this program, `torchrun`, `srun` or one that sets the same variables as torchrun. Imports torch only
+to count GPUs.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from parallel.config import ParallelConfig
-from parallel.slurm import in_slurm, started_by_srun, tasks_per_node
+from parallel.slurm import started_by_srun, tasks_per_node
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 # The axes whose ranks read different samples of a batch.
 DATA_AXES = ("dp_replicate", "dp_shard")
+OTHER = "another launcher"
+# Set by torchrun, DeepSpeed and the usual MPI scripts in each process that they start.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+# Processes on this node, as torchrun, DeepSpeed, Open MPI and MPICH name it; all if not set.
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Processes:
     accelerator: str  # "cpu" or "cuda"
     per_node: int
     num_nodes: int
-    launcher: str  # "self", "torchrun" or "srun"
+    launcher: str  # "self", "torchrun", "srun" or "another launcher"
 
     @property
     def world_size(self) -> int:
@@ -76,33 +82,59 @@ class Processes:
 
 
 def started_processes(environment: Mapping[str, str]) -> Processes | None:
-    """Return the processes that `torchrun` or `srun` started, None if this run starts its own.
+    """Return the processes that a launcher started, None if this run starts its own.
 
-    A run in an interactive SLURM shell (a job named bash or interactive) starts its own, as in
-    Fabric.
+    A launcher is recognized by its complete and consistent set of variables only;
+    `resilience.launcher_variables` reports any other set. A run in an interactive SLURM shell (a
+    job named bash or interactive) starts its own processes, as in Fabric.
     """
-    if "TORCHELASTIC_RUN_ID" in environment:
-        per_node = int(environment["LOCAL_WORLD_SIZE"])
-        nodes = int(environment["WORLD_SIZE"]) // per_node
-        return Processes("auto", per_node, nodes, "torchrun")
-    if started_by_srun(environment):
+    if is_self_launched(environment):
+        return None
+    elastic = "TORCHELASTIC_RUN_ID" in environment
+    if not elastic and started_by_srun(environment):
         tasks = tasks_per_node(environment)
         return Processes("auto", tasks[0], len(tasks), "srun")
-    return None
+    local_sizes = [environment[name] for name in LOCAL_SIZES if name in environment]
+    try:
+        rank, local_rank, size, _ = (int(environment[name]) for name in RANK_VARIABLES[:4])
+        per_node = int(local_sizes[0]) if local_sizes else size
+    except (KeyError, ValueError):
+        return None
+    consistent = 0 <= local_rank <= rank < size and local_rank < per_node and size % per_node == 0
+    if not consistent or "MASTER_ADDR" not in environment:
+        return None
+    return Processes("auto", per_node, size // per_node, "torchrun" if elastic else OTHER)
+
+
+def is_self_launched(environment: Mapping[str, str]) -> bool:
+    """Return whether this run started this process itself, or has started its other processes."""
+    main = environment.get("LLAMESH_MAIN_PID")
+    return "LOCAL_RANK" in environment and main in (str(os.getpid()), str(os.getppid()))
+
+
+def process_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Return the global and the local rank of this process, before a process group exists."""
+    started, names = started_processes(environment), ("RANK", "LOCAL_RANK")
+    if started is None:
+        rank = int(environment["LOCAL_RANK"]) if is_self_launched(environment) else 0
+        return rank, rank
+    if started.launcher == "srun":
+        names = ("SLURM_PROCID", "SLURM_LOCALID")
+    return int(environment[names[0]]), int(environment[names[1]])
 
 
 def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether this process will be global rank 0, before a process group exists."""
-    # A job's script also has SLURM_PROCID, which is not the rank of a process it starts.
-    slurm = ("SLURM_PROCID",) if started_by_srun(environment) else ()
-    ranks = (environment.get(name) for name in ("RANK", *slurm, "LOCAL_RANK"))
-    return int(next((rank for rank in ranks if rank is not None), 0)) == 0
+    return process_ranks(environment)[0] == 0
 
 
 def plan_processes(
     config: ParallelConfig, environment: Mapping[str, str] = os.environ
 ) -> tuple[Processes, list[str]]:
-    """Return device type and process counts, and all validation errors."""
+    """Return device type and process counts, and their validation errors.
+
+    `resilience.launcher_variables` reports the errors in the launcher's environment variables.
+    """
     accelerator, gpus = _accelerator(config)
     errors = []
     if config.accelerator == "cuda" and gpus == 0:
@@ -112,15 +144,8 @@ def plan_processes(
     started = started_processes(environment)
     if started is not None:
         processes = Processes(accelerator, started.per_node, started.num_nodes, started.launcher)
-        if started.launcher == "srun":
-            errors += _task_errors(environment)
         errors += started_errors(config, started)
     else:
-        if in_slurm(environment):
-            errors.append(
-                "this is the script of a SLURM job, not one of its tasks; put srun before the "
-                "command (srun python train.py …), as slurm/train.sbatch does"
-            )
         mesh_size = config.dp_replicate * max(config.dp_shard, 1) * config.cp * config.tp
         num_nodes = config.num_nodes or 1
         on_this_machine = gpus if accelerator == "cuda" else max(mesh_size // num_nodes, 1)
@@ -141,21 +166,6 @@ def started_errors(config: ParallelConfig, started: Processes) -> list[str]:
         for key, actual in (("devices", started.per_node), ("num_nodes", started.num_nodes))
         if (value := getattr(config, key)) is not None and value != actual
     ]
-
-
-def _task_errors(environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield errors in the task layout that `srun` started."""
-    tasks = tasks_per_node(environment)
-    if len(set(tasks)) > 1:
-        yield (
-            f"srun started {sum(tasks)} tasks unevenly on {len(tasks)} nodes "
-            f"({', '.join(map(str, tasks))}); use --nodes and --ntasks-per-node"
-        )
-    elif "SLURM_NTASKS_PER_NODE" not in environment:
-        yield (
-            f"srun --ntasks={sum(tasks)} does not set the number of tasks per node; add "
-            f"--ntasks-per-node={tasks[0]}"
-        )
 
 
 def _accelerator(config: ParallelConfig) -> tuple[str, int]:

@@ -10,6 +10,11 @@ from collections.abc import Mapping
 
 # Below Linux's ephemeral ports (from 32768), above the ports of known services.
 FIRST_PORT, N_PORTS = 20_000, 12_000
+# Numbers that srun sets in each task, with SLURM_STEP_TASKS_PER_NODE and SLURM_STEP_NODELIST.
+TASK_VARIABLES = (
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+    *("SLURM_NODEID", "SLURM_JOB_ID", "SLURM_STEP_ID"),
+)
 
 
 def in_slurm(environment: Mapping[str, str]) -> bool:
@@ -23,11 +28,20 @@ def in_slurm(environment: Mapping[str, str]) -> bool:
 
 
 def started_by_srun(environment: Mapping[str, str]) -> bool:
-    """Return whether `srun` started this process; a job's script is not one of its tasks."""
-    if not {"SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE"} <= environment.keys():
+    """Return whether `srun` started this process; a job's script is not one of its tasks.
+
+    All variables of a task must be set and consistent: some of them may be left in a shell.
+    """
+    try:
+        tasks = tasks_per_node(environment)
+        rank, local_rank, size, *_ = (int(environment[name]) for name in TASK_VARIABLES)
+    except (KeyError, ValueError):
+        return False
+    consistent = 0 <= local_rank <= rank < size == sum(tasks) and local_rank < max(tasks)
+    if not consistent or "SLURM_STEP_NODELIST" not in environment:
         return False
     # A shell started by srun is one task; several tasks are a run, regardless of the job's name.
-    return in_slurm(environment) or sum(tasks_per_node(environment)) > 1
+    return in_slurm(environment) or sum(tasks) > 1
 
 
 def tasks_per_node(environment: Mapping[str, str]) -> list[int]:

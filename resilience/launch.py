@@ -15,11 +15,15 @@ import warnings
 from functools import partial
 
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from torch.distributed import DistNetworkError
 
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape, Processes, process_ranks
 from parallel.parallelize import parallelize
 from parallel.slurm import rendezvous
 from parallel.strategy import MeshStrategy
@@ -47,24 +51,26 @@ def launch(
     silence_libraries()
     faulthandler.enable()  # prints the Python stack after a crash outside of Python
     if processes.launcher == "self":
+        # All processes are here; the address of another program's rank 0 may be left over.
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
         _exit_with_main_process()
     elif processes.launcher == "torchrun":
         # Otherwise the processes of a killed torchrun keep training into the run folder.
         _kill_with_parent()
-    else:
+    elif processes.launcher == "srun":
         os.environ.update(rendezvous(os.environ))
     if processes.accelerator == "cpu":
         keep_freed_memory()
     transform = partial(parallelize, parallel=parallel, precision=precision)
     strategy = MeshStrategy(mesh, transform, parallel.reduce_gradients, watchdog.children.extend)
-    # Otherwise Fabric treats the tasks of a job named "interactive" as shells.
-    environment = SLURMEnvironment() if processes.launcher == "srun" else None
+    # Fabric's detection differs: it takes any SLURM_NTASKS for srun, and imports mpi4py.
+    environments = {"self": LightningEnvironment, "srun": SLURMEnvironment}
     fabric = Fabric(
         accelerator=processes.accelerator,
         devices=processes.per_node,
         num_nodes=processes.num_nodes,
         strategy=strategy,
-        plugins=environment,
+        plugins=environments.get(processes.launcher, TorchElasticEnvironment)(),
     )
     try:
         fabric.launch()
@@ -74,6 +80,13 @@ def launch(
             f"cannot initialize the process group at {address} (MASTER_ADDR:MASTER_PORT): "
             f"{' '.join(str(error).split())}; if another program uses the port, choose another "
             "MASTER_PORT or unset it"
+        ) from error
+    except RuntimeError as error:
+        if "Unable to find address for" not in str(error):
+            raise
+        raise LaunchError(  # from gloo
+            f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME')} names a network interface "
+            "without an address; use another one, or run: unset GLOO_SOCKET_IFNAME"
         ) from error
     watchdog.connect()
     return fabric, strategy
@@ -101,7 +114,7 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", message="The `srun` command is available")
     # One process reads and writes checkpoints without collectives.
     warnings.filterwarnings("ignore", message="torch.distributed is (disabled, )?unavailable or")
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+    if process_ranks()[1] > 0:
         warnings.simplefilter("ignore")
 
 

@@ -23,6 +23,7 @@ from datetime import timedelta
 from subprocess import Popen
 from typing import Any, NoReturn
 
+from parallel.mesh import process_ranks
 from resilience.config import WatchdogConfig
 from resilience.exit_codes import ExitCode
 from resilience.heartbeat import Heartbeat, Phase, stack_of
@@ -65,7 +66,7 @@ class Watchdog:
         self.has_saved = False
         self.on_abort: Callable[[str], None] = lambda reason: None
         self._main_thread = threading.main_thread().ident
-        rank = int(os.environ.get("LOCAL_RANK", 0))  # the global rank is known when connected
+        rank = process_ranks()[0]
         self._state = Heartbeat(rank, socket.gethostname(), os.getpid())
         self._since = time.monotonic()
         self._connected = False
@@ -278,8 +279,7 @@ class Watchdog:
 
     def _reports_rank_0(self) -> bool:
         """Return whether this rank reports the loss of rank 0: one process per node does."""
-        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
-        return self._state.rank == 1 or local_rank == "0"
+        return self._state.rank == 1 or process_ranks()[1] == 0
 
 
 def _is_child_of_main() -> bool:

@@ -173,9 +173,15 @@ def test_fp8_on_cpu_and_bf16_moments_with_large_beta2_are_rejected(
     assert sorted(lines) == sorted(expected)
 
 
+TORCHRUN_OF_THREE = {
+    **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"},
+    **{"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+}
+
+
 @pytest.mark.parametrize(
     ("environment", "devices"),
-    [({}, 3), ({"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "3", "WORLD_SIZE": "3"}, None)],
+    [({}, 3), (TORCHRUN_OF_THREE, None)],
     ids=["self-launched", "torchrun"],
 )
 def test_more_processes_than_gpus_are_rejected(

@@ -94,8 +94,14 @@ def test_hanging_rank_is_reported_with_stack_before_waiting_ranks(
 
 
 def test_failed_rendezvous_ends_after_setup_timeout(command: Any, tmp_path: Path) -> None:
-    two_nodes = ["parallel.num_nodes=2", "parallel.dp_shard=2", "watchdog.setup_seconds=10"]
-    done = start_python([*command(tmp_path / "run"), *two_nodes])
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    first_of_two = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    done = start_python(
+        [*command(tmp_path / "run"), "watchdog.setup_seconds=10"],
+        environment=first_of_two | address,
+    )
     assert done.returncode == ExitCode.RANK_FAILED_BEFORE_SAVE
     assert "in set-up for" in done.stderr and "every node" in done.stderr
     assert len(done.stderr.splitlines()) < 15

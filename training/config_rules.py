@@ -26,6 +26,7 @@ from model.config import ModelConfig
 from parallel.config import FP8_MULTIPLE, ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, plan_processes, resolve_mesh, started_errors
 from resilience.config import FaultsConfig
+from resilience.launcher_variables import launcher_errors
 from training.config import LogConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
 
 # Above this beta2, a bf16 second moment no longer decays: the change is below half a unit (2**-8).
@@ -503,6 +504,7 @@ def launch_rule(tasks: Processes | None = None) -> Callable[..., Iterator[str]]:
     ) -> Iterator[str]:
         if tasks is None:
             processes, errors = plan_processes(parallel)
+            errors += launcher_errors(parallel, processes.accelerator)
         else:
             processes, errors = tasks, started_errors(parallel, tasks)
         mesh, unresolved = resolve_mesh(parallel, processes.world_size)

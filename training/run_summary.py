@@ -122,10 +122,9 @@ def _command(processes: Processes, overrides: list[str]) -> str:
     """Return the shell command for `train.py`, using the launcher of this run."""
     nodes, per_node = processes.num_nodes, processes.per_node
     launcher = {
-        "self": "python",
         "torchrun": f"torchrun --nnodes={nodes} --nproc-per-node={per_node}",
         "srun": f"srun --nodes={nodes} --ntasks-per-node={per_node} python",
-    }[processes.launcher]
+    }.get(processes.launcher, "python")
     return " ".join([launcher, os.path.relpath(sys.argv[0]), *overrides])
 
 

@@ -1,12 +1,16 @@
 """Mesh sizes and processes derived from the configuration and the launcher's environment."""
 
 import itertools
+import os
 
 import pytest
 
 from parallel.config import ParallelConfig
 from parallel.mesh import (
     AXES,
+    LOCAL_SIZES,
+    OTHER,
+    RANK_VARIABLES,
     MeshShape,
     Processes,
     is_first_process,
@@ -21,6 +25,8 @@ TORCHRUN = {
     "LOCAL_RANK": "1",
     "WORLD_SIZE": "8",
     "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
 }
 SRUN = {
     "SLURM_JOB_NAME": "llama",
@@ -28,6 +34,10 @@ SRUN = {
     "SLURM_LOCALID": "1",
     "SLURM_NTASKS": "6",
     "SLURM_NNODES": "3",
+    "SLURM_NODEID": "1",
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "n[1-3]",
     "SLURM_NTASKS_PER_NODE": "2",
     "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
 }
@@ -35,30 +45,12 @@ SRUN = {
 BATCH = {key: value for key, value in SRUN.items() if "STEP" not in key} | {"SLURM_PROCID": "0"}
 
 
-def test_batch_script_without_srun_is_rejected_with_the_missing_command() -> None:
-    assert started_processes(BATCH) is None
-    _, problems = plan_processes(ParallelConfig(accelerator="cpu"), BATCH)
-    assert len(problems) == 1 and "put srun before" in problems[0]
-
-
-def test_uneven_tasks_per_node_are_rejected_with_their_numbers() -> None:
-    environment = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2,1"}
-    _, problems = plan_processes(ParallelConfig(accelerator="cpu"), environment)
-    assert len(problems) == 1 and "3 tasks unevenly on 2 nodes (2, 1)" in problems[0]
-
-
 def test_first_process_is_determined_by_the_variables_of_its_launcher() -> None:
     assert is_first_process({**SRUN, "SLURM_PROCID": "0"}) and not is_first_process(SRUN)
     # Processes started by a run inside a script without a task count inherit its variables.
     script = {key: value for key, value in BATCH.items() if key != "SLURM_NTASKS"}
-    assert is_first_process(script) and not is_first_process({**script, "LOCAL_RANK": "1"})
-
-
-def test_srun_without_tasks_per_node_is_rejected_with_the_option_to_add() -> None:
-    environment = {k: v for k, v in SRUN.items() if k != "SLURM_NTASKS_PER_NODE"}
-    _, problems = plan_processes(ParallelConfig(accelerator="cpu"), environment)
-    assert len(problems) == 1 and "add --ntasks-per-node=2" in problems[0]
-    assert plan_processes(ParallelConfig(accelerator="cpu"), SRUN)[1] == []
+    child = {**script, "LOCAL_RANK": "1", "LLAMESH_MAIN_PID": str(os.getppid())}
+    assert is_first_process(script) and not is_first_process(child)
 
 
 def test_data_rank_is_the_index_on_the_data_axes() -> None:
@@ -114,14 +106,14 @@ def test_processes_are_read_from_srun() -> None:
 
 @pytest.mark.parametrize("name", ["bash", "interactive"])
 def test_interactive_slurm_shell_is_not_a_launcher(name: str) -> None:
-    shell = {**SRUN, "SLURM_JOB_NAME": name, "SLURM_STEP_TASKS_PER_NODE": "1"}
+    one_task = {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_NTASKS": "1"}
+    one_task |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    shell = {**SRUN, "SLURM_JOB_NAME": name, **one_task}
     assert started_processes(shell) is None
     assert started_processes({**SRUN, "SLURM_JOB_NAME": name}) == Processes("auto", 2, 3, "srun")
 
 
-@pytest.mark.parametrize(
-    "environment", [{}, {"WORLD_SIZE": "8", "RANK": "0"}, {"SLURM_JOB_ID": "1"}]
-)
+@pytest.mark.parametrize("environment", [{}, {"MASTER_PORT": "29500"}, {"SLURM_JOB_ID": "1"}])
 def test_run_without_a_launcher_starts_its_processes(environment: dict[str, str]) -> None:
     assert started_processes(environment) is None
     config = ParallelConfig(dp_shard=3, tp=2, accelerator="cpu")
@@ -194,9 +186,30 @@ def test_cuda_without_a_gpu_and_too_many_processes_are_errors(
 
 def test_exactly_one_process_of_a_run_is_the_first() -> None:
     assert is_first_process({})
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        started = SRUN if name == "SLURM_PROCID" else {}
-        first = [is_first_process({**started, name: str(rank)}) for rank in range(3)]
-        assert first == [True, False, False]
+    for rank in range(3):
+        child = {"LOCAL_RANK": str(rank), "LLAMESH_MAIN_PID": str(os.getppid())}
+        task = {**SRUN, "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0"}
+        local = {**TORCHRUN, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for environment in (child, task, local):
+            assert is_first_process(environment) == (rank == 0)
     # Local rank 0 of the second node is not the first process.
-    assert not is_first_process({"RANK": "4", "LOCAL_RANK": "0"})
+    assert not is_first_process({**TORCHRUN, "RANK": "4", "LOCAL_RANK": "0"})
+
+
+def test_processes_are_read_from_launchers_that_set_the_variables_of_torchrun() -> None:
+    other = {name: value for name, value in TORCHRUN.items() if name in RANK_VARIABLES}
+    assert started_processes(other) == Processes("auto", 8, 1, OTHER)
+    for name in LOCAL_SIZES:
+        assert started_processes({**other, name: "4"}) == Processes("auto", 4, 2, OTHER)
+    assert not is_first_process(other)
+
+
+@pytest.mark.parametrize("name", [*RANK_VARIABLES, "LOCAL_WORLD_SIZE"])
+def test_variables_left_by_another_program_are_no_launcher(name: str) -> None:
+    """Each process is then the first one: it locks its run folder and prints its errors."""
+    for value in ("0", "1", "x", ""):
+        assert started_processes({name: value}) is None
+        assert is_first_process({name: value})
+        broken = {**TORCHRUN, name: "" if name != "MASTER_ADDR" else value}
+        if name != "MASTER_ADDR":
+            assert started_processes(broken) is None and is_first_process(broken)

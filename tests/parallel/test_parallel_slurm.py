@@ -139,6 +139,20 @@ def test_end_time_variable_is_used_if_squeue_fails(
     assert slurm_time_left({**job, "SLURM_JOB_END_TIME": "1000"}, now=400.0) == 600
 
 
+def test_limit_of_a_job_that_has_ended_is_ignored_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_END_TIME": "1000"}
+    for script in ("exit 1", "echo 0:00"):
+        install_squeue(tmp_path, script, monkeypatch)
+        warnings: list[str] = []
+        assert slurm_time_left(job, now=2000.0, warn=warnings.append) is None
+        assert "unset SLURM_JOB_ID SLURM_JOB_END_TIME" in warnings[0]
+    broken = {**job, "SLURM_JOB_END_TIME": "soon", "SLURM_ARRAY_JOB_ID": "4711"}
+    install_squeue(tmp_path, "exit 1", monkeypatch)
+    assert slurm_time_left(broken, now=400.0) is None
+
+
 def test_squeue_is_not_called_outside_a_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
