@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from cli.arguments import hydra_arguments
 from cli.config import load_convert_config
 from cli.errors import exit_on_user_error
+from cli.start_up import start_up
 from formats.config import ConvertJobConfig
 
 
@@ -68,4 +69,5 @@ def run(config: ConvertJobConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = hydra_arguments(sys.argv[1:], "convert")
+    start_up()
     main()

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from cli.arguments import hydra_arguments
 from cli.config import check_inference_mesh, load_evaluate_config
 from cli.errors import exit_on_user_error
+from cli.start_up import start_up
 from evaluation.config import EvaluateJobConfig
 from training.config_validation import ConfigError
 
@@ -109,4 +110,5 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = hydra_arguments(sys.argv[1:], "evaluate")
+    start_up()
     main()

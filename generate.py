@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from cli.arguments import hydra_arguments
 from cli.config import check_inference_mesh, load_generate_config
 from cli.errors import exit_on_user_error
+from cli.start_up import start_up
 from evaluation.config import GenerateJobConfig
 from training.config_validation import ConfigError
 
@@ -73,4 +74,5 @@ def run(config: GenerateJobConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = hydra_arguments(sys.argv[1:], "generate", texts=("prompt",))
+    start_up()
     main()

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from cli.arguments import plan_arguments
 from cli.config import load_plan_config
 from cli.errors import exit_on_user_error
+from cli.start_up import start_up
 from planning.config import PlanJobConfig
 from planning.plan import capacity, plan_run
 from planning.request import Choice, configured_choice
@@ -108,4 +109,5 @@ def train_command(choice: Choice) -> str:
 
 if __name__ == "__main__":
     sys.argv[1:] = plan_arguments(sys.argv[1:])
+    start_up()
     main()

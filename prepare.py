@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cli.arguments import hydra_arguments
 from cli.config import load_prepare_config, load_train_config
+from cli.start_up import start_up
 from data.config import PrepareJobConfig
 from data.errors import DataError
 from resilience.run_folder import RunFolder
@@ -90,4 +91,5 @@ def prepare_and_pack(config: PrepareJobConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = hydra_arguments(sys.argv[1:], "prepare")
+    start_up()
     main()

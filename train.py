@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from cli.arguments import hydra_arguments
 from cli.config import check_config
 from cli.errors import exit_on_user_error
+from cli.start_up import start_up
 from parallel.mesh import MeshShape, Processes, is_first_process
 from parallel.step_scalars import NO_REQUESTS, StepRequests
 from resilience.exit_codes import ExitCode
@@ -36,7 +37,7 @@ from training.resume_policy import Changes
 from training.run import Run, build_saver
 from training.run_summary import header
 from training.schedule import learning_rate
-from training.shutdown import abort, exit_early, finish, record_fault, stop_run
+from training.shutdown import abort, exit_early, finish, record_fault, report_signal, stop_run
 from training.validation import validate, write_sample
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def main(composed: DictConfig) -> None:
     """Validate, launch and train."""
     from planning.fit_check import check_plan
 
-    with exit_on_user_error():
+    with exit_on_user_error("Interrupted before the first step."):
         config, processes, mesh = check_config(composed)
         changes = check_folder(config)
         memory_plan = check_plan(config, processes, mesh)
@@ -133,7 +134,7 @@ def train(run: Run) -> None:
     batches = run.batches()
     clock = run.clock
     run.console.start(run.position.step, config.train.max_steps)
-    run.requests.start_training()
+    run.requests.start_training(partial(report_signal, run))
     run.garbage.disable()
     while run.position.step < config.train.max_steps:
         step = run.position.step + 1
@@ -257,4 +258,5 @@ def save(run: Run, wait: bool = False) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = hydra_arguments(sys.argv[1:], "train")
+    start_up("Loading …")
     main()

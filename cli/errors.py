@@ -23,10 +23,14 @@ COLLECT_SECONDS = 1.0  # the first process waits this long for the other ranks t
 
 
 @contextmanager
-def exit_on_user_error() -> Iterator[None]:
+def exit_on_user_error(interrupted: str = "Interrupted.") -> Iterator[None]:
     """Exit on errors that the user can correct; only the first process prints the message.
 
-    The exit code is 1 or the code of the `RunFolderError`, and 130 after Ctrl-C.
+    The exit code is 1 or the code of the `RunFolderError`, 130 after Ctrl-C, and 141 if the reader
+    of standard output has closed it.
+
+    Args:
+        interrupted: Message after Ctrl-C.
     """
     code = ExitCode.USER_ERROR
     try:
@@ -39,8 +43,10 @@ def exit_on_user_error() -> Iterator[None]:
         message, code = f"Error: {error}", error.code
     except KeyboardInterrupt:
         if is_first_process():
-            print("Interrupted before the first step.", file=sys.stderr, flush=True)
+            print(interrupted, file=sys.stderr, flush=True)
         os._exit(ExitCode.INTERRUPTED)  # other ranks may wait for this one in a collective
+    except BrokenPipeError:
+        os._exit(128 + signal.SIGPIPE)
     else:
         return
     if is_first_process():

@@ -20,10 +20,16 @@ from resilience.exit_codes import ExitCode
 SIGNALS = {
     signal.SIGINT: ExitCode.INTERRUPTED,
     signal.SIGTERM: ExitCode.TERMINATED,
+    signal.SIGHUP: ExitCode.TERMINATED,  # the terminal was closed
     signal.SIGUSR1: ExitCode.STOPPED,
 }
 START_TIME = time.monotonic()  # this module is imported when the program starts
+REPEAT_SECONDS = 1.0  # an earlier second SIGINT is the same Ctrl-C, forwarded by torchrun
 MARGIN_SECONDS = 30.0  # before a time limit, in addition to steps and checkpoints
+
+
+OnSignal = Callable[[signal.Signals, bool], None]
+"""Called with a signal, and whether it is a second Ctrl-C."""
 
 
 class AgreedRequests(NamedTuple):
@@ -59,19 +65,23 @@ class Requests:
         self._longest_step = self._longest_save = 0.0
         self._save_seconds = math.inf if save_minutes is None else 60 * save_minutes
         self._next_save = now + self._save_seconds
-        self._on_early_signal: Callable[[ExitCode], None] = lambda code: None
+        self._on_signal: OnSignal = lambda number, again: None
 
     def catch_signals(self, on_early_signal: Callable[[ExitCode], None]) -> None:
-        """Turn SIGINT, SIGTERM and SIGUSR1 into requests; call it in the main thread.
+        """Turn SIGINT, SIGTERM, SIGHUP and SIGUSR1 into requests; call it in the main thread.
+
+        SIGHUP stays ignored under `nohup`.
 
         Args:
             on_early_signal: Called before `start_training`, when there is no step to finish. It
                 runs in a separate thread, because rendezvous may block the main thread forever.
         """
-        self._on_early_signal = on_early_signal
+        self._on_signal = lambda number, again: on_early_signal(SIGNALS[number])
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             signal.signal(number, lambda *_: None)
         # Python-level handlers run in the main thread only; this pipe is written immediately.
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -79,9 +89,14 @@ class Requests:
             target=self._listen, args=(reading,), name="llamesh-signals", daemon=True
         ).start()
 
-    def start_training(self) -> None:
-        """From now on, a signal takes effect at the end of the step."""
-        self._on_early_signal = lambda code: None
+    def start_training(self, on_signal: OnSignal = lambda number, again: None) -> None:
+        """From now on, a signal takes effect at the end of the step.
+
+        Args:
+            on_signal: Called in a separate thread with the first signal of each kind, and with a
+                second Ctrl-C.
+        """
+        self._on_signal = on_signal
 
     def request_stop(self, reason: ExitCode) -> None:
         """Request that the run stops after this step; repeating it has no effect."""
@@ -112,10 +127,16 @@ class Requests:
 
     def _listen(self, reading: int) -> None:
         """Read signal numbers from the pipe."""
-        while number := os.read(reading, 1):
-            if (code := SIGNALS.get(signal.Signals(number[0]))) is not None:
-                self.request_stop(code)
-                self._on_early_signal(code)
+        first: dict[signal.Signals, float] = {}
+        while byte := os.read(reading, 1):
+            number, now = signal.Signals(byte[0]), time.monotonic()
+            if number not in SIGNALS:
+                continue
+            self.request_stop(SIGNALS[number])
+            is_first = number not in first
+            again = now - first.setdefault(number, now) > REPEAT_SECONDS
+            if is_first or (again and number == signal.SIGINT):
+                self._on_signal(number, again)
 
 
 def agree(requests: StepRequests) -> AgreedRequests:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 from conftest import STEPS, read_metrics, start_program, start_python
 from processes import DEADLINE, Program, linux, paused_training
+
+from resilience.signals import REPEAT_SECONDS
 
 # Meshes sum in different orders: rounding errors of 1e-7 per sum, growing over the steps.
 TOLERANCE = 1e-6
@@ -201,6 +204,9 @@ def test_signal_to_any_rank_saves_once_and_exits_all_ranks_with_its_code(
     program.wait_for_child()
     assert program.main.returncode == CODES[number]
     assert errors == ""
+    if program.main.pid in receivers(program):  # another rank cannot print it
+        (notice,) = [line for line in output.splitlines() if "Stopping after this step" in line]
+        assert ("again to exit at once" in notice) == (number == signal.SIGINT)
     python, *words = assert_saved_and_stopped(folder, number, output)
     assert python == "python"
     if number == signal.SIGTERM:  # resuming is the same after every signal
@@ -218,6 +224,26 @@ def unblock(folder: Path) -> None:
 
 
 @linux
+def test_second_interrupt_exits_at_once_and_the_first_says_so(
+    paused: tuple[Path, Program],
+) -> None:
+    """The main thread is blocked in step 9, as in a long step, a save or a compilation."""
+    folder, program = paused
+    assert program.main.stdout is not None
+    os.kill(program.main.pid, signal.SIGINT)
+    for line in program.main.stdout:
+        if "press ctrl-c again" in line.lower():  # while the step is still running
+            break
+    time.sleep(REPEAT_SECONDS + 0.5)
+    os.kill(program.main.pid, signal.SIGINT)
+    _, errors = program.main.communicate(timeout=DEADLINE)
+    program.wait_for_child()
+    assert program.main.returncode == 130
+    assert errors.startswith("Exited without saving the last steps. Checkpoint saved at step 6.")
+    assert not (folder / "lock").exists()
+
+
+@linux
 def test_interrupt_during_start_up_prints_one_line(command: Any, tmp_path: Path) -> None:
     program = Program([*command(tmp_path / "run"), "parallel.tp=2"])
     try:
@@ -228,7 +254,8 @@ def test_interrupt_during_start_up_prints_one_line(command: Any, tmp_path: Path)
         program.kill()
     assert program.main.returncode == 130
     assert errors == "Interrupted before the first step.\n"
-    assert output.startswith("Memory plan:") and output.count("\n") == 1
+    loading, plan = output.splitlines()
+    assert loading == "Loading …" and plan.startswith("Memory plan:")
 
 
 @linux

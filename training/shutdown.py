@@ -6,8 +6,10 @@ collective that never completes.
 """
 
 import os
+import signal
 import sys
 import traceback
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import NoReturn
 
@@ -23,7 +25,7 @@ LAST_SAVE_SECONDS = 60.0  # for a save that is running when the run aborts
 
 STOP_REASONS = {
     ExitCode.INTERRUPTED: "interrupted",
-    ExitCode.TERMINATED: "received SIGTERM",
+    ExitCode.TERMINATED: "received SIGTERM or SIGHUP",
     ExitCode.STOPPED: "received SIGUSR1 or reached the time limit",
     ExitCode.SAVE_FAILED: "a checkpoint could not be saved",
 }
@@ -35,6 +37,24 @@ def exit_early(code: ExitCode) -> NoReturn:
         reason = STOP_REASONS[code]
         _report(f"{reason[0].upper()}{reason[1:]} before the first step.")
     os._exit(code)
+
+
+def report_signal(run: Run, number: signal.Signals, again: bool) -> None:
+    """Print at once what a signal does; a second Ctrl-C exits without saving.
+
+    Called in a separate thread: the main thread may be compiling, saving or inside a long step.
+    """
+    if again:
+        if run.fabric.is_global_zero:
+            run.console.stop()
+            _report(f"Exited without saving the last steps. {_resume_hint(run)}")
+        if run.lock is not None:
+            run.lock.release()
+        os._exit(ExitCode.INTERRUPTED)
+    cause, more = f"Received {number.name}: ", ""
+    if number == signal.SIGINT:
+        cause, more = "", " Press Ctrl-C again to exit at once, without saving."
+    run.console.note(f"{cause}Stopping after this step, with a checkpoint.{more}")
 
 
 def stop_run(run: Run, code: ExitCode, reason: str = "") -> NoReturn:
@@ -86,7 +106,8 @@ def finish(run: Run) -> None:
 
 
 def _report(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):  # a closed terminal
+        print(message, file=sys.stderr, flush=True)
 
 
 def goodput_row(goodput: Goodput) -> tuple[str, str]:
@@ -127,6 +148,7 @@ def _exit(run: Run, code: ExitCode) -> NoReturn:
     run.watchdog.close()
     if run.lock is not None:
         run.lock.release()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
     os._exit(code)

@@ -75,6 +75,15 @@ def test_signal_before_training_is_handled_while_the_main_thread_is_blocked(
     assert process.wait(TIMEOUT_SECONDS) == SIGNALS[number]
 
 
+def test_hangup_stays_ignored_under_nohup() -> None:
+    program = PROGRAM.format(body="print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)")
+    ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", ignored + program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True\n"
+
+
 class Clock:
     """Time controlled by the test."""
 
