@@ -5,6 +5,8 @@ keys reported, and the rest is left to `training.config_validation`. The planner
 `plan.py` only, since `--help` should be fast.
 """
 
+import copy
+import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -12,7 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cli.arguments import explicit_keys
 from data.config import PrepareJobConfig
+from data.errors import DataError
 from evaluation.config import EvaluateJobConfig, GenerateJobConfig
 from formats.config import ConvertJobConfig
 from model.config import ModelConfig
@@ -24,6 +28,11 @@ from training import config_rules as rules
 from training.config import JobConfig
 from training.config_validation import ConfigError, Rule, validate
 from training.config_warnings import config_warnings
+from training.tokenizer_choice import (
+    DEFAULT_FOLDER,
+    tokenizer_overrides,
+    with_existing_folder,
+)
 
 if TYPE_CHECKING:
     from planning.config import PlanJobConfig
@@ -152,15 +161,21 @@ def _load(
     errors += _missing_values(values)
     if not errors:
         try:
-            values = _resolve(composed, schema)
+            values = _resolve(_with_tokenizer(composed, values), schema)
         except OmegaConfBaseException as error:
             errors = [f"{error.full_key}: {str(error).splitlines()[0]}"]
+        except DataError as error:
+            errors = [str(error)]
         rename_keys(values, renamed)
     for old, new in found.items():
         if is_first_process():
             print(f"Warning: {old} is deprecated; use {new}", file=sys.stderr, flush=True)
     if not errors:
-        return validate(values, schema, applied)
+        config = validate(values, schema, applied)
+        if "data" in values and "tokenizer" in values:
+            data = with_existing_folder(config.data, config.tokenizer)  # type: ignore[attr-defined]
+            config = dataclasses.replace(config, data=data)  # type: ignore[type-var]
+        return config
     # Values are not final: of the other errors only unknown keys are certain.
     try:
         validate(values, schema)
@@ -188,6 +203,20 @@ def _resolve(composed: DictConfig, schema: type[Any]) -> dict[str, Any]:
     # Values that refer to max_steps, such as optim.schedule_steps, follow.
     derived = OmegaConf.merge(composed, {"train": {"max_steps": steps}})
     return cast(dict[str, Any], OmegaConf.to_container(derived, resolve=True))
+
+
+def _with_tokenizer(composed: DictConfig, values: dict[str, Any]) -> DictConfig:
+    """Return the configuration with the tokenizer of `run.init_from` or `tokenizer.path`."""
+    if not isinstance(tokenizer := values.get("tokenizer"), dict):
+        return composed
+    init_from, run_dir = (OmegaConf.select(composed, key) for key in ("run.init_from", "run.dir"))
+    overrides = tokenizer_overrides(tokenizer, explicit_keys(sys.argv[1:]), init_from, run_dir)
+    if values.get("data", {}).get("folder") != DEFAULT_FOLDER:
+        overrides.pop("data.folder", None)
+    composed = copy.deepcopy(composed)
+    for key, value in overrides.items():
+        OmegaConf.update(composed, key, value, force_add=True)
+    return composed
 
 
 def _missing_values(values: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -35,6 +35,8 @@ LLAMA3_NAMES = (
 N_LLAMA3_SPECIALS = 256
 BYTE_RANKS = {bytes([value]): value for value in range(256)}
 MODEL_FILE = "tokenizer.model"
+# A protobuf message whose first field is the first token of the vocabulary.
+SENTENCEPIECE_START = b"\n"
 
 # tiktoken panics on long texts and long runs. Meta's tokenizer splits at these numbers of
 # characters; the same limits are needed to produce the same tokens.
@@ -152,11 +154,23 @@ def read_tokenizer(path: Path, name: str) -> Tokenizer:
         DataError: The file is missing or has another format.
     """
     try:
-        pairs = [line.split() for line in path.read_bytes().splitlines() if line]
+        content = path.read_bytes()
+        if content.startswith(SENTENCEPIECE_START) and not content.isascii():
+            raise DataError(
+                f"tokenizer.path={path} is a SentencePiece model, as in Llama 1, Llama 2 and "
+                "Mistral; only Llama 3's tokenizer.model (lines of base64 token and rank) can be "
+                "read. convert.py converts such weights with tokenizer_path=null"
+            )
+        pairs = [line.split() for line in content.splitlines() if line]
         ranks = {binascii.a2b_base64(token, strict_mode=True): int(rank) for token, rank in pairs}
     except FileNotFoundError:
-        message = f"tokenizer.path={path} does not exist; use a tokenizer.model file"
+        message = (
+            f"tokenizer.path={path} does not exist; use a tokenizer.model, a tokenizer.json, or a "
+            "folder with one of them"
+        )
         raise DataError(message) from None
+    except DataError:
+        raise
     except (ValueError, OSError) as error:
         raise DataError(
             f"tokenizer.path={path} is not a tokenizer.model file ({error}); each line must be a "
@@ -198,7 +212,18 @@ def load_tokenizer(config: TokenizerConfig, folder: Path | str) -> Tokenizer:
 
 
 def _read_checked(path: Path, config: TokenizerConfig) -> Tokenizer:
-    tokenizer = read_tokenizer(path, config.name)
+    from data.tokenizer_files import find_tokenizer_file, read_tokenizer_path
+
+    file = find_tokenizer_file(path) if path.is_dir() else path
+    if file is None or file.suffix == ".json":
+        tokenizer = read_tokenizer_path(path)
+        if tokenizer.name != config.name:
+            raise DataError(
+                f"tokenizer.name={config.name} differs from tokenizer.path={path}, which is "
+                f"{tokenizer.name}; use tokenizer={tokenizer.name}"
+            )
+    else:
+        tokenizer = read_tokenizer(file, config.name)
     if tokenizer.vocab_size != config.vocab_size:
         raise DataError(
             f"tokenizer.vocab_size={config.vocab_size} differs from {path}; "

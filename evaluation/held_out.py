@@ -138,7 +138,7 @@ def open_held_out(
             )
         raise DataError(
             f"{weights.folder} does not name a dataset with held-out text; set evaluation.data to "
-            "a prepared dataset (like shards/stdlib-bpe, made by prepare.py), or set tasks"
+            "a prepared dataset (like shards/stdlib-bpe-4096, made by prepare.py), or set tasks"
         )
     path = Path(str(folder or trained_on))
     if folder is None and optional and not path.exists():

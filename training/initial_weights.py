@@ -71,7 +71,7 @@ def check_initial_tokenizer(config: JobConfig, tokenizer: "Tokenizer") -> None:
         raise DataError(
             f"data.folder={config.data.folder} is tokenized with {tokenizer.name} (vocabulary of "
             f"{tokenizer.vocab_size:,}), but the weights in run.init_from={config.run.init_from} "
-            f"were trained with {source.name} (vocabulary of {source.vocab_size:,}); use "
-            f"tokenizer={source.name} with tokenizer.path set to tokenizer.model of that folder, "
-            "and another data.folder"
+            f"were trained with {source.name} (vocabulary of {source.vocab_size:,}). Omit "
+            "tokenizer and tokenizer.*, so that the run uses the tokenizer of the weights, and use "
+            "another data.folder or the default one"
         )

@@ -87,7 +87,8 @@ def test_every_model_composes_with_every_tokenizer(model: str, tokenizer: str) -
 def test_every_data_file_composes_for_both_programs(data: str, tokenizer: str) -> None:
     arguments = [f"data={data}", f"tokenizer={tokenizer}", *missing_values("data", data)]
     config = load(*arguments)
-    assert config.data.folder == f"shards/{config.data.name}-{tokenizer}"
+    size = config.tokenizer.vocab_size
+    assert config.data.folder == f"shards/{config.data.name}-{tokenizer}-{size}"
     assert prepared(*arguments).data == config.data
 
 

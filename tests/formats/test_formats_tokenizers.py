@@ -26,12 +26,11 @@ from data.tokenizer import (
     split_text,
     train_bpe,
 )
+from data.tokenizer_json import bpe_merges
 from formats.errors import FormatError
 from formats.tokenizers import (
-    bpe_merges,
     find_tokenizer,
     read_tokenizer_file,
-    read_tokenizer_json,
     stop_token_ids,
     write_hugging_face,
 )
@@ -220,7 +219,7 @@ def test_files_of_older_releases_are_readable(tmp_path: Path) -> None:
     for token in values["added_tokens"][2:8]:
         token["content"] = f"<|of another release {token['id']}|>"
     path.write_text(json.dumps(values), encoding="utf-8")
-    assert read_tokenizer_json(path).hash == llama3.hash
+    assert read_tokenizer_file(path).hash == llama3.hash
 
 
 def rename(values: Any, old: str, new: str) -> None:
@@ -293,11 +292,11 @@ def test_unreachable_tokens_are_rejected_without_ignore_merges(tmp_path: Path) -
     unreached = Tokenizer("bpe", BYTE_RANKS | {b"abc": 256})
     write_hugging_face(unreached, tmp_path, 8192)
     path = tmp_path / "tokenizer.json"
-    assert read_tokenizer_json(path).encode("abc") == [256]
+    assert read_tokenizer_file(path).encode("abc") == [256]
     path.write_text(path.read_text().replace('"ignore_merges": true', '"ignore_merges": false'))
     assert library_ids(LibraryTokenizer.from_file(str(path)), "abc") != [256]
     with pytest.raises(FormatError, match="with ignore_merges=false, 1 tokens are not reachable"):
-        read_tokenizer_json(path)
+        read_tokenizer_file(path)
 
 
 def test_damaged_files_are_rejected(bpe: Exported, tmp_path: Path) -> None:
