@@ -35,8 +35,10 @@ def run(config: ConvertJobConfig) -> None:
     Raises:
         FormatError: The source cannot be read or the target cannot be written.
     """
+    from data.tokenizer_files import find_tokenizer_file
     from formats.conversion import convert
     from formats.detection import open_weights
+    from formats.errors import FormatError
     from formats.stored_tensor import DTYPES
     from formats.tokenizers import resolve_tokenizer
     from formats.weights import FORMATS
@@ -49,16 +51,27 @@ def run(config: ConvertJobConfig) -> None:
         print(f"Warning: {warning}", file=sys.stderr)
     format = config.format or ("hf" if weights.format == "native" else "native")
     or_none = ", or tokenizer_path=null to write none"
+    keep_tokenizer = False
+    try:
+        tokenizer = resolve_tokenizer(weights.folder, config.tokenizer_path, or_none)
+    except FormatError as error:
+        # Hugging Face's own files need not be understood to be copied.
+        keep_tokenizer = weights.format == format == "hf" and config.tokenizer_path == "auto"
+        if not keep_tokenizer or find_tokenizer_file(weights.folder) is None:
+            raise
+        tokenizer = None
+        print(f"Warning: {error}. Its files are copied unchanged", file=sys.stderr)
     start = time.perf_counter()
     n_bytes = convert(
         weights,
-        resolve_tokenizer(weights.folder, config.tokenizer_path, or_none),
+        tokenizer,
         target,
         format,
         dtype=None if config.dtype is None else DTYPES[config.dtype],
         parts=config.parts,
         file_bytes=int(config.file_gb * 1e9),
         overwrite=config.overwrite,
+        keep_tokenizer=keep_tokenizer,
     )
     seconds = time.perf_counter() - start
     print(

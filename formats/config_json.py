@@ -6,7 +6,7 @@ releases of `transformers`, or Meta's own programs, accept.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +135,12 @@ def from_hugging_face(path: Path) -> ModelConfig:
     return validated_config(path, model)
 
 
-def to_hugging_face(
-    model: ModelConfig, dtype: str, bos_id: int | None, eos_ids: Sequence[int]
-) -> dict[str, Any]:
+def to_hugging_face(model: ModelConfig, dtype: str, ids: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a `config.json` that every release of transformers reads.
 
     Args:
         dtype: Data type of the weights, as in `torch_dtype`.
-        bos_id, eos_ids: Token ids that start and end a text; None and empty without a tokenizer.
+        ids: Token ids that start, end and pad a text, such as `bos_token_id`.
     """
     scaling: dict[str, Any] | None = None
     if (ours := model.rope_scaling) is not None:
@@ -159,8 +157,7 @@ def to_hugging_face(
         "attention_bias": False,
         "mlp_bias": False,
         "torch_dtype": dtype,
-        "bos_token_id": bos_id,
-        "eos_token_id": list(eos_ids) if len(eos_ids) > 1 else next(iter(eos_ids), None),
+        **ids,
         "use_cache": True,
     }
 

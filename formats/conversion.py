@@ -8,6 +8,7 @@ from data.tokenizer import Tokenizer
 from formats.errors import FormatError
 from formats.hugging_face import write_hugging_face
 from formats.meta import check_parts, write_meta
+from formats.metadata import kept_files, token_ids
 from formats.output_folder import atomic_folder, check_free_space, check_target
 from formats.stored_tensor import CheckedTensor
 from formats.weights import Format, Weights
@@ -23,6 +24,7 @@ def convert(
     parts: int = 1,
     file_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    keep_tokenizer: bool = False,
 ) -> int:
     """Write `weights` as a folder of the given format and return its size in bytes.
 
@@ -34,6 +36,7 @@ def convert(
         parts: Number of tensor-parallel parts of a Meta folder.
         file_bytes: Maximum size of a safetensors file of a Hugging Face folder.
         overwrite: Whether to replace existing weights at `target`.
+        keep_tokenizer: Without `tokenizer`, copy the tokenizer files of the source unread.
 
     Raises:
         FormatError: The target exists, does not fit on the disk, cannot be written, or cannot be
@@ -49,6 +52,7 @@ def convert(
         name: CheckedTensor(t.dtype, t.shape, (), t, f"{weights.folder}: {name}", cast=dtype)
         for name, t in weights.tensors.items()
     }
+    files = kept_files(weights, tokenizer, tokenizer is not None or keep_tokenizer)
     check_free_space(target, sum(tensor.n_bytes for tensor in tensors.values()))
     if damage := weights.damage():
         raise FormatError(f"{weights.folder} is damaged: {damage}; use another checkpoint")
@@ -56,9 +60,10 @@ def convert(
         if format == "native":
             from formats.native import write_native
 
-            write_native(model, tensors, tokenizer, folder)
+            write_native(model, tensors, tokenizer, folder, files)
         elif format == "hf":
-            write_hugging_face(model, tensors, tokenizer, folder, file_bytes)
+            ids = token_ids(weights, tokenizer, files)
+            write_hugging_face(model, tensors, tokenizer, folder, file_bytes, ids, files)
         else:
             write_meta(model, tensors, tokenizer, folder, parts)
     return sum(path.stat().st_size for path in target.iterdir())

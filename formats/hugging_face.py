@@ -16,13 +16,12 @@ from torch import Tensor
 from data.tokenizer import Tokenizer
 from formats.config_json import from_hugging_face, to_hugging_face, write_json
 from formats.hugging_face_files import INDEX, read_tensors
+from formats.metadata import CONFIG, GENERATION, chat_template
 from formats.stored_tensor import SAFETENSORS_DTYPES, Dims, StoredTensor, bytes_of
-from formats.tokenizers import stop_token_ids
 from formats.tokenizers import write_hugging_face as write_tokenizer
 from formats.weights import Weights, check_tensors
 from model.config import ModelConfig
 
-CONFIG = "config.json"
 HUGGING_FACE_NAMES = {  # by Meta's name, without layer and `.weight`
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -118,6 +117,8 @@ def write_hugging_face(
     tokenizer: Tokenizer | None,
     folder: Path,
     file_bytes: int,
+    ids: Mapping[str, Any],
+    files: Mapping[str, bytes],
 ) -> None:
     """Write a folder that transformers loads: tensors, slab by slab, configuration and tokenizer.
 
@@ -126,6 +127,8 @@ def write_hugging_face(
 
     Args:
         file_bytes: Maximum size of the values in a file, unless a single tensor is larger.
+        ids: `bos_token_id`, `eos_token_id` and, if known, `pad_token_id`.
+        files: Written as they are, instead of those generated from the tokenizer.
     """
     tensors = {
         hugging_face_name(name): tensor
@@ -159,11 +162,11 @@ def write_hugging_face(
     write_json(folder / INDEX, index)
 
     widest = max((each.dtype for each in tensors.values()), key=lambda d: (d.itemsize, str(d)))
-    bos_id = None if tokenizer is None else tokenizer.bos_id
-    eos_ids = [] if tokenizer is None else stop_token_ids(tokenizer)
-    config = to_hugging_face(model, str(widest).removeprefix("torch."), bos_id, eos_ids)
+    config = to_hugging_face(model, str(widest).removeprefix("torch."), ids)
     write_json(folder / CONFIG, config)
-    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
-    write_json(folder / "generation_config.json", ends | {"do_sample": False})
+    write_json(folder / GENERATION, {**ids, "do_sample": False})
     if tokenizer is not None:
-        write_tokenizer(tokenizer, folder, model.max_seq_len)
+        write_tokenizer(tokenizer, folder, model.max_seq_len, chat_template(files))
+    for name, content in files.items():
+        if name != CONFIG:
+            (folder / name).write_bytes(content)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -122,8 +123,13 @@ def write_native(
     tensors: Mapping[str, StoredTensor],
     tokenizer: Tokenizer | None,
     folder: Path,
+    files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
-    """Write a committed weights-only checkpoint into an empty folder, tensor by tensor."""
+    """Write a committed weights-only checkpoint into an empty folder, tensor by tensor.
+
+    Args:
+        files: Files of the source that are kept (`formats.metadata`).
+    """
     state = {
         f"{PREFIX}{name}": torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         for name, tensor in tensors.items()
@@ -132,7 +138,7 @@ def write_native(
     writer = dcp.FileSystemWriter(
         folder, single_file_per_rank=False, sync_files=True, overwrite=False
     )
-    writer.fs = files = HashedFiles()
+    writer.fs = fingerprints = HashedFiles()
     try:
         with warnings.catch_warnings(action="ignore"):  # DCP warns that no_dist is set
             dcp.save(state, storage_writer=writer, planner=_ReadOnWrite(tensors), no_dist=True)
@@ -143,7 +149,7 @@ def write_native(
         # PyTorch reports a full disk as a RuntimeError about the number of written bytes.
         raise OSError(errno.EIO, str(cause).splitlines()[0]) from None
     config: dict[str, Any] = {"model": dataclasses.asdict(model), "tokenizer": None}
-    written = files.written
+    written = fingerprints.written | write_extra_files(folder, files)
     if tokenizer is not None:
         config["tokenizer"] = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size}
         written |= write_extra_files(folder, tokenizer.files())

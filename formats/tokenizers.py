@@ -33,6 +33,19 @@ LLAMA3_PAD = "<|finetune_right_pad_id|>"
 DEFAULT_PAD = "<|reserved_special_token_0|>"
 
 
+# A message is a header with the role, a blank line, and the text; Meta's chat_format.py.
+LLAMA3_CHAT_TEMPLATE = (
+    "{{- bos_token }}"
+    "{%- for message in messages %}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{- message['content'] | trim + '<|eot_id|>' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}"
+    "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{%- endif %}"
+)
+
+
 def stop_token_ids(tokenizer: Tokenizer) -> list[int]:
     """Return the ids that end a generated text; for `llama3` also end of message and of turn."""
     names = LLAMA3_STOPS if tokenizer.name == "llama3" else ()
@@ -42,13 +55,16 @@ def stop_token_ids(tokenizer: Tokenizer) -> list[int]:
 # ---------------------------------------------------------------- write
 
 
-def write_hugging_face(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
+def write_hugging_face(
+    tokenizer: Tokenizer, folder: Path, max_seq_len: int, chat_template: str | None = None
+) -> None:
     """Write the files that `transformers.AutoTokenizer.from_pretrained(folder)` loads.
 
     Args:
         folder: An existing folder, to which `tokenizer.json`, `tokenizer_config.json` and
             `special_tokens_map.json` are written.
         max_seq_len: Context length of the model; the loaded tokenizer warns about longer texts.
+        chat_template: Jinja template of an instruct model.
 
     Raises:
         OSError: A file cannot be written.
@@ -58,6 +74,8 @@ def write_hugging_face(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> 
         "eos_token": EOS_TOKEN,
         "pad_token": LLAMA3_PAD if tokenizer.name == "llama3" else DEFAULT_PAD,
     }
+    if chat_template is not None and tokenizer.name == "llama3":
+        names["eos_token"] = LLAMA3_STOPS[1]
     config = {
         **names,
         "clean_up_tokenization_spaces": False,
@@ -65,6 +83,8 @@ def write_hugging_face(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> 
         "model_max_length": max_seq_len,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", names)
     # The library's `save` does not raise OSError.

@@ -232,13 +232,16 @@ def test_invalid_folder_is_rejected_and_nothing_is_written(case: str, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+IDS = {"bos_token_id": 1, "eos_token_id": [2, 3]}
+
+
 def test_config_json_round_trips_through_transformers(tmp_path: Path) -> None:
     from formats.config_json import from_hugging_face, to_hugging_face
 
     for kind, model in KINDS.items():
         path = tmp_path / kind / "config.json"
         path.parent.mkdir()
-        path.write_text(json.dumps(to_hugging_face(model, "bfloat16", 1, [2, 3])))
+        path.write_text(json.dumps(to_hugging_face(model, "bfloat16", IDS)))
         config = LlamaConfig.from_pretrained(path.parent)
         rope: Any = config.rope_parameters
         assert rope["rope_theta"] == model.rope_theta
