@@ -46,7 +46,7 @@ def transformers_llama(model: Llama) -> nn.Module:
     """Return the `transformers` model with our weights and sdpa attention."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig.from_dict(to_hugging_face(model.config, "float32", None, []))
+    config = LlamaConfig.from_dict(to_hugging_face(model.config, "float32", {}))
     config.use_cache = False  # as its Trainer does
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     theirs.load_state_dict(transformers_weights(model))

@@ -35,7 +35,7 @@ def published(name: str) -> ModelConfig:
 def write_hugging_face(folder: Path, model: ModelConfig) -> str:
     """Write `config.json` and a sparse safetensors file, whose values take no disk space."""
     folder.mkdir()
-    config = to_hugging_face(model, "bfloat16", bos_id=None, eos_ids=[])
+    config = to_hugging_face(model, "bfloat16", {})
     (folder / CONFIG).write_text(json.dumps(config))
     header, end = {}, 0
     for name, shape in parameter_shapes(model).items():
