@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from cli.arguments import CONF, hydra_arguments
 from cli.config import load_train_config
 from formats.config_json import to_hugging_face
-from formats.hugging_face import CONFIG, SINGLE, hugging_face_name
+from formats.hugging_face import CONFIG, hugging_face_name
+from formats.hugging_face_files import SINGLE
 from formats.weights import parameter_shapes
 from model.config import ModelConfig
 from training.config import JobConfig
