@@ -36,6 +36,7 @@ def run(config: ConvertJobConfig) -> None:
         FormatError: The source cannot be read or the target cannot be written.
     """
     from data.tokenizer_files import find_tokenizer_file
+    from formats.config_json import meta_rope_warning
     from formats.conversion import convert
     from formats.detection import open_weights
     from formats.errors import FormatError
@@ -51,6 +52,8 @@ def run(config: ConvertJobConfig) -> None:
         print(f"Warning: {warning}", file=sys.stderr)
     format = config.format or ("hf" if weights.format == "native" else "native")
     or_none = ", or tokenizer_path=null to write none"
+    if format == "meta" and (rope_warning := meta_rope_warning(weights.model)):
+        print(f"Warning: {rope_warning}", file=sys.stderr)
     keep_tokenizer = False
     try:
         tokenizer = resolve_tokenizer(weights.folder, config.tokenizer_path, or_none)

@@ -114,9 +114,9 @@ class DataConfig(ConfigSection):
 class TokenizerConfig(ConfigSection):
     """A tokenizer in tiktoken's format; `vocab_size` includes special tokens.
 
-    `path` is an existing `tokenizer.model`; None selects the one in the installed
-    `llama-models` package (`llama3`) or one trained on the first `training_characters` of the data
-    (`bpe`).
+    `path` is a `tokenizer.model`, a `tokenizer.json`, or a folder with either; None selects the one
+    in the installed `llama-models` package (`llama3`) or one trained on the first
+    `training_characters` of the data (`bpe`).
     """
 
     name: Annotated[Literal["llama3", "bpe", "byte"], VOCABULARY]

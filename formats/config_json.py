@@ -1,26 +1,36 @@
 """Convert `ModelConfig` to and from Hugging Face's `config.json` and Meta's `params.json`.
 
 Reading rejects architectures and options that Llama 3 does not have; writing produces keys that all
-releases of `transformers`, or Meta's own programs, accept.
+releases of `transformers` accept, or those of Meta's own files.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from formats.errors import FormatError
-from model.config import ModelConfig
+from model.config import ModelConfig, RopeScaling
 
-# Options of Hugging Face's Llama that our model lacks, with the only value that is accepted.
-SUPPORTED_VALUES = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "pretraining_tp": 1,
-    "quantization_config": None,
-    "sliding_window": None,
+# Options of Hugging Face's Llama that our model lacks, with the values that are accepted.
+SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "pretraining_tp": (1,),
+    "partial_rotary_factor": (1,),
+    "quantization_config": (),
+    "compression_config": (),
+    "sliding_window": (),
+    "transformers_weights": (),
+}
+REMEDIES = {
+    "pretraining_tp": "set it to 1 in the file: it only splits matrix products into slices, and "
+    "the weights are the same",
+    "quantization_config": "use the weights before quantization",
+    "compression_config": "use the weights before quantization",
+    "transformers_weights": "remove it, so that the files with their usual names are read",
 }
 # ffn_dim_multiplier and multiple_of of Meta's published params.json, by dim.
 PUBLISHED_FFN_FACTORS = {
@@ -31,6 +41,7 @@ PUBLISHED_FFN_FACTORS = {
     16384: (1.2, 4096),
 }
 ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
+META_ROPE_SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)
 HUGGING_FACE_KEYS = {  # by the field of ModelConfig
     "dim": "hidden_size",
     "ffn_dim": "intermediate_size",
@@ -101,29 +112,21 @@ def from_hugging_face(path: Path) -> ModelConfig:
     # LlamaConfig's defaults.
     defaults = {"norm_eps": 1e-6, "tie_embeddings": False, "max_seq_len": 2048}
     values = {HUGGING_FACE_KEYS[key]: value for key, value in defaults.items()} | read_json(path)
-    model_type = values.get("model_type")
-    classes = values.get("architectures") or ["LlamaForCausalLM"]
-    if model_type != "llama" or "LlamaForCausalLM" not in classes:
+    model_type, classes = values.get("model_type"), values.get("architectures")
+    names = classes if isinstance(classes, list) else [classes or "LlamaForCausalLM"]
+    if model_type != "llama" or "LlamaForCausalLM" not in names:
         raise FormatError(
-            f"{path}: model_type={model_type} with architectures={', '.join(classes)} is not "
-            "Llama 3; use a model with model_type=llama and architectures=LlamaForCausalLM"
+            f"{path}: model_type={model_type} with architectures={', '.join(map(str, names))} is "
+            "not Llama 3; use a model with model_type=llama and architectures=LlamaForCausalLM"
         )
-    unsupported = [
-        f"{key}={values[key]}"
-        for key, supported in SUPPORTED_VALUES.items()
-        if values.get(key, supported) not in (supported, None)
-    ]
-    heads, dim = values.get("num_attention_heads"), values.get("hidden_size")
-    head_dim = values.get("head_dim")
-    if head_dim is not None and isinstance(heads, int) and head_dim * heads != dim:
-        unsupported.append(f"head_dim={head_dim} (not hidden_size / num_attention_heads)")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise FormatError(f"{path}: rope_scaling={rope} is not an object; download it again")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        unsupported.append(f"rope_type={rope_type}")
-    if unsupported:
+    heads = values.get("num_attention_heads")
+    if unsupported := list(_unsupported(values, rope, rope_type)):
         raise FormatError(
-            f"{path} sets options that Llama 3 does not have: {', '.join(unsupported)}; use the "
+            f"{path} sets options that Llama 3 does not have: {'; '.join(unsupported)}; use the "
             "weights of a Llama 3 model"
         )
     model = {key: values.get(theirs) for key, theirs in HUGGING_FACE_KEYS.items()}
@@ -133,6 +136,29 @@ def from_hugging_face(path: Path) -> ModelConfig:
         scaling = {key: rope.get(theirs) for key, theirs in HUGGING_FACE_ROPE_KEYS.items()}
         model["rope_scaling"] = scaling
     return validated_config(path, model)
+
+
+def _unsupported(values: dict[str, Any], rope: dict[str, Any], rope_type: Any) -> Iterator[str]:
+    """Yield each key and value that our model cannot compute, and what is supported."""
+    for key, supported in SUPPORTED_VALUES.items():
+        value = values.get(key)
+        if key == "partial_rotary_factor":
+            value = rope.get(key, value)
+        if value is None or value in supported:
+            continue
+        if isinstance(value, dict):  # quantization: the method says it, and the rest is long
+            method = value.get("quant_method")
+            shown = f"{key}.quant_method={method}" if method else f"{key}={str(value)[:80]}"
+        else:
+            shown = f"{key}={value}"
+        yield f"{shown} ({REMEDIES.get(key) or f'supported: {supported[0]}'})"
+    heads, dim, head_dim = (
+        values.get(key) for key in ("num_attention_heads", "hidden_size", "head_dim")
+    )
+    if head_dim is not None and isinstance(heads, int) and head_dim * heads != dim:
+        yield f"head_dim={head_dim} (not hidden_size / num_attention_heads)"
+    if rope_type not in ("default", "llama3"):
+        yield f"rope_scaling.rope_type={rope_type} (supported: default and llama3)"
 
 
 def to_hugging_face(model: ModelConfig, dtype: str, ids: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,6 +222,25 @@ def from_meta(path: Path, vocab_size: int, ffn_dim: int, tied: bool) -> ModelCon
         model["rope_scaling"] = {key: values[f"rope_{key}"] for key in ROPE_SCALING_KEYS}
     sizes = {"ffn_dim": ffn_dim, "tie_embeddings": tied, "max_seq_len": values["context_length"]}
     return validated_config(path, model | sizes)
+
+
+def meta_rope_warning(model: ModelConfig) -> str | None:
+    """Return a warning if Meta's own code computes another model from these weights.
+
+    `apply_scaling` in llama_models' model.py has the scaling of Llama 3.1 built in; `params.json`
+    only turns it on.
+    """
+    scaling = model.rope_scaling
+    if scaling is None or scaling == META_ROPE_SCALING:
+        return None
+    values = ", ".join(f"{key}={getattr(scaling, key):g}" for key in ROPE_SCALING_KEYS)
+    return (
+        f"model.rope_scaling ({values}) cannot be expressed in Meta's format: Meta's own code uses "
+        "factor=8, low_freq_factor=1, high_freq_factor=4, original_max_seq_len=8192 for all models "
+        "and computes other logits from this folder. params.json has the values as additional "
+        "keys (unless they are those of a published model), which this program reads; use "
+        "format=hf for other programs"
+    )
 
 
 def to_meta(model: ModelConfig) -> dict[str, Any]:

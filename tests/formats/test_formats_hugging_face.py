@@ -217,9 +217,45 @@ INVALID: dict[str, tuple[Callable[[Path], object], str]] = {
         change_json("config.json", rope_scaling={"rope_type": "yarn", "factor": 2.0}),
         "rope_type=yarn",
     ),
+    "gptq": (
+        change_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        r"quantization_config.quant_method=gptq \(use the weights before quantization\)",
+    ),
+    "linear": (
+        change_json("config.json", rope_scaling={"type": "linear", "factor": 2.0}),
+        r"rope_scaling.rope_type=linear \(supported: default and llama3\)",
+    ),
+    "dynamic, as newer releases write it": (
+        change_json("config.json", rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+        "rope_type=dynamic",
+    ),
+    "rope_scaling is no object": (change_json("config.json", rope_scaling=8), "is not an object"),
+    "partial rotation": (
+        change_json("config.json", partial_rotary_factor=0.5),
+        r"partial_rotary_factor=0.5 \(supported: 1\)",
+    ),
+    "mlp_bias": (change_json("config.json", mlp_bias=True), r"mlp_bias=True \(supported: False\)"),
+    "pretraining_tp": (
+        change_json("config.json", pretraining_tp=2),
+        r"pretraining_tp=2 \(set it to 1 in the file: it only splits matrix products",
+    ),
+    "qwen": (
+        change_json("config.json", model_type="qwen2", architectures=["Qwen2ForCausalLM"]),
+        "model_type=qwen2 with architectures=Qwen2ForCausalLM is not Llama 3",
+    ),
+    "no architecture list": (
+        change_json("config.json", model_type="gemma", architectures="GemmaForCausalLM"),
+        "model_type=gemma with architectures=GemmaForCausalLM is not Llama 3",
+    ),
     "a size missing": (change_json("config.json", intermediate_size=None), "ffn_dim=None"),
     "heads": (change_json("config.json", num_key_value_heads=5), "model.n_kv_heads"),
 }
+
+
+def test_pretraining_tp_of_one_is_the_remedy_and_swish_is_silu(tmp_path: Path) -> None:
+    convert(RandomWeights(SMALL), None, tmp_path, "hf", overwrite=True)
+    change_json("config.json", pretraining_tp=1, hidden_act="swish")(tmp_path)
+    assert_same_weights(open_weights(tmp_path), RandomWeights(SMALL))
 
 
 @pytest.mark.parametrize("case", INVALID)

@@ -1,11 +1,13 @@
 """Meta folders: reading and writing any number of parts, params.json, rejected input."""
 
+import ast
 import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import llama_models
 import pytest
 import torch
 from hypothesis import given
@@ -24,11 +26,18 @@ from random_weights import (
     write_meta_by_hand,
 )
 
-from formats.config_json import _meta_ffn_factors, from_meta, meta_ffn_dim, to_meta
+from formats.config_json import (
+    _meta_ffn_factors,
+    from_meta,
+    meta_ffn_dim,
+    meta_rope_warning,
+    to_meta,
+)
 from formats.conversion import convert
 from formats.detection import open_weights
 from formats.errors import FormatError
-from model.config import ModelConfig
+from model.config import ModelConfig, RopeScaling
+from model.rope import rope_frequencies
 
 CONF = Path(__file__).parent.parent.parent / "conf" / "model"
 # Omitted in published files, and different for the small model.
@@ -221,3 +230,37 @@ def test_invalid_folder_is_rejected_and_nothing_is_written(case: str, tmp_path: 
     with pytest.raises(FormatError, match=message):
         convert(open_weights(tmp_path / "meta"), None, tmp_path / "out", "native")
     assert [path.name for path in tmp_path.iterdir()] == ["meta"]
+
+
+def metas_apply_scaling() -> Any:
+    """Return Meta's function, without importing its module, which needs fairscale."""
+    source = (Path(llama_models.__path__[0]) / "llama3" / "model.py").read_text()
+    nodes = ast.parse(source).body
+    (function,) = (node for node in nodes if getattr(node, "name", "") == "apply_scaling")
+    names: dict[str, Any] = {"torch": torch}
+    exec(ast.unparse(function), names)
+    return names["apply_scaling"]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "warns"),
+    [
+        (None, False),
+        (RopeScaling(8.0), False),
+        (RopeScaling(32.0), True),  # Llama 3.2
+        (RopeScaling(8.0, low_freq_factor=2.0), True),
+        (RopeScaling(8.0, original_max_seq_len=4096), True),
+    ],
+)
+def test_warning_says_whether_metas_code_computes_the_same_model(
+    scaling: RopeScaling | None, warns: bool
+) -> None:
+    model = dataclasses.replace(SMALL, rope_scaling=scaling, max_seq_len=64)
+    ours = rope_frequencies(model)
+    theirs = 1.0 / (
+        model.rope_theta ** (torch.arange(0, model.head_dim, 2).float() / model.head_dim)
+    )
+    if scaling is not None:
+        theirs = metas_apply_scaling()(theirs)
+    assert torch.allclose(ours.float(), theirs, rtol=1e-5) is not warns
+    assert (meta_rope_warning(model) is not None) is warns
