@@ -6,6 +6,7 @@ from typing import Literal
 
 from data.errors import DataError
 from data.manifest import REPREPARE, SPLITS, Manifest
+from data.mappings import Mappings
 from data.order import Order, OrderStage, quotas
 from data.packing import PackedStream
 from data.shards import TokenStream
@@ -31,17 +32,20 @@ class Dataset:
         verify: bool = True,
     ) -> None:
         self.folder, self.manifest, self.document_mask = folder, manifest, document_mask
+        mappings = Mappings()
         self.train: dict[str, TokenStream] | dict[str, PackedStream]
         self.train, self.validation = (
             {
-                name: TokenStream(folder, s.shards[split], verify)
+                name: TokenStream(folder, s.shards[split], verify, mappings)
                 for name, s in manifest.sources.items()
             }
             for split in SPLITS
         )
         if packing:
             names = manifest.sources
-            self.train = {name: PackedStream(folder, manifest, name, verify) for name in names}
+            self.train = {
+                name: PackedStream(folder, manifest, name, verify, mappings) for name in names
+            }
 
     @classmethod
     def open(
@@ -131,14 +135,14 @@ class Dataset:
                 yield (
                     f"data.sources.{name} has {self.train[name].n_tokens:,} training tokens, but a "
                     f"window of {section}.seq_len={seq_len} needs {seq_len + 1:,}; add text or use "
-                    "a shorter seq_len"
+                    f"{section}.seq_len={max(self.train[name].n_tokens - 1, 1)} or less"
                 )
         n_total = sum(n_windows.values())
         if all(n_windows.values()) and n_total < stage.global_batch_size:
             yield (
                 f"{section}.global_batch_size={stage.global_batch_size} is larger than the "
-                f"{n_total} windows of {seq_len} tokens in {self.folder}; use a smaller batch or "
-                "add text"
+                f"{n_total} windows of {seq_len} tokens in {self.folder}; add text or use "
+                f"{section}.global_batch_size={n_total} or less"
             )
         try:
             quotas(stage.weights, weight_key)

@@ -1,8 +1,10 @@
 """Crash-safe file writing, content checksums, and waiting for another process's files."""
 
+import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,8 +45,9 @@ class FileEntry:
         """Return why the file cannot be opened, or how its size differs from this entry."""
         path = folder / self.file
         try:
-            with open(path, "rb") as file:
-                n_bytes = os.fstat(file.fileno()).st_size
+            n_bytes = path.stat().st_size
+            if not os.access(path, os.R_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             return f"{path}: cannot read ({error.strerror})"
         differs = f"{path} has {n_bytes:,} bytes, but the manifest records {self.n_bytes:,}"
@@ -95,6 +98,32 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_error(folder: Path, error: OSError, n_needed: int, key: str = "data.folder") -> str:
+    """Return why files cannot be written to a folder, and what to do.
+
+    Args:
+        n_needed: Bytes still to be written, estimated.
+    """
+    remedy = ""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = "make it writable or "
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        needed = f", about {format_bytes(n_needed)} needed" if n_needed else ""
+        free = format_bytes(shutil.disk_usage(existing).free)
+        remedy = f"free disk space ({free} free{needed}) or "
+    reason = error.strerror or error
+    return f"{key}={folder} cannot be written ({reason}); {remedy}choose another {key}"
+
+
+def format_bytes(n_bytes: int) -> str:
+    """Return a size with a unit, such as `1.5 GiB`."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if n_bytes >= 2**power:
+            return f"{n_bytes / 2**power:.1f} {unit}"
+    return f"{n_bytes} bytes"
 
 
 def is_locked(path: Path) -> bool:

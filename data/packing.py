@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +25,9 @@ from filelock import FileLock
 
 from data.best_fit import Bins, pack_documents
 from data.errors import DataError
-from data.files import Checksums, FileEntry, wait_for_writer, write_atomically
+from data.files import Checksums, FileEntry, wait_for_writer, write_atomically, write_error
 from data.manifest import OFFSET, TOKEN, Manifest, read_record
+from data.mappings import Mappings
 from data.progress import ProgressReporter
 from data.shards import TokenStream, map_file
 
@@ -151,10 +153,11 @@ def pack(folder: Path | str, seq_len: int, progress: bool = True) -> None:
                 _pack_source(folder, manifest, source, seq_len, reporter)
             lock_file.unlink(missing_ok=True)  # only after success: a waiter has nothing to do
     except OSError as error:
+        # Three numbers for each window and each segment.
+        n_segments = manifest.n_documents("train") + 2 * manifest.n_tokens("train") // seq_len
         raise DataError(
-            f"data.folder={folder} cannot be written ({error.strerror or error}), and "
-            f"documents are not packed for seq_len={seq_len}; free disk space or make the folder "
-            "writable and run again, or use data.packing=null"
+            f"{write_error(folder, error, 3 * OFFSET.itemsize * n_segments)}, and run again, or "
+            f"use data.packing=null; documents are not packed for seq_len={seq_len}"
         ) from error
 
 
@@ -186,11 +189,19 @@ class PackedStream:
     end-of-text token; each padding token is its own document, so none is a target.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, source: str, verify: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        source: str,
+        verify: bool = True,
+        mappings: Mappings | None = None,
+    ) -> None:
         self._folder, self._source, self._verify = folder, source, verify
         self._shards_hash = manifest.hash
         self._padding_id = manifest.tokenizer.eos_id
-        self._tokens = TokenStream(folder, manifest.shards("train", source), verify)
+        self._mappings = mappings or Mappings()
+        self._tokens = TokenStream(folder, manifest.shards("train", source), verify, self._mappings)
         self._indexes: dict[int, _OpenIndex] = {}
         self.n_tokens = self._tokens.n_tokens
 
@@ -220,7 +231,9 @@ class PackedStream:
         if not 0 <= index < packed.ends[-1]:
             raise IndexError(f"window {index} is out of range ({packed.ends[-1]} windows)")
         shard_index = bisect_right(packed.ends, index)
-        bins = packed.bins.get(shard_index) or self._open_bins(packed, shard_index, seq_len)
+        bins = self._mappings.get(
+            (id(self), seq_len, shard_index), partial(self._open_bins, packed, shard_index, seq_len)
+        )
         bin_index = index - (packed.ends[shard_index] - len(bins.offsets) + 1)
         segments = slice(bins.offsets[bin_index], bins.offsets[bin_index + 1])
         tokens = np.full(seq_len + 1, self._padding_id, dtype=TOKEN)
@@ -236,23 +249,24 @@ class PackedStream:
         if seq_len not in self._indexes:
             index = PackIndex.read(self._folder, self._source, seq_len, self._shards_hash)
             ends = np.cumsum([shard.n_bins for shard in index.shards]).tolist()
-            self._indexes[seq_len] = _OpenIndex(index.shards, ends, {})
+            self._indexes[seq_len] = _OpenIndex(index.shards, ends, set())
         return self._indexes[seq_len]
 
     def _open_bins(self, packed: "_OpenIndex", shard_index: int, seq_len: int) -> Bins:
         shard = packed.shards[shard_index]
         remedy = repack(self._folder / shard.pieces.file, seq_len)
-        content = map_file(self._folder, shard.pieces, OFFSET, self._verify, remedy)
+        verify = self._verify and shard_index not in packed.verified
+        content = map_file(self._folder, shard.pieces, OFFSET, verify, remedy)
+        packed.verified.add(shard_index)
         n_offsets = shard.n_bins + 1
         offsets, starts, lengths = np.split(content, [n_offsets, n_offsets + shard.n_pieces])
-        packed.bins[shard_index] = Bins(offsets, starts, lengths, shard.n_cut)
-        return packed.bins[shard_index]
+        return Bins(offsets, starts, lengths, shard.n_cut)
 
 
 class _OpenIndex(NamedTuple):
     shards: list[PackedShard]
     ends: list[int]  # cumulative number of bins
-    bins: dict[int, Bins]  # by shard, mapped on first use
+    verified: set[int]  # shards whose bins were compared with their checksums
 
 
 def _pack_source(

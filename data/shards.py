@@ -7,6 +7,7 @@ as one token sequence through memory maps. The file format is specified in `data
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -16,6 +17,7 @@ from isal import isal_zlib
 from data.errors import DataError
 from data.files import CRC_BLOCK, Checksums, FileEntry, sync_folder, write_atomically
 from data.manifest import OFFSET, TOKEN, Shard
+from data.mappings import Mappings
 
 TOKENS_PER_BLOCK = CRC_BLOCK // TOKEN.itemsize
 REPAIR = "list all damage with `prepare.py verify=true`, then restore the file or prepare again"
@@ -96,15 +98,23 @@ class TokenStream:
 
     Args:
         verify: Compare each MiB of tokens with its checksum on first access, and offsets when
-            their shard is opened.
+            their shard is first opened.
+        mappings: Shared by the streams of a process.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], verify: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        verify: bool = True,
+        mappings: Mappings | None = None,
+    ) -> None:
         self._folder = folder
         self._shards = list(shards)
         self._verify = verify
         self._ends = np.cumsum([shard.n_tokens for shard in shards], dtype=np.int64).tolist()
-        self._open: dict[int, _OpenShard] = {}
+        self._mappings = mappings or Mappings()
+        self._verified: dict[int, bytearray] = {}  # by shard: 1 for each compared MiB of tokens
         self.n_tokens: int = self._ends[-1] if self._ends else 0
 
     def n_windows(self, seq_len: int) -> int:
@@ -118,7 +128,7 @@ class TokenStream:
             index: 0 <= index < n_windows(seq_len)
 
         Returns:
-            tokens: (seq_len + 1,) uint32, read-only
+            tokens: (seq_len + 1,) uint32
             starts: (n_documents,) int64, indices in the window at which a document starts
 
         Raises:
@@ -143,34 +153,38 @@ class TokenStream:
 
     def read(self, shard_index: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens [start, end) of a shard and the document starts relative to `start`."""
-        shard = self._open.get(shard_index) or self._open_shard(shard_index)
+        shard = self._open(shard_index)
         if self._verify:
+            verified = self._verified[shard_index]
             first, last = start // TOKENS_PER_BLOCK, (end - 1) // TOKENS_PER_BLOCK
             for block in range(first, last + 1):
-                if not shard.verified[block]:  # two threads may both verify it, which is harmless
+                if not verified[block]:  # two threads may both verify it, which is harmless
                     _verify_block(self._folder, shard.entry, shard.tokens, block)
-                    shard.verified[block] = 1
+                    verified[block] = 1
         low, high = np.searchsorted(shard.starts, (start, end))
-        return shard.tokens[start:end], shard.starts[low:high] - start
+        # A copy, because a view would keep its shard mapped as long as the batch exists.
+        return shard.tokens[start:end].copy(), shard.starts[low:high] - start
 
     def starts(self, shard_index: int) -> np.ndarray:
         """Return the document starts of a shard, (n_documents,) int64."""
-        return (self._open.get(shard_index) or self._open_shard(shard_index)).starts
+        return self._open(shard_index).starts
+
+    def _open(self, shard_index: int) -> "_OpenShard":
+        return self._mappings.get((id(self), shard_index), partial(self._open_shard, shard_index))
 
     def _open_shard(self, shard_index: int) -> "_OpenShard":
         shard = self._shards[shard_index]
         tokens = map_file(self._folder, shard.tokens, TOKEN, verify=False)
-        offsets = map_file(self._folder, shard.offsets, OFFSET, self._verify)
-        opened = _OpenShard(shard.tokens, tokens, offsets[:-1], bytearray(shard.tokens.n_blocks))
-        self._open[shard_index] = opened
-        return opened
+        is_new = shard_index not in self._verified
+        offsets = map_file(self._folder, shard.offsets, OFFSET, self._verify and is_new)
+        self._verified.setdefault(shard_index, bytearray(shard.tokens.n_blocks))
+        return _OpenShard(shard.tokens, tokens, offsets[:-1])
 
 
 class _OpenShard(NamedTuple):
     entry: FileEntry
     tokens: np.ndarray  # (n_tokens,) uint32
     starts: np.ndarray  # (n_documents,) int64
-    verified: bytearray  # 1 for each MiB of tokens whose checksum was compared
 
 
 def map_file(
@@ -184,6 +198,7 @@ def map_file(
 
     Raises:
         DataError: The file is missing, has another size or is damaged.
+        OSError: It cannot be mapped, such as with too many open files.
     """
     if error := entry.size_error(folder):
         raise DataError(f"{error}; {remedy}")

@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ import numpy as np
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.loader import Loader, StepBatches, Window
+from data.mappings import raise_file_limit
 from data.sources.corpora import Part, find_corpus, first_line
 from data.sources.reading import RowPosition
 from data.sources.rows import Row, rows
@@ -144,6 +146,7 @@ class StreamDataset:
 
     def __init__(self, data: DataConfig, config: TokenizerConfig) -> None:
         assert data.stream_shards is not None
+        raise_file_limit()  # each stream shard keeps a file open
         tokenizer = ready_tokenizer(config)
         if tokenizer is None:
             raise DataError(
@@ -163,12 +166,24 @@ class StreamDataset:
         """Number of files of the dataset, the smallest unit of a stream shard."""
         return len(self.corpus.parts)
 
-    @property
+    @cached_property
     def hash(self) -> str:
-        """SHA-256 over everything that determines the tokens of each stream shard."""
+        """SHA-256 over everything that determines the tokens of each stream shard.
+
+        A local folder is identified by the names and sizes of its files and not by its path.
+        """
+        is_local = Path(str(self.source.path)).is_dir()
+        return self._hash(None if is_local else self.source.path)
+
+    def recognize(self, data_hash: str | None) -> None:
+        """Keep the hash of a run of an earlier version, which included the path of a folder."""
+        if data_hash == self._hash(self.source.path):
+            self.hash = data_hash
+
+    def _hash(self, path: str | None) -> str:
         source = self.source
         content = (
-            *(self.corpus.revision, source.path, source.name, source.split, source.revision),
+            *(self.corpus.revision, path, source.name, source.split, source.revision),
             *(source.text_column, source.filter, self.policy, self.n_stream_shards),
             self._tokenizer.hash,
         )

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import shards as data_shards
 from data.config import TokenizerConfig
 from data.errors import DataError
 from data.files import CRC_BLOCK, Checksums
 from data.manifest import SPLITS, Manifest, Shard, SourceEntry, TokenizerEntry
-from data.shards import ShardWriter, TokenStream, _OpenShard
+from data.mappings import Mappings
+from data.shards import ShardWriter, TokenStream
 from data.tokenizer import MODEL_FILE, model_file, ready_tokenizer
 from data.verification import verify_dataset
 
@@ -282,7 +284,24 @@ def test_blocks_verified_concurrently_by_another_thread_are_not_an_error(tmp_pat
     manifest = write(tmp_path, [2 * CRC_BLOCK // 4], per_shard=1)
     stream = TokenStream(tmp_path, manifest.shards("train"))
     stream.read(0, 0, 1)
-    shard = stream._open[0]
-    stream._open[0] = _OpenShard(*shard[:3], MarkedByAnotherThread(2))
+    stream._verified[0] = MarkedByAnotherThread(2)
     tokens, _ = stream.read(0, 0, manifest.n_tokens("train"))
     assert (tokens == np.arange(len(tokens))).all()
+
+
+def test_verified_blocks_are_not_verified_again_after_their_shard_was_unmapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = write(tmp_path, [20] * 5, per_shard=1)
+    verified: list[str] = []
+    verify = data_shards._verify_block
+    monkeypatch.setattr(
+        data_shards,
+        "_verify_block",
+        lambda *arguments: (verified.append(arguments[1].file), verify(*arguments)),
+    )
+    stream = TokenStream(tmp_path, manifest.shards("train"), mappings=Mappings(limit=2))
+    for _ in range(3):
+        for index in range(stream.n_windows(8)):
+            stream.window(index, 8)
+    assert sorted(verified) == sorted({entry.file for s in stream._shards for entry in s.files})

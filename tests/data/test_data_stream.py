@@ -6,6 +6,7 @@ A local folder replaces the Hugging Face Hub; both are read by the same code.
 import dataclasses
 import json
 import random
+import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
@@ -289,6 +290,23 @@ def test_hash_changes_with_every_setting_that_changes_the_stream(
         dataclasses.replace(same, invalid_text="skip"),
     ]
     assert len({hash_of(same), *map(hash_of, others)}) == 1 + len(others)
+
+
+def test_local_dataset_is_the_same_at_another_path_and_runs_of_earlier_versions_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "dataset", some_rows(), "parquet")
+    expected = StreamDataset(config(folder), BYTE)
+    monkeypatch.chdir(tmp_path)
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    for path in (Path("dataset"), moved):
+        found = StreamDataset(config(path), BYTE)
+        assert found.hash == expected.hash
+    earlier = found._hash(str(moved))  # as version 0.2 computed it
+    found.recognize(expected.hash)
+    assert found.hash == expected.hash != earlier
+    found.recognize(earlier)
+    assert found.hash == earlier
 
 
 def test_hash_changes_when_the_files_of_a_local_dataset_change(tmp_path: Path) -> None:
