@@ -87,6 +87,14 @@ def prepare_and_pack(config: PrepareJobConfig) -> None:
         f"{manifest.n_tokens('validation'):,} validation tokens, "
         f"vocabulary {manifest.tokenizer.vocab_size:,} ({manifest.tokenizer.name})"
     )
+    if not manifest.n_tokens("validation"):
+        fraction = config.data.validation_fraction
+        print(
+            f"Warning: data.validation_fraction={fraction} holds out no text, so train.py needs "
+            "validation.samples=0; to hold out text, prepare with a larger fraction (and another "
+            "data.folder), or add text",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class DataConfig(ConfigSection):
     """A dataset: its sources by name, the folder of its shards, and how they are read.
 
     Attributes:
-        validation_fraction: Fraction of documents held out.
+        validation_fraction: Fraction of the text held out.
         shard_tokens: Tokens after which a shard is closed.
         invalid_text: Action on a document that is not valid text: `strict` aborts the preparation,
             `replace` inserts U+FFFD, `skip` drops and counts the document.

@@ -199,12 +199,18 @@ def size_errors(
 def stream_errors(
     data: DataConfig, tokenizer: TokenizerConfig, validation: ValidationConfig
 ) -> Iterator[str]:
-    """Yield errors for settings that streams do not support: validation, a new tokenizer."""
+    """Yield errors for validation without held-out text, and for streams with a new tokenizer."""
     key = f"data.stream_shards={data.stream_shards}"
     if data.stream_shards is not None and validation.samples:
         yield (
             f"validation.samples={validation.samples} needs held-out text, but {key} holds out "
             "none; use validation.samples=0 or data.stream_shards=null"
+        )
+    elif data.validation_fraction == 0 and validation.samples:
+        yield (
+            f"validation.samples={validation.samples} needs held-out text, but "
+            "data.validation_fraction=0 holds out none; use validation.samples=0 or a fraction "
+            "such as data.validation_fraction=0.02"
         )
     if data.stream_shards is not None and tokenizer.name == "bpe" and tokenizer.path is None:
         yield (

@@ -4,6 +4,8 @@ Each check raises an error with key, value, rule and remedy. The checks of the c
 are in `training.config_rules`.
 """
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,12 +58,12 @@ def prepare_data(config: JobConfig) -> "Dataset | StreamDataset":
         RunFolderError: The newest checkpoint of the run was trained on other tokens.
     """
     streams = config.data.stream_shards is not None
-    dataset = _open_stream(config) if streams else _prepare(config)
     position = RunFolder(Path(config.run.dir)).newest_position()
+    trained_on = position["data_hash"] if position else None
+    dataset = _open_stream(config, trained_on) if streams else _prepare(config, trained_on)
     if position is None and config.run.init_from is not None:
         check_initial_tokenizer(config, dataset.tokenizer())
-    trained_on = position["data_hash"] if position else dataset.hash
-    if trained_on != dataset.hash:
+    if trained_on not in (None, dataset.hash):
         origin = "data.sources" if streams else f"data.folder={config.data.folder}"
         raise RunFolderError(
             f"{origin} has other tokens ({dataset.hash[:12]}) than the run in {config.run.dir} "
@@ -78,17 +80,18 @@ def needs_preparation(config: JobConfig) -> bool:
     return not streams and not (Path(config.data.folder) / MANIFEST_FILE).exists()
 
 
-def _open_stream(config: JobConfig) -> "StreamDataset":
+def _open_stream(config: JobConfig, trained_on: str | None) -> "StreamDataset":
     from data.stream import StreamDataset
 
     dataset = StreamDataset(config.data, config.tokenizer)
     processes, _ = plan_processes(config.parallel)
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
     dataset.check(config.train.global_batch_size, mesh.dp)
+    dataset.recognize(trained_on)
     return dataset
 
 
-def _prepare(config: JobConfig) -> "Dataset":
+def _prepare(config: JobConfig, trained_on: str | None) -> "Dataset":
     from data.dataset import Dataset
     from data.manifest import Manifest
     from data.packing import pack, wait_until_packed
@@ -100,7 +103,9 @@ def _prepare(config: JobConfig) -> "Dataset":
         _check_size(Dataset(folder, manifest, data.document_mask), config)
 
     if is_first_process():
-        prepare(data, config.tokenizer, progress=True, check=check)
+        if trained_on and needs_preparation(config):
+            _reject_other_corpus(config, trained_on)
+        prepare(data, config.tokenizer, progress=True, check=check, trained_on=trained_on)
     else:
         wait_until_prepared(folder)
     for seq_len in sorted({stage.seq_len for stage in config.stages().all}) if data.packing else []:
@@ -113,11 +118,47 @@ def _prepare(config: JobConfig) -> "Dataset":
     return dataset
 
 
+def _reject_other_corpus(config: JobConfig, trained_on: str) -> None:
+    """Raise RunFolderError if the folder with the run's data shows that this is other data."""
+    from data.manifest import MANIFEST_FILE
+    from data.preparation.identity import read_prepared
+
+    previous = RunFolder(Path(config.run.dir)).read_config() or {}
+    folder = previous.get("data", {}).get("folder", "")
+    if not (Path(folder) / MANIFEST_FILE).exists():
+        return  # the tokens are compared after the preparation
+    try:
+        read_prepared(dataclasses.replace(config.data, folder=folder), config.tokenizer)
+    except DataError as error:
+        raise RunFolderError(
+            f"The run in {config.run.dir} was trained on the data in {folder}, and this is other "
+            f"data. Use data.folder={folder} to resume it, or another run.name.\n{error}"
+        ) from None
+
+
 def _check_size(dataset: "Dataset", config: JobConfig) -> None:
     dataset.check(config.stages(), config.model.vocab_size)
     if config.validation.samples and not dataset.n_validation_windows(config.train.seq_len):
-        raise DataError(
-            f"data.validation_fraction={config.data.validation_fraction} holds out no window of "
-            f"train.seq_len={config.train.seq_len} tokens; use a larger fraction (with another "
-            "data.folder if this one is prepared) or validation.samples=0"
-        )
+        raise DataError(_validation_error(dataset, config))
+
+
+def _validation_error(dataset: "Dataset", config: JobConfig) -> str:
+    """Return that validation has no window, and what holds out one."""
+    from data.manifest import MANIFEST_FILE
+
+    n_needed, fraction = config.train.seq_len + 1, config.data.validation_fraction
+    n_tokens = max(dataset.manifest.n_tokens(source=name) for name in dataset.validation)
+    enough = math.ceil(250 * n_needed / n_tokens) / 100  # hashes may hold out only half of it
+    remedies = ["validation.samples=0"]
+    if fraction < enough <= 0.5:
+        prepared = (dataset.folder / MANIFEST_FILE).exists()
+        folder = f" with data.folder={dataset.folder}-2" if prepared else ""
+        remedies.insert(0, f"data.validation_fraction={enough:g}{folder}")
+    n_held_out = max(stream.n_tokens for stream in dataset.validation.values())
+    if n_held_out > 1:
+        remedies.append(f"train.seq_len={n_held_out - 1} or less")
+    return (
+        f"data.validation_fraction={fraction} holds out {n_held_out:,} tokens of {dataset.folder}, "
+        f"but a window of train.seq_len={config.train.seq_len} needs {n_needed:,}; add text, or "
+        f"use {', '.join(remedies[:-1])}{' or ' if len(remedies) > 1 else ''}{remedies[-1]}"
+    )

@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from model.config_base import ResumePolicy
@@ -78,6 +79,8 @@ def compare(
             is_free = is_free or _same_past(both, samples)
         elif key == "run.init_from":
             is_free = is_free or both[1] is None  # the run has its own weights by now
+        elif _is_corpus_path(key, both, now):
+            is_free = True  # the tokens are compared by their hash
         if is_free:
             changes.free[key] = both
         elif on_load or policy.change == "forbidden":
@@ -235,6 +238,17 @@ def override_value(value: Any) -> str:
     """Return a value in the syntax of a Hydra override, not quoted for a shell."""
     text = json.dumps(value, default=dataclasses.asdict)
     return text.replace('"', "").replace(": ", ":").replace(", ", ",")
+
+
+def _is_corpus_path(key: str, both: Difference, now: dict[str, Any]) -> bool:
+    """Return whether a key is the path of local files, which may move and be spelled otherwise."""
+    found = re.fullmatch(r"data\.sources\.(.+)\.path", key)
+    source = now["data"]["sources"].get(found[1]) if found else None
+    if not source or not all(isinstance(path, str) for path in both):
+        return False
+    if source["format"] == "huggingface":  # otherwise a name on the Hub, which is the identity
+        return Path(source["path"]).is_dir()
+    return source["format"] != "stdlib"
 
 
 def _same_past(both: Difference, samples: int) -> bool:

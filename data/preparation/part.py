@@ -5,7 +5,6 @@ part's record is written: the shards so far and the input position of the next o
 preparation resumes from the record and produces the same bytes as an uninterrupted one.
 """
 
-import hashlib
 from ctypes import Structure, c_int64
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import TypeAdapter
 from data.config import DataConfig
 from data.files import write_atomically
 from data.manifest import OUTCOMES, SPLITS, Shard
+from data.preparation.splitting import split_document
 from data.progress import ProgressCounts
 from data.shards import ShardWriter
 from data.sources.corpora import Part
@@ -80,12 +80,18 @@ def record_path(folder: Path, part: Part) -> Path:
 
 
 def prepare_part(
-    data: DataConfig, tokenizer: Tokenizer, datasets: dict[str, Any], part: Part, counts: Any
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    datasets: dict[str, Any],
+    thresholds: dict[str, int],
+    part: Part,
+    counts: Any,
 ) -> None:
     """Write the missing shards of a part, then mark its record as done.
 
     Args:
         datasets: Objects of the `datasets` library, for the sources that use it.
+        thresholds: `tail_threshold(…)` of each source.
         counts: `PartCounts` of this part, which are updated after each row.
 
     Raises:
@@ -96,6 +102,7 @@ def prepare_part(
     path = record_path(folder, part)
     record = PartRecord.read(path)
     source, dataset = data.sources[part.source], datasets[part.source]
+    threshold = thresholds[part.source]
     writers = _open_writers(folder, part, record)
     try:
         for row in rows(part, source, data.invalid_text, dataset, record.position):
@@ -104,12 +111,13 @@ def prepare_part(
             record.documents["read"] += 1
             if row.outcome != "text":
                 record.documents[row.outcome] += 1
-            if row.text:
-                tokens = tokenizer.encode_document(row.text)
-                validation = is_validation(row.content, data.validation_fraction)
-                writers["validation" if validation else "train"].add(tokens)
-                counts.n_documents += 1
-                counts.n_tokens += len(tokens)
+            pieces = split_document(row.text, row.content, data.validation_fraction, threshold)
+            for split, text in zip(SPLITS, pieces, strict=True):
+                if text:
+                    tokens = tokenizer.encode_document(text)
+                    writers[split].add(tokens)
+                    counts.n_documents += 1
+                    counts.n_tokens += len(tokens)
             if sum(writer.n_tokens for writer in writers.values()) >= data.shard_tokens:
                 _close_writers(writers, record)
                 record.write(path)
@@ -121,20 +129,6 @@ def prepare_part(
     finally:
         for writer in writers.values():
             writer.abort()
-
-
-def is_validation(text: str | bytes, fraction: float) -> bool:
-    """Return whether a document belongs to the validation split.
-
-    The split depends only on a hash of the content, so no document changes splits when the corpus
-    grows.
-
-    Args:
-        text: The document, as a string or as UTF-8.
-    """
-    content = text.encode() if isinstance(text, str) else text
-    digest = hashlib.blake2b(content, digest_size=8, person=b"llamesh-split").digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
 
 
 def _open_writers(folder: Path, part: Part, record: PartRecord) -> dict[str, ShardWriter]:

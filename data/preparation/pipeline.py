@@ -6,11 +6,10 @@ and produces the same bytes as an uninterrupted one. One process prepares (with 
 others call `wait_until_prepared`.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from multiprocessing.sharedctypes import RawArray
@@ -19,13 +18,25 @@ from typing import Any, TextIO
 
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
-from data.files import wait_for_writer, write_atomically
-from data.manifest import MANIFEST_FILE, OUTCOMES, SPLITS, Manifest, SourceEntry, TokenizerEntry
+from data.files import wait_for_writer, write_atomically, write_error
+from data.manifest import (
+    MANIFEST_FILE,
+    OUTCOMES,
+    SPLITS,
+    TOKEN,
+    Manifest,
+    SourceEntry,
+    TokenizerEntry,
+)
+from data.mappings import raise_file_limit
 from data.preparation import state
+from data.preparation.identity import dataset_configuration, read_prepared
 from data.preparation.part import PartCounts, PartRecord, prepare_part, record_path
 from data.preparation.pool import prepare_parts
+from data.preparation.splitting import tail_threshold
 from data.progress import ProgressCounts, ProgressReporter
 from data.sources.corpora import Corpus, Part, find_corpus
+from data.sources.fingerprints import Fingerprints, input_paths, take_fingerprints, write_sources
 from data.sources.rows import rows
 from data.tokenizer import (
     MODEL_FILE,
@@ -42,6 +53,7 @@ def prepare(
     tokenizer: TokenizerConfig,
     progress: bool = True,
     check: Callable[[Manifest], None] | None = None,
+    trained_on: str | None = None,
 ) -> Manifest:
     """Prepare `data.folder`, resume its preparation, or return the manifest if it is prepared.
 
@@ -49,48 +61,37 @@ def prepare(
         progress: Report on standard error.
         check: Called with the manifest before it is written; may raise DataError to reject the
             data, which deletes everything written.
+        trained_on: See `read_prepared`.
 
     Raises:
         DataError: A source or the tokenizer is unusable; or the folder belongs to another
             configuration, contains other files, is not writable or is being prepared by another
             process. Finished parts are kept.
     """
+    raise_file_limit()  # the `datasets` library keeps every file of a dataset mapped
     folder = Path(data.folder)
-    wanted = dataset_configuration(data, tokenizer)
+    reporter = ProgressReporter(progress)
     if (folder / MANIFEST_FILE).exists():
-        manifest = state.read_prepared(folder, wanted)
+        manifest = read_prepared(data, tokenizer, trained_on, reporter.log)
         state.finish_interrupted(folder)
         return manifest
     state.reject_foreign_files(folder)
+    preparation = None
     created = [path for path in (folder, *folder.parents) if not path.exists()]  # deepest first
     try:
         with state.lock_folder(folder) as marker:
             if (folder / MANIFEST_FILE).exists():  # written by another process just before
-                manifest = state.read_prepared(folder, wanted)
+                manifest = read_prepared(data, tokenizer, trained_on, reporter.log)
             else:
-                reporter = ProgressReporter(progress)
-                preparation = _Preparation(data, tokenizer, wanted, marker, created, reporter)
+                preparation = _Preparation(data, tokenizer, marker, created, reporter)
                 manifest = preparation.run(check)
             state.finish(folder)
     except OSError as error:
+        n_needed = preparation.bytes_needed() if preparation else 0
         raise DataError(
-            f"data.folder={folder} cannot be written ({error.strerror or error}); free disk space "
-            "or choose another data.folder, then run again to resume"
+            f"{write_error(folder, error, n_needed)}, then run again to resume"
         ) from error
     return manifest
-
-
-def dataset_configuration(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
-    """Return the keys that determine the content of a prepared folder, as JSON values.
-
-    Keys that only affect reading, and the number of workers, are excluded.
-    """
-    sources = {name: asdict(source) for name, source in data.sources.items()}
-    for source in sources.values():
-        del source["weight"]
-    keys = ("validation_fraction", "shard_tokens", "invalid_text")
-    values = {"data.sources": sources, **{f"data.{key}": getattr(data, key) for key in keys}}
-    return json.loads(json.dumps({**values, "tokenizer": asdict(tokenizer)}))
 
 
 def wait_until_prepared(folder: Path | str) -> Manifest:
@@ -111,36 +112,33 @@ class _Preparation:
     """One preparation of a folder whose lock this process holds.
 
     Args:
-        wanted: `dataset_configuration(…)`
         marker: The open marker file that holds the lock.
         created: Folders that exist only because of this preparation, deepest first.
     """
 
     data: DataConfig
     tokenizer: TokenizerConfig
-    wanted: dict[str, Any]
     marker: TextIO
     created: list[Path]
     reporter: ProgressReporter
 
     def __post_init__(self) -> None:
         self.folder = Path(self.data.folder)
+        self.wanted = dataset_configuration(self.data, self.tokenizer)
         self.corpora: dict[str, Corpus] = {}
+        self.fingerprints: dict[str, Fingerprints] = {}
+        self.thresholds: dict[str, int] = {}  # of `tail_threshold`
 
     def run(self, check: Callable[[Manifest], None] | None) -> Manifest:
         """Prepare everything up to and including the manifest."""
         parts: list[Part] = []
         try:
-            for name, source in self.data.sources.items():  # downloads hub datasets
-                self.corpora[name] = find_corpus(name, source)
-                if next(self._texts(name), None) is None:
-                    raise DataError(
-                        f"data.sources.{name}.path={source.path} contains no document; use a path "
-                        "that contains text"
-                    )
+            for name in self.data.sources:
+                self._find_source(name)
             ready = ready_tokenizer(self.tokenizer)  # None: to be trained
             parts = [part for corpus in self.corpora.values() for part in corpus.parts]
-            state.resume(self.folder, self.corpora, ready, self.marker, self.wanted, self.reporter)
+            new = state.make_marker(self.data, self.wanted, self.corpora, self.fingerprints, ready)
+            state.resume(self.folder, parts, new, self.marker, self.reporter)
             tokenizer = self._make_tokenizer(ready)
             self._write_parts(tokenizer, parts)
         except BaseException as error:
@@ -162,8 +160,46 @@ class _Preparation:
         except DataError:
             state.remove_all(self.folder, self.created)
             raise
+        write_sources(self.folder, self.fingerprints)
         manifest.write(self.folder)
         return manifest
+
+    def bytes_needed(self) -> int:
+        """Estimate the size of the shards that are not written yet."""
+        parts = [part for corpus in self.corpora.values() for part in corpus.parts]
+        records = [PartRecord.read(record_path(self.folder, part)) for part in parts]
+        n_total = sum(part.n_bytes for part in parts)
+        n_read = sum(record.n_bytes for record in records)
+        n_written = sum(shard.n_bytes for record in records for shard in record.all_shards)
+        if not n_read:  # four bytes of text are about one token, which is stored in four bytes
+            return n_total * (TOKEN.itemsize if self.tokenizer.name == "byte" else 1)
+        return n_written * max(n_total - n_read, 0) // n_read
+
+    def _find_source(self, name: str) -> None:
+        """Find the input of a source (a hub dataset is downloaded) and read its first documents."""
+        source = self.data.sources[name]
+        self.corpora[name] = find_corpus(name, source)
+        parts = self.corpora[name].parts
+        is_stdlib = source.format == "stdlib"
+        paths = [one.path for part in parts for one in part.ranges] if is_stdlib else []
+        try:
+            self.fingerprints[name] = take_fingerprints(paths or input_paths(source, {}))
+        except OSError as error:
+            raise DataError(
+                f"data.sources.{name}.path={source.path}: cannot read ({error})"
+            ) from None
+        if next(self._texts(name), None) is None:
+            raise DataError(
+                f"data.sources.{name}.path={source.path} contains no document; use a path that "
+                "contains text"
+            )
+        corpus = self.corpora[name]
+        contents = (
+            row.content  # the same for every data.invalid_text
+            for part in corpus.parts
+            for row in rows(part, source, "skip", corpus.dataset)
+        )
+        self.thresholds[name] = tail_threshold(contents, self.data.validation_fraction)
 
     def _texts(self, name: str) -> Iterator[str]:
         """Yield the text of each row of a source; empty for rows without text."""
@@ -223,7 +259,7 @@ class _Preparation:
             )
 
         datasets = {name: corpus.dataset for name, corpus in self.corpora.items()}
-        prepare = partial(prepare_part, self.data, tokenizer, datasets)
+        prepare = partial(prepare_part, self.data, tokenizer, datasets, self.thresholds)
         n_bytes = (
             sum(part.n_bytes for part in parts) if all(part.n_bytes for part in parts) else None
         )

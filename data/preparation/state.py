@@ -18,14 +18,17 @@ from typing import Any, TextIO
 
 from filelock import lock_descriptor
 
+from data.config import DataConfig
 from data.errors import DataError
-from data.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest
+from data.manifest import MANIFEST_FILE
 from data.preparation.part import PartRecord, record_path
 from data.progress import ProgressReporter
 from data.sources.corpora import Corpus, Part
+from data.sources.fingerprints import SOURCES_FILE, Fingerprints
 from data.tokenizer import MODEL_FILE, Tokenizer
 
 MARKER_FILE = "preparing.json"
+FORMAT_VERSION = 3  # of the marker; an unfinished preparation of an older version restarts
 LOCK_TIMEOUT_SECONDS = 2.0  # for the workers of a preparation killed just before to exit
 _OWN_FILES = re.compile(
     r"((train|validation)-\d{5,}(-\d{3,})?\.(tokens|offsets)|part-\d{5,}\.json)(\.tmp)?"
@@ -74,38 +77,6 @@ def read_marker(marker: TextIO) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def read_prepared(folder: Path, wanted: dict[str, Any]) -> Manifest:
-    """Read the manifest of a prepared folder and check its configuration.
-
-    Raises:
-        DataError: The folder was prepared from another configuration, or is damaged.
-    """
-    manifest = Manifest.read(folder)
-    old, new = _flatten(manifest.configuration), _flatten(wanted)
-    absent = dict.fromkeys(old | new, "absent")
-    old, new = absent | old, absent | new
-    differences = [
-        f"  {key}: {old[key]} in the folder, {new[key]} requested"
-        for key in sorted(absent)
-        if old[key] != new[key]
-    ]
-    if differences:
-        raise DataError(
-            f"data.folder={folder} was prepared from another configuration:\n"
-            + "\n".join(differences)
-            + "\nChoose another data.folder (or data.name), or delete this one."
-        )
-    return manifest
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, dict)
-        flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
-
-
 def reject_foreign_files(folder: Path) -> None:
     """Raise DataError if the folder contains files that are not from a preparation."""
     if folder.exists() and not folder.is_dir():
@@ -119,33 +90,53 @@ def reject_foreign_files(folder: Path) -> None:
             )
 
 
+def make_marker(
+    data: DataConfig,
+    wanted: dict[str, Any],
+    corpora: dict[str, Corpus],
+    fingerprints: dict[str, Fingerprints],
+    tokenizer: Tokenizer | None,
+) -> dict[str, Any]:
+    """Return the marker of a preparation: everything that determines its shards.
+
+    Of local files, the contents count and not the paths.
+
+    Args:
+        wanted: Configuration of this preparation.
+        tokenizer: The tokenizer, or None if it is trained on the data.
+    """
+    configuration = json.loads(json.dumps(wanted))
+    configuration["tokenizer"]["path"] = None
+    for name in data.sources:
+        if fingerprints[name]:
+            configuration["data.sources"][name]["path"] = None
+    return {
+        "format": FORMAT_VERSION,
+        "configuration": configuration,
+        "input": {name: _input_hash(corpora[name], fingerprints[name]) for name in corpora},
+        "tokenizer": tokenizer.hash if tokenizer is not None else None,
+    }
+
+
 def resume(
     folder: Path,
-    corpora: dict[str, Corpus],
-    ready: Tokenizer | None,
+    parts: Sequence[Part],
+    new: dict[str, Any],
     marker: TextIO,
-    wanted: dict[str, Any],
     reporter: ProgressReporter,
 ) -> None:
     """Keep the files of an earlier preparation that this one would write too; delete the others.
 
     Args:
-        ready: The tokenizer, or None if it is trained on the data.
-        wanted: Configuration of this preparation.
+        new: `make_marker(…)` of this preparation.
+        marker: The open marker file.
     """
-    parts = [part for corpus in corpora.values() for part in corpus.parts]
-    new: dict[str, Any] = {
-        "format": FORMAT_VERSION,
-        "configuration": wanted,
-        "input": {name: _input_hash(corpus) for name, corpus in corpora.items()},
-        "tokenizer": ready.hash if ready is not None else None,
-    }
     old = read_marker(marker)
     policies = [values.get("configuration", {}).get("data.invalid_text") for values in (old, new)]
     configuration = {**old.get("configuration", {}), "data.invalid_text": policies[1]}
     comparable = {**old, "configuration": configuration}
     changed = [key for key in new if comparable.get(key) != new[key]]
-    if ready is None and policies[0] not in ("strict", policies[1]):
+    if new["tokenizer"] is None and policies[0] not in ("strict", policies[1]):
         changed.append("data.invalid_text")  # the tokenizer was trained on text repaired that way
     if changed:
         if old:
@@ -168,16 +159,19 @@ def resume(
         os.fsync(marker.fileno())
 
 
-def _input_hash(corpus: Corpus) -> str:
-    text = repr((corpus.revision, corpus.parts))
-    # Hash the text of version 0.1, whose names were different, so that its preparations resume.
-    for new, old in (
-        ("FileRange(", "Piece("),
-        (", ranges=(", ", pieces=("),
-        (", start=", ", begin="),
-    ):
-        text = text.replace(new, old)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _input_hash(corpus: Corpus, fingerprints: Fingerprints) -> str:
+    """Return a hash of the content and division of a source."""
+    content: tuple[Any, ...] = (corpus.revision, corpus.parts)
+    if fingerprints:
+        paths = dict.fromkeys(one.path for part in corpus.parts for one in part.ranges)
+        number = {path: index for index, path in enumerate(paths)}
+        division = [
+            [(number[one.path], one.start, one.end, one.n_bytes) for one in part.ranges]
+            for part in corpus.parts
+        ]
+        files = [(each.n_bytes, each.sample) for each in fingerprints.values()]
+        content = (files, division)
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def keep_complete(folder: Path, parts: Sequence[Part]) -> list[PartRecord]:
@@ -203,7 +197,7 @@ def remove_files(folder: Path, keep: Collection[str] = ()) -> None:
     for path in folder.glob("*/*"):
         if _OWN_FILES.fullmatch(path.name) and path.relative_to(folder).as_posix() not in keep:
             path.unlink()
-    for name in (MODEL_FILE, MANIFEST_FILE):
+    for name in (MODEL_FILE, MANIFEST_FILE, SOURCES_FILE):
         (folder / f"{name}.tmp").unlink(missing_ok=True)
     _remove_empty(path for path in folder.iterdir() if path.is_dir())
 
@@ -215,7 +209,7 @@ def remove_all(folder: Path, created: Iterable[Path]) -> None:
         created: Deepest first.
     """
     remove_files(folder)
-    for file in (MODEL_FILE, MARKER_FILE):
+    for file in (MODEL_FILE, SOURCES_FILE, MARKER_FILE):
         (folder / file).unlink(missing_ok=True)
     _remove_empty(created)
 

@@ -23,8 +23,9 @@ from data.errors import DataError
 from data.files import is_locked
 from data.manifest import SPLITS, Manifest
 from data.preparation import state
-from data.preparation.part import is_validation
-from data.preparation.pipeline import dataset_configuration, prepare, wait_until_prepared
+from data.preparation.identity import dataset_configuration
+from data.preparation.pipeline import prepare, wait_until_prepared
+from data.preparation.splitting import is_validation
 from data.shards import TokenStream
 from data.sources.corpora import Corpus, find_corpus
 from data.tokenizer import load_tokenizer, ready_tokenizer
@@ -100,6 +101,7 @@ def test_each_format_is_prepared_as_the_tokens_of_its_documents(
     assert sorted(path.name for path in Path(data.folder).iterdir()) == [
         "manifest.json",
         "s0",
+        "sources.json",
         "tokenizer.model",
     ]
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
 from data.manifest import SPLITS
-from data.preparation.part import is_validation
 from data.preparation.pipeline import prepare
+from data.preparation.splitting import is_validation
 from data.shards import TokenStream
 from data.tokenizer import (
     Tokenizer,

@@ -193,6 +193,26 @@ def test_changed_set_of_sources_is_rejected(folder: RunFolder) -> None:
     assert "data.sources.more: None -> {" in refused(folder, more)
 
 
+def test_path_of_local_files_may_change_and_the_name_of_a_hub_dataset_may_not(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    """The tokens are compared by their hash when the data is opened."""
+    sources = {
+        "web": {"format": "text", "path": "books/", "weight": 1.0},
+        "hub": {"format": "huggingface", "path": "owner/name", "weight": 1.0},
+    }
+    config = changed("data.sources", sources)
+    folder.write_config(config)
+    moved = changed("data.sources.web.path", "/elsewhere/books", of=config)
+    assert set(check_run_folder(folder, moved).free) == {"data.sources.web.path"}
+    copied = changed("data.sources.hub.path", str(tmp_path), of=config)
+    assert set(check_run_folder(folder, copied).free) == {"data.sources.hub.path"}
+    for key, value in (("hub.path", "owner/other"), ("web.format", "jsonl"), ("web.path", None)):
+        assert f"data.sources.{key}" in refused(
+            folder, changed(f"data.sources.{key}", value, of=config)
+        )
+
+
 def test_override_of_a_section_covers_its_keys(folder: RunFolder) -> None:
     factor = "model.rope_scaling.factor"
     config = changed(factor, 8.0, "run.allow_changes", ["model.rope_scaling"])
