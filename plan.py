@@ -16,14 +16,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cli.arguments import plan_arguments
-from cli.config import load_plan_config
+from cli.config import load_plan_config, print_warnings
 from cli.errors import exit_on_user_error
 from cli.start_up import start_up
 from planning.config import PlanJobConfig
-from planning.plan import capacity, plan_run
+from planning.plan import memory_limit, plan_run
 from planning.request import Choice, configured_choice
 from planning.search import remedy
 from planning.search import search as search_choices
+from planning.time_limits import limit_warnings
 
 PLANNER_KEYS = ("hardware", "devices", "tokens", "trace", "search", "calibrate", "output")
 """Keys that `train.py` does not have."""
@@ -57,6 +58,7 @@ def plan(config: PlanJobConfig) -> bool:
     console = Console(enabled=True)
     report.print_plan(console, config, run)
     record = report.plan_record(config, run)
+    print_warnings(limit_warnings(config.watchdog, report.phase_seconds(run)))
     if not run.fits:
         record["remedy"] = _remedy(config, choice)
         console.note(record["remedy"])
@@ -79,6 +81,7 @@ def search(config: PlanJobConfig) -> bool:
         best = result.best[0][1]
         console.note("Plan of choice 1:\n")
         report.print_plan(console, config, best)
+        print_warnings(limit_warnings(config.watchdog, report.phase_seconds(best)))
         record["best_plan"] = report.plan_record(config, best)
         limit = best.fullest.capacity
     else:
@@ -91,7 +94,7 @@ def search(config: PlanJobConfig) -> bool:
 
 def _remedy(config: PlanJobConfig, current: Choice | None = None) -> str:
     hardware, devices = config.hardware, config.n_devices
-    limit_of = partial(capacity, hardware=hardware)
+    limit_of = partial(memory_limit, hardware=hardware)
     found = remedy(config.request, limit_of, devices, hardware.devices_per_node, current)
     return f"Does not fit on {devices} × {hardware.name}: {found}"
 

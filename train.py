@@ -81,13 +81,14 @@ def set_up(
     import torch
 
     from model.llama import Llama
+    from planning.fit_check import watchdog_limits
     from resilience.launch import launch
     from resilience.loss_monitor import AsyncStatsReader, LossMonitor
     from resilience.watchdog import Watchdog
     from training.console import Console
     from training.optimizer import build_optimizer
 
-    watchdog = Watchdog(config.watchdog)
+    watchdog = Watchdog(watchdog_limits(config, processes, mesh))
     first = is_first_process()
     requests = Requests(
         config.run.time_limit,

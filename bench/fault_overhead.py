@@ -30,9 +30,9 @@ COMMON = [
 ON = [f"checkpoint.interval={INTERVAL}"]
 OFF = [
     "checkpoint.interval=null",
-    "watchdog.setup_seconds=null",
-    "watchdog.step_seconds=null",
-    "watchdog.checkpoint_seconds=null",
+    "watchdog.setup_seconds=off",
+    "watchdog.step_seconds=off",
+    "watchdog.checkpoint_seconds=off",
 ]
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,8 @@ def planned_spec(name: str) -> StepSpec:
     processes, _ = plan_processes(config.parallel, {})
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
     request = PlanRequest(config, "cpu", config.stages().first_token(config.train.max_steps))
-    return request.stages(configured_choice(config, mesh))[0][0]
+    spec = request.stages(configured_choice(config, mesh))[0][0]
+    return replace(spec, async_save=False, prefetch=None)  # only the step is measured
 
 
 def run(name: str) -> list[int]:

@@ -8,7 +8,8 @@ keys reported, and the rest is left to `training.config_validation`. The planner
 import copy
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -61,7 +62,7 @@ def check_config(composed: DictConfig) -> tuple[JobConfig, Processes, MeshShape]
         ConfigError: as `load_train_config`, with the errors of mesh and machine.
     """
     config = load_train_config(composed, rules.launch_rule(), *rules.INSTALLATION_RULES)
-    print_warnings(config)
+    print_warnings(config_warnings(config))
     processes, _ = plan_processes(config.parallel)
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
     return config, processes, mesh
@@ -103,10 +104,15 @@ def load_plan_config(composed: DictConfig) -> "PlanJobConfig":
     A search chooses the mesh, so the configured one need not be valid.
     """
     from planning.config import PLAN_RULES, PlanJobConfig
+    from planning.hardware import DEFAULT, load_hardware
 
+    given = composed.get("hardware")
+    if given is None or "name" not in given:  # neither a recipe nor the command names it
+        default = OmegaConf.create({"hardware": asdict(load_hardware(DEFAULT))})
+        composed = cast(DictConfig, OmegaConf.merge(default, composed))
     applied = (*rules.CONFIG_RULES, rules.saving_errors, *PLAN_RULES)
     config = _load(composed, PlanJobConfig, applied)
-    print_warnings(config)
+    print_warnings(config_warnings(config))
     return config
 
 
@@ -135,10 +141,10 @@ def load_convert_config(composed: DictConfig) -> ConvertJobConfig:
     return _load(composed, ConvertJobConfig, (rules.convert_errors,), CONVERT_KEYS)
 
 
-def print_warnings(config: JobConfig) -> None:
-    """Print the warnings about a configuration on the first process."""
+def print_warnings(warnings: Iterable[str]) -> None:
+    """Print warnings before launch, on the first process."""
     if is_first_process():
-        for warning in config_warnings(config):
+        for warning in warnings:
             print(f"Warning: {warning}", file=sys.stderr, flush=True)
 
 
@@ -149,6 +155,10 @@ def _load(
     renamed: Mapping[str, str] = RENAMED_KEYS,
 ) -> Config:
     """Return the composed configuration as a dataclass; raise ConfigError with all errors."""
+    if schema is JobConfig and "hardware" in composed:  # of a recipe, for `plan.py`
+        composed = OmegaConf.masked_copy(
+            composed, [str(key) for key in composed if key != "hardware"]
+        )
     OmegaConf.register_new_resolver("scratch_or_continued", _scratch_or_continued, replace=True)
     values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
     unset = {name for name, value in values.items() if value == "???"}

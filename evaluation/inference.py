@@ -18,7 +18,7 @@ from model.llama import Llama
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes
 from parallel.strategy import MeshStrategy
-from resilience.config import WatchdogConfig
+from resilience.config import TimeLimits
 from resilience.exit_codes import ExitCode
 from resilience.launch import launch
 from resilience.watchdog import Watchdog
@@ -78,7 +78,7 @@ def load_model(
         FormatError: On all ranks, if the weights are damaged or a rank cannot read its shard.
         LaunchError: The processes cannot connect to each other.
     """
-    watchdog = Watchdog(WatchdogConfig(None, None, None))  # detects dead ranks, without time limits
+    watchdog = Watchdog(TimeLimits())  # detects dead ranks, without time limits
     fabric, strategy = launch(processes, mesh, parallel, precision, watchdog)
     weights = agreed_weights(weights.folder, opened=weights)
     for warning in weights.warnings if fabric.is_global_zero else ():

@@ -57,7 +57,7 @@ def calibrate(seconds: float = SECONDS) -> Hardware:
     kind: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     known, devices = None, MAX_CPU_RANKS
     name = f"cpu, {torch.get_num_threads()} threads"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if kind == "cuda":
         properties = torch.cuda.get_device_properties(0)
         name, memory = properties.name, properties.total_memory
@@ -86,6 +86,7 @@ def calibrate(seconds: float = SECONDS) -> Hardware:
         network_gb_s=network[0],
         network_latency_us=network[1],
         devices_per_node=devices,
+        host_memory_gib=host_memory / 2**30 if kind == "cuda" else None,
     )
 
 

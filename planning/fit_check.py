@@ -1,4 +1,4 @@
-"""The memory check before a run: compare the peak of a training step with the memory of a rank.
+"""The check of a run against its plan on this machine: memory, host memory and time limits.
 
 `train.py` runs it before anything is allocated or written. Imports torch only to query GPU memory.
 """
@@ -9,10 +9,13 @@ from pathlib import Path
 
 from parallel.mesh import MeshShape, Processes
 from planning.hardware import LOCAL, PROCESS_GIB, Hardware, hardware_of, load_hardware
-from planning.memory import GIB, MemoryBreakdown
-from planning.plan import plan_run
-from planning.request import PlanRequest, configured_choice
+from planning.memory import GIB, MemoryBreakdown, size_text
+from planning.plan import host_peak, plan_run
+from planning.request import Choice, PlanRequest, configured_choice
 from planning.search import peak_memory, remedy
+from planning.step_spec import StepSpec
+from planning.time_limits import limit_warnings, planned_seconds, time_limits
+from resilience.config import TimeLimits
 from training.config import JobConfig
 from training.config_validation import ConfigError
 
@@ -24,8 +27,8 @@ def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str 
     """Compare the peak memory of a step with the memory of a rank on this machine.
 
     Returns:
-        One line with the memory of a step, and a remedy if it does not fit. None with
-        `run.plan_check=off`.
+        One line with the memory of a step, a remedy if it does not fit, and warnings about the time
+        limits of the watchdog. None with `run.plan_check=off`.
 
     Raises:
         ConfigError: It does not fit and `run.plan_check=refuse`.
@@ -33,28 +36,52 @@ def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str 
     if config.run.plan_check == "off":
         return None
     hardware, available = this_machine(processes)
-    tokens = config.stages().first_token(config.train.max_steps)
-    request = PlanRequest(config, processes.accelerator, tokens)
-    choice = configured_choice(config, mesh)
+    request, choice = _request(config, processes, mesh)
     stages = request.stages(choice)
-    memory = peak_memory(stages)
-    used = f"Memory plan: {memory.peak / GIB:.2f} of {available / GIB:.2f} GiB per rank"
-    if memory.peak <= available:
+    memory, host_limit = peak_memory(stages), machine_memory()
+    specs = [spec for spec, _ in stages]
+    host = max(host_peak(spec, processes.per_node) for spec in specs)
+    used = f"Memory plan: {size_text(memory.peak)} of {size_text(available)} per rank"
+    parts = largest_parts(memory)
+    warnings = limit_warnings(config.watchdog, planned_seconds(specs, hardware))
+    lines = [f"Warning: {warning}" for warning in warnings]
+    if host:
+        parts += f"; host memory {size_text(host)} of {size_text(host_limit)} per node"
+    if memory.peak <= available and host <= host_limit:
         speed = ""
         if hardware is not None:
             speed = f"; about {plan_run(stages, hardware).tokens_per_second:,.0f} tokens/s"
-        return f"{used} (fits): {largest_parts(memory)}{speed}"
-    more = remedy(request, lambda _: available, mesh.world_size, processes.per_node, choice)
-    message = f"{used} (does not fit): {largest_parts(memory)}; {more}"
+        return "\n".join([f"{used} (fits): {parts}{speed}", *lines])
+
+    def limit(spec: StepSpec) -> int:
+        return available if host_peak(spec, processes.per_node) <= host_limit else 0
+
+    more = remedy(request, limit, mesh.world_size, processes.per_node, choice)
+    message = f"{used} (does not fit): {parts}; {more}"
     if config.run.plan_check == "refuse":
         raise ConfigError([f"{message}, or run.plan_check=warn to start anyway"])
-    return message
+    return "\n".join([message, *lines])
+
+
+def watchdog_limits(config: JobConfig, processes: Processes, mesh: MeshShape) -> TimeLimits:
+    """Return the time limits of the watchdog, where they are null from the plan of this machine."""
+    request, choice = _request(config, processes, mesh)
+    hardware, _ = this_machine(processes)
+    specs = [spec for spec, _ in request.stages(choice)]
+    return time_limits(config.watchdog, planned_seconds(specs, hardware))
+
+
+def _request(
+    config: JobConfig, processes: Processes, mesh: MeshShape
+) -> tuple[PlanRequest, Choice]:
+    tokens = config.stages().first_token(config.train.max_steps)
+    return PlanRequest(config, processes.accelerator, tokens), configured_choice(config, mesh)
 
 
 def largest_parts(memory: MemoryBreakdown) -> str:
-    """Return the three largest parts of a breakdown, in GiB."""
+    """Return the three largest parts of a breakdown."""
     parts = sorted(memory.by_part().items(), key=lambda item: item[1], reverse=True)
-    return ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts[:3])
+    return ", ".join(f"{part} {size_text(size)}" for part, size in parts[:3])
 
 
 def this_machine(processes: Processes) -> tuple[Hardware | None, int]:
@@ -79,10 +106,19 @@ def this_machine(processes: Processes) -> tuple[Hardware | None, int]:
     return known, machine_memory() // processes.per_node - int(PROCESS_GIB * GIB)
 
 
-def machine_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes of memory of this machine, or of the cgroup if it is limited."""
+def machine_memory(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes of memory of this machine, or of this process's cgroups if they limit it."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+    files = [cgroups / "memory.max", cgroups / "memory/memory.limit_in_bytes"]
+    with suppress(OSError):  # the path of a job's cgroup, as SLURM and systemd create them
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            name = "memory.limit_in_bytes" if controllers else "memory.max"
+            root = cgroups / "memory" if controllers else cgroups
+            folder = root / path.lstrip("/")
+            if controllers in ("", "memory"):
+                files += [each / name for each in (folder, *folder.parents) if root in each.parents]
+    for file in files:
         with suppress(OSError, ValueError):  # "max", or not this version of cgroups
-            limits.append(int((cgroup / name).read_text()))
+            limits.append(int(file.read_text()))
     return min(limits)

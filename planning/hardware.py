@@ -17,6 +17,8 @@ from model.config_base import ConfigSection, PositiveInt
 from training.config_validation import validate
 
 FOLDER = Path(__file__).parent.parent / "conf" / "hardware"
+DEFAULT = "h100"
+"""Name of the hardware file of a plan without a recipe."""
 LOCAL = "local"
 """Name of the hardware file that `plan.py calibrate=true` writes."""
 PROCESS_GIB = 0.45
@@ -45,6 +47,9 @@ class Hardware(ConfigSection):
         link_gb_s, link_latency_us: Per rank and direction inside a node, achieved by collectives
             (on `cpu`: all ranks together), and the minimum time of a collective.
         network_gb_s, network_latency_us: The same between nodes.
+        host_memory_gib: Memory of a node with GPUs, which their processes share; null if unknown.
+        storage_gb_s: Per node, at which checkpoints are written and read. It depends on the file
+            system, and only the time limits of the watchdog depend on it.
         price_per_hour: Per device, in any currency; null if unknown.
         names: Regular expression for the device name in torch.cuda.
     """
@@ -62,6 +67,8 @@ class Hardware(ConfigSection):
     network_gb_s: Positive
     network_latency_us: NonNegative
     devices_per_node: PositiveInt
+    host_memory_gib: Positive | None = None
+    storage_gb_s: Positive = 0.5
     price_per_hour: float | None = None
     names: str | None = None
 

@@ -7,7 +7,7 @@ sum is the result. A test compares it with the traced step (`planning.tracing`).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from parallel.traffic import block_matrices, root_matrices
 from planning.activations import (
@@ -20,12 +20,12 @@ from planning.activations import (
     head_saved_bytes,
     last_norm_backward_bytes,
 )
-from planning.step_spec import StepSpec
+from planning.host import converted_bytes, copied_bytes, read_ahead_bytes
+from planning.step_spec import MOMENT_BLOCK, StepSpec
 
 GIB = 2**30
 FLOAT32 = 4  # bytes
 HEAD_BLOCK = {"cpu": 2**18, "cuda": 2**23}  # `model.loss.BLOCK`: logits in float32 at a time
-MOMENT_BLOCK = 256  # 8-bit values per float32 scale
 MOMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + FLOAT32 / MOMENT_BLOCK}  # per matrix element
 MOMENT_CHUNK = {"cpu": 2**16, "cuda": 2**25}  # low-precision values converted to float32 at a time
 
@@ -40,6 +40,8 @@ class MemoryBreakdown:
         gathered: Weights gathered by FSDP2 (with one process: low-precision copies of weights) and
             gradients before reduction.
         logits: One chunk of the head's output.
+        host: On CPU: the copy for asynchronous saves, moments that a save converts, and batches
+            that are read ahead.
         temporary: Everything else.
         phase: Name of that phase.
     """
@@ -50,6 +52,7 @@ class MemoryBreakdown:
     activations: int = 0
     gathered: int = 0
     logits: int = 0
+    host: int = 0
     temporary: int = 0
     phase: str = ""
 
@@ -71,13 +74,36 @@ PARTS = tuple(field.name for field in fields(MemoryBreakdown) if field.name != "
 """Parts of a memory breakdown, in display order."""
 
 
+def size_text(size: int) -> str:
+    """Return a size for messages, in MiB where GiB would show zeros."""
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
+
+
 def step_memory(spec: StepSpec) -> MemoryBreakdown:
     """Return the peak memory of a rank over the phases of a step.
 
     With gradient accumulation, the last micro-batch is the fullest.
     """
     step = _DistributedStep(spec) if spec.mesh.world_size > 1 else _SingleProcessStep(spec)
-    return max(step.phases(), key=lambda memory: memory.peak)
+    return with_host_memory(spec, max(step.phases(), key=lambda memory: memory.peak))
+
+
+def with_host_memory(spec: StepSpec, memory: MemoryBreakdown) -> MemoryBreakdown:
+    """Return the breakdown with the host memory on CPU, where it is the same memory.
+
+    A save may need more than a step: it has no activations, but converts low-precision moments.
+    """
+    if spec.accelerator != "cpu":
+        return memory
+    held = copied_bytes(spec) + read_ahead_bytes(spec)
+    step = replace(memory, host=held)
+    save = MemoryBreakdown(
+        parameters=memory.parameters,
+        optimizer=memory.optimizer,
+        host=held + converted_bytes(spec),
+        phase="save",
+    )
+    return max(step, save, key=lambda each: each.peak)
 
 
 class _Group:

@@ -11,6 +11,7 @@ from functools import cached_property
 
 from model.flops import flops_per_token
 from planning.hardware import Hardware
+from planning.host import GPU_PROCESS_GIB, host_bytes
 from planning.memory import GIB, MemoryBreakdown, step_memory
 from planning.speed import StepTime, ranks_per_device, span, step_time
 from planning.step_spec import StepSpec
@@ -22,6 +23,21 @@ def capacity(spec: StepSpec, hardware: Hardware) -> int:
     """Return the bytes available to the tensors of a rank."""
     memory_gib = hardware.memory_gib / ranks_per_device(spec, hardware)
     return int((memory_gib - hardware.reserved_gib) * GIB)
+
+
+def host_peak(spec: StepSpec, ranks_per_node: int) -> int:
+    """Return the host memory of a node's ranks on GPUs; 0 on CPU, where it is the ranks' memory."""
+    if spec.accelerator == "cpu":
+        return 0
+    ranks = min(ranks_per_node, spec.mesh.world_size)
+    return ranks * (host_bytes(spec) + int(GPU_PROCESS_GIB * GIB))
+
+
+def memory_limit(spec: StepSpec, hardware: Hardware) -> int:
+    """Return `capacity`, or 0 if the nodes do not have enough host memory."""
+    available = hardware.host_memory_gib
+    used = host_peak(spec, hardware.devices_per_node)
+    return 0 if available is not None and used > available * GIB else capacity(spec, hardware)
 
 
 @dataclass(frozen=True)
@@ -46,13 +62,18 @@ class Plan:
         """Bytes available to a rank."""
         return capacity(self.spec, self.hardware)
 
+    @property
+    def host_peak(self) -> int:
+        """Bytes of host memory of a node with GPUs."""
+        return host_peak(self.spec, self.hardware.devices_per_node)
+
     @cached_property
     def time(self) -> StepTime:
         return step_time(self.spec, self.hardware)
 
     @property
     def fits(self) -> bool:
-        return self.memory.peak <= self.capacity
+        return self.memory.peak <= memory_limit(self.spec, self.hardware)
 
     @property
     def tokens_per_second(self) -> float:
@@ -83,6 +104,8 @@ class Plan:
     @property
     def bottleneck(self) -> str:
         """The largest part of memory if the plan does not fit, else the longest part of a step."""
+        if not self.fits and self.memory.peak <= self.capacity:
+            return f"host memory ({self.host_peak / GIB:.1f} GiB per node)"
         if not self.fits:
             part = self.memory.largest_part
             return f"memory (largest part: {part}, {getattr(self.memory, part) / GIB:.1f} GiB)"
@@ -116,8 +139,8 @@ class RunPlan:
 
     @cached_property
     def fullest(self) -> Plan:
-        """The stage with the highest peak memory."""
-        return max(self.stages, key=lambda plan: plan.memory.peak)
+        """The stage with the highest peak memory, of those that do not fit if there are any."""
+        return max(self.stages, key=lambda plan: (not plan.fits, plan.memory.peak))
 
     @property
     def fits(self) -> bool:

@@ -17,15 +17,16 @@ from data.files import write_atomically
 from parallel.config import PrecisionConfig
 from parallel.mesh import AXES
 from planning.config import PlanJobConfig
-from planning.memory import GIB, PARTS, MemoryBreakdown
+from planning.memory import GIB, PARTS, MemoryBreakdown, size_text
 from planning.plan import SECONDS_PER_DAY, Plan, RunPlan
 from planning.request import SEARCHED, in_yaml
 from planning.search import SearchResult
+from planning.time_limits import PhaseSeconds, planned_seconds, time_limits
 from training.console import Console, compact, duration
 
 MIB = 2**20
 # Of `PARTS`: persistent state in blue, the rest in orange and grey.
-COLORS = ("#08519c", "#3182bd", "#9ecae1", "#d94801", "#fd8d3c", "#fdbe85", "#bdbdbd")
+COLORS = ("#08519c", "#3182bd", "#9ecae1", "#d94801", "#fd8d3c", "#fdbe85", "#74c476", "#bdbdbd")
 
 
 # ---------------------------------------------------------------- tables
@@ -87,18 +88,35 @@ def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
     source = f"train.max_steps={config.train.max_steps}" if config.tokens is None else "tokens="
     rows = [
         ("fits", "yes" if run.fits else "no"),
-        ("peak memory", f"{full.memory.peak / GIB:.2f} of {full.capacity / GIB:.2f} GiB per rank"),
+        ("peak memory", f"{size_text(full.memory.peak)} of {size_text(full.capacity)} per rank"),
+        *_host_rows(config, run),
         ("bottleneck", run.bottleneck),
         ("throughput", f"{run.tokens_per_second:,.0f} tokens/s"),
         ("per device", f"{first.tokens_per_second_per_device:,.0f} tokens/s"),
         ("", f"{first.tflops():.3g} TFLOP/s{mfu}"),
         ("tokens", f"{compact(run.tokens)} ({source})"),
-        ("duration", duration(run.seconds)),
+        ("duration", duration(run.seconds) if run.seconds >= 1 else "under a second"),
     ]
     if run.cost is not None:
         price = config.hardware.price_per_hour
         rows.append(("cost", f"{run.cost:,.0f} at {price:g} per device-hour"))
-    return rows
+    limits = time_limits(config.watchdog, phase_seconds(run))
+    return [*rows, ("time limits", str(limits))]
+
+
+def phase_seconds(run: RunPlan) -> PhaseSeconds:
+    """Return the planned seconds of the phases with a time limit."""
+    return planned_seconds([plan.spec for plan in run.stages], run.stages[0].hardware)
+
+
+def _host_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
+    """Return the row about the host memory of nodes with GPUs."""
+    peak, available = max(plan.host_peak for plan in run.stages), config.hardware.host_memory_gib
+    if not peak:
+        return []
+    limit = "" if available is None else f" of {available:,.0f}"
+    saves = "asynchronous" if config.checkpoint.async_save else "synchronous"
+    return [("host memory", f"{peak / GIB:,.0f}{limit} GiB per node, {saves} saves")]
 
 
 def print_search(
@@ -178,6 +196,7 @@ def plan_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
         "tokens_per_second": run.tokens_per_second,
         "days": run.seconds / SECONDS_PER_DAY,
         "cost": run.cost,
+        "host_memory": max(plan.host_peak for plan in run.stages),
         "stages": [_stage_record(stage) for stage in run.stages],
     }
 

@@ -71,6 +71,21 @@ class PlanRequest:
         self.hopper = hopper
         self.precision = resolved_precision(config.precision, accelerator)
 
+    def with_synchronous_saves(self) -> tuple["PlanRequest", str] | None:
+        """Return the request without copies for asynchronous saves, and the overrides for it.
+
+        Returns None if saves are synchronous already.
+        """
+        checkpoint = self.config.checkpoint
+        if not checkpoint.async_save:
+            return None
+        changed = replace(checkpoint, async_save=False, when_busy="wait")
+        config = replace(self.config, checkpoint=changed)
+        overrides = "checkpoint.async_save=false"
+        if checkpoint.when_busy != "wait":  # which has no effect then
+            overrides += " checkpoint.when_busy=wait"
+        return PlanRequest(config, self.accelerator, self.tokens, self.hopper), overrides
+
     def local_batch_size(self, mesh: MeshShape) -> int:
         """Return the sequences per data-parallel rank and step on a valid mesh."""
         return self.config.train.global_batch_size // mesh.dp
@@ -97,6 +112,8 @@ class PlanRequest:
                 global_batch_size=batch_size,
                 micro_batch_size=stage.micro_batch_size or batch_size // mesh.dp,
                 document_mask=config.data.document_mask,
+                async_save=config.checkpoint.async_save,
+                prefetch=config.data.prefetch,
             )
             tokens[spec] = tokens.get(spec, 0) + stage_tokens
         return list(tokens.items())

@@ -14,7 +14,7 @@ from typing import Literal
 from parallel.mesh import MeshShape
 from planning.hardware import Hardware
 from planning.memory import GIB, MemoryBreakdown, step_memory
-from planning.plan import RunPlan, capacity, plan_run
+from planning.plan import RunPlan, capacity, host_peak, memory_limit, plan_run
 from planning.request import SEARCHED, Choice, PlanRequest, configured_choice
 from planning.step_spec import StepSpec
 
@@ -24,7 +24,7 @@ REDUCE_MODES: tuple[Literal["step"], Literal["micro_batch"]] = ("step", "micro_b
 """Values of `parallel.reduce_gradients`, least communication first."""
 
 Limit = Callable[[StepSpec], int]
-"""Return the bytes available to a rank."""
+"""Return the bytes available to a rank; 0 if the node's host memory is too small."""
 
 
 @dataclass
@@ -91,8 +91,13 @@ def search(request: PlanRequest, devices: int, hardware: Hardware, keep: int = 1
                 continue
             stages = request.stages(choice)
             memory, limit = peak_memory(stages), capacity(stages[0][0], hardware)
-            if memory.peak <= limit:
+            if memory.peak <= min(memory_limit(spec, hardware) for spec, _ in stages):
                 fitting.append((choice, plan_run(stages, hardware)))
+                continue
+            if memory.peak <= limit:
+                used = max(host_peak(spec, hardware.devices_per_node) for spec, _ in stages)
+                needs = f"{used / GIB:.1f} of {hardware.host_memory_gib} GiB per node"
+                result.reject("out of host memory", f"{choice}: {needs}")
                 continue
             needs = f"{memory.peak / GIB:.1f} of {limit / GIB:.1f} GiB"
             result.reject(
@@ -135,23 +140,33 @@ def remedy(
     Args:
         current: The choice to change as little as possible. None if no choice fits on `devices`.
     """
-    if current is not None and (nearest := nearest_fit(request, current, limit)) is not None:
-        changed = [word for word in nearest.overrides if word not in current.overrides]
-        return f"use {' '.join(changed)} (plan.py search=true finds the fastest choice)"
-    choice = fewest_devices(request, limit, devices, per_node)
-    if choice is None:
-        return (
-            "no mesh of any size fits: use a smaller model, shorter sequences, a larger batch "
-            "(which more devices can share) or other hardware"
-        )
-    return f"use at least {choice.mesh.world_size} devices with {choice}"
+    requests = [(request, "")]
+    if (synchronous := request.with_synchronous_saves()) is not None:
+        requests.append(synchronous)
+        if current is not None and _first_fit(synchronous[0], [current], limit) is not None:
+            return f"use {synchronous[1]} (no copy in host memory; training waits for each save)"
+    if current is not None:
+        for each, extra in requests:
+            if (nearest := nearest_fit(each, current, limit)) is not None:
+                changed = [word for word in nearest.overrides if word not in current.overrides]
+                words = " ".join([*changed, extra]).strip()
+                return f"use {words} (plan.py search=true finds the fastest choice)"
+    for each, extra in requests:
+        if (choice := fewest_devices(each, limit, devices, per_node)) is not None:
+            words = f"{choice} {extra}".strip()
+            return f"use at least {choice.mesh.world_size} devices with {words}"
+    return (
+        "no mesh of any size fits: use a smaller model, shorter sequences, a larger batch "
+        "(which more devices can share) or other hardware"
+    )
 
 
 def _first_fit(request: PlanRequest, candidates: Iterable[Choice], limit: Limit) -> Choice | None:
     """Return the first candidate that is valid and fits."""
     for choice in candidates:
         stages = request.stages(choice)
-        if not request.choice_errors(choice) and peak_memory(stages).peak <= limit(stages[0][0]):
+        available = min(limit(spec) for spec, _ in stages)
+        if not request.choice_errors(choice) and peak_memory(stages).peak <= available:
             return choice
     return None
 

@@ -16,6 +16,8 @@ HEAD_CHUNK = 2048
 """Tokens per chunk of logits; equals `model.loss.CHUNK`, which importing would load torch."""
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+MOMENT_BLOCK = 256
+"""8-bit values of a moment per float32 scale."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class StepSpec:
         precision: Data types, with `auto` resolved (see `resolved_precision`).
         micro_batch_size: Sequences per data-parallel rank and micro-batch.
         document_mask: Attention is restricted to documents.
+        async_save: Checkpoints are copied to host memory and written in the background.
+        prefetch: Steps that the loader reads ahead; None: batches are not counted.
     """
 
     model: ModelConfig
@@ -37,6 +41,8 @@ class StepSpec:
     global_batch_size: int
     micro_batch_size: int
     document_mask: bool = True
+    async_save: bool = False
+    prefetch: int | None = None
 
     @property
     def micro_batches(self) -> int:

@@ -34,9 +34,9 @@ from planning.activations import (
     full_hidden_bytes,
     uses_sequence_parallel,
 )
-from planning.memory import MOMENT_BLOCK, MOMENT_CHUNK, PARTS, MemoryBreakdown
+from planning.memory import MOMENT_CHUNK, PARTS, MemoryBreakdown, with_host_memory
 from planning.memory_tracker import MemoryTracker, local_tensor
-from planning.step_spec import StepSpec
+from planning.step_spec import MOMENT_BLOCK, StepSpec
 
 DEPTHS = (4, 6)  # at least 4: the first two and last two blocks differ from the rest
 
@@ -107,7 +107,7 @@ def _breakdown(spec: StepSpec, peaks: Peaks) -> MemoryBreakdown:
     parts: Counter[str] = Counter()
     for category, size in held.items():
         parts[_FIELDS.get(category, "temporary")] += round(size)
-    return MemoryBreakdown(**parts, phase=phase)
+    return with_host_memory(spec, MemoryBreakdown(**parts, phase=phase))
 
 
 def _peaks(spec: StepSpec) -> Peaks:

@@ -1,7 +1,8 @@
 """Configuration of fault handling. Imports nothing heavy."""
 
+import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
@@ -27,13 +28,33 @@ class FaultsConfig(ConfigSection):
     rewind_on_spike: bool = False
 
 
+TimeLimit = Literal["off"] | Annotated[float, Gt(0)] | None
+
+
 @dataclass(frozen=True)
 class WatchdogConfig(ConfigSection):
-    """Seconds before a hang is reported with stack traces and the run exits; None disables.
+    """Seconds before a hang is reported with stack traces and the run exits.
 
+    None is ten times the planned duration (`planning.time_limits`), `off` is no limit.
     `setup_seconds` covers the launch up to the end of the first step.
     """
 
-    setup_seconds: Annotated[float, Gt(0)] | None = 1800
-    step_seconds: Annotated[float, Gt(0)] | None = 600
-    checkpoint_seconds: Annotated[float, Gt(0)] | None = 1800
+    setup_seconds: TimeLimit = None
+    step_seconds: TimeLimit = None
+    checkpoint_seconds: TimeLimit = None
+
+
+@dataclass(frozen=True)
+class TimeLimits:
+    """Seconds that each phase of a run may take; infinite without a limit."""
+
+    setup: float = math.inf
+    step: float = math.inf
+    checkpoint: float = math.inf
+
+    def __str__(self) -> str:
+        phases = {"set-up": self.setup, "step": self.step, "checkpoint": self.checkpoint}
+        return ", ".join(
+            f"{phase} {'off' if seconds == math.inf else f'{seconds:,g} s'}"
+            for phase, seconds in phases.items()
+        )

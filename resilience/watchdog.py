@@ -24,7 +24,7 @@ from subprocess import Popen
 from typing import Any, NoReturn
 
 from parallel.mesh import process_ranks
-from resilience.config import WatchdogConfig
+from resilience.config import TimeLimits
 from resilience.exit_codes import ExitCode
 from resilience.heartbeat import Heartbeat, Phase, stack_of
 
@@ -45,19 +45,21 @@ class Watchdog:
     """Watch one process and, through the store, its peers; created before rendezvous.
 
     Args:
-        config: Time limit of each phase.
+        limits: Time limit of each phase.
 
     Attributes:
+        limits: As given, for reports.
         children: Processes of ranks 1, 2, … that this process has started.
         has_saved: Whether this launch has committed a checkpoint, which selects the exit code.
         on_abort: Called with the reason before the process exits; runs in a watchdog thread.
     """
 
-    def __init__(self, config: WatchdogConfig) -> None:
+    def __init__(self, limits: TimeLimits) -> None:
+        self.limits = limits
         self._limits: dict[Phase, float] = {
-            "set-up": config.setup_seconds or math.inf,
-            "step": config.step_seconds or math.inf,
-            "checkpoint": config.checkpoint_seconds or math.inf,
+            "set-up": limits.setup,
+            "step": limits.step,
+            "checkpoint": limits.checkpoint,
         }
         # A silent process soon exceeds the step limit too; silence is the better explanation, so
         # detect it first.

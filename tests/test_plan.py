@@ -85,6 +85,7 @@ def test_plan_accepts_every_key_and_group_of_train() -> None:
     plan = OmegaConf.to_container(compose("plan", plan_arguments(overrides)))
     train = OmegaConf.to_container(compose("train", hydra_arguments(overrides, "train")))
     assert isinstance(plan, dict) and isinstance(train, dict)
+    assert train.pop("hardware") == plan["hardware"]  # of the recipe; train.py ignores it
     added = {field.name for field in fields(PlanJobConfig)} - {f.name for f in fields(JobConfig)}
     assert {key: value for key, value in plan.items() if key not in added} == train
     assert added == set(plan) - set(train)
@@ -453,7 +454,8 @@ def test_run_that_does_not_fit_is_rejected_with_a_remedy(monkeypatch: pytest.Mon
     # It fits into 16 times the memory, which two ranks of a node share.
     monkeypatch.setattr(fit_check, "machine_memory", lambda: 2**34)
     assert "of 15.55 GiB per rank (fits)" in check(config)
-    shared = check(config, Processes("cpu", 2, 1, "self"), MeshShape(1, 2, 1, 1))
+    half = trained(*overrides, "train.micro_batch_size=8")
+    shared = check(half, Processes("cpu", 2, 1, "self"), MeshShape(1, 2, 1, 1))
     assert "of 7.55 GiB per rank" in shared
 
 
@@ -463,6 +465,7 @@ def test_gpu_memory_is_queried_and_known_devices_have_a_speed(
     config = trained(*LLAMA_8B, "parallel.activation_checkpoint=full")
     processes, mesh = Processes("cuda", 8, 1, "torchrun"), MeshShape(1, 8, 1, 1)
     monkeypatch.setattr(fit_check, "LOCAL", "never measured")
+    monkeypatch.setattr(fit_check, "machine_memory", lambda: 2**41)
 
     def check_on(name: str, gib: int) -> str:
         device = SimpleNamespace(name=name, total_memory=gib * GIB)

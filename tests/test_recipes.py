@@ -1,15 +1,16 @@
 """The recipes of conf/experiment are valid and fit on the hardware they are intended for."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from cli.arguments import CONF, hydra_arguments
-from cli.config import check_for_tasks
+from cli.arguments import CONF, hydra_arguments, plan_arguments
+from cli.config import check_for_tasks, load_plan_config, load_train_config
 from model.flops import parameter_count
 from parallel.mesh import resolve_mesh
-from planning.hardware import load_hardware
+from planning.hardware import Hardware, load_hardware
 from planning.plan import RunPlan, plan_run
 from planning.request import PlanRequest, configured_choice
 from training.config import JobConfig
@@ -75,6 +76,31 @@ def test_recipe_is_valid_on_its_machines(recipe: str) -> None:
     size = recipe.rpartition("_")[2].removesuffix("b")
     if size.isdigit():
         assert round(parameter_count(config.model) / 1e9) == pytest.approx(int(size), abs=1)
+
+
+@pytest.mark.parametrize("recipe", MACHINES)
+def test_recipe_is_planned_for_its_hardware_unless_another_is_given(recipe: str) -> None:
+    per_node, nodes, name = MACHINES[recipe]
+    config = load_plan_config(compose("plan", plan_arguments([f"experiment={recipe}"])))
+    assert config.hardware == load_hardware(name)
+    if "_paper" not in recipe:  # these run on any number of devices
+        assert config.n_devices == per_node * nodes
+
+
+def test_hardware_of_the_command_replaces_that_of_the_recipe() -> None:
+    def hardware(*arguments: str) -> Hardware:
+        return load_plan_config(compose("plan", plan_arguments(list(arguments)))).hardware
+
+    recipe, a100 = "experiment=h200_8b", load_hardware("a100")
+    assert hardware(recipe, "hardware=a100") == a100
+    assert hardware(recipe, f"hardware={CONF}/hardware/a100.yaml") == a100  # without fp8 rates
+    assert hardware(recipe, "hardware.memory_gib=40").name == "h200"
+    assert hardware("hardware.memory_gib=40") == replace(load_hardware("h100"), memory_gib=40)
+    # train.py accepts the same arguments, and checks the machine that it runs on.
+    config = load_train_config(
+        compose("train", hydra_arguments([recipe, "hardware=a100"], "train"))
+    )
+    assert config == load_train_config(compose("train", hydra_arguments([recipe], "train")))
 
 
 @pytest.mark.parametrize("recipe", MACHINES)

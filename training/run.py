@@ -157,7 +157,8 @@ class Run:
         self.event_log = EventLog(folder.event_log, note)
         origin = {} if step else {"init_from": config.run.init_from}
         changed = {"changed": changes.free, "allowed": changes.allowed}
-        self.record("start", step=step, mesh=str(self.mesh), **origin, **changed, **times)
+        limits = {"time_limits": str(self.watchdog.limits)}
+        self.record("start", step=step, mesh=str(self.mesh), **origin, **changed, **times, **limits)
         self.metrics = MetricsLog(
             folder.path,
             tensorboard=config.log.tensorboard,

@@ -42,6 +42,7 @@ def header(run: Run, changes: Changes) -> tuple[str, Rows]:
         *batch_rows,
         ("steps", f"{steps} ({compact(tokens)} tokens), {origin}"),
         ("folder", config.run.dir),
+        ("time limits", str(run.watchdog.limits)),
         *(("changed", row) for row in changes.rows()),
     ]
 

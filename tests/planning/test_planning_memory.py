@@ -18,7 +18,7 @@ from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
 from planning import memory, tracing
 from planning.memory import step_memory
-from planning.step_spec import HEAD_CHUNK, StepSpec
+from planning.step_spec import HEAD_CHUNK, MOMENT_BLOCK, StepSpec
 from planning.tracing import FakeAdamW, trace_memory
 from training.config import OptimConfig
 from training.moments import BLOCK
@@ -127,7 +127,7 @@ def test_constants_match_their_originals() -> None:
     assert memory.HEAD_BLOCK == model.loss.BLOCK
     chunks = (training.optimizer._CHUNK_CPU, training.optimizer._CHUNK_DEVICE)
     assert tuple(memory.MOMENT_CHUNK.values()) == chunks
-    assert memory.MOMENT_BLOCK == BLOCK
+    assert MOMENT_BLOCK == BLOCK
 
 
 @pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])

@@ -1,0 +1,63 @@
+"""Closed forms of host memory: what checkpoints need there, and batches that are read ahead.
+
+An asynchronous save copies the rank's shards of weights and moments to host memory
+(`checkpoint.host_copy`), which is kept for the next save. On GPUs the copy is pinned, and PyTorch's
+pinned allocator rounds each tensor up to a power of two (ATen/core/CachingHostAllocator.h). In
+checkpoints the moments are float32: those in bf16 or 8 bits are converted, in host memory, for the
+duration of each save. On CPU all of it is the rank's own memory.
+"""
+
+from collections.abc import Iterator
+
+from parallel.traffic import block_matrices, root_matrices
+from planning.step_spec import StepSpec
+
+FLOAT32, INT64 = 4, 8  # bytes
+GPU_PROCESS_GIB = 2.0
+"""Host memory of a rank on a GPU without tensors: interpreter, libraries, CUDA and NCCL."""
+
+
+def shards(spec: StepSpec) -> Iterator[int]:
+    """Yield the bytes of each parameter's shard on this rank, and of each of its moments."""
+    model, mesh = spec.model, spec.mesh
+    ranks = mesh.dp_shard * mesh.cp
+    blocks = block_matrices(model, mesh.tp) * model.n_layers
+    for rows, columns in blocks + root_matrices(model, mesh.tp):
+        yield -(-rows // ranks) * columns * FLOAT32
+
+
+def checkpoint_bytes(spec: StepSpec) -> int:
+    """Return the size of a checkpoint; replicas save their shards once."""
+    mesh = spec.mesh
+    return 3 * sum(shards(spec)) * mesh.dp_shard * mesh.cp * mesh.tp
+
+
+def copied_bytes(spec: StepSpec) -> int:
+    """Return the size of the copy for asynchronous saves, which lives from the first save on."""
+    if not spec.async_save:
+        return 0
+    exact, pinned = sum(shards(spec)), sum(map(_power_of_two, shards(spec)))
+    if spec.accelerator == "cpu":
+        return 3 * exact
+    return 3 * pinned if spec.precision.optimizer_state == "fp32" else pinned + 2 * exact
+
+
+def converted_bytes(spec: StepSpec) -> int:
+    """Return the size of the float32 moments that a save or a load holds in host memory."""
+    return 0 if spec.precision.optimizer_state == "fp32" else 2 * sum(shards(spec))
+
+
+def read_ahead_bytes(spec: StepSpec) -> int:
+    """Return the size of the tokens, positions and labels of this step and those read ahead."""
+    steps = 0 if spec.prefetch is None else spec.prefetch + 1
+    return steps * spec.global_batch_size // spec.mesh.dp * spec.seq_len * 3 * INT64
+
+
+def host_bytes(spec: StepSpec) -> int:
+    """Return the peak of a rank's host memory on a GPU, without its libraries."""
+    return copied_bytes(spec) + converted_bytes(spec) + read_ahead_bytes(spec)
+
+
+def _power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not less."""
+    return 1 << max(number - 1, 0).bit_length()
