@@ -41,7 +41,9 @@ class SourceConfig(ConfigSection):
         weight: Relative sampling weight. A source of weight 0 is read from the first stage that
             gives it a weight.
         filter: Conditions (column, operator, value); a row must meet all.
-        split, name, revision: Arguments of `datasets.load_dataset` (`huggingface` only).
+        split: The split to read. For local formats, file names or `save_to_disk` folders give it;
+            `train+test` reads two and `all` every file.
+        name, revision: Arguments of `datasets.load_dataset` (`huggingface` only).
         streaming: Read rows while the dataset downloads (`huggingface` only).
     """
 

@@ -124,6 +124,13 @@ def _source_errors(key: str, source: SourceConfig) -> Iterator[str]:
                 f"{key}.filter ({column} {operator} {value}) has the wrong operand; {operator} "
                 f"compares with {'a list' if compares_list else 'one value'}"
             )
+    if kind == "stdlib" and source.split not in ("train", "all"):
+        yield f"{key}.split={source.split} does not apply to format stdlib; use train"
+    elif kind != "huggingface" and not re.fullmatch(r"\w[\w.-]*(\+\w[\w.-]*)*", source.split):
+        yield (
+            f"{key}.split={source.split or 'null'} is not the name of a split; use a name like "
+            "validation, several like train+validation, or all"
+        )
     for name, unset in (("name", "null"), ("revision", "null"), ("streaming", "false")):
         if kind != "huggingface" and (value := getattr(source, name)):
             yield f"{key}.{name}={value} does not apply to format {kind}; use {unset}"

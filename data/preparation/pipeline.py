@@ -178,7 +178,9 @@ class _Preparation:
     def _find_source(self, name: str) -> None:
         """Find the input of a source (a hub dataset is downloaded) and read its first documents."""
         source = self.data.sources[name]
-        self.corpora[name] = find_corpus(name, source)
+        self.corpora[name] = find_corpus(name, source, self.data.invalid_text)
+        for note in self.corpora[name].notes:
+            self.reporter.log(note)
         parts = self.corpora[name].parts
         is_stdlib = source.format == "stdlib"
         paths = [one.path for part in parts for one in part.ranges] if is_stdlib else []

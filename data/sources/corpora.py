@@ -1,12 +1,11 @@
-"""Finding the files or dataset of a source and dividing them into parts.
+"""Dividing the files or the dataset of a source into parts.
 
 The division depends only on the input (names, sizes, boundaries of lines, row groups and record
 batches), not on the number of workers. Files are sorted, so a source is the same sequence on every
-machine. Local formats use neither the network nor the `datasets` cache. `data.sources.rows` reads
-the parts.
+machine. Local formats use neither the network nor the `datasets` cache. `data.sources.listing`
+finds the files, `data.sources.rows` reads the parts.
 """
 
-import glob
 import hashlib
 import os
 import sysconfig
@@ -18,16 +17,16 @@ from typing import Any
 
 from data.config import SourceConfig
 from data.errors import DataError
+from data.sources.content import (
+    NAMES,
+    Content,
+    format_override,
+    inspect_file,
+    inspect_files,
+    reject_other_formats,
+)
+from data.sources.listing import list_files
 
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-_LINES = (".jsonl", ".ndjson")
-# Files taken from a folder, by format; `text` takes all.
-SUFFIXES = {
-    "text": ("",),
-    "jsonl": (*_LINES, *(lines + packed for lines in _LINES for packed in COMPRESSED)),
-    "parquet": (".parquet",),
-    "arrow": (".arrow",),
-}
 STDLIB_EXCLUDES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 MIB = 2**20
 # About 64 parts per source serve many workers; the largest part fills one shard of tokens.
@@ -71,15 +70,20 @@ class Corpus:
     Attributes:
         revision: A hash of the input, or the dataset's commit.
         dataset: Object of the `datasets` library, downloaded or streamed, for format `huggingface`.
+        notes: Lines for the user about paths that are not read.
     """
 
     revision: str
     parts: tuple[Part, ...]
     dataset: Any = None
+    notes: tuple[str, ...] = ()
 
 
-def find_corpus(name: str, source: SourceConfig) -> Corpus:
+def find_corpus(name: str, source: SourceConfig, policy: str = "strict") -> Corpus:
     """Find the input of the source with this name and divide it into parts.
+
+    Args:
+        policy: `data.invalid_text`.
 
     Raises:
         DataError: There is no input, or not in the configured format.
@@ -88,46 +92,43 @@ def find_corpus(name: str, source: SourceConfig) -> Corpus:
     if source.format == "huggingface":
         return _hub_corpus(name, source, key)
     try:
-        files = source_files(source, key)
+        notes: list[str] = []
+        files = source_files(source, key, notes)
         sizes = [file.stat().st_size for file in files]
+        contents = [Content("text")] * len(files)
+        if source.format != "stdlib":
+            contents = inspect_files(files, source.text_column)
+            reject_other_formats(files, contents, source, key, policy == "skip")
         part_bytes = _part_bytes(sum(sizes))
         divided = (
-            _divide_file(file, size, part_bytes, source.format, key)
-            for file, size in zip(files, sizes, strict=True)
+            _divide_file(file, size, part_bytes, source.format, content, key)
+            for file, size, content in zip(files, sizes, contents, strict=True)
         )
         parts = tuple(_group(name, chain.from_iterable(divided), part_bytes))
-        return Corpus(_revision(files, sizes), parts)
+        return Corpus(_revision(files, sizes), parts, notes=tuple(notes))
     except OSError as error:
-        raise DataError(f"{key}.path={source.path}: cannot read ({error})") from error
+        raise DataError(
+            f"{key}.path={source.path}: cannot read ({error}); make it readable for this user, or "
+            "remove it"
+        ) from error
 
 
-def source_files(source: SourceConfig, key: str = "data.sources.<name>") -> list[Path]:
+def source_files(
+    source: SourceConfig, key: str = "data.sources.<name>", notes: list[str] | None = None
+) -> list[Path]:
     """Return the files of a local source, sorted.
+
+    Args:
+        notes: Receives lines about paths that are not read.
 
     Raises:
         DataError: The path matches no file.
     """
-    if source.format == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        files = sorted(root.rglob("*.py"))
-        return [f for f in files if STDLIB_EXCLUDES.isdisjoint(f.relative_to(root).parts)]
-    assert source.path is not None
-    path = Path(source.path).expanduser()
-    suffixes = SUFFIXES[source.format]
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        files = [file for file in path.rglob("*") if file.name.endswith(suffixes)]
-        files = [f for f in files if "/." not in f"/{f.relative_to(path).as_posix()}"]
-        reason = f"is a folder without {' or '.join(suffixes).strip() or 'visible'} files"
-    else:
-        files = [Path(name) for name in glob.glob(str(path), recursive=True)]
-        reason = "matches no file or folder"
-    files = sorted(file for file in files if file.is_file())
-    if not files:
-        where = f"(working directory {Path.cwd()}); use an existing path"
-        raise DataError(f"{key}.path={source.path} {reason} {where}")
-    return files
+    if source.format != "stdlib":
+        return list_files(source, key, [] if notes is None else notes)
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(root.rglob("*.py"))
+    return [f for f in files if STDLIB_EXCLUDES.isdisjoint(f.relative_to(root).parts)]
 
 
 def open_arrow(path: str) -> Any:
@@ -140,7 +141,7 @@ def open_arrow(path: str) -> Any:
     return pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return a library's exception as one line."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
@@ -174,11 +175,11 @@ def _group(name: str, ranges: Iterable[FileRange], part_bytes: int) -> Iterator[
 
 
 def _divide_file(
-    file: Path, size: int, part_bytes: int, format_: str, key: str
+    file: Path, size: int, part_bytes: int, format_: str, content: Content, key: str
 ) -> Iterator[FileRange]:
     """Yield the ranges of a file, several if it is large and its format allows division."""
     path = str(file.absolute())
-    plain_lines = format_ == "jsonl" and file.suffix not in COMPRESSED
+    plain_lines = format_ == "jsonl" and content.compression is None
     if plain_lines and size > part_bytes:
         yield from _divide_lines(path, size, part_bytes)
     elif format_ in ("parquet", "arrow") and size > part_bytes:
@@ -243,6 +244,7 @@ def _hub_corpus(name: str, source: SourceConfig, key: str) -> Corpus:
 
     datasets.disable_progress_bars()  # they would overwrite the bar of the preparation
     path = str(source.path)
+    _reject_other_layouts(source, key)
     try:
         builder = datasets.load_dataset_builder(path, name=source.name, revision=source.revision)
         if source.streaming:
@@ -262,11 +264,30 @@ def _hub_corpus(name: str, source: SourceConfig, key: str) -> Corpus:
     except Exception as error:  # the library propagates errors of any file system
         raise DataError(
             f"{key}.path={path}: cannot read the dataset (name={source.name}, split={source.split},"
-            f" revision={source.revision}; {first_line(error)}); check these values, the network, "
-            "and that the dataset is public"
+            f" revision={source.revision}; {first_line(error.__cause__ or error)}); check these "
+            "values, the network, and that the dataset is public"
         ) from error
     parts = tuple(Part(name, number, (each,)) for number, each in enumerate(ranges))
     return Corpus(_hub_revision(builder), parts, dataset)
+
+
+def _reject_other_layouts(source: SourceConfig, key: str) -> None:
+    """Raise DataError for local paths that `load_dataset` cannot read, or reads wrongly."""
+    path = Path(str(source.path))
+    if path.is_file():
+        content = inspect_file(path, source.text_column)
+        if content.kind in NAMES:
+            raise DataError(
+                f"{key}.path={path} is a file, but format huggingface reads a dataset by its name "
+                f"or folder; use {format_override(source, key, content.kind, path)}"
+            )
+    # It would read the files that `map` cached in the folder as well.
+    if any((path / index).is_file() for index in ("state.json", "dataset_dict.json")):
+        files = (file for file in path.rglob("*.arrow"))
+        raise DataError(
+            f"{key}.path={path} was written by `save_to_disk`, which format huggingface does not "
+            f"read; use {format_override(source, key, 'arrow', next(files, path / '0.arrow'))}"
+        )
 
 
 def _hub_revision(builder: Any) -> str:

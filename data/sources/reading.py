@@ -7,14 +7,15 @@ otherwise. Tables are read in small batches, so memory is bounded by the largest
 
 import io
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice, repeat
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 from data.config import SourceConfig
-from data.sources.corpora import COMPRESSED, MIB, FileRange, open_arrow
+from data.sources.compression import decompressed
+from data.sources.corpora import MIB, FileRange, open_arrow
 
 BATCH_ROWS = 128  # table rows converted to Python objects at a time
 
@@ -80,22 +81,16 @@ def read_rows(
 @contextmanager
 def _open(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Open a file and yield its decompressed stream and the file itself."""
-    compression = COMPRESSED.get(Path(path).suffix)
-    with open(path, "rb", buffering=MIB) as file:
-        if compression is None:
-            yield file, file
-        else:
-            import pyarrow
-
-            stream = pyarrow.input_stream(file, compression=compression)
-            yield cast(BinaryIO, io.BufferedReader(stream, MIB)), file
+    with io.BufferedReader(io.FileIO(path), MIB) as file:
+        yield decompressed(file), file
 
 
 def _text_rows(file_range: FileRange, column: str, start: RowPosition) -> Iterator[RawRow]:
     """Yield a file as one document."""
     if start.row == 0:
         with _open(file_range.path) as (stream, _):
-            yield RawRow({column: stream.read()}, 1, file_range.n_bytes)
+            text = stream.read().removeprefix(BOM_UTF8)
+            yield RawRow({column: text}, 1, file_range.n_bytes)
 
 
 def _json_rows(file_range: FileRange, column: str, start: RowPosition) -> Iterator[RawRow]:
@@ -111,6 +106,8 @@ def _json_rows(file_range: FileRange, column: str, start: RowPosition) -> Iterat
         while (compressed or position < (file_range.end or 0)) and (line := stream.readline()):
             row += 1
             before, position = position, file.tell() if compressed else position + len(line)
+            if row == 1 and file_range.start == 0:
+                line = line.removeprefix(BOM_UTF8)
             if not line.isspace():
                 values, error = _parse_line(line, column)
                 offset = 0 if compressed else position - file_range.start

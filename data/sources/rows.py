@@ -14,7 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 from data.config import SourceConfig
 from data.errors import DataError
-from data.sources.corpora import COMPRESSED, Part, first_line
+from data.sources.compression import COMMANDS
+from data.sources.content import BYTE_ORDER_MARKS
+from data.sources.corpora import Part, first_line
 from data.sources.reading import RawRow, RowPosition, describe_location, read_rows
 
 Policy = Literal["strict", "replace", "skip"]
@@ -79,7 +81,7 @@ def rows(
         except DataError:
             raise
         except Exception as error:  # from the file system, the format or the library
-            tool = COMPRESSED.get(Path(file_range.path).suffix)
+            tool = COMMANDS.get(Path(file_range.path).suffix)
             remedy = f"check it with `{tool} -t`" if tool else "write it again"
             raise DataError(
                 f"{key}.path: {file_range.path}: cannot read after row {n_read} "
@@ -103,9 +105,11 @@ def _check(
                 f"{key}.text_column={source.text_column} {error} at {locate(raw.row)}; "
                 f"use one of {raw.choices}"
             )
+        is_file = source.format in ("stdlib", "text")
+        remedy = "convert it to UTF-8" if is_file else f"repair it, use another {key}.text_column"
         raise DataError(
-            f"{key}.path: {locate(raw.row)} {error}; repair it, use another {key}.text_column, or "
-            "set data.invalid_text to replace (repairs invalid characters) or skip"
+            f"{key}.path: {locate(raw.row)} {error}; {remedy}, or set data.invalid_text to "
+            "replace (repairs invalid characters) or skip"
         )
     if policy == "replace" and text is not None:
         return ("replaced" if text else "empty"), text, content
@@ -121,13 +125,18 @@ def _extract_text(raw: RawRow, source: SourceConfig) -> tuple[str | None, bytes,
     if text is None:
         return "", b"", error
     if isinstance(text, bytes):
+        encoding = "utf-8"
+        if source.format in ("stdlib", "text"):
+            marks = (name for mark, name in BYTE_ORDER_MARKS if text.startswith(mark))
+            encoding = next(marks, encoding)
         try:
-            text = text.decode()
+            text = text.decode(encoding)
         except UnicodeDecodeError as exception:
             start = exception.start
             line = text.count(b"\n", 0, start) + 1
-            error = f"is not UTF-8 (byte 0x{text[start]:02x} in line {line} of its text)"
-            text = text.decode(errors="replace")
+            name = encoding.upper()
+            error = f"is not {name} (byte 0x{text[start]:02x} in line {line} of its text)"
+            text = text.decode(encoding, errors="replace")
     if not isinstance(text, str):
         return None, b"", f"has a {type(text).__name__} in {column}, not text"
     if source.format in ("stdlib", "text"):
