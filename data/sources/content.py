@@ -97,6 +97,8 @@ def inspect_files(files: Sequence[Path], text_column: str) -> list[Content]:
     Raises:
         OSError: A file cannot be opened.
     """
+    if len(files) < 64:
+        return [inspect_file(file, text_column) for file in files]
     with ThreadPoolExecutor(16) as pool:  # on network file systems, opening takes the time
         return list(pool.map(lambda file: inspect_file(file, text_column), files))
 

@@ -417,9 +417,9 @@ def test_folder_is_locked_while_sources_are_located(
     data = data_of(tmp_path, source_of("text", tmp_path))
     claimed = []
 
-    def record_claim(name: str, source: SourceConfig) -> Corpus:
+    def record_claim(name: str, source: SourceConfig, *arguments: str) -> Corpus:
         claimed.append(is_locked(Path(data.folder) / state.MARKER_FILE))
-        return find_corpus(name, source)
+        return find_corpus(name, source, *arguments)
 
     monkeypatch.setattr("data.preparation.pipeline.find_corpus", record_claim)
     prepare(data, BYTE, progress=False)
