@@ -7,7 +7,6 @@ record the dataset, or a Hugging Face or Meta folder. Results are printed and wr
 """
 
 import dataclasses
-import json
 import sys
 from importlib.metadata import distributions
 from pathlib import Path
@@ -21,6 +20,7 @@ from cli.config import check_inference_mesh, load_evaluate_config
 from cli.errors import exit_on_user_error
 from cli.start_up import start_up
 from evaluation.config import EvaluateJobConfig
+from evaluation.errors import EvaluationError
 from training.config_validation import ConfigError
 
 
@@ -35,12 +35,15 @@ def evaluate(config: EvaluateJobConfig) -> None:
     """Measure everything the configuration requests; rank 0 prints and writes the results.
 
     Raises:
-        FormatError, DataError, TaskError, ConfigError: Weights, text, tasks or mesh are invalid.
+        FormatError, DataError, ConfigError: Weights, text, tasks or mesh are invalid.
+        EvaluationError: A metric or a task failed; the results of the others are written.
     """
+    from data.files import strict_json
     from evaluation.held_out import LossTotals, evaluate_dataset, open_held_out
     from evaluation.inference import load_model
-    from evaluation.lm_eval_tasks import run_tasks, task_errors
+    from evaluation.lm_eval_tasks import TaskOptions, run_tasks, task_errors
     from formats.detection import open_weights
+    from formats.instruct import find_chat_template, prompt_folders
     from formats.tokenizers import resolve_tokenizer
     from formats.weights import fingerprint
     from parallel.data_parallel import mixed_precision_policy
@@ -52,6 +55,9 @@ def evaluate(config: EvaluateJobConfig) -> None:
     weights = open_weights(Path(config.checkpoint))
     held_out, seq_len = open_held_out(weights, settings, optional=bool(tasks))
     tokenizer = resolve_tokenizer(weights.folder, config.tokenizer_path) if tasks else None
+    template = None
+    if tokenizer is not None and config.apply_chat_template:
+        template = find_chat_template(prompt_folders(weights, config.tokenizer_path), tokenizer)
     if tasks:  # their sequences have arbitrary lengths, and scoring needs logits
         parallel = dataclasses.replace(parallel, sequence_parallel=False, loss_parallel=False)
     # The number of windows need not be divisible: every data rank has its own micro-batches.
@@ -66,17 +72,28 @@ def evaluate(config: EvaluateJobConfig) -> None:
         "weights_hash": fingerprint(weights),
         "precision": str(policy.param_dtype).removeprefix("torch."),
     }
+    failures: dict[str, str] = {}
     if held_out is not None:
-        totals = evaluate_dataset(context, held_out, seq_len, settings)
         results |= {"data": str(held_out.folder), "data_hash": held_out.hash, "seq_len": seq_len}
-        results |= sum(totals.values(), LossTotals()).metrics()
-        results["sources"] = {name: each.metrics() for name, each in totals.items()}
+        try:
+            totals = evaluate_dataset(context, held_out, seq_len, settings)
+        except EvaluationError as error:
+            failures["loss"] = str(error)
+        else:
+            results |= sum(totals.values(), LossTotals()).metrics()
+            results["sources"] = {name: each.metrics() for name, each in totals.items()}
+    samples = {}
     if tokenizer is not None:
         from evaluation.lm_eval_model import LlameshLM
 
-        lm = LlameshLM(context, tokenizer, settings.micro_batch_size)
-        fewshot, limit = config.num_fewshot, config.limit
-        results["tasks"] = run_tasks(lm, tasks, folder=folder, num_fewshot=fewshot, limit=limit)
+        lm = LlameshLM(context, tokenizer, settings.micro_batch_size, template)
+        chat, log_samples = config.apply_chat_template, config.log_samples
+        options = TaskOptions(folder, config.num_fewshot, config.limit, chat, log_samples)
+        found = run_tasks(lm, tasks, options)
+        results["tasks"], samples = found.scores, found.samples
+        failures |= found.errors
+    if failures:
+        results["errors"] = failures
     packages = ("torch", "llamesh", "lm_eval") if tasks else ("torch", "llamesh")
     # llamesh itself may run from a checkout, without a distribution.
     results["versions"] = {
@@ -84,9 +101,13 @@ def evaluate(config: EvaluateJobConfig) -> None:
     }
     context.watchdog.close()
     if context.fabric.is_global_zero:
-        output = settings.output or weights.folder / "evaluation.json"
-        write_results(Path(output), results)
-        print(json.dumps(results, indent=1))
+        output = Path(settings.output or weights.folder / "evaluation.json")
+        write_results(output, results)
+        write_samples(output.with_name(f"{output.stem}.samples"), samples)
+        print(strict_json(results, indent=1), flush=True)
+    if failures:
+        lines = "".join(f"\n  {name}: {error}" for name, error in failures.items())
+        raise EvaluationError(f"no results for {len(failures)} of the metrics and tasks:{lines}")
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
@@ -95,10 +116,10 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     Raises:
         FormatError: The file cannot be written.
     """
-    from data.files import write_atomically
+    from data.files import strict_json, write_atomically
     from formats.errors import FormatError
 
-    text = json.dumps(results, indent=1)
+    text = strict_json(results, indent=1)
     try:
         write_atomically(path, f"{text}\n".encode())
     except OSError as error:
@@ -106,6 +127,28 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
             f"{path} cannot be written ({error.strerror}); set evaluation.output to another file. "
             f"Results:\n{text}"
         ) from None
+
+
+def write_samples(folder: Path, samples: dict[str, list[Any]]) -> None:
+    """Write the samples of each task as JSON lines to `folder/TASK.jsonl`.
+
+    Raises:
+        FormatError: A file cannot be written.
+    """
+    from data.files import strict_json, write_atomically
+    from formats.errors import FormatError
+
+    for task, records in samples.items():
+        path = folder / f"{task}.jsonl"
+        lines = [strict_json(each, default=str, ensure_ascii=False) + "\n" for each in records]
+        try:
+            folder.mkdir(exist_ok=True)
+            write_atomically(path, "".join(lines).encode(errors="surrogatepass"))
+        except OSError as error:
+            raise FormatError(
+                f"{path} cannot be written ({error.strerror}); set evaluation.output to another "
+                "folder"
+            ) from None
 
 
 if __name__ == "__main__":

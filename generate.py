@@ -2,6 +2,7 @@
 
     python generate.py checkpoint=runs/llama3_tiny prompt="def "
     python generate.py checkpoint=Llama-3.2-1B prompts=prompts.txt temperature=0
+    python generate.py checkpoint=Llama-3.2-1B-Instruct chat=true prompt="Why is the sky blue?"
     python generate.py checkpoint=Meta-Llama-3-70B parallel.tp=8       reads prompts from stdin
 
 Text is written to stdout, everything else to stderr.
@@ -37,19 +38,23 @@ def run(config: GenerateJobConfig) -> None:
     """
     from evaluation.completer import Completer
     from evaluation.inference import load_model
-    from evaluation.prompts import interactive_prompts, read_prompts
+    from evaluation.prompts import PromptEncoder, interactive_prompts, read_prompts
     from formats.conversion import check_vocabulary
     from formats.detection import open_weights
+    from formats.instruct import prompt_folders
     from formats.tokenizers import resolve_tokenizer
 
     weights = open_weights(Path(config.checkpoint))
-    tokenizer = resolve_tokenizer(weights.folder, config.tokenizer_path)
-    assert tokenizer is not None
+    or_ids = ", or tokenizer_path=null with token ids in prompts=FILE.jsonl"
+    tokenizer = resolve_tokenizer(weights.folder, config.tokenizer_path, or_ids)
     check_vocabulary(weights, tokenizer)
-    model = weights.model
+    model, folders = weights.model, prompt_folders(weights, config.tokenizer_path)
+    encoder = PromptEncoder(model, tokenizer, folders, config.chat, config.system)
     is_interactive = config.prompt is None and config.prompts is None
+    if config.chat:
+        _ = encoder.template  # raises without one
     if not is_interactive:
-        prompts, errors = read_prompts(config.prompt, config.prompts, tokenizer, model)
+        prompts, errors = read_prompts(config.prompt, config.prompts, encoder)
         if errors:
             raise ConfigError(errors)
     # A generation step has one column, which cannot be split along seq.
@@ -59,10 +64,10 @@ def run(config: GenerateJobConfig) -> None:
     completer = Completer(config, context, tokenizer)
     with context.exit_on_interrupt():
         if is_interactive:
-            for prompt in interactive_prompts(context.fabric, tokenizer, model):
+            for prompt in interactive_prompts(context.fabric, encoder):
                 completer.stream(prompt, prefix="")
         elif config.prompt is not None:
-            completer.stream(prompts[0], prefix=config.prompt)
+            completer.stream(prompts[0], prefix=prompts[0].text)
         else:
             as_json = Path(str(config.prompts)).suffix == ".jsonl"
             for first in range(0, len(prompts), config.batch_size):
@@ -73,6 +78,6 @@ def run(config: GenerateJobConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = hydra_arguments(sys.argv[1:], "generate", texts=("prompt",))
+    sys.argv[1:] = hydra_arguments(sys.argv[1:], "generate", texts=("prompt", "system"))
     start_up()
     main()

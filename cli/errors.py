@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from data.errors import DataError
-from evaluation.errors import TaskError
+from evaluation.errors import EvaluationError
 from formats.errors import FormatError
 from parallel.mesh import is_first_process
 from resilience.errors import LaunchError
@@ -37,7 +37,7 @@ def exit_on_user_error(interrupted: str = "Interrupted.") -> Iterator[None]:
         yield
     except ConfigError as error:
         message = f"Invalid configuration:\n{error}"
-    except (DataError, FormatError, LaunchError, TaskError) as error:
+    except (DataError, FormatError, LaunchError, EvaluationError) as error:
         message = f"Error: {error}"
     except RunFolderError as error:
         message, code = f"Error: {error}", error.code

@@ -3,12 +3,14 @@
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from isal import isal_zlib
 
@@ -78,6 +80,18 @@ class Checksums:
         """Return the entry of a file that contains the bytes so far."""
         crc32 = "".join(f"{crc:08x}" for crc in self._crc32)
         return FileEntry(file, self.n_bytes, self._sha256.hexdigest(), crc32)
+
+
+def strict_json(value: Any, *, default: Callable[[Any], Any] | None = None, **options: Any) -> str:
+    """Return JSON in which NaN and infinity, which JSON lacks, are `null`.
+
+    Args:
+        default: Converts values that JSON lacks, as in `json.dumps`.
+        options: Arguments of `json.dumps`, such as `indent`.
+    """
+    text = json.dumps(value, default=default)
+    finite = json.loads(text, parse_constant=lambda _: None)
+    return json.dumps(finite, allow_nan=False, **options)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

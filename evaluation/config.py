@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge, Interval, Lt, MinLen
+from annotated_types import Ge, Gt, Interval, Lt, MinLen
 
 from model.config_base import ConfigSection, PositiveInt
 from parallel.config import ParallelConfig, PrecisionConfig
@@ -39,6 +39,8 @@ class EvaluateJobConfig(ConfigSection):
     task_folder: str | None
     num_fewshot: Annotated[int, Ge(0)] | None
     limit: PositiveInt | None
+    apply_chat_template: bool
+    log_samples: bool
     tokenizer_path: str | None
     parallel: ParallelConfig
     precision: PrecisionConfig
@@ -49,14 +51,18 @@ class GenerateJobConfig(ConfigSection):
     """Root configuration of `generate.py`; conf/generate.yaml documents its keys."""
 
     checkpoint: Annotated[str, MinLen(1)]
-    prompt: Annotated[str, MinLen(1)] | None
-    prompts: str | None
+    prompt: str | None
+    prompts: Annotated[str, MinLen(1)] | None
+    chat: bool
+    system: str | None
     max_new_tokens: PositiveInt
     temperature: Annotated[float, Ge(0), Lt(math.inf)]
     top_p: Annotated[float, Interval(gt=0, le=1)] | None
     top_k: PositiveInt | None
+    repetition_penalty: Annotated[float, Gt(0), Lt(math.inf)] | None
+    stop: list[Annotated[str, MinLen(1)]]
     seed: int
     batch_size: PositiveInt
-    tokenizer_path: str
+    tokenizer_path: str | None
     parallel: ParallelConfig
     precision: PrecisionConfig

@@ -1,41 +1,35 @@
-"""Text generation: token sampling, batched generation with a KV cache, and samples while training.
+"""Text generation: batched generation with a KV cache, and samples while training.
 
 The tokens drawn for a prompt depend only on the seed, the prompt and its index, not on the batch,
 the device or the mesh. Reading prompts and printing text are left to the caller.
 """
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from data.tokenizer import Tokenizer
+from evaluation.sampling import NON_FINITE, SamplingParams, TokenSampler
 from model.llama import Llama
 from parallel.mesh import DATA_AXES
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """Token sampling: temperature, top-k and top-p filtering; temperature 0 is greedy."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-
-
 @dataclass
 class Completion:
-    """Generated tokens of one prompt; `stopped` is False if a length limit ended them."""
+    """Generated tokens of one prompt.
+
+    Attributes:
+        stopped: False if a length limit ended them.
+        finite: False if NaN or infinite logits ended them.
+    """
 
     tokens: list[int]
     stopped: bool
+    finite: bool = True
 
 
 class GenerationSync:
@@ -91,8 +85,9 @@ def generate(
 ) -> list[Completion]:
     """Complete a batch of prompts with a KV cache.
 
-    A row ends at a token in `stop`, after `max_new_tokens`, or at the end of the context; the batch
-    ends when all rows have ended.
+    A row ends at a token in `stop`, after `max_new_tokens`, at the end of the context, or at logits
+    that are not finite; the batch ends when all rows have ended. Bad logits are no exception here:
+    the other processes would wait for this one.
 
     Args:
         model: A Llama or Fabric's wrapper of one, without context or sequence parallelism.
@@ -121,7 +116,8 @@ def generate(
     capacity = max(length + limit - 1 for length, limit in zip(lengths, limits, strict=True))
     completions = [Completion([], stopped=False) for _ in prompts]
     sync = sync or GenerationSync()
-    sampler = _TokenSampler(sampling, range(first_prompt, first_prompt + len(prompts)))
+    indices = range(first_prompt, first_prompt + len(prompts))
+    sampler = TokenSampler(sampling, indices, prompts)
     tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)  # (batch, seq)
     for index, prompt in enumerate(prompts):
         tokens[index, : len(prompt)] = torch.tensor(prompt)
@@ -136,7 +132,8 @@ def generate(
             for index, (row, limit, token) in enumerate(rows):
                 if row.stopped or len(row.tokens) == limit:
                     continue
-                row.stopped = token in stop
+                row.finite = token != NON_FINITE
+                row.stopped = token in stop or not row.finite
                 if not row.stopped:
                     row.tokens.append(token)
                     row.stopped = on_token is not None and bool(on_token(index, token))
@@ -144,7 +141,8 @@ def generate(
             if not sync.any_active(active, device):
                 return completions
             # Finished rows still take part; what they add to the cache does not affect other rows.
-            logits = model(sampled.unsqueeze(1), positions.clamp(max=capacity - 1))
+            columns = sampled.clamp(min=0).unsqueeze(1)  # (batch, 1)
+            logits = model(columns, positions.clamp(max=capacity - 1))
             positions = positions + 1
 
 
@@ -175,67 +173,12 @@ def sample_text(
     seq_len = -(-(len(ids) + n_tokens) // seq_multiple) * seq_multiple
     tokens = torch.zeros(1, seq_len, dtype=torch.int64, device=device)  # (batch, seq)
     tokens[0, : len(ids)] = torch.tensor(ids)
-    sampler = _TokenSampler(SamplingParams(temperature, seed=seed), range(1))
+    sampler = TokenSampler(SamplingParams(temperature, seed=seed), range(1))
     with torch.compiler.set_stance("force_eager"):
         for index in range(len(ids), len(ids) + n_tokens):
             # Attention is causal: padding and later tokens do not affect these logits.
-            tokens[:, index] = sampler(model(tokens)[:, index - 1])
+            tokens[:, index] = sampler(model(tokens)[:, index - 1]).clamp(min=0)
     generated = tokens[0, len(ids) : len(ids) + n_tokens].tolist()
     if tokenizer.eos_id in generated:
         generated = generated[: generated.index(tokenizer.eos_id)]
     return prompt + tokenizer.decode(generated)
-
-
-# ---------------------------------------------------------------- sampling
-
-
-class _TokenSampler:
-    """Sample the next token of each row with an independent random stream per prompt index.
-
-    The streams are Python's, on the CPU: CUDA does not guarantee that another release or device
-    reproduces its random numbers.
-    """
-
-    def __init__(self, sampling: SamplingParams, prompt_indices: range) -> None:
-        self.sampling = sampling
-        # String seeds are hashed with SHA-512, so neighboring indices give unrelated streams.
-        self.streams = [random.Random(f"{sampling.seed}/{index}") for index in prompt_indices]
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Map logits (batch, vocab), possibly a DTensor, to tokens (batch,)."""
-        if isinstance(logits, DTensor):
-            logits = logits.full_tensor()
-        logits = logits.float()
-        if self.sampling.temperature == 0:
-            return logits.argmax(dim=-1)
-        uniform = torch.tensor([stream.random() for stream in self.streams], dtype=torch.float64)
-        return sample_tokens(logits, self.sampling, uniform.to(logits.device))
-
-
-def sample_tokens(logits: Tensor, sampling: SamplingParams, uniform: Tensor) -> Tensor:
-    """Sample tokens by inverting the cumulative distribution after filtering.
-
-    The filters are applied in the order of transformers' `generate`: temperature, top-k, top-p.
-
-    Args:
-        logits: (batch, vocab).
-        sampling: Has a temperature above 0.
-        uniform: Random numbers in [0, 1), (batch,) float64.
-
-    Returns:
-        Tokens (batch,) int64.
-    """
-    scores = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
-        smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]  # (batch, 1)
-        scores = scores.masked_fill(scores < smallest, -torch.inf)
-    if sampling.top_p is not None:
-        # Stable: tokens of equal probability are ordered by id on every device.
-        ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-        cumulative = ranked.double().softmax(dim=-1).cumsum(dim=-1)  # (batch, vocab)
-        # Drop tokens whose predecessors already reach top_p; the most likely one is always kept.
-        dropped = F.pad(cumulative[:, :-1] >= sampling.top_p, (1, 0))
-        scores = scores.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
-    cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)  # (batch, vocab)
-    cumulative = cumulative / cumulative[:, -1:]  # the last entry is 1, above every random number
-    return (cumulative <= uniform.unsqueeze(1)).sum(dim=-1)

@@ -13,6 +13,7 @@ from data.dataset import Dataset
 from data.errors import DataError
 from data.loader import Batch, validation_batches
 from evaluation.config import EvaluationConfig
+from evaluation.errors import NOT_FINITE, EvaluationError
 
 if TYPE_CHECKING:
     from evaluation.inference import InferenceContext
@@ -96,7 +97,11 @@ def evaluate_loss(
 def evaluate_dataset(
     context: "InferenceContext", dataset: Dataset, seq_len: int, config: EvaluationConfig
 ) -> dict[str, LossTotals]:
-    """Return the loss on the held-out windows by data source, equal on all ranks."""
+    """Return the loss on the held-out windows by data source, equal on all ranks.
+
+    Raises:
+        EvaluationError: On all ranks, if the loss is not finite.
+    """
     n_windows = dataset.n_validation_windows(seq_len)
     batches = validation_batches(
         dataset,
@@ -108,7 +113,14 @@ def evaluate_dataset(
     )
     byte_lengths = torch.tensor(dataset.tokenizer().byte_lengths())
     sum_over_data = context.strategy.sum_over_data
-    return evaluate_loss(context.model, batches, context.fabric.device, sum_over_data, byte_lengths)
+    model, device = context.model, context.fabric.device
+    totals = evaluate_loss(model, batches, device, sum_over_data, byte_lengths)
+    for name, total in totals.items():
+        if not math.isfinite(total.nats):
+            raise EvaluationError(
+                f"the loss on the held-out text of {name} is {total.nats}: {NOT_FINITE}"
+            )
+    return totals
 
 
 def open_held_out(

@@ -7,6 +7,7 @@ forwards because sharded weights are gathered collectively.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -19,19 +20,28 @@ from lm_eval.models.utils import postprocess_generated_text as cut_at_stops
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from data.tokenizer import BOS_TOKEN, EOS_TOKEN, Tokenizer, split_text
-from evaluation.errors import TaskError
-from evaluation.generation import SamplingParams, generate
+from data.tokenizer import BOS_TOKEN, EOS_TOKEN, Tokenizer
+from evaluation.errors import NOT_FINITE, TaskError
+from evaluation.generation import generate
 from evaluation.inference import InferenceContext
 from evaluation.likelihood import target_scoring
-from formats.tokenizers import stop_token_ids
+from evaluation.sampling import SamplingParams
+from formats.instruct import ChatTemplate, end_token_ids
 from formats.weights import all_gather
 
 MAX_NEW_TOKENS = 256
 """Default of a task's max_gen_toks."""
 
-GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+GENERATION_KEYS = {
+    *("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"),
+    "repetition_penalty",
+}
 """Supported keys of a task's generation_kwargs."""
+
+EMPTY_CONTINUATION = (
+    "a task scores an empty continuation; remove the empty choice or answer from its data, or "
+    "check doc_to_choice and doc_to_target"
+)
 
 
 class LlameshLM(TemplateLM):
@@ -41,13 +51,23 @@ class LlameshLM(TemplateLM):
         context: A loaded model, without context, sequence and loss parallelism.
         tokenizer: Tokenizer of the weights.
         batch_size: Number of requests per forward of a data rank.
+        template: Chat template for tasks that are run with one.
     """
 
-    def __init__(self, context: InferenceContext, tokenizer: Tokenizer, batch_size: int) -> None:
+    def __init__(
+        self,
+        context: InferenceContext,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        template: ChatTemplate | None = None,
+    ) -> None:
         super().__init__()
         self.context, self._tokenizer, self.batch_size = context, tokenizer, batch_size
         self.max_length = context.weights.model.max_seq_len
+        self._ends = end_token_ids(context.weights.folder, tokenizer)
+        self._template = template
         self.is_first = context.fabric.is_global_zero
+        self.is_computing = False  # whether this process may be in a collective of the model
 
     @property
     def eot_token_id(self) -> int:
@@ -56,6 +76,18 @@ class LlameshLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         return self._tokenizer.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the tokenizer, for lm-eval's cache of requests."""
+        return self._tokenizer.hash
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return the prompt for a conversation; a last message of the assistant is continued."""
+        assert self._template is not None
+        return self._template.render(chat_history)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -67,9 +99,16 @@ class LlameshLM(TemplateLM):
         """
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(BOS_TOKEN)
-        encode = partial(self._tokenizer.encoding.encode, allowed_special="all")
-        ids = [token for piece in split_text(string) for token in encode(piece)]
+        ids = self._tokenizer.encode_with_specials(string)
         return [self._tokenizer.bos_id, *ids] if add_special_tokens else ids
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Return the log-probability in nats of each continuation and whether it is greedy."""
+        if any(request.args == ("", "") for request in requests):
+            raise TaskError(EMPTY_CONTINUATION)
+        return super().loglikelihood(requests, disable_tqdm)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -95,6 +134,8 @@ class LlameshLM(TemplateLM):
         # Continuations that differ only in their last token share a row.
         rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for index, (_, context, continuation) in enumerate(requests):
+            if not context or not continuation:  # lm-eval's own model rejects them too
+                raise TaskError(EMPTY_CONTINUATION)
             if len(continuation) > self.max_length:
                 raise TaskError(
                     f"a task scores a continuation of {len(continuation):,} tokens, more than the "
@@ -108,7 +149,9 @@ class LlameshLM(TemplateLM):
             for batch in self._local_batches(longest_first, "loglikelihood")
             for answer in self._score(batch, [rows[tokens] for tokens in batch])
         ]
-        return self._gather_in_order(answers, len(requests))
+        gathered = self._gather_in_order(answers, len(requests))
+        _check_finite([math.isfinite(log_prob) for log_prob, _ in gathered])
+        return gathered
 
     @torch.no_grad()
     def _score(
@@ -145,7 +188,7 @@ class LlameshLM(TemplateLM):
         groups: dict[str, list[int]] = {}  # request indices by their generation_kwargs
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
-        answers: list[tuple[int, str]] = []
+        answers: list[tuple[int, str | None]] = []
         n_before = 0
         for indices in groups.values():
             options = _GenerationOptions(requests[indices[0]].args[1], self.max_length)
@@ -161,11 +204,14 @@ class LlameshLM(TemplateLM):
                 texts = self._generate(batch_prompts, options, first)[: len(batch)]
                 answers += zip(batch, texts, strict=True)
             n_before += len(indices)
-        return self._gather_in_order(answers, len(requests))
+        gathered = self._gather_in_order(answers, len(requests))
+        _check_finite([text is not None for text in gathered])
+        return gathered
 
     def _generate(
         self, prompts: list[list[int]], options: "_GenerationOptions", first_prompt: int
-    ) -> list[str]:
+    ) -> list[str | None]:
+        """Return the text for each prompt; None if the logits are not finite."""
         stops = [stop.encode() for stop in options.stops if stop]
         longest = max(map(len, stops))
         tails = [b""] * len(prompts)  # last bytes of each text, in which a stop may end
@@ -182,7 +228,7 @@ class LlameshLM(TemplateLM):
             prompts,
             max_new_tokens=options.max_new_tokens,
             sampling=options.sampling,
-            stop=stop_token_ids(self._tokenizer),
+            stop=self._ends,
             device=self.context.fabric.device,
             sync=self.context.sync,
             on_token=is_at_stop,
@@ -193,11 +239,15 @@ class LlameshLM(TemplateLM):
             self._tokenizer.decode(token for token in completion.tokens if token < n_ordinary)
             for completion in completions
         ]
-        return [cut_at_stops(text, options.stops, None) for text in texts]
+        return [
+            cut_at_stops(text, options.stops, None) if completion.finite else None
+            for text, completion in zip(texts, completions, strict=True)
+        ]
 
     def _local_batches(self, items: list[Any], kind: str) -> Iterator[list[Any]]:
         """Yield this data rank's batches; the last one is empty if only other ranks have one."""
         rounds = range(0, len(items), self.batch_size * self.context.mesh.dp)
+        self.is_computing = True
         for start in tqdm(rounds, desc=f"{kind}, batches", disable=not self.is_first):
             first = start + self.context.data_rank * self.batch_size
             yield items[first : first + self.batch_size]
@@ -205,7 +255,16 @@ class LlameshLM(TemplateLM):
     def _gather_in_order(self, answers: list[tuple[int, Any]], n_requests: int) -> list[Any]:
         """Return the answers of all data ranks in the order of the requests."""
         gathered = dict(answer for part in all_gather(answers) for answer in part)
+        self.is_computing = False
         return [gathered[index] for index in range(n_requests)]
+
+
+def _check_finite(finite: list[bool]) -> None:
+    """Raise TaskError, on all ranks, if the answer to a request is not finite."""
+    if n := finite.count(False):
+        raise TaskError(
+            f"the answers to {n} of {len(finite)} requests are not finite: {NOT_FINITE}"
+        )
 
 
 class _GenerationOptions:
@@ -234,4 +293,9 @@ class _GenerationOptions:
                 f"{max_length - 1} in the task file"
             )
         temperature = options.get("temperature", 0.0)
-        self.sampling = SamplingParams(temperature, options.get("top_k"), options.get("top_p"))
+        self.sampling = SamplingParams(
+            temperature,
+            options.get("top_k"),
+            options.get("top_p"),
+            repetition_penalty=options.get("repetition_penalty"),
+        )

@@ -12,11 +12,15 @@ import json
 import os
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.errors import TaskError
+from data.files import strict_json
+from evaluation.errors import EvaluationError, TaskError
+from evaluation.third_party import third_party_imports
+from formats.weights import all_gather
 
 if TYPE_CHECKING:
     from evaluation.lm_eval_model import LlameshLM
@@ -49,88 +53,174 @@ def task_errors(tasks: Sequence[str], folder: str | None, cp: int = 1) -> Iterat
     elif folder is not None and not Path(folder).is_dir():
         yield f"task_folder={folder} is not a folder; use the folder with your task files"
     else:
-        manager = _manager(tasks, folder)
+        with third_party_imports():
+            manager = _manager(tasks, folder)
         yield from (_unknown_task(t, manager.all_tasks) for t in tasks if not _match(t, manager))
 
 
-def run_tasks(
-    lm: "LlameshLM",
-    tasks: Sequence[str],
-    *,
-    folder: str | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-) -> dict[str, Any]:
-    """Return the scores on the tasks, equal on all processes; rank 0 shows progress.
+@dataclass(frozen=True)
+class TaskOptions:
+    """How tasks are run.
 
-    All processes call this together.
-
-    Args:
-        tasks, folder: As for `task_errors`, which must return no errors.
+    Attributes:
+        folder: As for `task_errors`.
         num_fewshot: Number of examples before each question; None for each task's default. Tasks
             with a fixed number of 0 are not changed.
         limit: Number of samples per task, the first ones; None for all.
-
-    Returns:
-        lm-eval's `results`, with standard errors on rank 0 only, `groups` if any, `versions`,
-        `n-shot` and `n-samples`, by task.
-
-    Raises:
-        TaskError: The data of a task cannot be loaded, or a task is not supported.
+        chat: Whether prompts are messages of the model's chat template.
+        samples: Whether to return the samples.
     """
-    from lm_eval.evaluator import evaluate
 
+    folder: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    chat: bool = False
+    samples: bool = False
+
+
+@dataclass
+class TaskResults:
+    """Results of the tasks, equal on all processes.
+
+    Attributes:
+        scores: lm-eval's `results`, with standard errors on rank 0 only, `groups` if any,
+            `versions`, `n-shot` and `n-samples`, by task.
+        errors: Why a task or group has no results, by its name.
+        samples: Documents, prompts, answers and metrics of each task, if requested.
+    """
+
+    scores: dict[str, Any]
+    errors: dict[str, str]
+    samples: dict[str, list[Any]]
+
+
+def run_tasks(lm: "LlameshLM", tasks: Sequence[str], options: TaskOptions) -> TaskResults:
+    """Run the tasks one by one on all processes together; rank 0 shows progress.
+
+    An error in the code or the data of a task leaves the results of the others. Errors of the
+    processes, such as an out-of-memory error or a dead rank, are raised.
+
+    Args:
+        tasks: As for `task_errors`, which must return no errors.
+    """
     # lm-eval's worker pool forks, which is unsafe with threads and CUDA.
     os.environ["DISABLE_MULTIPROC"] = "1"
     with contextlib.ExitStack() as stack:
+        stack.enter_context(third_party_imports())
         if not lm.is_first:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        from lm_eval.evaluator_utils import EvalAcc, aggregate_groups
+
+        loaded, groups, errors = _load(tasks, options)
+        found, samples = EvalAcc(), dict[str, list[Any]]()
+        for name, task in loaded.items():
+            result, error = _run_task(lm, name, task, options)
+            if result is None:
+                errors[name] = error
+                continue
+            found.metrics |= result["results"]
+            found.configs |= result["configs"]
+            found.versions |= result["versions"]
+            found.num_fewshot |= result["n-shot"]
+            found.higher_is_better |= result["higher_is_better"]
+            found.n_samples |= result["n-samples"]
+            samples |= result.get("samples", {})
+        for name, group in groups.items():
+            leaves = [task.task_name for task in group.get_all_tasks()]
+            absent = [leaf for leaf in leaves if leaf not in found.metrics]
+            if absent:
+                errors[name] = f"{', '.join(absent[:8])} of this group has no results"
+            else:
+                found.groups[name] = group
+        result = dict(aggregate_groups(found)._to_eval_results())
+    scores = {key: result[key] for key in REPORTED_KEYS if key in result}
+    # Convert numpy numbers to floats for JSON.
+    return TaskResults(json.loads(strict_json(scores, default=float)), errors, samples)
+
+
+def _run_task(lm: "LlameshLM", name: str, task: Any, options: TaskOptions) -> tuple[Any, str]:
+    """Return lm-eval's result of one task, or None and the error, on all processes."""
+    from lm_eval.evaluator import evaluate
+
+    result, error = None, None
+    try:
         result = evaluate(
             lm,
-            _load(tasks, folder, num_fewshot),
-            limit=limit,
+            {"tasks": {name: task}, "groups": {}},
+            limit=options.limit,
             bootstrap_iters=BOOTSTRAP_ITERS if lm.is_first else 0,
-            log_samples=False,
+            log_samples=options.samples,
+            apply_chat_template=options.chat,
+            fewshot_as_multiturn=options.chat,
         )
-    # Convert numpy numbers to floats for JSON.
-    reported = {key: result[key] for key in REPORTED_KEYS if key in result}
-    return dict(json.loads(json.dumps(reported, default=float)))
+    except Exception as caught:
+        if lm.is_computing and not isinstance(caught, EvaluationError):
+            raise  # of this process alone: the others wait in a collective
+        error = _described(caught)
+    # A standard error is computed on rank 0 only, and may fail there.
+    errors = [each for each in all_gather(error) if each is not None]
+    return (None, errors[0]) if errors else (result, "")
 
 
-def _load(tasks: Sequence[str], folder: str | None, num_fewshot: int | None) -> Any:
-    """Return the tasks with their data for lm-eval's evaluator.
+def _described(error: Exception) -> str:
+    """Return a task's error with its remedy."""
+    if isinstance(error, EvaluationError):
+        return str(error)
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{text}; install the package that the task needs (pip install {error.name})"
+    if isinstance(error, OSError) or type(error).__module__.startswith(
+        ("datasets.", "hugg", "req")
+    ):
+        return f"{text}; check the task's data; data on a hub must be downloaded once"
+    return f"{text}; check the task file and its data, or remove the task"
 
-    Raises:
-        TaskError: The data cannot be loaded, or a task executes generated code or is multimodal.
-    """
+
+def _load(
+    tasks: Sequence[str], options: TaskOptions
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """Return the tasks with their data, the groups, and the errors, each by name."""
     import numpy as np
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-    # The seeds of lm-eval's own command, so that tasks sample the same examples.
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    manager = _manager(tasks, folder)
+    manager = _manager(tasks, options.folder)
     names = dict.fromkeys(name for task in tasks for name in _match(task, manager))  # no duplicates
-    try:
-        loaded = manager.load([*names])
-    except Exception as error:  # tasks run arbitrary code and access files and the network
+    loaded, groups, errors = dict[str, Any](), dict[str, Any](), dict[str, str]()
+    for name in names:
+        # The seeds of lm-eval's own command, so that tasks sample the same examples.
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        found, error = dict[str, Any](), None
+        try:
+            found = manager.load([name])
+            for each, task in found["tasks"].items():
+                _configure(each, task, options.num_fewshot)
+        except Exception as caught:  # tasks run arbitrary code and access files and the network
+            error = f"cannot be loaded: {_described(caught)}"
+        # A rank that cannot load a task must not leave the others to it.
+        if failures := [each for each in all_gather(error) if each is not None]:
+            errors[name] = failures[0]
+            continue
+        loaded |= {each: task for each, task in found["tasks"].items() if each not in loaded}
+        groups |= found.get("groups", {})
+    return loaded, groups, errors
+
+
+def _configure(name: str, task: Any, num_fewshot: int | None) -> None:
+    """Set the number and the seed of a task's examples; reject tasks that are not supported."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
         raise TaskError(
-            f"tasks={list(tasks)} cannot be loaded ({type(error).__name__}: {error}); check the "
-            "task file and its data; data on a hub must be downloaded once"
-        ) from error
-    for name, task in loaded["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise TaskError(
-                f"task {name} executes generated code or is multimodal, which is not supported; "
-                "remove it from tasks"
-            )
-        # Tasks that set 0 explicitly do not support examples.
-        shots = task.get_config("num_fewshot")
-        if shots is None or (num_fewshot is not None and shots != 0):
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    return loaded
+            f"task {name} executes generated code or is multimodal, which is not supported; "
+            "remove it from tasks"
+        )
+    # Tasks that set 0 explicitly do not support examples.
+    shots = task.get_config("num_fewshot")
+    if shots is None or (num_fewshot is not None and shots != 0):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
 def _manager(tasks: Sequence[str], folder: str | None) -> Any:

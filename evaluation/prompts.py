@@ -2,107 +2,220 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluation.detokenizer import detokenize
 from model.config import ModelConfig
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
     from data.tokenizer import Tokenizer
+    from formats.instruct import ChatTemplate
 
+NOT_A_PROMPT = 'is not an object with "prompt" (a string or token ids) or "messages" (a list)'
 MAX_LISTED = 10  # errors of a prompt file that are listed; further ones are counted
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The beginning of a text, and its token ids with the begin-of-text token."""
+    """What a completion continues.
+
+    Attributes:
+        text: As shown before the completion; empty for messages.
+        ids: Token ids, with the begin-of-text token unless the ids were given.
+        record: Fields of the prompt's line in a .jsonl file that its completion repeats.
+    """
 
     text: str
     ids: list[int]
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+class PromptEncoder:
+    """Encode and validate prompts for one model.
+
+    Args:
+        tokenizer: None to accept token ids only.
+        folders: Where to look for the chat template.
+        chat: Whether a text is the message of a user.
+        system: Message before each conversation that has none of this role.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        tokenizer: "Tokenizer | None",
+        folders: Sequence[Path] = (),
+        chat: bool = False,
+        system: str | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.folders = model, tokenizer, folders
+        self.chat, self.system = chat, system
+
+    @cached_property
+    def template(self) -> "ChatTemplate":
+        from formats.instruct import find_chat_template
+
+        assert self.tokenizer is not None
+        return find_chat_template(self.folders, self.tokenizer)
+
+    def encode(self, prompt: Any) -> Prompt:
+        """Return a prompt from a text, from token ids or from messages.
+
+        Raises:
+            ValueError: It cannot be completed; the message continues "prompt …".
+        """
+        from formats.errors import FormatError
+
+        is_messages = isinstance(prompt, list) and any(isinstance(each, dict) for each in prompt)
+        try:
+            if isinstance(prompt, list) and not is_messages:
+                encoded = self._from_ids(prompt)
+            elif self.tokenizer is None:
+                raise ValueError(
+                    "is text, but tokenizer_path=null; use token ids, or tokenizer_path=auto"
+                )
+            elif is_messages:
+                encoded = self._from_messages(prompt)
+            elif self.chat:
+                message = {"role": "user", "content": prompt}
+                encoded = replace(self._from_messages([message]), record={"prompt": prompt})
+            else:
+                _check_text(prompt)
+                ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+                encoded = Prompt(prompt, ids, {"prompt": prompt})
+        except FormatError as error:
+            raise ValueError(f"cannot be encoded: {error}") from None
+        excess = len(encoded.ids) - self.model.max_seq_len
+        if excess > 0:
+            raise ValueError(
+                f"has {len(encoded.ids):,} tokens, {excess:,} more than the model's context length "
+                f"(max_seq_len={self.model.max_seq_len:,}); shorten it"
+            )
+        return encoded
+
+    def _from_ids(self, ids: list[Any]) -> Prompt:
+        vocab_size = self.model.vocab_size
+        if not ids:
+            raise ValueError("has no token ids; use at least one, such as begin-of-text")
+        for token in ids:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"has the token id {token!r}; use whole numbers from 0 to {vocab_size - 1}"
+                )
+        text = "" if self.tokenizer is None else detokenize(self.tokenizer, ids)
+        return Prompt(text, ids, {"prompt": ids})
+
+    def _from_messages(self, messages: list[Any]) -> Prompt:
+        assert self.tokenizer is not None
+        for message in messages:
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise ValueError(
+                    f"has the message {json.dumps(message)[:80]}; each needs a role and a content"
+                )
+            _check_text(json.dumps(message, ensure_ascii=False))
+        given = messages
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        ids = self.tokenizer.encode_with_specials(self.template.render(messages))
+        if not ids:
+            raise ValueError("is empty in the model's chat template; use at least one message")
+        return Prompt("", ids, {"messages": given})
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            "is not valid text: it contains an unpaired surrogate or bytes that are not UTF-8"
+        ) from None
 
 
 def read_prompts(
-    prompt: str | None, path: str | None, tokenizer: "Tokenizer", model: ModelConfig
+    prompt: str | None, path: str | None, encoder: PromptEncoder
 ) -> tuple[list[Prompt], list[str]]:
     """Return the prompts and the errors found.
 
     Args:
         prompt: A prompt of the command line, or None.
         path: A prompt file if `prompt` is None: one prompt per line or, in a .jsonl file, one
-            object with the key "prompt" per line.
+            object per line with the key "prompt" (a text or token ids) or "messages", and
+            optionally "id".
     """
-    named, errors = [("prompt", str(prompt))], list[str]()
+    named: list[tuple[str, dict[str, Any] | str]] = [("prompt", {"prompt": prompt})]
+    prompts, errors = list[Prompt](), list[str]()
     if prompt is None:
-        named, errors = _read_file(Path(str(path)))
-    prompts = [encode_prompt(text, tokenizer) for _, text in named]
-    for (name, _), each in zip(named, prompts, strict=True):
-        if error := prompt_error(each, model):
+        try:
+            named = list(_read_file(Path(str(path))))
+        except ValueError as error:
+            return [], [str(error)]
+    for name, record in named:
+        try:
+            if isinstance(record, str):
+                raise ValueError(record)
+            found = encoder.encode(record.get("messages", record.get("prompt")))
+        except ValueError as error:
             errors.append(f"{name} {error}")
+        else:
+            known = {"id": record["id"]} if "id" in record else {}
+            prompts.append(replace(found, record=known | found.record))
     if len(errors) > MAX_LISTED:
         errors[MAX_LISTED:] = [f"and {len(errors) - MAX_LISTED} more prompts of {path}"]
     return prompts, errors
 
 
-def encode_prompt(text: str, tokenizer: "Tokenizer") -> Prompt:
-    return Prompt(text, [tokenizer.bos_id, *tokenizer.encode(text)])
+def _read_file(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Yield the name of each prompt in a file, with its record or what is wrong with it.
 
-
-def prompt_error(prompt: Prompt, model: ModelConfig) -> str | None:
-    """Return why a prompt cannot be completed, or None."""
-    if not prompt.text:
-        return "is empty; use at least one character"
+    Raises:
+        ValueError: The file cannot be read or contains no prompts.
+    """
     try:
-        prompt.text.encode()
-    except UnicodeEncodeError:
-        return "is not valid text: it contains an unpaired surrogate or bytes that are not UTF-8"
-    excess = len(prompt.ids) - model.max_seq_len
-    if excess > 0:
-        return (
-            f"has {len(prompt.ids):,} tokens, {excess:,} more than the model's context length "
-            f"(max_seq_len={model.max_seq_len:,}); shorten it"
-        )
-    return None
-
-
-def _read_file(path: Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return the name and the text of each prompt, and the errors found."""
-    try:
-        content = path.read_bytes().decode()
+        content = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        return [], [f"prompts={path} cannot be read ({reason}); use a text file in UTF-8"]
-    lines = content.removesuffix("\n").split("\n") if content.strip() else []
-    if not lines:
-        return [], [f"prompts={path} contains no prompts; write one prompt per line"]
-    named = [(f"prompts={path} line {n}", line) for n, line in enumerate(lines, start=1)]
-    if path.suffix != ".jsonl":
-        return [(name, line.removesuffix("\r")) for name, line in named], []
-    found, errors = [], []
-    for name, line in named:
-        try:
-            text = json.loads(line)["prompt"]
-            assert isinstance(text, str)
-        except (ValueError, TypeError, KeyError, AssertionError):
-            errors.append(f'{name} is not an object with a string "prompt": {line[:80]}')
+        message = f"prompts={path} cannot be read ({reason}); use a text file in UTF-8"
+        raise ValueError(message) from None
+    if not content.strip():
+        raise ValueError(f"prompts={path} contains no prompts; write one prompt per line")
+    for number, line in enumerate(content.removesuffix("\n").split("\n"), start=1):
+        name = f"prompts={path} line {number}"
+        if path.suffix == ".jsonl":
+            yield name, _record(line) or f"{NOT_A_PROMPT}: {line[:80]}"
+        elif text := line.removesuffix("\r"):
+            yield name, {"prompt": text}
         else:
-            found.append((name, text))
-    return found, errors
+            yield name, "is empty; use at least one character"
 
 
-def interactive_prompts(
-    fabric: "Fabric", tokenizer: "Tokenizer", model: ModelConfig
-) -> Iterator[Prompt]:
+def _record(line: str) -> dict[str, Any] | None:
+    """Return the object in a line of a prompt file; None if it has no prompt of a known type."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
+        return None
+    if "messages" in record:
+        messages = record["messages"]
+        return record if isinstance(messages, list) and messages and messages[0] else None
+    return record if isinstance(record["prompt"], str | list) else None
+
+
+def interactive_prompts(fabric: "Fabric", encoder: PromptEncoder) -> Iterator[Prompt]:
     """Yield each line that rank 0 reads from standard input, on all ranks; skip empty lines."""
     import torch.distributed as dist
 
     # A separate group, since reading a prompt may take longer than any timeout.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
-    lines = _valid_lines(tokenizer, model)
+    lines = _valid_lines(encoder)
     while True:
         prompt: list[Any] = [next(lines, None) if fabric.is_global_zero else None]
         dist.broadcast_object_list(prompt, group=group)
@@ -111,16 +224,18 @@ def interactive_prompts(
         yield prompt[0]
 
 
-def _valid_lines(tokenizer: "Tokenizer", model: ModelConfig) -> Iterator[Prompt]:
+def _valid_lines(encoder: PromptEncoder) -> Iterator[Prompt]:
     """Yield the valid prompts from standard input and print the errors of the others."""
     mark = "> " if sys.stdin.isatty() else ""
     print(mark, end="", file=sys.stderr, flush=True)
     for line in iter(sys.stdin.buffer.readline, b""):
-        prompt = encode_prompt(line.decode(errors="surrogateescape").rstrip("\r\n"), tokenizer)
-        if (error := prompt_error(prompt, model)) is None:
-            yield prompt
-        elif prompt.text:
-            print(f"Prompt {error}", file=sys.stderr, flush=True)
+        if text := line.decode(errors="surrogateescape").rstrip("\r\n"):
+            try:
+                prompt = encoder.encode(text)
+            except ValueError as error:
+                print(f"Prompt {error}", file=sys.stderr, flush=True)
+            else:
+                yield prompt
         print(mark, end="", file=sys.stderr, flush=True)
     if mark:
         print(file=sys.stderr)  # end the line of the mark

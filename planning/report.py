@@ -4,7 +4,6 @@ In JSON, memory is in bytes per rank, times are in seconds, and rates cover the 
 the key names a device.
 """
 
-import json
 import logging
 import os
 import sys
@@ -13,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data.files import write_atomically
+from data.files import strict_json, write_atomically
 from parallel.config import PrecisionConfig
 from parallel.mesh import AXES
 from planning.config import PlanJobConfig
@@ -261,7 +260,7 @@ def write(
     image = path.with_suffix(".png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, f"{json.dumps(record, indent=1)}\n".encode())
+        write_atomically(path, f"{strict_json(record, indent=1)}\n".encode())
         if bars:
             plot_memory(bars, limit, image, f"{config.model.name} on {config.hardware.name}")
     except OSError as error:

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from data.files import sync_folder
+from data.files import strict_json, sync_folder
 
 MAX_PENDING_LINES = 100_000  # lines kept in memory while a disk is full: tens of megabytes
 PROGRESS_SECONDS = 60.0
@@ -28,7 +28,7 @@ def json_line(record: Mapping[str, Any]) -> str:
     """Return one line of strict JSON, without the newline.
 
     JSON has no NaN or infinity: such a value becomes `null`, and a last field `nonfinite` keeps the
-    original, e.g. `{"loss": null, "nonfinite": {"loss": "nan"}}`.
+    original, e.g. `{"loss": null, "nonfinite": {"loss": "nan"}}`. Nested values become `null` only.
     """
     nonfinite = {
         key: str(value)
@@ -38,7 +38,7 @@ def json_line(record: Mapping[str, Any]) -> str:
     fields = {key: None if key in nonfinite else value for key, value in record.items()}
     if nonfinite:
         fields["nonfinite"] = nonfinite
-    return json.dumps(fields, ensure_ascii=False, allow_nan=False, default=str)
+    return strict_json(fields, ensure_ascii=False, default=str)
 
 
 def append_line(path: Path, line: str, *, durable: bool = False) -> None:

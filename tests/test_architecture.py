@@ -29,7 +29,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "parallel": ("torch", "torchao", "lightning.fabric"),
     "resilience": ("torch", "lightning.fabric", "filelock", "yaml"),
     "checkpoint": ("torch", "xxhash", "filelock"),
-    "formats": ("torch", "safetensors", "tokenizers", "xxhash", "filelock", "pydantic"),
+    "formats": (
+        *("torch", "safetensors", "tokenizers", "xxhash", "filelock", "pydantic", "jinja2"),
+    ),
     "evaluation": ("torch", "numpy", "lightning.fabric", "lm_eval", "tqdm"),
     "training": (
         *("torch", "torchao", "lightning.fabric", "numpy", "yaml", "rich", "pydantic"),

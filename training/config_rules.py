@@ -556,7 +556,12 @@ PREPARE_RULES = (*CONFIG_RULES, prepare_errors, inspect_errors)
 
 
 def generate_errors(
-    prompt: str | None, prompts: str | None, parallel: ParallelConfig
+    prompt: str | None,
+    prompts: str | None,
+    chat: bool,
+    system: str | None,
+    tokenizer_path: str | None,
+    parallel: ParallelConfig,
 ) -> Iterator[str]:
     for axis in ("dp_replicate", "dp_shard", "cp"):
         if (size := getattr(parallel, axis)) != 1:
@@ -566,6 +571,16 @@ def generate_errors(
             )
     if prompt is not None and prompts is not None:
         yield f"prompts={prompts} and prompt={prompt!r} are both given; use one of them"
+    is_json = prompts is not None and prompts.endswith(".jsonl")
+    if system is not None and not (chat or is_json):
+        yield f"system={system!r} has no effect without chat=true; add it"
+    if chat and prompt == "":
+        yield "prompt='' is empty, but chat=true needs a message; use at least one character"
+    if tokenizer_path is None and not is_json:
+        yield (
+            "tokenizer_path=null cannot encode text; use prompts=FILE.jsonl with token ids as "
+            'prompts ({"prompt": [1, 2]}), or tokenizer_path=auto'
+        )
 
 
 def task_errors(tasks: list[str], tokenizer_path: str | None) -> Iterator[str]:

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from types import UnionType
@@ -72,8 +73,11 @@ def validate(
             continue
         with suppress(ValidationError):  # reported above; unknown keys do not disable the rules
             section = TypeAdapter(annotation).validate_python(values[name], extra="ignore")
-            if booleans := list(_booleans_as_numbers(prefix + name, values[name], section)):
-                errors += booleans
+            if wrong := [
+                *_booleans_as_numbers(prefix + name, values[name], section),
+                *_infinite(prefix + name, section),
+            ]:
+                errors += wrong
             else:
                 sections[name] = section
     for rule in rules:
@@ -197,3 +201,17 @@ def _booleans_as_numbers(key: str, given: Any, validated: Any) -> Iterator[str]:
     elif isinstance(given, list | tuple):
         for index, (value, taken) in enumerate(zip(given, validated, strict=True)):
             yield from _booleans_as_numbers(f"{key}[{index}]", value, taken)
+
+
+def _infinite(key: str, value: Any) -> Iterator[str]:
+    """Yield an error for each NaN or infinite number, which JSON files cannot hold."""
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{key}={value} is not finite; use a finite number, or null for a limit that is off"
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield from _infinite(f"{key}.{name}", each)
+    elif isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            yield from _infinite(f"{key}[{index}]", each)

@@ -4,7 +4,7 @@ import pytest
 
 from data.config import TokenizerConfig
 from data.tokenizer import Tokenizer, ready_tokenizer
-from evaluation.detokenizer import IncrementalDetokenizer, detokenize
+from evaluation.detokenizer import IncrementalDetokenizer, StoppedText, detokenize
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +40,29 @@ def test_token_beyond_the_vocabulary_is_shown_as_unknown(byte: Tokenizer) -> Non
     first, second = "é".encode()
     unknown = "\N{REPLACEMENT CHARACTER}"
     assert detokenize(byte, [ord("a"), first, byte.vocab_size, second]) == f"a{unknown * 3}"
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("one\n\ntwo", ["\n\n"], "one"),
+        ("one\ntwo\n", ["\n\n"], "one\ntwo\n"),  # a start of the stop at the end is text
+        ("abab abc", ["abc"], "abab "),
+        ("aab", ["ab", "aab"], ""),  # the first one in the text
+        ("Grüße 世界!", ["世界"], "Grüße "),
+        ("text", [], "text"),
+    ],
+)
+def test_text_ends_before_the_first_stop(
+    byte: Tokenizer, text: str, stops: list[str], expected: str
+) -> None:
+    """Tokens are bytes, so each stop spans several; no part of one is emitted early."""
+    found = StoppedText(byte, stops)
+    emitted = ""
+    for token in byte.encode(text):
+        emitted += found.add(token)
+        assert expected.startswith(emitted)
+        if found.is_stopped:
+            break
+    assert emitted + found.finish() == expected
+    assert found.is_stopped == (expected != text)

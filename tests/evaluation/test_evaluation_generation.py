@@ -16,8 +16,9 @@ from reference_models import paired_models, scaled_down
 from torch import nn
 from transformers.generation import logits_process
 
-from evaluation.generation import Completion, SamplingParams, generate, sample_tokens
+from evaluation.generation import Completion, SamplingParams, generate
 from evaluation.kv_cache import kv_cache
+from evaluation.sampling import _filtered, sample_tokens
 from model.config import ModelConfig, RopeScaling
 from model.llama import Llama
 
@@ -176,6 +177,74 @@ def test_draws_follow_the_distribution_filtered_by_transformers(sampling: Sampli
     expected = warped.softmax(-1)[0]
     frequencies = torch.bincount(tokens, minlength=VOCAB) / n
     torch.testing.assert_close(frequencies, expected, rtol=0, atol=1.5 / n)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(temperature=0.8),
+        SamplingParams(temperature=0.8, top_k=50),
+        SamplingParams(temperature=0.7, top_k=40, top_p=0.95),
+        SamplingParams(
+            temperature=0.8, top_p=0.9
+        ),  # a nucleus within the candidates, or a larger one
+        SamplingParams(temperature=3.0, top_p=0.99),
+    ],
+    ids=str,
+)
+def test_draws_from_a_large_vocabulary_equal_those_from_all_sorted_tokens(
+    sampling: SamplingParams,
+) -> None:
+    """Without a sort of 32,000 tokens, except for a nucleus of more than 1,024."""
+    generator = torch.Generator().manual_seed(2)
+    for scale in (1, 2, 8):
+        logits = scale * torch.randn(8, 32_000, generator=generator)
+        uniform = torch.rand(8, generator=generator, dtype=torch.float64)
+        filtered = _filtered(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+        cumulative = filtered.double().softmax(-1).cumsum(-1)
+        expected = (cumulative / cumulative[:, -1:] <= uniform.unsqueeze(1)).sum(-1)
+        assert sample_tokens(logits, sampling, uniform).tolist() == expected.tolist()
+
+
+def test_repetition_penalty_equals_transformers() -> None:
+    ours, theirs = paired_models(BASE)
+    prompt = random_prompts(9)[0]
+    for penalty in (1.3, 0.7):
+        sampling = SamplingParams(repetition_penalty=penalty)
+        (found, _) = complete(ours, [prompt, prompt[:4]], sampling=sampling)
+        expected = theirs.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=16,
+            do_sample=False,
+            repetition_penalty=penalty,
+            eos_token_id=None,
+        )
+        assert found.tokens == expected[0, len(prompt) :].tolist()
+    assert found != complete(ours, [prompt])[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
+def test_row_ends_at_logits_that_are_not_finite(
+    llama: Llama, sampling: SamplingParams, value: float
+) -> None:
+    """The other row is unchanged."""
+    prompts, calls = random_prompts(5, 3), [0]
+    expected = complete(llama, prompts, sampling=sampling)
+
+    def spoil(_: nn.Module, __: Any, out: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 4:
+            out[0, 0, 7] = value
+        return out
+
+    handle = llama.register_forward_hook(spoil)
+    try:
+        found = complete(llama, prompts, sampling=sampling)
+    finally:
+        handle.remove()
+    assert found[0] == Completion(expected[0].tokens[:3], stopped=True, finite=False)
+    assert found[1] == expected[1]
 
 
 def test_draws_follow_the_distribution_of_the_model() -> None:

@@ -4,7 +4,9 @@ Tasks are local files and models are small pairs with weights of equal scale, so
 by much more than rounding. Network access fails the tests.
 """
 
+import copy
 import dataclasses
+import importlib
 import json
 import re
 import socket
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from lm_eval.api.instance import Instance
 from lm_eval.models.utils import postprocess_generated_text as cut_at_stops
 from model_configs import FILES
@@ -28,7 +31,9 @@ from evaluation import lm_eval_model, lm_eval_tasks
 from evaluation.errors import TaskError
 from evaluation.generation import GenerationSync
 from evaluation.lm_eval_model import LlameshLM
-from evaluation.lm_eval_tasks import run_tasks, task_errors
+from evaluation.lm_eval_tasks import TaskOptions, run_tasks, task_errors
+from evaluation.third_party import third_party_imports
+from formats.instruct import ChatTemplate
 from formats.tokenizers import stop_token_ids, write_hugging_face
 from model.llama import Llama
 
@@ -149,14 +154,22 @@ def ours(
     data_rank: int = 0,
     data_size: int = 1,
     is_first: bool = True,
+    template: ChatTemplate | None = None,
 ) -> LlameshLM:
     context: Any = SimpleNamespace(
         fabric=SimpleNamespace(device=CPU, is_global_zero=is_first),
         mesh=SimpleNamespace(dp=data_size, ranks_per_sample=1),
-        weights=SimpleNamespace(model=model.config),
+        weights=SimpleNamespace(model=model.config, folder=Path("none")),
         **{"llama": model, "model": model, "data_rank": data_rank, "sync": GenerationSync()},
     )
-    return LlameshLM(context, tokenizer, batch_size)
+    return LlameshLM(context, tokenizer, batch_size, template)
+
+
+def scores_of(lm: LlameshLM, tasks: list[str], options: TaskOptions) -> dict[str, Any]:
+    """Return the scores of tasks without an error."""
+    found = run_tasks(lm, tasks, options)
+    assert found.errors == {}
+    return found.scores
 
 
 def requests(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:
@@ -236,7 +249,8 @@ def test_task_scores_equal_the_hf_model(
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
     )
     lm = ours(models[0], tokenizer)
-    found = run_tasks(lm, TASKS, folder=str(folder), num_fewshot=1, limit=5)
+    options = TaskOptions(folder=str(folder), num_fewshot=1, limit=5)
+    found = scores_of(lm, TASKS, options)
     assert found["results"].keys() == set(TASKS)
     for task in TASKS:
         scores = {
@@ -358,9 +372,9 @@ def test_only_the_first_process_prints(
     folder: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    first = run_tasks(ours(models[0], tokenizer), TASKS, folder=str(folder))
+    first = scores_of(ours(models[0], tokenizer), TASKS, TaskOptions(str(folder)))
     assert "loglikelihood, batches" in capfd.readouterr().err
-    other = run_tasks(ours(models[0], tokenizer, is_first=False), TASKS, folder=str(folder))
+    other = scores_of(ours(models[0], tokenizer, is_first=False), TASKS, TaskOptions(str(folder)))
     assert capfd.readouterr() == ("", "")
     for task, scores in first["results"].items():
         for name, score in scores.items():
@@ -423,10 +437,130 @@ def test_unsupported_task_options_are_rejected(
         ours(models[0], tokenizer)._loglikelihood_tokens([(None, [1], [2] * (CONTEXT + 1))])
 
 
-def test_task_with_missing_data_is_rejected(
-    models: tuple[Llama, LlamaForCausalLM], tokenizer: Tokenizer, folder: Path, tmp_path: Path
+# ---------------------------------------------------------------- errors of single tasks
+
+
+def write_task(folder: Path, name: str, text: str, utils: str = "") -> None:
+    """Write a changed copy of a task, whose `!function utils.…` may run other code."""
+    (folder / f"{name}.yaml").write_text(text.replace("task: toy_choice", f"task: {name}"))
+    (folder / "utils.py").write_text(
+        utils or "def fail(*_):\n    raise ValueError('in the task')\n"
+    )
+
+
+def test_error_in_a_task_keeps_the_results_of_the_others(
+    models: tuple[Llama, LlamaForCausalLM],
+    tokenizer: Tokenizer,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    text = (folder / "toy_text.yaml").read_text()
-    (tmp_path / "lost.yaml").write_text(text.replace("toy_text.jsonl", "lost.jsonl"))
-    with pytest.raises(TaskError, match=r"tasks=\[.toy_text.\] cannot be loaded"):
-        run_tasks(ours(models[0], tokenizer), ["toy_text"], folder=str(tmp_path))
+    """Data, prompts, results, a metric, an import and an empty answer; and a group of them."""
+    index = lm_eval_tasks._index.__wrapped__  # without lm-eval's own 14,000 tasks
+    monkeypatch.setattr(lm_eval_tasks, "_index", lambda folder, _=None, **__: index(folder, False))
+    text = (folder / "toy_choice.yaml").read_text()
+    question = "doc_to_text: '{{q}}'"
+    assert question in text
+    write_task(tmp_path, "good", text)
+    write_task(tmp_path, "lost", text.replace("toy_choice.jsonl", "lost.jsonl"))
+    write_task(tmp_path, "prompt", text.replace(question, "doc_to_text: !function utils.fail"))
+    write_task(tmp_path, "results", text + "process_results: !function utils.fail\n")
+    aggregation = "metric_list:\n- {metric: acc, aggregation: !function utils.fail}"
+    write_task(
+        tmp_path,
+        "metric",
+        re.sub(r"metric_list:(\n- .*)+", "metric_list: []", text).replace(
+            "metric_list: []", f"{aggregation}"
+        ),
+    )
+    (tmp_path / "absent.py").write_text("import absent_package\n")
+    write_task(tmp_path, "absent", text.replace(question, "doc_to_text: !function absent.f"))
+    choices = """doc_to_choice: "{{['x', 'y' if q else '']}}\""""  # empty in the third document
+    empty = text.replace("doc_to_choice: '{{options}}'", choices)
+    write_task(tmp_path, "empty", empty.replace(question, "doc_to_text: q"))
+    (tmp_path / "group.yaml").write_text("group: both\ntask: [good, lost]\n")
+    names = ["good", "lost", "prompt", "results", "metric", "absent", "empty", "both"]
+    lm = ours(models[0], tokenizer)
+    found = run_tasks(lm, names, TaskOptions(str(tmp_path), samples=True))
+    assert found.scores["results"].keys() == {"good"}
+    assert found.errors.keys() == set(names) - {"good"}
+    assert "lost.jsonl" in found.errors["lost"]
+    for name in ("prompt", "results", "metric"):
+        assert "ValueError: in the task; check the task file" in found.errors[name]
+    assert (
+        "install the package that the task needs (pip install absent_package)"
+        in (found.errors["absent"])
+    )
+    assert found.errors["empty"].startswith("a task scores an empty continuation; remove")
+    samples = found.samples["good"]
+    assert [sample["doc"]["q"] for sample in samples] == [question for question, _, _ in QUESTIONS]
+    assert {"resps", "acc", "arguments"} <= samples[0].keys()
+
+
+def test_task_may_import_the_package_evaluate(
+    models: tuple[Llama, LlamaForCausalLM],
+    tokenizer: Tokenizer,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a program, whose folder is first on `sys.path` and contains `evaluate.py`."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delitem(sys.modules, "evaluate", raising=False)
+    before = list(sys.path)
+    text = (folder / "toy_choice.yaml").read_text()
+    utils = "import evaluate\nevaluate.load\ndef text(doc):\n    return doc['q']\n"
+    task = text.replace("doc_to_text: '{{q}}'", "doc_to_text: !function utils.text")
+    write_task(tmp_path, "imports", task, utils)
+    found = run_tasks(ours(models[0], tokenizer), ["imports"], TaskOptions(str(tmp_path), limit=1))
+    assert found.errors == {} and sys.path == before
+    with third_party_imports(), pytest.raises(ModuleNotFoundError):
+        importlib.import_module("prepare")  # a program of ours is no library
+
+
+def test_answers_that_are_not_finite_are_an_error(
+    models: tuple[Llama, LlamaForCausalLM], tokenizer: Tokenizer
+) -> None:
+    llama = copy.deepcopy(models[0])
+    with torch.no_grad():
+        llama.norm.weight[0] = torch.nan
+    lm = ours(llama, tokenizer)
+    for answer, n in ((lm.loglikelihood, len(PAIRS)), (lm.generate_until, len(PROMPTS))):
+        with pytest.raises(TaskError, match=f"answers to {n} of {n} requests are not finite"):
+            answer(PAIRS if n == len(PAIRS) else GENERATE[:n])
+
+
+def test_chat_template_is_applied_as_in_the_hf_model(
+    models: tuple[Llama, LlamaForCausalLM],
+    tokenizer: Tokenizer,
+    theirs: Any,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    text = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(theirs.tokenizer, "chat_template", text)
+    expected = simple_evaluate(
+        model=theirs,
+        tasks=TASKS[::2],
+        num_fewshot=1,
+        limit=3,
+        apply_chat_template=True,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+    )
+    template = ChatTemplate(text, "test", {"bos_token": "<|begin_of_text|>"})
+    lm = ours(models[0], tokenizer, template=template)
+    options = TaskOptions(str(folder), 1, 3, chat=True, samples=True)
+    found = run_tasks(lm, TASKS[::2], options)
+    for task in TASKS[::2]:
+        ours_, theirs_ = found.samples[task], expected["samples"][task]
+        assert [each["arguments"] for each in ours_] == [
+            [tuple(args) for args in each["arguments"]] for each in theirs_
+        ]
+        assert "[user]" in str(ours_[0]["arguments"])
+    assert (
+        found.scores["results"]["toy_choice"]["acc,none"]
+        == (expected["results"]["toy_choice"]["acc,none"])
+    )

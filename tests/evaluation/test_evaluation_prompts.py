@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from cli.config import load_generate_config
 from data.config import TokenizerConfig
 from data.tokenizer import ready_tokenizer
 from evaluation.config import GenerateJobConfig
+from evaluation.prompts import Prompt, PromptEncoder, read_prompts
 from formats.conversion import convert
+from formats.detection import open_weights
 from formats.errors import FormatError
+from formats.tokenizers import find_tokenizer
 from training.config_validation import ConfigError
 
 CONTEXT = 64
@@ -45,7 +49,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def composed(*arguments: str) -> Any:
-    return compose("generate", hydra_arguments(list(arguments), "generate", texts=("prompt",)))
+    return compose(
+        "generate", hydra_arguments(list(arguments), "generate", texts=("prompt", "system"))
+    )
 
 
 def load(*arguments: str) -> GenerateJobConfig:
@@ -59,7 +65,10 @@ def load(*arguments: str) -> GenerateJobConfig:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prompt="], "prompt='' is empty"),
+        (["chat=true", "prompt="], "prompt='' is empty, but chat=true needs a message"),
+        (["prompt=x", "system=y"], "system='y' has no effect without chat=true; add it"),
+        (["stop=['']"], "stop[0]='' is empty"),
+        (["repetition_penalty=0"], "repetition_penalty=0 is not above 0"),
         (["prompt=x", "prompts=y.txt"], "prompts=y.txt and prompt='x' are both given"),
         (["max_new_tokens=0"], "max_new_tokens=0 is below 1; use at least 1"),
         (["batch_size=-2"], "batch_size=-2 is below 1"),
@@ -71,7 +80,10 @@ def load(*arguments: str) -> GenerateJobConfig:
         (["temperature=inf"], "temperature=inf is not below inf"),
         (["temperature=hot"], "temperature='hot' has the wrong type"),
         (["temprature=1"], "Unknown key temprature. Did you mean temperature?"),
-        (["tokenizer_path=null"], "tokenizer_path=null has the wrong type"),
+        (
+            ["prompt=x", "tokenizer_path=null"],
+            "tokenizer_path=null cannot encode text",
+        ),
         (["precision.fp8=rowwise"], "precision.fp8=rowwise is for training only"),
     ],
 )
@@ -95,8 +107,8 @@ def test_checkpoint_is_required() -> None:
 @example("true")
 def test_prompt_is_passed_through_unchanged(text: str) -> None:
     """Also when the arguments are rewritten again, by processes that inherit them."""
-    arguments = hydra_arguments([f"prompt={text}"], "generate", texts=("prompt",))
-    again = hydra_arguments(arguments, "generate", texts=("prompt",))
+    arguments = hydra_arguments([f"prompt={text}"], "generate", texts=("prompt", "system"))
+    again = hydra_arguments(arguments, "generate", texts=("prompt", "system"))
     values: Any = OmegaConf.to_container(compose("generate", again), resolve=True)
     assert values["prompt"] == text
 
@@ -175,10 +187,17 @@ def test_invalid_json_lines_are_rejected(errors_of: Any, tmp_path: Path) -> None
     assert [error.partition(" is not an object")[0] for error in errors] == [
         f"prompts={file} line {n}" for n in (2, 3, 4, 5, 6)
     ]
-    file.write_text('{"prompt": "unpaired surrogate: \\ud83d"}\n{"prompt": ""}\n')
-    first, second = errors_of(f"prompts={file}")
-    assert "line 1 is not valid text: it contains an unpaired surrogate" in first
-    assert "line 2 is empty" in second
+    ids = [[], [1, -1], [272], [1.0], [True]]
+    records = [{"prompt": "\ud83d"}, *({"prompt": each} for each in ids)]
+    records += [{"prompt": "x", "messages": []}, {"messages": []}, {"messages": ["x"]}]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    errors = errors_of(f"prompts={file}")
+    assert "line 1 is not valid text: it contains an unpaired surrogate" in errors[0]
+    assert "line 2 has no token ids; use at least one" in errors[1]
+    for error, token in zip(errors[2:6], ("-1", "272", "1.0", "True"), strict=True):
+        assert f"has the token id {token}; use whole numbers from 0 to 271" in error
+    assert all("is not an object with" in error for error in errors[6:8])
+    assert "line 9 has the token id 'x'" in errors[8]
 
 
 def test_folder_without_weights_is_rejected(errors_of: Any, tmp_path: Path) -> None:
@@ -208,3 +227,68 @@ def test_tokenizer_larger_than_the_model_vocabulary_is_rejected(
         "contains neither tokenizer.model"
         in errors_of(f"checkpoint={tmp_path / 'hf'}", "prompt=x")[0]
     )
+
+
+# ---------------------------------------------------------------- kinds of prompts
+
+
+def encoder(checkpoint: Path, **options: Any) -> PromptEncoder:
+    weights = open_weights(checkpoint)
+    return PromptEncoder(weights.model, find_tokenizer(checkpoint), [checkpoint], **options)
+
+
+def test_prompt_may_be_empty_or_token_ids(checkpoint: Path, tmp_path: Path) -> None:
+    byte = encoder(checkpoint)
+    assert byte.encode("").ids == [256]  # begin-of-text alone
+    assert byte.encode([256, 65, 257]) == Prompt(
+        "<|begin_of_text|>A<|end_of_text|>", [256, 65, 257], {"prompt": [256, 65, 257]}
+    )
+    without = PromptEncoder(byte.model, None)
+    assert without.encode([3, 4]).ids == [3, 4]
+    with pytest.raises(ValueError, match="is text, but tokenizer_path=null; use token ids"):
+        without.encode("text")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('\ufeff{"prompt": "", "id": 7}\n{"id": null, "prompt": [1]}\n{"prompt": "a"}\n')
+    prompts, errors = read_prompts(None, str(file), byte)
+    assert not errors
+    assert [prompt.record for prompt in prompts] == [
+        {"id": 7, "prompt": ""},
+        {"id": None, "prompt": [1]},
+        {"prompt": "a"},
+    ]
+
+
+def test_messages_are_encoded_with_the_special_tokens_of_the_template(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "instruct"
+    shutil.copytree(checkpoint, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}\n"
+        "    {{- m.role[0] }}:{{ m.content }}{{ eos_token -}}\n"
+        "{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    chat = encoder(folder, chat=True, system="S")
+    expected = [256, *b"s:S", 257, *b"u:hi", 257, *b"a:"]
+    assert chat.encode("hi").ids == expected
+    assert encoder(folder).encode([{"role": "user", "content": "hi"}]).ids == [
+        *(256, *b"u:hi", 257, *b"a:")
+    ]
+    conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well "}]
+    # The assistant's last message is continued.
+    assert chat.encode(conversation).ids == [*expected, *b"Well "]
+    with pytest.raises(ValueError, match=r"has the message \{\}; each needs a role and a content"):
+        chat.encode([{}])
+    for text in (
+        "{{ raise_exception('no system') }}",
+        "{{ messages[0].__class__.mro() }}",
+        "{% if",
+    ):
+        (folder / "chat_template.jinja").write_text(text)
+        with pytest.raises(ValueError, match=r"chat_template.jinja cannot render the messages \("):
+            encoder(folder, chat=True).encode("hi")
+
+
+def test_chat_without_a_template_is_rejected(errors_of: Any) -> None:
+    (error,) = errors_of("prompt=hi", "chat=true")
+    assert "has no chat template, and its tokenizer lacks Llama 3's special tokens; put" in error

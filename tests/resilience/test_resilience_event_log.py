@@ -130,3 +130,11 @@ def test_nonfinite_values_are_strict_json_and_keep_their_value() -> None:
     assert parsed.pop("nonfinite") == {"loss": "nan", "grad_norm": "-inf"}
     assert parsed == {"step": 1, "loss": None, "grad_norm": None, "lr": 0.1}
     assert "nonfinite" not in json_line({"loss": 1.0})
+
+
+def test_nested_nonfinite_values_are_null() -> None:
+    line = json_line({"event": "x", "rows": [{"loss": float("nan")}, float("inf")]})
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "event": "x",
+        "rows": [{"loss": None}, None],
+    }
