@@ -116,15 +116,16 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     Raises:
         FormatError: The file cannot be written.
     """
-    from data.files import strict_json, write_atomically
+    from data.files import strict_json, write_atomically, write_problem
     from formats.errors import FormatError
 
     text = strict_json(results, indent=1)
     try:
         write_atomically(path, f"{text}\n".encode())
     except OSError as error:
+        problem = write_problem(error, path.parent)
         raise FormatError(
-            f"{path} cannot be written ({error.strerror}); set evaluation.output to another file. "
+            f"{path} cannot be written ({problem}); set evaluation.output to another file. "
             f"Results:\n{text}"
         ) from None
 

@@ -19,6 +19,7 @@ import xxhash
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from checkpoint.position import Position
+from data.files import write_problem
 from resilience.run_folder import COMMITTED, MANIFEST
 
 FORMAT_VERSION = 2
@@ -29,10 +30,17 @@ Fingerprint = dict[str, int | str]  # `bytes` and `hash` of a file
 
 
 class HashedFile(io.BufferedWriter):
-    """A new file that is hashed while it is written sequentially."""
+    """A new file that is hashed while it is written sequentially.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        needed: Bytes that the checkpoint needs on this rank, for the message about a full disk.
+    """
+
+    error: OSError | None = None
+
+    def __init__(self, path: Path, needed: int | None = None) -> None:
         super().__init__(io.FileIO(path, "x"))
+        self._path, self._needed = path, needed
         self._hash = ALGORITHMS[ALGORITHM]()
         self._bytes = 0
 
@@ -40,7 +48,23 @@ class HashedFile(io.BufferedWriter):
         """Append bytes."""
         self._hash.update(data)
         self._bytes += memoryview(data).nbytes
-        return super().write(data)
+        with self.explained():
+            return super().write(data)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Explain a failed write; it is raised again in place of the errors that follow from it."""
+        try:
+            yield
+        except Exception as error:
+            if self.error is None and isinstance(error, OSError):
+                folder = self._path.parent
+                folder = folder.parent if folder.name.startswith(".") else folder
+                problem = write_problem(error, folder, self._needed)
+                self.error = OSError(error.errno, problem)
+            if self.error is None:
+                raise
+            raise self.error from None
 
     def fingerprint(self) -> Fingerprint:
         """Return size and hash of the bytes written so far."""
@@ -48,16 +72,23 @@ class HashedFile(io.BufferedWriter):
 
 
 class HashedFiles(FileSystem):
-    """File system for DCP that records the fingerprint of each file written."""
+    """File system for DCP that records the fingerprint of each file written.
 
-    def __init__(self) -> None:
+    Args:
+        needed: Bytes to write in all.
+    """
+
+    def __init__(self, needed: int | None = None) -> None:
+        self.needed = needed
         self.written: dict[str, Fingerprint] = {}  # by file name
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         """Create a file and yield its stream."""
         assert mode == "wb"
-        with HashedFile(Path(path)) as file:
+        # torch.save replaces the error of a full disk by its own: "unexpected pos".
+        file = HashedFile(Path(path), self.needed)
+        with file.explained(), file, file.explained():
             yield file
         self.written[Path(path).name] = file.fingerprint()
 
@@ -132,7 +163,8 @@ def find_checkpoint_damage(folder: Path, with_hashes: bool = True) -> str | None
 
 def write_synced(path: Path, content: bytes) -> Fingerprint:
     """Write a small new file, fsync it and return its fingerprint."""
-    with HashedFile(path) as file:
+    file = HashedFile(path)
+    with file.explained(), file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

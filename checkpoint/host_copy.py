@@ -10,6 +10,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 State = dict[str, Any]
 
 
+def local_bytes(state: State) -> int:
+    """Return the bytes of all tensors on this rank."""
+    tensors = [_local(value) for value in tree_flatten(state)[0] if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 @torch.no_grad()
 def copy_to_host(state: State, buffers: State | None) -> State:
     """Copy all tensors to host memory, into the previous copy if it has the same structure.

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from checkpoint import retention
 from checkpoint.files import ALGORITHM, FORMAT_VERSION, Fingerprint, HashedFiles, write_synced
-from checkpoint.host_copy import State
-from data.files import sync_folder
+from checkpoint.host_copy import State, local_bytes
+from data.files import sync_folder, write_problem
 from resilience.run_folder import COMMITTED, MANIFEST, RunFolder
 
 
@@ -112,7 +112,7 @@ def write_shards(
     than cores. Each later step of the default run took 1.3 times as long.
     """
     writer = dcp.FileSystemWriter(fresh, sync_files=True, overwrite=False)
-    writer.fs = files = HashedFiles()
+    writer.fs = files = HashedFiles(local_bytes(state))
     single = dist.get_world_size(group) == 1
     dcp.save(state, storage_writer=writer, process_group=group, no_dist=single)
     return files.written
@@ -188,4 +188,8 @@ def one_line(error: BaseException) -> str:
         failures = sorted(error.failures.items())
         return "; ".join(f"rank {rank}: {one_line(cause)}" for rank, (cause, _) in failures)
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename:
+        text = f"{write_problem(error, Path(error.filename).parent)} ({error.filename})"
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror
     return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"

@@ -1,5 +1,6 @@
 """Report a user error on the first process and exit all processes with the same code."""
 
+import errno
 import os
 import signal
 import sys
@@ -7,9 +8,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from data.files import write_problem
 from evaluation.errors import EvaluationError
 from formats.errors import FormatError
 from parallel.mesh import is_first_process
@@ -18,6 +21,8 @@ from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolderError
 from training.config_validation import ConfigError
 
+# A full disk, a quota, a limit of file sizes, a read-only file system.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 REPORT_SECONDS = 10.0  # other processes wait this long for the first one to report the error
 COLLECT_SECONDS = 1.0  # the first process waits this long for the other ranks to fail as well
 
@@ -47,6 +52,11 @@ def exit_on_user_error(interrupted: str = "Interrupted.") -> Iterator[None]:
         os._exit(ExitCode.INTERRUPTED)  # other ranks may wait for this one in a collective
     except BrokenPipeError:
         os._exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        path = Path(error.filename or Path.cwd())
+        message = f"Error: {path} cannot be written ({write_problem(error, path.parent)})"
     else:
         return
     if is_first_process():

@@ -6,9 +6,12 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from isal import isal_zlib
 from data.errors import DataError
 
 CRC_BLOCK = 2**20  # bytes per CRC-32
+FULL_BYTES = 2**20  # with less free space, a library's failed write is put down to a full disk
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS)
 POLL_SECONDS, IDLE_SECONDS = 0.5, 60.0  # of waiting for another process
 
 
@@ -97,19 +102,35 @@ def strict_json(value: Any, *, default: Callable[[Any], Any] | None = None, **op
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file such that a crash at any time leaves either the old or the new content."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's directory entries to disk."""
+    """Flush a folder's directory entries to disk.
+
+    Some network and FUSE file systems cannot do so; a warning is printed once.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+        _warn_once(
+            f"Warning: the file system of {folder} cannot sync folders ({error.strerror}). "
+            "Continuing; after a power failure or a crash of the file server, files written last "
+            "may be missing."
+        )
     finally:
         os.close(descriptor)
 
@@ -138,6 +159,43 @@ def format_bytes(n_bytes: int) -> str:
         if n_bytes >= 2**power:
             return f"{n_bytes / 2**power:.1f} {unit}"
     return f"{n_bytes} bytes"
+
+
+@cache
+def _warn_once(message: str) -> None:
+    if _warn_once.cache_info().misses == 1:  # of any folder
+        print(message, file=sys.stderr, flush=True)
+
+
+def write_problem(error: BaseException, folder: Path, needed: int | None = None) -> str:
+    """Return in one line why writing into a folder failed; a full disk is named as such.
+
+    Args:
+        error: Error of the system or of a library, which may not mention the disk.
+        needed: Bytes to write in all, if known.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    number = error.errno if isinstance(error, OSError) else None
+    free = free_bytes(folder)
+    if number == errno.EFBIG:
+        return f"{text}; the limit is of the file system or of the shell (ulimit -f)"
+    if number is None and free is not None and free < FULL_BYTES:
+        text, number = os.strerror(errno.ENOSPC), errno.ENOSPC
+    if number not in (errno.ENOSPC, errno.EDQUOT) or text.endswith(" free"):
+        return text
+    more = "" if needed is None else f"{format_bytes(needed)} needed, "
+    return f"{text}: in {folder} {more}{format_bytes(free or 0)} free"
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Return the free bytes of a folder's disk, or of the first parent that exists."""
+    for path in (folder, *folder.absolute().parents):
+        with suppress(OSError):
+            disk = os.statvfs(path)
+            return disk.f_bavail * disk.f_frsize
+    return None
 
 
 def is_locked(path: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from data.files import sync_folder
+from data.files import FULL_BYTES, format_bytes, free_bytes, sync_folder, write_problem
 from formats.detection import detect_format
 from formats.errors import FormatError
 
@@ -46,8 +46,8 @@ def check_free_space(target: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < n_bytes:
         raise FormatError(
-            f"target={target} needs {n_bytes / 1e9:,.2f} GB, but {parent} has "
-            f"{free / 1e9:,.2f} GB free; free space, use another folder, or dtype=bf16"
+            f"target={target} needs {format_bytes(n_bytes)}, but {parent} has "
+            f"{format_bytes(free)} free; free space, use another folder, or dtype=bf16"
         )
 
 
@@ -69,9 +69,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             for path in [*hidden.rglob("*"), hidden]:
                 sync_folder(path)
             _publish(hidden, target)
-    except OSError as error:
+    except Exception as error:
+        full = (free_bytes(target.parent) or 0) < FULL_BYTES  # torch.save reports other errors
+        if isinstance(error, FormatError) or not (isinstance(error, OSError) or full):
+            raise
+        problem = write_problem(error, target.parent)
         raise FormatError(
-            f"target={target} cannot be written ({error.strerror or error}); free space, fix the "
+            f"target={target} cannot be written ({problem}); free space, fix the "
             "permissions, or use another folder. The incomplete output was deleted"
         ) from error
     finally:

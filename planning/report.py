@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data.files import strict_json, write_atomically
+from data.files import strict_json, write_atomically, write_problem
 from parallel.config import PrecisionConfig
 from parallel.mesh import AXES
 from planning.config import PlanJobConfig
@@ -264,7 +264,11 @@ def write(
         if bars:
             plot_memory(bars, limit, image, f"{config.model.name} on {config.hardware.name}")
     except OSError as error:
-        sys.exit(f"Error: output={config.output}: {error}; use another path, or null for no output")
+        problem = write_problem(error, path.parent)
+        sys.exit(
+            f"Error: output={config.output} cannot be written ({problem}); use another path, or "
+            "null for no output"
+        )
     console.note(f"Wrote {path} and {image}." if bars else f"Wrote {path}.")
 
 

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from data.files import strict_json, sync_folder
+from data.files import strict_json, sync_folder, write_problem
 
 MAX_PENDING_LINES = 100_000  # lines kept in memory while a disk is full: tens of megabytes
 PROGRESS_SECONDS = 60.0
@@ -140,8 +140,9 @@ class EventLog:
                 raise
             if not self._warned:
                 self._warned = True
+                problem = write_problem(error, self.path.parent)
                 self._warn(
-                    f"{self.path} cannot be written ({error.strerror}). Training continues; events "
+                    f"{self.path} cannot be written ({problem}). Training continues; events "
                     "are kept in memory until the folder is writable and has space."
                 )
 

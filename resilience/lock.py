@@ -165,7 +165,7 @@ def acquire_lock(folder: RunFolder, report: Callable[[str], None]) -> RunLock:
                 if lock is None:
                     os.close(descriptor)
     except OSError as error:
-        raise RunFolderError(f"run.dir={folder.path} {not_writable(error)}") from None
+        raise RunFolderError(f"run.dir={folder.path} {not_writable(error, folder.path)}") from None
     return lock
 
 

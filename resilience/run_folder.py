@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from data.files import write_atomically
+from data.files import write_atomically, write_problem
 from resilience.exit_codes import ExitCode
 from resilience.renamed_keys import rename_keys
 
@@ -59,7 +59,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.config, yaml.safe_dump(config, sort_keys=False).encode())
         except OSError as error:
-            raise RunFolderError(f"{self.config} {not_writable(error)}") from None
+            raise RunFolderError(f"{self.config} {not_writable(error, self.path)}") from None
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the configuration of the previous launch, with today's keys; None without one.
@@ -122,10 +122,10 @@ def checkpoints_in(path: Path) -> list[Path]:
     return [run.step_folder(step) for step in reversed(run.committed_steps())]
 
 
-def not_writable(error: OSError) -> str:
+def not_writable(error: OSError, folder: Path) -> str:
     """Return the reason and the remedy if a file of a run cannot be written."""
     remedy = "free space or fix the permissions, or choose another folder with run.dir=…"
-    return f"cannot be written ({error.strerror}); {remedy}"
+    return f"cannot be written ({write_problem(error, folder)}); {remedy}"
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:

@@ -1,11 +1,12 @@
 """Terminal output of a run: header, progress, notes, and a summary with commands to copy.
 
-On a terminal it uses a `rich` panel and progress bar, in a file or pipe plain aligned lines, each
-flushed, without control codes. Ranks other than 0 use a disabled console, so callers do not check
-the rank. Only `log` redraws the bar: there is no refresh thread, so the bar stops if training
-hangs. Failing output (a closed pipe) never stops training.
+Metrics are aligned lines, each flushed; a terminal also shows a `rich` panel and, below the lines,
+a progress bar. Output to a file or pipe has no control codes. Ranks other than 0 use a disabled
+console, so callers do not check the rank. Only `log` redraws the bar: there is no refresh thread,
+so the bar stops if training hangs. Failing output (a closed pipe) never stops training.
 """
 
+import math
 import os
 import sys
 import textwrap
@@ -31,7 +32,7 @@ HEADING_INTERVAL = 20  # logged lines between two lines of column headings
 
 def compact(value: float | None) -> str:
     """Format a count with three significant digits and a suffix: 950, 12.3k, 4.56M, 15.6T."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "-"
     rounded = float(f"{value:.3g}")  # rounded first, so that 999.9 becomes 1.00k
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -43,7 +44,7 @@ def compact(value: float | None) -> str:
 
 def duration(seconds: float | None) -> str:
     """Format a duration: 0:03:12, 27:40:00, and from 100 hours 4d 04h."""
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return "-"
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
@@ -141,13 +142,13 @@ class Console:
             return
         step = int(record["step"])
         left = self._seconds_left(step, record.get("step_seconds"))
+        self._log_line(record, left)  # on a terminal too, where it stays in the scrollback
         if self._progress is None:
-            self._log_line(record, left)
             return
-        if record.get("val_loss") is not None:
+        if _is_figure(record.get("val_loss")):
             self._val_loss = record["val_loss"]
         loss = record.get("loss")
-        metrics = ["loss -" if loss is None else f"loss {loss:.4f}"]
+        metrics = [f"loss {loss:.4f}" if _is_figure(loss) else "loss -"]
         if self._val_loss is not None:
             metrics.append(f"val {self._val_loss:.4f}")
         metrics.append(f"{compact(record.get('tokens_per_second'))} tok/s")
@@ -237,9 +238,14 @@ class Console:
                     progress.stop()  # restores sys.stdout and sys.stderr
 
 
+def _is_figure(value: float | None) -> bool:
+    """Return whether a value can be printed as a number: it exists and is finite."""
+    return value is not None and math.isfinite(value)
+
+
 def _format(value: float | None, metric: Metric) -> str:
-    if value is None:
-        return "" if metric.optional else "-"
+    if not _is_figure(value):
+        return "" if metric.optional and value is None else "-"
     return compact(value) if metric.spec == "compact" else format(value, metric.spec)
 
 

@@ -8,6 +8,7 @@ unreachable server is reported once.
 """
 
 import json
+import math
 import os
 import re
 import time
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.files import write_atomically
+from data.files import write_atomically, write_problem
 from parallel.step_scalars import StepScalars
 from resilience.event_log import RetryingWriter, json_line
 
@@ -140,6 +141,12 @@ class MetricsLog:
         record = {m.key: record[m.key] for m in METRICS if m.key in record} | dict(record)
         with self._warn_on_error("metrics.jsonl"):
             self._lines.append(json_line(record))
+        # Trackers draw NaN and infinity as points or refuse them; metrics.jsonl records them.
+        record = {
+            key: value
+            for key, value in record.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
         if self._use_tensorboard:
             self._write_tensorboard(record)
         if self._wandb is not None:
@@ -214,6 +221,8 @@ class MetricsLog:
             self._wandb = None
 
     def _fail(self, target: str, error: object) -> None:
+        if isinstance(error, BaseException):
+            error = write_problem(error, self.folder)
         if target not in self._warned:
             self._warned.add(target)
             self._warn(

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from data.files import write_problem
+
 if TYPE_CHECKING:
     from training.run import Run
 
@@ -133,7 +135,7 @@ def profile_step(run: "Run", step: int) -> Iterator[None]:
             (folder / TABLE).write_text(table + "\n", encoding="utf-8")
             run.console.note(f"Profile of step {step}, written to {folder}:\n{table}")
         except Exception as error:
-            reason = " ".join(str(error).split())
+            reason = write_problem(error, folder)
             run.console.note(f"Could not write the profile of step {step} ({reason}). Continuing.")
 
 

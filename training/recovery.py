@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from data.files import write_problem
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolder, RunFolderError
 from training.config import JobConfig
@@ -191,7 +192,9 @@ def _record_rewind(run: Run, fields: dict[str, Any]) -> None:
         try:
             run.event_log.append("rewind", required=True, **fields)
         except OSError as error:
-            failure[0] = f"{run.event_log.path} cannot be written ({error.strerror})"
+            failure[0] = (
+                f"{run.event_log.path} cannot be written ({write_problem(error, run.folder.path)})"
+            )
     dist.broadcast_object_list(failure)
     if failure[0] is not None:
         raise RunFolderError(

@@ -1,5 +1,6 @@
 """Header and summary of a run: the rows and commands that `training.console` prints."""
 
+import math
 import os
 import shlex
 import sys
@@ -84,13 +85,12 @@ def summary(run: Run) -> tuple[str, Rows, Rows]:
     checkpoint_override = f"checkpoint={shlex.quote(checkpoint)}"
     rows = [("tokens", f"{compact(position.tokens)} in {position.step} steps")]
     for name, key in (("training loss", "loss"), ("validation loss", "val_loss")):
-        if key in metrics:
+        if math.isfinite(metrics.get(key, math.nan)):
             rows.append((name, f"{metrics[key]:.4f} nats per token"))
+    rows.append(("checkpoint", checkpoint))
+    files = {"loss curve": "loss.png", "text samples": "samples.txt", "metrics": "metrics.jsonl"}
     rows += [
-        ("checkpoint", checkpoint),
-        ("loss curve", f"{folder}/loss.png"),
-        ("text samples", f"{folder}/samples.txt"),
-        ("metrics", f"{folder}/metrics.jsonl"),
+        (name, f"{folder}/{file}") for name, file in files.items() if Path(folder, file).exists()
     ]
     length = ("train.max_steps=", "train.max_tokens=")
     overrides = [each for each in _overrides() if not each.startswith(length)]

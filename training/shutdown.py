@@ -116,11 +116,17 @@ def goodput_row(goodput: Goodput) -> tuple[str, str]:
 
     steps = f" ({goodput.lost_steps} steps)" if goodput.lost_steps else ""
     launches = f" ({goodput.starts} launches)" if goodput.starts > 1 else ""
+    parts = (
+        (goodput.productive, "productive"),
+        (goodput.stalled, "stalled"),
+        (goodput.lost, f"lost{steps}"),
+        (goodput.restart, f"starting{launches}"),
+        (goodput.rest, "other"),
+    )
+    shown = [f"{duration(seconds)} {name}" for seconds, name in parts if round(seconds)]
     return (
         "goodput",
-        f"{goodput.ratio:.1%} of {duration(goodput.wall)}: {duration(goodput.productive)} "
-        f"productive, {duration(goodput.stalled)} stalled, {duration(goodput.lost)} lost{steps}, "
-        f"{duration(goodput.restart)} starting{launches}, {duration(goodput.rest)} other",
+        f"{goodput.ratio:.1%} of {duration(goodput.wall)}: {', '.join(shown)}",
     )
 
 

@@ -4,9 +4,12 @@ All ranks take part in both. Each waits for the device, so the training loop cal
 validation steps only.
 """
 
+import textwrap
 from typing import TYPE_CHECKING
 
 from training.run import Run
+
+SAMPLE_CHARACTERS = 200  # of a sample on the console; samples.txt has all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,3 +64,4 @@ def write_sample(run: Run) -> None:
     )
     if run.metrics is not None:
         run.metrics.write_sample(run.position.step, text)
+    run.console.note(f"Sample: {textwrap.shorten(text, SAMPLE_CHARACTERS, placeholder=' …')}")

@@ -2,10 +2,11 @@
 
 import errno
 import os
+import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from checkpoint import writer
 from checkpoint.config import CheckpointConfig
+from checkpoint.files import HashedFiles
 from checkpoint.position import Position
 from checkpoint.restore import load
 from checkpoint.saver import Saver, SaveResult
@@ -164,3 +166,17 @@ def test_checkpoint_is_valid_even_if_old_ones_cannot_be_deleted(
     assert training.folder.committed_steps() == [3]
     assert len(training.messages) == len(set(training.messages)) >= 2  # once for each folder
     assert all("(Permission denied). Continuing" in message for message in training.messages)
+
+
+def test_write_error_of_a_full_disk_replaces_the_error_of_torch(tmp_path: Path) -> None:
+    """`torch.save` into a file whose write fails raises "enforce fail … unexpected pos"."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
+    try:
+        with (
+            pytest.raises(OSError, match="File too large; the limit is"),
+            HashedFiles(80_000).create_stream(tmp_path / "shard", "wb") as stream,
+        ):
+            torch.save(torch.zeros(20_000), cast(IO[bytes], stream))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)

@@ -98,7 +98,7 @@ def test_plain_values_are_aligned_with_headings() -> None:
     assert len(ends) == 7
     assert [m.end() for m in re.finditer(r"\S+", first)] == ends[:-1]
     assert [m.end() for m in re.finditer(r"\S+", last)] == ends
-    assert last.split()[:2] == ["100/100", "12.5000"] and last.split()[2] == "nan"
+    assert last.split()[:2] == ["100/100", "12.5000"] and last.split()[2] == "-"
     assert last.split()[-1] == "4.7500"
 
 
@@ -168,6 +168,29 @@ def test_progress_bar_shows_metrics_within_width(monkeypatch: pytest.MonkeyPatch
     assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1  # cursor hidden and restored
     remarks = [line for line in lines if line.startswith("remark")]
     assert remarks == [f"remark {step}" for step in range(1, 6)]
+
+
+def test_terminal_keeps_a_line_of_metrics_for_each_logged_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = shown_lines(terminal(show_run, monkeypatch))
+    steps = [line.split()[0] for line in lines if re.match(r" *\d+/40  ", line)]
+    logged = shown_lines(plain(show_run))
+    assert steps == [line.split()[0] for line in logged if re.match(r" *\d+/40  ", line)] != []
+
+
+def test_values_that_are_not_finite_are_never_printed_as_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(console: Console) -> None:
+        console.start(0, 100)
+        for value in (float("nan"), float("inf"), float("-inf")):
+            figures = dict.fromkeys(("loss", "grad_norm", "tokens_per_second", "val_loss"), value)
+            console.log(record(1, **figures, step_seconds=value))
+        console.stop()
+
+    for output in (plain(run), terminal(run, monkeypatch)):
+        assert not re.search(r"\b(nan|inf)\b", output)
 
 
 def test_progress_bar_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:

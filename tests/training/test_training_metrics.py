@@ -346,3 +346,16 @@ def test_unreachable_wandb_warns_once(
     assert len(getattr(seen, where)) == 1  # not called again
     assert len(warnings) == 1 and "no such host" in warnings[0]
     assert len(read_json_lines(log.path)) == 3
+
+
+def test_trackers_receive_no_value_that_is_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """metrics.jsonl records such values in `nonfinite`."""
+    log, _ = open_log(tmp_path)
+    seen: list[dict[str, Any]] = []
+    log._wandb = SimpleNamespace(log=seen.append, failure=None, finish=lambda: None)
+    log.write(record(1, loss=float("nan"), grad_norm=float("inf")))
+    assert "loss" not in seen[0] and "grad_norm" not in seen[0] and seen[0]["lr"] == 3e-4
+    (line,) = read_json_lines(log.path)
+    assert line["nonfinite"] == {"loss": "nan", "grad_norm": "inf"}
