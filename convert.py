@@ -12,21 +12,17 @@ import sys
 import time
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig
-
-from cli.arguments import hydra_arguments
+from cli.composition import compose_config
 from cli.config import load_convert_config
 from cli.errors import exit_on_user_error
 from cli.start_up import start_up
 from formats.config import ConvertJobConfig
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="convert")
-def main(composed: DictConfig) -> None:
+def main(arguments: list[str]) -> None:
     """Load the configuration and convert; user errors exit with a message."""
     with exit_on_user_error():
-        run(load_convert_config(composed))
+        run(load_convert_config(compose_config("convert", arguments)))
 
 
 def run(config: ConvertJobConfig) -> None:
@@ -84,6 +80,5 @@ def run(config: ConvertJobConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = hydra_arguments(sys.argv[1:], "convert")
     start_up()
-    main()
+    main(sys.argv[1:])

@@ -12,10 +12,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-import hydra
-from omegaconf import DictConfig
-
-from cli.arguments import hydra_arguments
+from cli.composition import compose_config
 from cli.config import check_inference_mesh, load_evaluate_config
 from cli.errors import exit_on_user_error
 from cli.start_up import start_up
@@ -24,11 +21,10 @@ from evaluation.errors import EvaluationError
 from training.config_validation import ConfigError
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
-def main(composed: DictConfig) -> None:
+def main(arguments: list[str]) -> None:
     """Load the configuration and evaluate; user errors exit with a message."""
     with exit_on_user_error():
-        evaluate(load_evaluate_config(composed))
+        evaluate(load_evaluate_config(compose_config("evaluate", arguments)))
 
 
 def evaluate(config: EvaluateJobConfig) -> None:
@@ -153,6 +149,5 @@ def write_samples(folder: Path, samples: dict[str, list[Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = hydra_arguments(sys.argv[1:], "evaluate")
     start_up()
-    main()
+    main(sys.argv[1:])

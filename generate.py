@@ -12,10 +12,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig
-
-from cli.arguments import hydra_arguments
+from cli.composition import compose_config
 from cli.config import check_inference_mesh, load_generate_config
 from cli.errors import exit_on_user_error
 from cli.start_up import start_up
@@ -23,11 +20,10 @@ from evaluation.config import GenerateJobConfig
 from training.config_validation import ConfigError
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="generate")
-def main(composed: DictConfig) -> None:
+def main(arguments: list[str]) -> None:
     """Load the configuration and generate; user errors exit with a message."""
     with exit_on_user_error():
-        run(load_generate_config(composed))
+        run(load_generate_config(compose_config("generate", arguments)))
 
 
 def run(config: GenerateJobConfig) -> None:
@@ -78,6 +74,5 @@ def run(config: GenerateJobConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = hydra_arguments(sys.argv[1:], "generate", texts=("prompt", "system"))
     start_up()
-    main()
+    main(sys.argv[1:])

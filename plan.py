@@ -11,11 +11,8 @@ import shlex
 import sys
 from functools import partial
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-
-from cli.arguments import plan_arguments
+from cli.arguments import parse_options
+from cli.composition import compose_config
 from cli.config import load_plan_config, print_warnings
 from cli.errors import exit_on_user_error
 from cli.start_up import start_up
@@ -30,18 +27,17 @@ PLANNER_KEYS = ("hardware", "devices", "tokens", "trace", "search", "calibrate",
 """Keys that `train.py` does not have."""
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="plan")
-def main(composed: DictConfig) -> None:
+def main(arguments: list[str]) -> None:
     """Validate the configuration, then calibrate, search or plan."""
     with exit_on_user_error():
-        config = load_plan_config(composed)
+        config = load_plan_config(compose_config("plan", arguments))
         if config.calibrate:
             from planning.calibration import measure_local_hardware
 
             path, hardware = measure_local_hardware()
             print(f"Wrote {path} ({hardware.name}). Use it with hardware={path.stem}.")
             return
-        fits = search(config) if config.search else plan(config)
+        fits = search(config, arguments) if config.search else plan(config)
     sys.exit(not fits)
 
 
@@ -66,14 +62,14 @@ def plan(config: PlanJobConfig) -> bool:
     return run.fits
 
 
-def search(config: PlanJobConfig) -> bool:
+def search(config: PlanJobConfig, arguments: list[str]) -> bool:
     """Report the fastest choices for the number of devices and return whether any fits."""
     from planning import report
     from training.console import Console
 
     result = search_choices(config.request, config.n_devices, config.hardware)
     console = Console(enabled=True)
-    commands = [train_command(choice) for choice, _ in result.best]
+    commands = [train_command(choice, arguments) for choice, _ in result.best]
     report.print_search(console, config, result, commands)
     record = report.search_record(config, result, commands)
     limit = 0
@@ -99,18 +95,18 @@ def _remedy(config: PlanJobConfig, current: Choice | None = None) -> str:
     return f"Does not fit on {devices} × {hardware.name}: {found}"
 
 
-def train_command(choice: Choice) -> str:
+def train_command(choice: Choice, arguments: list[str]) -> str:
     """Return the `train.py` command for a choice: this command without the planner's own keys."""
     chosen = {word.partition("=")[0] for word in choice.overrides}
     kept = []
-    for word in HydraConfig.get().overrides.task:
-        key = word.lstrip("+~").partition("=")[0]
+    for word in parse_options(arguments, "plan").words:
+        plain_word = word.lstrip("+-")
+        key = plain_word.lstrip("~").partition("=")[0]
         if key.partition(".")[0] not in PLANNER_KEYS and key not in chosen:
-            kept.append(word.removeprefix("++"))
+            kept.append(plain_word)
     return " ".join(["python train.py", *map(shlex.quote, kept), *choice.overrides])
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = plan_arguments(sys.argv[1:])
     start_up()
-    main()
+    main(sys.argv[1:])

@@ -11,10 +11,9 @@
 import sys
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from cli.arguments import hydra_arguments
+from cli.composition import compose_config
 from cli.config import load_prepare_config, load_train_config
 from cli.start_up import start_up
 from data.config import PrepareJobConfig
@@ -23,11 +22,10 @@ from resilience.run_folder import RunFolder
 from training.config_validation import ConfigError
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="prepare")
-def main(composed: DictConfig) -> None:
+def main(arguments: list[str]) -> None:
     """Validate the configuration, then inspect, verify or prepare a folder."""
     try:
-        config = load_prepare_config(composed)
+        config = load_prepare_config(compose_config("prepare", arguments))
         # Imported here so that `--help` and configuration errors stay fast.
         if config.inspect is not None:
             inspect(config)
@@ -98,6 +96,5 @@ def prepare_and_pack(config: PrepareJobConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = hydra_arguments(sys.argv[1:], "prepare")
     start_up()
-    main()
+    main(sys.argv[1:])

@@ -16,10 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
-import hydra
-from omegaconf import DictConfig
-
-from cli.arguments import hydra_arguments
+from cli.composition import compose_config
 from cli.config import check_config
 from cli.errors import exit_on_user_error
 from cli.start_up import start_up
@@ -48,13 +45,12 @@ if TYPE_CHECKING:
     from data.stream import StreamDataset
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(composed: DictConfig) -> None:
+def main(arguments: list[str]) -> None:
     """Validate, launch and train."""
     from planning.fit_check import check_plan
 
     with exit_on_user_error("Interrupted before the first step."):
-        config, processes, mesh = check_config(composed)
+        config, processes, mesh = check_config(compose_config("train", arguments))
         changes = check_folder(config)
         memory_plan = check_plan(config, processes, mesh)
         dataset = prepare_data(config)
@@ -258,6 +254,5 @@ def save(run: Run, wait: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = hydra_arguments(sys.argv[1:], "train")
     start_up("Loading …")
-    main()
+    main(sys.argv[1:])

@@ -1,20 +1,136 @@
-"""Command-line arguments: preparation for Hydra, and `--help`.
+"""Command-line arguments: options, keys and groups, and their form for Hydra.
 
-Imports only the standard library, so that `--help` is fast.
+An argument is `key=value`, `group=file`, `~key` or one of the options below. `--key=value` and
+`+key=value` are accepted as `key=value`. Values of keys that hold free text (names, paths, prompts)
+are literal: characters that mean something to Hydra need no escapes. Everything else is rejected
+with the argument as it should be. Imports the configuration's schema only when there are keys.
 """
 
+import itertools
 import re
-import sys
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from resilience.renamed_keys import CONVERT_KEYS, EVALUATE_KEYS, RENAMED_KEYS
+from training.config_validation import ConfigError, field_at, fields_of, near_keys, takes_text
+
 CONF = Path(__file__).parent.parent / "conf"
+KEY = re.compile(r"[A-Za-z_$][\w-]*(\.[\w-]+)*", re.ASCII)  # a dotted key or a group
+PROMPTS = ("prompt", "system")  # keys in which nothing is interpolated
+
+MULTIRUN = (
+    "--multirun is not supported: every process of a run would launch the sweep again. "
+    "Launch one command per value, each with its own run.name, or on SLURM use "
+    "python slurm/sweep.py with the same keys."
+)
+USE_CONFIG = "use --cfg job, which prints the composed configuration"
+UNSUPPORTED = {  # options of Hydra: the remedy
+    **dict.fromkeys(["--info", "-i", "--experimental-rerun"], USE_CONFIG),
+    **dict.fromkeys(["--hydra-help"], "use --help"),
+    **dict.fromkeys(
+        ["--config-path", "-cp"], "use --config-dir DIR, which adds a folder like conf/"
+    ),
+    **dict.fromkeys(["--shell-completion", "-sc"], "use --help, which lists all keys"),
+}
 
 
-KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)  # a dotted key or a group
+CONFIG_NAME, CONFIG_DIR = "--config-name", "--config-dir"
+WITH_VALUE = {  # options: their long form
+    **{"-c": "--cfg", "-p": "--package", "-cn": CONFIG_NAME, "-cd": CONFIG_DIR},
+    **{name: name for name in ("--cfg", "--package", CONFIG_NAME, CONFIG_DIR)},
+}
+FLAGS = {
+    **{"-h": "help", "--help": "help", "-V": "version", "--version": "version"},
+    **{"--resolve": "resolve", "--run": "run", "-r": "run"},  # run: Hydra's default
+}
 
 
-def explicit_keys(arguments: list[str]) -> set[str]:
+@dataclass
+class Options:
+    """What the command line asks for, besides keys.
+
+    Attributes:
+        flags: Values of `FLAGS` that are given.
+        values: Values of the long options in `WITH_VALUE`; `--cfg` prints the configuration.
+        words: The remaining arguments: keys and groups.
+        program: The name of the program.
+    """
+
+    program: str
+    flags: set[str] = field(default_factory=set)
+    values: dict[str, str] = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)
+
+    @property
+    def config_name(self) -> str:
+        """The configuration file to compose, without its suffix."""
+        return self.values.get(CONFIG_NAME, self.program).removesuffix(".yaml")
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of configuration files; the first that has a file counts."""
+        given = self.values.get(CONFIG_DIR)
+        return [CONF, *([Path(given).absolute()] if given else [])]
+
+
+def parse_options(arguments: Sequence[str], program: str) -> Options:
+    """Separate the options from keys and groups.
+
+    Raises:
+        ConfigError: An option is not supported, or its value is invalid.
+    """
+    options = Options(program)
+    errors = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        option, equals, value = word.partition("=")
+        if option in ("-m", "--multirun") or word == "hydra.mode=MULTIRUN":
+            raise ConfigError([MULTIRUN])
+        if option in FLAGS:
+            options.flags.add(FLAGS[option])
+        elif option in WITH_VALUE:
+            omitted = option in ("-c", "--cfg") and rest[:1] not in (["job"], ["all"], ["hydra"])
+            if not equals and rest and not omitted:
+                value = rest.pop(0)
+            options.values[WITH_VALUE[option]] = value
+        elif option in UNSUPPORTED:
+            errors.append(f"{option} is not supported; {UNSUPPORTED[option]}")
+        else:
+            options.words.append(word)
+    errors += _option_errors(options)
+    if errors:
+        raise ConfigError(errors)
+    return options
+
+
+def _option_errors(options: Options) -> Iterator[str]:
+    values, name, folders = options.values, options.config_name, options.folders
+    for option, value in values.items():
+        if option != "--cfg" and not value:
+            yield f"{option} has no value; use {option}=VALUE"
+    if values.get("--cfg", "job") not in ("", "job"):
+        yield f"--cfg={values['--cfg']} is not supported; use --cfg job"
+    if "--cfg" not in values and ("resolve" in options.flags or "--package" in values):
+        yield "--resolve and --package apply to --cfg job; add it, or remove them"
+    if values.get(CONFIG_DIR) and not folders[-1].is_dir():
+        yield (
+            f"{CONFIG_DIR}={values[CONFIG_DIR]} is not a folder; use one with files like those in "
+            f"{CONF}"
+        )
+    elif name and not any((folder / f"{name}.yaml").is_file() for folder in folders):
+        known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+        remedy = f"use one of {', '.join(known)}"
+        if name in group_files("experiment", folders):
+            remedy = f"use experiment={name}"
+        yield f"{CONFIG_NAME}={name} is not a file in {CONF}; {remedy}"
+
+
+def explicit_keys(arguments: Sequence[str]) -> set[str]:
     """Return the dotted keys and the groups that the command line sets or deletes.
 
     `model=llama3_8b ++optim.lr=1e-3 ~data.sources.stdlib` gives `model`, `optim.lr` and
@@ -25,117 +141,319 @@ def explicit_keys(arguments: list[str]) -> set[str]:
     return {key for key in (*keys, *deleted) if KEY.fullmatch(key)}
 
 
-def hydra_arguments(
-    arguments: list[str], config_name: str, texts: tuple[str, ...] = ()
-) -> list[str]:
-    """Return the arguments with every `key=value` as `++key=value`, which admits unknown keys.
+def typed_files(options: Options, group: str) -> list[str]:
+    """Return the names of the group's files that the command line selects."""
+    values = [
+        value
+        for word in options.words
+        for name, _, value in [word.partition("=")]
+        if name.lstrip("-+") == group
+    ]
+    return [name.strip() for value in values[-1:] for name in value.strip("[]").split(",")]
 
-    Hydra stops at the first unknown key; this way `cli.config` reports all of them together with
-    wrong types and broken rules. Overrides of config groups (`model=llama3_8b`) are unchanged.
-    `--help` is printed here because Hydra's own help takes a second.
+
+# ---------------------------------------------------------------- keys and groups
+
+
+def hydra_arguments(
+    arguments: Sequence[str], program: str, folders: Sequence[Path] = (CONF,)
+) -> list[str]:
+    """Return keys and groups as overrides for Hydra.
+
+    A `key=value` becomes `++key=value`, which admits unknown keys: Hydra stops at the first one,
+    and `cli.config` reports all of them together with wrong types and broken rules.
 
     Args:
-        texts: Keys whose value is literal text unless it is `null`: commas, quotes and brackets
-            have no meaning.
+        folders: Folders of configuration files.
 
     Raises:
-        SystemExit: after `--help`, and for `--multirun`, which Fabric's launcher breaks.
+        ConfigError: Arguments that are not `key=value`, and groups without such a file.
     """
-    if {"-h", "--help"} & set(arguments):
-        print(help_text(config_name))
-        sys.exit(0)
-    if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
-        sys.exit(
-            "--multirun is not supported: every process of a run would launch the sweep again. "
-            "Launch one command per value, each with its own run.name, or on SLURM use "
-            "python slurm/sweep.py with the same keys."
+    schema = schema_of(program)
+    groups = groups_of(program)
+    overrides: list[str] = []
+    errors: list[str] = []
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        key = name.lstrip("-") if equals else name
+        key = key.lstrip("+~")
+        if not KEY.fullmatch(key) or not (equals or name.startswith("~")):
+            continue
+        if key.partition(".")[0] == "hydra":
+            errors.append(f"{key} configures Hydra and has no effect here; {_hydra_remedy(key)}")
+        elif name.startswith("~"):
+            overrides.append(word)
+        elif key in groups:
+            errors += _group_errors(key, value, folders)
+            overrides.append(f"{key}={value}")
+        else:
+            try:
+                overrides.append(f"++{key}={_override_value(schema, key, value)}")
+            except ConfigError as error:
+                errors += error.errors
+    errors = [*_word_errors(arguments, program, schema, folders), *errors]
+    if errors:
+        raise ConfigError(errors)
+    if program in ("train", "plan"):
+        overrides += _other_length(arguments)
+        if any("run.init_from=" in each for each in arguments):
+            from cli.initial_model import initial_model_arguments
+
+            overrides = initial_model_arguments(arguments) + overrides
+    return overrides
+
+
+def schema_of(program: str) -> Any:
+    """Return the root dataclass of a program's configuration."""
+    if program == "plan":
+        from planning.config import PlanJobConfig
+
+        return PlanJobConfig
+    if program == "prepare":
+        from data.config import PrepareJobConfig
+
+        return PrepareJobConfig
+    if program == "convert":
+        from formats.config import ConvertJobConfig
+
+        return ConvertJobConfig
+    if program in ("evaluate", "generate"):
+        import evaluation.config as configs
+
+        return configs.EvaluateJobConfig if program == "evaluate" else configs.GenerateJobConfig
+    from training.config import JobConfig
+
+    return JobConfig
+
+
+def groups_of(program: str) -> dict[str, str]:
+    """Return the groups in the defaults list of a program, with the file that is its default."""
+    text = (CONF / f"{program}.yaml").read_text(encoding="utf-8")
+    defaults = text.partition("\ndefaults:\n")[2].partition("\n\n")[0]
+    groups: dict[str, str] = {}
+    for line in defaults.splitlines():
+        name, _, value = line.partition("#")[0].strip().removeprefix("- ").partition(":")
+        if value:
+            groups[name] = value.strip()
+        elif (CONF / f"{name}.yaml").is_file():
+            groups |= groups_of(name)
+    return groups
+
+
+def group_files(group: str, folders: Sequence[Path] = (CONF,)) -> list[str]:
+    """Return the names of a group's files."""
+    roots = [folder / group for folder in folders]
+    return sorted(
+        {
+            str(path.relative_to(root).with_suffix(""))
+            for root in roots
+            for path in root.rglob("*.yaml")
+        }
+    )
+
+
+def _group_errors(group: str, value: str, folders: Sequence[Path]) -> Iterator[str]:
+    """Yield an error for each name in `group=value` that is not a file of the group."""
+    known = group_files(group, folders)
+    listed = re.fullmatch(r"\[(.*)\]", value)
+    for name in listed[1].split(",") if listed else [value]:
+        name = name.strip()
+        if name in known or (name == "null" and group == "experiment"):
+            continue
+        path = Path(name)
+        plain_name = path.stem if path.suffix in (".yaml", ".yml") else name
+        by_spelling = {re.sub(r"\W|_", "", each).lower(): each for each in known}
+        near = get_close_matches(re.sub(r"\W|_", "", plain_name).lower(), by_spelling, n=2)
+        remedy = f"did you mean {' or '.join(f'{group}={by_spelling[each]}' for each in near)}? "
+        remedy = remedy if near else ""
+        if group == "data" and name and path.exists():
+            own = shlex.quote(f"data.sources.text.path={name}")
+            remedy = f"for your own text use data=text data.name={path.stem or 'NAME'} {own}. "
+        elif group == "model" and path.is_dir():
+            remedy = f"to start from weights use {shlex.quote(f'run.init_from={name}')}. "
+        yield (
+            f"{group}={name} is not a file in conf/{group}; {remedy}"
+            f"{'Choices' if remedy else 'choices'}: {', '.join(known)}"
         )
-    rewritten = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        plain_key = equals and re.fullmatch(r"[\w.-]+", key)
-        if plain_key and not key.startswith("hydra.") and not (CONF / key).is_dir():
-            if key in texts and value != "null":
-                value = quoted(value)
-            argument = f"++{key}={value}"
-        rewritten.append(argument)
-    if config_name in ("train", "plan") and any("run.init_from=" in each for each in arguments):
-        from cli.initial_model import initial_model_arguments
-
-        rewritten = initial_model_arguments(arguments) + rewritten
-    return [*rewritten, *_other_length(arguments)]
 
 
-def _other_length(arguments: list[str]) -> list[str]:
+def _other_length(arguments: Sequence[str]) -> list[str]:
     """Return `train.max_tokens=null` if only `train.max_steps` is given.
 
     Raises:
-        SystemExit: Both lengths are given.
+        ConfigError: Both lengths are given.
     """
-    given = dict(argument.partition("=")[::2] for argument in arguments)
+    given = dict(argument.lstrip("+-").partition("=")[::2] for argument in arguments)
     steps, tokens = (given.get(f"train.{key}", "null") for key in ("max_steps", "max_tokens"))
     if steps != "null" and tokens != "null":
-        sys.exit(
-            f"Invalid configuration:\n  - train.max_steps={steps} and train.max_tokens={tokens} "
-            "are both given; use one of them"
-        )
+        both = f"train.max_steps={steps} and train.max_tokens={tokens}"
+        raise ConfigError([f"{both} are both given; use one of them"])
     return [] if steps == "null" else ["++train.max_tokens=null"]
 
 
-def quoted(text: str) -> str:
-    """Return the text as a quoted value of Hydra's grammar that OmegaConf does not interpolate."""
-    # Backslashes before an escaped character and before the closing quote are doubled.
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-    text = re.sub(r'(\\*)(")', r"\1\1\\\2", text)
-    return '"' + re.sub(r"(\\+)\Z", r"\1\1", text) + '"'
+def _hydra_remedy(key: str) -> str:
+    if key.startswith(("hydra.run", "hydra.sweep", "hydra.output")):
+        return "use run.dir"
+    if key.startswith("hydra.searchpath"):
+        return "use --config-dir DIR"
+    return "remove it"
 
 
-def help_text(config_name: str) -> str:
-    """Return the program's configuration file with its comments and the choices of each group."""
-    text = (CONF / f"{config_name}.yaml").read_text(encoding="utf-8")
-    usage, rest = f"\n{text}".split("\ndefaults:\n")
-    keys = rest.split("\nhydra:\n")[0]
-    keys = keys.partition("\n\n")[2]
-    used = [group for group in sorted(CONF.iterdir()) if f"- {group.name}:" in rest]
-    groups = [
-        f"  {group.name}={' | '.join(sorted(file.stem for file in group.glob('*.yaml')))}"
-        for group in used
-    ]
-    return "\n".join(
+def _override_value(schema: Any, key: str, value: str) -> str:
+    """Return a value in Hydra's grammar.
+
+    Raises:
+        ConfigError: Several values, for a key that takes one.
+    """
+    renamed = {**RENAMED_KEYS, **EVALUATE_KEYS, **CONVERT_KEYS}
+    text = takes_text(schema, key) or takes_text(schema, renamed.get(key, key))
+    last = key.rpartition(".")[2]
+    # `null` can be a name or a prompt, but hardly a path.
+    if text and (value != "null" or (text == "required" and last in ("name", *PROMPTS))):
+        return quoted(value, () if last in PROMPTS else tuple(fields_of(schema)))
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(f"{key}={value}")
+    except HydraException:
+        return quoted(value)  # validation reports the key with its type
+    if not parsed.is_sweep_override():
+        return value
+    if "list" in str(field_at(schema, key)) or "tuple" in str(field_at(schema, key)):
+        raise ConfigError([f"{key}={value} is not a list; use {shlex.quote(f'{key}=[{value}]')}"])
+    raise ConfigError(
         [
-            *(line.removeprefix("#").removeprefix(" ") for line in usage.splitlines()[1:]),
-            *(["", "Config groups (files under conf/):", *groups] if groups else []),
-            *(["", "Keys and defaults:", ""] if keys else []),
-            *(f"  {line}".rstrip() for line in keys.splitlines()),
+            f"{key}={value} lists several values, but a run has one; launch one command per value, "
+            "each with its own run.name, or on SLURM use python slurm/sweep.py with the same keys"
         ]
     )
 
 
-def plan_arguments(arguments: list[str]) -> list[str]:
+def quoted(text: str, sections: Sequence[str] = ()) -> str:
+    """Return the text as a quoted value of Hydra's grammar.
+
+    Args:
+        sections: If given, `${section.key}` and `${oc.env:NAME}` remain interpolations; every other
+            `${` is literal.
+    """
+    kept = rf"(?!oc\.env:[^}}]*\}}|(?:{'|'.join(sections)})(?:\.\w+)*\}})" if sections else ""
+    # Backslashes before an escaped character and before the closing quote are doubled.
+    text = re.sub(r"(\\*)\$\{" + kept, r"\1\1\\${", text)
+    text = re.sub(r'(\\*)(")', r"\1\1\\\2", text)
+    return '"' + re.sub(r"(\\+)\Z", r"\1\1", text) + '"'
+
+
+# ---------------------------------------------------------------- words without a meaning
+
+USAGE = "arguments are key=value, group=file or ~key; --help lists them"
+OPTIONS_USAGE = "options are --help, --version and --cfg job; keys are written key=value"
+
+
+def _word_errors(
+    words: Sequence[str], program: str, schema: Any, folders: Sequence[Path]
+) -> Iterator[str]:
+    """Yield an error for each argument that is not `key=value`, with what was probably meant."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        following = list(itertools.takewhile(lambda each: not _is_override(each), rest))
+        if _is_override(word):
+            text = not value or takes_text(schema, name.lstrip("-+")) is not None
+            if following and equals and text and not _is_key(following[0], program, schema):
+                del rest[: len(following)]
+                written = shlex.quote(f"{name}={' '.join([value, *following]).strip()}")
+                shown = " ".join(map(repr, following))
+                yield f"{shown} after {word}: to make it part of the value, write {written}"
+            continue
+        if equals and name:
+            rule = "lists are set as a whole: data.stages=[{…},{…}]" if "[" in name else USAGE
+            yield f"{name} is not a key; {rule}"
+            continue
+        key = name.lstrip("-+~").removesuffix(":")
+        exact = _is_key(key, program, schema)
+        candidates = [key] if exact else near_keys(schema, key) if KEY.fullmatch(key) else []
+        if following and candidates:  # `key value`, `key = value`, `key =value`, `key: value`
+            parts = following[: 2 if following[0] == "=" else 1]
+            del rest[: len(parts)]
+            written = shlex.quote(f"{candidates[0]}={''.join(parts).removeprefix('=')}")
+            yield f"{' '.join([word, *parts])} is not key=value; write {written}"
+        else:
+            yield _word_error(word, program, schema, folders, candidates)
+
+
+def _is_override(word: str) -> bool:
+    """Return whether an argument has the form `key=value` or `~key`."""
+    name, equals, _ = word.partition("=")
+    deletes = name.startswith("~") and KEY.fullmatch(name[1:]) is not None
+    return deletes or bool(equals and KEY.fullmatch(name.lstrip("-+~")))
+
+
+def _is_key(word: str, program: str, schema: Any) -> bool:
+    """Return whether a word is an option, a known key or a group, without a value."""
+    return word.startswith("--") or field_at(schema, word) is not None or word in groups_of(program)
+
+
+def _word_error(
+    word: str, program: str, schema: Any, folders: Sequence[Path], candidates: list[str]
+) -> str:
+    """Return the error for a word that has no value next to it."""
+    head, colon, tail = word.lstrip("-").partition(":")
+    if colon and tail and KEY.fullmatch(head) and (near := near_keys(schema, head)):
+        target = head if _is_key(head, program, schema) else near[0]
+        return f"{word} is not key=value; write {shlex.quote(f'{target}={tail}')}"
+    if word.startswith("-"):
+        options = ["--help", "--version", "--cfg", "--config-dir", "--config-name"]
+        meant = get_close_matches(word, options, n=1, cutoff=0.7)
+        meant = meant or [f"{key}=VALUE" for key in candidates]
+        hint = f"did you mean {' or '.join(meant)}? " if meant else ""
+        return f"{word} is not an option; {hint}{OPTIONS_USAGE}"
+    meant = [
+        f"{group}={name}"
+        for group in groups_of(program)
+        for name in group_files(group, folders)
+        if word == name
+    ]
+    meant = [f"--{word}"] if word in ("help", "version") else meant
+    meant = meant or [f"{key}=VALUE" for key in candidates]
+    if meant:
+        return f"{word} is not key=value; did you mean {' or '.join(meant)}?"
+    return f"{word!r} is not key=value; {USAGE}"
+
+
+# ---------------------------------------------------------------- plan.py
+
+
+def plan_arguments(arguments: Sequence[str], folders: Sequence[Path] = (CONF,)) -> list[str]:
     """Return the arguments of `plan.py` as `hydra_arguments` does; `hardware` may be a file's path.
 
     Raises:
-        SystemExit: after `--help`, and for a hardware that is neither a known name nor a file.
+        ConfigError: as `hydra_arguments`, and for a hardware that is neither a name nor a file.
     """
-    rewritten: list[str] = []
+    words: list[str] = []
+    hardware: list[str] = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if key == "hardware" and equals and not (CONF / key / f"{value}.yaml").is_file():
-            rewritten += ["~hardware", *_hardware_overrides(value)]
+        if (
+            key.lstrip("-+") == "hardware"
+            and equals
+            and value not in group_files("hardware", folders)
+        ):
+            words.append("~hardware")
+            hardware = _hardware_overrides(value)
         else:
-            rewritten.append(argument)
-    return hydra_arguments(rewritten, "plan")
+            words.append(argument)
+    return [*hardware, *hydra_arguments(words, "plan", folders)]
 
 
 def _hardware_overrides(name: str) -> list[str]:
-    from dataclasses import asdict
-
     from planning.hardware import load_hardware
 
     try:
         hardware = load_hardware(name)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"Invalid configuration: {error}") from None
+        raise ConfigError([str(error)]) from None
     return [f"++hardware.{key}={hydra_value(one)}" for key, one in asdict(hardware).items()]
 
 

@@ -7,15 +7,19 @@ keys reported, and the rest is left to `training.config_validation`. The planner
 
 import copy
 import dataclasses
+import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cli.arguments import explicit_keys
+from cli.arguments import PROMPTS, explicit_keys
+from cli.last_launch import register_resolvers
 from data.config import PrepareJobConfig
 from data.errors import DataError
 from evaluation.config import EvaluateJobConfig, GenerateJobConfig
@@ -25,9 +29,17 @@ from parallel.config import ParallelConfig
 from parallel.mesh import MeshShape, Processes, is_first_process, plan_processes, resolve_mesh
 from resilience.launcher_variables import launcher_errors
 from resilience.renamed_keys import CONVERT_KEYS, EVALUATE_KEYS, RENAMED_KEYS, rename_keys
+from resilience.run_folder import RunFolder, RunFolderError
 from training import config_rules as rules
 from training.config import JobConfig
-from training.config_validation import ConfigError, Rule, validate
+from training.config_validation import (
+    ConfigError,
+    Rule,
+    field_at,
+    known_keys,
+    takes_text,
+    validate,
+)
 from training.config_warnings import config_warnings
 from training.tokenizer_choice import (
     DEFAULT_FOLDER,
@@ -61,6 +73,7 @@ def check_config(composed: DictConfig) -> tuple[JobConfig, Processes, MeshShape]
     Raises:
         ConfigError: as `load_train_config`, with the errors of mesh and machine.
     """
+    _check_start(composed)
     config = load_train_config(composed, rules.launch_rule(), *rules.INSTALLATION_RULES)
     print_warnings(config_warnings(config))
     processes, _ = plan_processes(config.parallel)
@@ -77,8 +90,37 @@ def check_for_tasks(composed: DictConfig, per_node: int, num_nodes: int) -> JobC
     Raises:
         ConfigError: as `load_train_config`, with the errors of the mesh.
     """
+    _check_start(composed)
     tasks = Processes("auto", per_node, num_nodes, "srun")
     return load_train_config(composed, rules.launch_rule(tasks), *rules.INSTALLATION_RULES)
+
+
+def _check_start(composed: DictConfig) -> None:
+    """Check that the weights or the checkpoint to start from exist, before any other check.
+
+    A run that has checkpoints of its own no longer needs them.
+
+    Raises:
+        ConfigError: They do not exist.
+    """
+    try:
+        run = cast(dict[str, Any], OmegaConf.to_container(composed.run, resolve=True))
+        folder = RunFolder(Path(run["dir"]))
+        source = folder.resume_source(run["resume"])
+        weights = None if folder.committed_steps() else run["init_from"]
+    except (OmegaConfBaseException, RunFolderError, KeyError, TypeError):
+        return  # reported by the checks that follow
+    for key, path in (("init_from", weights), ("resume", source)):
+        if not isinstance(path, str) or not path or path in ("auto", "never"):
+            continue
+        if URL.match(path) or Path(path).expanduser().exists():
+            continue
+        kinds = "a checkpoint, a Hugging Face or a Meta folder"
+        remedy = kinds if key == "init_from" else "auto, never or runs/NAME/checkpoints/step-…"
+        if key == "init_from" and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+            name = path.rpartition("/")[2]
+            remedy += f", or download it from the hub: hf download {path} --local-dir {name}"
+        raise ConfigError([f"run.{key}={path} does not exist; use {remedy}"])
 
 
 def check_inference_mesh(
@@ -159,7 +201,7 @@ def _load(
         composed = OmegaConf.masked_copy(
             composed, [str(key) for key in composed if key != "hardware"]
         )
-    OmegaConf.register_new_resolver("scratch_or_continued", _scratch_or_continued, replace=True)
+    register_resolvers()
     values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
     unset = {name for name, value in values.items() if value == "???"}
     found = rename_keys(values, renamed)
@@ -181,7 +223,7 @@ def _load(
         if is_first_process():
             print(f"Warning: {old} is deprecated; use {new}", file=sys.stderr, flush=True)
     if not errors:
-        config = validate(values, schema, applied)
+        config = validate(values, schema, (*applied, *_text_rules(values, schema)))
         if "data" in values and "tokenizer" in values:
             data = with_existing_folder(config.data, config.tokenizer)  # type: ignore[attr-defined]
             config = dataclasses.replace(config, data=data)  # type: ignore[type-var]
@@ -192,11 +234,6 @@ def _load(
     except ConfigError as error:
         errors += [each for each in error.errors if each.startswith("Unknown key")]
     raise ConfigError(errors)
-
-
-def _scratch_or_continued(scratch: Any, continued: Any, *, _root_: DictConfig) -> Any:
-    """Return the value for a run from scratch, or for one that starts from `run.init_from`."""
-    return scratch if OmegaConf.select(_root_, "run.init_from") is None else continued
 
 
 def _resolve(composed: DictConfig, schema: type[Any]) -> dict[str, Any]:
@@ -227,6 +264,63 @@ def _with_tokenizer(composed: DictConfig, values: dict[str, Any]) -> DictConfig:
     for key, value in overrides.items():
         OmegaConf.update(composed, key, value, force_add=True)
     return composed
+
+
+EXPANDED = ("checkpoint", "run.init_from", "run.resume", "tokenizer.path", "tokenizer_path")
+"""Keys whose readers expand a tilde."""
+URL = re.compile(r"([A-Za-z][\w+.-]+):/")
+
+
+def _text_rules(values: dict[str, Any], schema: Any) -> list[Rule]:
+    """Return a rule for texts that would be used as another path than the user means.
+
+    An empty path, as an unset shell variable leaves it, is the working directory; a URL would be a
+    local folder such as `./s3:`, and a tilde that the shell does not expand a folder `./~`.
+    """
+    errors: list[str] = []
+    for key in known_keys(schema, values=values):
+        text = _value_at(values, key)
+        if not isinstance(text, str) or not takes_text(schema, key):
+            continue
+        if key == "run.name" or key.rpartition(".")[2] in PROMPTS:  # names have rules, prompts none
+            continue
+        if key.startswith("data.sources."):
+            errors += _source_path_errors(values, key, text)
+        elif not text.strip() and "MinLen" not in repr(field_at(schema, key)):
+            null = " or null" if takes_text(schema, key) == "optional" else ""
+            errors.append(f"{key}={text!r} is empty; use a text{null}")
+        elif URL.match(text):
+            path = text.removeprefix("file://") if text.startswith("file:///") else "PATH"
+            rule = "is a URL, but only paths of mounted file systems are supported"
+            errors.append(f"{key}={text} {rule}; use {key}={path}")
+        elif text.startswith("~/") and key not in EXPANDED:
+            path = os.path.expanduser(text)
+            errors.append(f"{key}={text} has a ~ that the shell did not expand; use {key}={path}")
+    return [lambda: errors]
+
+
+def _source_path_errors(values: dict[str, Any], key: str, text: str) -> Iterator[str]:
+    """Yield an error if the path of a source is a URL; the hub has names without a scheme."""
+    section, _, name = key.rpartition(".")
+    format = _value_at(values, f"{section}.format")
+    if name != "path" or not URL.match(text):
+        return
+    hub = re.match(r"(?:hf://datasets/|https?://huggingface.co/datasets/)([\w.-]+/[\w.-]+)", text)
+    if hub:
+        remedy = f"use {key}={hub[1]} with {section}.format=huggingface"
+    elif text.startswith("file:///"):
+        remedy = f"use {key}={text.removeprefix('file://')}"
+    elif format == "huggingface":
+        remedy = "use the name of a dataset on the hub, such as HuggingFaceFW/fineweb-edu"
+    else:
+        remedy = f"download the files and use {key}=PATH"
+    yield f"{key}={text} is a URL, which format {format} does not read; {remedy}"
+
+
+def _value_at(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
 
 
 def _missing_values(values: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -7,6 +7,7 @@ weights, or the group of the nearest size with the shape as overrides.
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from cli.arguments import CONF, hydra_value
 SIZES = ("dim", "n_layers", "ffn_dim")
 
 
-def initial_model_arguments(arguments: list[str]) -> list[str]:
+def initial_model_arguments(arguments: Sequence[str]) -> list[str]:
     """Return the arguments that select the model of `run.init_from`, if no model is given.
 
     They precede the user's arguments, so explicit values win. Weights that cannot be opened select
     no model; `training.initial_weights` reports them.
     """
-    given = dict(argument.lstrip("+").partition("=")[::2] for argument in arguments)
-    folder = given.get("run.init_from", "null").strip("'\"")
+    given = dict(argument.lstrip("+-").partition("=")[::2] for argument in arguments)
+    folder = given.get("run.init_from", "null")
     if folder == "null" or "model" in given or "experiment" in given:
         return []
     from formats.detection import open_weights

@@ -71,12 +71,31 @@ class RunFolder:
             return None
         try:
             config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-            assert isinstance(config, dict)
-        except (OSError, yaml.YAMLError, UnicodeDecodeError, AssertionError) as error:
+            if not isinstance(config, dict):
+                raise ValueError("it holds no keys" if config is None else "it is not a mapping")
+        except (OSError, yaml.YAMLError, ValueError) as error:  # ValueError: also not UTF-8
             remedy = "restore it, or choose another folder with run.name=…"
-            raise RunFolderError(f"{self.config} cannot be read ({error}); {remedy}") from None
+            reason = " ".join(str(error).split())
+            raise RunFolderError(f"{self.config} cannot be read ({reason}); {remedy}") from None
         rename_keys(config)
         return config
+
+    def last_config(self) -> dict[str, Any] | None:
+        """Return the configuration of the last launch, None if there was none.
+
+        If `config.yaml` is missing or damaged, it is the one of the newest readable checkpoint.
+
+        Raises:
+            RunFolderError: The file is damaged and no checkpoint has a configuration.
+        """
+        manifest = self.newest_manifest()
+        saved = manifest["config"] if manifest and "train" in manifest["config"] else None
+        try:
+            return self.read_config() or saved
+        except RunFolderError:
+            if saved is None:
+                raise
+            return saved
 
     def newest_manifest(self) -> dict[str, Any] | None:
         """Return the newest checkpoint manifest that can be read, without verifying its hash."""
@@ -102,7 +121,7 @@ class RunFolder:
             return "auto"
         if not steps:
             return resume
-        previous = ((self.read_config() or {}).get("run") or {}).get("resume")
+        previous = ((self.last_config() or {}).get("run") or {}).get("resume")
         if not (Path(resume) / COMMITTED).exists() and checkpoints_in(Path(resume)):
             started = True  # a run folder, whose newest step may have changed since
         else:

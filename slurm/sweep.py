@@ -25,17 +25,17 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script in a subfolder cannot import the packages otherwise
 
-from hydra import compose, initialize_config_dir  # noqa: E402
 from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from cli.arguments import CONF, hydra_arguments  # noqa: E402
+from cli.arguments import parse_options, schema_of  # noqa: E402
+from cli.composition import compose_config, compose_words  # noqa: E402
 from cli.config import check_for_tasks  # noqa: E402
 from resilience.exit_codes import ExitCode  # noqa: E402
 from resilience.run_folder import RunFolderError  # noqa: E402
 from training.config import JobConfig  # noqa: E402
-from training.config_validation import ConfigError  # noqa: E402
+from training.config_validation import ConfigError, takes_text  # noqa: E402
 from training.preflight import check_folder, needs_preparation  # noqa: E402
 
 MAX_RUNS_SHOWN = 3  # per error
@@ -132,7 +132,13 @@ def grid(overrides: Sequence[str]) -> list[SweepJob]:
     values: dict[str, list[str]] = {}  # by key; the last override for a key counts
     plain: dict[str, str] = {}  # overrides that are not swept
     errors = []
+    schema = schema_of("train")
     for override in overrides:
+        name, _, text = override.partition("=")
+        if "," not in text and "(" not in text and takes_text(schema, name.lstrip("+-")):
+            values[name] = []  # literal text
+            plain[name] = override
+            continue
         try:
             parsed = parser.parse_override(override)
             key = parsed.get_key_element()
@@ -183,23 +189,23 @@ def validate(jobs: Sequence[SweepJob], nodes: int, tasks_per_node: int) -> list[
     """
     runs_by_error: dict[str, list[str]] = {}
     runs = []
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for job in jobs:
-            errors = []
-            try:
-                composed = compose("train", hydra_arguments(list(job.overrides), "train"))
-                # The suffix follows the name that the run would have without a sweep.
-                name = composed.run.name = as_name(f"{composed.run.name}{job.suffix}")
-                config = check_for_tasks(composed, tasks_per_node, nodes)
-                check_folder(config)
-                kept = [each for each in job.overrides if not re.match(r"\+*run\.name=", each)]
-                runs.append(ValidRun((*kept, f"run.name={name}"), config))
-            except ConfigError as error:
-                errors = error.errors
-            except (HydraException, OmegaConfBaseException, RunFolderError) as error:
-                errors = [str(error)]
-            for message in errors:
-                runs_by_error.setdefault(message, []).append(job.suffix.removeprefix("-"))
+    for job in jobs:
+        errors = []
+        try:
+            # The suffix follows the name that the run would have without a sweep.
+            composed = compose_words(parse_options(job.overrides, "train"))
+            name = as_name(f"{composed.run.name}{job.suffix}")
+            kept = [each for each in job.overrides if not re.match(r"[+-]*run\.name=", each)]
+            overrides = (*kept, f"run.name={name}")
+            config = check_for_tasks(compose_config("train", overrides), tasks_per_node, nodes)
+            check_folder(config)
+            runs.append(ValidRun(overrides, config))
+        except ConfigError as error:
+            errors = error.errors
+        except (OmegaConfBaseException, RunFolderError) as error:
+            errors = [str(error)]
+        for message in errors:
+            runs_by_error.setdefault(message, []).append(job.suffix.removeprefix("-"))
     folders = Counter(run.config.run.dir for run in runs)
     reject(
         [

@@ -17,7 +17,7 @@ from training.config_validation import plain
 def default() -> JobConfig:
     """Return the configuration of `train.py model=llama3_2_1b tokenizer=llama3` without Hydra."""
     composed: Any = OmegaConf.load(CONF / "train.yaml")
-    del composed["defaults"], composed["hydra"]
+    del composed["defaults"]
     for group, name in (("data", "stdlib"), ("tokenizer", "llama3")):
         composed[group] = OmegaConf.load(CONF / group / f"{name}.yaml")
     composed.merge_with(OmegaConf.load(CONF / "model" / "llama3_2_1b.yaml"))

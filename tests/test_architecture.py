@@ -38,7 +38,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("matplotlib", "tensorboard", "wandb"),
     ),
     "planning": ("torch", "matplotlib", "yaml", "pydantic", "annotated_types", "rich"),
-    "cli": ("hydra", "omegaconf", "pydantic", "rich"),
+    "cli": ("hydra", "omegaconf", "pydantic", "rich", "yaml"),
 }
 ORDER = tuple(LAYERS)
 # Packages that import fewer of the earlier packages than the order permits.
@@ -254,6 +254,6 @@ def test_help_takes_less_than_a_second_and_imports_nothing_heavy(program: str) -
     process.stderr.close()
     assert process.returncode == 0 and f"python {program}" in text
     names = {line.rpartition("|")[2].strip() for line in import_times.splitlines()}
-    assert "hydra" in names  # otherwise the list is not that of the program
+    assert "cli.help" in names  # otherwise the list is not that of the program
     assert not (HEAVY | {"pydantic"}) & names
     assert usage.ru_utime + usage.ru_stime < MAX_HELP_SECONDS

@@ -166,10 +166,10 @@ def test_mesh_is_validated_by_the_rules_of_train() -> None:
 
 
 def test_unknown_hardware_lists_known_names(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"h1000.*a100.*b200.*cpu.*h100.*h200"):
+    with pytest.raises(ConfigError, match=r"h1000.*a100.*b200.*cpu.*h100.*h200"):
         plan_arguments(["hardware=h1000"])
     (tmp_path / "odd.yaml").write_text("- 1\n")
-    with pytest.raises(SystemExit, match=r"odd\.yaml"):
+    with pytest.raises(ConfigError, match=r"odd\.yaml"):
         plan_arguments([f"hardware={tmp_path / 'odd.yaml'}"])
 
 

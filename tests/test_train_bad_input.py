@@ -56,7 +56,7 @@ def rejected(tmp_path: Path, counted: dict[str, str]) -> Callable[..., str]:
         done = start_program([str(ROOT / "train.py"), *overrides], cwd=cwd, environment=counted)
         assert done.returncode != 0
         assert "Traceback" not in done.stderr, done.stderr
-        assert done.stdout == ""
+        assert done.stdout in ("", "Loading …\n")
         assert contents(cwd) == {}, "files were written"
         assert (contents(unchanged) if unchanged else {}) == before, "files were changed"
         assert starts.read_text() == "", "a process was launched"
@@ -315,7 +315,7 @@ def test_checkpoint_with_other_shapes_is_rejected(
     ("resume", "expected"),
     [
         ("never", ("run.resume=never", "use run.resume=auto")),
-        ("{folder}/checkpoints/step-00000001", ("step-00000001 is not a committed", "use auto")),
+        ("{folder}/checkpoints/step-00000001", ("step-00000001 does not exist", "use auto")),
     ],
     ids=["never", "to nothing"],
 )

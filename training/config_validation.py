@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Rule = Callable[..., Iterable[str]]
 """Return error messages; each parameter is named for a section of the configuration."""
@@ -21,6 +21,20 @@ Rule = Callable[..., Iterable[str]]
 Config = TypeVar("Config")
 
 NOT_A_NUMBER = "is not a number; use a number or a named choice"
+MAX_SUGGESTIONS = 6
+OTHER_NAMES = {  # in other trainers
+    **{
+        "learning_rate": "lr",
+        "output_dir": "dir",
+        "num_layers": "n_layers",
+        "num_heads": "n_heads",
+    },
+    **{
+        name: "seq_len"
+        for name in ("sequence_length", "context_length", "max_length", "block_size")
+    },
+    **{"hidden_size": "dim", "iterations": "max_steps", "gradient_clipping": "max_grad_norm"},
+}
 UNKNOWN = "unexpected_keyword_argument"  # pydantic's name for an unknown key of a dataclass
 
 
@@ -65,7 +79,7 @@ def validate(
     errors = [
         line
         for key, items in by_key.items()
-        for line in _message(prefix, key, items, schema).split("\n")
+        for line in _message(prefix, key, items, schema, values).split("\n")
     ]
     sections: dict[str, Any] = {}
     for name, annotation in fields_of(schema).items():
@@ -112,6 +126,55 @@ def fields_of(annotation: Any) -> dict[str, Any]:
     return {}
 
 
+def field_at(schema: Any, key: str) -> Any:
+    """Return the annotation of a dotted key, or None if the schema does not have it."""
+    path = key.split(".")
+    found = list(annotations_along(schema, path))
+    return found[-1] if len(found) == len(path) else None
+
+
+def takes_text(schema: Any, key: str) -> Literal["required", "optional"] | None:
+    """Return whether a dotted key holds free text (`str`), and whether it may be null instead."""
+    members = set(map(str, _members(field_at(schema, key))))
+    if str(str) not in members or not members <= {str(str), str(type(None))}:
+        return None
+    return "required" if members == {str(str)} else "optional"
+
+
+def known_keys(schema: Any, prefix: str = "", values: Any = None) -> Iterator[str]:
+    """Yield the dotted keys of a schema; names below a dict are those in `values`, or `NAME`."""
+    for name, annotation in fields_of(schema).items():
+        inner = values.get(name) if isinstance(values, dict) else None
+        key = f"{prefix}{name}"
+        mappings = [each for each in _members(annotation) if get_origin(each) is dict]
+        if mappings and fields_of(get_args(mappings[0])[1]):
+            named = inner if isinstance(inner, dict) and inner else {"NAME": None}
+            for each, value in named.items():
+                yield from known_keys(get_args(mappings[0])[1], f"{key}.{each}.", value)
+        elif fields_of(annotation):
+            yield from known_keys(annotation, f"{key}.", inner)
+        else:
+            yield key
+
+
+def near_keys(schema: Any, name: str, values: Any = None) -> list[str]:
+    """Return the dotted keys that a name without or with a wrong section probably means.
+
+    Those with the same last part; else those whose last part contains or resembles it.
+    """
+    keys = list(known_keys(schema, values=values))
+    last = name.rpartition(".")[2].lower().replace("-", "_")
+    last = OTHER_NAMES.get(last, last)
+    by_last: dict[str, list[str]] = {}
+    for key in keys:
+        by_last.setdefault(key.rpartition(".")[2], []).append(key)
+    if last in by_last:
+        return by_last[last]
+    near = [each for each in by_last if each.endswith(f"_{last}") or each.startswith(f"{last}_")]
+    near = near or difflib.get_close_matches(last, by_last, n=2, cutoff=0.75)
+    return [key for each in near for key in by_last[each]][:MAX_SUGGESTIONS]
+
+
 def _members(annotation: Any) -> list[Any]:
     """Return the members of a union, without `Annotated`."""
     if get_origin(annotation) is Annotated:
@@ -136,7 +199,7 @@ def _dotted(item: Any, values: Any) -> str:
     return key.removeprefix(".")
 
 
-def _message(prefix: str, key: str, items: list[Any], schema: Any) -> str:
+def _message(prefix: str, key: str, items: list[Any], schema: Any, values: Any) -> str:
     """Return the message of one key from pydantic's errors."""
     item, name = items[0], prefix + key
     kind, value = item["type"], item["input"]
@@ -149,6 +212,10 @@ def _message(prefix: str, key: str, items: list[Any], schema: Any) -> str:
         above = name.rpartition(".")[0]
         if near := difflib.get_close_matches(path[-1], known, n=1):
             return f"Unknown key {name}. Did you mean {f'{above}.{near[0]}'.lstrip('.')}?"
+        if elsewhere := near_keys(schema, name, values):
+            *others, final = (f"{prefix}{each}" for each in elsewhere)
+            listed = f"{', '.join(others)} or {final}" if others else final
+            return f"Unknown key {name}. Did you mean {listed}?"
         return f"Unknown key {name}. Known keys: {', '.join(known)}"
     if kind == "missing":
         above, inside, _ = name.partition("[")

@@ -30,7 +30,7 @@ def check_run_folder(
     """
     steps = folder.committed_steps()
     newest = folder.newest_manifest()
-    previous = folder.read_config() or (newest and newest["config"])
+    previous = folder.last_config()
     previous = add_defaults(previous) if previous else {}
     if errors := list(override_errors(previous, config)):
         raise RunFolderError("\n".join(errors))

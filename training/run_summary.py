@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -135,7 +136,7 @@ def _overrides() -> list[str]:
     The run now has checkpoints, which replace the one in `run.resume`; changes in
     `run.allow_changes` have been made.
     """
-    arguments = [each.removeprefix("++") for each in sys.argv[1:]]
+    arguments = [re.sub(r"^[+-]+(?=[\w.]+=)", "", each) for each in sys.argv[1:]]
     excluded = ("-", "hydra.", "run.resume=", "run.allow_changes=")
     return [
         shlex.quote(each)

@@ -49,9 +49,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def composed(*arguments: str) -> Any:
-    return compose(
-        "generate", hydra_arguments(list(arguments), "generate", texts=("prompt", "system"))
-    )
+    return compose("generate", hydra_arguments(list(arguments), "generate"))
 
 
 def load(*arguments: str) -> GenerateJobConfig:
@@ -106,10 +104,8 @@ def test_checkpoint_is_required() -> None:
 @example("12")
 @example("true")
 def test_prompt_is_passed_through_unchanged(text: str) -> None:
-    """Also when the arguments are rewritten again, by processes that inherit them."""
-    arguments = hydra_arguments([f"prompt={text}"], "generate", texts=("prompt", "system"))
-    again = hydra_arguments(arguments, "generate", texts=("prompt", "system"))
-    values: Any = OmegaConf.to_container(compose("generate", again), resolve=True)
+    arguments = hydra_arguments([f"prompt={text}"], "generate")
+    values: Any = OmegaConf.to_container(compose("generate", arguments), resolve=True)
     assert values["prompt"] == text
 
 

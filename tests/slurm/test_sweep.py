@@ -135,7 +135,7 @@ def test_every_error_is_reported_with_the_runs_it_occurs_in(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["experiment=smoke,smokey"], "experiment/smokey"),
+        (["experiment=smoke,smokey"], "experiment=smokey"),
         (["run.seed==1"], "run.seed==1 is neither"),
         (["optim.lr=interval(1,2)"], "optim.lr=interval(1,2) is neither"),
         (["run.name=a,b"], "run.name=a,b: run.name cannot be swept"),

@@ -109,10 +109,18 @@ def test_missing_checkpoints_that_were_saved_are_an_error(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["{", "[1, 2]", "", "a: b: c"])
-def test_unreadable_configuration_is_an_error(folder: RunFolder, text: str) -> None:
+def test_configuration_that_cannot_be_read_is_that_of_the_newest_checkpoint_or_an_error(
+    folder: RunFolder, tmp_path: Path, text: str
+) -> None:
     folder.config.write_text(text)
+    assert folder.last_config() == CONFIG
+    with pytest.raises(RunFolderError, match="cannot change within a run"):
+        check_run_folder(folder, changed("run.seed", 9))
+    other = RunFolder(tmp_path / "without checkpoints")
+    other.path.mkdir()
+    other.config.write_text(text)
     with pytest.raises(RunFolderError, match=r"config\.yaml cannot be read"):
-        check_run_folder(folder, CONFIG)
+        check_run_folder(other, CONFIG)
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["config.yaml", "manifest"])

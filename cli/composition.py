@@ -1,0 +1,178 @@
+"""Compose the configuration of a program from conf/ and its command-line arguments.
+
+Uses Hydra's compose API, because its own command line prints traces and its errors name neither
+file nor line. Errors of Hydra, OmegaConf and YAML become a `ConfigError`. Hydra is imported when
+there is something to compose, so that `--help` is fast.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cli.arguments import (
+    Options,
+    explicit_keys,
+    hydra_arguments,
+    parse_options,
+    plan_arguments,
+    typed_files,
+)
+from cli.last_launch import register_resolvers, with_last_launch
+from training.config_validation import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def compose_config(program: str, arguments: Sequence[str]) -> "DictConfig":
+    """Return the composed configuration of a program, before validation.
+
+    Raises:
+        ConfigError: Arguments or files of the configuration cannot be composed.
+        SystemExit: After `--help`, `--version` and `--cfg job`, which print and stop.
+    """
+    options = parse_options(arguments, program)
+    if options.flags & {"help", "version"}:
+        from cli.help import help_text, version_text
+
+        print_and_exit(help_text(program) if "help" in options.flags else version_text())
+    composed = compose_words(options)
+    if "--cfg" in options.values:
+        print_and_exit(_as_yaml(composed, options))
+    typed = explicit_keys(options.words)
+    if program == "train" or (program == "plan" and typed & {"run.dir", "run.name"}):
+        composed = with_last_launch(composed, options)
+    return composed
+
+
+def compose_words(options: Options) -> "DictConfig":
+    """Return the configuration that a program's keys and groups compose.
+
+    Raises:
+        ConfigError: as `compose_config`.
+    """
+    if options.program == "plan":
+        overrides = plan_arguments(options.words, options.folders)
+    else:
+        overrides = hydra_arguments(options.words, options.program, options.folders)
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if errors := list(_experiment_errors(options)):
+        raise ConfigError(errors)
+    register_resolvers()
+    folders = [str(folder) for folder in options.folders]
+    search = [f'hydra.searchpath=["file://{folder}"]' for folder in folders[1:]]
+    try:
+        with initialize_config_dir(folders[0], version_base="1.3"):
+            return compose(options.config_name, [*overrides, *search])
+    except YAMLError as error:
+        raise ConfigError([_yaml_error(error)]) from None
+    except (HydraException, OmegaConfBaseException, OSError, ValueError, AssertionError) as error:
+        raise ConfigError([_composition_error(error, options)]) from None
+
+
+def print_and_exit(text: str) -> None:
+    """Print the text and exit with code 0, also if the reader of a pipe stops early.
+
+    Raises:
+        SystemExit: always.
+    """
+    try:
+        print(text, flush=True)
+        if sys.__stdout__ is not None:
+            sys.__stdout__.flush()  # sys.stdout may ignore errors
+    except BrokenPipeError:
+        # Otherwise Python reports the same error again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(0)
+
+
+def _as_yaml(composed: "DictConfig", options: Options) -> str:
+    """Return the configuration, or the section of it that `--package` names, as YAML.
+
+    Raises:
+        ConfigError: An interpolation cannot be resolved, or there is no such section.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    package = options.values.get("--package", "")
+    part = OmegaConf.select(composed, package) if package else composed
+    if not OmegaConf.is_config(part):
+        known = ", ".join(map(str, composed))
+        raise ConfigError([f"--package={package} is not a section; use one of {known}"])
+    try:
+        text = OmegaConf.to_yaml(part, resolve="resolve" in options.flags)
+    except OmegaConfBaseException as error:
+        key = error.full_key or "--resolve"
+        raise ConfigError([f"{key}: {str(error).splitlines()[0]}"]) from None
+    header = f"# @package {package}\n" if package else ""
+    return f"{header}{text}".removesuffix("\n")
+
+
+def _experiment_errors(options: Options) -> Iterator[str]:
+    """Yield an error for each typed experiment that would set no key of the program."""
+    for name in typed_files(options, "experiment"):
+        path = _file(f"experiment/{name}", options)
+        text = path.read_bytes().decode("utf-8", "replace") if path else ""
+        if path and not re.search(r"^\s*#\s*@package\s+_global_", text, re.MULTILINE):
+            yield (
+                f"{_shown(str(path))} lacks '# @package _global_', without which its keys are in a "
+                "section `experiment`; make that its first line"
+            )
+        elif path and re.match(r"(\s|#.*\n)*(-\s|[^\s:#]+(\s|$))", text):
+            yield f"{_shown(str(path))} is not a mapping; write keys as `train:` and `  key: value`"
+
+
+def _yaml_error(error: Any) -> str:
+    """Return a YAML error with its file and line."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    problem = getattr(error, "problem", None) or " ".join(str(error).split())
+    where = f"{_shown(mark.name)}, line {mark.line + 1}" if mark else "a configuration file"
+    return f"{where}: {problem}; correct the YAML"
+
+
+def _composition_error(error: BaseException, options: Options) -> str:
+    """Return an error of the composition in one line, with the file and the line that caused it."""
+    text = " ".join(str(error if str(error) else error.__cause__).split())
+    if isinstance(error, UnicodeDecodeError):
+        files = [path for folder in options.folders for path in folder.rglob("*.yaml")]
+        damaged = [path for path in files if "\ufffd" in path.read_bytes().decode(errors="replace")]
+        names = ", ".join(_shown(str(path)) for path in damaged)
+        return f"{names} is not UTF-8 text ({text}); save it as UTF-8"
+    within = re.search(r"(?:^In|Invalid defaults list in) '([^']+)'[:,]? ?", text)
+    if not within:
+        return text or type(error).__name__
+    message = text[within.end() :]
+    message = re.split(r" ?(?:Config search path:|Available options in)", message)[0]
+    path = _file(within[1], options)
+    missing = re.search(r"'([^']+)'", message)
+    if path is None:
+        return f"conf/{within[1]}.yaml: {message}"
+    last = missing[1].rpartition("/")[2] if missing else ""
+    experiments = (
+        _file(f"experiment/{name}", options) for name in typed_files(options, "experiment")
+    )
+    for candidate in (path, *filter(None, experiments)):  # an override is reported for its target
+        lines = candidate.read_text(encoding="utf-8", errors="replace").splitlines()
+        found = [number for number, each in enumerate(lines, 1) if last and last in each]
+        if found:
+            return f"{_shown(str(candidate))}, line {found[0]}: {message}"
+    return f"{_shown(str(path))}: {message}"
+
+
+def _file(config: str, options: Options) -> Path | None:
+    paths = [folder / f"{config}.yaml" for folder in options.folders]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _shown(path: str) -> str:
+    """Return a path relative to the working directory if it is below it."""
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative

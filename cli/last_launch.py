@@ -1,0 +1,288 @@
+"""Resume a run with the configuration of its last launch.
+
+`python train.py run.dir=runs/NAME` uses the run's `config.yaml`. What the user typed has
+precedence: `key=value`, and the keys that the file of a typed `experiment=` sets. Composed defaults
+never replace a value of the run. Whether a typed value may change is checked in `training`.
+"""
+
+import copy
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from cli.arguments import Options, explicit_keys, groups_of, typed_files
+from parallel.mesh import is_first_process
+from resilience.run_folder import RunFolder
+from training.config import JobConfig
+from training.config_validation import ConfigError, fields_of
+from training.resume_policy import policy_of
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+MAX_SHOWN = 6
+OF_THIS_LAUNCH = ("run.dir", "run.allow_changes")  # never taken from the last one
+GROUPS = ("model", "data", "tokenizer")
+
+
+def register_resolvers() -> None:
+    """Register the interpolations of conf/ that are functions."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("scratch_or_continued", _scratch_or_continued, replace=True)
+
+
+def _scratch_or_continued(scratch: Any, continued: Any, *, _root_: "DictConfig") -> Any:
+    """Return the value for a run from scratch, or for one that starts from `run.init_from`."""
+    from omegaconf import OmegaConf
+
+    return scratch if OmegaConf.select(_root_, "run.init_from") is None else continued
+
+
+def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
+    """Return the configuration of a launch in the composed `run.dir`.
+
+    Without an earlier launch in that folder, it is the composed one.
+
+    Raises:
+        ConfigError: A typed group differs from the one of the run.
+        RunFolderError: The configuration of the run is damaged.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        folder = RunFolder(Path(str(composed.run.dir)))
+    except OmegaConfBaseException:  # reported by validation
+        return composed
+    last = folder.last_config()
+    if not last:
+        return composed
+    now = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
+    explicit = typed_keys(options)
+    if folder.committed_steps():
+        errors = list(_group_errors(now, last, explicit, options, folder))
+        if errors:
+            raise ConfigError(errors)
+    merged = merge(now, last, explicit)
+    merged["run"]["dir"] = _literal(str(folder.path))
+    merged = {**now, **merged}  # keys of plan.py, and unknown ones, which validation reports
+    result = OmegaConf.create(merged)
+    _print_kept(composed, result, folder)
+    return result
+
+
+def typed_keys(options: Options) -> set[str]:
+    """Return the keys and groups that the command line sets, also through `experiment=`.
+
+    These are the keys of the experiment's own file and the groups that it selects.
+    """
+    keys = explicit_keys(options.words)
+    for name in typed_files(options, "experiment"):
+        content = _file_content("experiment", name, options)
+        defaults = content.pop("defaults", None)
+        keys |= {
+            str(group).rpartition("/")[2]
+            for each in (defaults if isinstance(defaults, list) else [])
+            if isinstance(each, dict)
+            for group in each
+        }
+        keys |= set(_leaves(content))
+    return keys
+
+
+def merge(now: dict[str, Any], last: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
+    """Return the last launch's values with the explicit ones of this launch.
+
+    Args:
+        now: The composed configuration, with its interpolations.
+        last: The resolved configuration of the last launch.
+        explicit: Typed keys; one that `now` lacks was deleted.
+    """
+    merged = _known(_literal(last), now, JobConfig)
+    for key, text in _interpolations(now):
+        # `optim.schedule_steps=${train.max_steps}` follows a typed max_steps if it did so before.
+        if _get(last, key) == _resolved(text, last):
+            _set(merged, key, text)
+    if "train.max_steps" in explicit:  # replaces the length in tokens
+        explicit = explicit | {"train.max_tokens"}
+    run = merged["run"]
+    if run.get("resume") == "never":
+        run["resume"] = "auto"
+    for key in sorted({*explicit, *OF_THIS_LAUNCH} - {*GROUPS, "experiment"}):
+        value = _get(now, key)
+        if value is MISSING:
+            _delete(merged, key)
+        else:
+            _set(merged, key, copy.deepcopy(value))
+    return merged
+
+
+# ---------------------------------------------------------------- typed groups
+
+
+def _group_errors(
+    now: dict[str, Any],
+    last: dict[str, Any],
+    explicit: set[str],
+    options: Options,
+    folder: RunFolder,
+) -> Iterator[str]:
+    """Yield an error for each typed group that is not the one of the run."""
+    for group in GROUPS:
+        if group not in explicit:
+            continue
+        name = next(iter(typed_files(options, group)), groups_of("train")[group])
+        content = _file_content(group, name, options)
+        section = content.get(group, {}) if "run" not in content and group in content else content
+        different = []
+        for inner in _leaves(section):
+            key = f"{group}.{inner}"
+            here, there = _get(now, key), _get(last, key)
+            if key in explicit or here == "???" or (isinstance(here, str) and "${" in here):
+                continue
+            policy = policy_of(key)
+            decides = policy is not None and policy.change == "forbidden"
+            if here != there and (decides or inner == "name"):
+                there = "unset" if there is MISSING else there
+                different.append(f"{key} is {there} in the run and {here} in the file")
+        if different:
+            there = (last.get(group) or {}).get("name")
+            yield (
+                f"{group}={name} is not the {group} of the run in {folder.path} ({there}): "
+                f"{'; '.join(different[:3])}. Omit {group}= to resume the run, or use another "
+                "run.name"
+            )
+
+
+def _file_content(group: str, name: str, options: Options) -> dict[str, Any]:
+    import yaml
+
+    paths = [folder / group / f"{name}.yaml" for folder in options.folders]
+    path = next((path for path in paths if path.is_file()), None)
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path else None
+    return content if isinstance(content, dict) else {}
+
+
+# ---------------------------------------------------------------- nested dictionaries
+
+MISSING: Any = object()
+
+
+def _known(last: Any, now: Any, schema: Any) -> Any:
+    """Return the last values without keys that this version lacks, and with those it requires.
+
+    A key that an older version did not have takes its default from the dataclass.
+    """
+    fields = fields_of(schema)
+    if not fields or not isinstance(last, dict):
+        return last
+    known = {name: value for name, value in last.items() if name in fields}
+    for name, annotation in fields.items():
+        composed = now.get(name, MISSING) if isinstance(now, dict) else MISSING
+        if name in known:
+            known[name] = _known(known[name], composed, annotation)
+        elif fields_of(annotation) and composed is not MISSING and schema is JobConfig:
+            known[name] = _known({}, composed, annotation)
+        elif composed is not MISSING and not _has_default(schema, name):
+            known[name] = composed
+    return known
+
+
+def _has_default(schema: Any, name: str) -> bool:
+    import dataclasses
+    from typing import get_args
+
+    owners = [each for each in (schema, *get_args(schema)) if dataclasses.is_dataclass(each)]
+    field = next(each for each in dataclasses.fields(owners[0]) if each.name == name)
+    missing = dataclasses.MISSING
+    return field.default is not missing or field.default_factory is not missing
+
+
+def _leaves(values: Any, prefix: str = "") -> Iterator[str]:
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _interpolations(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in _leaves(values):
+        value = _get(values, key)
+        # A function's value, such as that of a recipe, is a default: the run's own value counts.
+        if isinstance(value, str) and re.search(r"(?<!\\)\$\{[\w.]+\}", value):
+            yield key, value
+
+
+def _resolved(text: str, values: dict[str, Any]) -> Any:
+    """Return an interpolation's value among resolved values, or MISSING."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.create({**_literal(values), "resolved": text})["resolved"]
+    except OmegaConfBaseException:
+        return MISSING
+
+
+def _literal(value: Any) -> Any:
+    """Return resolved values so that OmegaConf does not read a `${` in them as an interpolation."""
+    if isinstance(value, dict):
+        return {key: _literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_literal(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _get(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        if not isinstance(values, dict) or name not in values:
+            return MISSING
+        values = values[name]
+    return values
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for name in sections:
+        if not isinstance(values.get(name), dict):
+            values[name] = {}
+        values = values[name]
+    values[last] = value
+
+
+def _delete(values: Any, key: str) -> None:
+    section, _, last = key.rpartition(".")
+    values = _get(values, section) if section else values
+    if isinstance(values, dict):
+        values.pop(last, None)
+
+
+def _print_kept(composed: "DictConfig", result: "DictConfig", folder: RunFolder) -> None:
+    """Print which values are kept from the last launch instead of the composed ones."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not is_first_process():
+        return
+    try:
+        before: Any = OmegaConf.to_container(composed, resolve=True)
+        after: Any = OmegaConf.to_container(result, resolve=True)
+    except OmegaConfBaseException:  # reported by validation
+        return
+    kept = [
+        f"{key}={_get(after, key)}"
+        for key in _leaves(after)
+        if _get(before, key) not in (_get(after, key), MISSING)
+    ]
+    if kept:
+        more = f" and {len(kept) - MAX_SHOWN} more" if len(kept) > MAX_SHOWN else ""
+        print(
+            f"{folder.path} keeps the configuration of its last launch: "
+            f"{', '.join(kept[:MAX_SHOWN])}{more}",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,250 @@
+"""Arguments are accepted as typed, or explained with the argument as it should be."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, start_python
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from cli.arguments import hydra_arguments, parse_options, schema_of
+from cli.composition import compose_config, compose_words
+from cli.config import load_prepare_config, load_train_config
+from cli.help import help_text
+from training.config_validation import ConfigError, known_keys, takes_text
+
+
+def errors_of(program: str, *arguments: str) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        compose_config(program, arguments)
+    return raised.value.errors
+
+
+def composed(program: str, *arguments: str) -> dict[str, Any]:
+    values: Any = OmegaConf.to_container(compose_config(program, arguments), resolve=True)
+    return values
+
+
+# ---------------------------------------------------------------- free text
+
+AWKWARD = "a, b=(c) ~[d]{e}: #f ${g} \"h\" 'i' \\ "
+
+
+@pytest.mark.parametrize("program", ["train", "prepare", "evaluate", "generate", "convert"])
+def test_every_text_key_takes_its_value_literally(program: str) -> None:
+    schema = schema_of(program)
+    keys = [key for key in known_keys(schema, values={"data": {"sources": {"stdlib": {}}}})]
+    keys = [key for key in keys if takes_text(schema, key)]
+    words = [f"{key}={AWKWARD}" for key in keys]
+    assert len(words) >= 3
+    values: Any = OmegaConf.to_container(compose_words(parse_options(words, program)), resolve=True)
+    for key in keys:
+        value = values
+        for name in key.split("."):
+            value = value[name]
+        assert value == AWKWARD, key
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.text("\\\"'${}[]()=,:#! ~\tan0é", min_size=1).filter(lambda text: text != "null"))
+@example("${oc.env:HOME}")
+def test_prompts_of_samples_are_literal(text: str) -> None:
+    config = load_train_config(compose_config("train", [f"validation.prompt={text}"]))
+    assert config.validation.prompt == text
+
+
+@pytest.mark.parametrize("name", ["2111", "1e5", "null", "true", "~", "0x1f", "1_000", "nan"])
+def test_names_that_look_like_other_types_are_names(name: str) -> None:
+    values = composed("train", f"run.name={name}", f"model.name={name}")
+    assert (values["run"]["name"], values["model"]["name"]) == (name, name)
+    assert values["run"]["dir"] == f"runs/{name}"
+
+
+def test_paths_keep_interpolations_of_keys_and_variables(monkeypatch: Any) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    values = composed("train", "run.dir=${oc.env:SCRATCH}/${run.name}/${x}", "run.name=a")
+    assert values["run"]["dir"] == "/scratch/a/${x}"
+
+
+# ---------------------------------------------------------------- forms of arguments
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--optim.lr=0.5", "--model=llama3_8b"],
+        ["+optim.lr=0.5", "+model=llama3_8b"],
+        ["++optim.lr=0.5", "model=llama3_8b"],
+        ["--config-name=train", "optim.lr=0.5", "model=llama3_8b"],
+        ["--config-name", "train.yaml", "optim.lr=0.5", "model=llama3_8b", "--run"],
+    ],
+)
+def test_forms_of_other_command_lines_are_accepted(words: list[str]) -> None:
+    values = composed("train", *words)
+    assert values["optim"]["lr"] == 0.5 and values["model"]["name"] == "llama3_8b"
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        ("optim.lr 1e-3", "optim.lr=1e-3"),
+        ("--optim.lr 1e-3", "optim.lr=1e-3"),
+        ("lr 1e-3", "optim.lr=1e-3"),
+        ("optim.lr = 1e-3", "optim.lr=1e-3"),
+        ("optim.lr =1e-3", "optim.lr=1e-3"),
+        ("optim.lr= 1e-3", "optim.lr=1e-3"),
+        ("optim.lr: 1e-3", "optim.lr=1e-3"),
+        ("optim.lr:1e-3", "optim.lr=1e-3"),
+        ("model llama3_8b", "model=llama3_8b"),
+        ("validation.prompt=Once upon a time", "'validation.prompt=Once upon a time'"),
+        ("smoke", "experiment=smoke"),
+        ("optim.betas=0.9,0.95", "'optim.betas=[0.9,0.95]'"),
+        ("--config-name=smoke", "experiment=smoke"),
+    ],
+)
+def test_remedy_for_a_misformed_argument_is_accepted(words: str, written: str) -> None:
+    [error] = errors_of("train", *words.split())
+    assert written in error
+    hydra_arguments(shlex.split(written), "train")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["help"], ["--help"]),
+        (["--foo"], ["--foo is not an option", "--help"]),
+        (["--hlep"], ["did you mean --help?"]),
+        (["--info"], ["--info is not supported", "--cfg job"]),
+        (["--cfg=hydra"], ["use --cfg job"]),
+        (["--resolve"], ["--cfg job"]),
+        (["--config-dir=nowhere"], ["--config-dir=nowhere is not a folder"]),
+        (["hydra.run.dir=x"], ["hydra.run.dir", "use run.dir"]),
+        (["hydra/launcher=x"], ["hydra/launcher is not a key"]),
+        (["data.stages[0].seq_len=8"], ["data.stages=[{"]),
+        (["optim.lr=1,2"], ["one command per value", "slurm/sweep.py"]),
+        (["model=lama3_8b"], ["did you mean model=llama3_8b"]),
+        (["model=Llama-3-8B"], ["did you mean model=llama3_8b"]),
+        (["model=llama3_8b.yaml"], ["did you mean model=llama3_8b"]),
+        (["data=fineweb"], ["did you mean data=fineweb_edu?"]),
+        (["experiment=h100_8b"], ["experiment=h100x8_8b", "Choices"]),
+        (["tokenizer="], ["choices: bpe, byte, llama3"]),
+        ([f"data={ROOT / 'README.md'}"], ["data=text data.name=README", "path="]),
+        (["~nothing"], ["nothing"]),
+    ],
+)
+def test_other_arguments_are_explained(words: list[str], parts: list[str]) -> None:
+    [error] = errors_of("train", *words)
+    assert all(part in error for part in parts), error
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lr", "optim.lr"),
+        ("learning_rate", "optim.lr"),
+        ("prompt", "validation.prompt"),
+        ("interval", "checkpoint.interval, validation.interval or log.interval"),
+        ("model.lr", "optim.lr"),
+        ("batch_size", "train.global_batch_size or train.micro_batch_size"),
+        ("path", "data.sources.stdlib.path or tokenizer.path"),
+    ],
+)
+def test_key_without_its_section_suggests_every_key_of_that_name(key: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_train_config(compose_config("train", [f"{key}=1"]))
+    assert raised.value.errors[0] == f"Unknown key {key}. Did you mean {meant}?"
+
+
+# ---------------------------------------------------------------- files of the configuration
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{header}train:\n  max_steps: [3\noptim: {{}}\n", "line 4: expected ',' or ']'"),
+        ("{header}train:\n\tmax_steps: 3\n", "line 3: found character"),
+        ("{header}train: {{}}\ntrain: {{}}\n", "line 3: found duplicate key train"),
+        ("{header}defaults:\n  - override /model: llama9\n", "line 3: Could not "),
+        ("{header}defaults:\n  - nowhere\n", "line 3: Could not load 'experiment/nowhere'"),
+        ("{header}defaults:\n  - override /modell: x\n", "line 3: Could not override 'modell'"),
+        ("{header}defaults: x\n", "defaults must be a list"),
+        ("{header}- 1\n", "is not a mapping"),
+        ("train: {{}}\n", "lacks '# @package _global_'"),
+        ("{header}run: {{name: \ud800}}\n", "is not UTF-8 text"),
+    ],
+)
+def test_file_that_cannot_be_composed_is_named_with_its_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    content = text.format(header="# @package _global_\n")
+    file.write_bytes(content.encode("utf-8", "surrogatepass"))
+    [error] = errors_of("train", f"--config-dir={tmp_path}", "experiment=mine")
+    assert str(file) in error and message in error and "\n" not in error, error
+
+
+def test_files_of_another_folder_are_composed(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ntrain: {max_steps: 7}\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    assert (
+        composed("train", "--config-dir", str(tmp_path), "experiment=mine")["train"]["max_steps"]
+        == 7
+    )
+
+
+# ---------------------------------------------------------------- paths
+
+
+@pytest.mark.parametrize(
+    ("word", "remedy"),
+    [
+        ("run.dir=s3://bucket/run", "run.dir=PATH"),
+        ("data.folder=gs://bucket/shards", "data.folder=PATH"),
+        ("tokenizer.path=hf://model", "tokenizer.path=PATH"),
+        ("run.init_from=file:///weights", "run.init_from=/weights"),
+        ("run.dir=", "is empty"),
+        ("run.init_from= ", "is empty"),
+        ("run.dir=~/runs/x", f"run.dir={Path.home()}/runs/x"),
+        (
+            "data.sources.stdlib.path=hf://datasets/user/name",
+            "data.sources.stdlib.path=user/name with data.sources.stdlib.format=huggingface",
+        ),
+    ],
+)
+def test_text_that_would_be_another_path_is_rejected(word: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_train_config(compose_config("train", [word]))
+    assert any(remedy in error for error in raised.value.errors)
+
+
+def test_urls_are_rejected_by_the_other_programs() -> None:
+    with pytest.raises(ConfigError, match="inspect=s3://runs is a URL"):
+        load_prepare_config(compose_config("prepare", ["inspect=s3://runs"]))
+
+
+# ---------------------------------------------------------------- help and version
+
+
+def test_help_lists_the_keys_of_groups_and_version_is_printed(capsys: Any) -> None:
+    text = help_text("train")
+    for key in ("shard_tokens", "n_kv_heads", "training_characters", "text_column"):
+        assert f"{key}:" in text
+    for program in ("train", "plan"):
+        with pytest.raises(SystemExit):
+            compose_config(program, ["--version"])
+        assert capsys.readouterr().out.startswith("llamesh ")
+
+
+def test_help_into_a_closed_pipe_prints_no_trace() -> None:
+    script = (
+        "import subprocess, sys\n"
+        "a = subprocess.Popen([sys.executable, 'prepare.py', '--help'], stdout=-1, stderr=-1)\n"
+        "a.stdout.close()\n"
+        "print(a.stderr.read().decode(), a.wait())\n"
+    )
+    assert start_python(["-c", script]).stdout.strip() == "0"
