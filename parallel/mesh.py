@@ -107,9 +107,11 @@ def started_processes(environment: Mapping[str, str]) -> Processes | None:
 
 
 def is_self_launched(environment: Mapping[str, str]) -> bool:
-    """Return whether this run started this process itself, or has started its other processes."""
-    main = environment.get("LLAMESH_MAIN_PID")
-    return "LOCAL_RANK" in environment and main in (str(os.getpid()), str(os.getppid()))
+    """Return whether this run started this process itself, or has started its other processes.
+
+    True also after the main process has died; `resilience.launch` then ends this one.
+    """
+    return {"LOCAL_RANK", "LLAMESH_MAIN_PID"} <= environment.keys()
 
 
 def process_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:

@@ -190,7 +190,8 @@ def test_exactly_one_process_of_a_run_is_the_first() -> None:
         child = {"LOCAL_RANK": str(rank), "LLAMESH_MAIN_PID": str(os.getppid())}
         task = {**SRUN, "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0"}
         local = {**TORCHRUN, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        for environment in (child, task, local):
+        orphan = child | {"LLAMESH_MAIN_PID": "1"}  # its main process has just died
+        for environment in (child, orphan, task, local):
             assert is_first_process(environment) == (rank == 0)
     # Local rank 0 of the second node is not the first process.
     assert not is_first_process({**TORCHRUN, "RANK": "4", "LOCAL_RANK": "0"})
