@@ -110,7 +110,8 @@ def generate(
     assert isinstance(llama, Llama)
     lengths = [len(prompt) for prompt in prompts]
     context = llama.config.max_seq_len
-    assert prompts and min(lengths) >= 1 and max(lengths) <= context and max_new_tokens >= 1
+    if not (prompts and min(lengths) >= 1 and max(lengths) <= context and max_new_tokens >= 1):
+        raise ValueError(f"prompts of {lengths} tokens do not fit a context of {context} tokens")
     limits = [min(max_new_tokens, context + 1 - length) for length in lengths]
     # The last token of a row is sampled but never fed to the model.
     capacity = max(length + limit - 1 for length, limit in zip(lengths, limits, strict=True))

@@ -85,7 +85,11 @@ class StoredTensor:
         if block.numel() > 0:
             start = (0,) * block.ndim if offsets is None else tuple(offsets)
             n_read = sum(_read_overlap(each, block, start) for each in self.slices)
-            assert n_read == block.numel(), "the slices of a tensor cover it exactly once"
+            if n_read != block.numel():
+                raise FormatError(
+                    f"a tensor of shape {self.shape} is stored in parts with {n_read} of the "
+                    f"{block.numel()} values that were read; restore the folder of weights"
+                )
         return block.to(self.dtype)
 
     def slabs(self, offsets: Dims = None, sizes: Dims = None) -> Iterator[Tensor]:

@@ -198,6 +198,31 @@ def test_every_module_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(parse(path)), path
 
 
+# Invariants of our own calls, which no input can break.
+INTERNAL_ASSERTS = {"mode == 'wb'", "'time' not in fields"}
+
+
+def narrows_a_type(test: ast.expr) -> bool:
+    """Return whether an assert only gives the type checker what a caller guarantees."""
+    if isinstance(test, ast.BoolOp):
+        return all(narrows_a_type(each) for each in test.values)
+    if isinstance(test, ast.Compare):
+        return all(isinstance(each, ast.Is | ast.IsNot) for each in test.ops)
+    return isinstance(test, ast.Call) and ast.unparse(test.func) == "isinstance"
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_assert_checks_input_or_files(path: Path) -> None:
+    """`python -O` removes them."""
+    found = [
+        ast.unparse(node.test)
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Assert) and not narrows_a_type(node.test)
+    ]
+    is_bench = path.relative_to(ROOT).parts[0] == "bench"
+    assert is_bench or set(found) <= INTERNAL_ASSERTS
+
+
 def test_core_stays_within_its_line_budget() -> None:
     lines = {
         path: len(path.read_text(encoding="utf-8").splitlines())

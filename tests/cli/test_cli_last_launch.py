@@ -1,0 +1,89 @@
+"""A run is resumed with the configuration of its last launch, which typed keys override."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_config import changed, commit
+
+from cli.composition import compose_config
+from cli.config import load_train_config
+from resilience.run_folder import RunFolder, RunFolderError
+from training.config import JobConfig
+from training.config_validation import ConfigError, plain
+
+START = ("experiment=smoke", "data=text", "data.name=kjv", "data.sources.text.path=kjv.txt")
+PROMPT = "${model.name} ${"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """A run with a checkpoint."""
+    folder = RunFolder(tmp_path / "run")
+    words = ["train.max_steps=90", "optim.lr=0.5", f"validation.prompt={PROMPT}"]
+    config = plain(load(folder, *START, *words))
+    folder.write_config(config)
+    commit(folder, 5, config)
+    return folder
+
+
+def load(folder: RunFolder, *words: str) -> JobConfig:
+    return load_train_config(compose_config("train", [f"run.dir={folder.path}", *words]))
+
+
+def test_run_dir_alone_is_the_last_configuration_and_typed_keys_override_it(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = folder.last_config()
+    assert last is not None and plain(load(folder)) == last
+    assert last["validation"]["prompt"] == PROMPT
+    assert "keeps the configuration of its last launch" in capsys.readouterr().err
+    typed = load(folder, "optim.lr=0.25", "--log.interval=7")
+    assert plain(typed) == changed("optim.lr", 0.25, "log.interval", 7, of=last)
+    # The keys that the file of an experiment sets are typed; `optim.lr` is one, `log.wandb` not.
+    assert load(folder, "experiment=smoke").optim.lr == 1e-3
+    # schedule_steps=${train.max_steps} follows a typed length, as it would in a new run.
+    longer = load(folder, "train.max_steps=200")
+    assert (longer.train.max_steps, longer.optim.schedule_steps) == (200, 200)
+
+
+@pytest.mark.parametrize("lost", ["missing", "", "{", "[1]"])
+def test_lost_configuration_is_that_of_the_newest_checkpoint(folder: RunFolder, lost: str) -> None:
+    last = folder.last_config()
+    folder.config.unlink() if lost == "missing" else folder.config.write_text(lost)
+    assert plain(load(folder)) == last
+    (folder.step_folder(5) / "manifest.json").unlink()
+    if lost != "missing":
+        with pytest.raises(RunFolderError, match=r"config\.yaml cannot be read"):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    ("word", "there"),
+    [("model=llama3_8b", "smoke"), ("tokenizer=bpe", "byte"), ("data=stdlib", "kjv")],
+)
+def test_another_typed_group_is_an_error_once_there_are_checkpoints(
+    folder: RunFolder, word: str, there: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(folder, word)
+    [error] = raised.value.errors
+    assert error.startswith(word) and there in error and "Omit" in error
+    group = word.partition("=")[0]
+    kept = plain(load(folder))[group]
+    assert kept["name"] == there  # the remedy
+    same: dict[str, Any] = {"tokenizer": "tokenizer=byte", "data": "data=text"}
+    if group in same:
+        assert plain(load(folder, same[group]))[group] == kept
+
+
+def test_configuration_of_an_older_version_gets_todays_keys(folder: RunFolder) -> None:
+    old: Any = folder.read_config()
+    del old["watchdog"], old["train"]["micro_batch_size"]
+    old["faults"]["max_in_a_row"] = old["faults"].pop("max_consecutive_skips") + 1
+    old["run"] |= {"resume": "never", "allow_changes": ["optim.eps"]}
+    folder.write_config(old)
+    config = load(folder)
+    assert config.faults.max_consecutive_skips == old["faults"]["max_in_a_row"]
+    assert config.train.micro_batch_size is None and config.optim.lr == 0.5
+    assert (config.run.resume, config.run.allow_changes) == ("auto", [])
