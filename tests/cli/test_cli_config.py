@@ -271,7 +271,8 @@ def test_values_beyond_their_bounds_are_rejected_and_values_at_them_are_not(boun
     def out_of_bounds(values: dict[str, float]) -> set[str]:
         words = (f"{key}={value}" for key, value in values.items())
         found = errors_of(*words, "unknown=1")  # there is at least one error
-        pattern = r"([a-z_.]+)=\S+ is (below|above|not below|not above) \d+; use (off, )?(a number|at|-1)"
+        rule = r"is (below|above|not below|not above) \d+"
+        pattern = rf"([a-z_.]+)=\S+ {rule}; use (off, )?(a number|at|-1)"
         keys = {match[1] for error in found if (match := re.match(pattern, error))}
         return keys & values.keys()  # without keys interpolated from them
 
