@@ -250,6 +250,7 @@ def test_unusable_data_is_rejected(
         "data.name=bad",
         f"data.sources.text.path={folder}",
         "data.validation_fraction=0",
+        "validation.samples=0",
     )
     error = line_with(message, expected)
     assert "data.sources.text" in error or "data.folder" in error or "train." in error

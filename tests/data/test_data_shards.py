@@ -7,6 +7,7 @@ import shutil
 import zlib
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -295,11 +296,12 @@ def test_verified_blocks_are_not_verified_again_after_their_shard_was_unmapped(
     manifest = write(tmp_path, [20] * 5, per_shard=1)
     verified: list[str] = []
     verify = data_shards._verify_block
-    monkeypatch.setattr(
-        data_shards,
-        "_verify_block",
-        lambda *arguments: (verified.append(arguments[1].file), verify(*arguments)),
-    )
+
+    def recorded_verify(*arguments: Any) -> None:
+        verified.append(arguments[1].file)
+        verify(*arguments)
+
+    monkeypatch.setattr(data_shards, "_verify_block", recorded_verify)
     stream = TokenStream(tmp_path, manifest.shards("train"), mappings=Mappings(limit=2))
     for _ in range(3):
         for index in range(stream.n_windows(8)):

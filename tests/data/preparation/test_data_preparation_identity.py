@@ -116,7 +116,8 @@ def test_tokenizer_is_recognized_by_its_content(data: DataConfig, tmp_path: Path
     bpe = TokenizerConfig("bpe", 280, training_characters=10_000)
     trained = replace(data, folder=str(tmp_path / "bpe"))
     manifest = prepare(trained, bpe, progress=False)
-    copy = shutil.copy(tmp_path / "bpe" / "tokenizer.model", tmp_path / "copy.model")
+    copy = tmp_path / "copy.model"
+    shutil.copy(tmp_path / "bpe" / "tokenizer.model", copy)
     given = replace(bpe, path=str(copy))
     assert prepare(trained, given, progress=False) == manifest
     own = replace(data, folder=str(tmp_path / "own"))
@@ -135,7 +136,10 @@ def test_tokenizer_is_recognized_by_its_content(data: DataConfig, tmp_path: Path
 
 
 def test_interrupted_preparation_resumes_at_another_path_and_not_with_other_content(
-    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    data: DataConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(corpora, "MIN_PART_BYTES", 100)
     copy = shutil.copytree(tmp_path / "books", tmp_path / "copy")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,9 +136,12 @@ def test_completed_parts_are_not_read_again(
     before = {file: file.stat().st_mtime_ns for file in Path(data.folder).glob("*/*.tokens")}
     completed = {entry for each in done for entry in _files(each)}
     read: list[Part] = []
-    monkeypatch.setattr(
-        preparation_part, "rows", lambda part, *rest: (read.append(part), rows(part, *rest))[1]
-    )
+
+    def recorded_rows(part: Part, *rest: Any) -> Any:
+        read.append(part)
+        return rows(part, *rest)
+
+    monkeypatch.setattr(preparation_part, "rows", recorded_rows)
     prepare(data, BYTE, progress=False)
     assert not {str(record_path(Path(data.folder), part)) for part in read} & finished
     for file, written in before.items():

@@ -1,5 +1,6 @@
 """Held-out text of corpora of one file, a few, and many documents."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -80,10 +81,15 @@ def test_no_split_of_a_document_loses_text_or_holds_out_far_too_much() -> None:
 def test_few_documents_are_read_to_choose_between_hash_and_tail(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    read = []
-    documents = (read.append(i) or f"document {i} ".encode() * 100 for i in range(10**6))
-    assert tail_threshold(documents, 0.02) == LONG_BYTES
-    assert len(read) < 2000
+    n_read = 0
+
+    def documents() -> Iterator[bytes]:
+        nonlocal n_read
+        for n_read in range(1, 10**6):
+            yield f"document {n_read} ".encode() * 100
+
+    assert tail_threshold(documents(), 0.02) == LONG_BYTES
+    assert n_read < 2000
     monkeypatch.setattr(splitting, "MAX_READ_BYTES", 10_000)
     assert tail_threshold((b"x" * 1000 for _ in range(10**9)), 1e-12) == LONG_BYTES
     assert tail_threshold([], 0.02) == 0

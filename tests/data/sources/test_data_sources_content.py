@@ -116,7 +116,7 @@ def test_file_that_no_format_reads_is_rejected(
     (tmp_path / f"a.{format_}").write_bytes(content)
     for policy in ("strict", "replace"):
         with pytest.raises(DataError, match=rf"a\.{format_} {description}"):
-            texts(format_, tmp_path, policy)  # type: ignore[arg-type]
+            texts(format_, tmp_path, policy)
     (tmp_path / f"b.{format_}").write_bytes(CONTENTS[format_])
     if format_ != "parquet":  # files without valid text are dropped with invalid_text=skip
         assert texts(format_, tmp_path, "skip")[-1].endswith(("two", "file.\n"))
