@@ -143,6 +143,8 @@ def _group_errors(
             here, there = _get(now, key), _get(last, key)
             if key in explicit or here == "???" or (isinstance(here, str) and "${" in here):
                 continue
+            if group == "tokenizer" and _is_of_file(inner, last, options):
+                continue
             policy = policy_of(key)
             decides = policy is not None and policy.change == "forbidden"
             if here != there and (decides or inner == "name"):
@@ -155,6 +157,20 @@ def _group_errors(
                 f"{'; '.join(different[:3])}. Omit {group}= to resume the run, or use another "
                 "run.name"
             )
+
+
+def _is_of_file(name: str, last: dict[str, Any], options: Options) -> bool:
+    """Return whether a tokenizer file gave a run this key of its tokenizer, not the group.
+
+    The file is that of `tokenizer.path` or of `run.init_from`. It has precedence over a group that
+    only `experiment=` selects; a typed `tokenizer=` must have its name.
+    """
+    typed = explicit_keys(options.words)
+    path, init_from = _get(last, "tokenizer.path"), _get(last, "run.init_from")
+    if "tokenizer" in typed:
+        has_path = path not in (None, MISSING) or "tokenizer.path" in typed
+        return has_path and name == "vocab_size"
+    return path not in (None, MISSING) or init_from not in (None, MISSING)
 
 
 def _file_content(group: str, name: str, options: Options) -> dict[str, Any]:

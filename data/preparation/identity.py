@@ -76,10 +76,12 @@ def read_prepared(
             f"  {key}: {old} in the folder, {new} requested"
             for key, (old, new) in sorted(differences.items())
         ]
+        remedy = "Choose another data.folder (or data.name), or delete this one."
+        if resumes:
+            remedy = "Restore the values in the folder to resume the run, or use another run.name."
         raise DataError(
             f"data.folder={data.folder} was prepared from another configuration:\n"
-            + "\n".join(rows)
-            + "\nChoose another data.folder (or data.name), or delete this one."
+            + "\n".join([*rows, remedy])
         )
     return manifest
 

@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Iterable
 
 LONG_BYTES = 2**20
-# The hashes decide once this much text falls to either split, or after this much in total.
+# The hashes decide once this much text falls to either split, in about the wanted proportion, or
+# after this much in total.
 ENOUGH_BYTES, MAX_READ_BYTES = 2**12, 2**28
 
 
@@ -33,16 +34,17 @@ def tail_threshold(documents: Iterable[bytes], fraction: float) -> int:
     Reads documents until both splits have enough text; `LONG_BYTES` then. 0 if the hashes of all
     documents hold out less than half of `fraction` of the text, more than twice of it, or all.
     """
-    n_bytes, n_held_out = 0, 0.0
+    n_bytes, n_held_out, is_near = 0, 0.0, True
     for content in documents if fraction else ():
         n_bytes += len(content)
         if len(content) >= LONG_BYTES:
             n_held_out += fraction * len(content)
         elif is_validation(content, fraction):
             n_held_out += len(content)
-        if min(n_held_out, n_bytes - n_held_out) >= ENOUGH_BYTES or n_bytes >= MAX_READ_BYTES:
+        is_near = fraction / 2 * n_bytes <= n_held_out <= 2 * fraction * n_bytes
+        is_enough = is_near and min(n_held_out, n_bytes - n_held_out) >= ENOUGH_BYTES
+        if is_enough or n_bytes >= MAX_READ_BYTES:
             return LONG_BYTES
-    is_near = fraction / 2 * n_bytes <= n_held_out <= 2 * fraction * n_bytes
     return LONG_BYTES if is_near and n_held_out < n_bytes else 0
 
 

@@ -8,6 +8,7 @@ from run_config import changed, commit
 
 from cli.composition import compose_config
 from cli.config import load_train_config
+from data.tokenizer import model_file, train_bpe
 from resilience.run_folder import RunFolder, RunFolderError
 from training.config import JobConfig
 from training.config_validation import ConfigError, plain
@@ -75,6 +76,26 @@ def test_another_typed_group_is_an_error_once_there_are_checkpoints(
     same: dict[str, Any] = {"tokenizer": "tokenizer=byte", "data": "data=text"}
     if group in same:
         assert plain(load(folder, same[group]))[group] == kept
+
+
+@pytest.mark.parametrize("words", [("tokenizer=bpe",), ()])
+def test_same_command_resumes_a_run_with_a_tokenizer_file(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file determines the size, and the name unless `tokenizer=` is typed."""
+    (tmp_path / "tokenizer.model").write_bytes(
+        model_file(train_bpe(["to be or not " * 9], 275).ranks)
+    )
+    folder = RunFolder(tmp_path / "run")
+    command = [*START, *words, f"tokenizer.path={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["train.py", *command])
+    first = load(folder, *command)
+    assert (first.tokenizer.name, first.tokenizer.vocab_size) == ("bpe", 275)
+    commit(folder, 5, plain(first))
+    folder.write_config(plain(first))
+    assert load(folder, *command) == first
+    with pytest.raises(ConfigError, match="tokenizer=byte is not the tokenizer of the run"):
+        load(folder, *START, "tokenizer=byte")
 
 
 def test_configuration_of_an_older_version_gets_todays_keys(folder: RunFolder) -> None:

@@ -69,6 +69,12 @@ def test_large_corpora_of_short_documents_are_split_by_hash_as_before() -> None:
         assert parts[is_validation(content, 0.02)] == content.decode()
 
 
+def test_a_large_document_in_the_hashed_half_does_not_hold_out_far_too_much() -> None:
+    number = next(i for i in range(999) if is_validation(f"{i:<9}".encode() * 2000, 0.02))
+    documents = [f"{i:<9}".encode() * 2000 for i in range(number - 9, number + 1)]
+    assert tail_threshold(documents, 0.02) == 0  # by hash, a tenth of the text would be held out
+
+
 def test_no_split_of_a_document_loses_text_or_holds_out_far_too_much() -> None:
     texts = ["", "x", "naïve🙂" * 40, "a b " * 300, "line\n" * 1000, "x" * 999, "\n" * 500]
     for text, fraction in product(texts, (0.0, 0.001, 0.02, 0.3, 0.99)):
