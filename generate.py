@@ -65,7 +65,7 @@ def run(config: GenerateJobConfig) -> None:
         elif config.prompt is not None:
             completer.stream(prompts[0], prefix=prompts[0].text)
         else:
-            as_json = Path(str(config.prompts)).suffix == ".jsonl"
+            as_json = Path(str(config.prompts)).suffix.lower() == ".jsonl"
             for first in range(0, len(prompts), config.batch_size):
                 completer.print_batch(prompts[first : first + config.batch_size], as_json)
         if context.fabric.is_global_zero:

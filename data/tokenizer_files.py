@@ -12,8 +12,15 @@ FILES = (MODEL_FILE, TOKENIZER_JSON, f"original/{MODEL_FILE}")
 
 
 def find_tokenizer_file(folder: Path) -> Path | None:
-    """Return the tokenizer file in a folder, preferring `tokenizer.model`, or None."""
-    return next((folder / name for name in FILES if (folder / name).exists()), None)
+    """Return the tokenizer file in a folder, or None.
+
+    `tokenizer.model` is preferred, except in a Hugging Face folder: transformers reads only
+    `tokenizer.json` there, and the other file may be of another program or model.
+    """
+    names: tuple[str, ...] = FILES
+    if (folder / "config.json").exists() and not (folder / "manifest.json").exists():
+        names = (TOKENIZER_JSON, *FILES)
+    return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def read_tokenizer_file(path: Path) -> Tokenizer:

@@ -119,6 +119,8 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
             ) from None
         key, value = ".".join(map(str, first["loc"])), _shortened(first["input"])
         reason = f"{key}={value}: {first['msg']}"
+        if key == "model.byte_fallback":
+            reason = f"{key}={value}, a SentencePiece model as in Llama 1, Llama 2 and Mistral"
     if reason is not None:
         raise DataError(
             f"{path} is not a tokenizer like Llama 3's: {reason}; use the model's tokenizer.model, "

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge, Gt, Interval, Lt, MinLen
+from annotated_types import Ge, Interval, Lt, MinLen
 
 from model.config_base import ConfigSection, PositiveInt
 from parallel.config import ParallelConfig, PrecisionConfig
@@ -59,7 +59,7 @@ class GenerateJobConfig(ConfigSection):
     temperature: Annotated[float, Ge(0), Lt(math.inf)]
     top_p: Annotated[float, Interval(gt=0, le=1)] | None
     top_k: PositiveInt | None
-    repetition_penalty: Annotated[float, Gt(0), Lt(math.inf)] | None
+    repetition_penalty: Annotated[float, Interval(ge=0.01, le=100)] | None
     stop: list[Annotated[str, MinLen(1)]]
     seed: int
     batch_size: PositiveInt

@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import io
 import json
+import math
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,14 @@ if TYPE_CHECKING:
 
 BOOTSTRAP_ITERS = 1000
 """Resamples for standard errors without a closed form; accurate to about 2%."""
+
+LM_EVAL_ERRORS = {
+    "KeyError: None": "check metric_list of the task file: a metric is not known, or it is a "
+    "function without aggregation and higher_is_better",
+    "IndexError: string index out of range": "the first document has an empty choice or answer: "
+    "remove it, or check doc_to_choice and doc_to_target",
+}
+"""Errors of lm-eval that do not name the cause, and what to check."""
 
 REPORTED_KEYS = ("results", "groups", "versions", "n-shot", "n-samples")
 """Keys of lm-eval's result that are reported."""
@@ -55,7 +64,8 @@ def task_errors(tasks: Sequence[str], folder: str | None, cp: int = 1) -> Iterat
     else:
         with third_party_imports():
             manager = _manager(tasks, folder)
-        yield from (_unknown_task(t, manager.all_tasks) for t in tasks if not _match(t, manager))
+        unknown = [task for task in tasks if not _match(task, manager)]
+        yield from (_unknown_task(task, manager.all_tasks, folder) for task in unknown)
 
 
 @dataclass(frozen=True)
@@ -135,6 +145,9 @@ def run_tasks(lm: "LlameshLM", tasks: Sequence[str], options: TaskOptions) -> Ta
                 found.groups[name] = group
         result = dict(aggregate_groups(found)._to_eval_results())
     scores = {key: result[key] for key in REPORTED_KEYS if key in result}
+    for name, values in scores["results"].items():
+        if bad := [key for key, value in values.items() if _is_nan(key, value)]:
+            errors[name] = f"{', '.join(bad)} is NaN; check the metric and the task's data"
     # Convert numpy numbers to floats for JSON.
     return TaskResults(json.loads(strict_json(scores, default=float)), errors, samples)
 
@@ -163,6 +176,11 @@ def _run_task(lm: "LlameshLM", name: str, task: Any, options: TaskOptions) -> tu
     return (None, errors[0]) if errors else (result, "")
 
 
+def _is_nan(key: str, value: Any) -> bool:
+    """Return whether a metric is NaN; standard errors of few samples may be."""
+    return isinstance(value, float) and math.isnan(value) and "_stderr" not in key
+
+
 def _described(error: Exception) -> str:
     """Return a task's error with its remedy."""
     if isinstance(error, EvaluationError):
@@ -170,6 +188,8 @@ def _described(error: Exception) -> str:
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, ModuleNotFoundError):
         return f"{text}; install the package that the task needs (pip install {error.name})"
+    if hint := LM_EVAL_ERRORS.get(text):
+        return f"{text} in lm-eval; {hint}, or remove the task"
     if isinstance(error, OSError) or type(error).__module__.startswith(
         ("datasets.", "hugg", "req")
     ):
@@ -250,7 +270,9 @@ def _match(task: str, manager: Any) -> list[str]:
     return list(manager.match_tasks([task]))
 
 
-def _unknown_task(task: str, known: Sequence[str]) -> str:
+def _unknown_task(task: str, known: Sequence[str], folder: str | None) -> str:
+    if folder and (file := next(Path(folder).rglob(f"{task}.yaml"), None)):
+        return f"tasks={task} is not defined by {file}; correct its YAML and its key task or group"
     similar = difflib.get_close_matches(task, known, n=3)
     remedy = f"use {' or '.join(similar)}" if similar else "use a name from `lm-eval ls tasks`"
     return f"tasks={task} is not a task or group; {remedy}, or set task_folder to your task files"

@@ -86,6 +86,10 @@ class PromptEncoder:
             elif self.chat:
                 message = {"role": "user", "content": prompt}
                 encoded = replace(self._from_messages([message]), record={"prompt": prompt})
+            elif self.system is not None:
+                raise ValueError(
+                    "is plain text, on which system has no effect; add chat=true, or omit system"
+                )
             else:
                 _check_text(prompt)
                 ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
@@ -112,21 +116,40 @@ class PromptEncoder:
         text = "" if self.tokenizer is None else detokenize(self.tokenizer, ids)
         return Prompt(text, ids, {"prompt": ids})
 
-    def _from_messages(self, messages: list[Any]) -> Prompt:
+    def _from_messages(self, given: list[Any]) -> Prompt:
         assert self.tokenizer is not None
-        for message in messages:
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise ValueError(
-                    f"has the message {json.dumps(message)[:80]}; each needs a role and a content"
-                )
-            _check_text(json.dumps(message, ensure_ascii=False))
-        given = messages
+        messages = [_message(each) for each in given]
+        if messages[-1]["role"] == "assistant" and not messages[-1].get("content"):
+            raise ValueError(
+                "ends with an empty message of the assistant; leave it out, or give it a text"
+            )
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         ids = self.tokenizer.encode_with_specials(self.template.render(messages))
         if not ids:
             raise ValueError("is empty in the model's chat template; use at least one message")
         return Prompt("", ids, {"messages": given})
+
+
+def _message(given: Any) -> dict[str, Any]:
+    """Return a message whose content is one text, also if it is given as a list of text parts.
+
+    Raises:
+        ValueError: It has no role, no content, or content other than text.
+    """
+    message = given if isinstance(given, dict) else {}
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        if other := [part.get("type") for part in content if not isinstance(part.get("text"), str)]:
+            raise ValueError(f"has a message with content of type {other[0]}; use text")
+        content = "".join(part["text"] for part in content)
+    # The text of a message that calls tools is null.
+    is_valid = isinstance(content, str) or (content is None and "tool_calls" in message)
+    if not is_valid or not isinstance(message.get("role"), str):
+        shown = json.dumps(given)[:80]
+        raise ValueError(f"has the message {shown}; each needs a role and a text as content")
+    _check_text(json.dumps(given, ensure_ascii=False))
+    return {**message, "content": content or ""}
 
 
 def _check_text(text: str) -> None:
@@ -160,6 +183,7 @@ def read_prompts(
         try:
             if isinstance(record, str):
                 raise ValueError(record)
+            _check_text(json.dumps(record.get("id"), ensure_ascii=False))
             found = encoder.encode(record.get("messages", record.get("prompt")))
         except ValueError as error:
             errors.append(f"{name} {error}")
@@ -183,11 +207,15 @@ def _read_file(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         reason = error.strerror if isinstance(error, OSError) else error
         message = f"prompts={path} cannot be read ({reason}); use a text file in UTF-8"
         raise ValueError(message) from None
+    if path.suffix.lower() == ".json":
+        raise ValueError(
+            f"prompts={path} is not a list of lines; write one object per line to a .jsonl file"
+        )
     if not content.strip():
         raise ValueError(f"prompts={path} contains no prompts; write one prompt per line")
     for number, line in enumerate(content.removesuffix("\n").split("\n"), start=1):
         name = f"prompts={path} line {number}"
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             yield name, _record(line) or f"{NOT_A_PROMPT}: {line[:80]}"
         elif text := line.removesuffix("\r"):
             yield name, {"prompt": text}
@@ -198,15 +226,20 @@ def _read_file(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 def _record(line: str) -> dict[str, Any] | None:
     """Return the object in a line of a prompt file; None if it has no prompt of a known type."""
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_constant=_not_json)
     except ValueError:
         return None
     if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
         return None
     if "messages" in record:
         messages = record["messages"]
-        return record if isinstance(messages, list) and messages and messages[0] else None
+        is_valid = isinstance(messages, list) and messages
+        return record if is_valid and all(isinstance(each, dict) for each in messages) else None
     return record if isinstance(record["prompt"], str | list) else None
+
+
+def _not_json(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def interactive_prompts(fabric: "Fabric", encoder: PromptEncoder) -> Iterator[Prompt]:

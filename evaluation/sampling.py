@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 NON_FINITE = -1
 """Returned as the token of a row whose logits contain NaN or infinity."""
 
+MIN_TEMPERATURE = 1e-30  # below, logits overflow; they differ by more, so that decoding is greedy
 NUCLEUS_CANDIDATES = 1024  # a nucleus with more tokens is found by sorting the vocabulary
 BLOCK = 512  # tokens per partial sum of the unfiltered distribution
 
@@ -62,7 +63,7 @@ class TokenSampler:
         largest = logits.amax(dim=-1)  # (batch,); NaN if any logit is
         if self.sampling.repetition_penalty is not None:
             logits = self._penalized(logits, self.sampling.repetition_penalty)
-        if self.sampling.temperature == 0:
+        if self.sampling.temperature < MIN_TEMPERATURE:
             tokens = logits.argmax(dim=-1)
         else:
             draws = [stream.random() for stream in self.streams]

@@ -97,7 +97,10 @@ def validated_config(path: Path, values: dict[str, Any]) -> ModelConfig:
             else str(item["ctx"]["error"])
             for item in error.errors()
         )
-        raise FormatError(f"{path} is not a valid Llama 3 configuration: {reasons}") from None
+        raise FormatError(
+            f"{path} is not a valid Llama 3 configuration: {reasons}; correct it, or download or "
+            "copy it again"
+        ) from None
 
 
 # ---------------------------------------------------------------- Hugging Face

@@ -37,7 +37,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
         raise FormatError(_without_weights(folder))
     chosen = next((name for name in present if _has_files(folder, name)), present[0])
     warnings = []
-    if chosen == SINGLE and INDEX in present and _has_files(folder, INDEX):
+    if chosen == SINGLE and INDEX in present and _lists_files(folder):
         warnings.append(
             f"{folder} contains {SINGLE} and {INDEX}; {SINGLE} is read, as transformers does"
         )
@@ -51,6 +51,14 @@ def _has_files(folder: Path, name: str) -> bool:
     if not name.endswith(".index.json"):
         return True
     return any((folder / file).is_file() for file in _weight_map(folder / name).values())
+
+
+def _lists_files(folder: Path) -> bool:
+    """Return whether any file of the index next to a single file exists; a damaged one has none."""
+    try:
+        return _has_files(folder, INDEX)
+    except FormatError:
+        return False
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -93,6 +101,9 @@ def _without_weights(folder: Path) -> str:
     suffixes = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack")
     others = sorted(path.name for path in folder.iterdir() if path.name.endswith(suffixes))
     found = f" (only {', '.join(others[:8])})" if others else ""
+    for path in folder.iterdir():
+        if path.name in WEIGHT_FILES and path.is_symlink() and not path.exists():
+            return f"{path} is a link to {path.readlink()}, which does not exist; download it again"
     message = f"{folder} contains neither {SINGLE} nor {INDEX}, nor {WEIGHT_FILES[2]} or its index"
     if (folder / "original").is_dir():
         return f"{message}{found}; download them, or use {folder / 'original'} if it has weights"

@@ -67,7 +67,7 @@ class ChatTemplate:
 
     def _compiled(self) -> Any:
         from jinja2.exceptions import TemplateError
-        from jinja2.ext import loopcontrols
+        from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         def fail(message: str) -> None:
@@ -76,8 +76,17 @@ class ChatTemplate:
         def to_json(value: Any, indent: int | None = None, **options: Any) -> str:
             return json.dumps(value, **{"ensure_ascii": False, "indent": indent, **options})
 
+        class Generation(Extension):
+            """The block `generation`, which marks text of the assistant for training."""
+
+            tags = {"generation"}  # noqa: RUF012
+
+            def parse(self, parser: Any) -> Any:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
         )
         environment.filters["tojson"] = to_json
         environment.globals["raise_exception"] = fail
@@ -112,7 +121,7 @@ def find_chat_template(folders: Sequence[Path], tokenizer: Tokenizer) -> ChatTem
         named = names | {name: content for name, content in stored.items() if content is not None}
         file = folder / "chat_template.jinja"
         if file.is_file():
-            return ChatTemplate(file.read_text(encoding="utf-8"), str(file), named)
+            return ChatTemplate(_read_text(file), str(file), named)
         for path, values in (
             (folder / "tokenizer_config.json", config),
             (folder / "chat_template.json", _read(folder / "chat_template.json")),
@@ -121,6 +130,11 @@ def find_chat_template(folders: Sequence[Path], tokenizer: Tokenizer) -> ChatTem
             if isinstance(text, list):  # several templates by name
                 by_name = {each.get("name"): each.get("template") for each in text}
                 text = by_name.get("default")
+                if text is None:
+                    raise FormatError(
+                        f"{path} has the chat templates {', '.join(map(str, by_name))}, but none "
+                        "is named default; put the one to use in chat_template.jinja next to it"
+                    )
             if isinstance(text, str):
                 return ChatTemplate(text, str(path), named)
     if tokenizer.name == "llama3":
@@ -138,6 +152,13 @@ def end_token_ids(folder: Path, tokenizer: Tokenizer | None) -> list[int]:
         ids = _read(folder / name).get("eos_token_id")
         found += ids if isinstance(ids, list) else [ids]
     return list(dict.fromkeys(each for each in found if isinstance(each, int)))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be read ({error}); save it as text in UTF-8") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

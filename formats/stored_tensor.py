@@ -128,10 +128,11 @@ class CheckedTensor(StoredTensor):
         if not is_finite(cast):
             short = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
             largest = values.abs().max().item()
+            other = "" if short == "bf16" else "dtype=bf16, or "
             raise FormatError(
-                f"{self.name} has values up to {largest:.4g}, which dtype={short} cannot represent "
-                f"(at most {torch.finfo(self.dtype).max:.4g}); use dtype=bf16, or dtype=null to "
-                "keep the stored data type"
+                f"{self.name} has values up to {largest:.6g}, which dtype={short} cannot represent "
+                f"(at most {torch.finfo(self.dtype).max:.6g}); use {other}dtype=null to keep the "
+                "stored data type"
             )
         return cast
 

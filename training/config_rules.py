@@ -571,19 +571,38 @@ def generate_errors(
             )
     if prompt is not None and prompts is not None:
         yield f"prompts={prompts} and prompt={prompt!r} are both given; use one of them"
-    is_json = prompts is not None and prompts.endswith(".jsonl")
+    is_json = prompts is not None and prompts.lower().endswith(".jsonl")
     if system is not None and not (chat or is_json):
         yield f"system={system!r} has no effect without chat=true; add it"
+    if chat and tokenizer_path is None:
+        yield "tokenizer_path=null cannot encode the messages of chat=true; use tokenizer_path=auto"
     if chat and prompt == "":
         yield "prompt='' is empty, but chat=true needs a message; use at least one character"
-    if tokenizer_path is None and not is_json:
+    if tokenizer_path is None and not is_json and not chat:
         yield (
             "tokenizer_path=null cannot encode text; use prompts=FILE.jsonl with token ids as "
             'prompts ({"prompt": [1, 2]}), or tokenizer_path=auto'
         )
 
 
-def task_errors(tasks: list[str], tokenizer_path: str | None) -> Iterator[str]:
+def task_errors(
+    tasks: list[str],
+    tokenizer_path: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    apply_chat_template: bool,
+    log_samples: bool,
+) -> Iterator[str]:
+    options = {
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "apply_chat_template": apply_chat_template or None,
+        "log_samples": log_samples or None,
+    }
+    for key, value in options.items() if not tasks else ():
+        if value is not None:
+            shown = str(value).lower()
+            yield f"{key}={shown} has no effect without tasks; add tasks=[NAME], or omit {key}"
     if tasks and tokenizer_path is None:
         yield (
             f"tokenizer_path=null has no tokenizer for tasks={tasks}; use tokenizer_path=auto or "

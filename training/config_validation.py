@@ -223,6 +223,8 @@ def _message(prefix: str, key: str, items: list[Any], schema: Any, values: Any) 
         return f"{name} has no value; add {add}"
     if isinstance(value, bool):
         return f"{name}={_shown(value)} {NOT_A_NUMBER}"
+    if [each["type"] for each in items] == ["list_type"] and isinstance(value, str):
+        return f"{name}={value!r} is not a list; use '{name}=[{json.dumps(value)}]'"
     pairs = [_rule_and_remedy(each) for each in items]
     rule = next((rule for rule, _ in reversed(pairs) if rule), "has the wrong type")
     remedy = " or ".join(remedy for _, remedy in pairs)

@@ -409,6 +409,9 @@ def test_unknown_task_is_rejected_with_similar_names(
     assert "tasks=toy_choise is not a task or group" in error and "use toy_choice" in error
     (error,) = task_errors(TASKS, str(tmp_path / "none"))
     assert error.startswith("task_folder=") and "is not a folder" in error
+    (tmp_path / "broken.yaml").write_text("task: broken\n  bad: [\n")
+    (error,) = task_errors(["broken"], str(tmp_path))
+    assert f"tasks=broken is not defined by {tmp_path}/broken.yaml; correct its YAML" in error
 
 
 def test_missing_lm_eval_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,11 +481,22 @@ def test_error_in_a_task_keeps_the_results_of_the_others(
     choices = """doc_to_choice: "{{['x', 'y' if q else '']}}\""""  # empty in the third document
     empty = text.replace("doc_to_choice: '{{options}}'", choices)
     write_task(tmp_path, "empty", empty.replace(question, "doc_to_text: q"))
+    write_task(tmp_path, "first", text.replace("'{{options}}'", """"{{['', 'y']}}\""""))
+    no_metrics = re.sub(r"metric_list:(\n- .*)+", "metric_list: []", text)
+    write_task(tmp_path, "metrics", no_metrics.replace("[]", "[{metric: no_such_metric}]"))
+    nan = "[{metric: acc, aggregation: !function utils.nan, higher_is_better: true}]"
+    write_task(tmp_path, "nan", no_metrics.replace("[]", nan))
+    with (tmp_path / "utils.py").open("a") as file:
+        file.write("\ndef nan(values):\n    return float('nan')\n")
     (tmp_path / "group.yaml").write_text("group: both\ntask: [good, lost]\n")
     names = ["good", "lost", "prompt", "results", "metric", "absent", "empty", "both"]
+    names += ["first", "metrics", "nan"]
     lm = ours(models[0], tokenizer)
     found = run_tasks(lm, names, TaskOptions(str(tmp_path), samples=True))
-    assert found.scores["results"].keys() == {"good"}
+    assert found.scores["results"].keys() == {"good", "nan"}
+    assert "the first document has an empty choice or answer" in found.errors["first"]
+    assert "check metric_list of the task file" in found.errors["metrics"]
+    assert "acc,none is NaN" in found.errors["nan"]
     assert found.errors.keys() == set(names) - {"good"}
     assert "lost.jsonl" in found.errors["lost"]
     for name in ("prompt", "results", "metric"):

@@ -66,7 +66,12 @@ def load(*arguments: str) -> GenerateJobConfig:
         (["chat=true", "prompt="], "prompt='' is empty, but chat=true needs a message"),
         (["prompt=x", "system=y"], "system='y' has no effect without chat=true; add it"),
         (["stop=['']"], "stop[0]='' is empty"),
-        (["repetition_penalty=0"], "repetition_penalty=0 is not above 0"),
+        (["stop=Q:"], "stop='Q:' is not a list; use 'stop=[\"Q:\"]'"),
+        (
+            ["chat=true", "tokenizer_path=null", "prompts=x.jsonl"],
+            "tokenizer_path=null cannot encode the messages of chat=true",
+        ),
+        (["repetition_penalty=0"], "repetition_penalty=0 is below 0.01"),
         (["prompt=x", "prompts=y.txt"], "prompts=y.txt and prompt='x' are both given"),
         (["max_new_tokens=0"], "max_new_tokens=0 is below 1; use at least 1"),
         (["batch_size=-2"], "batch_size=-2 is below 1"),
@@ -192,8 +197,48 @@ def test_invalid_json_lines_are_rejected(errors_of: Any, tmp_path: Path) -> None
     assert "line 2 has no token ids; use at least one" in errors[1]
     for error, token in zip(errors[2:6], ("-1", "272", "1.0", "True"), strict=True):
         assert f"has the token id {token}; use whole numbers from 0 to 271" in error
-    assert all("is not an object with" in error for error in errors[6:8])
-    assert "line 9 has the token id 'x'" in errors[8]
+    assert all("is not an object with" in error for error in errors[6:9])
+
+
+def test_prompts_whose_output_would_not_be_json_are_rejected(
+    errors_of: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "x", "id": NaN}\n{"prompt": "x", "id": "\\ud800"}\n')
+    not_json, not_text = errors_of(f"prompts={file}")
+    assert "line 1 is not an object" in not_json and "line 2 is not valid text" in not_text
+    file = tmp_path / "prompts.json"
+    file.write_text('[{"prompt": "x"}]')
+    (error,) = errors_of(f"prompts={file}")
+    assert "is not a list of lines; write one object per line to a .jsonl file" in error
+
+
+def test_messages_without_text_are_rejected_and_text_parts_joined(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% generation %}{{ m.content }}|{% endgeneration %}{% endfor %}"
+    )
+    model = open_weights(checkpoint).model
+    tokenizer = find_tokenizer(checkpoint)
+    encoder = PromptEncoder(model, tokenizer, [tmp_path])
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "!"}]
+    prompt = encoder.encode([{"role": "user", "content": parts}])
+    assert bytes(prompt.ids) == b"Hi!|"
+    for messages, message in (
+        ([{"role": "user"}], "each needs a role and a text as content"),
+        ([{"role": "user", "content": None}], "each needs a role and a text as content"),
+        ([{"role": "user", "content": "Hi"}, 3], "each needs a role and a text as content"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "content of type image; use text"),
+        ([{"role": "assistant", "content": ""}], "ends with an empty message of the assistant"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encoder.encode(messages)
+    with pytest.raises(ValueError, match="is plain text, on which system has no effect"):
+        PromptEncoder(model, tokenizer, system="Be brief.").encode("x")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"cannot be read .* save it as text in UTF-8"):
+        PromptEncoder(model, tokenizer, [tmp_path], chat=True).encode("x")
 
 
 def test_folder_without_weights_is_rejected(errors_of: Any, tmp_path: Path) -> None:

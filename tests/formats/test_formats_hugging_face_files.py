@@ -118,6 +118,8 @@ def test_single_file_is_read_instead_of_a_stale_index_like_in_transformers(tmp_p
         path.unlink()
     assert_same_weights(open_weights(old), new)  # an index without its files
     assert open_weights(old).warnings == []
+    (old / INDEX).write_text("")  # nor is a damaged index next to a single file
+    assert_same_weights(open_weights(old), new)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -211,8 +213,15 @@ def _other_frameworks(folder: Path) -> None:
     (folder / "tf_model.h5").write_bytes(b"")
 
 
+def _dangling_link(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / SINGLE).symlink_to("../blobs/gone")
+
+
 CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "code in a bin file": (_bin_with_code, "pytorch_model.bin contains objects other than tensors"),
+    "dangling link": (_dangling_link, "is a link to ../blobs/gone, which does not exist"),
     "Git LFS pointer": (_lfs_pointer, "is a Git LFS pointer, not the file itself; run git lfs"),
     "a file of another export": (_file_of_another_export, "both contain .*of different exports"),
     "adapter next to weights": (_adapter, "peft_type=LORA is an adapter of base_model_name_or_"),
@@ -280,9 +289,7 @@ def test_non_finite_weights_are_named_and_not_converted(
 def test_values_that_overflow_the_target_data_type_are_refused(format: Any, tmp_path: Path) -> None:
     made = RandomWeights(SMALL, torch.bfloat16)
     made.values["layers.0.feed_forward.w2.weight"][3, 5] = -70_000
-    message = (
-        r"layers.0.feed_forward.w2.weight has values up to 7.014e\+04, which dtype=fp16 cannot"
-    )
+    message = r"layers.0.feed_forward.w2.weight has values up to 70144, which dtype=fp16 cannot"
     with pytest.raises(FormatError, match=message):
         convert(made, None, tmp_path / "out", format, dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
@@ -291,5 +298,8 @@ def test_values_that_overflow_the_target_data_type_are_refused(format: Any, tmp_
     convert(made, None, tmp_path / "stored", format)
     wide = RandomWeights(SMALL)
     wide.values["norm.weight"][0] = 3.4e38  # above the largest bfloat16
-    with pytest.raises(FormatError, match=r"norm.weight has values up to 3.4e\+38, which dtype=bf"):
+    # dtype=bf16 is no remedy here.
+    with pytest.raises(
+        FormatError, match=r"up to 3.4e\+38, which dtype=bf16 .*; use dtype=null to"
+    ):
         convert(wide, None, tmp_path / "out", format, dtype=torch.bfloat16)

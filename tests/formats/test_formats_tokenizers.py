@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,6 +192,16 @@ def test_exported_tokenizer_is_read_back_unchanged(exported: Exported, tmp_path:
     from_ranks = find_tokenizer(tmp_path)
     assert from_ranks is not None
     assert (from_ranks.name, from_ranks.hash) == (ours.name, ours.hash)
+
+
+def test_stale_tokenizer_model_in_a_hugging_face_folder_is_not_read(
+    bpe: Exported, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(bpe.folder, tmp_path / "hf")
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.model").write_bytes(model_file(BYTE_RANKS))  # of another model
+    found = find_tokenizer(folder)
+    assert found is not None and found.hash == bpe.ours.hash
 
 
 def test_folder_without_tokenizer_returns_none(tmp_path: Path) -> None:
