@@ -122,12 +122,19 @@ def _option_errors(options: Options) -> Iterator[str]:
             f"{CONFIG_DIR}={values[CONFIG_DIR]} is not a folder; use one with files like those in "
             f"{CONF}"
         )
-    elif name and not any((folder / f"{name}.yaml").is_file() for folder in folders):
-        known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    elif name and name not in (
+        known := [options.program, *(path.stem for path in own_files(folders))]
+    ):
         remedy = f"use one of {', '.join(known)}"
         if name in group_files("experiment", folders):
             remedy = f"use experiment={name}"
-        yield f"{CONFIG_NAME}={name} is not a file in {CONF}; {remedy}"
+        rule = f"is not a configuration of {options.program}.py"
+        yield f"{CONFIG_NAME}={name} {rule}; {remedy}"
+
+
+def own_files(folders: Sequence[Path]) -> list[Path]:
+    """Return the configuration files in the folders that the user has added to conf/."""
+    return sorted(path for folder in folders[1:] for path in folder.glob("*.yaml"))
 
 
 def explicit_keys(arguments: Sequence[str]) -> set[str]:
@@ -171,6 +178,8 @@ def hydra_arguments(
     """
     schema = schema_of(program)
     groups = groups_of(program)
+    if any(word.startswith("train.max_tokens=") for word in arguments):  # replaces the steps
+        arguments = [word for word in arguments if word != "train.max_steps=null"]
     overrides: list[str] = []
     errors: list[str] = []
     for word in arguments:
@@ -185,7 +194,11 @@ def hydra_arguments(
             overrides.append(word)
         elif key in groups:
             errors += _group_errors(key, value, folders)
-            overrides.append(f"{key}={value}")
+            if value != "null":  # the default of groups without a file, which Hydra rejects
+                overrides.append(f"{key}={value}")
+        elif any((folder / key).is_dir() for folder in folders) and field_at(schema, key) is None:
+            own = f"its groups are {', '.join(groups)}" if groups else "it has no groups"
+            errors.append(f"{key}={value} is not an argument of {program}.py; remove it ({own})")
         else:
             try:
                 overrides.append(f"++{key}={_override_value(schema, key, value)}")
@@ -199,7 +212,7 @@ def hydra_arguments(
         if any("run.init_from=" in each for each in arguments):
             from cli.initial_model import initial_model_arguments
 
-            overrides = initial_model_arguments(arguments) + overrides
+            overrides = initial_model_arguments(arguments, folders) + overrides
     return overrides
 
 
@@ -258,7 +271,7 @@ def _group_errors(group: str, value: str, folders: Sequence[Path]) -> Iterator[s
     listed = re.fullmatch(r"\[(.*)\]", value)
     for name in listed[1].split(",") if listed else [value]:
         name = name.strip()
-        if name in known or (name == "null" and group == "experiment"):
+        if name in known or (name == "null" and group in ("experiment", "hardware")):
             continue
         path = Path(name)
         plain_name = path.stem if path.suffix in (".yaml", ".yml") else name
@@ -269,7 +282,7 @@ def _group_errors(group: str, value: str, folders: Sequence[Path]) -> Iterator[s
         if group == "data" and name and path.exists():
             own = shlex.quote(f"data.sources.text.path={name}")
             remedy = f"for your own text use data=text data.name={path.stem or 'NAME'} {own}. "
-        elif group == "model" and path.is_dir():
+        elif group == "model" and name and path.is_dir():
             remedy = f"to start from weights use {shlex.quote(f'run.init_from={name}')}. "
         yield (
             f"{group}={name} is not a file in conf/{group}; {remedy}"

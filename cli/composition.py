@@ -141,6 +141,8 @@ def _yaml_error(error: Any) -> str:
 def _composition_error(error: BaseException, options: Options) -> str:
     """Return an error of the composition in one line, with the file and the line that caused it."""
     text = " ".join(str(error if str(error) else error.__cause__).split())
+    if deleted := re.match(r"Could not delete from config. '([^']+)' does not exist", text):
+        return f"~{deleted[1]} deletes a key that is not set; remove this argument"
     if isinstance(error, UnicodeDecodeError):
         files = [path for folder in options.folders for path in folder.rglob("*.yaml")]
         damaged = [path for path in files if "\ufffd" in path.read_bytes().decode(errors="replace")]

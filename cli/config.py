@@ -41,6 +41,7 @@ from training.config_validation import (
     validate,
 )
 from training.config_warnings import config_warnings
+from training.initial_weights import check_initial_weights
 from training.tokenizer_choice import (
     DEFAULT_FOLDER,
     tokenizer_overrides,
@@ -152,8 +153,11 @@ def load_plan_config(composed: DictConfig) -> "PlanJobConfig":
     if given is None or "name" not in given:  # neither a recipe nor the command names it
         default = OmegaConf.create({"hardware": asdict(load_hardware(DEFAULT))})
         composed = cast(DictConfig, OmegaConf.merge(default, composed))
+    _check_start(composed)
     applied = (*rules.CONFIG_RULES, rules.saving_errors, *PLAN_RULES)
     config = _load(composed, PlanJobConfig, applied)
+    if config.run.init_from is not None and not RunFolder(Path(config.run.dir)).committed_steps():
+        check_initial_weights(config.run, config.model)  # they may have selected the model
     print_warnings(config_warnings(config))
     return config
 
@@ -293,8 +297,7 @@ def _text_rules(values: dict[str, Any], schema: Any) -> list[Rule]:
             path = text.removeprefix("file://") if text.startswith("file:///") else "PATH"
             rule = "is a URL, but only paths of mounted file systems are supported"
             errors.append(f"{key}={text} {rule}; use {key}={path}")
-        elif text.startswith("~/") and key not in EXPANDED:
-            path = os.path.expanduser(text)
+        elif (path := os.path.expanduser(text)) != text and key not in EXPANDED:
             errors.append(f"{key}={text} has a ~ that the shell did not expand; use {key}={path}")
     return [lambda: errors]
 

@@ -15,12 +15,14 @@ SECTIONS = ("model", "data", "tokenizer", "hardware")
 
 def version_text() -> str:
     """Return the name and version of this installation."""
+    project = CONF.parent / "pyproject.toml"
+    if project.is_file():  # a checkout, next to which another version may be installed
+        found = re.search(r'^version = "(.+)"', project.read_text(encoding="utf-8"), re.MULTILINE)
+        return f"llamesh {found[1] if found else 'of unknown version'}"
     try:
         return f"llamesh {version('llamesh')}"
-    except PackageNotFoundError:  # a checkout
-        project = (CONF.parent / "pyproject.toml").read_text(encoding="utf-8")
-        found = re.search(r'^version = "(.+)"', project, re.MULTILINE)
-        return f"llamesh {found[1] if found else 'of unknown version'}"
+    except PackageNotFoundError:
+        return "llamesh of unknown version"
 
 
 def help_text(program: str) -> str:

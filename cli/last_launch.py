@@ -44,7 +44,8 @@ def _scratch_or_continued(scratch: Any, continued: Any, *, _root_: "DictConfig")
 def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
     """Return the configuration of a launch in the composed `run.dir`.
 
-    Without an earlier launch in that folder, it is the composed one.
+    Without an earlier launch in that folder, it is the composed one. So is it if that launch has
+    left no checkpoint and the command selects groups, or the folder only by default.
 
     Raises:
         ConfigError: A typed group differs from the one of the run.
@@ -66,6 +67,8 @@ def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
         errors = list(_group_errors(now, last, explicit, options, folder))
         if errors:
             raise ConfigError(errors)
+    elif "run.dir" not in explicit or explicit & {*GROUPS, "experiment"}:
+        return composed  # a complete command: the launch without a checkpoint may have failed
     merged = merge(now, last, explicit)
     merged["run"]["dir"] = _literal(str(folder.path))
     merged = {**now, **merged}  # keys of plan.py, and unknown ones, which validation reports
@@ -134,7 +137,11 @@ def _group_errors(
     for group in GROUPS:
         if group not in explicit:
             continue
-        name = next(iter(typed_files(options, group)), groups_of("train")[group])
+        name = next(iter(typed_files(options, group)), None)
+        word = f"{group}={name}"
+        if name is None:  # selected by the file of an experiment
+            experiment, name = _selecting_experiment(group, options)
+            word = f"experiment={experiment}"
         content = _file_content(group, name, options)
         section = content.get(group, {}) if "run" not in content and group in content else content
         different = []
@@ -153,9 +160,9 @@ def _group_errors(
         if different:
             there = (last.get(group) or {}).get("name")
             yield (
-                f"{group}={name} is not the {group} of the run in {folder.path} ({there}): "
-                f"{'; '.join(different[:3])}. Omit {group}= to resume the run, or use another "
-                "run.name"
+                f"{word} is not the {group} of the run in {folder.path} ({there}): "
+                f"{'; '.join(different[:3])}. Omit {word.partition('=')[0]}= to resume the run, or "
+                "use another run.name"
             )
 
 
@@ -171,6 +178,16 @@ def _is_of_file(name: str, last: dict[str, Any], options: Options) -> bool:
         has_path = path not in (None, MISSING) or "tokenizer.path" in typed
         return has_path and name == "vocab_size"
     return path not in (None, MISSING) or init_from not in (None, MISSING)
+
+
+def _selecting_experiment(group: str, options: Options) -> tuple[str, str]:
+    """Return the typed experiment whose file selects the group, and the name it selects."""
+    for experiment in typed_files(options, "experiment"):
+        for each in _file_content("experiment", experiment, options).get("defaults") or []:
+            for key, name in each.items() if isinstance(each, dict) else ():
+                if str(key).rpartition("/")[2] == group:
+                    return experiment, str(name)
+    return "", groups_of("train")[group]
 
 
 def _file_content(group: str, name: str, options: Options) -> dict[str, Any]:
@@ -295,10 +312,11 @@ def _print_kept(composed: "DictConfig", result: "DictConfig", folder: RunFolder)
         if _get(before, key) not in (_get(after, key), MISSING)
     ]
     if kept:
-        more = f" and {len(kept) - MAX_SHOWN} more" if len(kept) > MAX_SHOWN else ""
+        # Without a checkpoint, a value that made the launch fail must be among those shown.
+        shown = kept[:MAX_SHOWN] if folder.committed_steps() else kept
+        more = f" and {len(kept) - len(shown)} more" if len(kept) > len(shown) else ""
         print(
-            f"{folder.path} keeps the configuration of its last launch: "
-            f"{', '.join(kept[:MAX_SHOWN])}{more}",
+            f"{folder.path} keeps the configuration of its last launch: {', '.join(shown)}{more}",
             file=sys.stderr,
             flush=True,
         )

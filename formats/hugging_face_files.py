@@ -127,6 +127,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             header: dict[str, Any] = json.loads(file.read(length))
     except OSError as error:
         raise unreadable(path, error) from None
+    except RuntimeError as error:  # it cannot be mapped: a limit of the address space
+        raise FormatError(f"{path} cannot be read ({error}); raise ulimit -v or memory") from None
     except (SafetensorError, ValueError) as error:
         raise FormatError(f"{path} is damaged ({error}); download or copy it again") from None
     header.pop("__metadata__", None)

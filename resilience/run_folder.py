@@ -16,6 +16,7 @@ from resilience.renamed_keys import rename_keys
 
 COMMITTED = "COMMITTED"  # marker file of a committed checkpoint
 MANIFEST = "manifest.json"
+SECTIONS = ("run", "model", "data", "tokenizer", "train", "optim")  # of every version
 
 
 class RunFolderError(RuntimeError):
@@ -74,11 +75,13 @@ class RunFolder:
             if not isinstance(config, dict):
                 raise ValueError("it holds no keys" if config is None else "it is not a mapping")
         except (OSError, yaml.YAMLError, ValueError) as error:  # ValueError: also not UTF-8
-            remedy = "restore it, or choose another folder with run.name=…"
-            reason = " ".join(str(error).split())
-            raise RunFolderError(f"{self.config} cannot be read ({reason}); {remedy}") from None
+            raise self._unreadable_config(" ".join(str(error).split())) from None
         rename_keys(config)
         return config
+
+    def _unreadable_config(self, reason: str) -> RunFolderError:
+        remedy = "restore it, or choose another folder with run.name=…"
+        return RunFolderError(f"{self.config} cannot be read ({reason}); {remedy}")
 
     def last_config(self) -> dict[str, Any] | None:
         """Return the configuration of the last launch, None if there was none.
@@ -91,7 +94,11 @@ class RunFolder:
         manifest = self.newest_manifest()
         saved = manifest["config"] if manifest and "train" in manifest["config"] else None
         try:
-            return self.read_config() or saved
+            config = self.read_config() or saved
+            lost = [name for name in SECTIONS if config and not isinstance(config.get(name), dict)]
+            if lost:
+                raise self._unreadable_config(f"it has no section {' and no '.join(lost)}")
+            return config
         except RunFolderError:
             if saved is None:
                 raise

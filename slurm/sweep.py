@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 from cli.arguments import parse_options, schema_of  # noqa: E402
 from cli.composition import compose_config, compose_words  # noqa: E402
 from cli.config import check_for_tasks  # noqa: E402
+from formats.errors import FormatError  # noqa: E402
 from resilience.exit_codes import ExitCode  # noqa: E402
 from resilience.run_folder import RunFolderError  # noqa: E402
 from training.config import JobConfig  # noqa: E402
@@ -202,7 +203,7 @@ def validate(jobs: Sequence[SweepJob], nodes: int, tasks_per_node: int) -> list[
             runs.append(ValidRun(overrides, config))
         except ConfigError as error:
             errors = error.errors
-        except (OmegaConfBaseException, RunFolderError) as error:
+        except (OmegaConfBaseException, RunFolderError, FormatError) as error:
             errors = [str(error)]
         for message in errors:
             runs_by_error.setdefault(message, []).append(job.suffix.removeprefix("-"))

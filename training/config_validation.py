@@ -217,6 +217,9 @@ def _message(prefix: str, key: str, items: list[Any], schema: Any, values: Any) 
             listed = f"{', '.join(others)} or {final}" if others else final
             return f"Unknown key {name}. Did you mean {listed}?"
         return f"Unknown key {name}. Known keys: {', '.join(known)}"
+    if kind == "dataclass_type":
+        inner = ", ".join(f"{name}.{each}" for each in fields_of(annotations[-1]))
+        return f"{name}={_shown(value)} is not a section; set its keys: {inner}"
     if kind == "missing":
         above, inside, _ = name.partition("[")
         add = f"it to the list {above}" if inside else f"{name}=… to the command"
@@ -228,6 +231,8 @@ def _message(prefix: str, key: str, items: list[Any], schema: Any, values: Any) 
     pairs = [_rule_and_remedy(each) for each in items]
     rule = next((rule for rule, _ in reversed(pairs) if rule), "has the wrong type")
     remedy = " or ".join(remedy for _, remedy in pairs)
+    if isinstance(value, str | int | float):
+        remedy = remedy.replace("a valid list", f"a list: {name}=[{value}]")
     if annotations and type(None) in _members(annotations[-1]):
         remedy = remedy.replace(" or ", ", ") + " or null"  # "a, b or c" becomes "a, b, c or null"
     return f"{name}={_shown(value)} {rule}; use {remedy}"
@@ -247,7 +252,8 @@ RULES = {  # pydantic's error type: rule and remedy, for its first parameter
 def _rule_and_remedy(item: Any) -> tuple[str, str]:
     """Return the rule that a value breaks, empty for a wrong type, and its remedy."""
     if item["type"] not in RULES:
-        return "", item["msg"].removeprefix("Input should be ").partition(",")[0]
+        expected = item["msg"].removeprefix("Input should be ").partition(",")[0]
+        return "", "a smaller number" if item["type"] == "int_parsing_size" else expected
     limit = next(iter(item["ctx"].values()))
     limit = int(limit) if isinstance(limit, float) and limit.is_integer() else limit
     rule, remedy = RULES[item["type"]]

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from resilience.event_log import read_json_lines
-from resilience.run_folder import RunFolder, RunFolderError, checkpoints_in, read_manifest
+from resilience.run_folder import (
+    COMMITTED,
+    RunFolder,
+    RunFolderError,
+    checkpoints_in,
+    read_manifest,
+)
 from training.resume_policy import Changes, check_changes, differences, override_errors
 
 AddDefaults = Callable[[dict[str, Any]], dict[str, Any]]
@@ -25,9 +31,10 @@ def check_run_folder(
         that one was saved.
 
     Raises:
-        RunFolderError: A change is not allowed, `run.resume=never` although the folder has
-            checkpoints, or saved checkpoints are missing.
+        RunFolderError: The path is not that of a run folder, a change is not allowed, saved
+            checkpoints are missing, or `run.resume=never` although the folder has checkpoints.
     """
+    _check_path(folder.path)
     steps = folder.committed_steps()
     newest = folder.newest_manifest()
     previous = folder.last_config()
@@ -57,6 +64,21 @@ def check_run_folder(
             "restore them to resume, or use another run.name to start from scratch"
         )
     return changes
+
+
+def _check_path(path: Path) -> None:
+    """Check that `run.dir` is neither a file nor a checkpoint of a run."""
+    existing = next((each for each in (path, *path.parents) if each.exists()), path)
+    if existing.exists() and not existing.is_dir():
+        within = "is" if existing == path else f"is below {existing},"
+        raise RunFolderError(f"run.dir={path} {within} a file; use a folder, such as runs/NAME")
+    run = path.parent.parent if (path / COMMITTED).exists() else path.parent
+    if (path / COMMITTED).exists() or (path.name == "checkpoints" and checkpoints_in(run)):
+        raise RunFolderError(
+            f"run.dir={path} is in the run folder {run}; use run.dir={run} to resume that run, or "
+            f"another folder with run.resume={path if path.parent != run else run} to branch from "
+            "it"
+        )
 
 
 def _check_checkpoint(

@@ -1,6 +1,7 @@
 """Arguments are accepted as typed, or explained with the argument as it should be."""
 
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,17 @@ def test_names_that_look_like_other_types_are_names(name: str) -> None:
     values = composed("train", f"run.name={name}", f"model.name={name}")
     assert (values["run"]["name"], values["model"]["name"]) == (name, name)
     assert values["run"]["dir"] == f"runs/{name}"
+
+
+def test_groups_of_other_programs_are_rejected() -> None:
+    [error] = errors_of("prepare", "experiment=smoke")
+    assert "not an argument of prepare.py; remove it (its groups are data, tokenizer)" in error
+    [error] = errors_of("evaluate", "checkpoint=runs/x", "model=llama3_8b")
+    assert "not an argument of evaluate.py" in error
+
+
+def test_groups_without_a_file_by_default_may_be_null() -> None:
+    assert composed("train", "experiment=null", "hardware=null") == composed("train")
 
 
 def test_paths_keep_interpolations_of_keys_and_variables(monkeypatch: Any) -> None:
@@ -132,7 +144,9 @@ def test_remedy_for_a_misformed_argument_is_accepted(words: str, written: str) -
         (["experiment=h100_8b"], ["experiment=h100x8_8b", "Choices"]),
         (["tokenizer="], ["choices: bpe, byte, llama3"]),
         ([f"data={ROOT / 'README.md'}"], ["data=text data.name=README", "path="]),
-        (["~nothing"], ["nothing"]),
+        (["~nothing"], ["~nothing deletes a key that is not set; remove"]),
+        (["--config-name=plan"], ["--config-name=plan is not a configuration of train.py"]),
+        (["model="], ["model= is not a file in conf/model; choices"]),
     ],
 )
 def test_other_arguments_are_explained(words: list[str], parts: list[str]) -> None:
@@ -210,6 +224,10 @@ def test_files_of_another_folder_are_composed(tmp_path: Path) -> None:
         ("run.dir=", "is empty"),
         ("run.init_from= ", "is empty"),
         ("run.dir=~/runs/x", f"run.dir={Path.home()}/runs/x"),
+        ("run.dir=~", f"run.dir={Path.home()}"),
+        ("log.profile=20", "use a list: log.profile=[20] or null"),
+        ("precision=bf16", "is not a section; set its keys: precision.param"),
+        ("train.max_tokens=1e300", "a smaller number or null"),
         (
             "data.sources.stdlib.path=hf://datasets/user/name",
             "data.sources.stdlib.path=user/name with data.sources.stdlib.format=huggingface",
@@ -237,7 +255,8 @@ def test_help_lists_the_keys_of_groups_and_version_is_printed(capsys: Any) -> No
     for program in ("train", "plan"):
         with pytest.raises(SystemExit):
             compose_config(program, ["--version"])
-        assert capsys.readouterr().out.startswith("llamesh ")
+        version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+        assert capsys.readouterr().out == f"llamesh {version}\n"
 
 
 def test_help_into_a_closed_pipe_prints_no_trace() -> None:

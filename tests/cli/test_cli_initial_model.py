@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from cli.arguments import CONF, hydra_arguments
-from cli.config import load_train_config
+from cli.arguments import CONF, hydra_arguments, plan_arguments
+from cli.config import load_plan_config, load_train_config
 from formats.config_json import to_hugging_face
+from formats.errors import FormatError
 from formats.hugging_face import CONFIG, hugging_face_name
 from formats.hugging_face_files import SINGLE
 from formats.weights import parameter_shapes
 from model.config import ModelConfig
 from training.config import JobConfig
+from training.config_validation import ConfigError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,3 +88,34 @@ def test_explicit_values_override_the_model_of_the_weights(tmp_path: Path) -> No
 def test_missing_weights_are_left_to_the_check_of_the_folder(tmp_path: Path) -> None:
     config = load(f"run.init_from={tmp_path / 'absent'}")
     assert config.run.init_from == str(tmp_path / "absent")
+
+
+def test_sequence_length_of_the_recipe_is_limited_to_that_of_the_weights(tmp_path: Path) -> None:
+    model = dataclasses.replace(published("llama3_2_1b"), max_seq_len=2048, rope_scaling=None)
+    weights = write_hugging_face(tmp_path / "short", model)
+    config = load(weights, "tokenizer=llama3")
+    recipe = load("model=llama3_2_1b", "tokenizer=llama3")
+    assert config.train.seq_len == 2048
+    assert config.train.global_batch_size == 4 * recipe.train.global_batch_size
+    assert load(weights, "tokenizer=llama3", "train.seq_len=512").train.seq_len == 512
+
+
+def test_experiment_without_a_model_keeps_the_model_of_the_weights(tmp_path: Path) -> None:
+    weights = write_hugging_face(tmp_path / "weights", published("llama3_2_1b"))
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text("# @package _global_\noptim:\n  lr: 1e-5\n")
+    words = [weights, "tokenizer=llama3", "experiment=mine"]
+    assert "model=llama3_2_1b" in hydra_arguments(words, "train", [CONF, tmp_path])
+    words[-1] = "experiment=smoke"
+    assert "model=llama3_2_1b" not in hydra_arguments(words, "train", [CONF, tmp_path])
+
+
+def test_plan_rejects_weights_that_do_not_exist_or_cannot_be_read(tmp_path: Path) -> None:
+    def plan(weights: Path) -> None:
+        load_plan_config(compose("plan", plan_arguments([f"run.init_from={weights}"])))
+
+    with pytest.raises(ConfigError, match="does not exist"):
+        plan(tmp_path / "absent")
+    with pytest.raises(FormatError, match="contains no weights"):
+        plan(tmp_path)

@@ -1,5 +1,6 @@
 """A run is resumed with the configuration of its last launch, which typed keys override."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def test_run_dir_alone_is_the_last_configuration_and_typed_keys_override_it(
     assert (longer.train.max_steps, longer.optim.schedule_steps) == (200, 200)
 
 
-@pytest.mark.parametrize("lost", ["missing", "", "{", "[1]"])
+@pytest.mark.parametrize("lost", ["missing", "", "{", "[1]", "a: 1", "train: 1"])
 def test_lost_configuration_is_that_of_the_newest_checkpoint(folder: RunFolder, lost: str) -> None:
     last = folder.last_config()
     folder.config.unlink() if lost == "missing" else folder.config.write_text(lost)
@@ -108,3 +109,25 @@ def test_configuration_of_an_older_version_gets_todays_keys(folder: RunFolder) -
     assert config.faults.max_consecutive_skips == old["faults"]["max_in_a_row"]
     assert config.train.micro_batch_size is None and config.optim.lr == 0.5
     assert (config.run.resume, config.run.allow_changes) == ("auto", [])
+
+
+def test_complete_command_does_not_keep_a_launch_that_left_no_checkpoint(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launch may have failed because of a value that the repeated command lacks."""
+    shutil.rmtree(folder.checkpoints)
+    repeated = load(folder, *START)
+    assert (repeated.optim.lr, repeated.train.max_steps) == (1e-3, 40)
+    assert load(folder, "model=llama3_tiny").model.name == "llama3_tiny"
+    assert capsys.readouterr().err == ""
+    assert load(folder).optim.lr == 0.5
+    assert "optim.lr=0.5" in capsys.readouterr().err
+
+
+def test_group_of_an_experiment_that_differs_names_the_experiment(folder: RunFolder) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(folder, "experiment=h200_1b")
+    assert all(
+        error.startswith("experiment=h200_1b") and "Omit experiment=" in error
+        for error in raised.value.errors
+    )

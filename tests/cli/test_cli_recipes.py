@@ -11,7 +11,7 @@ from cli.arguments import CONF, hydra_arguments
 from cli.config import load_train_config
 from model.flops import parameter_count
 from training.config import JobConfig
-from training.config_validation import plain
+from training.config_validation import ConfigError, plain
 
 GOLDEN = Path(__file__).with_name("recipes.json")
 SECTIONS = ("model", "train", "optim")
@@ -66,6 +66,7 @@ def test_explicit_values_and_experiments_override_the_recipe() -> None:
         (["train.max_tokens=40960"], 10),  # 16 sequences of 256 tokens per step
         (["train.max_tokens=40961"], 11),
         (["train.max_tokens=1"], 1),
+        (["train.max_tokens=40960", "train.max_steps=null"], 10),
         (["train.max_tokens=10e9", "train.global_batch_size=64"], 610_352),
         (["experiment=llama3_405b_paper", "train.max_tokens=15.6e12"], 1_100_928),
         (["experiment=llama3_405b_paper", "train.max_tokens=251658240"], 60),  # end of a stage
@@ -79,9 +80,9 @@ def test_length_in_tokens_sets_steps_and_schedule(arguments: list[str], steps: i
         assert config.optim.schedule_steps == steps
 
 
-def test_steps_on_the_command_line_replace_a_length_in_tokens(capsys: Any) -> None:
+def test_steps_on_the_command_line_replace_a_length_in_tokens() -> None:
     assert hydra_arguments(["train.max_steps=7"], "train")[-1] == "++train.max_tokens=null"
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(ConfigError) as error:
         hydra_arguments(["train.max_steps=7", "train.max_tokens=8"], "train")
     assert "train.max_steps=7 and train.max_tokens=8 are both given" in str(error.value)
     assert load("train.max_steps=7", "train.max_tokens=null").train.max_steps == 7

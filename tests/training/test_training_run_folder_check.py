@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -135,3 +136,18 @@ def test_renamed_keys_of_an_older_run_are_not_changes(folder: RunFolder, lost: b
         path = folder.step_folder(40) / "manifest.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"config": old}))
     assert check_run_folder(folder, CONFIG) == Changes()
+
+
+def test_run_folder_that_is_a_file_or_part_of_a_run_is_rejected(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for path, message in (
+        (file, "is a file; use a folder"),
+        (file / "run", f"is below {file}, a file; use a folder"),
+        (folder.checkpoints, f"use run.dir={folder.path} to resume that run"),
+        (folder.step_folder(folder.committed_steps()[-1]), f"use run.dir={folder.path} to resume"),
+    ):
+        with pytest.raises(RunFolderError, match=re.escape(message)):
+            check_run_folder(RunFolder(path), CONFIG)
