@@ -74,7 +74,7 @@ def run(config: ConvertJobConfig) -> None:
     )
     seconds = time.perf_counter() - start
     print(
-        f"{target}: {FORMATS[format]}, {n_bytes / 1e9:,.3f} GB in {seconds:,.1f} s, "
+        f"{target}: {FORMATS[format]}, {n_bytes / 1e6:,.1f} MB in {seconds:,.1f} s, "
         f"converted from {FORMATS[weights.format]} {weights.folder}"
     )
 

@@ -101,6 +101,7 @@ def evaluate(config: EvaluateJobConfig) -> None:
         write_results(output, results)
         write_samples(output.with_name(f"{output.stem}.samples"), samples)
         print(strict_json(results, indent=1), flush=True)
+        print(f"Results are in {output}", file=sys.stderr, flush=True)
     if failures:
         lines = "".join(f"\n  {name}: {error}" for name, error in failures.items())
         raise EvaluationError(f"no results for {len(failures)} of the metrics and tasks:{lines}")

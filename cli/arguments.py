@@ -192,6 +192,8 @@ def hydra_arguments(
             errors.append(f"{key} configures Hydra and has no effect here; {_hydra_remedy(key)}")
         elif name.startswith("~"):
             overrides.append(word)
+        elif key not in groups and (CONF / key).is_dir():
+            errors.append(_foreign_group_error(key, value, program))
         elif key in groups:
             errors += _group_errors(key, value, folders)
             if value != "null":  # the default of groups without a file, which Hydra rejects
@@ -288,6 +290,18 @@ def _group_errors(group: str, value: str, folders: Sequence[Path]) -> Iterator[s
             f"{group}={name} is not a file in conf/{group}; {remedy}"
             f"{'Choices' if remedy else 'choices'}: {', '.join(known)}"
         )
+
+
+def _foreign_group_error(group: str, value: str, program: str) -> str:
+    """Return the error for a group of another program."""
+    remedy = f"remove {group}={value}"
+    if program == "evaluate" and group == "data":
+        remedy = "use evaluation.data=FOLDER, a folder that prepare.py or train.py has written"
+    elif group == "tokenizer":
+        remedy = "use tokenizer_path=FILE"
+    return (
+        f"{group}={value} selects a file for train.py, and {program}.py has no such group; {remedy}"
+    )
 
 
 def _other_length(arguments: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ from cli.arguments import (
     plan_arguments,
     typed_files,
 )
-from cli.last_launch import register_resolvers, with_last_launch
+from cli.last_launch import register_resolvers, resolve_recipe, with_last_launch
 from training.config_validation import ConfigError
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def compose_words(options: Options) -> "DictConfig":
     search = [f'hydra.searchpath=["file://{folder}"]' for folder in folders[1:]]
     try:
         with initialize_config_dir(folders[0], version_base="1.3"):
-            return compose(options.config_name, [*overrides, *search])
+            composed = compose(options.config_name, [*overrides, *search])
+            resolve_recipe(composed)
+            return composed
     except YAMLError as error:
         raise ConfigError([_yaml_error(error)]) from None
     except (HydraException, OmegaConfBaseException, OSError, ValueError, AssertionError) as error:

@@ -9,6 +9,7 @@ import copy
 import re
 import sys
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,6 +42,16 @@ def _scratch_or_continued(scratch: Any, continued: Any, *, _root_: "DictConfig")
     return scratch if OmegaConf.select(_root_, "run.init_from") is None else continued
 
 
+def resolve_recipe(composed: "DictConfig") -> None:
+    """Replace values of `scratch_or_continued` by the one that applies, in place."""
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(composed, resolve=False)
+    for key in _leaves(values):
+        if "${scratch_or_continued:" in str(_get(values, key)):
+            OmegaConf.update(composed, key, OmegaConf.select(composed, key))
+
+
 def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
     """Return the configuration of a launch in the composed `run.dir`.
 
@@ -59,10 +70,11 @@ def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
     except OmegaConfBaseException:  # reported by validation
         return composed
     last = folder.last_config()
+    explicit = typed_keys(options)
     if not last:
+        _check_spelling(folder.path, explicit)
         return composed
     now = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
-    explicit = typed_keys(options)
     if folder.committed_steps():
         errors = list(_group_errors(now, last, explicit, options, folder))
         if errors:
@@ -75,6 +87,26 @@ def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
     result = OmegaConf.create(merged)
     _print_kept(composed, result, folder)
     return result
+
+
+def _check_spelling(path: Path, explicit: set[str]) -> None:
+    """Reject a folder without a run, if only its name is typed and a run has a similar one.
+
+    Raises:
+        ConfigError: The name is probably misspelt.
+    """
+    if not explicit or not explicit <= {"run.dir", "run.name"}:
+        return
+    runs = [each.parent.name for each in path.parent.glob("*/config.yaml")]
+    if near := get_close_matches(path.name, runs, n=1):
+        key = min(explicit)
+        meant = path.parent / near[0] if key == "run.dir" else near[0]
+        raise ConfigError(
+            [
+                f"{path} has no run to resume; did you mean {key}={meant}? To start a new run with "
+                "the default configuration, add model=llama3_tiny"
+            ]
+        )
 
 
 def typed_keys(options: Options) -> set[str]:

@@ -24,7 +24,7 @@ SIGNALS = {
     signal.SIGUSR1: ExitCode.STOPPED,
 }
 START_TIME = time.monotonic()  # this module is imported when the program starts
-REPEAT_SECONDS = 1.0  # an earlier second SIGINT is the same Ctrl-C, forwarded by torchrun
+REPEAT_SECONDS = 0.3  # an earlier second SIGINT is the same Ctrl-C, forwarded by torchrun
 MARGIN_SECONDS = 30.0  # before a time limit, in addition to steps and checkpoints
 
 

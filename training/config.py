@@ -99,12 +99,13 @@ class OptimConfig(ConfigSection):
 class ValidationConfig(ConfigSection):
     """Validation on `samples` held-out windows every `interval` steps, with a generated sample.
 
-    `samples=0` disables validation, `sample_tokens=0` the generated text after `prompt`.
+    `samples=0` disables validation, `sample_tokens=0` the generated text after `prompt`,
+    which starts a document if it is empty.
     """
 
     interval: PositiveInt | None = 40
     samples: Annotated[int, Ge(0)] = 64
-    prompt: str = "def "
+    prompt: str = ""
     sample_tokens: Annotated[int, Ge(0)] = 64
     temperature: Annotated[float, Ge(0)] = 0.8
 

@@ -2,13 +2,13 @@
 
 import math
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
 
 from data.stages import Stage
 from parallel.mesh import Processes
+from training.config import JobConfig
 from training.resume_policy import Changes
 from training.run import Run
 
@@ -93,15 +93,13 @@ def summary(run: Run) -> tuple[str, Rows, Rows]:
     rows += [
         (name, f"{folder}/{file}") for name, file in files.items() if Path(folder, file).exists()
     ]
-    length = ("train.max_steps=", "train.max_tokens=")
-    overrides = [each for each in _overrides() if not each.startswith(length)]
-    longer = [*overrides, f"train.max_steps={2 * position.step}"]
-    commands = [("Resume after an interruption", resume_command(processes))]
+    resume = resume_command(config, processes)
+    commands = [("Resume after an interruption", resume)]
     if config.data.stream_shards is None:  # streams have no validation split
         commands.append(("Evaluate", f"{_program('evaluate')} {checkpoint_override}"))
     commands += [
         ("Generate text", f"{_program('generate')} {checkpoint_override}"),
-        ("Train longer", _command(processes, longer)),
+        ("Train longer", f"{resume} train.max_steps={2 * position.step}"),
     ]
     if config.log.tensorboard:
         logdir = f"{shlex.quote(folder)}/tensorboard"
@@ -110,36 +108,20 @@ def summary(run: Run) -> tuple[str, Rows, Rows]:
     return f"{title}: {config.run.name}", rows, commands
 
 
-def resume_command(processes: Processes) -> str:
-    """Return the shell command that resumes this run."""
-    return _command(processes, _overrides())
+def resume_command(config: JobConfig, processes: Processes) -> str:
+    """Return the shell command that resumes this run, using the launcher of this launch.
 
-
-def _program(name: str) -> str:
-    """Return the shell command for a program in the folder of `train.py`."""
-    return f"python {Path(sys.argv[0]).with_name(name)}.py"
-
-
-def _command(processes: Processes, overrides: list[str]) -> str:
-    """Return the shell command for `train.py`, using the launcher of this run."""
+    The run resumes with the configuration of its last launch (`cli.last_launch`).
+    """
     nodes, per_node = processes.num_nodes, processes.per_node
     launcher = {
         "torchrun": f"torchrun --nnodes={nodes} --nproc-per-node={per_node}",
         "srun": f"srun --nodes={nodes} --ntasks-per-node={per_node} python",
     }.get(processes.launcher, "python")
-    return " ".join([launcher, os.path.relpath(sys.argv[0]), *overrides])
+    folder = shlex.quote(f"run.dir={config.run.dir}")
+    return f"{launcher} {os.path.relpath(sys.argv[0])} {folder}"
 
 
-def _overrides() -> list[str]:
-    """Return this launch's overrides that the next launch needs too, quoted for a shell.
-
-    The run now has checkpoints, which replace the one in `run.resume`; changes in
-    `run.allow_changes` have been made.
-    """
-    arguments = [re.sub(r"^[+-]+(?=[\w.]+=)", "", each) for each in sys.argv[1:]]
-    excluded = ("-", "hydra.", "run.resume=", "run.allow_changes=")
-    return [
-        shlex.quote(each)
-        for each in arguments
-        if not each.startswith(excluded) and ("=" in each or each.startswith("~"))
-    ]
+def _program(name: str) -> str:
+    """Return the shell command for a program in the folder of `train.py`."""
+    return f"python {Path(sys.argv[0]).with_name(name)}.py"

@@ -144,7 +144,8 @@ def _resume_hint(run: Run) -> str:
     steps = run.folder.committed_steps()
     if not steps:
         return "No checkpoint saved yet."
-    return f"Checkpoint saved at step {steps[-1]}. Resume with: {resume_command(run.processes)}"
+    command = resume_command(run.config, run.processes)
+    return f"Checkpoint saved at step {steps[-1]}. Resume with: {command}"
 
 
 def _exit(run: Run, code: ExitCode) -> NoReturn:

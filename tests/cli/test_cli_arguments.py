@@ -267,3 +267,16 @@ def test_help_into_a_closed_pipe_prints_no_trace() -> None:
         "print(a.stderr.read().decode(), a.wait())\n"
     )
     assert start_python(["-c", script]).stdout.strip() == "0"
+
+
+@pytest.mark.parametrize(
+    ("program", "word", "remedy"),
+    [
+        ("evaluate", "data=text", "use evaluation.data=FOLDER"),
+        ("generate", "tokenizer=bpe", "use tokenizer_path=FILE"),
+        ("convert", "experiment=smoke", "remove experiment=smoke"),
+    ],
+)
+def test_group_of_another_program_is_rejected(program: str, word: str, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=f"{program}.py has no such group; {remedy}"):
+        hydra_arguments([word], program)

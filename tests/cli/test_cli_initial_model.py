@@ -77,6 +77,13 @@ def test_weights_of_another_shape_take_the_recipe_of_the_nearest_size(tmp_path: 
     assert config.optim.lr == 3e-5
 
 
+def test_sequences_are_no_longer_than_the_weights_admit(tmp_path: Path) -> None:
+    shape = dataclasses.replace(published("llama3_tiny"), max_seq_len=128, vocab_size=272)
+    weights = write_hugging_face(tmp_path / "short", shape)
+    assert load(weights, "tokenizer=byte").train.seq_len == 128
+    assert load(weights, "tokenizer=byte", "train.seq_len=64").train.seq_len == 64
+
+
 def test_explicit_values_override_the_model_of_the_weights(tmp_path: Path) -> None:
     weights = write_hugging_face(tmp_path / "weights", published("llama3_2_1b"))
     config = load(weights, "tokenizer=llama3", "optim.lr=1e-3", "model.rope_theta=1e6")

@@ -49,6 +49,15 @@ def test_run_dir_alone_is_the_last_configuration_and_typed_keys_override_it(
     assert (longer.train.max_steps, longer.optim.schedule_steps) == (200, 200)
 
 
+def test_misspelt_run_is_not_a_new_run_with_the_default_configuration(folder: RunFolder) -> None:
+    with pytest.raises(
+        ConfigError, match=f"has no run to resume; did you mean run.dir={folder.path}"
+    ):
+        load(RunFolder(folder.path.with_name("rum")))
+    assert load(RunFolder(folder.path.with_name("rum")), "model=llama3_tiny").optim.lr == 4e-3
+    assert load(RunFolder(folder.path.with_name("another"))).optim.lr == 4e-3
+
+
 @pytest.mark.parametrize("lost", ["missing", "", "{", "[1]", "a: 1", "train: 1"])
 def test_lost_configuration_is_that_of_the_newest_checkpoint(folder: RunFolder, lost: str) -> None:
     last = folder.last_config()
