@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 MAX_SHOWN = 6
 OF_THIS_LAUNCH = ("run.dir", "run.allow_changes")  # never taken from the last one
 GROUPS = ("model", "data", "tokenizer")
+MESH = tuple(
+    f"parallel.{name}"
+    for name in ("dp_replicate", "dp_shard", "cp", "tp", "devices", "num_nodes", "accelerator")
+)
+"""The devices of a launch. One that is typed replaces all: a run may resume on any mesh."""
 
 
 def register_resolvers() -> None:
@@ -141,6 +146,8 @@ def merge(now: dict[str, Any], last: dict[str, Any], explicit: set[str]) -> dict
         # `optim.schedule_steps=${train.max_steps}` follows a typed max_steps if it did so before.
         if _get(last, key) == _resolved(text, last):
             _set(merged, key, text)
+    if explicit.intersection(MESH):
+        explicit = explicit.union(MESH)
     if "train.max_steps" in explicit:  # replaces the length in tokens
         explicit = explicit | {"train.max_tokens"}
     run = merged["run"]

@@ -49,6 +49,13 @@ def test_run_dir_alone_is_the_last_configuration_and_typed_keys_override_it(
     assert (longer.train.max_steps, longer.optim.schedule_steps) == (200, 200)
 
 
+def test_typed_mesh_replaces_the_mesh_of_the_last_launch(folder: RunFolder) -> None:
+    folder.write_config(plain(load(folder, "parallel.dp_shard=2", "parallel.compile=true")))
+    assert load(folder).parallel.dp_shard == 2
+    resumed = load(folder, "parallel.tp=2").parallel
+    assert (resumed.dp_shard, resumed.tp, resumed.compile) == (-1, 2, True)
+
+
 def test_misspelt_run_is_not_a_new_run_with_the_default_configuration(folder: RunFolder) -> None:
     with pytest.raises(
         ConfigError, match=f"has no run to resume; did you mean run.dir={folder.path}"
