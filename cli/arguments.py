@@ -192,15 +192,12 @@ def hydra_arguments(
             errors.append(f"{key} configures Hydra and has no effect here; {_hydra_remedy(key)}")
         elif name.startswith("~"):
             overrides.append(word)
-        elif key not in groups and (CONF / key).is_dir():
-            errors.append(_foreign_group_error(key, value, program))
         elif key in groups:
             errors += _group_errors(key, value, folders)
             if value != "null":  # the default of groups without a file, which Hydra rejects
                 overrides.append(f"{key}={value}")
         elif any((folder / key).is_dir() for folder in folders) and field_at(schema, key) is None:
-            own = f"its groups are {', '.join(groups)}" if groups else "it has no groups"
-            errors.append(f"{key}={value} is not an argument of {program}.py; remove it ({own})")
+            errors.append(_foreign_group_error(key, value, program, list(groups)))
         else:
             try:
                 overrides.append(f"++{key}={_override_value(schema, key, value)}")
@@ -292,16 +289,15 @@ def _group_errors(group: str, value: str, folders: Sequence[Path]) -> Iterator[s
         )
 
 
-def _foreign_group_error(group: str, value: str, program: str) -> str:
+def _foreign_group_error(group: str, value: str, program: str, groups: Sequence[str]) -> str:
     """Return the error for a group of another program."""
-    remedy = f"remove {group}={value}"
+    own = f"its groups are {', '.join(groups)}" if groups else "it has no groups"
+    remedy = f"remove it ({own})"
     if program == "evaluate" and group == "data":
-        remedy = "use evaluation.data=FOLDER, a folder that prepare.py or train.py has written"
-    elif group == "tokenizer":
+        remedy = "use evaluation.data=FOLDER, with a folder that prepare.py or train.py has written"
+    elif program in ("evaluate", "generate") and group == "tokenizer":
         remedy = "use tokenizer_path=FILE"
-    return (
-        f"{group}={value} selects a file for train.py, and {program}.py has no such group; {remedy}"
-    )
+    return f"{group}={value} is not an argument of {program}.py; {remedy}"
 
 
 def _other_length(arguments: Sequence[str]) -> list[str]:
