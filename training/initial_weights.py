@@ -56,8 +56,11 @@ def check_initial_weights(run: RunConfig, model: ModelConfig) -> None:
         raise ConfigError(errors)
 
 
-def check_initial_tokenizer(config: JobConfig, tokenizer: "Tokenizer") -> None:
+def check_initial_tokenizer(config: JobConfig, tokenizer: "Tokenizer | None") -> None:
     """Check that the weights in `run.init_from` were trained with the tokenizer of the data.
+
+    Args:
+        tokenizer: None if it is still to be trained on the data.
 
     Raises:
         DataError: They were trained with another tokenizer.
@@ -67,7 +70,13 @@ def check_initial_tokenizer(config: JobConfig, tokenizer: "Tokenizer") -> None:
     from formats.tokenizers import find_tokenizer
 
     source = find_tokenizer(find_checkpoint(Path(str(config.run.init_from)), verify=False))
-    if source is not None and source.ranks != tokenizer.ranks:
+    if source is None and tokenizer is None:
+        raise DataError(
+            f"run.init_from={config.run.init_from} contains no tokenizer, and tokenizer=bpe would "
+            "train another one than that of these weights; set tokenizer.path to their "
+            "tokenizer.json or tokenizer.model, or use tokenizer=llama3 or byte if it is theirs"
+        )
+    if source is not None and tokenizer is not None and source.ranks != tokenizer.ranks:
         raise DataError(
             f"data.folder={config.data.folder} is tokenized with {tokenizer.name} (vocabulary of "
             f"{tokenizer.vocab_size:,}), but the weights in run.init_from={config.run.init_from} "

@@ -60,6 +60,10 @@ def prepare_data(config: JobConfig) -> "Dataset | StreamDataset":
     streams = config.data.stream_shards is not None
     position = RunFolder(Path(config.run.dir)).newest_position()
     trained_on = position["data_hash"] if position else None
+    if position is None and config.run.init_from is not None and needs_preparation(config):
+        from data.tokenizer import ready_tokenizer
+
+        check_initial_tokenizer(config, ready_tokenizer(config.tokenizer))
     dataset = _open_stream(config, trained_on) if streams else _prepare(config, trained_on)
     if position is None and config.run.init_from is not None:
         check_initial_tokenizer(config, dataset.tokenizer())

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from run_config import commit
 from cli.arguments import CONF, hydra_arguments
 from cli.config import check_config
 from data.errors import DataError
+from data.tokenizer import Tokenizer
 from resilience.run_folder import RunFolder, RunFolderError
 from training.config import JobConfig
 from training.config_validation import ConfigError, plain
@@ -120,3 +122,20 @@ def test_run_resumes_after_its_sources_changed_and_a_new_run_is_rejected(
     assert "another revision" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"another revision(.|\n)*replaced: text\.txt"):
         prepare_data(configure("run.name=new"))
+
+
+@pytest.mark.parametrize("has_tokenizer", [False, True])
+def test_tokenizer_of_initial_weights_is_checked_before_the_preparation(
+    has_tokenizer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("text.txt").write_text("A line of text.\n" * 1000)
+    source = Tokenizer("llama3", {b"a": 0}) if has_tokenizer else None
+    monkeypatch.setattr("formats.detection.find_checkpoint", lambda path, verify: path)
+    monkeypatch.setattr("formats.tokenizers.find_tokenizer", lambda folder: source)
+    name = "byte" if has_tokenizer else "bpe"
+    config = configure(f"tokenizer={name}")
+    config = replace(config, run=replace(config.run, init_from="weights"))
+    expected = "Omit tokenizer" if has_tokenizer else "contains no tokenizer"
+    with pytest.raises(DataError, match=expected):
+        prepare_data(config)
+    assert not Path("shards").exists()
