@@ -7,7 +7,6 @@ never replace a value of the run. Whether a typed value may change is checked in
 
 import copy
 import re
-import sys
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -356,6 +355,5 @@ def _print_kept(composed: "DictConfig", result: "DictConfig", folder: RunFolder)
         more = f" and {len(kept) - len(shown)} more" if len(kept) > len(shown) else ""
         print(
             f"{folder.path} keeps the configuration of its last launch: {', '.join(shown)}{more}",
-            file=sys.stderr,
             flush=True,
         )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from data.dataset import Dataset
 from data.errors import DataError
 from data.loader import Batch, validation_batches
+from data.manifest import MANIFEST_FILE
 from evaluation.config import EvaluationConfig
 from evaluation.errors import NOT_FINITE, EvaluationError
 
@@ -155,6 +157,13 @@ def open_held_out(
     path = Path(str(folder or trained_on))
     if folder is None and optional and not path.exists():
         return None, seq_len
+    if folder is not None and not (path / MANIFEST_FILE).exists():
+        prepared = sorted(each.parent.name for each in path.parent.glob(f"*/{MANIFEST_FILE}"))
+        near = get_close_matches(path.name, prepared, n=1)
+        near = near or [each for each in prepared if each.startswith(path.name)]
+        remedy = "use a folder that prepare.py has written"
+        remedy = f"did you mean {path.with_name(near[0])}?" if near else remedy
+        raise DataError(f"evaluation.data={path} has no prepared data; {remedy}")
     dataset = Dataset.open(path, document_mask=data.get("document_mask", True))
     if not dataset.n_validation_windows(seq_len):
         raise DataError(

@@ -39,7 +39,7 @@ def test_run_dir_alone_is_the_last_configuration_and_typed_keys_override_it(
     last = folder.last_config()
     assert last is not None and plain(load(folder)) == last
     assert last["validation"]["prompt"] == PROMPT
-    assert "keeps the configuration of its last launch" in capsys.readouterr().err
+    assert "keeps the configuration of its last launch" in capsys.readouterr().out
     typed = load(folder, "optim.lr=0.25", "--log.interval=7")
     assert plain(typed) == changed("optim.lr", 0.25, "log.interval", 7, of=last)
     # The keys that the file of an experiment sets are typed; `optim.lr` is one, `log.wandb` not.
@@ -135,9 +135,9 @@ def test_complete_command_does_not_keep_a_launch_that_left_no_checkpoint(
     repeated = load(folder, *START)
     assert (repeated.optim.lr, repeated.train.max_steps) == (1e-3, 40)
     assert load(folder, "model=llama3_tiny").model.name == "llama3_tiny"
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().out == ""
     assert load(folder).optim.lr == 0.5
-    assert "optim.lr=0.5" in capsys.readouterr().err
+    assert "optim.lr=0.5" in capsys.readouterr().out
 
 
 def test_group_of_an_experiment_that_differs_names_the_experiment(folder: RunFolder) -> None:

@@ -1,14 +1,18 @@
 """Held-out loss: the mean over targets, independent of batches and ranks."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from data.errors import DataError
 from data.loader import Batch
-from evaluation.held_out import LossTotals, evaluate_loss
+from evaluation.config import EvaluationConfig
+from evaluation.held_out import LossTotals, evaluate_loss, open_held_out
 from model.config import ModelConfig
 from model.init import initialize
 from model.llama import Llama
@@ -124,3 +128,19 @@ def test_source_totals_are_separate_and_add_up(model: Llama) -> None:
 
 def test_perplexity_overflows_to_infinity() -> None:
     assert LossTotals(nats=7000.0, targets=2, n_bytes=1).perplexity == math.inf
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("node", "did you mean {}/node-byte-272?"), ("x", "use a folder that prepare.py has written")],
+)
+def test_folder_that_is_not_a_dataset_is_named_by_its_key(
+    name: str, remedy: str, tmp_path: Path
+) -> None:
+    (tmp_path / "node-byte-272").mkdir()
+    (tmp_path / "node-byte-272" / "manifest.json").touch()
+    weights: Any = SimpleNamespace(config={}, folder=tmp_path, model=SimpleNamespace(max_seq_len=8))
+    with pytest.raises(DataError) as error:
+        open_held_out(weights, EvaluationConfig(data=str(tmp_path / name)), optional=False)
+    message = f"evaluation.data={tmp_path / name} has no prepared data; {remedy}"
+    assert str(error.value) == message.format(tmp_path)
