@@ -39,7 +39,7 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     target = tmp_path_factory.mktemp("exported") / "hf"
     done = start_program(["convert.py", f"checkpoint={checkpoint}", f"target={target}"])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{target}: Hugging Face folder, 0.00")
+    assert done.stdout.startswith(f"{target}: Hugging Face folder, 0.5 MB in ")
     assert done.stderr == ""
     return target
 
