@@ -176,7 +176,7 @@ def test_mismatching_weights_are_rejected_with_both_values(
     output = run_rejected(
         fork_server, train_arguments(run, f"run.init_from={tmp_path / 'nowhere'}", *SAME), run
     )
-    assert "nowhere is not a folder" in output
+    assert "nowhere does not exist; use" in output
     both = [init_from, f"run.resume={folders['native']}", *SAME]
     output = run_rejected(fork_server, train_arguments(run, *both), run)
     assert "loads weights only; use one of them" in output

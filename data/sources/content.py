@@ -72,7 +72,7 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_CONTROL = [bytes([code]) for code in set(range(32)) - set(b"\b\t\n\v\f\r\x1b")]
+_CONTROL = [bytes([code]) for code in set(range(32)) - set(b"\a\b\t\n\v\f\r\x1b")]
 
 
 class Content(NamedTuple):

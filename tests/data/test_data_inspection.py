@@ -215,7 +215,9 @@ def test_numpy_example_in_docs_reads_the_same_window_as_token_stream(tmp_path: P
     for i in range(40):
         (corpus / f"{i:02d}.txt").write_text(f"{i} " * (20 + 5 * i))
     sources = {"stdlib": SourceConfig("text", str(corpus))}
-    data = DataConfig("x", str(tmp_path / "shards/stdlib-bpe"), sources, 0.1, shard_tokens=1000)
+    data = DataConfig(
+        "x", str(tmp_path / "shards/stdlib-bpe-4096"), sources, 0.1, shard_tokens=1000
+    )
     manifest = prepare(data, TokenizerConfig("byte", 272), progress=False)
     page = (ROOT / "docs/shards.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
