@@ -87,6 +87,8 @@ def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
         return composed  # a complete command: the launch without a checkpoint may have failed
     merged = merge(now, last, explicit)
     merged["run"]["dir"] = _literal(str(folder.path))
+    if folder.committed_steps():  # which replace the checkpoint that the run started from
+        merged["run"]["resume"] = now["run"]["resume"]
     merged = {**now, **merged}  # keys of plan.py, and unknown ones, which validation reports
     result = OmegaConf.create(merged)
     _print_kept(composed, result, folder)

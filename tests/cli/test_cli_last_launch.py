@@ -56,6 +56,13 @@ def test_typed_mesh_replaces_the_mesh_of_the_last_launch(folder: RunFolder) -> N
     assert (resumed.dp_shard, resumed.tp, resumed.compile) == (-1, 2, True)
 
 
+def test_checkpoints_of_the_run_replace_the_one_it_started_from(folder: RunFolder) -> None:
+    folder.write_config(plain(load(folder, "run.resume=runs/other/checkpoints/step-00000001")))
+    assert load(folder).run.resume == "auto"
+    shutil.rmtree(folder.checkpoints)
+    assert load(folder).run.resume == "runs/other/checkpoints/step-00000001"
+
+
 def test_misspelt_run_is_not_a_new_run_with_the_default_configuration(folder: RunFolder) -> None:
     with pytest.raises(
         ConfigError, match=f"has no run to resume; did you mean run.dir={folder.path}"
