@@ -212,7 +212,7 @@ def test_repetition_penalty_equals_transformers() -> None:
     for penalty in (1.3, 0.7):
         sampling = SamplingParams(repetition_penalty=penalty)
         (found, _) = complete(ours, [prompt, prompt[:4]], sampling=sampling)
-        expected = theirs.generate(
+        expected = cast(Any, theirs).generate(
             torch.tensor([prompt]),
             max_new_tokens=16,
             do_sample=False,
