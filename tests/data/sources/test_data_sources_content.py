@@ -108,6 +108,7 @@ def zip_() -> bytes:
             "is UTF-16LE text, not UTF-8.*iconv -f UTF-16LE",
         ),
     ],
+    ids=["pdf", "zip", "tar", "lz4", "png", "binary", "lfs", "utf-16"],  # contents have times
 )
 @pytest.mark.parametrize("format_", ["text", "jsonl", "parquet"])
 def test_file_that_no_format_reads_is_rejected(
