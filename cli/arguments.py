@@ -20,7 +20,7 @@ from training.config_validation import ConfigError, field_at, fields_of, near_ke
 
 CONF = Path(__file__).parent.parent / "conf"
 KEY = re.compile(r"[A-Za-z_$][\w-]*(\.[\w-]+)*", re.ASCII)  # a dotted key or a group
-PROMPTS = ("prompt", "system")  # keys in which nothing is interpolated
+PROMPTS = ("prompt", "system")  # keys whose values are never interpolated
 
 MULTIRUN = (
     "--multirun is not supported: every process of a run would launch the sweep again. "
@@ -51,7 +51,7 @@ FLAGS = {
 
 @dataclass
 class Options:
-    """What the command line asks for, besides keys.
+    """Parsed command line: options, keys and groups.
 
     Attributes:
         flags: Values of `FLAGS` that are given.
@@ -376,7 +376,7 @@ OPTIONS_USAGE = "options are --help, --version and --cfg job; keys are written k
 def _word_errors(
     words: Sequence[str], program: str, schema: Any, folders: Sequence[Path]
 ) -> Iterator[str]:
-    """Yield an error for each argument that is not `key=value`, with what was probably meant."""
+    """Yield an error for each argument that is not `key=value`, with a suggestion."""
     rest = list(words)
     while rest:
         word = rest.pop(0)

@@ -1,6 +1,6 @@
 """Resume a run with the configuration of its last launch.
 
-`python train.py run.dir=runs/NAME` uses the run's `config.yaml`. What the user typed has
+`python train.py run.dir=runs/NAME` uses the run's `config.yaml`. Command-line arguments have
 precedence: `key=value`, and the keys that the file of a typed `experiment=` sets. Composed defaults
 never replace a value of the run. Whether a typed value may change is checked in `training`.
 """
@@ -29,7 +29,7 @@ MESH = tuple(
     f"parallel.{name}"
     for name in ("dp_replicate", "dp_shard", "cp", "tp", "devices", "num_nodes", "accelerator")
 )
-"""The devices of a launch. One that is typed replaces all: a run may resume on any mesh."""
+"""Devices and mesh. If one of these keys is typed, all come from this launch."""
 
 
 def register_resolvers() -> None:
