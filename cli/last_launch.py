@@ -96,21 +96,24 @@ def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
 
 
 def _check_spelling(path: Path, explicit: set[str]) -> None:
-    """Reject a folder without a run, if only its name is typed and a run has a similar one.
+    """Reject a folder without a run if only `run.dir` is typed and a run has a similar name.
+
+    Names that differ in numbers only (`exp1`, `exp2`) are different runs.
 
     Raises:
         ConfigError: The name is probably misspelt.
     """
-    if not explicit or not explicit <= {"run.dir", "run.name"}:
+    if explicit != {"run.dir"}:
         return
     runs = [each.parent.name for each in path.parent.glob("*/config.yaml")]
-    if near := get_close_matches(path.name, runs, n=1):
-        key = min(explicit)
-        meant = path.parent / near[0] if key == "run.dir" else near[0]
+    without_numbers = re.sub(r"\d+", "", path.name)
+    runs = [name for name in runs if re.sub(r"\d+", "", name) != without_numbers]
+    if near := get_close_matches(path.name, runs, n=1, cutoff=0.7):
         raise ConfigError(
             [
-                f"{path} has no run to resume; did you mean {key}={meant}? To start a new run with "
-                "the default configuration, add model=llama3_tiny"
+                f"run.dir={path} has no run to resume; did you mean run.dir="
+                f"{path.parent / near[0]}? To start a new run with the default configuration, add "
+                "model=llama3_tiny"
             ]
         )
 

@@ -64,12 +64,16 @@ def test_checkpoints_of_the_run_replace_the_one_it_started_from(folder: RunFolde
 
 
 def test_misspelt_run_is_not_a_new_run_with_the_default_configuration(folder: RunFolder) -> None:
-    with pytest.raises(
-        ConfigError, match=f"has no run to resume; did you mean run.dir={folder.path}"
-    ):
-        load(RunFolder(folder.path.with_name("rum")))
-    assert load(RunFolder(folder.path.with_name("rum")), "model=llama3_tiny").optim.lr == 4e-3
-    assert load(RunFolder(folder.path.with_name("another"))).optim.lr == 4e-3
+    source = folder.path.with_name("books")
+    folder.path.rename(source)
+
+    def load_from(name: str, *words: str) -> JobConfig:
+        return load(RunFolder(source.with_name(name)), *words)
+
+    with pytest.raises(ConfigError, match=f"no run to resume; did you mean run.dir={source}"):
+        load_from("boks")
+    assert load_from("boks", "model=llama3_tiny").optim.lr == 4e-3
+    assert load_from("another").optim.lr == load_from("books2").optim.lr == 4e-3
 
 
 @pytest.mark.parametrize("lost", ["missing", "", "{", "[1]", "a: 1", "train: 1"])
