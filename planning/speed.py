@@ -101,9 +101,13 @@ class RankCosts:
         return {"none": (0.0, 0.0), "selective": (0.0, 1.0), "full": (1.0, 1.0)}[mode]
 
     def product(self, m: int, k: int, n: int, dtype: str) -> float:
-        """Return the seconds of an (m, k) × (k, n) product."""
+        """Return the seconds of an (m, k) × (k, n) product.
+
+        Hardware without fp8 emulates it in bf16.
+        """
         size = 1 if dtype == "fp8" else DTYPE_BYTES[dtype]
-        rate = self.hardware.matrix_tflops[dtype] * 1e12 * self.efficiency / self.sharing
+        rates = self.hardware.matrix_tflops
+        rate = rates.get(dtype, rates["bf16"]) * 1e12 * self.efficiency / self.sharing
         moved = size * (m * k + k * n) + self.spec.param_bytes * m * n
         return max(2 * m * k * n / rate, moved / self.bandwidth)
 

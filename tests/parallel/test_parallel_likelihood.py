@@ -1,6 +1,7 @@
 """Log-likelihoods and greedy flags for lm-eval on a mesh match those of one process."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ CONTEXTS = [[5, 50, 7], [1], [57, 57], [8, 30, 31, 2]]
 # Every token after each context, so that exactly one is the greedy choice; then texts of several
 # lengths, whose number is not a multiple of the batch size.
 REQUESTS = [(None, context, [token]) for context in CONTEXTS for token in range(VOCAB)] + [
-    (None, [1] * n, [2, 57, 30][: n % 4]) for n in range(3, 12)
+    (None, [1] * n, [2, 57, 30][: 1 + n % 3]) for n in range(3, 12)
 ]
 
 Likelihoods = list[tuple[float, bool]]
@@ -71,6 +72,6 @@ def likelihoods(case: Case) -> Likelihoods:
         llama=run.llama,
         model=run.model,
         data_rank=run.data_rank,
-        weights=SimpleNamespace(model=run.llama.config),
+        weights=SimpleNamespace(model=run.llama.config, folder=Path()),
     )
     return LlameshLM(context, tokenizer, batch_size=4)._loglikelihood_tokens(REQUESTS)

@@ -105,3 +105,15 @@ def test_unknown_device_is_planned_as_the_slowest_known_one() -> None:
     limit = time_limits(WatchdogConfig(), planned_seconds([cpu], None)).step
     assert limit > 24 * 3600  # 8B on a small CPU: slow, but not hung
     assert not list(limit_warnings(WatchdogConfig(), slowest))
+
+
+@pytest.mark.parametrize("accelerator", ["cuda", "cpu"])
+def test_fp8_is_planned_in_bf16_where_the_slowest_known_device_has_none(accelerator: str) -> None:
+    config = trained("experiment=h200_8b")
+    request = PlanRequest(config, "cuda", 1)
+    [(spec, _)] = request.stages(configured_choice(config, ONE_RANK))
+    plain = replace(spec, accelerator=accelerator, precision=replace(spec.precision, fp8=None))
+    fp8 = replace(plain, precision=replace(spec.precision, fp8="rowwise"))
+    assert planned_seconds([fp8], None).step == pytest.approx(
+        planned_seconds([plain], None).step, rel=0.2
+    )  # the scales are read and written in addition
