@@ -5,10 +5,13 @@ page, a `.txt` file compressed text. Only the first bytes are read (and the last
 """
 
 import codecs
+import csv
 import glob
 import io
 import json
 import os
+import re
+import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -72,6 +75,13 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# Files that describe a dataset, next to its data.
+_DOCUMENTATION = re.compile(
+    r"(readme|licen[cs]e|copying|notice|citation|changelog|dataset_?card)(\.\w+)?|dataset_infos?\.json",
+    re.IGNORECASE,
+)
+_OBJECT_IN_ARRAY = re.compile(rb'\s*\[\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
+_COLUMN_NAME = re.compile(r"[^\W\d][\w .-]{0,39}")
 _CONTROL = [bytes([code]) for code in set(range(32)) - set(b"\a\b\t\n\v\f\r\x1b")]
 
 
@@ -79,8 +89,9 @@ class Content(NamedTuple):
     """What a file contains.
 
     Attributes:
-        kind: A format of local sources, or `lines`: text with some JSON lines; `empty`, `other` or
-            `damaged`; or, for text that is not UTF-8, its encoding.
+        kind: A format of local sources, or `lines`: text with some JSON lines; `records`: text with
+            rows that no format reads, such as CSV; `empty`, `other` or `damaged`; or, for text that
+            is not UTF-8, its encoding.
         compression: Name of the compression around the content, or None.
         description, remedy: For messages, mostly about the kinds `other` and `damaged`.
     """
@@ -119,13 +130,18 @@ def inspect_file(path: Path, text_column: str = "text") -> Content:
             remedy = f"check it with `{compression} -t`"
             reason = f"a damaged or truncated {compression} file ({str(error) or 'it ends early'})"
             return Content("damaged", compression, reason, remedy)
-        content = _identify(head, path, text_column)
+        content = _identify(head, path, text_column, compression)
         if content.kind in ("parquet", "arrow") and compression is None:
             content = _check_end(file, content, head)
     return content._replace(compression=compression)
 
 
-def _identify(head: bytes, path: Path, text_column: str) -> Content:
+def is_documentation(path: Path) -> bool:
+    """Return whether a file describes the data next to it, by its name."""
+    return bool(_DOCUMENTATION.fullmatch(path.name))
+
+
+def _identify(head: bytes, path: Path, text_column: str, compression: str | None) -> Content:
     if not head:
         return Content("empty")
     if head.startswith(b"PAR1"):
@@ -151,10 +167,12 @@ def _identify(head: bytes, path: Path, text_column: str) -> Content:
     for mark, encoding in BYTE_ORDER_MARKS:
         if head.startswith(mark):
             return Content(encoding)
-    return _identify_text(head.removeprefix(codecs.BOM_UTF8), path, text_column)
+    return _identify_text(head.removeprefix(codecs.BOM_UTF8), path, text_column, compression)
 
 
-def _identify_text(head: bytes, path: Path, text_column: str) -> Content:
+def _identify_text(head: bytes, path: Path, text_column: str, compression: str | None) -> Content:
+    if len(head) < HEAD_BYTES and not head.strip():
+        return Content("empty")
     if encoding := _unmarked_encoding(head):
         return Content(encoding)
     if len(head) >= 32 and sum(map(head.count, _CONTROL)) > 0.03 * len(head):
@@ -163,6 +181,10 @@ def _identify_text(head: bytes, path: Path, text_column: str) -> Content:
     if start.startswith((b"<!doctype html", b"<html")):
         return Content("text", None, "an HTML page", "download the file again")
     if not start.startswith((b"{", b"[")):
+        if separator := _csv_separator(head, path, text_column):
+            name = "a TSV file" if separator == "\t" else "a CSV file"
+            rows = f"csv.DictReader(file, delimiter={separator!r})"
+            return Content("records", None, name, _to_lines(rows, "row", path, compression))
         return Content("lines" if _parsed_lines(head) else "text")
     is_named = not {suffix.lower() for suffix in path.suffixes}.isdisjoint(LINES)
     first, end, _ = head.lstrip().partition(b"\n")
@@ -171,26 +193,86 @@ def _identify_text(head: bytes, path: Path, text_column: str) -> Content:
     has_column = any(isinstance(value.get(text_column), str) for value in objects)
     if objects and len(objects) == n_lines and (n_lines > 1 or is_named or has_column):
         return Content("jsonl")
-    rows = values[0] if values and isinstance(values[0], list) else None
-    if start.startswith(b"[") and (
-        rows is None or (n_lines == 1 and isinstance((*rows, 0)[0], dict))
-    ):
-        remedy = (
-            'convert it with `python -c "import json, sys; [print(json.dumps(row)) for row in '
-            f'json.load(sys.stdin)]" < {path} > {path.stem}.lines.jsonl`'
-        )
-        return Content("text", None, "a JSON array", remedy)
+    if row := _row_of_array(head, text_column):
+        remedy = _to_lines("json.load(file)", row, path, compression)
+        return Content("records", None, "a JSON array", remedy)
+    if end and not values and isinstance(_parse(first.rstrip().removesuffix(b",")), dict):
+        remedy = _shell(r"sed 's/,[[:space:]]*$//'", path, compression)
+        return Content("records", None, "JSON objects separated by commas", remedy)
     if end and not values and first.rstrip().endswith((b"{", b"[", b",")):
-        return Content("text", None, "JSON over several lines", "write one object per line")
+        column = re.escape(json.dumps(text_column, ensure_ascii=False).encode()) + rb"\s*:"
+        kind = "records" if start.startswith(b"{") and re.search(column, head) else "text"
+        remedy = "write one object per line, as `jq -c .` does"
+        return Content(kind, None, "JSON over several lines", remedy)
     if not end and is_named and start.startswith(b"{"):  # the first line is longer than the head
         return Content("jsonl")
     return Content("lines")
 
 
+def _row_of_array(head: bytes, text_column: str) -> str | None:
+    """Return an expression for the JSON line of `row`, an element of a JSON array; None for text.
+
+    Text may start with a bracket, and a JSON line may be an array.
+    """
+    if _OBJECT_IN_ARRAY.match(head):
+        return "row"
+    text = head.decode(errors="replace").lstrip()[1:].lstrip()
+    with suppress(ValueError, RecursionError):
+        element, end = json.JSONDecoder().raw_decode(text)
+        if isinstance(element, str) and re.match(r'\s*(,\s*"|\]\s*$)', text[end:]):
+            return f"{{{text_column!r}: row}}"
+    return None
+
+
+def _csv_separator(head: bytes, path: Path, text_column: str) -> str | None:
+    """Return the separator of a CSV or TSV file with a header, or None for other text.
+
+    The header names the text column (or several columns, in a file with that suffix), and all rows
+    have as many fields as the header.
+    """
+    is_named = not {suffix.lower() for suffix in path.suffixes}.isdisjoint((".csv", ".tsv"))
+    lines = head.decode(errors="replace").splitlines(keepends=True)
+    for separator in ",\t;":
+        try:
+            header, *rows = csv.reader(lines, delimiter=separator)
+        except csv.Error:
+            continue
+        if len(head) >= HEAD_BYTES:  # the last row is not complete
+            rows = rows[:-1]
+        names = [name.strip() if is_named else name for name in header]  # prose has spaces
+        if len(set(names)) < len(names) or not all(map(_COLUMN_NAME.fullmatch, names)):
+            continue
+        has_column = text_column in names and (is_named or (len(names) > 1 and len(rows) > 0))
+        is_table = has_column or (is_named and len(names) > 1 and len(rows) > 0)
+        if is_table and all(len(row) == len(names) for row in rows if row):
+            return separator
+    return None
+
+
+def _to_lines(rows: str, row: str, path: Path, compression: str | None) -> str:
+    """Return the remedy that writes JSON lines, from Python expressions of `file` and `row`."""
+    start = "import csv; csv.field_size_limit(10**9); " if "csv." in rows else ""
+    script = (
+        f"{start}import json; file = open(0, encoding='utf-8-sig', newline=''); "
+        f"[print(json.dumps({row})) for row in {rows}]"
+    )
+    return _shell(f'python -c "{script}"', path, compression)
+
+
+def _shell(command: str, path: Path, compression: str | None) -> str:
+    """Return the remedy that converts a file with a shell command."""
+    source, target = shlex.quote(str(path)), shlex.quote(f"{path.name.split('.')[0]}.lines.jsonl")
+    if compression:
+        return f"convert it with `{compression} -dc {source} | {command} > {target}`"
+    return f"convert it with `{command} < {source} > {target}`"
+
+
 def _unmarked_encoding(head: bytes) -> str | None:
-    """Return the encoding of UTF-16 text without a byte order mark, or None for other content."""
+    """Return the encoding of UTF-16 or UTF-32 text without a byte order mark, or None."""
     if len(head) < 32:
         return None
+    if head.count(0) > 0.7 * len(head):
+        return "utf-32-le" if head[0] else "utf-32-be"
     high_first, low_first = (2 * head[first::2].count(0) > 0.8 * len(head) for first in (0, 1))
     if high_first == low_first:
         return None
@@ -206,13 +288,15 @@ def _complete_lines(head: bytes) -> list[bytes]:
 
 def _parsed_lines(head: bytes) -> list[object]:
     """Return the values of the lines that are JSON objects or arrays."""
-    values: list[object] = []
-    for line in _complete_lines(head):
-        with suppress(ValueError, RecursionError):
-            value = json.loads(line)
-            if isinstance(value, (dict, list)):
-                values.append(value)
-    return values
+    values = map(_parse, _complete_lines(head))
+    return [value for value in values if isinstance(value, (dict, list))]
+
+
+def _parse(line: bytes) -> object:
+    """Return the value of a JSON line, or None."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(line)
+    return None
 
 
 def _check_end(file: BinaryIO, content: Content, head: bytes) -> Content:
@@ -245,8 +329,9 @@ def reject_other_formats(
         DataError: A file has other content; the message gives its format and the remedy.
     """
     wrong = [i for i, content in enumerate(contents) if not _is_readable(content, source.format)]
-    if source.format == "text" and all(content.kind == "jsonl" for content in contents):
-        wrong = list(range(len(files)))  # among files of other kinds, such as code, they are text
+    if source.format == "text":
+        rows, others = rows_as_text(files, contents)
+        wrong = wrong or ([] if others else rows)  # among other files, such as code, they are text
     if not wrong or (may_skip and source.format in ("text", "jsonl") and len(wrong) < len(files)):
         return
     file, content = files[wrong[0]], contents[wrong[0]]
@@ -256,7 +341,7 @@ def reject_other_formats(
         what, remedy = f"{content.compression}-compressed", _DECOMPRESS
     elif content.kind == "empty":
         expected = ""
-        what, remedy = "empty (0 bytes)", "write or download it again, or remove it"
+        what, remedy = "empty", "write or download it again, or remove it"
     elif content.kind.startswith("utf"):
         encoding = content.kind.upper().replace("-BE", "BE").replace("-LE", "LE")
         what, expected = f"{encoding} text", ", not UTF-8"
@@ -275,7 +360,10 @@ def reject_other_formats(
             remedy += f" for such files, or move them out of {source.path}"
     if content.kind == "damaged":  # an archive or a table of which only the start can be read
         raise DataError(f"{key}.path: {file}: cannot read; {file.name} is {what}; {remedy}")
-    if len(files) > 1 and other is None:
+    if content.kind == "records" and source.format != "jsonl":
+        named = key == f"data.sources.{source.format}"
+        remedy += f" and use {'data' if named else f'{key}.format'}=jsonl"
+    if len(wrong) < len(files) and other is None:
         remedy += f", or move it out of {source.path}"
     also = f" (also {len(wrong) - 1:,} of the other {len(files) - 1:,} files)" * (len(wrong) > 1)
     raise DataError(f"{key}.path: {file} is {what}{expected}{also}; {remedy}")
@@ -287,7 +375,21 @@ def _is_readable(content: Content, format_: str) -> bool:
         return kind == format_ and content.compression is None
     if format_ == "jsonl":
         return kind in ("jsonl", "lines", "empty")
-    return kind in ("text", "jsonl", "lines", "empty", "utf-16", "utf-32")
+    return kind in ("text", "jsonl", "lines", "records", "empty", "utf-16", "utf-32")
+
+
+def rows_as_text(files: Sequence[Path], contents: Sequence[Content]) -> tuple[list[int], list[int]]:
+    """Return the indices of files that hold rows, such as JSON lines or CSV, and of other text.
+
+    Empty files and documentation are neither.
+    """
+    rows, others = list[int](), list[int]()
+    for index, (file, content) in enumerate(zip(files, contents, strict=True)):
+        if content.kind in ("jsonl", "records"):
+            rows.append(index)
+        elif content.kind != "empty" and not is_documentation(file):
+            others.append(index)
+    return rows, others
 
 
 def _describe(kind: str, content: Content) -> str:

@@ -24,6 +24,7 @@ from data.sources.content import (
     inspect_file,
     inspect_files,
     reject_other_formats,
+    rows_as_text,
 )
 from data.sources.listing import list_files
 
@@ -99,6 +100,12 @@ def find_corpus(name: str, source: SourceConfig, policy: str = "strict") -> Corp
         if source.format != "stdlib":
             contents = inspect_files(files, source.text_column)
             reject_other_formats(files, contents, source, key, policy == "skip")
+        if source.format == "text" and (found := rows_as_text(files, contents)[0]):
+            notes.append(
+                f"{key}: reads {len(found):,} of {len(files):,} files as plain text although they "
+                f"hold rows of JSON or CSV, such as {files[found[0]]}; to read their "
+                "text column, move them to a source of format jsonl"
+            )
         part_bytes = _part_bytes(sum(sizes))
         divided = (
             _divide_file(file, size, part_bytes, source.format, content, key)

@@ -260,7 +260,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[SourceConfig, str]]:
     lines = {
         "latin.jsonl": b'{"text": "na\xefve"}\n',
         "broken.jsonl": b'{"text": "a"\n',
-        "list.jsonl": b'["a"]\n',
+        "list.jsonl": b'["a"]\n["b"]\n',
         "number.jsonl": b'{"text": 3}\n',
         "half.jsonl": b'{"text": "\\ud800"}\n',
         "column.jsonl": b'{"content": "a", "id": 1}\n',

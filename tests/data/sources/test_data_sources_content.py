@@ -1,10 +1,13 @@
 """Files are recognised by their content: other formats are rejected, compression is read."""
 
 import bz2
+import csv
 import gzip
 import io
 import json
 import lzma
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -17,6 +20,7 @@ import zstandard
 
 from data.config import SourceConfig
 from data.errors import DataError
+from data.sources.content import NAMES
 from data.sources.corpora import find_corpus
 from data.sources.rows import Policy, rows
 
@@ -107,8 +111,22 @@ def zip_() -> bytes:
             "long enough to tell ".encode("utf-16-le") * 3,
             "is UTF-16LE text, not UTF-8.*iconv -f UTF-16LE",
         ),
+        (
+            "long enough ".encode("utf-32-be") * 3,
+            "is UTF-32BE text, not UTF-8.*iconv -f UTF-32BE",
+        ),
     ],
-    ids=["pdf", "zip", "tar", "lz4", "png", "binary", "lfs", "utf-16"],  # contents have times
+    ids=[
+        "pdf",
+        "zip",
+        "tar",
+        "lz4",
+        "png",
+        "binary",
+        "lfs",
+        "utf-16",
+        "utf-32",
+    ],  # contents have times
 )
 @pytest.mark.parametrize("format_", ["text", "jsonl", "parquet"])
 def test_file_that_no_format_reads_is_rejected(
@@ -131,6 +149,7 @@ def test_file_that_no_format_reads_is_rejected(
         ("jsonl", json.dumps({"text": "one", "n": 1}, indent=1), "is JSON over several lines"),
         ("parquet", "", "is empty"),
         ("arrow", "", "is empty"),
+        ("parquet", "\n", "is empty"),
         ("parquet", "<!DOCTYPE html>\n<html>", "is an HTML page"),
     ],
 )
@@ -140,6 +159,72 @@ def test_unreadable_content_is_named(
     (tmp_path / f"a.{format_}").write_text(content)
     with pytest.raises(DataError, match=message):
         texts(format_, tmp_path)
+
+
+ROWS = [{"id": str(i), "text": f'one, "two"\n{i}'} for i in range(3)]
+
+
+def table(separator: str, name: str = "text") -> bytes:
+    """Return rows as `csv` writes them."""
+    sink = io.StringIO()
+    writer = csv.writer(sink, delimiter=separator)
+    writer.writerows([("id", name), *(row.values() for row in ROWS)])
+    return sink.getvalue().encode()
+
+
+TABLES = {
+    "a.json": json.dumps(ROWS).encode(),
+    "b c.json": json.dumps(ROWS * 100, indent=2).encode(),
+    "d.txt": b"\xef\xbb\xbf" + json.dumps([row["text"] for row in ROWS]).encode(),
+    "e.csv": table(","),
+    "f.tsv": table("\t"),
+    "g.csv": b"\xef\xbb\xbf" + table(";"),
+    "h.txt": table(","),
+    "i.csv.gz": gzip.compress(table(",")),
+    "j.json": b"".join(json.dumps(row).encode() + b",\n" for row in ROWS),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_are_not_read_as_text_and_the_remedy_converts_them(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(TABLES[name])
+    for extra in ("README.md", "a.lock"):  # neither makes it a corpus of text
+        (tmp_path / extra).write_text("# Rows" if extra.endswith("md") else "")
+    for format_ in ("text", "jsonl"):
+        with pytest.raises(DataError, match=f"is .*, not {NAMES[format_]}; convert it with `(.*)`"):
+            texts(format_, tmp_path / name)
+    with pytest.raises(DataError, match="and use data=jsonl, or move it out of") as caught:
+        texts("text", tmp_path)
+    command = str(caught.value).split("`")[1].replace("python ", f"{sys.executable} ", 1)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    converted = texts("jsonl", next(tmp_path.glob("*.lines.jsonl")))
+    assert [text.replace("\r", "") for text in converted[:3]] == [row["text"] for row in ROWS]
+    # Among other text, such as code, they are text.
+    (tmp_path / "z.py").write_text("print(1)\n")
+    notes = find_corpus("text", SourceConfig("text", str(tmp_path))).notes
+    assert "reads 2 of 5 files as plain text although they hold rows of JSON or CSV" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "[Illustration]\n\nEmma\n"),
+        ("a.txt", '["Hello", she said.]\n'),
+        ("a.txt", "Hello, world\nlast, line\n"),
+        ("a.txt", "text\nmore\n"),
+        ("a.txt", "Some, text, here\nand, text, there\n"),
+        ("a.md", "# text, and more\n\n- a, b\n"),
+        ("a.py", "import text, sys\nprint(text, sys)\n"),
+        ("a.csv", "0,first\n1,second\n"),
+        ("a.csv", "id,text\n1,2,3\n"),
+        ("a.tex", "{\\bf text}\n{\n"),
+        ("a.json", json.dumps({"name": "a", "version": 1}, indent=1)),
+        ("a.json", "[1, 2]"),
+    ],
+)
+def test_text_that_resembles_rows_is_read(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert texts("text", tmp_path) == [text]
 
 
 def zstd(content: bytes) -> bytes:
