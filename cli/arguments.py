@@ -6,20 +6,18 @@ are literal: characters that mean something to Hydra need no escapes. Everything
 with the argument as it should be. Imports the configuration's schema only when there are keys.
 """
 
-import itertools
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from cli.groups import CONF, foreign_group_error, group_errors, group_files, groups_of
+from cli.malformed_words import KEY, word_errors
 from resilience.renamed_keys import CONVERT_KEYS, EVALUATE_KEYS, RENAMED_KEYS
-from training.config_validation import ConfigError, field_at, fields_of, near_keys, takes_text
+from training.config_validation import ConfigError, field_at, fields_of, takes_text
 
-CONF = Path(__file__).parent.parent / "conf"
-KEY = re.compile(r"[A-Za-z_$][\w-]*(\.[\w-]+)*", re.ASCII)  # a dotted key or a group
 PROMPTS = ("prompt", "system")  # keys whose values are never interpolated
 
 MULTIRUN = (
@@ -193,17 +191,17 @@ def hydra_arguments(
         elif name.startswith("~"):
             overrides.append(word)
         elif key in groups:
-            errors += _group_errors(key, value, folders)
+            errors += group_errors(key, value, folders)
             if value != "null":  # the default of groups without a file, which Hydra rejects
                 overrides.append(f"{key}={value}")
         elif any((folder / key).is_dir() for folder in folders) and field_at(schema, key) is None:
-            errors.append(_foreign_group_error(key, value, program, list(groups)))
+            errors.append(foreign_group_error(key, value, program, list(groups)))
         else:
             try:
                 overrides.append(f"++{key}={_override_value(schema, key, value)}")
             except ConfigError as error:
                 errors += error.errors
-    errors = [*_word_errors(arguments, program, schema, folders), *errors]
+    errors = [*word_errors(arguments, program, schema, folders), *errors]
     if errors:
         raise ConfigError(errors)
     if program in ("train", "plan"):
@@ -236,68 +234,6 @@ def schema_of(program: str) -> Any:
     from training.config import JobConfig
 
     return JobConfig
-
-
-def groups_of(program: str) -> dict[str, str]:
-    """Return the groups in the defaults list of a program, with the file that is its default."""
-    text = (CONF / f"{program}.yaml").read_text(encoding="utf-8")
-    defaults = text.partition("\ndefaults:\n")[2].partition("\n\n")[0]
-    groups: dict[str, str] = {}
-    for line in defaults.splitlines():
-        name, _, value = line.partition("#")[0].strip().removeprefix("- ").partition(":")
-        if value:
-            groups[name] = value.strip()
-        elif (CONF / f"{name}.yaml").is_file():
-            groups |= groups_of(name)
-    return groups
-
-
-def group_files(group: str, folders: Sequence[Path] = (CONF,)) -> list[str]:
-    """Return the names of a group's files."""
-    roots = [folder / group for folder in folders]
-    return sorted(
-        {
-            str(path.relative_to(root).with_suffix(""))
-            for root in roots
-            for path in root.rglob("*.yaml")
-        }
-    )
-
-
-def _group_errors(group: str, value: str, folders: Sequence[Path]) -> Iterator[str]:
-    """Yield an error for each name in `group=value` that is not a file of the group."""
-    known = group_files(group, folders)
-    listed = re.fullmatch(r"\[(.*)\]", value)
-    for name in listed[1].split(",") if listed else [value]:
-        name = name.strip()
-        if name in known or (name == "null" and group in ("experiment", "hardware")):
-            continue
-        path = Path(name)
-        plain_name = path.stem if path.suffix in (".yaml", ".yml") else name
-        by_spelling = {re.sub(r"\W|_", "", each).lower(): each for each in known}
-        near = get_close_matches(re.sub(r"\W|_", "", plain_name).lower(), by_spelling, n=2)
-        remedy = f"did you mean {' or '.join(f'{group}={by_spelling[each]}' for each in near)}? "
-        remedy = remedy if near else ""
-        if group == "data" and name and path.exists():
-            own = shlex.quote(f"data.sources.text.path={name}")
-            remedy = f"for your own text use data=text data.name={path.stem or 'NAME'} {own}. "
-        elif group == "model" and name and path.is_dir():
-            remedy = f"to start from weights use {shlex.quote(f'run.init_from={name}')}. "
-        yield (
-            f"{group}={name} is not a file in conf/{group}; {remedy}"
-            f"{'Choices' if remedy else 'choices'}: {', '.join(known)}"
-        )
-
-
-def _foreign_group_error(group: str, value: str, program: str, groups: Sequence[str]) -> str:
-    """Return the error for a group of another program."""
-    own = f"its groups are {', '.join(groups)}" if groups else "it has no groups"
-    remedy = f"remove it ({own})"
-    if program == "evaluate" and group == "data":
-        remedy = "use evaluation.data=FOLDER, with a folder that prepare.py or train.py has written"
-    elif program in ("evaluate", "generate") and group == "tokenizer":
-        remedy = "use tokenizer_path=FILE"
-    return f"{group}={value} is not an argument of {program}.py; {remedy}"
 
 
 def _other_length(arguments: Sequence[str]) -> list[str]:
@@ -365,84 +301,6 @@ def quoted(text: str, sections: Sequence[str] = ()) -> str:
     text = re.sub(r"(\\*)\$\{" + kept, r"\1\1\\${", text)
     text = re.sub(r'(\\*)(")', r"\1\1\\\2", text)
     return '"' + re.sub(r"(\\+)\Z", r"\1\1", text) + '"'
-
-
-# ---------------------------------------------------------------- words without a meaning
-
-USAGE = "arguments are key=value, group=file or ~key; --help lists them"
-OPTIONS_USAGE = "options are --help, --version and --cfg job; keys are written key=value"
-
-
-def _word_errors(
-    words: Sequence[str], program: str, schema: Any, folders: Sequence[Path]
-) -> Iterator[str]:
-    """Yield an error for each argument that is not `key=value`, with a suggestion."""
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        following = list(itertools.takewhile(lambda each: not _is_override(each), rest))
-        if _is_override(word):
-            text = not value or takes_text(schema, name.lstrip("-+")) is not None
-            if following and equals and text and not _is_key(following[0], program, schema):
-                del rest[: len(following)]
-                written = shlex.quote(f"{name}={' '.join([value, *following]).strip()}")
-                shown = " ".join(map(repr, following))
-                yield f"{shown} after {word}: to make it part of the value, write {written}"
-            continue
-        if equals and name:
-            rule = "lists are set as a whole: data.stages=[{…},{…}]" if "[" in name else USAGE
-            yield f"{name} is not a key; {rule}"
-            continue
-        key = name.lstrip("-+~").removesuffix(":")
-        exact = _is_key(key, program, schema)
-        candidates = [key] if exact else near_keys(schema, key) if KEY.fullmatch(key) else []
-        if following and candidates:  # `key value`, `key = value`, `key =value`, `key: value`
-            parts = following[: 2 if following[0] == "=" else 1]
-            del rest[: len(parts)]
-            written = shlex.quote(f"{candidates[0]}={''.join(parts).removeprefix('=')}")
-            yield f"{' '.join([word, *parts])} is not key=value; write {written}"
-        else:
-            yield _word_error(word, program, schema, folders, candidates)
-
-
-def _is_override(word: str) -> bool:
-    """Return whether an argument has the form `key=value` or `~key`."""
-    name, equals, _ = word.partition("=")
-    deletes = name.startswith("~") and KEY.fullmatch(name[1:]) is not None
-    return deletes or bool(equals and KEY.fullmatch(name.lstrip("-+~")))
-
-
-def _is_key(word: str, program: str, schema: Any) -> bool:
-    """Return whether a word is an option, a known key or a group, without a value."""
-    return word.startswith("--") or field_at(schema, word) is not None or word in groups_of(program)
-
-
-def _word_error(
-    word: str, program: str, schema: Any, folders: Sequence[Path], candidates: list[str]
-) -> str:
-    """Return the error for a word that has no value next to it."""
-    head, colon, tail = word.lstrip("-").partition(":")
-    if colon and tail and KEY.fullmatch(head) and (near := near_keys(schema, head)):
-        target = head if _is_key(head, program, schema) else near[0]
-        return f"{word} is not key=value; write {shlex.quote(f'{target}={tail}')}"
-    if word.startswith("-"):
-        options = ["--help", "--version", "--cfg", "--config-dir", "--config-name"]
-        meant = get_close_matches(word, options, n=1, cutoff=0.7)
-        meant = meant or [f"{key}=VALUE" for key in candidates]
-        hint = f"did you mean {' or '.join(meant)}? " if meant else ""
-        return f"{word} is not an option; {hint}{OPTIONS_USAGE}"
-    meant = [
-        f"{group}={name}"
-        for group in groups_of(program)
-        for name in group_files(group, folders)
-        if word == name
-    ]
-    meant = [f"--{word}"] if word in ("help", "version") else meant
-    meant = meant or [f"{key}=VALUE" for key in candidates]
-    if meant:
-        return f"{word} is not key=value; did you mean {' or '.join(meant)}?"
-    return f"{word!r} is not key=value; {USAGE}"
 
 
 # ---------------------------------------------------------------- plan.py

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, get_args
 
-from cli.arguments import CONF, group_files, groups_of, schema_of
+from cli.arguments import schema_of
+from cli.groups import CONF, group_files, groups_of
 from training.config_validation import fields_of
 
 SECTIONS = ("model", "data", "tokenizer", "hardware")

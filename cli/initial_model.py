@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cli.arguments import CONF, hydra_value
+from cli.arguments import hydra_value
+from cli.groups import CONF
 
 SIZES = ("dim", "n_layers", "ffn_dim")
 

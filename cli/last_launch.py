@@ -12,7 +12,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from cli.arguments import Options, explicit_keys, groups_of, typed_files
+from cli.arguments import Options, explicit_keys, typed_files
+from cli.groups import groups_of
 from parallel.mesh import is_first_process
 from resilience.run_folder import RunFolder
 from training.config import JobConfig

@@ -15,26 +15,14 @@ from contextlib import suppress
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from training.key_suggestions import alternatives, explanation, named_keys, similar_keys
+
 Rule = Callable[..., Iterable[str]]
 """Return error messages; each parameter is named for a section of the configuration."""
 
 Config = TypeVar("Config")
 
 NOT_A_NUMBER = "is not a number; use a number or a named choice"
-MAX_SUGGESTIONS = 6
-OTHER_NAMES = {  # in other trainers
-    **{
-        "learning_rate": "lr",
-        "output_dir": "dir",
-        "num_layers": "n_layers",
-        "num_heads": "n_heads",
-    },
-    **{
-        name: "seq_len"
-        for name in ("sequence_length", "context_length", "max_length", "block_size")
-    },
-    **{"hidden_size": "dim", "iterations": "max_steps", "gradient_clipping": "max_grad_norm"},
-}
 UNKNOWN = "unexpected_keyword_argument"  # pydantic's name for an unknown key of a dataclass
 
 
@@ -157,24 +145,6 @@ def known_keys(schema: Any, prefix: str = "", values: Any = None) -> Iterator[st
             yield key
 
 
-def near_keys(schema: Any, name: str, values: Any = None) -> list[str]:
-    """Return the dotted keys that a name without or with a wrong section probably means.
-
-    Those with the same last part; else those whose last part contains or resembles it.
-    """
-    keys = list(known_keys(schema, values=values))
-    last = name.rpartition(".")[2].lower().replace("-", "_")
-    last = OTHER_NAMES.get(last, last)
-    by_last: dict[str, list[str]] = {}
-    for key in keys:
-        by_last.setdefault(key.rpartition(".")[2], []).append(key)
-    if last in by_last:
-        return by_last[last]
-    near = [each for each in by_last if each.endswith(f"_{last}") or each.startswith(f"{last}_")]
-    near = near or difflib.get_close_matches(last, by_last, n=2, cutoff=0.75)
-    return [key for each in near for key in by_last[each]][:MAX_SUGGESTIONS]
-
-
 def _members(annotation: Any) -> list[Any]:
     """Return the members of a union, without `Annotated`."""
     if get_origin(annotation) is Annotated:
@@ -209,14 +179,12 @@ def _message(prefix: str, key: str, items: list[Any], schema: Any, values: Any) 
         return str(item["ctx"]["error"])
     if kind == UNKNOWN:
         known = fields_of(annotations[-1] if len(path) > 1 else schema)
-        above = name.rpartition(".")[0]
-        if near := difflib.get_close_matches(path[-1], known, n=1):
-            return f"Unknown key {name}. Did you mean {f'{above}.{near[0]}'.lstrip('.')}?"
-        if elsewhere := near_keys(schema, name, values):
-            *others, final = (f"{prefix}{each}" for each in elsewhere)
-            listed = f"{', '.join(others)} or {final}" if others else final
-            return f"Unknown key {name}. Did you mean {listed}?"
-        return f"Unknown key {name}. Known keys: {', '.join(known)}"
+        # An unknown section is reported by its keys: `training.steps` is train.max_steps.
+        unknown = [f"{key}.{each}" for each in value] if isinstance(value, dict) else [key]
+        keys = list(known_keys(schema, values=values))
+        return "\n".join(
+            _unknown_key(prefix, each, () if each != key else known, keys) for each in unknown
+        )
     if kind == "dataclass_type":
         inner = ", ".join(f"{name}.{each}" for each in fields_of(annotations[-1]))
         return f"{name}={_shown(value)} is not a section; set its keys: {inner}"
@@ -236,6 +204,30 @@ def _message(prefix: str, key: str, items: list[Any], schema: Any, values: Any) 
     if annotations and type(None) in _members(annotations[-1]):
         remedy = remedy.replace(" or ", ", ") + " or null"  # "a, b or c" becomes "a, b, c or null"
     return f"{name}={_shown(value)} {rule}; use {remedy}"
+
+
+def _unknown_key(prefix: str, key: str, known: Iterable[str], keys: Sequence[str]) -> str:
+    """Return the message for an unknown key.
+
+    Args:
+        known: The names of the key's section, none if that is unknown.
+        keys: All dotted keys of the schema.
+    """
+    name = f"{prefix}{key}"
+    if explained := explanation(keys, key):
+        return f"Unknown key {name}: {explained}"
+    above, _, last = key.rpartition(".")
+    named = named_keys(keys, key)
+    same = {each.rpartition(".")[2] for each in named}
+    near = [each for each in known if each in same]
+    near = near or ([] if named else difflib.get_close_matches(last, known, n=1))
+    in_section = [f"{above}.{each}".lstrip(".") for each in near]
+    if meant := in_section or named or similar_keys(keys, key):
+        return (
+            f"Unknown key {name}. Did you mean {alternatives([prefix + each for each in meant])}?"
+        )
+    known = known or dict.fromkeys(each.partition(".")[0] for each in keys)
+    return f"Unknown key {name}. Known keys: {', '.join(known)}"
 
 
 RULES = {  # pydantic's error type: rule and remedy, for its first parameter

@@ -140,7 +140,7 @@ def test_every_config_group_is_covered_here(group: str) -> None:
         ("optim.learning_rat=1", "optim.lr"),
         ("train.max_step=3", "train.max_steps"),
         ("model.n_head=4", "model.n_heads"),
-        ("trian.max_steps=3", "train"),
+        ("trian.max_steps=3", "train.max_steps"),
         ("data.sources.stdlib.wieght=2", "data.sources.stdlib.weight"),
         ("data.sources.more.formt=text", "data.sources.more.format"),
         ("+model.rope_scaling={factr: 8}", "model.rope_scaling.factor"),
@@ -154,8 +154,7 @@ def test_unknown_key_error_suggests_the_closest_key(argument: str, meant: str) -
     if meant == "optim.lr":  # no similar name: all keys are listed
         assert error.startswith(f"Unknown key {key}. Known keys: lr, optimizer")
     else:
-        unknown = key if "." in meant else key.partition(".")[0]
-        assert error == f"Unknown key {unknown}. Did you mean {meant}?"
+        assert error == f"Unknown key {key}. Did you mean {meant}?"
 
 
 @pytest.mark.parametrize(

@@ -318,7 +318,9 @@ def test_messages_are_encoded_with_the_special_tokens_of_the_template(
     conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well "}]
     # The assistant's last message is continued.
     assert chat.encode(conversation).ids == [*expected, *b"Well "]
-    with pytest.raises(ValueError, match=r"has the message \{\}; each needs a role and a text as content"):
+    with pytest.raises(
+        ValueError, match=r"has the message \{\}; each needs a role and a text as content"
+    ):
         chat.encode([{}])
     for text in (
         "{{ raise_exception('no system') }}",
