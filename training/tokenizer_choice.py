@@ -130,7 +130,7 @@ def _is_prepared_from(data: DataConfig, tokenizer: TokenizerConfig) -> bool:
     if not any(Path(data.folder).glob("*.json")):
         return False
     from data.manifest import MANIFEST_FILE, Manifest
-    from data.preparation.pipeline import dataset_configuration
+    from data.preparation.identity import dataset_configuration, read_prepared
     from data.tokenizer import ready_tokenizer
 
     folder = Path(data.folder)
@@ -144,7 +144,8 @@ def _is_prepared_from(data: DataConfig, tokenizer: TokenizerConfig) -> bool:
             found, tokens_of = marker["configuration"], marker["tokenizer"]
         paths = [values["tokenizer"].pop("path", None) for values in (found, wanted)]
         if _with_real_paths(found) != _with_real_paths(wanted):
-            return False
+            # The same corpus at another path; raises DataError otherwise.
+            return bool(read_prepared(data, tokenizer, log=lambda _: None))
         if paths[0] == paths[1]:
             return True
         ready = ready_tokenizer(tokenizer)

@@ -15,7 +15,7 @@ from typing import Any
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
 from data.manifest import Manifest
-from data.sources.corpora import find_corpus
+from data.sources.corpora import find_corpus, list_revision
 from data.sources.fingerprints import changed_files, input_paths, read_sources
 from data.tokenizer import ready_tokenizer
 
@@ -97,9 +97,13 @@ def _source_changes(
     try:
         if recorded := fingerprints.get(name):
             return changed_files(recorded, input_paths(source, recorded), taken_ns)
-        # Earlier versions recorded only a hash of names and sizes.
-        if is_moved and find_corpus(name, source).revision == manifest.sources[name].revision:
-            return []
+        # Version 0.2 recorded only a hash of names and sizes.
+        is_local = source.format != "huggingface"
+        if is_local or is_moved:
+            found = list_revision(source) if is_local else find_corpus(name, source).revision
+            if found == manifest.sources[name].revision:
+                return []
+            return None if is_moved else ["another number of files, other names, or other sizes"]
     except (OSError, DataError):  # the files are no longer there, or not on this machine
         pass
     return None

@@ -138,6 +138,16 @@ def source_files(
     return [f for f in files if STDLIB_EXCLUDES.isdisjoint(f.relative_to(root).parts)]
 
 
+def list_revision(source: SourceConfig) -> str:
+    """Return the revision of a local source without opening its files.
+
+    Raises:
+        DataError: The path matches no file.
+    """
+    files = source_files(source)
+    return _revision(files, [file.stat().st_size for file in files])
+
+
 def open_arrow(path: str) -> Any:
     """Memory-map an Arrow file or stream and return its record batch reader."""
     import pyarrow

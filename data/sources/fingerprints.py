@@ -127,7 +127,7 @@ def write_sources(folder: Path, sources: Mapping[str, Fingerprints]) -> None:
 def read_sources(folder: Path) -> tuple[dict[str, Fingerprints], int]:
     """Return the fingerprints of a prepared folder and when they were written.
 
-    Folders of earlier versions have none, and are used without comparing their sources.
+    Folders of version 0.2 have none; they are compared by the names and sizes of their files.
     """
     path = folder / SOURCES_FILE
     try:

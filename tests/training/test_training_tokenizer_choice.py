@@ -150,6 +150,14 @@ def test_folder_prepared_under_an_older_default_name_is_used(tmp_path: Path) -> 
     prepare(dataclasses.replace(data, validation_fraction=0), trained, progress=False)
     now = dataclasses.replace(data, folder="shards/books-bpe-280", validation_fraction=0)
     assert with_existing_folder(now, trained).folder == "shards/books-bpe"
+    # Also if the corpus moved, without another change.
+    Path("text").rename("moved")
+    moved = dataclasses.replace(now, sources={"text": SourceConfig("text", "moved")})
+    assert with_existing_folder(moved, trained).folder == "shards/books-bpe"
+    Path("moved/c.txt").write_text("more")
+    assert with_existing_folder(moved, trained) == moved
+    Path("moved/c.txt").unlink()
+    Path("moved").rename("text")
     # Not for another configuration, and not if the new folder exists.
     other = dataclasses.replace(now, folder="shards/books-bpe-281")
     assert with_existing_folder(other, TokenizerConfig("bpe", 281)) == other

@@ -87,8 +87,11 @@ def test_touched_or_missing_sources_and_folders_of_earlier_versions_are_accepted
 
     shutil.move(tmp_path / "gone", tmp_path / "books")
     (tmp_path / "shards" / SOURCES_FILE).unlink()
-    (tmp_path / "books" / "a.txt").write_text("longer\n" * 80)
     assert prepare(data, BYTE, progress=False) == manifest
+    (tmp_path / "books" / "a.txt").write_text("longer\n" * 80)
+    with pytest.raises(DataError, match=r"from another revision .*\n  another number of"):
+        prepare(data, BYTE, progress=False)
+    assert prepare(data, BYTE, progress=False, trained_on=manifest.hash) == manifest
     with pytest.raises(DataError, match=r"data\.sources\.text\.path"):
         prepare(at(data, shutil.copytree(tmp_path / "books", tmp_path / "new")), BYTE, False)
     (tmp_path / "new" / "a.txt").write_text(TEXTS["a.txt"])
@@ -195,8 +198,11 @@ def test_keys_that_an_earlier_version_did_not_have_count_as_their_defaults(
         prepare(replace(data, sources=sources), BYTE, progress=False)
 
 
-def test_fingerprints_of_a_damaged_file_count_as_absent(data: DataConfig) -> None:
+def test_fingerprints_of_a_damaged_file_count_as_absent(data: DataConfig, tmp_path: Path) -> None:
     manifest = Manifest.read(Path(data.folder))
     for content in ("", "[]", json.dumps({"format": "other"})):
         (Path(data.folder) / SOURCES_FILE).write_text(content)
         assert prepare(data, BYTE, progress=False) == manifest
+    (tmp_path / "books" / "d.txt").write_text("delta")  # noticed all the same
+    with pytest.raises(DataError, match="prepared from another revision of the files"):
+        prepare(data, BYTE, progress=False)
