@@ -118,7 +118,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, which marks the folder as prepared."""
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(asdict(self), indent=1) + "\n"  # in ASCII: paths may not be UTF-8
         write_atomically(folder / MANIFEST_FILE, text.encode())
 
     @classmethod

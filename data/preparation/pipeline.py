@@ -7,6 +7,7 @@ others call `wait_until_prepared`.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from data.preparation.splitting import tail_threshold
 from data.progress import ProgressCounts, ProgressReporter
 from data.sources.corpora import Corpus, Part, find_corpus
 from data.sources.fingerprints import Fingerprints, input_paths, take_fingerprints, write_sources
-from data.sources.rows import rows
+from data.sources.rows import Row, rows
 from data.tokenizer import (
     MODEL_FILE,
     Tokenizer,
@@ -190,11 +191,7 @@ class _Preparation:
             raise DataError(
                 f"data.sources.{name}.path={source.path}: cannot read ({error})"
             ) from None
-        if next(self._texts(name), None) is None:
-            raise DataError(
-                f"data.sources.{name}.path={source.path} contains no document; use a path that "
-                "contains text"
-            )
+        self._check_text(name)
         corpus = self.corpora[name]
         contents = (
             row.content  # the same for every data.invalid_text
@@ -203,12 +200,31 @@ class _Preparation:
         )
         self.thresholds[name] = tail_threshold(contents, self.data.validation_fraction)
 
-    def _texts(self, name: str) -> Iterator[str]:
-        """Yield the text of each row of a source; empty for rows without text."""
+    def _check_text(self, name: str) -> None:
+        """Raise DataError if no document of a source has text."""
+        n_rows = Counter[str]()
+        for row in self._rows(name):
+            if row.text.strip():
+                return
+            n_rows["whitespace" if row.text else row.outcome] += 1
+        key = f"data.sources.{name}"
+        start = f"{key}.path={self.data.sources[name].path} contains no"
+        if not n_rows:
+            raise DataError(f"{start} document; use a path that contains text")
+        counts = ", ".join(f"{n:,} {outcome}" for outcome, n in n_rows.items())
+        raise DataError(
+            f"{start} text (documents: {counts}); use other files, or change {key}.text_column, "
+            f"{key}.filter or data.invalid_text"
+        )
+
+    def _rows(self, name: str) -> Iterator[Row]:
         corpus = self.corpora[name]
         for part in corpus.parts:
-            for row in rows(part, self.data.sources[name], self.data.invalid_text, corpus.dataset):
-                yield row.text
+            yield from rows(part, self.data.sources[name], self.data.invalid_text, corpus.dataset)
+
+    def _texts(self, name: str) -> Iterator[str]:
+        """Yield the text of each row of a source; empty for rows without text."""
+        return (row.text for row in self._rows(name))
 
     def _make_tokenizer(self, ready: Tokenizer | None) -> Tokenizer:
         """Load or train the tokenizer and write it to the folder."""

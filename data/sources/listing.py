@@ -20,7 +20,14 @@ from typing import Any
 from data.config import SourceConfig
 from data.errors import DataError
 from data.sources.compression import SUFFIXES as COMPRESSED
-from data.sources.content import NAMES, SUFFIXES, format_override, full_suffix, inspect_file
+from data.sources.content import (
+    NAMES,
+    SUFFIXES,
+    format_override,
+    full_suffix,
+    inspect_file,
+    is_documentation,
+)
 
 # Files and folders that are not data, by name: hidden ones; unfinished, backup and checksum files;
 # files of Spark, Delta Lake, `datasets`, operating systems, NAS servers and Python.
@@ -33,6 +40,13 @@ _IGNORED = re.compile(
     r"|__macosx|thumbs\.db|desktop\.ini|\$recycle\.bin|system volume information|lost\+found"
     r"|@eadir|#recycle|#snapshot|__pycache__",
     re.IGNORECASE | re.DOTALL,
+)
+# Names of files by which dataset folders (during and after the preparation) and run folders are
+# recognised; `path=.` contains them by default.
+_OWN_FOLDERS = (
+    {"preparing.json"},
+    {"manifest.json", "tokenizer.model"},
+    {"config.yaml", "ledger.jsonl"},
 )
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -147,7 +161,11 @@ class _Walk:
                 continue
             self._visited.add(real_path)
             entries = self._entries(folder)
-            saved = self._saved_dataset(folder, [entry.name for entry in entries], splits)
+            names = [entry.name for entry in entries]
+            if relative.parts and any(own.issubset(names) for own in _OWN_FOLDERS):
+                self.ignored.append(folder)
+                continue
+            saved = self._saved_dataset(folder, names, splits)
             for entry in entries:
                 path, name = folder / entry.name, relative / entry.name
                 own = saved.get(entry.name, ()) if saved is not None else splits
@@ -301,10 +319,12 @@ class _Walk:
         for file in [file for file in others if not _IGNORED.fullmatch(file.name)][:100]:
             content = inspect_file(file, self.source.text_column)
             if content.kind == self.source.format:
+                if content.compression and self.source.format in ("parquet", "arrow"):
+                    return f"decompress {file.name} with `{content.compression} -d`"
                 return f"use {self.key}.path={root}/**/*{full_suffix(file)}"
             if content.description:
                 return f"{file.name} is {content.description}: {content.remedy}"
-            if content.kind in NAMES and file.name not in ("README.md", "LICENSE"):
+            if content.kind in NAMES and not is_documentation(file):
                 return f"use {format_override(self.source, self.key, content.kind, file)}"
         if len(others) == len(self.ignored):
             return f"to read such files, use {self.key}.path={root}/*{full_suffix(others[0])}"
@@ -354,8 +374,9 @@ def _shard_prefix(path: Path) -> tuple[str, ...]:
 def _select(files: list[_File], source: SourceConfig, key: str, notes: list[str]) -> list[_File]:
     """Return the files of `source.split`.
 
-    Files carry splits if the names of all do and there are several. Otherwise, there is nothing to
-    separate: the default, `train`, takes all, and other splits need files that carry them.
+    Files carry splits if the names of all, apart from documentation, do and there are several.
+    Otherwise, there is nothing to separate: the default, `train`, takes all, and other splits need
+    files that carry them.
 
     Raises:
         DataError: There is no such split.
@@ -366,13 +387,13 @@ def _select(files: list[_File], source: SourceConfig, key: str, notes: list[str]
     general = {file.splits[0] for file in files if file.splits}
     if len(general) > 1:  # others, like `unsupervised-00000-of-00001.parquet`, are splits too
         files = [replace(f, splits=f.splits or _shard_prefix(f.path)) for f in files]
-    all_carry = len(general) > 1 and all(file.splits for file in files)
+    plain = [file.path for file in files if not (file.splits or is_documentation(file.path))]
+    all_carry = len(general) > 1 and not plain
     if source.split == "train" and not all_carry:
         if len(general) > 1:
-            plain = next(file.path for file in files if not file.splits)
             notes.append(
                 f"{key}: reads all {len(files):,} files, also those named for the splits "
-                f"{', '.join(sorted(general - {'train'}))}, because {plain} is named for none"
+                f"{', '.join(sorted(general - {'train'}))}, because {plain[0]} is named for none"
             )
         return files
     known = {name for file in files for name in file.splits}
@@ -389,10 +410,10 @@ def _select(files: list[_File], source: SourceConfig, key: str, notes: list[str]
             f"{', '.join(choices)}, or all"
         )
     chosen = [file for file in files if not set(wanted).isdisjoint(file.splits)]
-    rest = sorted({file.splits[0] if file.splits else "none" for file in files} - set(wanted))
+    rest = {file.splits[0] for file in files if file.splits} | ({"none"} if plain else set())
     if len(chosen) < len(files):
         notes.append(
             f"{start}: reads {len(chosen):,} of {len(files):,} files; other splits: "
-            f"{', '.join(rest)} ({key}.split=all reads all files)"
+            f"{', '.join(sorted(rest - set(wanted)))} ({key}.split=all reads all files)"
         )
     return chosen

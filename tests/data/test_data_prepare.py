@@ -186,7 +186,7 @@ def test_empty_filtered_skipped_and_replaced_documents_are_counted_and_printed(
     assert "7 read, 2 empty, 1 filtered, 2 skipped, 1 replaced" in output
     source = replace(source, filter=[("n", ">", 1)])
     data = replace(data, folder=str(tmp_path / "other"), sources={"s0": source})
-    with pytest.raises(DataError, match=r"data\.sources\.s0 has no training token .*6 filtered"):
+    with pytest.raises(DataError, match=r"data\.sources\.s0\.path=.* no text \(documents: 6 filt"):
         prepare(data, BYTE, progress=False)
     assert not Path(data.folder).exists()
 
@@ -260,6 +260,8 @@ def bad_inputs(folder: Path) -> dict[str, tuple[SourceConfig, str]]:
     lines = {
         "latin.jsonl": b'{"text": "na\xefve"}\n',
         "broken.jsonl": b'{"text": "a"\n',
+        "blank.jsonl": b"\n \n",
+        "white.jsonl": b'{"text": " \\n"}\n{"text": null}\n',
         "list.jsonl": b'["a"]\n["b"]\n',
         "number.jsonl": b'{"text": 3}\n',
         "half.jsonl": b'{"text": "\\ud800"}\n',
@@ -281,6 +283,11 @@ def bad_inputs(folder: Path) -> dict[str, tuple[SourceConfig, str]]:
         "empty folder": (at("text", "empty"), "is a folder without"),
         "folder of others": (at("parquet", "latin"), r"is a folder without \.parquet files"),
         "empty file": (at("jsonl", "empty.jsonl"), "contains no document"),
+        "blank lines": (at("jsonl", "blank.jsonl"), "contains no document"),
+        "whitespace": (
+            at("jsonl", "white.jsonl"),
+            r"no text \(documents: 1 whitespace, 1 empty\).*text_column",
+        ),
         "text not UTF-8": (at("text", "latin"), r"000\.txt is not UTF-8 \(byte 0xef in line 2"),
         "JSONL not UTF-8": (at("jsonl", "latin.jsonl"), "line 1 of .* is not UTF-8"),
         "not JSON": (at("jsonl", "broken.jsonl"), "line 1 of .* is not JSON"),

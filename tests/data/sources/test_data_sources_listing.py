@@ -11,8 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data.config import SourceConfig
+from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
+from data.preparation.pipeline import prepare
 from data.sources.corpora import Corpus, find_corpus
 from data.sources.rows import rows
 
@@ -112,6 +113,36 @@ def test_ignored_file_is_read_if_the_path_names_it(tmp_path: Path) -> None:
     assert texts("text", str(e.value).rpartition("=")[2]) == ["b"]  # the remedy works
 
 
+def test_folders_of_datasets_and_runs_in_the_path_are_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "a.txt", "runs/x/config.yaml", "runs/x/ledger.jsonl")
+    monkeypatch.chdir(tmp_path)
+    data = DataConfig("x", "shards/x", {"s": SourceConfig("text", ".")}, validation_fraction=0)
+    manifest = prepare(data, TokenizerConfig("byte", 272), progress=False)
+    assert manifest.sources["s"].documents["read"] == 1
+    assert prepare(data, TokenizerConfig("byte", 272), progress=False) == manifest
+    for path in (".", "*", "**"):
+        corpus, found = corpus_of("text", path)
+        assert found == ["a"] and "runs/x, shards/x" in corpus.notes[0]
+
+
+def test_source_path_that_is_not_utf8_is_prepared(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    (write(folder, "a.txt") / "a.txt").rename(folder / os.fsdecode(b"\xfe.txt"))
+    data = DataConfig("x", str(tmp_path / "x"), {"s": SourceConfig("text", str(folder))})
+    manifest = prepare(data, TokenizerConfig("byte", 272), progress=False)
+    assert prepare(data, TokenizerConfig("byte", 272), progress=False) == manifest
+
+
+def test_remedy_for_compressed_tables_is_to_decompress_them(tmp_path: Path) -> None:
+    write(tmp_path, "a.parquet")
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
+    (tmp_path / "a.parquet").unlink()
+    with pytest.raises(DataError, match=r"decompress a\.parquet\.gz with `gzip -d`"):
+        corpus_of("parquet", tmp_path)
+
+
 def test_folder_written_by_spark_is_read(tmp_path: Path) -> None:
     write(tmp_path, "out.parquet/part-0.parquet", "out.parquet/_SUCCESS", "B.PARQUET")
     for path in ("", "*.[pP]*", "**/*.[pP]*"):
@@ -133,6 +164,9 @@ def test_split_selects_the_files_that_carry_it(tmp_path: Path) -> None:
         corpus_of("parquet", folder, "test")
     text = write(tmp_path / "text", "wiki.train.tokens", "wiki.valid.tokens")
     assert texts("text", text, "validation") == texts("text", f"{text}/*", "valid") == ["wiki"]
+    write(text, "README.md", "LICENSE")  # no reason to train on the other splits
+    corpus, found = corpus_of("text", text)
+    assert found == ["wiki"] and "other splits: validation (" in corpus.notes[0]
     folders = write(tmp_path / "folders", "train/a.jsonl", "dev/b.jsonl")
     assert (texts("jsonl", folders), texts("jsonl", folders, "dev")) == (["a"], ["b"])
 
