@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from cli.composition import compose_config
 from cli.config import load_prepare_config, load_train_config
+from cli.errors import exit_on_user_error
 from cli.start_up import start_up
 from data.config import PrepareJobConfig
 from data.errors import DataError
@@ -24,7 +25,7 @@ from training.config_validation import ConfigError
 
 def main(arguments: list[str]) -> None:
     """Validate the configuration, then inspect, verify or prepare a folder."""
-    try:
+    with exit_on_user_error("Interrupted; run the same command to resume."):
         config = load_prepare_config(compose_config("prepare", arguments))
         # Imported here so that `--help` and configuration errors stay fast.
         if config.inspect is not None:
@@ -36,12 +37,6 @@ def main(arguments: list[str]) -> None:
                 sys.exit(1)
         else:
             prepare_and_pack(config)
-    except (ConfigError, DataError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("Interrupted; run the same command to resume.", file=sys.stderr)
-        sys.exit(130)
 
 
 def inspect(config: PrepareJobConfig) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from cli.arguments import (
     typed_files,
 )
 from cli.last_launch import register_resolvers, resolve_recipe, with_last_launch
+from cli.start_up import ResultStream
 from training.config_validation import ConfigError
 
 if TYPE_CHECKING:
@@ -83,15 +85,12 @@ def print_and_exit(text: str) -> None:
     """Print the text and exit with code 0, also if the reader of a pipe stops early.
 
     Raises:
-        SystemExit: always.
+        SystemExit: always, except for
+        OSError: Standard output cannot be written.
     """
-    try:
-        print(text, flush=True)
-        if sys.__stdout__ is not None:
-            sys.__stdout__.flush()  # sys.stdout may ignore errors
-    except BrokenPipeError:
-        # Otherwise Python reports the same error again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    stream = getattr(sys.stdout, "stream", sys.stdout)  # without handling of errors
+    with suppress(BrokenPipeError):
+        print(text, file=ResultStream(stream), flush=True)
     sys.exit(0)
 
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from cli.start_up import STDOUT
 from data.errors import DataError
 from data.files import write_problem
 from evaluation.errors import EvaluationError
@@ -40,6 +41,7 @@ def exit_on_user_error(interrupted: str = "Interrupted.") -> Iterator[None]:
     code = ExitCode.USER_ERROR
     try:
         yield
+        sys.stdout.flush()
     except ConfigError as error:
         message = f"Invalid configuration:\n{error}"
     except (DataError, FormatError, LaunchError, EvaluationError) as error:
@@ -56,7 +58,9 @@ def exit_on_user_error(interrupted: str = "Interrupted.") -> Iterator[None]:
         if error.errno not in DISK_ERRORS:
             raise
         path = Path(error.filename or Path.cwd())
-        message = f"Error: {path} cannot be written ({write_problem(error, path.parent)})"
+        is_stdout = error.filename == STDOUT
+        problem = str(error.strerror) if is_stdout else write_problem(error, path.parent)
+        message = f"Error: {path} cannot be written ({problem})"
     else:
         return
     if is_first_process():

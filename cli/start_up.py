@@ -5,6 +5,7 @@ may be missing, closed, full or limited to ASCII, and matplotlib may be set to a
 none of this should end a program with a trace. Imports only the standard library and `parallel`.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -14,26 +15,63 @@ from typing import Any
 
 from parallel.mesh import is_first_process
 
+STDOUT = "standard output"
+
 
 class TolerantStream:
     """A text stream whose output is dropped once writing fails: a closed pipe, a full disk."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self.stream = stream
 
     def write(self, text: str) -> int:
         """Write text and return its length."""
         with suppress(OSError, ValueError):
-            self._stream.write(text)
+            self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         """Flush the stream."""
         with suppress(OSError, ValueError):
-            self._stream.flush()
+            self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
+
+
+class ResultStream:
+    """Standard output of a program that prints its result: the first error is raised each time.
+
+    The error has the file name `STDOUT`. A caller that drops errors, such as a console, cannot
+    hide it from `cli.errors`, which flushes at the end.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Write text and return its length."""
+        self._call(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._call(self.stream.flush)
+
+    def _call(self, function: Any, *arguments: str) -> None:
+        if self.error is not None:
+            raise self.error
+        try:
+            function(*arguments)
+        except OSError as error:
+            error.filename, self.error = STDOUT, error
+            # Otherwise Python reports the same error again when it flushes stdout at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def start_up(loading: str | None = None) -> None:
@@ -48,8 +86,9 @@ def start_up(loading: str | None = None) -> None:
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.stderr = TolerantStream(sys.stderr)
-    if loading is not None:
-        sys.stdout = TolerantStream(sys.stdout)
+    tolerant = TolerantStream(sys.stdout)
+    sys.stdout = ResultStream(sys.stdout) if loading is None else tolerant
+    atexit.register(setattr, sys, "stdout", tolerant)  # Python flushes it last
     sys.excepthook = _exit_on_interrupt
     # Programs draw image files only; a notebook's backend may not be installed here.
     os.environ["MPLBACKEND"] = "Agg"

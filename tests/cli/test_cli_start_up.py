@@ -25,7 +25,11 @@ def run(
     redirections: str, loading: str = "'Loading …'", body: str = "", arguments: str = "[]"
 ) -> subprocess.CompletedProcess[str]:
     """Run a program after `start_up` in a shell with redirections."""
-    program = PROGRAM.format(loading=loading, body=body, arguments=arguments)
+    return shell(redirections, PROGRAM.format(loading=loading, body=body, arguments=arguments))
+
+
+def shell(redirections: str, program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a shell with redirections."""
     command = f'"$0" -c "$1" {redirections}'
     return subprocess.run(
         ["bash", "-c", command, sys.executable, program],
@@ -53,6 +57,32 @@ def test_closed_and_full_streams_do_not_end_a_program(redirections: str) -> None
     done = run(redirections + ("; exit ${PIPESTATUS[0]}" if "|" in redirections else ""), body=body)
     assert done.returncode == 7
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirections", "code", "message"),
+    [
+        ("> /dev/full", 1, "Error: standard output cannot be written (No space left on device)\n"),
+        ("| true; exit ${PIPESTATUS[0]}", 141, ""),
+        (">&-", 0, ""),
+    ],
+)
+@pytest.mark.parametrize("drop", ["", "with contextlib.suppress(OSError):"])
+def test_result_that_cannot_be_printed_is_an_error(
+    redirections: str, code: int, message: str, drop: str
+) -> None:
+    """Also if it is still buffered at the end, or a console has dropped the error."""
+    body = (
+        "import contextlib, time\n"
+        "time.sleep(0.2)\n"  # until `true` has exited
+        f"with exit_on_user_error():\n  {drop or 'if True:'}\n    print('text', flush={bool(drop)})"
+    )
+    program = (
+        "import sys\nfrom cli.start_up import start_up\n"
+        f"from cli.errors import exit_on_user_error\nstart_up()\n{body}"
+    )
+    done = shell(redirections, program)
+    assert (done.returncode, done.stderr) == (code, message)
 
 
 def test_interrupt_before_main_prints_one_line() -> None:
