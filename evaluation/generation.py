@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from data.tokenizer import Tokenizer
+from evaluation.detokenizer import detokenize
 from evaluation.sampling import NON_FINITE, SamplingParams, TokenSampler
 from model.llama import Llama
 from parallel.mesh import DATA_AXES
@@ -182,4 +183,4 @@ def sample_text(
     generated = tokens[0, len(ids) : len(ids) + n_tokens].tolist()
     if tokenizer.eos_id in generated:
         generated = generated[: generated.index(tokenizer.eos_id)]
-    return prompt + tokenizer.decode(generated)
+    return prompt + detokenize(tokenizer, generated)

@@ -18,7 +18,14 @@ CPU = torch.device("cpu")
 class Letters:
     """Tokenizer with one token per letter from a to z."""
 
-    bos_id, eos_id = BOS, EOS
+    bos_id, eos_id, vocab_size = BOS, EOS, VOCAB
+
+    @property
+    def encoding(self) -> "Letters":
+        return self
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        return self.decode([token]).encode()
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]
@@ -93,6 +100,17 @@ def test_text_ends_at_end_of_text_but_all_forwards_run() -> None:
 
 def test_text_without_end_has_the_requested_length() -> None:
     assert sample(Alphabet(), "a", n_tokens=5) == "abcdef"
+
+
+def test_tokens_outside_the_tokenizer_are_replacement_characters() -> None:
+    """The vocabulary of the model may be padded, for example to a multiple of `parallel.tp`."""
+
+    class Padding(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:
+            padded = torch.full_like(tokens, VOCAB + 3)
+            return torch.nn.functional.one_hot(padded, VOCAB + 4).float()
+
+    assert sample(Padding(), "a", n_tokens=2) == "a\ufffd\ufffd"
 
 
 def test_empty_prompt_starts_from_begin_of_text(llama: Llama) -> None:
