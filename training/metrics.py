@@ -11,10 +11,12 @@ import json
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +120,8 @@ class MetricsLog:
         self._tensorboard: Any = None
         self._tensorboard_retry_at = 0.0
         self._wandb: Any = None
+        if tensorboard:
+            threading.excepthook = partial(_drop_tensorboard_error, threading.excepthook)
         self.truncate(first_step)
         if wandb is not None:
             from training.wandb_logger import WandbLogger
@@ -229,6 +233,12 @@ class MetricsLog:
                 f"Could not write {target} in {self.folder} ({' '.join(str(error).split())}). "
                 "Continuing without it."
             )
+
+
+def _drop_tensorboard_error(report: Callable[[Any], object], error: Any) -> None:
+    """Report an error of a thread, unless it is TensorBoard's, whose `flush` raises it again."""
+    if not type(error.thread).__module__.startswith("tensorboard."):
+        report(error)
 
 
 def _truncate_lines(path: Path, last_step: int) -> None:

@@ -185,8 +185,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-# TensorBoard's writer thread raises the error too; MetricsLog reports it at the next record.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_temporarily_full_disk_loses_no_record(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,7 +219,7 @@ def test_temporarily_full_disk_loses_no_record(
     assert len(warnings) == len(targets)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_read_only_folder_does_not_stop_training(small_disk: Path) -> None:
     log, warnings = open_log(small_disk, tensorboard=True)
     log.write(record(1))
