@@ -272,6 +272,7 @@ def _with_tokenizer(composed: DictConfig, values: dict[str, Any]) -> DictConfig:
 
 EXPANDED = ("checkpoint", "run.init_from", "run.resume", "tokenizer.path", "tokenizer_path")
 """Keys whose readers expand a tilde."""
+FILE_URL = re.compile(r"file:(//(localhost)?)?(?=/[^/])")
 URL = re.compile(r"([A-Za-z][\w+.-]+):/")
 
 
@@ -294,7 +295,7 @@ def _text_rules(values: dict[str, Any], schema: Any) -> list[Rule]:
             null = " or null" if takes_text(schema, key) == "optional" else ""
             errors.append(f"{key}={text!r} is empty; use a text{null}")
         elif URL.match(text):
-            path = text.removeprefix("file://") if text.startswith("file:///") else "PATH"
+            path = FILE_URL.sub("", text) if FILE_URL.match(text) else "PATH"
             rule = "is a URL, but only paths of mounted file systems are supported"
             errors.append(f"{key}={text} {rule}; use {key}={path}")
         elif (path := os.path.expanduser(text)) != text and key not in EXPANDED:
@@ -311,8 +312,8 @@ def _source_path_errors(values: dict[str, Any], key: str, text: str) -> Iterator
     hub = re.match(r"(?:hf://datasets/|https?://huggingface.co/datasets/)([\w.-]+/[\w.-]+)", text)
     if hub:
         remedy = f"use {key}={hub[1]} with {section}.format=huggingface"
-    elif text.startswith("file:///"):
-        remedy = f"use {key}={text.removeprefix('file://')}"
+    elif FILE_URL.match(text):
+        remedy = f"use {key}={FILE_URL.sub('', text)}"
     elif format == "huggingface":
         remedy = "use the name of a dataset on the hub, such as HuggingFaceFW/fineweb-edu"
     else:

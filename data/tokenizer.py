@@ -37,6 +37,7 @@ BYTE_RANKS = {bytes([value]): value for value in range(256)}
 MODEL_FILE = "tokenizer.model"
 # A protobuf message whose first field is the first token of the vocabulary.
 SENTENCEPIECE_START = b"\n"
+GIT_LFS_START = b"version https://git-lfs"
 
 # tiktoken panics on long texts and long runs. Meta's tokenizer splits at these numbers of
 # characters; the same limits are needed to produce the same tokens.
@@ -166,6 +167,12 @@ def read_tokenizer(path: Path, name: str) -> Tokenizer:
                 "Mistral; only Llama 3's tokenizer.model (lines of base64 token and rank) can be "
                 "read. convert.py converts such weights with tokenizer_path=null"
             )
+        reject_git_lfs(content, path)
+        if content.lstrip().startswith(b"{"):
+            raise DataError(
+                f"tokenizer.path={path} is JSON, not lines of base64 token and rank; if it is a "
+                "tokenizer.json, rename it so that it ends in .json"
+            )
         pairs = [line.split() for line in content.splitlines() if line]
         ranks = {binascii.a2b_base64(token, strict_mode=True): int(rank) for token, rank in pairs}
     except FileNotFoundError:
@@ -187,6 +194,14 @@ def read_tokenizer(path: Path, name: str) -> Tokenizer:
             "or do not include all 256 bytes; download or copy the file again"
         )
     return Tokenizer(name, ranks)
+
+
+def reject_git_lfs(content: bytes, path: Path) -> None:
+    """Raise DataError if a file was cloned without Git LFS."""
+    if content.startswith(GIT_LFS_START):
+        raise DataError(
+            f"tokenizer.path={path} is a Git LFS pointer; download the file with `git lfs pull`"
+        )
 
 
 def ready_tokenizer(config: TokenizerConfig) -> Tokenizer | None:

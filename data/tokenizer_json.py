@@ -15,6 +15,7 @@ from data.tokenizer import (
     Tokenizer,
     byte_of_character,
     library_split,
+    reject_git_lfs,
     special_names,
 )
 
@@ -107,8 +108,15 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
 
     # Parsed without the library, which aborts the process on some damaged files.
     try:
-        file = TypeAdapter(_File).validate_json(path.read_bytes(), strict=True)
+        content = path.read_bytes()
+        reject_git_lfs(content, path)
+        file = TypeAdapter(_File).validate_json(content, strict=True)
         reason = next(_differences(file), None)
+    except FileNotFoundError:
+        raise DataError(
+            f"tokenizer.path={path} does not exist; use a tokenizer.model, a tokenizer.json, or a "
+            "folder with one of them"
+        ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); download or copy it again") from None
     except ValidationError as error:

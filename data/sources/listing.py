@@ -303,8 +303,16 @@ class _Walk:
             )
         if path.exists() and not path.is_dir():
             return f"{start} is neither a file nor a folder; write its content to a file"
+        if len(several := _split_paths(str(self.source.path))) > 1:
+            other = f"data.sources.more.format={self.source.format} data.sources.more.path="
+            return (
+                f"{start} is several paths, but a source has one; use {self.key}.path={several[0]} "
+                f"and another source for each further path, like {other}{several[1]}"
+            )
         if not path.is_dir():
             brackets = "; in a glob, write [[] for [" if "[" in str(path) else ""
+            if "{" in path.name and "," in path.name:
+                brackets = "; globs have * ? and [], but no {a,b}"
             return f"{start} matches no file or folder {here}; use an existing path{brackets}"
         wanted = " or ".join(self.suffixes[:2]).strip() or "visible"
         if self.source.format == "jsonl":
@@ -329,6 +337,12 @@ class _Walk:
         if len(others) == len(self.ignored):
             return f"to read such files, use {self.key}.path={root}/*{full_suffix(others[0])}"
         return "use a path that contains data"
+
+
+def _split_paths(text: str) -> list[str]:
+    """Return the existing paths that a list, separated by commas or spaces, consists of."""
+    paths = [part.strip("'\"") for part in re.split(r"[,\s]+", text.strip("[]() ")) if part]
+    return paths if all(Path(part).expanduser().exists() for part in paths) else []
 
 
 def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:

@@ -106,7 +106,9 @@ def _check(
                 f"use one of {raw.choices}"
             )
         is_file = source.format in ("stdlib", "text")
-        remedy = "convert it to UTF-8" if is_file else f"repair it, use another {key}.text_column"
+        remedy = "convert it to UTF-8" if is_file else "repair it"
+        if readable and not is_file:
+            remedy += f", use another {key}.text_column"
         raise DataError(
             f"{key}.path: {locate(raw.row)} {error}; {remedy}, or set data.invalid_text to "
             "replace (repairs invalid characters) or skip"

@@ -292,6 +292,8 @@ def test_files_of_another_folder_are_composed(tmp_path: Path) -> None:
         ("data.folder=gs://bucket/shards", "data.folder=PATH"),
         ("tokenizer.path=hf://model", "tokenizer.path=PATH"),
         ("run.init_from=file:///weights", "run.init_from=/weights"),
+        ("run.init_from=file:/weights", "run.init_from=/weights"),
+        ("run.init_from=file://host/weights", "run.init_from=PATH"),
         ("run.dir=", "is empty"),
         ("run.init_from= ", "is empty"),
         ("run.dir=~/runs/x", f"run.dir={Path.home()}/runs/x"),

@@ -290,7 +290,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[SourceConfig, str]]:
         ),
         "text not UTF-8": (at("text", "latin"), r"000\.txt is not UTF-8 \(byte 0xef in line 2"),
         "JSONL not UTF-8": (at("jsonl", "latin.jsonl"), "line 1 of .* is not UTF-8"),
-        "not JSON": (at("jsonl", "broken.jsonl"), "line 1 of .* is not JSON"),
+        "not JSON": (at("jsonl", "broken.jsonl"), "line 1 of .* is not JSON.*repair it, or set"),
         "not an object": (at("jsonl", "list.jsonl"), "is a list, not a JSON object"),
         "not text": (at("jsonl", "number.jsonl"), "has a int in text, not text"),
         "half a surrogate": (at("jsonl", "half.jsonl"), "not Unicode text"),

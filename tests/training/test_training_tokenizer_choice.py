@@ -121,7 +121,18 @@ def test_tokenizer_path_that_is_none_is_named_with_a_remedy(folders: Path, tmp_p
     assert f"tokenizer=byte differs from tokenizer.path={path}, which is bpe" in error
     error = errors_of(f"tokenizer.path={tmp_path}")
     assert f"{tmp_path} contains neither tokenizer.model nor tokenizer.json" in error
-    assert "gone.json cannot be read" in errors_of("tokenizer.path=gone.json")
+    assert "tokenizer.path=gone.json does not exist" in errors_of("tokenizer.path=gone.json")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        pointer = tmp_path / "cloned" / name
+        pointer.parent.mkdir(exist_ok=True)
+        pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+        error = errors_of(f"tokenizer.path={pointer}")
+        assert f"{pointer} is a Git LFS pointer; download the file with `git lfs pull`" in error
+    pointer.write_bytes(path.read_bytes())
+    error = errors_of(f"tokenizer.path={pointer}")
+    assert "tokenizer.model is JSON, " in error and "rename it so that it ends in .json" in error
+    renamed = pointer.rename(tmp_path / "cloned" / "mine.json")
+    assert load(f"tokenizer.path={renamed}").tokenizer.vocab_size == BPE.vocab_size
     assert "tokenizer.path=gone.model does not exist" in errors_of("tokenizer.path=gone.model")
     assert load("tokenizer.path=gone.model", "tokenizer.vocab_size=300")  # data may be prepared
     sentencepiece = tmp_path / "tokenizer.model"

@@ -135,6 +135,16 @@ def test_source_path_that_is_not_utf8_is_prepared(tmp_path: Path) -> None:
     assert prepare(data, TokenizerConfig("byte", 272), progress=False) == manifest
 
 
+def test_several_paths_and_braces_are_explained(tmp_path: Path) -> None:
+    folder = write(tmp_path, "a.txt", "b.txt")
+    for path in ("{0}/a.txt,{0}/b.txt", "[{0}/a.txt, {0}/b.txt]", "{0}/a.txt {0}/b.txt"):
+        remedy = rf"\.path={folder}/a\.txt and another source .*more\.path={folder}/b\.txt$"
+        with pytest.raises(DataError, match=f"is several paths, .*{remedy}"):
+            corpus_of("text", path.format(folder))
+    with pytest.raises(DataError, match=r"matches no file .* but no \{a,b\}"):
+        corpus_of("text", f"{folder}/{{a,b}}.txt")
+
+
 def test_remedy_for_compressed_tables_is_to_decompress_them(tmp_path: Path) -> None:
     write(tmp_path, "a.parquet")
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
