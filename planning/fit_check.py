@@ -58,6 +58,8 @@ def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str 
 
     more = remedy(request, limit, mesh.world_size, processes.per_node, choice)
     message = f"{used} (does not fit): {parts}; {more}"
+    if processes.accelerator == "cpu" and config.parallel.accelerator == "auto":
+        message = f"torch finds no GPU here, so the run is planned on the CPU. {message}"
     if config.run.plan_check == "refuse":
         raise ConfigError([f"{message}, or run.plan_check=warn to start anyway"])
     return "\n".join([message, *lines])

@@ -446,6 +446,10 @@ def test_run_that_does_not_fit_is_rejected_with_a_remedy(monkeypatch: pytest.Mon
     config = trained(*overrides)
     with pytest.raises(ConfigError, match=r"\(does not fit\).*; use .* to start anyway") as error:
         check(config)
+    assert "torch finds no GPU here" in str(error.value)
+    with pytest.raises(ConfigError) as error_of_cpu:
+        check(trained(*overrides, "parallel.accelerator=cpu"))
+    assert "GPU" not in str(error_of_cpu.value)
     remedy = str(error.value).partition("; use ")[2].partition(" (")[0].split()
     accepted = check(trained(*overrides, *remedy))
     assert accepted.startswith("Memory plan: ") and "(fits)" in accepted

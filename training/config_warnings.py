@@ -62,7 +62,7 @@ def learning_rate_warnings(run: RunConfig, model: ModelConfig, optim: OptimConfi
     """Yield a warning if the learning rate is far above the recipes of models of this size."""
     n_parameters = parameter_count(model)
     recipe = recipe_learning_rate(n_parameters)
-    size = f"a model of {n_parameters / 1e6:,.0f}M parameters"
+    size = f"a model of {n_parameters:,} parameters"
     if run.init_from is not None and optim.lr > recipe:
         yield (
             f"optim.lr={optim.lr:g} is above the recipe for training {size} from scratch, and the "

@@ -46,7 +46,19 @@ def header(run: Run, changes: Changes) -> tuple[str, Rows]:
         ("folder", config.run.dir),
         ("time limits", str(run.watchdog.limits)),
         *(("changed", row) for row in changes.rows()),
+        *_rate_rows(run, changes),
     ]
+
+
+def _rate_rows(run: Run, changes: Changes) -> Rows:
+    """Return a row if a change of the schedule raises the learning rate."""
+    from training.schedule import rate_jump_warning
+
+    former, _ = changes.free.get("optim.schedule_steps", (None, None))
+    if former is None or "optim.lr" in changes.free:
+        return []
+    warning = rate_jump_warning(run.position.step, former, run.config.optim)
+    return [("warning", warning)] if warning else []
 
 
 def _data_rows(run: Run) -> Rows:

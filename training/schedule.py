@@ -2,7 +2,11 @@
 
 import math
 
+from dataclasses import replace
+
 from training.config import OptimConfig
+
+FAR_ABOVE = 1.5  # times the rate before the change
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
@@ -26,3 +30,20 @@ def learning_rate(step: int, config: OptimConfig) -> float:
         decay = min(max(decay, 1 / length), 1.0)
         factor = min((1 - progress) / decay, 1.0)
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * factor)
+
+
+def rate_jump_warning(step: int, schedule_steps: int, config: OptimConfig) -> str | None:
+    """Return a warning if a longer schedule raises the learning rate of a run that resumes.
+
+    Args:
+        step: The next step, counted from 0.
+        schedule_steps: The former length of the schedule.
+    """
+    former = replace(config, schedule_steps=schedule_steps)
+    rate, raised = learning_rate(step, former), learning_rate(step, config)
+    if step < config.warmup_steps or raised <= FAR_ABOVE * rate:
+        return None
+    return (
+        f"the longer schedule raises the learning rate from {rate:.2e} to {raised:.2e}; use "
+        f"optim.schedule_steps={schedule_steps} to keep the former schedule"
+    )

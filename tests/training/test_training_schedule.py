@@ -1,12 +1,14 @@
 """The learning rate equals a reference made of straight lines and a cosine between points."""
 
 import math
+import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from training.config import OptimConfig
-from training.schedule import learning_rate
+from training.schedule import learning_rate, rate_jump_warning
 
 LR, RATIO = 3e-4, 0.1
 CONFIGS = [
@@ -98,3 +100,18 @@ def test_rate_has_no_discontinuity(config: OptimConfig) -> None:
     steepest = LR * max(1 / max(config.warmup_steps, 1), math.pi / 2 / falling)
     rates = [learning_rate(step, config) for step in range(config.schedule_steps + 20)]
     assert max(abs(a - b) for a, b in pairwise(rates)) <= steepest * (1 + 1e-9)
+
+
+def test_longer_schedule_that_raises_the_rate_is_reported_with_a_remedy() -> None:
+    longer = OptimConfig(lr=LR, schedule_steps=240, warmup_steps=20, min_lr_ratio=RATIO)
+    warning = rate_jump_warning(120, 120, longer)
+    assert warning is not None and "from 3.00e-05 to 1." in warning
+    remedy = re.search(r"use optim\.schedule_steps=(\d+)", warning)
+    assert remedy is not None
+    kept = replace(longer, schedule_steps=int(remedy[1]))
+    assert learning_rate(120, kept) == pytest.approx(RATIO * LR)
+    assert rate_jump_warning(120, 120, kept) is None
+    # Early in the schedule the rates differ little, and during warm-up not at all.
+    assert rate_jump_warning(40, 120, longer) is None
+    assert rate_jump_warning(10, 120, longer) is None
+    assert rate_jump_warning(120, 120, replace(longer, schedule="wsd")) is not None
