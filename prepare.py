@@ -11,8 +11,6 @@
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from cli.composition import compose_config
 from cli.config import load_prepare_config, load_train_config
 from cli.errors import exit_on_user_error
@@ -41,6 +39,8 @@ def main(arguments: list[str]) -> None:
 
 def inspect(config: PrepareJobConfig) -> None:
     """Print the dataset and a sample of a run folder or dataset folder."""
+    from omegaconf import OmegaConf
+
     from data.inspection import inspect_dataset
     from data.manifest import MANIFEST_FILE
     from training.inspection import inspect_run

@@ -1,7 +1,6 @@
 """Learning-rate schedules as closed forms of the step, so that no scheduler state is saved."""
 
 import math
-
 from dataclasses import replace
 
 from training.config import OptimConfig

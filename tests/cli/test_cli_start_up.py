@@ -94,3 +94,17 @@ def test_tolerant_stream_keeps_the_attributes_of_its_stream() -> None:
     stream = TolerantStream(io.StringIO())
     print("text", file=stream, flush=True)
     assert stream.getvalue() == "text\n" and not stream.isatty()
+
+
+@pytest.mark.parametrize("program", sorted(path.stem for path in ROOT.glob("*.py")))
+def test_missing_dependencies_are_reported_with_the_environment_to_activate(program: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", f"{program}.py"],  # without site-packages
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"Not installed for {sys.executable}: hydra, omegaconf")
+    assert "source .venv/bin/activate" in done.stderr and "Traceback" not in done.stderr
