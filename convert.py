@@ -31,14 +31,16 @@ def run(config: ConvertJobConfig) -> None:
     Raises:
         FormatError: The source cannot be read or the target cannot be written.
     """
+    from formats.detection import check_path, open_weights
+
+    check_path(Path(config.checkpoint))  # before the slow imports
     from data.tokenizer_files import find_tokenizer_file
     from formats.config_json import meta_rope_warning
     from formats.conversion import convert
-    from formats.detection import open_weights
     from formats.errors import FormatError
+    from formats.file_names import FORMATS
     from formats.stored_tensor import DTYPES
     from formats.tokenizers import resolve_tokenizer
-    from formats.weights import FORMATS
     from resilience.host_memory import return_freed_memory
 
     return_freed_memory()

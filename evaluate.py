@@ -2,11 +2,12 @@
 
 Computes loss, perplexity and bits per byte on held-out text by data source, on any mesh, and with
 `tasks=[…]` benchmarks through lm-eval. Weights are a run folder or one of its checkpoints, which
-record the dataset, or a Hugging Face or Meta folder. Results are printed and written to
-`evaluation.json` in the folder of the weights.
+record the dataset, or a Hugging Face or Meta folder. A table of the results is printed; all of them
+are written to `evaluation.json` in the folder of the weights.
 """
 
 import dataclasses
+import os
 import sys
 from importlib.metadata import distributions
 from pathlib import Path
@@ -34,11 +35,13 @@ def evaluate(config: EvaluateJobConfig) -> None:
         FormatError, DataError, ConfigError: Weights, text, tasks or mesh are invalid.
         EvaluationError: A metric or a task failed; the results of the others are written.
     """
-    from data.files import strict_json
+    from formats.detection import check_path, open_weights
+
+    check_path(Path(config.checkpoint))  # before the slow imports
     from evaluation.held_out import LossTotals, evaluate_dataset, open_held_out
     from evaluation.inference import load_model
     from evaluation.lm_eval_tasks import TaskOptions, run_tasks, task_errors
-    from formats.detection import open_weights
+    from evaluation.report import report_lines
     from formats.instruct import find_chat_template, prompt_folders
     from formats.tokenizers import resolve_tokenizer
     from formats.weights import fingerprint
@@ -49,6 +52,7 @@ def evaluate(config: EvaluateJobConfig) -> None:
         raise ConfigError(errors)
     settings = config.evaluation
     weights = open_weights(Path(config.checkpoint))
+    output = output_file(settings.output, weights.folder)
     held_out, seq_len = open_held_out(weights, settings, optional=bool(tasks))
     tokenizer = resolve_tokenizer(weights.folder, config.tokenizer_path) if tasks else None
     template = None
@@ -97,14 +101,33 @@ def evaluate(config: EvaluateJobConfig) -> None:
     }
     context.watchdog.close()
     if context.fabric.is_global_zero:
-        output = Path(settings.output or weights.folder / "evaluation.json")
         write_results(output, results)
         write_samples(output.with_name(f"{output.stem}.samples"), samples)
-        print(strict_json(results, indent=1), flush=True)
-        print(f"Results are in {output}", file=sys.stderr, flush=True)
+        print("\n".join([*report_lines(results), f"Results: {output}"]), flush=True)
     if failures:
         lines = "".join(f"\n  {name}: {error}" for name, error in failures.items())
         raise EvaluationError(f"no results for {len(failures)} of the metrics and tasks:{lines}")
+
+
+def output_file(path: str | None, weights: Path) -> Path:
+    """Return the file of the results, after checking that it can be written.
+
+    Raises:
+        FormatError: Its folder does not exist or is read-only, or it is a folder.
+    """
+    from formats.errors import FormatError
+
+    file = Path(path or weights / "evaluation.json")
+    reason = None
+    if file.is_dir():
+        reason = "it is a folder"
+    elif not file.parent.is_dir():
+        reason = f"{file.parent} is not a folder"
+    elif not os.access(file.parent, os.W_OK):
+        reason = f"{file.parent} is read-only"
+    if reason is not None:
+        raise FormatError(f"{file} cannot be written ({reason}); set evaluation.output to a file")
+    return file
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
@@ -133,12 +156,12 @@ def write_samples(folder: Path, samples: dict[str, list[Any]]) -> None:
     Raises:
         FormatError: A file cannot be written.
     """
-    from data.files import strict_json, write_atomically
+    from data.files import json_line, write_atomically
     from formats.errors import FormatError
 
     for task, records in samples.items():
         path = folder / f"{task}.jsonl"
-        lines = [strict_json(each, default=str, ensure_ascii=False) + "\n" for each in records]
+        lines = [json_line(each, default=str) + "\n" for each in records]
         try:
             folder.mkdir(exist_ok=True)
             write_atomically(path, "".join(lines).encode(errors="surrogatepass"))

@@ -32,11 +32,13 @@ def run(config: GenerateJobConfig) -> None:
     Raises:
         FormatError, ConfigError: Weights, prompts or mesh are invalid.
     """
+    from formats.detection import check_path, open_weights
+
+    check_path(Path(config.checkpoint))  # before the slow imports
     from evaluation.completer import Completer
     from evaluation.inference import load_model
     from evaluation.prompts import PromptEncoder, interactive_prompts, read_prompts
     from formats.conversion import check_vocabulary
-    from formats.detection import open_weights
     from formats.instruct import prompt_folders
     from formats.tokenizers import resolve_tokenizer
 

@@ -28,7 +28,7 @@ from resilience.signals import Requests
 from resilience.slurm_time_limit import slurm_time_left
 from training.config import JobConfig
 from training.metrics import step_metrics
-from training.preflight import acquire_run_lock, check_folder, prepare_data
+from training.preflight import abandoned_on_error, acquire_run_lock, check_folder, prepare_data
 from training.recovery import check_step, initial_position, rewind
 from training.resume_policy import Changes
 from training.run import Run, build_saver
@@ -57,7 +57,8 @@ def main(arguments: list[str]) -> None:
         lock = acquire_run_lock(config)
         if memory_plan and is_first_process():
             print(memory_plan, flush=True)
-        run = set_up(config, processes, mesh, dataset, changes, lock)
+        with abandoned_on_error(lock):
+            run = set_up(config, processes, mesh, dataset, changes, lock)
     try:
         train(run)
     except Exception as error:
@@ -91,7 +92,7 @@ def set_up(
         slurm_time_left(os.environ, time.time()) if first else None,
         config.checkpoint.interval_minutes if first else None,
     )
-    requests.catch_signals(on_early_signal=exit_early)
+    requests.catch_signals(on_early_signal=partial(exit_early, lock))
     fabric, strategy = launch(processes, mesh, config.parallel, config.precision, watchdog)
     console = Console(enabled=fabric.is_global_zero)
     with torch.device("meta"):

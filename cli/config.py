@@ -118,9 +118,10 @@ def _check_start(composed: DictConfig) -> None:
             continue
         kinds = "a checkpoint, a Hugging Face or a Meta folder"
         remedy = kinds if key == "init_from" else "auto, never or runs/NAME/checkpoints/step-…"
-        if key == "init_from" and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-            name = path.rpartition("/")[2]
-            remedy += f", or download it from the hub: hf download {path} --local-dir {name}"
+        if key == "init_from":
+            from formats.detection import hub_remedy
+
+            remedy += hub_remedy(Path(path))
         raise ConfigError([f"run.{key}={path} does not exist; use {remedy}"])
 
 
@@ -274,6 +275,7 @@ EXPANDED = ("checkpoint", "run.init_from", "run.resume", "tokenizer.path", "toke
 """Keys whose readers expand a tilde."""
 FILE_URL = re.compile(r"file:(//(localhost)?)?(?=/[^/])")
 URL = re.compile(r"([A-Za-z][\w+.-]+):/")
+HUB = re.compile(r"(?:hf://|https?://huggingface\.co/)([\w.-]+/[\w.-]+)")
 
 
 def _text_rules(values: dict[str, Any], schema: Any) -> list[Rule]:
@@ -297,7 +299,11 @@ def _text_rules(values: dict[str, Any], schema: Any) -> list[Rule]:
         elif URL.match(text):
             path = FILE_URL.sub("", text) if FILE_URL.match(text) else "PATH"
             rule = "is a URL, but only paths of mounted file systems are supported"
-            errors.append(f"{key}={text} {rule}; use {key}={path}")
+            remedy = f"use {key}={path}"
+            if key in EXPANDED and (hub := HUB.match(text)):
+                name = hub[1].rpartition("/")[2]
+                remedy = f"hf download {hub[1]} --local-dir {name}, then use {key}={name}"
+            errors.append(f"{key}={text} {rule}; {remedy}")
         elif (path := os.path.expanduser(text)) != text and key not in EXPANDED:
             errors.append(f"{key}={text} has a ~ that the shell did not expand; use {key}={path}")
     return [lambda: errors]

@@ -99,6 +99,12 @@ def strict_json(value: Any, *, default: Callable[[Any], Any] | None = None, **op
     return json.dumps(finite, allow_nan=False, **options)
 
 
+def json_line(value: Any, *, default: Callable[[Any], Any] | None = None) -> str:
+    """Return strict JSON in one line, with characters at which `str.splitlines` splits escaped."""
+    text = strict_json(value, default=default, ensure_ascii=False)
+    return text.translate({ord(each): f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"})
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file such that a crash at any time leaves either the old or the new content."""
     temporary = path.with_name(path.name + ".tmp")

@@ -1,9 +1,9 @@
 """Complete batches of prompts on all processes, print the texts and measure the throughput."""
 
-import json
 import time
 from collections.abc import Callable
 
+from data.files import json_line
 from data.tokenizer import Tokenizer
 from evaluation.config import GenerateJobConfig
 from evaluation.detokenizer import StoppedText
@@ -67,7 +67,7 @@ class Completer:
             if as_json:
                 record = prompt.record | ({"text": text} if texts else {})
                 record["tokens"] = completion.tokens
-                line = json.dumps(record, ensure_ascii=False)
+                line = json_line(record)
             self._print(line)
 
     def _print(self, text: str, end: str = "\n") -> None:

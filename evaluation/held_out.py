@@ -137,9 +137,11 @@ def open_held_out(
     Raises:
         DataError: There is no held-out text, or it uses another tokenizer than the weights.
     """
-    data, train = weights.config.get("data") or {}, weights.config.get("train") or {}
+    from formats.metadata import training_settings
+
+    data, training = weights.config.get("data") or {}, training_settings(weights)
     default_seq_len = min(weights.model.max_seq_len, DEFAULT_MAX_SEQ_LEN)
-    seq_len = config.seq_len or train.get("seq_len") or default_seq_len
+    seq_len = config.seq_len or training.get("seq_len", default_seq_len)
     trained_on, folder = data.get("folder"), config.data
     if folder is None and (trained_on is None or data.get("stream_shards") is not None):
         if optional:
@@ -164,11 +166,16 @@ def open_held_out(
         remedy = "use a folder that prepare.py has written"
         remedy = f"did you mean {path.with_name(near[0])}?" if near else remedy
         raise DataError(f"evaluation.data={path} has no prepared data; {remedy}")
-    dataset = Dataset.open(path, document_mask=data.get("document_mask", True))
+    dataset = Dataset.open(path, document_mask=training.get("document_mask", True))
     if not dataset.n_validation_windows(seq_len):
         raise DataError(
             f"{path} contains no held-out window of {seq_len} tokens; prepare it with a larger "
             "data.validation_fraction, or reduce evaluation.seq_len"
+        )
+    if seq_len > weights.model.max_seq_len:
+        raise DataError(
+            f"evaluation.seq_len={seq_len} exceeds max_seq_len={weights.model.max_seq_len} of "
+            f"{weights.folder}; use at most {weights.model.max_seq_len}"
         )
     _check_vocabulary(dataset, weights)
     return dataset, seq_len

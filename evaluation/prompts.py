@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
     from formats.instruct import ChatTemplate
 
-NOT_A_PROMPT = 'is not an object with "prompt" (a string or token ids) or "messages" (a list)'
+NOT_A_PROMPT = (
+    'is not an object with either "prompt" (a string or token ids) or "messages" (a list)'
+)
 MAX_LISTED = 10  # errors of a prompt file that are listed; further ones are counted
 
 
@@ -127,7 +129,10 @@ class PromptEncoder:
             messages = [{"role": "system", "content": self.system}, *messages]
         ids = self.tokenizer.encode_with_specials(self.template.render(messages))
         if not ids:
-            raise ValueError("is empty in the model's chat template; use at least one message")
+            raise ValueError(
+                f"is empty in the chat template of {self.template.origin}; put another "
+                "chat_template.jinja next to the tokenizer"
+            )
         return Prompt("", ids, {"messages": given})
 
 
@@ -213,9 +218,13 @@ def _read_file(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         )
     if not content.strip():
         raise ValueError(f"prompts={path} contains no prompts; write one prompt per line")
-    for number, line in enumerate(content.removesuffix("\n").split("\n"), start=1):
+    is_json = path.suffix.lower() == ".jsonl"
+    # str.splitlines would also split at characters within a text, such as U+2028.
+    for number, line in enumerate(content.rstrip("\r\n").split("\n"), start=1):
         name = f"prompts={path} line {number}"
-        if path.suffix.lower() == ".jsonl":
+        if is_json and not line.strip():
+            continue
+        if is_json:
             yield name, _record(line) or f"{NOT_A_PROMPT}: {line[:80]}"
         elif text := line.removesuffix("\r"):
             yield name, {"prompt": text}

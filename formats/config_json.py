@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from formats.errors import FormatError
@@ -68,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
         FormatError: The file cannot be read or is not a JSON object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())  # also with a byte order mark
     except (OSError, ValueError) as error:
         raise FormatError(f"{path} cannot be read ({error}); download or copy it again") from None
     if not isinstance(values, dict):
@@ -80,8 +81,13 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def validated_config(path: Path, values: dict[str, Any]) -> ModelConfig:
+def validated_config(
+    path: Path, values: dict[str, Any], keys: Mapping[str, str] = MappingProxyType({})
+) -> ModelConfig:
     """Return the `ModelConfig` with these values, read from `path` and named for its folder.
+
+    Args:
+        keys: Keys of the file by field, if they differ, for messages.
 
     Raises:
         FormatError: A key is missing, has the wrong type or an invalid value.
@@ -92,7 +98,8 @@ def validated_config(path: Path, values: dict[str, Any]) -> ModelConfig:
         return TypeAdapter(ModelConfig).validate_python({"name": path.parent.name, **values})
     except ValidationError as error:
         reasons = "; ".join(
-            f"{'.'.join(map(str, item['loc']))}={item['input']!r}: {item['msg']}"
+            f"{'.'.join(keys.get(str(each), str(each)) for each in item['loc'])}="
+            f"{item['input']!r}: {item['msg']}"
             if item["loc"]
             else str(item["ctx"]["error"])
             for item in error.errors()
@@ -116,7 +123,7 @@ def from_hugging_face(path: Path) -> ModelConfig:
     defaults = {"norm_eps": 1e-6, "tie_embeddings": False, "max_seq_len": 2048}
     values = {HUGGING_FACE_KEYS[key]: value for key, value in defaults.items()} | read_json(path)
     model_type, classes = values.get("model_type"), values.get("architectures")
-    names = classes if isinstance(classes, list) else [classes or "LlamaForCausalLM"]
+    names = classes if isinstance(classes, list) and classes else [classes or "LlamaForCausalLM"]
     if model_type != "llama" or "LlamaForCausalLM" not in names:
         raise FormatError(
             f"{path}: model_type={model_type} with architectures={', '.join(map(str, names))} is "
@@ -138,7 +145,7 @@ def from_hugging_face(path: Path) -> ModelConfig:
     if rope_type == "llama3":
         scaling = {key: rope.get(theirs) for key, theirs in HUGGING_FACE_ROPE_KEYS.items()}
         model["rope_scaling"] = scaling
-    return validated_config(path, model)
+    return validated_config(path, model, HUGGING_FACE_KEYS | HUGGING_FACE_ROPE_KEYS)
 
 
 def _unsupported(values: dict[str, Any], rope: dict[str, Any], rope_type: Any) -> Iterator[str]:

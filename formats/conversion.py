@@ -1,17 +1,19 @@
 """Convert weights with their configuration and tokenizer from any format to any other."""
 
+import json
 from pathlib import Path
 
 import torch
 
 from data.tokenizer import Tokenizer
 from formats.errors import FormatError
+from formats.file_names import TRAINING, Format
 from formats.hugging_face import write_hugging_face
 from formats.meta import check_parts, write_meta
-from formats.metadata import kept_files, token_ids
+from formats.metadata import kept_files, token_ids, training_settings
 from formats.output_folder import atomic_folder, check_free_space, check_target
 from formats.stored_tensor import CheckedTensor
-from formats.weights import Format, Weights
+from formats.weights import Weights
 
 
 def convert(
@@ -39,11 +41,12 @@ def convert(
         keep_tokenizer: Without `tokenizer`, copy the tokenizer files of the source unread.
 
     Raises:
-        FormatError: The target exists, does not fit on the disk, cannot be written, or cannot be
-            split into `parts`; the tokenizer has more tokens than the model; the source is damaged,
-            cannot be read, or has values that are not finite or overflow `dtype`.
+        FormatError: The target exists, is or overlaps the source, does not fit on the disk, cannot
+            be written, or cannot be split into `parts`; the tokenizer has more tokens than the
+            model; the source is damaged, cannot be read, or has values that are not finite or
+            overflow `dtype`.
     """
-    check_target(target, overwrite)
+    check_target(target, overwrite, weights.folder)
     if format == "meta":
         check_parts(parts, weights.model)
     check_vocabulary(weights, tokenizer)
@@ -53,6 +56,8 @@ def convert(
         for name, t in weights.tensors.items()
     }
     files = kept_files(weights, tokenizer, tokenizer is not None or keep_tokenizer)
+    if settings := training_settings(weights):
+        files[TRAINING] = f"{json.dumps(settings)}\n".encode()
     check_free_space(target, sum(tensor.n_bytes for tensor in tensors.values()))
     if damage := weights.damage():
         raise FormatError(f"{weights.folder} is damaged: {damage}; use another checkpoint")
@@ -66,6 +71,8 @@ def convert(
             write_hugging_face(model, tensors, tokenizer, folder, file_bytes, ids, files)
         else:
             write_meta(model, tensors, tokenizer, folder, parts)
+            if settings:
+                (folder / TRAINING).write_bytes(files[TRAINING])
     return sum(path.stat().st_size for path in target.iterdir())
 
 

@@ -1,17 +1,21 @@
 """Find the weights that a path names, detect their format by file names and open them."""
 
 import difflib
+import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from formats.config_json import read_json
 from formats.errors import FormatError
-from formats.hugging_face import CONFIG, open_hugging_face
-from formats.hugging_face_files import WEIGHT_FILES
-from formats.meta import PARAMS, PART, open_meta
-from formats.weights import FORMATS, MAX_LISTED, Format, Weights
+from formats.file_names import CONFIG, FORMATS, PARAMS, PART, WEIGHT_FILES, Format
 from parallel.mesh import is_first_process
 from resilience.run_folder import COMMITTED, checkpoints_in
+
+if TYPE_CHECKING:
+    from formats.weights import Weights
+
+MAX_LISTED = 8  # file names listed in an error message
 
 
 def detect_format(folder: Path) -> Format | None:
@@ -25,6 +29,20 @@ def detect_format(folder: Path) -> Format | None:
     if PARAMS in names and any(PART.fullmatch(name) for name in names):
         return "meta"
     return "hf" if CONFIG in names and names & set(WEIGHT_FILES) else None
+
+
+def check_path(path: Path) -> None:
+    """Check by file names that a path names weights, without importing torch.
+
+    Raises:
+        FormatError: It does not exist or contains no weights.
+    """
+    path = path.expanduser()
+    if detect_format(path) is None and not checkpoints_in(path):
+        reject_adapter(path)
+        # The reader of a folder that lacks files reports which.
+        if not (path / CONFIG).exists() and not any(path.glob("consolidated.*.pth")):
+            raise FormatError(_without_weights(path))
 
 
 def find_checkpoint(path: Path, verify: bool = True) -> Path:
@@ -61,7 +79,7 @@ def find_checkpoint(path: Path, verify: bool = True) -> Path:
     )
 
 
-def open_weights(path: Path, verify: bool = True) -> Weights:
+def open_weights(path: Path, verify: bool = True) -> "Weights":
     """Open the weights that a path names, in any format; no values are read yet.
 
     Args:
@@ -70,6 +88,7 @@ def open_weights(path: Path, verify: bool = True) -> Weights:
     Raises:
         FormatError: The format is unknown, or the folder is incomplete or damaged.
     """
+    check_path(path)
     folder = find_checkpoint(path, verify)
     format = detect_format(folder)
     if format == "native":
@@ -83,12 +102,13 @@ def open_weights(path: Path, verify: bool = True) -> Weights:
             f"{folder} contains weights in two formats, {CONFIG} with Hugging Face files and "
             f"{PARAMS} with consolidated.NN.pth; move one of them to another folder"
         )
-    # The reader of a folder that lacks files reports which.
     if format == "hf" or (format is None and has_config):
+        from formats.hugging_face import open_hugging_face
+
         return open_hugging_face(folder)
-    if format == "meta" or any(folder.glob("consolidated.*.pth")):
-        return open_meta(folder)
-    raise FormatError(_without_weights(folder))
+    from formats.meta import open_meta
+
+    return open_meta(folder)
 
 
 def reject_adapter(folder: Path) -> None:
@@ -108,7 +128,7 @@ def reject_adapter(folder: Path) -> None:
         )
 
 
-def agreed_weights(path: Path, opened: Weights | None = None) -> Weights:
+def agreed_weights(path: Path, opened: "Weights | None" = None) -> "Weights":
     """Open the weights that rank 0 finds at a path, on all ranks; a collective call.
 
     Ranks that look at the folder of a run in progress may otherwise find different checkpoints.
@@ -135,6 +155,17 @@ EXPECTED = (
 )
 
 
+def hub_remedy(path: Path) -> str:
+    """Return how to download a path that is the name of a repository of the hub, else no text."""
+    if (
+        path.parent.exists()
+        or path.parts[0] == "runs"
+        or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+    ):
+        return ""
+    return f", or download it from the hub: hf download {path} --local-dir {path.name}"
+
+
 def _without_weights(path: Path) -> str:
     """Return an error message for a path without weights: what was found, and what is expected."""
     try:
@@ -154,7 +185,9 @@ def _without_weights(path: Path) -> str:
         parent = next(each for each in path.absolute().parents if each.is_dir())
         names = [each.name for each in sorted(parent.iterdir()) if each.is_dir()]
         near = difflib.get_close_matches(path.name, names, n=1)
-        hint = f". Did you mean {path.parent / near[0]}?" if near else f"; {EXPECTED}"
+        hint = f"; {EXPECTED}{hub_remedy(path)}"
+        if near:
+            hint = f". Did you mean {path.parent / near[0]}?"
         return f"{path} is not a folder" + hint
     # Published repositories have Meta's files in `original`, a hub cache revisions in `snapshots`.
     folders = [path / name for name in found] + sorted(path.glob("snapshots/*"))

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from formats.config_json import from_hugging_face, to_hugging_face, write_json
-from formats.hugging_face_files import INDEX, read_tensors
-from formats.metadata import CONFIG, GENERATION, chat_template
+from formats.file_names import CONFIG, INDEX
+from formats.hugging_face_files import read_tensors
+from formats.metadata import GENERATION, chat_template
 from formats.stored_tensor import SAFETENSORS_DTYPES, Dims, StoredTensor, bytes_of
 from formats.tokenizers import write_hugging_face as write_tokenizer
 from formats.weights import Weights, check_tensors

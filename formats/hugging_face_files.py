@@ -11,6 +11,7 @@ from typing import Any
 
 from formats.config_json import read_json
 from formats.errors import FormatError
+from formats.file_names import INDEX, SINGLE, WEIGHT_FILES
 from formats.stored_tensor import (
     SAFETENSORS_DTYPES,
     StoredTensor,
@@ -20,9 +21,6 @@ from formats.stored_tensor import (
 )
 from formats.torch_file import read_torch_file
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# In order of preference (_get_resolved_checkpoint_files in transformers' modeling_utils.py).
-WEIGHT_FILES = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.tokenizer import BOS_TOKEN, EOS_TOKEN, Tokenizer
+from formats.detection import find_checkpoint
 from formats.errors import FormatError
 from formats.tokenizers import LLAMA3_CHAT_TEMPLATE, stop_token_ids
 from formats.weights import Weights
@@ -101,7 +102,7 @@ def prompt_folders(weights: Weights, tokenizer_path: str | None) -> list[Path]:
     """
     folders = [weights.folder]
     if tokenizer_path not in ("auto", None):
-        path = Path(tokenizer_path)
+        path = find_checkpoint(Path(tokenizer_path), verify=False)
         folders.insert(0, path if path.is_dir() else path.parent)
     if initial := (weights.config.get("run") or {}).get("init_from"):
         folders.append(Path(initial).expanduser())
@@ -128,15 +129,21 @@ def find_chat_template(folders: Sequence[Path], tokenizer: Tokenizer) -> ChatTem
         ):
             text = values.get("chat_template")
             if isinstance(text, list):  # several templates by name
-                by_name = {each.get("name"): each.get("template") for each in text}
-                text = by_name.get("default")
-                if text is None:
+                text = {_name(each): each["template"] for each in text if _name(each)}
+            if isinstance(text, dict):
+                if "default" not in text:
                     raise FormatError(
-                        f"{path} has the chat templates {', '.join(map(str, by_name))}, but none "
-                        "is named default; put the one to use in chat_template.jinja next to it"
+                        f"{path} has the chat templates {', '.join(text)}, but none is named "
+                        "default; put the one to use in chat_template.jinja next to it"
                     )
+                text = text["default"]
             if isinstance(text, str):
                 return ChatTemplate(text, str(path), named)
+            if text is not None:
+                raise FormatError(
+                    f"{path}: chat_template is not a text; put the template to use in "
+                    "chat_template.jinja next to it"
+                )
     if tokenizer.name == "llama3":
         return ChatTemplate(LLAMA3_CHAT_TEMPLATE, "Llama 3", names)
     raise FormatError(
@@ -176,6 +183,12 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise FormatError(f"{path} is not a JSON object; download or copy it again")
     return values
+
+
+def _name(template: Any) -> str | None:
+    """Return the name of a template in a list of templates; None for anything else."""
+    is_template = isinstance(template, dict) and isinstance(template.get("template"), str)
+    return str(template.get("name")) if is_template else None
 
 
 def _content(token: Any) -> str | None:

@@ -6,7 +6,6 @@ Opening a folder reads names, shapes and file offsets; values are read on demand
 import dataclasses
 import errno
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,13 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from data.tokenizer import Tokenizer
 from formats.config_json import from_meta, read_json, to_meta, write_json
 from formats.errors import FormatError
+from formats.file_names import PARAMS, PART
 from formats.stored_tensor import StoredTensor, bytes_of, equal_values
 from formats.torch_file import read_torch_file
 from formats.weights import Weights, check_tensors
 from model.config import ModelConfig
 
-PARAMS = "params.json"
-PART = re.compile(r"consolidated\.(\d+)\.pth")
 # Dim that Meta's tensor parallelism shards (model.py in llama-models); norms are replicated.
 SHARD_DIMS = {
     **dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output", "tok_embeddings"), 0),

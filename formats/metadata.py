@@ -13,11 +13,13 @@ from typing import Any
 from data.config import N_SPECIALS
 from data.tokenizer import N_LLAMA3_SPECIALS, Tokenizer
 from data.tokenizer_files import TOKENIZER_JSON
+from formats.config_json import read_json
 from formats.errors import FormatError
+from formats.file_names import CONFIG, TRAINING
 from formats.tokenizers import LLAMA3_CHAT_TEMPLATE, find_tokenizer, stop_token_ids
 from formats.weights import Weights
 
-CONFIG, GENERATION, CHAT_TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
+GENERATION, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
 TOKENIZER_FILES = (
     *(TOKENIZER_JSON, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *(CHAT_TEMPLATE, "chat_template.json"),
@@ -42,6 +44,23 @@ def kept_files(
     if with_tokenizer and not has_chat_template(files) and _is_instruct(weights, tokenizer):
         files[CHAT_TEMPLATE] = LLAMA3_CHAT_TEMPLATE.encode()
     return files
+
+
+def training_settings(weights: Weights) -> dict[str, Any]:
+    """Return `seq_len` and `document_mask` of the training run, on which held-out loss depends.
+
+    They are in the configuration of a run's checkpoint, and in `training.json` of its conversions.
+    Empty for other weights.
+
+    Raises:
+        FormatError: `training.json` is damaged.
+    """
+    train: Any = weights.config.get("train")
+    if train:
+        data: Any = weights.config.get("data") or {}
+        return {"seq_len": train["seq_len"], "document_mask": data.get("document_mask", True)}
+    path = weights.folder / TRAINING
+    return read_json(path) if path.is_file() else {}
 
 
 def _source_folder(weights: Weights, tokenizer: Tokenizer | None) -> Path | None:

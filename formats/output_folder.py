@@ -17,12 +17,21 @@ from formats.detection import detect_format
 from formats.errors import FormatError
 
 
-def check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool, source: Path) -> None:
     """Check that a folder may be written at `target`.
 
     Raises:
-        FormatError: Something exists there and must not be replaced.
+        FormatError: Something exists there and must not be replaced, or it is the folder `source`,
+            inside it, or around it.
     """
+    written, read = target.resolve(), source.resolve()
+    if written == read or read in written.parents or written in read.parents:
+        relation = "is inside" if read in written.parents else "contains"
+        relation = "is" if written == read else relation
+        raise FormatError(
+            f"target={target} {relation} the folder of the weights to convert, {source}; use "
+            "another folder"
+        )
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise FormatError(f"target={target} is a file or a symbolic link; use another folder")
     if not target.exists() or not any(target.iterdir()):

@@ -25,6 +25,7 @@ from data.tokenizer import (
 from data.tokenizer_files import TOKENIZER_JSON, find_tokenizer_file
 from data.tokenizer_json import bpe_merges, byte_level_encoder
 from formats.config_json import write_json
+from formats.detection import find_checkpoint
 from formats.errors import FormatError
 
 LLAMA3_STOPS = ("<|eom_id|>", "<|eot_id|>")  # end of message and of turn: Meta's `stop_tokens`
@@ -133,7 +134,7 @@ def resolve_tokenizer(
     Args:
         remedy: What else a program accepts, appended to the message if there is no tokenizer.
         choice: `auto` for the tokenizer in `folder`; the path of a `tokenizer.model`, a
-            `tokenizer.json`, or a folder with either; or None for no tokenizer.
+            `tokenizer.json`, a folder with either, or a run; or None for no tokenizer.
 
     Raises:
         FormatError: There is no such tokenizer, or it cannot be read.
@@ -143,7 +144,7 @@ def resolve_tokenizer(
     if choice == "auto":
         found = find_tokenizer(folder) or _tokenizer_of_dataset(folder)
     else:
-        path = Path(choice)
+        path = find_checkpoint(Path(choice), verify=False)
         found = find_tokenizer(path) if path.is_dir() else read_tokenizer_file(path)
     if found is None:
         raise FormatError(

@@ -6,10 +6,10 @@ and no process holds the full model. Opening a folder is the task of `detection`
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ import xxhash
 from torch import nn
 
 from formats.errors import FormatError
+from formats.file_names import Format
 from formats.stored_tensor import (
     SAFETENSORS_DTYPES,
     StoredTensor,
@@ -27,12 +28,6 @@ from formats.stored_tensor import (
 from model.config import ModelConfig
 from model.llama import Llama
 
-Format = Literal["native", "hf", "meta"]
-FORMATS: dict[Format, str] = {
-    "native": "checkpoint",
-    "hf": "Hugging Face folder",
-    "meta": "Meta folder",
-}
 MAX_LISTED = 8  # names of one kind listed in an error message
 
 
@@ -110,11 +105,21 @@ def check_tensors(
         ],
     }
     if errors := [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]:
+        remedy = "download or copy the folder again, or correct its configuration"
+        if prefix := _common_prefix(shapes, found):
+            remedy = f"the names have the prefix {prefix}; save the weights without it"
         raise FormatError(
-            f"{folder}: the tensors do not match the configuration ({'; '.join(errors)}); "
-            "download or copy the folder again, or correct its configuration"
+            f"{folder}: the tensors do not match the configuration ({'; '.join(errors)}); {remedy}"
         )
     return model, {name: found[stored_name(name)] for name in expected}
+
+
+def _common_prefix(expected: Iterable[str], found: Iterable[str]) -> str:
+    """Return the prefix of all expected names, as of a compiled model; empty if there is none."""
+    first, *others = expected
+    prefixes = (name.removesuffix(first) for name in found if name.endswith(first))
+    names = set(found)
+    return next((p for p in prefixes if all(f"{p}{each}" in names for each in others)), "")
 
 
 def load_weights(model: nn.Module, weights: Weights) -> None:

@@ -119,6 +119,12 @@ class RunLock:
                 self.path.unlink()  # still locked: a process that opened it notices the removal
         os.close(self._descriptor)
 
+    def abandon(self) -> None:
+        """Release the folder, and delete it if it contains nothing: a launch that did not start."""
+        self.release()
+        with suppress(OSError):
+            self.path.parent.rmdir()
+
     def _send_heartbeats(self) -> None:
         """Touch the file for as long as it names this process."""
         interval = FIRST_HEARTBEAT_SECONDS

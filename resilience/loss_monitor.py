@@ -30,6 +30,13 @@ EMA_WEIGHT = 0.01  # weight of the newest loss in the running mean and variance,
 MIN_RELATIVE_STD = 0.005  # lower bound of the standard deviation, relative to the mean
 
 
+NEVER_FINITE = (
+    "no step had a finite loss, so the initial weights (run.init_from) compute values that exceed "
+    "the range of the data type; use other weights, or precision.param=fp32"
+)
+"""Reason and remedy if all updates of a run were skipped."""
+
+
 def not_finite(values: Tensor) -> Tensor:
     """Return a scalar on the same device: 1.0 if any value is infinite or NaN, else 0.0."""
     return 1.0 - torch.isfinite(values).all().float()
@@ -170,6 +177,10 @@ class LossMonitor:
         self.config, self.n_rewinds = config, n_rewinds
         self._state = MonitorState.from_dict(state)
 
+    def has_skipped_all(self, step: int) -> bool:
+        """Return whether all `step` updates of the run were skipped."""
+        return 0 < step <= self._state.n_skipped
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values for JSON."""
         return asdict(self._state)
@@ -216,9 +227,12 @@ class LossMonitor:
             message += f"; {reason}: {self._next_rewind()}"
             rewind = state.first_batch, stats.batch + 1
             return MonitorAction(message, "skip", fields, rewind)
+        remedy = "inspect these samples, lower optim.lr, or allow more rewinds"
+        if self.has_skipped_all(stats.step):
+            remedy = NEVER_FINITE
         abort = (
             f"{reason}, and faults.max_rewinds={config.max_rewinds} allows no further rewind; "
-            "inspect these samples, lower optim.lr, or allow more rewinds"
+            f"{remedy}"
         )
         return MonitorAction(message, "skip", fields, abort=abort)
 

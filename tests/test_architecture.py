@@ -282,3 +282,18 @@ def test_help_takes_less_than_a_second_and_imports_nothing_heavy(program: str) -
     assert "cli.help" in names  # otherwise the list is not that of the program
     assert not (HEAVY | {"pydantic"}) & names
     assert usage.ru_utime + usage.ru_stime < MAX_HELP_SECONDS
+
+
+def test_programs_report_a_wrong_path_before_slow_imports() -> None:
+    script = f"""
+import importlib, sys
+HEAVY = {HEAVY}
+for name, *more in (["evaluate"], ["generate", "prompt=x"], ["convert", "target=x"]):
+    try:
+        importlib.import_module(name).main(["checkpoint=nowhere", *more])
+    except SystemExit as exit:
+        print(exit.code, sorted(HEAVY & sys.modules.keys()))
+"""
+    done = start_python(["-c", script])
+    assert done.stderr.count("nowhere is not a folder; use a run folder") == 3
+    assert done.stdout == "1 []\n" * 3

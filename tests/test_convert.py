@@ -85,7 +85,7 @@ def test_held_out_loss_equals_transformers_and_hash_is_equal_in_all_formats(
     hashes = set()
     for folder, mesh in ((checkpoint, "tp"), (exported, "dp_shard")):
         data = json.loads((checkpoint / "manifest.json").read_text())["config"]["data"]["folder"]
-        more = [] if folder == checkpoint else [f"evaluation.data={data}", "evaluation.seq_len=64"]
+        more = [] if folder == checkpoint else [f"evaluation.data={data}"]
         launch = fork_server.run(
             [
                 *(f"checkpoint={folder}", f"evaluation.samples={SAMPLES}", *more),
@@ -97,9 +97,8 @@ def test_held_out_loss_equals_transformers_and_hash_is_equal_in_all_formats(
         assert launch.exit_codes == {0: 0, 1: 0}, launch.output()
         results = json.loads((folder / "evaluation.json").read_text())
         hashes.add(results["weights_hash"])
-        if folder == checkpoint:
-            # Other folders are evaluated with the default document mask, transformers without.
-            assert results["loss"] == pytest.approx(reference[0]["loss"], rel=1e-6)
+        # In both formats with the windows and the document mask of the run.
+        assert results["loss"] == pytest.approx(reference[0]["loss"], rel=1e-6)
     assert hashes == {fingerprint(open_weights(checkpoint))}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from fork_server import ForkServer, Launch
 
 from data.config import TokenizerConfig
 from data.tokenizer import ready_tokenizer
+from evaluate import output_file
 from formats.conversion import convert
 from formats.detection import open_weights
+from formats.errors import FormatError
 from formats.weights import fingerprint
 
 TWO_SOURCES = ["data.sources.again.format=text", "data.sources.again.weight=0.5"]
@@ -65,10 +68,14 @@ def evaluate(fork_server: ForkServer) -> Evaluate:
 
 
 def results_of(launch: Launch, folder: Path) -> Any:
-    """Return the written results after checking that they were also printed."""
+    """Return the written results after checking that a table of them was printed."""
     assert set(launch.exit_codes.values()) == {0}, launch.output()
     results = json.loads((folder / "evaluation.json").read_text())
-    assert json.dumps(results, indent=1) + "\n" in launch.output()
+    rows = [line.split() for line in launch.output().splitlines()]
+    assert ["loss", "perplexity", "bits", "per", "byte", "tokens"] in rows
+    shown = ["all", f"{results['loss']:.4f}", f"{results['perplexity']:,.2f}"]
+    assert [*shown, f"{results['bits_per_byte']:.4f}", f"{results['targets']:,}"] in rows
+    assert f"\nResults: {folder / 'evaluation.json'}\n" in launch.output()
     return results
 
 
@@ -77,7 +84,7 @@ def test_loss_equals_validation_loss_for_any_mesh_batch_size_and_format(
 ) -> None:
     trained = read_metrics(checkpoint.parent.parent)[-1]["val_loss"]
     shards = json.loads((checkpoint / "manifest.json").read_text())["config"]["data"]["folder"]
-    other_format = [f"evaluation.data={shards}", "evaluation.seq_len=64"]
+    other_format = [f"evaluation.data={shards}"]
     variants: list[tuple[Path, list[str], int]] = [
         (checkpoint, [], 1),
         (checkpoint, ["evaluation.micro_batch_size=3"], 1),
@@ -139,6 +146,13 @@ def test_invalid_input_is_rejected_with_a_remedy(
     )
 
 
+def test_output_is_checked_before_the_evaluation(tmp_path: Path) -> None:
+    assert output_file(None, tmp_path) == tmp_path / "evaluation.json"
+    for path, reason in ((tmp_path, "it is a folder"), (tmp_path / "x" / "e.json", "not a folder")):
+        with pytest.raises(FormatError, match=f"{reason}.*; set evaluation.output to a file"):
+            output_file(str(path), tmp_path)
+
+
 def test_damage_is_reported_once_by_several_processes(checkpoint: Path, evaluate: Evaluate) -> None:
     content = (checkpoint / "manifest.json").read_bytes()
     (checkpoint / "manifest.json").write_bytes(content + b"\n")
@@ -171,6 +185,7 @@ def test_local_task_scores_equal_lm_evals_hf_model(
     assert launch.exit_codes == {0: 0, 1: 0}, launch.output()
     results = json.loads((exported / "evaluation.json").read_text())
     assert "loss" not in results  # no held-out text was configured
+    assert re.search(r"^choice  acc +0\.\d{4} +0\.\d{4}$", launch.output(), re.MULTILINE)
     assert results["versions"].keys() == {"torch", "llamesh", "lm_eval"}
     theirs = HFLM(
         pretrained=AutoModelForCausalLM.from_pretrained(exported),

@@ -194,6 +194,8 @@ def _message(prefix: str, key: str, items: list[Any], schema: Any, values: Any) 
         return f"{name} has no value; add {add}"
     if isinstance(value, bool):
         return f"{name}={_shown(value)} {NOT_A_NUMBER}"
+    if [each["type"] for each in items] == ["list_type"] and (value is None or value == ""):
+        return f"{name}={_shown(value)} is not a list; use {name}=[], or a list of values"
     if [each["type"] for each in items] == ["list_type"] and isinstance(value, str):
         return f"{name}={value!r} is not a list; use '{name}=[{json.dumps(value)}]'"
     pairs = [_rule_and_remedy(each) for each in items]

@@ -80,6 +80,7 @@ OTHER_NAMES = {  # key: its names elsewhere; only keys of the program are sugges
     "task_folder": "include_path",
     "num_fewshot": "n_shot n_shots shots fewshot",
     "max_new_tokens": "max_tokens max_length max_gen_len num_tokens n_tokens length n_predict",
+    "temperature": "temp",
     "prompt": "text input",
     "prompts": "file prompt_file prompts_file input_file",
     "stop": "stop_strings stop_words stop_sequences",

@@ -6,6 +6,8 @@ are in `training.config_rules`.
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +50,17 @@ def acquire_run_lock(config: JobConfig) -> RunLock | None:
     if not is_first_process():
         return None
     return acquire_lock(RunFolder(Path(config.run.dir)), lambda message: print(message, flush=True))
+
+
+@contextmanager
+def abandoned_on_error(lock: RunLock | None) -> Iterator[None]:
+    """Leave neither a lock nor an empty run folder if the launch fails."""
+    try:
+        yield
+    except BaseException:
+        if lock is not None:
+            lock.abandon()
+        raise
 
 
 def prepare_data(config: JobConfig) -> "Dataset | StreamDataset":

@@ -17,6 +17,7 @@ from data.errors import DataError
 from parallel.mesh import is_first_process
 from resilience.exit_codes import ExitCode
 from resilience.goodput import Goodput, compute_goodput
+from resilience.lock import RunLock
 from resilience.run_folder import RunFolderError
 from training.run import Run
 from training.run_summary import resume_command, summary
@@ -31,8 +32,10 @@ STOP_REASONS = {
 }
 
 
-def exit_early(code: ExitCode) -> NoReturn:
+def exit_early(lock: RunLock | None, code: ExitCode) -> NoReturn:
     """Exit before the first step; the first process prints the reason."""
+    if lock is not None:
+        lock.abandon()
     if is_first_process():
         reason = STOP_REASONS[code]
         _report(f"{reason[0].upper()}{reason[1:]} before the first step.")
@@ -96,7 +99,11 @@ def record_fault(run: Run, reason: str) -> None:
 
 
 def finish(run: Run) -> None:
-    """Close the logs of a finished run and print its summary."""
+    """Close the logs of a finished run and print its summary; exit if no step was finite."""
+    from resilience.loss_monitor import NEVER_FINITE
+
+    if run.monitor.has_skipped_all(run.position.step):
+        stop_run(run, ExitCode.DIVERGED, f"every update was skipped; {NEVER_FINITE}")
     goodput = _record_stop(run, "finished", ExitCode.FINISHED)
     if run.metrics is not None:
         run.metrics.close()

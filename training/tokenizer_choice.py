@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
-from resilience.run_folder import RunFolder
+from resilience.run_folder import checkpoints_in
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
@@ -49,6 +49,8 @@ def tokenizer_overrides(
     if init_from is None or any(key.split(".")[0] == "tokenizer" for key in explicit):
         path = tokenizer.get("path")
         file = Path(path).expanduser() if isinstance(path, str) else None
+        if file is not None and checkpoints_in(file):
+            file = _initial_tokenizer_file(file) or file
     else:
         file = _initial_tokenizer_file(Path(init_from).expanduser(), run_dir)
     # A prepared dataset has a copy of a tokenizer file that is gone; only its size is needed here.
@@ -83,11 +85,11 @@ def _needs_hash(tokenizer: "Tokenizer") -> bool:
     return tokenizer.name != "byte" and tokenizer.hash != LLAMA3_HASH
 
 
-def _initial_tokenizer_file(folder: Path, run_dir: str | None) -> Path | None:
-    """Return the tokenizer file of initial weights or, if absent, of the run's checkpoint."""
+def _initial_tokenizer_file(folder: Path, run_dir: str | None = None) -> Path | None:
+    """Return the tokenizer file of weights or a run or, if absent, of `run_dir`'s checkpoint."""
     from data.tokenizer_files import find_tokenizer_file
 
-    for each in (*_checkpoints(folder), folder, *_checkpoints(Path(run_dir or folder))):
+    for each in (*checkpoints_in(folder), folder, *checkpoints_in(Path(run_dir or folder))):
         if (file := find_tokenizer_file(each)) is not None:
             return file
         # Checkpoints of version 0.1 do not contain the tokenizer.
@@ -99,12 +101,6 @@ def _initial_tokenizer_file(folder: Path, run_dir: str | None) -> Path | None:
         if file is not None:
             return file
     return None
-
-
-def _checkpoints(run: Path) -> list[Path]:
-    """Return the committed checkpoints of a run folder, newest first."""
-    folder = RunFolder(run)
-    return [folder.step_folder(step) for step in sorted(folder.committed_steps(), reverse=True)]
 
 
 def with_existing_folder(data: DataConfig, tokenizer: TokenizerConfig) -> DataConfig:

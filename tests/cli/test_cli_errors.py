@@ -9,6 +9,7 @@ from resilience.exit_codes import ExitCode
 
 PROGRAM = """
 import os, sys, time
+from functools import partial
 from training.shutdown import exit_early
 from cli.errors import exit_on_user_error
 from checkpoint.restore import NoCheckpoint
@@ -17,7 +18,7 @@ from resilience.signals import Requests
 if sys.argv[1] == "gloo":
     import torch.distributed
     torch.distributed.init_process_group("gloo")
-Requests().catch_signals(exit_early)
+Requests().catch_signals(partial(exit_early, None))
 with exit_on_user_error():
     if os.environ["RANK"] == sys.argv[2]:
         time.sleep(0.5)

@@ -13,8 +13,8 @@ from cli.arguments import CONF, hydra_arguments, plan_arguments
 from cli.config import load_plan_config, load_train_config
 from formats.config_json import to_hugging_face
 from formats.errors import FormatError
-from formats.hugging_face import CONFIG, hugging_face_name
-from formats.hugging_face_files import SINGLE
+from formats.file_names import CONFIG, SINGLE
+from formats.hugging_face import hugging_face_name
 from formats.weights import parameter_shapes
 from model.config import ModelConfig
 from training.config import JobConfig

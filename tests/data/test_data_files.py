@@ -1,13 +1,14 @@
 """Writing files durably, and explaining why it failed."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from data import files
-from data.files import format_bytes, sync_folder, write_atomically, write_problem
+from data.files import format_bytes, json_line, sync_folder, write_atomically, write_problem
 
 
 def failing_fsync(number: int) -> object:
@@ -75,3 +76,10 @@ def test_failed_atomic_write_leaves_no_temporary_file(
 def test_sizes_have_the_unit_that_suits_them() -> None:
     sizes = [format_bytes(n) for n in (0, 999, 1500, 2_500_000, 3 * 10**12)]
     assert sizes == ["0 bytes", "999 bytes", "1.5 KiB", "2.4 MiB", "2.7 TiB"]
+
+
+def test_json_line_is_one_line_for_every_reader() -> None:
+    value = {"id": "a\u2028b\u2029c\x85d\x0b\n", "text": "Grüße", "loss": float("nan")}
+    line = json_line(value)
+    assert line.splitlines() == [line] and "Grüße" in line
+    assert json.loads(line) == {**value, "loss": None}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from data.dataset import Dataset
 from data.errors import DataError
 from data.loader import Batch
 from evaluation.config import EvaluationConfig
@@ -144,3 +145,16 @@ def test_folder_that_is_not_a_dataset_is_named_by_its_key(
         open_held_out(weights, EvaluationConfig(data=str(tmp_path / name)), optional=False)
     message = f"evaluation.data={tmp_path / name} has no prepared data; {remedy}"
     assert str(error.value) == message.format(tmp_path)
+
+
+def test_windows_longer_than_the_context_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "manifest.json").touch()
+    dataset = SimpleNamespace(n_validation_windows=lambda seq_len: 1)
+    monkeypatch.setattr(Dataset, "open", lambda *_, **__: dataset)
+    weights: Any = SimpleNamespace(config={}, folder=tmp_path, model=SimpleNamespace(max_seq_len=8))
+    with pytest.raises(
+        DataError, match=r"evaluation.seq_len=9 exceeds max_seq_len=8 of .*at most 8"
+    ):
+        open_held_out(weights, EvaluationConfig(data=str(tmp_path), seq_len=9), optional=False)

@@ -19,12 +19,13 @@ import generate
 from cli.arguments import CONF, hydra_arguments
 from cli.config import load_generate_config
 from data.config import TokenizerConfig
-from data.tokenizer import ready_tokenizer
+from data.tokenizer import BYTE_RANKS, Tokenizer, ready_tokenizer
 from evaluation.config import GenerateJobConfig
 from evaluation.prompts import Prompt, PromptEncoder, read_prompts
 from formats.conversion import convert
 from formats.detection import open_weights
 from formats.errors import FormatError
+from formats.instruct import find_chat_template
 from formats.tokenizers import find_tokenizer
 from training.config_validation import ConfigError
 
@@ -66,6 +67,8 @@ def load(*arguments: str) -> GenerateJobConfig:
         (["chat=true", "prompt="], "prompt='' is empty, but chat=true needs a message"),
         (["prompt=x", "system=y"], "system='y' has no effect without chat=true; add it"),
         (["stop=['']"], "stop[0]='' is empty"),
+        (["stop=null"], "stop=null is not a list; use stop=[], or a list of values"),
+        (["stop="], "stop='' is not a list; use stop=[], or a list of values"),
         (["stop=Q:"], "stop='Q:' is not a list; use 'stop=[\"Q:\"]'"),
         (
             ["chat=true", "tokenizer_path=null", "prompts=x.jsonl"],
@@ -82,6 +85,13 @@ def load(*arguments: str) -> GenerateJobConfig:
         (["temperature=-1"], "temperature=-1 is below 0"),
         (["temperature=inf"], "temperature=inf is not below inf"),
         (["temperature=hot"], "temperature='hot' has the wrong type"),
+        (
+            ["checkpoint=https://huggingface.co/org/Llama/tree/main"],
+            "checkpoint=https://huggingface.co/org/Llama/tree/main is a URL, but only paths of "
+            "mounted file systems are supported; hf download org/Llama --local-dir Llama, then use "
+            "checkpoint=Llama",
+        ),
+        (["temp=0"], "Unknown key temp. Did you mean temperature?"),
         (["temprature=1"], "Unknown key temprature. Did you mean temperature?"),
         (
             ["prompt=x", "tokenizer_path=null"],
@@ -153,9 +163,8 @@ def test_all_invalid_lines_of_a_file_are_reported_with_line_numbers(
         f"prompts={file} line 2 is empty; use at least one character",
         f"prompts={file} line 3 has 101 tokens, 37 more than the model's context length "
         "(max_seq_len=64); shorten it",
-        f"prompts={file} line 5 is empty; use at least one character",
-    ]
-    file.write_text("x\n" + "\n" * 30)
+    ]  # empty lines at the end are no prompts
+    file.write_text("\n" * 30 + "x\n")
     errors = errors_of(f"prompts={file}")
     assert len(errors) == 11 and errors[-1] == f"and 20 more prompts of {file}"
 
@@ -186,7 +195,7 @@ def test_invalid_json_lines_are_rejected(errors_of: Any, tmp_path: Path) -> None
     file.write_text("\n".join([*lines, json.dumps({"prompt": "good"})]))
     errors = errors_of(f"prompts={file}")
     assert [error.partition(" is not an object")[0] for error in errors] == [
-        f"prompts={file} line {n}" for n in (2, 3, 4, 5, 6)
+        f"prompts={file} line {n}" for n in (2, 3, 4, 5)
     ]
     ids = [[], [1, -1], [272], [1.0], [True]]
     records = [{"prompt": "\ud83d"}, *({"prompt": each} for each in ids)]
@@ -197,7 +206,7 @@ def test_invalid_json_lines_are_rejected(errors_of: Any, tmp_path: Path) -> None
     assert "line 2 has no token ids; use at least one" in errors[1]
     for error, token in zip(errors[2:6], ("-1", "272", "1.0", "True"), strict=True):
         assert f"has the token id {token}; use whole numbers from 0 to 271" in error
-    assert all("is not an object with" in error for error in errors[6:9])
+    assert all("is not an object with either" in error for error in errors[6:9])
 
 
 def test_prompts_whose_output_would_not_be_json_are_rejected(
@@ -335,3 +344,33 @@ def test_messages_are_encoded_with_the_special_tokens_of_the_template(
 def test_chat_without_a_template_is_rejected(errors_of: Any) -> None:
     (error,) = errors_of("prompt=hi", "chat=true")
     assert "has no chat template, and its tokenizer lacks Llama 3's special tokens; put" in error
+
+
+@pytest.mark.parametrize(
+    ("stored", "result"),
+    [
+        ([{"name": "rag", "template": "x"}, {"name": "default", "template": "T"}], "T"),
+        ({"default": "T"}, "T"),
+        ([{"name": "rag", "template": "x"}], "has the chat templates rag, but none is named"),
+        (["T"], "but none is named default"),
+        (5, "chat_template is not a text; put the template to use in chat_template.jinja"),
+    ],
+)
+def test_stored_templates_are_read_by_name(stored: Any, result: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": stored}))
+    tokenizer = Tokenizer("byte", BYTE_RANKS)
+    if result == "T":
+        assert find_chat_template([tmp_path], tokenizer).text == "T"
+        return
+    with pytest.raises(FormatError, match=result):
+        find_chat_template([tmp_path], tokenizer)
+
+
+def test_template_without_output_is_named(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("")
+    model = dataclasses.replace(SMALL, vocab_size=272)
+    encoder = PromptEncoder(model, Tokenizer("byte", BYTE_RANKS), [tmp_path], chat=True)
+    with pytest.raises(
+        ValueError, match=r"is empty in the chat template of .*chat_template\.jinja"
+    ):
+        encoder.encode("Hi")

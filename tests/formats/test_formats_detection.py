@@ -8,7 +8,7 @@ import pytest
 from random_weights import SMALL, RandomWeights, assert_same_weights
 
 from formats.conversion import convert
-from formats.detection import find_checkpoint, open_weights
+from formats.detection import check_path, find_checkpoint, open_weights
 from formats.errors import FormatError
 from resilience.run_folder import RunFolder
 
@@ -93,3 +93,22 @@ def test_path_without_weights_is_rejected_with_what_was_found(
     assert "is a run folder without a committed checkpoint (found: checkpoints)" in error_of(
         run.path
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("Org/Llama-3", "or download it from the hub: hf download Org/Llama-3 --local-dir Llama-3"),
+        ("runs/bokos", "Did you mean runs/books?"),
+        ("runs/unlike", "or a Meta folder (params.json and consolidated.00.pth)"),
+    ],
+)
+def test_path_without_weights_is_reported_with_a_remedy(
+    run: RunFolder, path: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.path.parent.parent)
+    with pytest.raises(FormatError) as error:
+        check_path(Path(path))
+    assert str(error.value).endswith(remedy)
+    check_path(Path("runs/books"))
+    check_path(Path("runs/books/checkpoints/step-00000002"))

@@ -174,6 +174,16 @@ def list_a_missing_tensor(folder: Path) -> None:
     path.write_text(json.dumps(index))
 
 
+def prefix_names(folder: Path) -> None:
+    """Name the tensors as the state dict of a compiled model does."""
+    for path in files_of(folder):
+        save_file({f"_orig_mod.{name}": t for name, t in load_file(path).items()}, path)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    names = index["weight_map"]
+    path.write_text(json.dumps({"weight_map": {f"_orig_mod.{n}": names[n] for n in names}}))
+
+
 EMBEDDING = "model.embed_tokens.weight"
 INVALID: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, "model-00002-of-.* is damaged"),
@@ -247,14 +257,29 @@ INVALID: dict[str, tuple[Callable[[Path], object], str]] = {
         change_json("config.json", model_type="gemma", architectures="GemmaForCausalLM"),
         "model_type=gemma with architectures=GemmaForCausalLM is not Llama 3",
     ),
-    "a size missing": (change_json("config.json", intermediate_size=None), "ffn_dim=None"),
+    "a size missing": (
+        change_json("config.json", intermediate_size=None),
+        "intermediate_size=None: Input should be",
+    ),
+    "a factor missing": (
+        change_json("config.json", rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+        "rope_scaling.low_freq_factor=None.*original_max_position_embeddings=None",
+    ),
+    "compiled": (
+        prefix_names,
+        "the names have the prefix _orig_mod.; save the weights without it",
+    ),
     "heads": (change_json("config.json", num_key_value_heads=5), "model.n_kv_heads"),
 }
 
 
-def test_pretraining_tp_of_one_is_the_remedy_and_swish_is_silu(tmp_path: Path) -> None:
+def test_equivalent_values_and_a_byte_order_mark_in_config_json_are_accepted(
+    tmp_path: Path,
+) -> None:
     convert(RandomWeights(SMALL), None, tmp_path, "hf", overwrite=True)
-    change_json("config.json", pretraining_tp=1, hidden_act="swish")(tmp_path)
+    change_json("config.json", pretraining_tp=1, hidden_act="swish", architectures=[])(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")  # as Windows editors save it
     assert_same_weights(open_weights(tmp_path), RandomWeights(SMALL))
 
 

@@ -18,9 +18,10 @@ from transformers import LlamaForCausalLM
 from formats.conversion import convert
 from formats.detection import open_weights
 from formats.errors import FormatError
+from formats.file_names import FORMATS
 from formats.hugging_face import hugging_face_name, permuted, to_halves
 from formats.native import write_native
-from formats.weights import FORMATS, Weights, load_weights
+from formats.weights import Weights, load_weights
 from model.llama import Llama
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

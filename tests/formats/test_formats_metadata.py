@@ -12,7 +12,9 @@ from data.tokenizer import BYTE_RANKS, Tokenizer
 from formats import tokenizers
 from formats.conversion import convert
 from formats.detection import open_weights
-from formats.weights import FORMATS
+from formats.file_names import FORMATS
+from formats.metadata import training_settings
+from formats.weights import Weights
 
 # A small tokenizer with the special tokens of Llama 3.
 LLAMA3 = Tokenizer("llama3", BYTE_RANKS | {b"ab": 256, b"the": 257})
@@ -125,6 +127,21 @@ def test_run_that_started_from_weights_exports_their_files(tmp_path: Path) -> No
     weights.config = {**weights.config, "run": {"init_from": "gone"}}
     convert(weights, LLAMA3, tmp_path / "without", "hf")
     assert not (tmp_path / "without" / "chat_template.jinja").exists()
+
+
+def test_conversions_keep_the_settings_of_held_out_loss(tmp_path: Path) -> None:
+    """In any order of formats; weights without a training run have none."""
+    settings = {"seq_len": 64, "document_mask": False}
+    weights: Weights = RandomWeights(MODEL)
+    weights.config = {"train": {"seq_len": 64}, "data": {"document_mask": False}}
+    for index, format in enumerate((*FORMATS, *FORMATS)):
+        folder = tmp_path / str(index)
+        convert(weights, None, folder, format)
+        weights = open_weights(folder)
+        assert training_settings(weights) == settings
+        assert "train" not in weights.config
+    convert(RandomWeights(MODEL), None, tmp_path / "without", "hf")
+    assert training_settings(open_weights(tmp_path / "without")) == {}
 
 
 def test_template_is_the_one_of_metas_chat_format() -> None:

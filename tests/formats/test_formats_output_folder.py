@@ -15,8 +15,8 @@ from torch import Tensor
 from formats.conversion import convert
 from formats.detection import open_weights
 from formats.errors import FormatError
+from formats.file_names import Format
 from formats.stored_tensor import Dims
-from formats.weights import Format
 
 FORMATS: tuple[Format, ...] = ("native", "hf", "meta")
 
@@ -45,6 +45,33 @@ def test_target_is_replaced_only_with_overwrite_and_only_if_it_contains_weights(
     (tmp_path / "link").symlink_to(target)
     with pytest.raises(FormatError, match="is a file or a symbolic link"):
         convert(made, None, tmp_path / "link", format, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("target", "relation"),
+    [
+        ("hub/original", "is"),
+        ("hub/../hub/./original", "is"),
+        ("link", "is"),
+        ("hub/original/hf", "is inside"),
+        ("link/new/hf", "is inside"),
+        ("hub", "contains"),
+    ],
+)
+def test_target_must_not_be_the_source(
+    target: str, relation: str, overwrite: bool, tmp_path: Path
+) -> None:
+    source = tmp_path / "hub" / "original"
+    convert(RandomWeights(SMALL), None, source, "meta")
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / "hub" / file).touch()
+    (tmp_path / "link").symlink_to(source)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FormatError) as error:
+        convert(open_weights(source), None, tmp_path / target, "hf", overwrite=overwrite)
+    assert f"{relation} the folder of the weights to convert, {source}" in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("format", FORMATS)

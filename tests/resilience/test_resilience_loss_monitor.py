@@ -97,6 +97,15 @@ def test_run_aborts_after_the_last_allowed_rewind(allowed: int) -> None:
     assert "(samples 1616 to 1647)" in last.abort and "optim.lr" in last.abort
 
 
+def test_run_without_a_finite_step_blames_the_initial_weights() -> None:
+    monitor = LossMonitor(FaultsConfig(max_consecutive_skips=3, max_rewinds=0))
+    *_, last = check_all(monitor, [NAN, NAN, INF])
+    assert "the initial weights (run.init_from) compute values" in (last.abort or "")
+    assert "optim.lr" not in (last.abort or "")
+    assert monitor.has_skipped_all(3) and not monitor.has_skipped_all(4)
+    assert not LossMonitor(FaultsConfig()).has_skipped_all(0)
+
+
 # ---------------------------------------------------------------- spikes
 
 

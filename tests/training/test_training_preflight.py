@@ -16,7 +16,7 @@ from data.tokenizer import Tokenizer
 from resilience.run_folder import RunFolder, RunFolderError
 from training.config import JobConfig
 from training.config_validation import ConfigError, plain
-from training.preflight import check_folder, prepare_data
+from training.preflight import abandoned_on_error, acquire_run_lock, check_folder, prepare_data
 
 
 @pytest.fixture(autouse=True)
@@ -139,3 +139,16 @@ def test_tokenizer_of_initial_weights_is_checked_before_the_preparation(
     with pytest.raises(DataError, match=expected):
         prepare_data(config)
     assert not Path("shards").exists()
+
+
+@pytest.mark.parametrize("has_file", [False, True])
+def test_launch_that_fails_leaves_neither_lock_nor_empty_folder(has_file: bool) -> None:
+    Path("text.txt").write_text("text")
+    lock = acquire_run_lock(configure("run.dir=runs/a"))
+    folder = Path("runs/a")
+    assert (folder / "lock").exists()
+    if has_file:
+        (folder / "config.yaml").touch()
+    with pytest.raises(DataError), abandoned_on_error(lock):
+        raise DataError("the weights are damaged")
+    assert folder.exists() == has_file and not (folder / "lock").exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +90,16 @@ def test_weights_without_a_tokenizer_or_absent_leave_the_configured_one(folders:
     config = load("run.init_from=nowhere", "run.name=mine")
     assert config.tokenizer.vocab_size == BPE.vocab_size
     assert load("run.init_from=runs/mine").tokenizer.vocab_size == BPE.vocab_size  # a run folder
+
+
+def test_tokenizer_path_may_be_a_run(folders: Path) -> None:
+    run = Path("runs/mine")
+    shutil.copytree(folders / "native", run / "checkpoints" / "step-00000001")
+    for path in (run, run / "checkpoints", run / "checkpoints" / "step-00000001"):
+        config = load(f"tokenizer.path={path}", "tokenizer=bpe")
+        assert config.tokenizer.vocab_size == BPE.vocab_size
+        for found in (ready_tokenizer(config.tokenizer), resolve_tokenizer(folders, str(path))):
+            assert found is not None and found.hash == BPE.hash
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
