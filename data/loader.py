@@ -187,10 +187,10 @@ class TrainLoader(Loader):
 def validation_batches(
     dataset: Dataset, *, samples: int, seq_len: int, micro_batch_size: int, rank: int, size: int
 ) -> dict[str, list[Batch]]:
-    """Return one data rank's batches of the first validation windows, by source.
+    """Return one data rank's batches of validation windows, by source.
 
-    Windows are taken in stored order, alternating between sources, fewer than `samples` if the
-    split is smaller. Every rank gets the same number of batches of the same shape, so that all take
+    The sources have equal numbers of windows, evenly spaced over each split, so that they do not
+    come from its first documents only; fewer than `samples` if the split is smaller. Every rank gets the same number of batches of the same shape, so that all take
     part in each collective; surplus rows have only labels of -100.
     """
     counts = {name: stream.n_windows(seq_len) for name, stream in dataset.validation.items()}
@@ -202,11 +202,11 @@ def validation_batches(
     )
     batches: dict[str, list[Batch]] = {}
     for name, n_selected in Counter(islice(alternating, samples)).items():
-        stream, batches[name] = dataset.validation[name], []
+        stream, count, batches[name] = dataset.validation[name], counts[name], []
         for first in range(0, n_selected, micro_batch_size * size):
             start = first + micro_batch_size * rank
             rows = range(start, min(start + micro_batch_size, n_selected))
-            windows = [stream.window(index, seq_len) for index in rows]
+            windows = [stream.window(row * count // n_selected, seq_len) for row in rows]
             batch = make_batch(windows, dataset.document_mask, seq_len, micro_batch_size)
             batches[name].append(batch)
     return batches

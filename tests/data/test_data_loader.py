@@ -349,7 +349,9 @@ def test_validation_rows_are_distributed_once_and_all_ranks_get_equal_shapes(
                 assert batch.tokens.shape == (micro, SEQ_LEN)
                 real = (batch.labels != IGNORE_INDEX).any(dim=1)
                 rows += batch.tokens[real].tolist()
-        indices = [i for source, i in chosen if source == name]
+        n_selected = [source for source, _ in chosen].count(name)
+        spacing = stream.n_windows(SEQ_LEN) / n_selected  # over the entire split
+        indices = [int(n * spacing + 1e-9) for n in range(n_selected)]
         assert rows == [stream.window(i, SEQ_LEN)[0][:-1].tolist() for i in indices]
 
 
