@@ -10,6 +10,8 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -100,6 +102,8 @@ def find_corpus(name: str, source: SourceConfig, policy: str = "strict") -> Corp
         if source.format != "stdlib":
             contents = inspect_files(files, source.text_column)
             reject_other_formats(files, contents, source, key, policy == "skip")
+        if source.format == "parquet" and policy == "strict":
+            _check_columns(files, source, key)
         if source.format == "text" and (found := rows_as_text(files, contents)[0]):
             notes.append(
                 f"{key}: reads {len(found):,} of {len(files):,} files as plain text although they "
@@ -162,6 +166,24 @@ def first_line(error: BaseException) -> str:
     """Return a library's exception as one line."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def _check_columns(files: list[Path], source: SourceConfig, key: str) -> None:
+    """Raise DataError if a Parquet file has rows without the text column, before any is read."""
+    import pyarrow.parquet
+
+    def columns(file: Path) -> list[str]:
+        with suppress(OSError, ValueError), pyarrow.parquet.ParquetFile(file) as table:
+            return table.schema_arrow.names if table.metadata.num_rows else []
+        return []  # damaged: reported when it is read
+
+    with ThreadPoolExecutor(16) as pool:  # on network file systems, opening takes the time
+        for file, names in zip(files, pool.map(columns, files), strict=True):
+            if names and source.text_column not in names:
+                raise DataError(
+                    f"{key}.text_column={source.text_column} is not a column at row 1 of {file}; "
+                    f"use one of {', '.join(names)}"
+                )
 
 
 def _part_bytes(n_bytes: int) -> int:

@@ -456,7 +456,7 @@ def test_prepare_py_prepares_and_prints_errors_without_a_traceback(tmp_path: Pat
 
     wrong = run("tokenizer=byte", f"data.sources.text.path={tmp_path / 'nowhere'}")
     assert wrong.returncode == 1
-    assert wrong.stderr.startswith("data.sources.text.path")
+    assert wrong.stderr.startswith("Error: data.sources.text.path")
     assert "Traceback" not in wrong.stderr
     good = run("tokenizer=byte", f"data.sources.text.path={texts}")
     assert good.returncode == 0, good.stderr

@@ -155,3 +155,19 @@ def test_truncated_large_file_is_reported(tmp_path: Path, small_parts: None) -> 
         (tmp_path / name).write_bytes(content[: len(content) // 2])
         with pytest.raises(DataError, match=rf"data\.sources\.s\.path: .*{name} is not a complete"):
             find_corpus("s", source)
+
+
+def test_parquet_file_without_the_text_column_is_rejected_before_any_is_read(
+    tmp_path: Path,
+) -> None:
+    for name, column in (("a", "text"), ("b", "content")):
+        pyarrow.parquet.write_table(pyarrow.table({column: ["x"]}), tmp_path / f"{name}.parquet")
+    source = SourceConfig("parquet", str(tmp_path))
+    with pytest.raises(
+        DataError, match=r"text is not a column at row 1 of .*b\.parquet; .* content$"
+    ):
+        find_corpus("s", source)
+    find_corpus("s", source, "skip")  # drops its rows
+    empty = pyarrow.table({"content": pyarrow.array([], pyarrow.string())})
+    pyarrow.parquet.write_table(empty, tmp_path / "b.parquet")
+    find_corpus("s", source)

@@ -19,7 +19,7 @@ SURROGATE, REPLACED = "a\ud800b", "a\ufffdb"
 
 
 def read(source: SourceConfig, policy: Policy = "strict") -> list[Row]:
-    corpus = find_corpus("s", source)
+    corpus = find_corpus("s", source, policy)
     return [r for part in corpus.parts for r in rows(part, source, policy, corpus.dataset)]
 
 
