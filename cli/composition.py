@@ -19,11 +19,12 @@ from cli.arguments import (
     hydra_arguments,
     parse_options,
     plan_arguments,
+    schema_of,
     typed_files,
 )
 from cli.last_launch import register_resolvers, resolve_recipe, with_last_launch
 from cli.start_up import ResultStream
-from training.config_validation import ConfigError
+from training.config_validation import ConfigError, field_at, fields_of, shown
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -73,12 +74,40 @@ def compose_words(options: Options) -> "DictConfig":
     try:
         with initialize_config_dir(folders[0], version_base="1.3"):
             composed = compose(options.config_name, [*overrides, *search])
-            resolve_recipe(composed)
-            return composed
+            errors = list(_section_errors(composed, options.program))
+            if not errors:
+                resolve_recipe(composed)
     except YAMLError as error:
         raise ConfigError([_yaml_error(error)]) from None
     except (HydraException, OmegaConfBaseException, OSError, ValueError, AssertionError) as error:
         raise ConfigError([_composition_error(error, options)]) from None
+    if errors:
+        raise ConfigError(errors)
+    return composed
+
+
+def _section_errors(composed: "DictConfig", program: str) -> Iterator[str]:
+    """Yield an error for each section that has a value instead of keys."""
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(composed, resolve=False)
+    for name, annotation in fields_of(schema_of(program)).items():
+        keys = fields_of(annotation)
+        if keys and not isinstance(value := values.get(name, {}), dict):
+            inner = ", ".join(f"{name}.{key}" for key in keys)
+            yield f"{name}={shown(value)} is not a section; set its keys: {inner}"
+
+
+def interpolation_error(error: Any) -> str:
+    """Return an error of OmegaConf about a `${…}` as key, rule and remedy."""
+    text = str(error).splitlines()[0]
+    if missing := re.search(r"Interpolation key '([^']*)' not found", text):
+        rule = f"refers to {missing[1]}, which is not a key"
+        return f"{error.full_key} {rule}; use a value, or a key of --cfg job"
+    if missing := re.search(r"Environment variable '([^']*)' not found", text):
+        rule = f"refers to the environment variable {missing[1]}, which is not set"
+        return f"{error.full_key} {rule}; use a value, or run: export {missing[1]}=…"
+    return f"{error.full_key} has a ${{…}} that cannot be resolved ({text}); use a value"
 
 
 def print_and_exit(text: str) -> None:
@@ -111,8 +140,7 @@ def _as_yaml(composed: "DictConfig", options: Options) -> str:
     try:
         text = OmegaConf.to_yaml(part, resolve="resolve" in options.flags)
     except OmegaConfBaseException as error:
-        key = error.full_key or "--resolve"
-        raise ConfigError([f"{key}: {str(error).splitlines()[0]}"]) from None
+        raise ConfigError([interpolation_error(error)]) from None
     header = f"# @package {package}\n" if package else ""
     return f"{header}{text}".removesuffix("\n")
 
@@ -144,6 +172,10 @@ def _composition_error(error: BaseException, options: Options) -> str:
     text = " ".join(str(error if str(error) else error.__cause__).split())
     if deleted := re.match(r"Could not delete from config. '([^']+)' does not exist", text):
         return f"~{deleted[1]} deletes a key that is not set; remove this argument"
+    if merged := re.match(r"Error merging override \+*([\w.]+)=(.*)", text):  # a list
+        known = fields_of(field_at(schema_of(options.program), merged[1]))
+        inner = ", ".join(f"{merged[1]}.{key}" for key in known)
+        return f"{merged[1]}={merged[2]} is not a section; set its keys: {inner}"
     if isinstance(error, UnicodeDecodeError):
         files = [path for folder in options.folders for path in folder.rglob("*.yaml")]
         damaged = [path for path in files if "\ufffd" in path.read_bytes().decode(errors="replace")]

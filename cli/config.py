@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cli.arguments import PROMPTS, explicit_keys
-from cli.last_launch import register_resolvers
+from cli.composition import interpolation_error
+from cli.last_launch import interpolations, register_resolvers
 from data.config import PrepareJobConfig
 from data.errors import DataError
 from evaluation.config import EvaluateJobConfig, GenerateJobConfig
@@ -220,7 +221,7 @@ def _load(
         try:
             values = _resolve(_with_tokenizer(composed, values), schema)
         except OmegaConfBaseException as error:
-            errors = [f"{error.full_key}: {str(error).splitlines()[0]}"]
+            errors = [interpolation_error(error)]
         except DataError as error:
             errors = [str(error)]
         rename_keys(values, renamed)
@@ -228,7 +229,10 @@ def _load(
         if is_first_process():
             print(f"Warning: {old} is deprecated; use {new}", file=sys.stderr, flush=True)
     if not errors:
-        config = validate(values, schema, (*applied, *_text_rules(values, schema)))
+        try:
+            config = validate(values, schema, (*applied, *_text_rules(values, schema)))
+        except ConfigError as error:
+            raise ConfigError(_without_derived(error.errors, composed)) from None
         if "data" in values and "tokenizer" in values:
             data = with_existing_folder(config.data, config.tokenizer)  # type: ignore[attr-defined]
             config = dataclasses.replace(config, data=data)  # type: ignore[type-var]
@@ -239,6 +243,19 @@ def _load(
     except ConfigError as error:
         errors += [each for each in error.errors if each.startswith("Unknown key")]
     raise ConfigError(errors)
+
+
+def _without_derived(errors: Sequence[str], composed: DictConfig) -> list[str]:
+    """Return errors without those of values that follow from another key with an error.
+
+    `optim.schedule_steps` is `${train.max_steps}` by default.
+    """
+    values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
+    invalid = {re.split(r"[=\[ ]", error, maxsplit=1)[0] for error in errors}
+    derived = {
+        key for key, text in interpolations(values) if invalid & {*re.findall(r"[\w.]+", text)}
+    }
+    return [error for error in errors if error.partition("=")[0] not in derived]
 
 
 def _resolve(composed: DictConfig, schema: type[Any]) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def merge(now: dict[str, Any], last: dict[str, Any], explicit: set[str]) -> dict
         explicit: Typed keys; one that `now` lacks was deleted.
     """
     merged = _known(_literal(last), now, JobConfig)
-    for key, text in _interpolations(now):
+    for key, text in interpolations(now):
         # `optim.schedule_steps=${train.max_steps}` follows a typed max_steps if it did so before.
         if _get(last, key) == _resolved(text, last):
             _set(merged, key, text)
@@ -286,7 +286,8 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _interpolations(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def interpolations(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the keys whose values refer to other keys, with the unresolved text."""
     for key in _leaves(values):
         value = _get(values, key)
         # A function's value, such as that of a recipe, is a default: the run's own value counts.

@@ -187,15 +187,15 @@ def _message(prefix: str, key: str, items: list[Any], schema: Any, values: Any) 
         )
     if kind == "dataclass_type":
         inner = ", ".join(f"{name}.{each}" for each in fields_of(annotations[-1]))
-        return f"{name}={_shown(value)} is not a section; set its keys: {inner}"
+        return f"{name}={shown(value)} is not a section; set its keys: {inner}"
     if kind == "missing":
         above, inside, _ = name.partition("[")
         add = f"it to the list {above}" if inside else f"{name}=… to the command"
         return f"{name} has no value; add {add}"
     if isinstance(value, bool):
-        return f"{name}={_shown(value)} {NOT_A_NUMBER}"
+        return f"{name}={shown(value)} {NOT_A_NUMBER}"
     if [each["type"] for each in items] == ["list_type"] and (value is None or value == ""):
-        return f"{name}={_shown(value)} is not a list; use {name}=[], or a list of values"
+        return f"{name}={shown(value)} is not a list; use {name}=[], or a list of values"
     if [each["type"] for each in items] == ["list_type"] and isinstance(value, str):
         return f"{name}={value!r} is not a list; use '{name}=[{json.dumps(value)}]'"
     pairs = [_rule_and_remedy(each) for each in items]
@@ -205,7 +205,7 @@ def _message(prefix: str, key: str, items: list[Any], schema: Any, values: Any) 
         remedy = remedy.replace("a valid list", f"a list: {name}=[{value}]")
     if annotations and type(None) in _members(annotations[-1]):
         remedy = remedy.replace(" or ", ", ") + " or null"  # "a, b or c" becomes "a, b, c or null"
-    return f"{name}={_shown(value)} {rule}; use {remedy}"
+    return f"{name}={shown(value)} {rule}; use {remedy}"
 
 
 def _unknown_key(prefix: str, key: str, known: Iterable[str], keys: Sequence[str]) -> str:
@@ -254,7 +254,7 @@ def _rule_and_remedy(item: Any) -> tuple[str, str]:
     return rule.format(limit), remedy.format(limit).replace("'", "")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a value in command-line syntax."""
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
@@ -262,7 +262,7 @@ def _shown(value: Any) -> str:
 def _booleans_as_numbers(key: str, given: Any, validated: Any) -> Iterator[str]:
     """Yield an error for each true or false that pydantic has converted to 1 or 0."""
     if isinstance(given, bool) and not isinstance(validated, bool):
-        yield f"{key}={_shown(given)} {NOT_A_NUMBER}"
+        yield f"{key}={shown(given)} {NOT_A_NUMBER}"
     elif isinstance(given, dict):
         for name, value in given.items():
             fields = validated if isinstance(validated, dict) else vars(validated)

@@ -313,6 +313,29 @@ def test_text_that_would_be_another_path_is_rejected(word: str, remedy: str) -> 
     assert any(remedy in error for error in raised.value.errors)
 
 
+@pytest.mark.parametrize("value", ["3", "null", "abc", "${x}", "[1]"])
+@pytest.mark.parametrize("section", ["run", "train", "log"])
+def test_value_of_a_section_is_rejected(section: str, value: str) -> None:
+    [error] = errors_of("train", f"{section}={value}")
+    assert (
+        error.startswith(f"{section}=") and f"is not a section; set its keys: {section}." in error
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "error"),
+    [
+        ("optim.lr=${train.max_step}", "optim.lr refers to train.max_step, which is not a key; "),
+        ("optim.lr=${oc.env:ABSENT}", "optim.lr refers to the environment variable ABSENT, "),
+        ("train.max_steps=100k", "train.max_steps='100k' has the wrong type; use "),
+    ],
+)
+def test_only_the_key_with_the_error_is_reported(word: str, error: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_train_config(compose_config("train", [word]))
+    assert [each.startswith(error) for each in raised.value.errors] == [True]
+
+
 def test_urls_are_rejected_by_the_other_programs() -> None:
     with pytest.raises(ConfigError, match="inspect=s3://runs is a URL"):
         load_prepare_config(compose_config("prepare", ["inspect=s3://runs"]))
