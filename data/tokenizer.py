@@ -9,11 +9,13 @@ import binascii
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -283,8 +285,24 @@ def _train_library_bpe(texts: Iterable[str], n_ranks: int) -> Any:
         vocab_size=n_ranks, initial_alphabet=alphabet, show_progress=False
     )
     segments = (segment for text in texts for segment in split_text(text))
-    tokenizer.train_from_iterator(segments, trainer)
+    _in_thread(lambda: tokenizer.train_from_iterator(segments, trainer))
     return tokenizer
+
+
+def _in_thread(function: Callable[[], Any]) -> None:
+    """Call library code that handles no signals, so that Ctrl-C interrupts it at once."""
+    errors: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def call() -> None:
+        try:
+            function()
+            errors.put(None)
+        except BaseException as error:  # re-raised in the calling thread
+            errors.put(error)
+
+    threading.Thread(target=call, daemon=True).start()  # does not outlive the process
+    if error := errors.get():
+        raise error
 
 
 def library_split() -> Any:

@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +22,7 @@ from data.preparation.splitting import is_validation
 from data.shards import TokenStream
 from data.tokenizer import (
     Tokenizer,
+    _in_thread,
     _train_library_bpe,
     load_tokenizer,
     model_file,
@@ -222,3 +225,26 @@ def test_error_for_missing_llama3_package_names_the_extra(monkeypatch: pytest.Mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="extra `llama3`"):
         ready_tokenizer(TokenizerConfig("llama3", 128_256))
+
+
+def test_interrupt_ends_library_code_that_handles_no_signals() -> None:
+    program = (
+        "import hashlib\n"
+        "from data.tokenizer import _in_thread\n"
+        "print('started', flush=True)\n"
+        "_in_thread(lambda: hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1))\n"  # minutes
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None and process.stdout.readline() == "started\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in errors
+    with pytest.raises(ZeroDivisionError):
+        _in_thread(lambda: 1 // 0)
