@@ -190,8 +190,9 @@ def validation_batches(
     """Return one data rank's batches of validation windows, by source.
 
     The sources have equal numbers of windows, evenly spaced over each split, so that they do not
-    come from its first documents only; fewer than `samples` if the split is smaller. Every rank gets the same number of batches of the same shape, so that all take
-    part in each collective; surplus rows have only labels of -100.
+    come from its first documents only; fewer than `samples` if the split is smaller. Every rank
+    gets the same number of batches of the same shape, so that all take part in each collective;
+    surplus rows have only labels of -100.
     """
     counts = {name: stream.n_windows(seq_len) for name, stream in dataset.validation.items()}
     alternating = (

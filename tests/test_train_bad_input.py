@@ -98,7 +98,7 @@ def test_all_configuration_errors_are_reported_together(rejected: Callable[..., 
     expected = [
         # misspelt keys, with a suggestion
         line_with(message, "Unknown key train.max_step.", "train.max_steps?"),
-        line_with(message, "Unknown key optmi.", "optim?"),
+        line_with(message, "Unknown key optmi.lr.", "optim.lr?"),
         # wrong types
         line_with(message, "optim.lr='fast'", "number"),
         line_with(message, "run.seed=1.5", "integer"),
