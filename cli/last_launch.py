@@ -18,12 +18,15 @@ from parallel.mesh import is_first_process
 from resilience.run_folder import RunFolder
 from training.config import JobConfig
 from training.config_validation import ConfigError, fields_of
+from training.key_suggestions import alternatives
 from training.resume_policy import policy_of
+from training.run_folder_check import check_path
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 MAX_SHOWN = 6
+NEW_RUN = "for a new run with the default configuration, add model=llama3_tiny"
 OF_THIS_LAUNCH = ("run.dir", "run.allow_changes")  # never taken from the last one
 GROUPS = ("model", "data", "tokenizer")
 MESH = tuple(
@@ -64,6 +67,7 @@ def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
     left no checkpoint and the command selects groups, or the folder only by default.
 
     Raises:
+        ConfigError: Only `run.dir` is typed, and there is no earlier launch.
         ConfigError: A typed group differs from the one of the run.
         RunFolderError: The configuration of the run is damaged.
     """
@@ -77,7 +81,7 @@ def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
     last = folder.last_config()
     explicit = typed_keys(options)
     if not last:
-        _check_spelling(folder.path, explicit)
+        _check_has_run(folder.path, explicit)
         return composed
     now = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
     if folder.committed_steps():
@@ -96,27 +100,26 @@ def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
     return result
 
 
-def _check_spelling(path: Path, explicit: set[str]) -> None:
-    """Reject a folder without a run if only `run.dir` is typed and a run has a similar name.
-
-    Names that differ in numbers only (`exp1`, `exp2`) are different runs.
+def _check_has_run(path: Path, explicit: set[str]) -> None:
+    """Reject a folder without a run if `run.dir` is the only key: the command should resume one.
 
     Raises:
-        ConfigError: The name is probably misspelt.
+        ConfigError: The folder has no earlier launch.
+        RunFolderError: The path is a file or a checkpoint.
     """
     if explicit != {"run.dir"}:
         return
-    runs = [each.parent.name for each in path.parent.glob("*/config.yaml")]
-    without_numbers = re.sub(r"\d+", "", path.name)
-    runs = [name for name in runs if re.sub(r"\d+", "", name) != without_numbers]
-    if near := get_close_matches(path.name, runs, n=1, cutoff=0.7):
-        raise ConfigError(
-            [
-                f"run.dir={path} has no run to resume; did you mean run.dir="
-                f"{path.parent / near[0]}? To start a new run with the default configuration, add "
-                "model=llama3_tiny"
-            ]
-        )
+    check_path(path)
+    inner, siblings = (
+        [each.parent for each in root.glob("*/config.yaml")] for root in (path, path.parent)
+    )
+    near = get_close_matches(path.name, [each.name for each in siblings], n=1, cutoff=0.7)
+    meant = [*sorted(inner)[:MAX_SHOWN], *(path.parent / name for name in near)]
+    hint = f"did you mean {alternatives([f'run.dir={each}' for each in meant])}? " if meant else ""
+    rule = (
+        "has no run to resume" if path.exists() else "does not exist, so there is no run to resume"
+    )
+    raise ConfigError([f"run.dir={path} {rule}; {hint}{NEW_RUN}"])
 
 
 def typed_keys(options: Options) -> set[str]:

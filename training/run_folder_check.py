@@ -34,7 +34,7 @@ def check_run_folder(
         RunFolderError: The path is not that of a run folder, a change is not allowed, saved
             checkpoints are missing, or `run.resume=never` although the folder has checkpoints.
     """
-    _check_path(folder.path)
+    check_path(folder.path)
     steps = folder.committed_steps()
     newest = folder.newest_manifest()
     previous = folder.last_config()
@@ -66,8 +66,12 @@ def check_run_folder(
     return changes
 
 
-def _check_path(path: Path) -> None:
-    """Check that `run.dir` is neither a file nor a checkpoint of a run."""
+def check_path(path: Path) -> None:
+    """Check that `run.dir` is neither a file nor a checkpoint of a run.
+
+    Raises:
+        RunFolderError: It is.
+    """
     existing = next((each for each in (path, *path.parents) if each.exists()), path)
     if existing.exists() and not existing.is_dir():
         within = "is" if existing == path else f"is below {existing},"

@@ -63,17 +63,30 @@ def test_checkpoints_of_the_run_replace_the_one_it_started_from(folder: RunFolde
     assert load(folder).run.resume == "runs/other/checkpoints/step-00000001"
 
 
-def test_misspelt_run_is_not_a_new_run_with_the_default_configuration(folder: RunFolder) -> None:
+def test_run_dir_alone_without_a_run_is_not_a_new_run_with_the_default_configuration(
+    folder: RunFolder,
+) -> None:
     source = folder.path.with_name("books")
     folder.path.rename(source)
 
-    def load_from(name: str, *words: str) -> JobConfig:
-        return load(RunFolder(source.with_name(name)), *words)
+    def load_from(path: Path, *words: str) -> JobConfig:
+        return load(RunFolder(path), *words)
 
-    with pytest.raises(ConfigError, match=f"no run to resume; did you mean run.dir={source}"):
-        load_from("boks")
-    assert load_from("boks", "model=llama3_tiny").optim.lr == 4e-3
-    assert load_from("another").optim.lr == load_from("books2").optim.lr == 4e-3
+    for name, hint in (
+        ("boks", f"; did you mean run.dir={source}\\?"),
+        ("books2", f"; did you mean run.dir={source}\\?"),
+        ("another", "; for a new run"),
+    ):
+        path = source.with_name(name)
+        with pytest.raises(
+            ConfigError, match=f"run.dir={path} does not exist.*{hint}.*, add model="
+        ):
+            load_from(path)
+    with pytest.raises(ConfigError, match=f"has no run to resume; did you mean run.dir={source}"):
+        load_from(source.parent)
+    with pytest.raises(RunFolderError, match=f"use run.dir={source} to resume"):
+        load_from(source / "checkpoints" / "step-00000005")
+    assert load_from(path, "model=llama3_tiny").optim.lr == 4e-3  # the remedy
 
 
 @pytest.mark.parametrize("lost", ["missing", "", "{", "[1]", "a: 1", "train: 1"])
