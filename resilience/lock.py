@@ -162,7 +162,6 @@ def acquire_lock(folder: RunFolder, report: Callable[[str], None]) -> RunLock:
     path = folder.path / "lock"
     lock = None
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
         while lock is None:
             descriptor, has_kernel_lock = _open_locked(path)
             try:
@@ -181,6 +180,7 @@ def _open_locked(path: Path) -> tuple[int, bool]:
 
     deadline = time.monotonic() + RETRY_SECONDS
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)  # its holder may have abandoned it
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             if lock_descriptor(descriptor, blocking=False):

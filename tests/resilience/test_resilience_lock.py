@@ -209,6 +209,18 @@ def test_clean_exit_removes_the_lock_file(folder: RunFolder, held: "subprocess.P
     assert list(folder.path.iterdir()) == []
 
 
+def test_folder_that_its_holder_abandons_is_locked_by_the_next_run(
+    folder: RunFolder, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = start("import threading; threading.Timer(0.4, held.abandon).start()")
+    let_lock(holder)
+    monkeypatch.setattr(lock, "RETRY_SECONDS", TIMEOUT_SECONDS)
+    mine, _ = acquire(folder)
+    assert Holder.read(folder.path / "lock") == mine.holder
+    mine.abandon()
+    assert not folder.path.exists()
+
+
 def test_file_removed_between_open_and_flock_is_not_a_lock(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
