@@ -5,6 +5,7 @@ file nor line. Errors of Hydra, OmegaConf and YAML become a `ConfigError`. Hydra
 there is something to compose, so that `--help` is fast.
 """
 
+import copy
 import os
 import re
 import sys
@@ -24,7 +25,9 @@ from cli.arguments import (
 )
 from cli.last_launch import register_resolvers, resolve_recipe, with_last_launch
 from cli.start_up import ResultStream
+from data.errors import DataError
 from training.config_validation import ConfigError, field_at, fields_of, shown
+from training.tokenizer_choice import DEFAULT_FOLDER, tokenizer_overrides
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -44,6 +47,10 @@ def compose_config(program: str, arguments: Sequence[str]) -> "DictConfig":
         print_and_exit(help_text(program) if "help" in options.flags else version_text())
     composed = compose_words(options)
     if "--cfg" in options.values:
+        try:
+            composed = with_tokenizer(composed, options.words)
+        except DataError as error:
+            raise ConfigError([str(error)]) from None
         print_and_exit(_as_yaml(composed, options))
     typed = explicit_keys(options.words)
     if program == "train" or (program == "plan" and typed & {"run.dir", "run.name"}):
@@ -83,6 +90,30 @@ def compose_words(options: Options) -> "DictConfig":
         raise ConfigError([_composition_error(error, options)]) from None
     if errors:
         raise ConfigError(errors)
+    return composed
+
+
+def with_tokenizer(composed: "DictConfig", arguments: Sequence[str]) -> "DictConfig":
+    """Return the configuration with the tokenizer of `run.init_from` or `tokenizer.path`.
+
+    Args:
+        arguments: The command line, whose keys have precedence.
+
+    Raises:
+        DataError: The tokenizer cannot be read, or differs from the explicit keys.
+    """
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(composed, resolve=False)
+    if not isinstance(tokenizer := values.get("tokenizer"), dict):
+        return composed
+    init_from, run_dir = (OmegaConf.select(composed, key) for key in ("run.init_from", "run.dir"))
+    overrides = tokenizer_overrides(tokenizer, explicit_keys(arguments), init_from, run_dir)
+    if values.get("data", {}).get("folder") != DEFAULT_FOLDER:
+        overrides.pop("data.folder", None)
+    composed = copy.deepcopy(composed)
+    for key, value in overrides.items():
+        OmegaConf.update(composed, key, value, force_add=True)
     return composed
 
 

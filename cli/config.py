@@ -5,7 +5,6 @@ keys reported, and the rest is left to `training.config_validation`. The planner
 `plan.py` only, since `--help` should be fast.
 """
 
-import copy
 import dataclasses
 import os
 import re
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cli.arguments import PROMPTS, explicit_keys
-from cli.composition import interpolation_error
+from cli.arguments import PROMPTS
+from cli.composition import interpolation_error, with_tokenizer
 from cli.last_launch import interpolations, register_resolvers
 from data.config import PrepareJobConfig
 from data.errors import DataError
@@ -43,11 +42,7 @@ from training.config_validation import (
 )
 from training.config_warnings import config_warnings
 from training.initial_weights import check_initial_weights
-from training.tokenizer_choice import (
-    DEFAULT_FOLDER,
-    tokenizer_overrides,
-    with_existing_folder,
-)
+from training.tokenizer_choice import with_existing_folder
 
 if TYPE_CHECKING:
     from planning.config import PlanJobConfig
@@ -219,7 +214,7 @@ def _load(
     errors += _missing_values(values)
     if not errors:
         try:
-            values = _resolve(_with_tokenizer(composed, values), schema)
+            values = _resolve(with_tokenizer(composed, sys.argv[1:]), schema)
         except OmegaConfBaseException as error:
             errors = [interpolation_error(error)]
         except DataError as error:
@@ -272,20 +267,6 @@ def _resolve(composed: DictConfig, schema: type[Any]) -> dict[str, Any]:
     # Values that refer to max_steps, such as optim.schedule_steps, follow.
     derived = OmegaConf.merge(composed, {"train": {"max_steps": steps}})
     return cast(dict[str, Any], OmegaConf.to_container(derived, resolve=True))
-
-
-def _with_tokenizer(composed: DictConfig, values: dict[str, Any]) -> DictConfig:
-    """Return the configuration with the tokenizer of `run.init_from` or `tokenizer.path`."""
-    if not isinstance(tokenizer := values.get("tokenizer"), dict):
-        return composed
-    init_from, run_dir = (OmegaConf.select(composed, key) for key in ("run.init_from", "run.dir"))
-    overrides = tokenizer_overrides(tokenizer, explicit_keys(sys.argv[1:]), init_from, run_dir)
-    if values.get("data", {}).get("folder") != DEFAULT_FOLDER:
-        overrides.pop("data.folder", None)
-    composed = copy.deepcopy(composed)
-    for key, value in overrides.items():
-        OmegaConf.update(composed, key, value, force_add=True)
-    return composed
 
 
 EXPANDED = ("checkpoint", "run.init_from", "run.resume", "tokenizer.path", "tokenizer_path")

@@ -81,7 +81,7 @@ def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
     last = folder.last_config()
     explicit = typed_keys(options)
     if not last:
-        _check_has_run(folder.path, explicit)
+        _check_has_run(str(composed.run.dir), explicit)
         return composed
     now = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
     if folder.committed_steps():
@@ -100,15 +100,17 @@ def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
     return result
 
 
-def _check_has_run(path: Path, explicit: set[str]) -> None:
+def _check_has_run(text: str, explicit: set[str]) -> None:
     """Reject a folder without a run if `run.dir` is the only key: the command should resume one.
 
     Raises:
         ConfigError: The folder has no earlier launch.
         RunFolderError: The path is a file or a checkpoint.
     """
-    if explicit != {"run.dir"}:
+    # Validation reports an empty text, a tilde and a URL.
+    if explicit != {"run.dir"} or re.match(r"\s*$|~|[A-Za-z][\w+.-]+:/", text):
         return
+    path = Path(text)
     check_path(path)
     inner, siblings = (
         [each.parent for each in root.glob("*/config.yaml")] for root in (path, path.parent)

@@ -28,6 +28,10 @@ def word_errors(
     """Yield an error for each argument that is not `key=value`, with a suggestion."""
     keys = list(known_keys(schema))
     rest = list(words)
+    if written := _named_paths(words, program):
+        positional = list(itertools.takewhile(_is_bare, words))
+        del rest[: len(positional)]
+        yield f"{shlex.join(positional)} without keys; write {written}"
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
@@ -57,11 +61,49 @@ def word_errors(
             yield f"{shown} is not a key: {explained}"
         elif candidates and (parts or switch):
             given = "".join(parts).removeprefix("=") or "false"
-            written = alternatives([shlex.quote(f"{each}={given}") for each in candidates])
+            pairs = [f"{each}={_text_value(schema, each, given)}" for each in candidates]
+            written = alternatives(list(map(shlex.quote, pairs)))
             yield f"{shown} is not key=value; write {written}"
         else:
             meant = [f"{each}={_default(schema, each)}" for each in candidates]
             yield _word_error(word, shown, program, schema, folders, meant)
+
+
+POSITIONAL = {
+    "evaluate": ("checkpoint",),
+    "generate": ("checkpoint", "prompt"),
+    "convert": ("checkpoint", "target"),
+}
+
+
+def _named_paths(words: Sequence[str], program: str) -> str | None:
+    """Return arguments for a command line that starts with paths, without their keys."""
+    bare = list(itertools.takewhile(_is_bare, words))
+    if not bare or not Path(bare[0]).exists():
+        return None
+    names = POSITIONAL.get(program, ())
+    if names and len(bare) <= len(names):
+        return shlex.join(f"{key}={word}" for key, word in zip(names, bare, strict=False))
+    path = Path(bare[0])
+    if names or len(bare) > 1:
+        return None
+    if path.suffix in (".yaml", ".yml"):
+        return "experiment=NAME, with --config-dir DIR for a folder with your own experiment/*.yaml"
+    if (path / "config.yaml").exists():
+        return shlex.quote(f"{'inspect' if program == 'prepare' else 'run.dir'}={path}")
+    words = ["data=text", f"data.name={path.stem}", f"data.sources.text.path={path}"]
+    return f"{shlex.join(words)} for your own text"
+
+
+def _is_bare(word: str) -> bool:
+    """Return whether a word is neither an option nor contains a key."""
+    return "=" not in word and not word.startswith(("-", "~"))
+
+
+def _text_value(schema: Any, key: str, given: str) -> str:
+    """Return the value of a switch for its key, which may hold a text such as a project's name."""
+    kind = takes_text(schema, key) if given in ("true", "false") else None
+    return given if kind is None else "null" if given == "false" and kind == "optional" else "NAME"
 
 
 def _candidates(name: str, program: str, schema: Any) -> list[str]:

@@ -269,7 +269,10 @@ def profile_errors(log: LogConfig, train: TrainConfig) -> Iterator[str]:
 
 
 def wandb_errors(log: LogConfig) -> Iterator[str]:
-    """Yield an error if W&B is requested and not installed."""
+    """Yield an error if W&B is requested and not installed, or the project is a boolean."""
+    if str(log.wandb).lower() in ("true", "false"):
+        yield f"log.wandb={log.wandb} is not the name of a project; use log.wandb=llamesh, or null"
+        return
     spec = importlib.util.find_spec("wandb") if log.wandb is not None else None
     # A folder `wandb`, which W&B creates in its working directory, is a package without an origin.
     if log.wandb is not None and (spec is None or spec.origin is None):

@@ -10,6 +10,7 @@ import difflib
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from types import UnionType
@@ -203,9 +204,25 @@ def _message(prefix: str, key: str, items: list[Any], schema: Any, values: Any) 
     remedy = " or ".join(remedy for _, remedy in pairs)
     if isinstance(value, str | int | float):
         remedy = remedy.replace("a valid list", f"a list: {name}=[{value}]")
+        for ending, unit in UNITS.items():
+            if name.endswith(ending):
+                remedy = remedy.replace("a valid number", f"a number of {unit}")
+        remedy = remedy.replace("a valid integer", _without_suffix(name, str(value)))
     if annotations and type(None) in _members(annotations[-1]):
         remedy = remedy.replace(" or ", ", ") + " or null"  # "a, b or c" becomes "a, b, c or null"
     return f"{name}={shown(value)} {rule}; use {remedy}"
+
+
+SUFFIXES = {"k": "e3", "M": "e6", "B": "e9", "G": "e9", "T": "e12"}
+UNITS = {"time_limit": "minutes", "_minutes": "minutes", "_seconds": "seconds"}  # by key
+
+
+def _without_suffix(name: str, value: str) -> str:
+    """Return the remedy for an integer, written as the number if it has a suffix such as 15T."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)([kMBGT])", value)
+    if number is None or name.endswith("seq_len"):  # whose 8k is 8,192
+        return "a valid integer"
+    return f"{name}={number[1]}{SUFFIXES[number[2]]}"
 
 
 def _unknown_key(prefix: str, key: str, known: Iterable[str], keys: Sequence[str]) -> str:

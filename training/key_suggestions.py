@@ -40,6 +40,7 @@ OTHER_NAMES = {  # key: its names elsewhere; only keys of the program are sugges
     "max_length max_seq_length block_size ctx_len n_ctx",
     "train.max_grad_norm": "grad_clip clip_grad clip_grad_norm grad_clip_norm gradient_clipping "
     "gradient_clip gradient_clip_val max_norm clip",
+    "optim.optimizer": "optim_name optim_type optimizer_name optimizer_type",
     "optim.lr": "learning_rate max_lr peak_lr base_lr",
     "optim.weight_decay": "wd",
     "optim.eps": "adam_epsilon adam_eps epsilon",
@@ -57,6 +58,7 @@ OTHER_NAMES = {  # key: its names elsewhere; only keys of the program are sugges
     "log.interval": "log_interval logging_steps logging_interval logging_freq log_every log_freq "
     "log_steps print_every log_every_n_steps",
     "log.wandb": "wandb_project project",
+    "hardware.price_per_hour": "price cost cost_per_hour gpu_price hourly_price price_per_gpu_hour",
     "devices": "num_gpus n_gpus ngpus gpus num_devices n_devices world_size",
     "parallel.devices": "num_gpus n_gpus ngpus gpus num_devices n_devices gpus_per_node nproc "
     "nproc_per_node ntasks_per_node devices_per_node",
@@ -127,7 +129,8 @@ EXPLANATIONS = {  # names without a key: the reason and the remedy
     "use_compile torch_compile_backend torch_compile_mode": "blocks are compiled with inductor; "
     "use parallel.compile=true",
     "gradient_checkpointing activation_checkpointing use_checkpoint recompute "
-    "recompute_granularity grad_checkpointing": "recomputation has levels; use "
+    "recompute_granularity grad_checkpointing activation_checkpoint_mode "
+    "activation_checkpointing_mode ac_mode ac": "recomputation has levels; use "
     "parallel.activation_checkpoint=full, selective or none",
     "flash flash_attn flash_attention use_flash_attn use_flash_attention attn_implementation "
     "sdp_backend": "the fastest attention kernel of the device is selected; use "

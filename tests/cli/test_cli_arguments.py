@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from cli.arguments import hydra_arguments, parse_options, schema_of
 from cli.composition import compose_config, compose_words
-from cli.config import load_prepare_config, load_train_config
+from cli.config import load_plan_config, load_prepare_config, load_train_config
 from cli.groups import group_files, groups_of
 from cli.help import help_text
 from training.config_validation import ConfigError, field_at, known_keys, takes_text
@@ -184,6 +184,8 @@ def test_other_arguments_are_explained(words: list[str], parts: list[str]) -> No
         ("training.steps", "train.max_steps"),
         ("trainingSteps", "train.max_steps"),
         ("model.hidden_dim", "model.dim or model.ffn_dim"),
+        ("optim.name", "optim.optimizer"),
+        ("optim.type", "optim.optimizer"),
     ],
 )
 def test_key_without_its_section_suggests_every_key_of_that_name(key: str, meant: str) -> None:
@@ -327,13 +329,63 @@ def test_value_of_a_section_is_rejected(section: str, value: str) -> None:
     [
         ("optim.lr=${train.max_step}", "optim.lr refers to train.max_step, which is not a key; "),
         ("optim.lr=${oc.env:ABSENT}", "optim.lr refers to the environment variable ABSENT, "),
-        ("train.max_steps=100k", "train.max_steps='100k' has the wrong type; use "),
+        (
+            "train.max_steps=100k",
+            "train.max_steps='100k' has the wrong type; use train.max_steps=100e3",
+        ),
+        (
+            "train.max_tokens=1.5T",
+            "train.max_tokens='1.5T' has the wrong type; use train.max_tokens=1.5e12 or null",
+        ),
+        ("train.seq_len=8k", "train.seq_len='8k' has the wrong type; use a valid integer"),
+        (
+            "run.time_limit=1:00",
+            "run.time_limit='1:00' has the wrong type; use a number of minutes",
+        ),
     ],
 )
 def test_only_the_key_with_the_error_is_reported(word: str, error: str) -> None:
     with pytest.raises(ConfigError) as raised:
         load_train_config(compose_config("train", [word]))
     assert [each.startswith(error) for each in raised.value.errors] == [True]
+
+
+def test_number_of_a_remedy_is_accepted() -> None:
+    assert (
+        load_train_config(compose_config("train", ["train.max_steps=100e3"])).train.max_steps
+        == 10**5
+    )
+    with pytest.raises(ConfigError, match="Did you mean hardware"):
+        load_plan_config(compose_config("plan", ["price=2"]))
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "written"),
+    [
+        ("convert", ["run", "out"], "checkpoint=run target=out"),
+        ("evaluate", ["run"], "checkpoint=run"),
+        ("generate", ["run", "a b"], "checkpoint=run 'prompt=a b'"),
+        ("train", ["run"], "run.dir=run"),
+        ("prepare", ["run"], "inspect=run"),
+        ("train", ["kjv.txt"], "data=text data.name=kjv data.sources.text.path=kjv.txt for"),
+        ("train", ["my.yaml"], "experiment=NAME"),
+    ],
+)
+def test_path_without_a_key_gets_the_one_it_is_meant_for(
+    program: str, words: list[str], written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    for file in ("run/config.yaml", "kjv.txt", "my.yaml"):
+        Path(file).touch()
+    [error] = errors_of(program, *words)
+    assert f"without keys; write {written}" in error
+    assert "without keys" not in errors_of(program, "absent")[0]
+
+
+def test_switch_for_a_text_gets_a_name_or_null() -> None:
+    assert errors_of("train", "--wandb", "true")[0].endswith("write log.wandb=NAME")
+    assert errors_of("train", "--no-wandb")[0].endswith("write log.wandb=null")
 
 
 def test_urls_are_rejected_by_the_other_programs() -> None:

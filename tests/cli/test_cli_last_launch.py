@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from run_config import changed, commit
 
 from cli.composition import compose_config
@@ -137,6 +138,20 @@ def test_same_command_resumes_a_run_with_a_tokenizer_file(
     assert load(folder, *command) == first
     with pytest.raises(ConfigError, match="tokenizer=byte is not the tokenizer of the run"):
         load(folder, *START, "tokenizer=byte")
+
+
+def test_cfg_job_prints_the_tokenizer_of_the_initial_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(model_file(train_bpe(["to be or not " * 9], 275).ranks))
+    for words, size in (([], 275), (["tokenizer=byte"], 272)):
+        with pytest.raises(SystemExit):
+            compose_config("train", ["--cfg", "job", f"run.init_from={tmp_path}", *words])
+        assert yaml.safe_load(capsys.readouterr().out)["tokenizer"]["vocab_size"] == size
+    file.write_text("not a tokenizer")
+    with pytest.raises(ConfigError, match=r"tokenizer\.path="):
+        compose_config("train", ["--cfg", "job", f"tokenizer.path={file}"])
 
 
 def test_configuration_of_an_older_version_gets_todays_keys(folder: RunFolder) -> None:

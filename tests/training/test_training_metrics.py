@@ -280,6 +280,8 @@ def test_missing_wandb_names_the_extra(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(wandb_errors(LogConfig()))
     (error,) = wandb_errors(LogConfig(wandb="my-project"))
     assert "log.wandb=my-project" in error and "pip install '.[wandb]'" in error
+    (error,) = wandb_errors(LogConfig(wandb="true"))
+    assert "not the name of a project" in error
     log, warnings = open_log(tmp_path, wandb="my-project")
     log.write(record(1))
     assert len(warnings) == 1 and "W&B" in warnings[0] and "import of wandb" in warnings[0]
