@@ -36,7 +36,8 @@ class RopeScaling(ConfigSection):
         if not self.high_freq_factor > self.low_freq_factor:
             raise ValueError(
                 f"model.rope_scaling.high_freq_factor={self.high_freq_factor} is not above "
-                f"model.rope_scaling.low_freq_factor={self.low_freq_factor}; use 4.0 and 1.0"
+                f"model.rope_scaling.low_freq_factor={self.low_freq_factor}; use "
+                "model.rope_scaling.high_freq_factor=4 with model.rope_scaling.low_freq_factor=1"
             )
 
 
@@ -75,10 +76,11 @@ class ModelConfig(ConfigSection):
             return  # reported by the bounds of the fields
         errors = []
         if self.n_heads % self.n_kv_heads:
-            divisors = [str(n) for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
+            *most, last = [str(n) for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
+            divisors = f"{', '.join(most)} or {last}" if most else last
             errors.append(
                 f"model.n_heads={self.n_heads} is not a multiple of "
-                f"model.n_kv_heads={self.n_kv_heads}; use model.n_kv_heads={', '.join(divisors)}"
+                f"model.n_kv_heads={self.n_kv_heads}; use model.n_kv_heads={divisors}"
             )
         unit = 2 * self.n_heads  # RoPE rotates pairs of elements, so head_dim is even
         if self.dim % unit:

@@ -179,7 +179,7 @@ def test_mismatching_weights_are_rejected_with_both_values(
     assert "nowhere does not exist; use" in output
     both = [init_from, f"run.resume={folders['native']}", *SAME]
     output = run_rejected(fork_server, train_arguments(run, *both), run)
-    assert "loads weights only; use one of them" in output
+    assert "loads weights only; use run.resume=auto or" in output
     weights_only = train_arguments(run, f"run.resume={folders['native']}", *SAME)
     assert "has weights only, without optimizer state" in run_rejected(
         fork_server, weights_only, run

@@ -42,7 +42,8 @@ def run_errors(run: RunConfig) -> Iterator[str]:
     if run.init_from is not None and run.resume not in ("auto", "never"):
         yield (
             f"run.resume={run.resume} loads a checkpoint with its optimizer and "
-            f"run.init_from={run.init_from} loads weights only; use one of them"
+            f"run.init_from={run.init_from} loads weights only; use run.resume=auto or "
+            "run.init_from=null"
         )
 
 
@@ -51,7 +52,8 @@ def parallel_errors(parallel: ParallelConfig) -> Iterator[str]:
     if isinstance(budget, float) and not parallel.compile:
         yield (
             f"parallel.activation_checkpoint={budget} is a memory budget of the compiler, but "
-            "parallel.compile=false; use parallel.compile=true, or none, selective or full"
+            "parallel.compile=false; use parallel.compile=true, or "
+            "parallel.activation_checkpoint=none, selective or full"
         )
 
 
@@ -102,10 +104,13 @@ def data_errors(data: DataConfig) -> Iterator[str]:
         return
     key = f"data.stream_shards={data.stream_shards}"
     if [source.format for source in data.sources.values()] != ["huggingface"]:
-        yield f"{key} needs exactly one source, of format huggingface; use one or null"
+        yield f"{key} needs exactly one source, of format huggingface; use data.stream_shards=null"
     for name in ("packing", "shuffle_block_tokens", "stages"):
         if getattr(data, name):
-            yield f"{key} cannot be combined with data.{name}; set one of them to null"
+            yield (
+                f"{key} cannot be combined with data.{name}; use data.stream_shards=null or "
+                f"data.{name}=null"
+            )
 
 
 def _source_errors(key: str, source: SourceConfig) -> Iterator[str]:
@@ -113,16 +118,17 @@ def _source_errors(key: str, source: SourceConfig) -> Iterator[str]:
     if kind == "stdlib" and source.path is not None:
         yield f"{key}.path={source.path} does not apply to format stdlib; use null"
     if kind != "stdlib" and not source.path:
-        needed = "a dataset name" if kind == "huggingface" else "a file, folder or glob"
-        yield f"{key}.path={source.path or 'null'} is missing for format {kind}; {needed}"
+        path = "the name of a dataset" if kind == "huggingface" else "a file, a folder or a glob"
+        yield f"{key}.path={source.path or 'null'} is missing for format {kind}; use {path}"
     if source.filter and kind in ("stdlib", "text"):
-        yield f"{key}.filter does not apply to format {kind}, whose rows are plain text; use null"
+        rule = f"does not apply to format {kind}, whose rows are plain text"
+        yield f"{key}.filter {rule}; use {key}.filter=null"
     for column, operator, value in source.filter or []:
         compares_list = operator in ("in", "not in")
         if compares_list != isinstance(value, list):
             yield (
-                f"{key}.filter ({column} {operator} {value}) has the wrong operand; {operator} "
-                f"compares with {'a list' if compares_list else 'one value'}"
+                f"{key}.filter ({column} {operator} {value}) has the wrong operand; use "
+                f"{'a list' if compares_list else 'one value'} with {operator}"
             )
     if kind == "stdlib" and source.split not in ("train", "all"):
         yield f"{key}.split={source.split} does not apply to format stdlib; use train"
@@ -133,7 +139,8 @@ def _source_errors(key: str, source: SourceConfig) -> Iterator[str]:
         )
     for name, unset in (("name", "null"), ("revision", "null"), ("streaming", "false")):
         if kind != "huggingface" and (value := getattr(source, name)):
-            yield f"{key}.{name}={value} does not apply to format {kind}; use {unset}"
+            shown = "true" if value is True else value
+            yield f"{key}.{name}={shown} does not apply to format {kind}; use {unset}"
 
 
 def _stage_order_errors(data: DataConfig) -> Iterator[str]:
@@ -154,10 +161,14 @@ def _stage_order_errors(data: DataConfig) -> Iterator[str]:
         weighted |= {name for name, weight in weights.items() if weight}
     for name, source in data.sources.items():
         if name not in weighted:
-            key = f"data.sources.{name}.weight={source.weight}"
-            yield f"{key} is 0 in every stage; give it a weight or remove the source"
+            key = f"data.sources.{name}"
+            yield (
+                f"{key}.weight={source.weight} is 0 in every stage; use {key}.weight=1, or remove "
+                f"the source with ~{key}"
+            )
     if weighted and not at_first:
-        yield "data.sources: all weights are 0 at the first sample; give one a weight"
+        weight = f"data.sources.{min(weighted)}.weight"
+        yield f"data.sources: all weights are 0 at the first sample; use {weight}=1"
 
 
 # ---------------------------------------------------------------- several sections
@@ -222,7 +233,7 @@ def stream_errors(
     if data.stream_shards is not None and tokenizer.name == "bpe" and tokenizer.path is None:
         yield (
             f"tokenizer.path=null of tokenizer bpe trains a tokenizer, but {key} prepares no "
-            "data; use tokenizer=llama3 or byte, or set tokenizer.path to a tokenizer.model"
+            "data; use tokenizer=llama3 or byte, or tokenizer.path=FILE with a tokenizer.model"
         )
 
 
@@ -230,7 +241,7 @@ def moment_errors(precision: PrecisionConfig, optim: OptimConfig) -> Iterator[st
     """Yield an error if the second moment cannot decay in its storage format."""
     if precision.optimizer_state == "bf16" and optim.betas[1] > MAX_BETA2_BF16:
         yield (
-            f"optim.betas={optim.betas} keeps bf16 second moments from decaying, because the "
+            f"optim.betas={list(optim.betas)} keeps bf16 second moments from decaying, because the "
             f"second is above {MAX_BETA2_BF16:.3f}; use precision.optimizer_state=fp32 or int8"
         )
 
@@ -257,7 +268,8 @@ def saving_errors(checkpoint: CheckpointConfig, faults: FaultsConfig) -> Iterato
     if faults.rewind_on_spike and interval is None and checkpoint.interval_minutes is None:
         yield (
             "faults.rewind_on_spike=true rewinds to a checkpoint, but none is saved before the "
-            "end; set checkpoint.interval or checkpoint.interval_minutes"
+            "end; use checkpoint.interval=500, checkpoint.interval_minutes=30 or "
+            "faults.rewind_on_spike=false"
         )
 
 
@@ -460,7 +472,7 @@ def device_errors(
         )
     if mesh.tp == 1:
         yield (
-            "parallel.async_tp=true has nothing to overlap with parallel.tp=1; use parallel.tp=8 "
+            "parallel.async_tp=true has nothing to overlap with parallel.tp=1; use parallel.tp=2 "
             "or parallel.async_tp=false"
         )
     if not parallel.compile:
@@ -576,7 +588,7 @@ def generate_errors(
         yield f"prompts={prompts} and prompt={prompt!r} are both given; use one of them"
     is_json = prompts is not None and prompts.lower().endswith(".jsonl")
     if system is not None and not (chat or is_json):
-        yield f"system={system!r} has no effect without chat=true; add it"
+        yield f"system={system!r} has no effect without chat=true; add chat=true"
     if chat and tokenizer_path is None:
         yield "tokenizer_path=null cannot encode the messages of chat=true; use tokenizer_path=auto"
     if chat and prompt == "":

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -56,12 +57,12 @@ def validate(
     Raises:
         ConfigError: unknown keys, wrong types, broken bounds and broken rules, all together.
     """
-    from pydantic import TypeAdapter, ValidationError  # 0.1 s that `--help` does not need
+    from pydantic import ValidationError  # 0.1 s that `--help` does not need
 
     config = None
     by_key: dict[str, list[Any]] = {}
     try:
-        config = TypeAdapter(schema).validate_python(values)
+        config = _adapter(schema).validate_python(values)  # type: ignore[arg-type]
     except ValidationError as error:
         for item in error.errors():  # a union reports one error per member
             by_key.setdefault(_dotted(item, values), []).append(item)
@@ -75,7 +76,7 @@ def validate(
         if name not in values:
             continue
         with suppress(ValidationError):  # reported above; unknown keys do not disable the rules
-            section = TypeAdapter(annotation).validate_python(values[name], extra="ignore")
+            section = _adapter(annotation).validate_python(values[name], extra="ignore")
             if wrong := [
                 *_booleans_as_numbers(prefix + name, values[name], section),
                 *_infinite(prefix + name, section),
@@ -90,6 +91,14 @@ def validate(
     if errors or config is None:
         raise ConfigError(errors)
     return config
+
+
+@cache
+def _adapter(annotation: Any) -> Any:
+    """Return pydantic's validator of a type, which takes longer to build than to apply."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(annotation)
 
 
 def annotations_along(schema: Any, path: Sequence[str]) -> Iterator[Any]:

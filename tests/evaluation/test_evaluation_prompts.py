@@ -65,7 +65,7 @@ def load(*arguments: str) -> GenerateJobConfig:
     ("arguments", "message"),
     [
         (["chat=true", "prompt="], "prompt='' is empty, but chat=true needs a message"),
-        (["prompt=x", "system=y"], "system='y' has no effect without chat=true; add it"),
+        (["prompt=x", "system=y"], "system='y' has no effect without chat=true; add chat=true"),
         (["stop=['']"], "stop[0]='' is empty"),
         (["stop=null"], "stop=null is not a list; use stop=[], or a list of values"),
         (["stop="], "stop='' is not a list; use stop=[], or a list of values"),
