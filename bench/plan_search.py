@@ -30,7 +30,7 @@ CASES = {
 }
 # Imports of a rank when its model is built.
 LIBRARIES = """
-import lightning.fabric, torch, torch.utils.tensorboard, train
+import lightning_fabric, torch, torch.utils.tensorboard, train
 import data.loader, model.llama, resilience.launch, checkpoint.saver, training.console
 import resilience.loss_monitor, training.optimizer, resilience.watchdog
 print(int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**30)

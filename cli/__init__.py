@@ -7,7 +7,7 @@ with the remedy, instead of a trace of the import that failed.
 import sys
 from importlib.util import find_spec
 
-REQUIRED = ("hydra", "omegaconf", "pydantic", "torch", "lightning", "tiktoken", "filelock", "isal")
+REQUIRED = ("hydra", "omegaconf", "pydantic", "torch", "lightning_fabric", "tiktoken", "isal")
 
 if missing := [name for name in REQUIRED if find_spec(name) is None]:
     sys.exit(

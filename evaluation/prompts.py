@@ -13,7 +13,7 @@ from evaluation.detokenizer import detokenize
 from model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     from data.tokenizer import Tokenizer
     from formats.instruct import ChatTemplate

@@ -12,10 +12,10 @@ from subprocess import Popen
 from typing import Any
 
 import torch
-from lightning.fabric.strategies import ModelParallelStrategy
-from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.fabric.strategies.parallel import ParallelStrategy
-from lightning.fabric.strategies.strategy import _BackwardSyncControl
+from lightning_fabric.strategies import ModelParallelStrategy
+from lightning_fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning_fabric.strategies.parallel import ParallelStrategy
+from lightning_fabric.strategies.strategy import _BackwardSyncControl
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 

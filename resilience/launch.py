@@ -14,8 +14,8 @@ import sys
 import warnings
 from functools import partial
 
-from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import (
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import (
     LightningEnvironment,
     SLURMEnvironment,
     TorchElasticEnvironment,
@@ -99,7 +99,7 @@ def silence_libraries() -> None:
     """
     for name in (
         "lightning",
-        "lightning.fabric",
+        "lightning_fabric",
         "lightning.pytorch",
         "torch.distributed",
         "torchao",  # kernels not built for this machine

@@ -22,7 +22,7 @@ import torch.distributed as dist
 PRELOADED = [
     *("train", "checkpoint.restore", "small_run"),
     *("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo.utils"),
-    *("lightning.fabric.strategies", "torch.profiler", "pytest", "hypothesis"),
+    *("lightning_fabric.strategies", "torch.profiler", "pytest", "hypothesis"),
 ]
 TIMEOUT_SECONDS = 600  # ten times the slowest launch on two slow cores
 

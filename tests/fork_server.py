@@ -34,7 +34,7 @@ TIMEOUT_SECONDS = 600  # of one launch; reached only by a hang
 # Modules that the programs import at start-up, including those imported inside functions.
 PRELOADED = (
     *("train", "evaluate", "prepare", "convert", "generate", "plan"),
-    *("torch", "lightning.fabric", "torch.distributed.checkpoint", "torch.utils.tensorboard"),
+    *("torch", "lightning_fabric", "torch.distributed.checkpoint", "torch.utils.tensorboard"),
     *("pydantic.main", "pydantic.dataclasses"),
     *("model.llama", "parallel.parallelize", "resilience.launch", "data.stream"),
     *("checkpoint.restore", "checkpoint.saver", "resilience.loss_monitor", "resilience.watchdog"),

@@ -26,15 +26,15 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("torch", "numpy", "datasets", "pyarrow", "fsspec", "zstandard", "isal", "xxhash"),
         *("tiktoken", "tokenizers", "llama_models", "filelock", "rich", "pydantic"),
     ),
-    "parallel": ("torch", "torchao", "lightning.fabric"),
-    "resilience": ("torch", "lightning.fabric", "filelock", "yaml"),
+    "parallel": ("torch", "torchao", "lightning_fabric"),
+    "resilience": ("torch", "lightning_fabric", "filelock", "yaml"),
     "checkpoint": ("torch", "xxhash", "filelock"),
     "formats": (
         *("torch", "safetensors", "tokenizers", "xxhash", "filelock", "pydantic", "jinja2"),
     ),
-    "evaluation": ("torch", "numpy", "lightning.fabric", "lm_eval", "tqdm"),
+    "evaluation": ("torch", "numpy", "lightning_fabric", "lm_eval", "tqdm"),
     "training": (
-        *("torch", "torchao", "lightning.fabric", "numpy", "yaml", "rich", "pydantic"),
+        *("torch", "torchao", "lightning_fabric", "numpy", "yaml", "rich", "pydantic"),
         *("matplotlib", "tensorboard", "wandb"),
     ),
     "planning": ("torch", "matplotlib", "yaml", "pydantic", "annotated_types", "rich"),
@@ -43,7 +43,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
 ORDER = tuple(LAYERS)
 # Packages that import fewer of the earlier packages than the order permits.
 RESTRICTED: dict[str, tuple[str, ...]] = {"data": ("model.config_base",), "parallel": ("model",)}
-PROGRAM_LIBRARIES = ("torch", "lightning.fabric", "hydra", "omegaconf")
+PROGRAM_LIBRARIES = ("torch", "lightning_fabric", "hydra", "omegaconf")
 FOLDERS = {  # outside the layers: may import any package, and these libraries
     "slurm": ("submitit", "hydra", "omegaconf"),
     "bench": (
@@ -55,7 +55,7 @@ FOLDERS = {  # outside the layers: may import any package, and these libraries
 CONFIG_FILES = ("config.py", "config_base.py")
 CONFIG_LIBRARIES = ("pydantic", "annotated_types")
 
-HEAVY = {"torch", "numpy", "lightning", "datasets", "tiktoken", "matplotlib", "transformers"}
+HEAVY = {"torch", "numpy", "lightning_fabric", "datasets", "tiktoken", "matplotlib", "transformers"}
 
 CORE = ("train.py", "model", "parallel")
 MAX_CORE_LINES = 3500
@@ -72,7 +72,7 @@ OPTIONAL = (
     *("formats.hugging_face", "formats.meta", "formats.native", "formats.weights"),
     *("planning.report", "planning.calibration", "planning.tracing"),
     *("wandb", "lm_eval", "torchao", "datasets", "pyarrow", "safetensors", "llama_models"),
-    *("submitit", "litgpt"),
+    *("submitit", "litgpt", "transformers", "torchmetrics", "scipy", "pandas"),
 )
 
 

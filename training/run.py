@@ -16,7 +16,7 @@ from training.garbage import GarbageCollector
 from training.resume_policy import Changes
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     from checkpoint.position import Position
     from checkpoint.saver import Saver

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import read_metrics
 from distributed import on_ranks
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from small_run import full_tensor
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
