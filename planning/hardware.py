@@ -50,7 +50,7 @@ class Hardware(ConfigSection):
         host_memory_gib: Memory of a node with GPUs, which their processes share; null if unknown.
         storage_gb_s: Per node, at which checkpoints are written and read. It depends on the file
             system, and only the time limits of the watchdog depend on it.
-        price_per_hour: Per device, in any currency; null if unknown.
+        price_per_hour: Per device, in US dollars; null if unknown.
         names: Regular expression for the device name in torch.cuda.
     """
 
@@ -69,7 +69,7 @@ class Hardware(ConfigSection):
     devices_per_node: PositiveInt
     host_memory_gib: Positive | None = None
     storage_gb_s: Positive = 0.5
-    price_per_hour: float | None = None
+    price_per_hour: Positive | None = None
     names: str | None = None
 
     @property

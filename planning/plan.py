@@ -163,8 +163,8 @@ class RunPlan:
         return sum(plan.seconds for plan in self.stages)
 
     @property
-    def cost(self) -> float | None:
-        """Cost of all devices for the duration, in the currency of `price_per_hour`."""
+    def cost_usd(self) -> float | None:
+        """Cost of all devices for the duration in US dollars; None if the price is unknown."""
         spec, hardware = self.stages[0].spec, self.stages[0].hardware
         if hardware.price_per_hour is None:
             return None

@@ -96,9 +96,9 @@ def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
         ("tokens", f"{compact(run.tokens)} ({source})"),
         ("duration", duration(run.seconds) if run.seconds >= 1 else "under a second"),
     ]
-    if run.cost is not None:
-        price = config.hardware.price_per_hour
-        rows.append(("cost", f"{run.cost:,.0f} at {price:g} per device-hour"))
+    if run.cost_usd is not None:
+        price = f"${config.hardware.price_per_hour:g} per device-hour"
+        rows.append(("cost", f"{dollars(run.cost_usd)} at {price}"))
     limits = time_limits(config.watchdog, phase_seconds(run))
     return [*rows, ("time limits", str(limits))]
 
@@ -127,15 +127,20 @@ def print_search(
         [("candidates", f"{result.candidates:,}"), ("fitting", f"{result.fitting:,}")],
     )
     if result.best:
+        unit, size = _unit(max(run.fullest.memory.peak for _, run in result.best))
         console.table(
             f"Fastest {len(result.best)}",
-            ["", *AXES, "micro-batch", "checkpointing", "reshard", "reduce", "GiB", "tokens/s"],
+            [
+                *("", *AXES, "micro-batch", "checkpointing", "reshard", "reduce", unit, "tokens/s"),
+                *(["cost"] if config.hardware.price_per_hour else []),
+            ],
             [
                 [
                     *(str(value) for value in (rank, *choice.mesh.sizes, choice.micro_batch_size)),
                     *(in_yaml(getattr(choice.parallel, key)) for key in SEARCHED),
-                    f"{run.fullest.memory.peak / GIB:.2f}",
+                    f"{run.fullest.memory.peak / size:.2f}",
                     f"{run.tokens_per_second:,.0f}",
+                    *([] if run.cost_usd is None else [dollars(run.cost_usd)]),
                 ]
                 for rank, (choice, run) in enumerate(result.best, start=1)
             ],
@@ -147,6 +152,11 @@ def print_search(
         ordered = sorted(result.rejections.items(), key=lambda item: -item[1].count)
         rows = [(f"{each.count:,}", f"{why}; e.g. {each.example}") for why, each in ordered]
         console.header("Rejected candidates", rows)
+
+
+def dollars(cost: float) -> str:
+    """Return a cost in US dollars, with cents below 100 dollars."""
+    return "under $0.01" if cost < 0.01 else f"${cost:,.2f}" if cost < 100 else f"${cost:,.0f}"
 
 
 def memory_bars(run: RunPlan) -> list[tuple[str, MemoryBreakdown]]:
@@ -194,7 +204,7 @@ def plan_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
         "tokens": run.tokens,
         "tokens_per_second": run.tokens_per_second,
         "days": run.seconds / SECONDS_PER_DAY,
-        "cost": run.cost,
+        "cost_usd": run.cost_usd,
         "host_memory": max(plan.host_peak for plan in run.stages),
         "stages": [_stage_record(stage) for stage in run.stages],
     }
@@ -237,6 +247,7 @@ def search_record(
                 "overrides": str(choice),
                 "command": command,
                 "tokens_per_second": run.tokens_per_second,
+                "cost_usd": run.cost_usd,
                 "memory_peak": run.fullest.memory.peak,
                 "limit": run.bottleneck,
             }

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from cli.arguments import CONF, hydra_arguments, plan_arguments
 from cli.config import load_plan_config, load_train_config
 from parallel.mesh import AXES, MeshShape, Processes, resolve_mesh
-from planning import fit_check
+from planning import fit_check, report
 from planning.config import PlanJobConfig
 from planning.fit_check import check_plan, machine_memory
 from planning.hardware import load_hardware
@@ -40,6 +40,7 @@ from planning.search import (
 from training.config import JobConfig
 from training.config_rules import device_errors, mesh_errors
 from training.config_validation import ConfigError
+from training.console import Console
 from training.throughput import Throughput
 
 REAL = ("data=fineweb_edu", "tokenizer=llama3", "train.seq_len=8192")
@@ -135,7 +136,7 @@ def test_run_fits_if_every_stage_does_and_durations_add_up() -> None:
     assert run.seconds == pytest.approx(100 * first.time.total + 200 * second.time.total)
     hours = run.seconds / 3600 if run.seconds else 0
     price = config.hardware.price_per_hour
-    assert price is not None and run.cost == pytest.approx(hours * price * 8)
+    assert price is not None and run.cost_usd == pytest.approx(hours * price * 8)
 
 
 # ---------------------------------------------------------------- validation errors
@@ -305,6 +306,32 @@ def test_search_finds_the_fastest_valid_configuration() -> None:
         )
     ]
     assert result.fitting == len(distinct) < len(speeds)
+
+
+@pytest.mark.parametrize(("hardware", "column"), [("h100", "cost"), ("cpu", "tokens/s")])
+def test_search_prints_cost_in_dollars_where_the_price_is_known(
+    hardware: str, column: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = planned("experiment=smoke", "devices=2", f"hardware={hardware}", "tokens=1e9")
+    result = search(config.request, 2, config.hardware)
+    report.print_search(Console(enabled=True), config, result, [""] * len(result.best))
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    header = next(number for number, line in enumerate(lines) if "micro-batch" in line)
+    assert lines[header].endswith(column)
+    assert " MiB " in lines[header]  # a small model, whose sizes in GiB would be zero
+    cost = result.best[0][1].cost_usd
+    assert cost is None or lines[header + 1].endswith(f" {report.dollars(cost)}")
+    record = report.search_record(config, result, [""] * len(result.best))
+    assert record["best"][0]["cost_usd"] == cost
+    assert ("$" in "".join(lines)) == (cost is not None) == (hardware == "h100")
+
+
+@pytest.mark.parametrize(
+    ("cost", "text"),
+    [(0.001, "under $0.01"), (1.234, "$1.23"), (99.99, "$99.99"), (7440.4, "$7,440")],
+)
+def test_cost_has_its_currency_and_is_never_zero(cost: float, text: str) -> None:
+    assert report.dollars(cost) == text
 
 
 def test_overrides_of_a_search_result_reproduce_its_plan() -> None:
