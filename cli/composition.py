@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.arguments import (
+    PROMPTS,
     Options,
     explicit_keys,
     hydra_arguments,
@@ -26,11 +27,14 @@ from cli.arguments import (
 from cli.last_launch import register_resolvers, resolve_recipe, with_last_launch
 from cli.start_up import ResultStream
 from data.errors import DataError
-from training.config_validation import ConfigError, field_at, fields_of, shown
+from training.config_validation import ConfigError, field_at, fields_of, shown, takes_text
 from training.tokenizer_choice import DEFAULT_FOLDER, tokenizer_overrides
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+MAX_NAME_BYTES = 255
+"""Longest name of a file or folder on Linux (NAME_MAX)."""
 
 
 def compose_config(program: str, arguments: Sequence[str]) -> "DictConfig":
@@ -45,6 +49,8 @@ def compose_config(program: str, arguments: Sequence[str]) -> "DictConfig":
         from cli.help import help_text, version_text
 
         print_and_exit(help_text(program) if "help" in options.flags else version_text())
+    if errors := list(_long_name_errors(options)):
+        raise ConfigError(errors)
     composed = compose_words(options)
     if "--cfg" in options.values:
         try:
@@ -56,6 +62,20 @@ def compose_config(program: str, arguments: Sequence[str]) -> "DictConfig":
     if program == "train" or (program == "plan" and typed & {"run.dir", "run.name"}):
         composed = with_last_launch(composed, options)
     return composed
+
+
+def _long_name_errors(options: Options) -> Iterator[str]:
+    """Yield an error for each typed path with a name that no file system admits."""
+    schema = schema_of(options.program)
+    for word in options.words:
+        key, _, value = word.lstrip("+-").partition("=")
+        is_path = takes_text(schema, key) and key.rpartition(".")[2] not in PROMPTS
+        longest = max(value.split("/"), key=lambda name: len(name.encode()))
+        if (is_path or key == "hardware") and (size := len(longest.encode())) > MAX_NAME_BYTES:
+            yield (
+                f"{key}={longest[:20]}… has a name of {size} bytes; use names of at most "
+                f"{MAX_NAME_BYTES} bytes"
+            )
 
 
 def compose_words(options: Options) -> "DictConfig":

@@ -202,7 +202,7 @@ def _message(prefix: str, key: str, items: list[Any], schema: Any, values: Any) 
         above, inside, _ = name.partition("[")
         add = f"it to the list {above}" if inside else f"{name}=… to the command"
         return f"{name} has no value; add {add}"
-    if isinstance(value, bool):
+    if isinstance(value, bool) and any(each["type"] != "literal_error" for each in items):
         return f"{name}={shown(value)} {NOT_A_NUMBER}"
     if [each["type"] for each in items] == ["list_type"] and (value is None or value == ""):
         return f"{name}={shown(value)} is not a list; use {name}=[], or a list of values"
@@ -275,6 +275,8 @@ def _rule_and_remedy(item: Any) -> tuple[str, str]:
         expected = item["msg"].removeprefix("Input should be ").partition(",")[0]
         return "", "a smaller number" if item["type"] == "int_parsing_size" else expected
     limit = next(iter(item["ctx"].values()))
+    if limit == math.inf:
+        return "is not finite", "a finite number"
     limit = int(limit) if isinstance(limit, float) and limit.is_integer() else limit
     rule, remedy = RULES[item["type"]]
     return rule.format(limit), remedy.format(limit).replace("'", "")

@@ -287,6 +287,34 @@ def test_booleans_are_rejected_as_numbers(value: str) -> None:
         assert f"{key}={value} is not a number; use a number or a named choice" in found
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("data.sources.stdlib.weight=1e400", "weight=inf is not finite; use a finite number"),
+        ("data.invalid_text=true", "invalid_text=true is not a valid choice; use strict, replace"),
+    ],
+)
+def test_values_of_another_kind_are_reported_for_what_they_are(argument: str, message: str) -> None:
+    [error] = errors_of(argument)
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("program", "key"),
+    [
+        ("train", "run.dir"),
+        ("train", "run.init_from"),
+        ("generate", "checkpoint"),
+        ("plan", "hardware"),
+        ("prepare", "tokenizer.path"),
+    ],
+)
+def test_names_longer_than_file_systems_admit_are_rejected(program: str, key: str) -> None:
+    rule = rf"{key}=é+… has a name of 256 bytes; use names of at most 255"
+    with pytest.raises(ConfigError, match=rule):
+        compose_config(program, [f"{key}=a/{'é' * 128}"])
+
+
 def test_integers_are_accepted_as_floats() -> None:
     assert load("train.max_grad_norm=1").train.max_grad_norm == 1.0
     assert load("optim.lr=1").optim.lr == 1.0
