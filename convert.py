@@ -32,8 +32,12 @@ def run(config: ConvertJobConfig) -> None:
         FormatError: The source cannot be read or the target cannot be written.
     """
     from formats.detection import check_path, open_weights
+    from formats.output_folder import check_target
+    from resilience.run_folder import checkpoints_in
 
-    check_path(Path(config.checkpoint))  # before the slow imports
+    checkpoint, target = Path(config.checkpoint).expanduser(), Path(config.target)
+    check_path(checkpoint)  # before the slow imports, and before hashes are verified
+    check_target(target, config.overwrite, next(iter(checkpoints_in(checkpoint)), checkpoint))
     from data.tokenizer_files import find_tokenizer_file
     from formats.config_json import meta_rope_warning
     from formats.conversion import convert
@@ -44,8 +48,7 @@ def run(config: ConvertJobConfig) -> None:
     from resilience.host_memory import return_freed_memory
 
     return_freed_memory()
-    target = Path(config.target)
-    weights = open_weights(Path(config.checkpoint))
+    weights = open_weights(checkpoint)
     for warning in weights.warnings:
         print(f"Warning: {warning}", file=sys.stderr)
     format = config.format or ("hf" if weights.format == "native" else "native")

@@ -222,14 +222,12 @@ def _read_file(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     # str.splitlines would also split at characters within a text, such as U+2028.
     for number, line in enumerate(content.rstrip("\r\n").split("\n"), start=1):
         name = f"prompts={path} line {number}"
-        if is_json and not line.strip():
+        if not (line.strip() if is_json else line.removesuffix("\r")):
             continue
         if is_json:
             yield name, _record(line) or f"{NOT_A_PROMPT}: {line[:80]}"
-        elif text := line.removesuffix("\r"):
-            yield name, {"prompt": text}
         else:
-            yield name, "is empty; use at least one character"
+            yield name, {"prompt": line.removesuffix("\r")}
 
 
 def _record(line: str) -> dict[str, Any] | None:

@@ -206,6 +206,7 @@ def _without_weights(path: Path) -> str:
     if (path / "checkpoints").is_dir() or "config.yaml" in found:
         return (
             f"{path} is a run folder without a committed checkpoint (found: {shown}); wait for its "
-            "first checkpoint, or use another run"
+            f"first checkpoint, or if it is not running, python train.py run.dir={path} starts it "
+            "again"
         )
     return f"{path} contains no weights (found: {shown or 'no files'}); {EXPECTED}"

@@ -52,6 +52,10 @@ def launcher_errors(
             )
     elif started.launcher == "srun":
         yield from _task_errors(environment)
+    restarts = environment.get("SLURM_RESTART_COUNT", "0")
+    if not restarts.isdecimal():
+        rule = "is not a number of restarts; run: unset SLURM_RESTART_COUNT"
+        yield f"SLURM_RESTART_COUNT={restarts} {rule}"
     yield from _port_errors(environment)
     if started is not None:
         yield from _address_errors(environment)

@@ -174,6 +174,18 @@ def acquire_lock(folder: RunFolder, report: Callable[[str], None]) -> RunLock:
     return lock
 
 
+def check_not_locked(folder: RunFolder) -> None:
+    """Check that no process of this machine holds a run folder, before slow work.
+
+    Raises:
+        LockedError: Another run holds the folder.
+    """
+    path = folder.path / "lock"
+    with suppress(OSError):  # reported by `acquire_lock`
+        if path.exists():
+            os.close(_open_locked(path)[0])
+
+
 def _open_locked(path: Path) -> tuple[int, bool]:
     """Open and lock the file; return its descriptor and whether the file system supports locks."""
     from filelock import lock_descriptor  # `--help` does not need it

@@ -12,9 +12,12 @@ from conftest import ROOT, start_program
 from fork_server import ForkServer
 from random_weights import assert_same_weights, filled
 
+import convert
 from data.dataset import Dataset
 from data.loader import validation_batches
+from formats.config import ConvertJobConfig
 from formats.detection import open_weights
+from formats.errors import FormatError
 from formats.weights import fingerprint
 
 PROMPT = "def encode(self, "
@@ -171,6 +174,29 @@ def test_invalid_input_is_rejected_and_nothing_is_written(
     assert "exists; use another folder, or overwrite=true" in exists
     llama3 = error_of(f"checkpoint={checkpoint}", out, f"tokenizer_path={_llama3()}")
     assert "the tokenizer has 128256 tokens, more than vocab_size=272 of the model" in llama3
+
+
+def test_existing_target_is_reported_before_the_weights_are_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("formats.detection.open_weights", None)
+    step = tmp_path / "run" / "checkpoints" / "step-00000001"
+    for file in (step / "COMMITTED", tmp_path / "out" / "text"):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    for name, message in (("out", "exists; use another folder"), ("run", "contains the folder")):
+        config = ConvertJobConfig(
+            checkpoint=str(tmp_path / "run"),
+            target=str(tmp_path / name),
+            format=None,
+            dtype=None,
+            parts=1,
+            file_gb=5.0,
+            tokenizer_path="auto",
+            overwrite=False,
+        )
+        with pytest.raises(FormatError, match=message):
+            convert.run(config)
 
 
 def _llama3() -> Path:

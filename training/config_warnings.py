@@ -22,6 +22,7 @@ RECIPE_RATES = (
     (405.9e9, 8e-5),
 )
 """Parameters and peak learning rates of the models in conf/model (docs/recipes.md)."""
+SHORT_RUN = 50  # steps; below, one save and one validation at the end are usually intended
 FAR_ABOVE = 5  # times the recipe
 
 
@@ -39,8 +40,10 @@ def warmup_warnings(optim: OptimConfig) -> Iterator[str]:
 def interval_warnings(
     train: TrainConfig, checkpoint: CheckpointConfig, validation: ValidationConfig
 ) -> Iterator[str]:
-    """Yield a warning for each interval that is longer than the run."""
+    """Yield a warning for each interval that is longer than the run, unless that is a short one."""
     steps = train.max_steps
+    if steps < SHORT_RUN:
+        return
     at_end = f"exceeds train.max_steps={steps}"
     use = f"use a number up to {steps}, or null to do so only at the end"
     interval = checkpoint.interval

@@ -28,6 +28,7 @@ from training.metrics import METRICS, Metric
 
 PLAIN_WIDTH = 80
 HEADING_INTERVAL = 20  # logged lines between two lines of column headings
+DROPPED = ("lr", "grad norm", "tokens/s", "time left")  # in this order on a narrow terminal
 
 
 def compact(value: float | None) -> str:
@@ -198,6 +199,13 @@ class Console:
             ]
             if not optional:
                 cells.append((duration(left), "time left", 8))
+        for dropped in DROPPED if self._terminal else ():
+            if (
+                sum(max(width, len(heading)) + 2 for _, heading, width in cells) - 2
+                < self._rich.width
+            ):
+                break
+            cells = [cell for cell in cells if cell[1] != dropped]
         values, headings, _ = zip(*cells, strict=True)
         for line in (values,) if self._lines % HEADING_INTERVAL else (headings, values):
             aligned = [

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from data.errors import DataError
 from parallel.mesh import is_first_process, plan_processes, resolve_mesh
-from resilience.lock import RunLock, acquire_lock
+from resilience.lock import RunLock, acquire_lock, check_not_locked
 from resilience.run_folder import RunFolder, RunFolderError
 from training.config import JobConfig
 from training.config_validation import plain
@@ -30,10 +30,13 @@ def check_folder(config: JobConfig) -> Changes:
     """Return the configuration changes since the previous launch of the run.
 
     Raises:
+        LockedError: Another run holds the folder.
         RunFolderError: The run may not start or resume in its folder.
         FormatError, ConfigError: The initial weights cannot be read or do not fit the model.
     """
     folder = RunFolder(Path(config.run.dir))
+    if is_first_process():
+        check_not_locked(folder)
     changes = check_run_folder(folder, plain(config), lambda old: with_defaults(old, config))
     if config.run.init_from is not None and not folder.committed_steps():
         check_initial_weights(config.run, config.model)

@@ -36,8 +36,9 @@ def header(run: Run, changes: Changes) -> tuple[str, Rows]:
     return f"Llamesh: {config.run.name}", [
         (
             "model",
-            f"{model.name}, {compact(parameter_count(model))} parameters: {model.n_layers} layers, "
-            f"dim {model.dim}, {model.n_heads} heads ({model.n_kv_heads} kv)",
+            f"{model.name}, {compact(parameter_count(model))} parameters: {model.n_layers} "
+            f"layer{'s' * (model.n_layers > 1)}, dim {model.dim}, {model.n_heads} heads "
+            f"({model.n_kv_heads} kv)",
         ),
         ("mesh", f"{run.mesh} on {processes.accelerator}, launched by {processes.launcher}"),
         *_data_rows(run),
@@ -106,7 +107,7 @@ def summary(run: Run) -> tuple[str, Rows, Rows]:
         (name, f"{folder}/{file}") for name, file in files.items() if Path(folder, file).exists()
     ]
     resume = resume_command(config, processes)
-    commands = [("Resume after an interruption", resume)]
+    commands: Rows = []
     if config.data.stream_shards is None:  # streams have no validation split
         commands.append(("Evaluate", f"{_program('evaluate')} {checkpoint_override}"))
     commands += [

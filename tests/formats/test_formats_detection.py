@@ -90,9 +90,9 @@ def test_path_without_weights_is_rejected_with_what_was_found(
     assert f"(found: a.bin); {expected}" in error_of(tmp_path / "other")
     shutil.rmtree(run.step_folder(2))
     shutil.rmtree(run.step_folder(16))
-    assert "is a run folder without a committed checkpoint (found: checkpoints)" in error_of(
-        run.path
-    )
+    error = error_of(run.path)
+    assert "is a run folder without a committed checkpoint (found: checkpoints)" in error
+    assert f"python train.py run.dir={run.path} starts it again" in error
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,8 @@ def test_valid_variables_are_accepted(environment: dict[str, str]) -> None:
         ({k: v for k, v in TASK.items() if k != "SLURM_LOCALID"}, "SLURM_PROCID=3"),
         ({**TASK, "SLURM_NTASKS": "8"}, "SLURM_NTASKS=8"),
         ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS=2"),
+        ({"SLURM_RESTART_COUNT": "x"}, "SLURM_RESTART_COUNT=x"),
+        ({**TASK, "SLURM_RESTART_COUNT": ""}, "SLURM_RESTART_COUNT="),
         ({"GLOO_SOCKET_IFNAME": "absent0"}, "GLOO_SOCKET_IFNAME=absent0"),
         ({**COMPLETE, "GLOO_SOCKET_IFNAME": "lo,absent0"}, "no network interface absent0"),
     ],

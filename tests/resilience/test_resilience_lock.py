@@ -19,7 +19,7 @@ import pytest
 
 from resilience import lock
 from resilience.exit_codes import ExitCode
-from resilience.lock import Holder, LockedError, RunLock, acquire_lock
+from resilience.lock import Holder, LockedError, RunLock, acquire_lock, check_not_locked
 from resilience.run_folder import RunFolder, RunFolderError
 
 ROOT = Path(__file__).parents[2]
@@ -165,6 +165,17 @@ def test_suspended_process_keeps_its_lock(folder: RunFolder, held: "subprocess.P
     os.kill(held.pid, signal.SIGSTOP)
     with pytest.raises(LockedError, match=f"process {held.pid} "):
         acquire(folder)
+    with pytest.raises(LockedError, match=f"process {held.pid} "):
+        check_not_locked(folder)
+
+
+def test_check_of_a_free_folder_leaves_no_trace(folder: RunFolder) -> None:
+    check_not_locked(folder)
+    assert not (folder.path / "lock").exists()
+    acquire(folder)[0].release()
+    (folder.path / "lock").touch()  # of a process that was killed
+    check_not_locked(folder)
+    acquire(folder)[0].release()
 
 
 # ---------------------------------------------------------------- stale locks

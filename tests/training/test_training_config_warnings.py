@@ -43,6 +43,8 @@ def test_interval_longer_than_the_run_is_reported(key: str) -> None:
 
 def test_intervals_without_effect_are_not_reported() -> None:
     assert warnings_of(checkpoint__interval=99999, checkpoint__interval_minutes=5.0) == []
+    short = {"train__max_steps": 49, "optim__schedule_steps": 49, "optim__warmup_steps": 1}
+    assert warnings_of(**short) == []
     unused = {"validation__samples": 0, "validation__sample_tokens": 0}
     assert warnings_of(validation__interval=99999, **unused) == []
 

@@ -68,6 +68,21 @@ def terminal(run: Callable[[Console], None], monkeypatch: pytest.MonkeyPatch) ->
     return b"".join(received).decode()
 
 
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_metrics_on_a_narrow_terminal_are_not_wrapped(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    file = io.StringIO()
+    monkeypatch.setattr(file, "isatty", lambda: True)
+    console = Console(True, file)
+    console.log(record(1, val_loss=4.75))
+    lines = CONTROL.sub("", file.getvalue()).splitlines()
+    assert max(map(len, lines)) < columns and ("lr" in lines[0]) == (columns == 80)
+    assert {"4.5000", "4.7500"} <= set(lines[1].split())
+
+
 def shown_lines(output: str) -> list[str]:
     return re.split(r"[\r\n]+", CONTROL.sub("", output))
 
