@@ -69,6 +69,7 @@ def validate(
     errors = [
         line
         for key, items in by_key.items()
+        if not any(other.startswith(f"{key}[") for other in by_key)  # an item of this list
         for line in _message(prefix, key, items, schema, values).split("\n")
     ]
     sections: dict[str, Any] = {}
@@ -273,6 +274,7 @@ def _rule_and_remedy(item: Any) -> tuple[str, str]:
     """Return the rule that a value breaks, empty for a wrong type, and its remedy."""
     if item["type"] not in RULES:
         expected = item["msg"].removeprefix("Input should be ").partition(",")[0]
+        expected = expected.replace("a valid tuple", "a list")
         return "", "a smaller number" if item["type"] == "int_parsing_size" else expected
     limit = next(iter(item["ctx"].values()))
     if limit == math.inf:

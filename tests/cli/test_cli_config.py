@@ -291,6 +291,7 @@ def test_booleans_are_rejected_as_numbers(value: str) -> None:
     ("argument", "message"),
     [
         ("data.sources.stdlib.weight=1e400", "weight=inf is not finite; use a finite number"),
+        ("data.sources.stdlib.filter=[1]", "filter[0]=1 has the wrong type; use a list"),
         ("data.invalid_text=true", "invalid_text=true is not a valid choice; use strict, replace"),
     ],
 )
@@ -480,6 +481,12 @@ def test_pack_accepts_one_length_or_a_list() -> None:
     assert prepared().lengths == []
     assert prepared("pack=8192").lengths == [8192]
     assert prepared("pack=[8192,256,8192]").lengths == [256, 8192]
+
+
+def test_invalid_item_of_a_list_is_one_error() -> None:
+    with pytest.raises(ConfigError) as raised:
+        prepared("pack=[256,long]")
+    assert raised.value.errors == ["pack[1]='long' has the wrong type; use a valid integer"]
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("train", {**ASYNC_TP, "parallel.tp": 2}),
     ("train", {"parallel.num_nodes": 2}),
     ("train", {"log.wandb": "project"}),
+    ("train", {"log.wandb": "true"}),
     ("train", {"precision.optimizer_state": "int8"}),
     ("gpu", {"parallel.devices": 8}),
     ("gpu", FP8),
