@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 MAX_SHOWN = 6
-NEW_RUN = "for a new run with the default configuration, add model=llama3_tiny"
+NEW_RUN = "or a new run with the default configuration, add model=llama3_tiny"
 OF_THIS_LAUNCH = ("run.dir", "run.allow_changes")  # never taken from the last one
 GROUPS = ("model", "data", "tokenizer")
 MESH = tuple(
@@ -117,11 +117,12 @@ def _check_has_run(text: str, explicit: set[str]) -> None:
     )
     near = get_close_matches(path.name, [each.name for each in siblings], n=1, cutoff=0.7)
     meant = [*sorted(inner)[:MAX_SHOWN], *(path.parent / name for name in near)]
-    hint = f"did you mean {alternatives([f'run.dir={each}' for each in meant])}? " if meant else ""
+    runs = [f"run.dir={each}" for each in meant]
+    remedy = f"did you mean {alternatives(runs)}? F" if runs else "f"
     rule = (
         "has no run to resume" if path.exists() else "does not exist, so there is no run to resume"
     )
-    raise ConfigError([f"run.dir={path} {rule}; {hint}{NEW_RUN}"])
+    raise ConfigError([f"run.dir={path} {rule}; {remedy}{NEW_RUN}"])
 
 
 def typed_keys(options: Options) -> set[str]:
