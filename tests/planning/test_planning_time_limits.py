@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -108,7 +108,9 @@ def test_unknown_device_is_planned_as_the_slowest_known_one() -> None:
 
 
 @pytest.mark.parametrize("accelerator", ["cuda", "cpu"])
-def test_fp8_is_planned_in_bf16_where_the_slowest_known_device_has_none(accelerator: str) -> None:
+def test_fp8_is_planned_in_bf16_where_the_slowest_known_device_has_none(
+    accelerator: Literal["cpu", "cuda"],
+) -> None:
     config = trained("experiment=h200_8b")
     request = PlanRequest(config, "cuda", 1)
     [(spec, _)] = request.stages(configured_choice(config, ONE_RANK))
