@@ -185,10 +185,12 @@ def read_tokenizer(path: Path, name: str) -> Tokenizer:
         raise DataError(message) from None
     except DataError:
         raise
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise DataError(f"tokenizer.path={path} cannot be read ({error.strerror})") from None
+    except ValueError:
         raise DataError(
-            f"tokenizer.path={path} is not a tokenizer.model file ({error}); each line must be a "
-            "base64 token, a space and its rank"
+            f"tokenizer.path={path} is not a tokenizer.model, whose lines are a base64 token, a "
+            "space and its rank; use the file of the model, or a tokenizer.json"
         ) from None
     if sorted(ranks.values()) != list(range(len(ranks))) or not BYTE_RANKS.keys() <= ranks.keys():
         raise DataError(

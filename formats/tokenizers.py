@@ -137,7 +137,8 @@ def resolve_tokenizer(
             `tokenizer.json`, a folder with either, or a run; or None for no tokenizer.
 
     Raises:
-        FormatError: There is no such tokenizer, or it cannot be read.
+        FormatError: There is no such tokenizer, it cannot be read, or it has other tokens than the
+            one in `folder`.
     """
     if choice is None:
         return None
@@ -146,6 +147,16 @@ def resolve_tokenizer(
     else:
         path = find_checkpoint(Path(choice), verify=False)
         found = find_tokenizer(path) if path.is_dir() else read_tokenizer_file(path)
+        try:
+            own = find_tokenizer(folder)
+        except FormatError:
+            own = None  # the chosen one replaces a damaged tokenizer
+        if found is not None and own is not None and own.ranks != found.ranks:
+            raise FormatError(
+                f"tokenizer_path={choice} ({found.name}, {found.vocab_size:,} tokens) has other "
+                f"tokens than the tokenizer in {folder} ({own.name}, {own.vocab_size:,} tokens), "
+                "which the weights were trained with; omit tokenizer_path"
+            )
     if found is None:
         raise FormatError(
             f"{folder if choice == 'auto' else choice} contains neither {MODEL_FILE} nor "

@@ -202,7 +202,7 @@ def test_invalid_tokenizer_files_are_rejected(trained: Tokenizer, tmp_path: Path
     with pytest.raises(DataError, match=r"tokenizer\.path=.* does not exist"):
         read_tokenizer(path, "bpe")
     path.write_bytes(b"not a tokenizer")
-    with pytest.raises(DataError, match="each line must be"):
+    with pytest.raises(DataError, match=r"is not a tokenizer\.model, whose lines are"):
         read_tokenizer(path, "bpe")
     lines = model_file(trained.ranks).splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:300] + lines[301:]))

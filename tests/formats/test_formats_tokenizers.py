@@ -32,6 +32,7 @@ from formats.errors import FormatError
 from formats.tokenizers import (
     find_tokenizer,
     read_tokenizer_file,
+    resolve_tokenizer,
     stop_token_ids,
     write_hugging_face,
 )
@@ -335,3 +336,21 @@ def test_damaged_files_are_rejected(bpe: Exported, tmp_path: Path) -> None:
         model.write_bytes(damaged)
         with pytest.raises(FormatError, match=r"tokenizer\.model is"):
             find_tokenizer(tmp_path)
+
+
+def test_tokenizer_with_other_tokens_than_that_of_the_weights_is_rejected(
+    bpe: Exported, tmp_path: Path
+) -> None:
+    byte = tmp_path / "tokenizer.model"
+    byte.write_bytes(model_file(BYTE_RANKS))
+    with pytest.raises(FormatError, match="has other tokens than the tokenizer in") as caught:
+        resolve_tokenizer(bpe.folder, str(byte))
+    assert str(caught.value).endswith("omit tokenizer_path")
+    assert resolve_tokenizer(bpe.folder) is not None
+    same = resolve_tokenizer(bpe.folder, str(bpe.folder))
+    assert same is not None and same.ranks == bpe.ours.ranks
+    # Weights whose own tokenizer cannot be read need another one.
+    damaged = tmp_path / "weights"
+    damaged.mkdir()
+    (damaged / "tokenizer.json").write_text("{")
+    assert resolve_tokenizer(damaged, str(byte)) is not None

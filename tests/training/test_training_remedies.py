@@ -163,6 +163,12 @@ IN_WORDS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("train", {"run.name": "a/b"}, "use letters", {"run.name": "a-b"}),
     (
         "train",
+        {"run.init_from": "weights", "model.vocab_size": 4096},
+        "omit tokenizer=",
+        {"tokenizer": {"name": "bpe", "vocab_size": 4096}},  # that of the weights
+    ),
+    (
+        "train",
         {SOURCES: {"a b": {"format": "stdlib"}}},
         "use letters",
         {SOURCES: {"a-b": {"format": "stdlib"}}},
