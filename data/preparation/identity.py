@@ -67,7 +67,7 @@ def read_prepared(
             message = _revision_message(data, name, there, changes)
             if not resumes and data.sources[name].format != "stdlib":
                 raise DataError(f"{message}\n{_remedy(data)}")
-            log(message)
+            log(f"{message}\nThe prepared shards are used, not the present files.")
     paths = differences.pop("tokenizer.path", None)
     if not _same_tokenizer(tokenizer, manifest, paths is not None):
         differences["tokenizer.path"] = paths or ("another tokenizer", tokenizer.path)

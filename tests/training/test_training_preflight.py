@@ -119,7 +119,8 @@ def test_run_resumes_after_its_sources_changed_and_a_new_run_is_rejected(
     resumed(configure())
     Path("text.txt").write_text("A line of TEXT.\n" * 2000)
     prepare_data(configure())
-    assert "another revision" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "another revision" in errors and "The prepared shards are used" in errors
     with pytest.raises(DataError, match=r"another revision(.|\n)*replaced: text\.txt"):
         prepare_data(configure("run.name=new"))
 
