@@ -41,7 +41,7 @@ def convert(
         keep_tokenizer: Without `tokenizer`, copy the tokenizer files of the source unread.
 
     Raises:
-        FormatError: The target exists, is or overlaps the source, does not fit on the disk, cannot
+        FormatError: The target exists, is or contains the source, does not fit on the disk, cannot
             be written, or cannot be split into `parts`; the tokenizer has more tokens than the
             model; the source is damaged, cannot be read, or has values that are not finite or
             overflow `dtype`.

@@ -21,13 +21,12 @@ def check_target(target: Path, overwrite: bool, source: Path) -> None:
     """Check that a folder may be written at `target`.
 
     Raises:
-        FormatError: Something exists there and must not be replaced, or it is the folder `source`,
-            inside it, or around it.
+        FormatError: Something exists there and must not be replaced, or it is the folder `source`
+            or contains it.
     """
     written, read = target.resolve(), source.resolve()
-    if written == read or read in written.parents or written in read.parents:
-        relation = "is inside" if read in written.parents else "contains"
-        relation = "is" if written == read else relation
+    if written == read or written in read.parents:
+        relation = "is" if written == read else "contains"
         raise FormatError(
             f"target={target} {relation} the folder of the weights to convert, {source}; use "
             "another folder"

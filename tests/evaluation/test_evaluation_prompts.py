@@ -83,7 +83,7 @@ def load(*arguments: str) -> GenerateJobConfig:
         (["top_p=1.1"], "top_p=1.1 is above 1"),
         (["top_p=nan"], "top_p=nan is above 1"),
         (["temperature=-1"], "temperature=-1 is below 0"),
-        (["temperature=inf"], "temperature=inf is not below inf"),
+        (["temperature=inf"], "temperature=inf is not finite"),
         (["temperature=hot"], "temperature='hot' has the wrong type"),
         (
             ["checkpoint=https://huggingface.co/org/Llama/tree/main"],
