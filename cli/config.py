@@ -49,6 +49,11 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config")
 
+OTHER_STARTS = {  # nanoGPT's values of init_from
+    "resume": "run.dir=runs/NAME without run.init_from to resume a run",
+    "scratch": "no run.init_from for random weights",
+}
+
 
 def load_train_config(composed: DictConfig, *more_rules: Rule) -> JobConfig:
     """Return the configuration of `train.py`.
@@ -118,6 +123,7 @@ def _check_start(composed: DictConfig) -> None:
             from formats.detection import hub_remedy
 
             remedy += hub_remedy(Path(path))
+            remedy = OTHER_STARTS.get(path, remedy)
         raise ConfigError([f"run.{key}={path} does not exist; use {remedy}"])
 
 

@@ -293,6 +293,8 @@ def test_booleans_are_rejected_as_numbers(value: str) -> None:
         ("data.sources.stdlib.weight=1e400", "weight=inf is not finite; use a finite number"),
         ("data.sources.stdlib.filter=[1]", "filter[0]=1 has the wrong type; use a list"),
         ("data.invalid_text=true", "invalid_text=true is not a valid choice; use strict, replace"),
+        ("run.init_from=resume", "use run.dir=runs/NAME without run.init_from to resume a run"),
+        ("run.init_from=scratch", "use no run.init_from for random weights"),
     ],
 )
 def test_values_of_another_kind_are_reported_for_what_they_are(argument: str, message: str) -> None:
