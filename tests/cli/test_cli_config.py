@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from cli.arguments import CONF, explicit_keys, hydra_arguments
 from cli.composition import compose_config
 from cli.config import (
+    check_config,
     check_for_tasks,
     load_convert_config,
     load_evaluate_config,
@@ -293,8 +294,6 @@ def test_booleans_are_rejected_as_numbers(value: str) -> None:
         ("data.sources.stdlib.weight=1e400", "weight=inf is not finite; use a finite number"),
         ("data.sources.stdlib.filter=[1]", "filter[0]=1 has the wrong type; use a list"),
         ("data.invalid_text=true", "invalid_text=true is not a valid choice; use strict, replace"),
-        ("run.init_from=resume", "use run.dir=runs/NAME without run.init_from to resume a run"),
-        ("run.init_from=scratch", "use no run.init_from for random weights"),
     ],
 )
 def test_values_of_another_kind_are_reported_for_what_they_are(argument: str, message: str) -> None:
@@ -316,6 +315,19 @@ def test_names_longer_than_file_systems_admit_are_rejected(program: str, key: st
     rule = rf"{key}=é+… has a name of 256 bytes; use names of at most 255"
     with pytest.raises(ConfigError, match=rule):
         compose_config(program, [f"{key}=a/{'é' * 128}"])
+
+
+@pytest.mark.parametrize(
+    ("value", "remedy"),
+    [
+        ("resume", "use run.dir=runs/NAME without run.init_from to resume a run"),
+        ("scratch", "use no run.init_from for random weights"),
+    ],
+)
+def test_values_of_init_from_in_nanogpt_are_explained(value: str, remedy: str) -> None:
+    composed = compose("train", hydra_arguments([f"run.init_from={value}"], "train"))
+    with pytest.raises(ConfigError, match=f"run.init_from={value} does not exist; {remedy}"):
+        check_config(composed)
 
 
 def test_integers_are_accepted_as_floats() -> None:
