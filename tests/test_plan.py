@@ -144,7 +144,7 @@ def test_run_fits_if_every_stage_does_and_durations_add_up() -> None:
 
 def test_all_errors_are_reported_together_with_remedies() -> None:
     found = problems("hardwar.x=1", "devices=0", "tokens=0", "parallel.accelerator=cpu")
-    assert any("Unknown key hardwar. Did you mean hardware?" in each for each in found)
+    assert any("Unknown key hardwar.x. Did you mean hardware?" in each for each in found)
     assert any(each.startswith("devices=0 is below 1; use at least 1") for each in found)
     assert any(each.startswith("tokens=0 is below 1; use") for each in found)
     assert any("parallel.accelerator=cpu does not match hardware h100" in each for each in found)

@@ -168,7 +168,7 @@ def test_fp8_on_cpu_and_bf16_moments_with_large_beta2_are_rejected(
     )
     expected = [
         line_with(message, f"precision.fp8={recipe}", "parallel.accelerator=cpu", "fp8=null"),
-        line_with(message, "optim.betas=(0.9, 0.999)", "precision.optimizer_state=fp32 or int8"),
+        line_with(message, "optim.betas=[0.9, 0.999]", "precision.optimizer_state=fp32 or int8"),
     ]
     lines = [line for line in message.splitlines() if line.startswith("  - ")]
     assert sorted(lines) == sorted(expected)

@@ -198,11 +198,7 @@ def for_every_stage(
 
 
 def size_errors(
-    train: TrainConfig,
-    data: DataConfig,
-    model: ModelConfig,
-    tokenizer: TokenizerConfig,
-    run: RunConfig,
+    train: TrainConfig, data: DataConfig, model: ModelConfig, tokenizer: TokenizerConfig
 ) -> Iterator[str]:
     """Yield errors for sequence lengths and vocabulary that exceed the model's."""
     longest, size = model.max_seq_len, tokenizer.vocab_size
@@ -215,10 +211,10 @@ def size_errors(
     yield from for_every_stage(train, data, length_errors)
     if size > model.vocab_size:
         key = f"model.vocab_size={model.vocab_size}"
-        remedy = f"use model.vocab_size={size}"
-        if run.init_from is not None:
-            remedy = "omit tokenizer= to use the tokenizer of run.init_from"
-        yield f"{key} is below tokenizer.vocab_size={size}; {remedy}"
+        yield (
+            f"{key} is below tokenizer.vocab_size={size}; use model.vocab_size={size} (or omit "
+            "tokenizer= if the run starts from run.init_from)"
+        )
 
 
 def stream_errors(

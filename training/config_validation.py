@@ -255,7 +255,11 @@ def _unknown_key(prefix: str, key: str, known: Iterable[str], keys: Sequence[str
         return (
             f"Unknown key {name}. Did you mean {alternatives([prefix + each for each in meant])}?"
         )
-    known = known or dict.fromkeys(each.partition(".")[0] for each in keys)
+    sections = dict.fromkeys(each.partition(".")[0] for each in keys)
+    section = key.partition(".")[0]
+    if section not in sections and (near := difflib.get_close_matches(section, sections, n=1)):
+        return f"Unknown key {name}. Did you mean {near[0]}?"
+    known = known or sections
     return f"Unknown key {name}. Known keys: {', '.join(known)}"
 
 

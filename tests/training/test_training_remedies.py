@@ -164,7 +164,7 @@ IN_WORDS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     (
         "train",
         {"run.init_from": "weights", "model.vocab_size": 4096},
-        "omit tokenizer=",
+        "or omit tokenizer=",
         {"tokenizer": {"name": "bpe", "vocab_size": 4096}},  # that of the weights
     ),
     (
