@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="inspects processes through /proc")
-DEADLINE = 120  # seconds for something that takes a few; reached only by a hang
+DEADLINE = 300  # seconds for something that takes a few; reached only by a hang
 
 
 def is_running(pid: int) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = ("n1", "n2")
 TASKS_PER_NODE = 2
-DEADLINE = 120  # seconds for something that takes a few; reached only by a hang
+DEADLINE = 300  # seconds for something that takes a few; reached only by a hang
 
 CONFIGURATION = """
 ClusterName=llamesh
