@@ -2,7 +2,7 @@
 bench.generation`.
 
 A small model with random weights, for which the head and the sampling take most of a step. Both
-programs generate the same number of tokens in turn; the figures are ratios of neighboring times.
+programs generate the same number of tokens in turn; the results are ratios of neighboring times.
 """
 
 import tempfile

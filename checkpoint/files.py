@@ -53,7 +53,7 @@ class HashedFile(io.BufferedWriter):
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Explain a failed write; it is raised again in place of the errors that follow from it."""
+        """Explain a failed write, and raise it again instead of the errors that it causes."""
         try:
             yield
         except Exception as error:

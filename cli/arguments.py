@@ -246,7 +246,7 @@ def _other_length(arguments: Sequence[str]) -> list[str]:
     steps, tokens = (given.get(f"train.{key}", "null") for key in ("max_steps", "max_tokens"))
     if steps != "null" and tokens != "null":
         both = f"train.max_steps={steps} and train.max_tokens={tokens}"
-        raise ConfigError([f"{both} are both given; use one of them"])
+        raise ConfigError([f"{both} are both given; omit one of them"])
     return [] if steps == "null" else ["++train.max_tokens=null"]
 
 

@@ -588,7 +588,7 @@ def generate_errors(
                 "and parallel.tp to shard the model"
             )
     if prompt is not None and prompts is not None:
-        yield f"prompts={prompts} and prompt={prompt!r} are both given; use one of them"
+        yield f"prompts={prompts} and prompt={prompt!r} are both given; omit one of them"
     is_json = prompts is not None and prompts.lower().endswith(".jsonl")
     if system is not None and not (chat or is_json):
         yield f"system={system!r} has no effect without chat=true; add chat=true"

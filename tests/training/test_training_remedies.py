@@ -226,7 +226,7 @@ IN_WORDS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         "or omit apply_chat_template",
         {"apply_chat_template": False},
     ),
-    ("generate", {"prompt": "a", "prompts": "a.txt"}, "use one of them", {"prompt": None}),
+    ("generate", {"prompt": "a", "prompts": "a.txt"}, "omit one of them", {"prompt": None}),
     ("generate", {"chat": True, "prompt": ""}, "use at least one character", {"prompt": "a"}),
 ]
 MODULES = (rules, planning.config, model.config, data.stages, mesh)
