@@ -26,7 +26,8 @@ def main() -> None:
     for _ in range(REPEATS):
         with tempfile.TemporaryDirectory() as folder:
             command = [
-                *(sys.executable, "train.py", f"run.dir={folder}", f"train.max_steps={STEPS}"),
+                *(sys.executable, "train.py", "model=llama3_tiny", f"run.dir={folder}"),
+                f"train.max_steps={STEPS}",
                 *("optim.schedule_steps=160", "checkpoint.interval=null"),
                 *("validation.interval=null", "validation.samples=0"),
             ]

@@ -22,6 +22,7 @@ from cli.arguments import CONF
 
 PAIRS, STEPS, INTERVAL = 7, 24, 10
 COMMON = [
+    "model=llama3_tiny",
     f"train.max_steps={STEPS}",
     "validation.interval=null",
     "parallel.accelerator=cpu",

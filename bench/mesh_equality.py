@@ -51,8 +51,14 @@ def main() -> None:
 def run(mesh: list[str]) -> list[dict[str, Any]]:
     """Train from scratch on `mesh`; return the lines of `metrics.jsonl`, one per step."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "train.py", f"run.dir={folder}", f"train.max_steps={STEPS}"]
-        command += ["log.interval=1", "parallel.accelerator=cpu", "precision.param=fp32", *mesh]
+        command = [sys.executable, "train.py", "model=llama3_tiny", f"run.dir={folder}"]
+        command += [
+            f"train.max_steps={STEPS}",
+            "log.interval=1",
+            "parallel.accelerator=cpu",
+            "precision.param=fp32",
+            *mesh,
+        ]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]

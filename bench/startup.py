@@ -41,7 +41,7 @@ def seconds_to_first_step() -> float:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         run = subprocess.Popen(
-            [sys.executable, "train.py", f"run.dir={folder}"],
+            [sys.executable, "train.py", "model=llama3_tiny", f"run.dir={folder}"],
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
         )
