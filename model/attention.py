@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from model.config import FLEX_MIN_HEAD_DIM, varlen_supports
 from model.kernels import select_sdpa
 
 BLOCK_SIZE = 128  # queries and keys per tile of FlexAttention's block mask
@@ -38,13 +39,13 @@ class AttentionKernel:
     Args:
         choice: `sdpa` runs everywhere and needs a dense mask for documents. `flex` skips tiles that
             are masked entirely; it has no backward on CPU. `varlen` is FlashAttention on sequences
-            of any length; CUDA only, 16-bit only. `auto` uses `sdpa` on CPU and for plain causal
-            rows, else `varlen` where it runs, else `flex`; in bf16 on CPU with the backward of
-            `model.kernels.attention_backward`.
+            of any length; CUDA only, 16-bit only. `auto` is resolved by `select_kernel`; `sdpa` has
+            the backward of `model.kernels.attention_backward` then, in bf16 on CPU.
+        head_dim: Elements per head, which `auto` depends on.
     """
 
-    def __init__(self, choice: str) -> None:
-        self.choice = choice
+    def __init__(self, choice: str, head_dim: int = 128) -> None:
+        self.choice, self.head_dim = choice, head_dim
         self.sdpa = select_sdpa(_sdpa) if choice == "auto" else _sdpa
 
     def mask(
@@ -76,8 +77,9 @@ class AttentionKernel:
         offsets = token_indices.unsqueeze(0) if positions is None else positions
         starts = token_indices - offsets  # (batch or 1, seq), start index of the document
         keys = token_indices if key_indices is None else key_indices
-        choice = self._resolve_auto(like) if self.choice == "auto" else self.choice
-        if choice == "varlen" and key_indices is None and positions is not None:
+        complete = key_indices is None and positions is not None
+        choice = select_kernel(self.choice, self.head_dim, like.device, like.dtype, complete)
+        if choice == "varlen" and complete:
             return _varlen_mask(starts, token_indices, n_documents)
         if choice == "sdpa":
             # As SDPA adds it to the scores: it would convert a bool mask again in each layer.
@@ -102,12 +104,23 @@ class AttentionKernel:
         out = _flex(q, k, v, mask) if isinstance(mask, BlockMask) else self.sdpa(q, k, v, mask)
         return out.transpose(1, 2)  # (batch, seq, heads, head_dim)
 
-    @staticmethod
-    def _resolve_auto(like: Tensor) -> str:
-        """Return the fastest kernel for documents on the device and in the dtype of `like`."""
-        if not like.is_cuda:
-            return "sdpa"
-        return "varlen" if like.dtype in (torch.bfloat16, torch.float16) else "flex"
+
+def select_kernel(
+    choice: str, head_dim: int, device: torch.device, dtype: torch.dtype, complete: bool
+) -> str:
+    """Return `choice`, or for `auto` the fastest kernel that supports documents in these tensors.
+
+    Args:
+        complete: Keys are the tokens of the queries, not gathered from other ranks.
+    """
+    if choice != "auto":
+        return choice
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return "sdpa"
+    if complete and dtype != torch.float32 and varlen_supports(head_dim):
+        return "varlen"
+    # Beyond 256 the tiles of FlexAttention exceed the shared memory of a multiprocessor.
+    return "flex" if FLEX_MIN_HEAD_DIM <= head_dim <= 256 else "sdpa"
 
 
 def document_mask(starts: Tensor, token_indices: Tensor, key_indices: Tensor) -> Tensor:
@@ -214,14 +227,21 @@ def _compiled_flex() -> Any:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """PyTorch's scaled_dot_product_attention: (batch, heads, seq, head_dim) in and out."""
-    grouped = q.shape[1] != k.shape[1]
-    if grouped and mask is not None and q.is_cuda:
-        # CUDA's flash kernel takes no mask, and the memory-efficient one no enable_gqa: without the
-        # expansion PyTorch would materialize the (seq, keys) scores.
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (batch, heads, keys, head_dim)
-        v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)  # (batch, heads, keys, head_dim)
-        grouped = False
+    heads, head_dim, scale = q.shape[1], q.shape[3], None
+    grouped = heads != k.shape[1]
+    # On CUDA PyTorch materializes the (seq, keys) scores unless the flash or the memory-efficient
+    # kernel supports the inputs (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). The flash
+    # kernel takes no mask and no float32, and on some GPUs at most 224 elements per head in
+    # training; the memory-efficient one takes no enable_gqa and needs aligned heads.
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32 or head_dim > 224):
+        if grouped:
+            k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
+            grouped = False
+        if padding := -head_dim % 8:
+            q, k, v = (F.pad(t, (0, padding)) for t in (q, k, v))
+            scale = head_dim**-0.5
     # On CPU both forms run the flash kernel; enable_gqa measured 5% faster than expanding.
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
+    return out if scale is None else out[..., :head_dim]

@@ -14,6 +14,17 @@ WEIGHTS = ResumePolicy("forbidden", "the shape of the weights", on_load=True)
 FUNCTION = ResumePolicy("override", "the function computed from the same weights")
 Size = Annotated[int, Ge(1), WEIGHTS]
 
+FLEX_MIN_HEAD_DIM = 16
+"""FlexAttention takes no smaller heads (torch/_inductor/kernel/flex/flex_attention.py)."""
+
+
+def varlen_supports(head_dim: int) -> bool:
+    """Return whether FlashAttention's kernel for documents supports a head size.
+
+    Its bounds are in mha_varlen_fwd (aten/src/ATen/native/transformers/cuda/flash_attn).
+    """
+    return head_dim % 8 == 0 and head_dim <= 256
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling(ConfigSection):

@@ -102,7 +102,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.kernel = AttentionKernel(config.attention)
+        self.kernel = AttentionKernel(config.attention, config.head_dim)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         blocks = (TransformerBlock(config, self.kernel) for _ in range(config.n_layers))
         self.layers = nn.ModuleList(blocks)

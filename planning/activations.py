@@ -40,8 +40,9 @@ def batch_bytes(spec: StepSpec) -> int:
     # (batch, local seq) if positions differ by sample (documents), else (1, local seq)
     rows = spec.local_tokens // (1 if spec.document_mask else spec.micro_batch_size)
     rotations = rows * spec.model.head_dim * FLOAT32
-    dense_mask = spec.accelerator == "cpu" and (spec.document_mask or spec.mesh.cp > 1)
-    mask = rows * spec.seq_len * spec.param_bytes if dense_mask else 0
+    masked = spec.document_mask or spec.mesh.cp > 1
+    is_dense = spec.accelerator == "cpu" or spec.model.attention == "sdpa"
+    mask = rows * spec.seq_len * spec.param_bytes if masked and is_dense else 0
     return integers + rotations + mask
 
 

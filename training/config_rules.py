@@ -22,7 +22,7 @@ from data.config import (
     SourceConfig,
     TokenizerConfig,
 )
-from model.config import ModelConfig
+from model.config import FLEX_MIN_HEAD_DIM, ModelConfig, varlen_supports
 from parallel.config import FP8_MULTIPLE, ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, plan_processes, resolve_mesh, started_errors
 from resilience.config import FaultsConfig
@@ -460,6 +460,16 @@ def device_errors(
         yield (
             f"{key} computes in 16 bits, but precision.param=fp32; use precision.param=bf16, "
             "or model.attention=auto, sdpa or flex"
+        )
+    if kernel == "varlen" and not varlen_supports(model.head_dim):
+        yield (
+            f"{key} needs model.dim / model.n_heads to be a multiple of 8 and at most 256, but it "
+            f"is {model.head_dim}; use model.attention=auto or sdpa"
+        )
+    if kernel == "flex" and model.head_dim < FLEX_MIN_HEAD_DIM:
+        yield (
+            f"{key} needs model.dim / model.n_heads to be at least {FLEX_MIN_HEAD_DIM}, but it is "
+            f"{model.head_dim}; use model.attention=auto or sdpa"
         )
     if kernel == "varlen" and mesh.cp > 1:
         yield (

@@ -15,6 +15,7 @@ from model.attention import (
     VarlenMask,
     block_mask,
     document_mask,
+    select_kernel,
 )
 
 # Lengths of the documents in a row. Boundaries of 128-token tiles fall inside two documents.
@@ -242,3 +243,60 @@ def test_auto_selects_sdpa_on_cpu_and_no_mask_for_single_document_rows() -> None
     q = torch.zeros(2, SEQ, 1, 1)
     assert kernel.mask(None, None, like=q) is None
     assert isinstance(kernel.mask(packed_positions(), None, like=q), Tensor)
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "dtype", "complete", "expected"),
+    [
+        ((9, 0), 128, torch.bfloat16, True, "varlen"),
+        ((9, 0), 128, torch.bfloat16, False, "flex"),
+        ((8, 0), 128, torch.float32, True, "flex"),
+        ((8, 9), 100, torch.bfloat16, True, "flex"),
+        ((9, 0), 264, torch.bfloat16, True, "sdpa"),
+        ((9, 0), 12, torch.bfloat16, True, "sdpa"),
+        ((9, 0), 8, torch.bfloat16, True, "varlen"),
+        ((9, 0), 8, torch.bfloat16, False, "sdpa"),
+        ((7, 5), 128, torch.float32, True, "sdpa"),
+    ],
+)
+def test_auto_selects_a_kernel_that_supports_gpu_head_size_and_dtype(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    complete: bool,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = select_kernel("auto", head_dim, torch.device("cuda"), dtype, complete)
+    assert found == expected
+
+
+class OnCuda(Tensor):
+    """A CPU tensor that claims to be on CUDA."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("head_dim", [16, 18, 256])
+@pytest.mark.parametrize("packed", [False, True])
+def test_sdpa_on_cuda_never_needs_the_math_kernel(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int, packed: bool
+) -> None:
+    """The memory-efficient kernel takes float32 and masks, but no enable_gqa or odd heads."""
+    calls = []
+    function = F.scaled_dot_product_attention
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        calls.append((q.shape[3] % 8, k.shape[1], v.shape[1], options["enable_gqa"]))
+        return function(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    q, k, v = (torch.randn(2, SEQ, heads, head_dim) for heads in (HEADS, 2, 2))
+    positions = packed_positions() if packed else None
+    kernel = AttentionKernel("sdpa")
+    mask = kernel.mask(positions, None, like=q)
+    out = kernel(q.as_subclass(OnCuda), k.as_subclass(OnCuda), v.as_subclass(OnCuda), mask)
+    assert calls == [(0, HEADS, HEADS, False)]
+    expected = reference_attention(q, k, v, reference_mask(positions))
+    torch.testing.assert_close(out.as_subclass(Tensor).double(), expected, rtol=0, atol=1e-5)

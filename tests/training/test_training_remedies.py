@@ -130,6 +130,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("plan", {**FP8, "hardware": "a100"}),
     ("plan", {"model.attention": "varlen", "precision.param": "fp32"}),
     ("plan", {"model.attention": "varlen", "parallel.cp": 2}),
+    ("plan", {"model.attention": "varlen", "model.n_heads": 512}),
+    ("plan", {"model.attention": "flex", "model.n_heads": 256}),
     ("plan", {**ASYNC_TP, "parallel.tp": 1}),
     ("plan", {**ASYNC_TP, "parallel.compile": False}),
     ("plan", {**ASYNC_TP, "parallel.sequence_parallel": False}),
