@@ -61,9 +61,12 @@ class PrecisionConfig(ConfigSection):
         reduce: Format of the gradient reduction; `auto` is fp32.
         optimizer_state: Storage format of AdamW's moments.
         fp8: Scaling recipe of 8-bit matrix products in the blocks; None computes them in `param`.
+        float32_matmul: `torch.set_float32_matmul_precision` on GPUs: `high` computes float32
+            products in TF32, `highest` in float32.
     """
 
     param: Annotated[Literal["auto", "fp32", "bf16"], ROUNDING] = "auto"
     reduce: Annotated[Literal["auto", "fp32", "bf16"], ROUNDING] = "auto"
     optimizer_state: Annotated[Literal["fp32", "bf16", "int8"], FREE] = "fp32"
     fp8: Annotated[Literal["tensorwise", "rowwise"] | None, ROUNDING] = None
+    float32_matmul: Annotated[Literal["highest", "high", "medium"], ROUNDING] = "high"

@@ -31,6 +31,8 @@ def parallelize(
         model: On the meta device, so that no rank allocates the complete model.
         mesh: Device mesh with the dims `parallel.mesh.AXES`.
     """
+    if mesh.device_type == "cuda":
+        torch.set_float32_matmul_precision(precision.float32_matmul)
     dtypes = mixed_precision_policy(precision, mesh.device_type)
     param_dtype = dtypes.param_dtype or torch.float32
     checkpoint = parallel.activation_checkpoint

@@ -91,7 +91,8 @@ class Plan:
 
     def mfu(self, causal: bool = True) -> float | None:
         """Return the model FLOP utilization, or None under fp8, where the bf16 peak is no bound."""
-        peak = self.hardware.peak_tflops.get(self.spec.precision.param)
+        peaks, param = self.hardware.peak_tflops, self.spec.precision.param
+        peak = peaks.get(self.spec.matrix_dtype, peaks.get(param))
         if self.spec.precision.fp8 is not None or not peak:
             return None
         return self.tflops(causal) / (peak / ranks_per_device(self.spec, self.hardware))

@@ -103,23 +103,24 @@ class RankCosts:
     def product(self, m: int, k: int, n: int, dtype: str) -> float:
         """Return the seconds of an (m, k) × (k, n) product.
 
-        Hardware without fp8 emulates it in bf16.
+        Hardware without fp8 emulates it in bf16, hardware without a rate of TF32 uses float32.
         """
-        size = 1 if dtype == "fp8" else DTYPE_BYTES[dtype]
+        size = 1 if dtype == "fp8" else DTYPE_BYTES[dtype.replace("tf32", "fp32")]
         rates = self.hardware.matrix_tflops
-        rate = rates.get(dtype, rates["bf16"]) * 1e12 * self.efficiency / self.sharing
+        other = rates["fp32" if dtype == "tf32" else "bf16"]
+        rate = rates.get(dtype, other) * 1e12 * self.efficiency / self.sharing
         moved = size * (m * k + k * n) + self.spec.param_bytes * m * n
         return max(2 * m * k * n / rate, moved / self.bandwidth)
 
     def matrix(self) -> float:
         """Return the seconds of products: forward, two per product in backward, recomputation."""
         model, spec = self.spec.model, self.spec
-        dtype = "fp8" if spec.precision.fp8 is not None else spec.precision.param
+        dtype = "fp8" if spec.precision.fp8 is not None else spec.matrix_dtype
         matrices = block_matrices(model, spec.mesh.tp)[:-2]  # without norms
         products = [self.product(self.tokens, k, n, dtype) for n, k in matrices]
         recomputed = self.recomputed()[0] * sum(products[:-1])  # w2's output is not needed
         block = 3 * sum(products) + recomputed
-        head = self.product(self.tokens, model.dim, self.vocab, spec.precision.param)
+        head = self.product(self.tokens, model.dim, self.vocab, spec.matrix_dtype)
         return model.n_layers * block + 3 * head
 
     def attention(self) -> float:

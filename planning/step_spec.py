@@ -65,6 +65,12 @@ class StepSpec:
         return DTYPE_BYTES[self.precision.param]
 
     @property
+    def matrix_dtype(self) -> str:
+        """Data type of matrix products other than fp8: that of the parameters, or tf32 on GPUs."""
+        param, highest = self.precision.param, self.precision.float32_matmul == "highest"
+        return "tf32" if param == "fp32" and self.accelerator == "cuda" and not highest else param
+
+    @property
     def reduce_bytes(self) -> int:
         """Bytes per element in gradient reduction."""
         return DTYPE_BYTES[self.precision.reduce]

@@ -108,7 +108,9 @@ EXPLANATIONS = {  # names without a key: the reason and the remedy
     "float32 and computation is in fp32 or bf16; use precision.param=bf16, fp32 or auto",
     "bf16 bfloat16": "the format of computation has a key; use precision.param=bf16",
     "fp16 float16 half": "float16 is not supported; use precision.param=bf16",
-    "fp32 float32 tf32": "the format of computation has a key; use precision.param=fp32",
+    "tf32 allow_tf32 matmul_precision float32_matmul_precision set_float32_matmul_precision": "the "
+    "precision of float32 products has a key; use precision.float32_matmul=high (TF32) or highest",
+    "fp32 float32": "the format of computation has a key; use precision.param=fp32",
     "float8 use_fp8 enable_fp8": "fp8 has two scaling recipes; use precision.fp8=tensorwise or "
     "rowwise",
     "load_in_8bit load_in_4bit quantization quantize lora use_lora lora_r lora_rank peft use_peft "

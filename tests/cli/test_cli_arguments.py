@@ -233,7 +233,7 @@ def test_suggested_keys_exist_and_no_name_of_another_trainer_is_a_key_of_that_na
 
 def test_remedies_of_explained_names_are_accepted() -> None:
     text = " ".join(EXPLANATIONS.values())
-    remedies = set(re.findall(r"[a-z_.]+=[^ ;,']+(?:,[\d.]+\])?", text))
+    remedies = set(re.findall(r"[a-z0-9_.]+=[^ ;,']+(?:,[\d.]+\])?", text))
     assert len(remedies) > 20
     for remedy in remedies:
         key, _, value = re.sub("=N$", "=8", remedy).partition("=")

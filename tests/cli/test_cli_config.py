@@ -169,6 +169,7 @@ def test_unknown_key_error_suggests_the_closest_key(argument: str, meant: str) -
         ("optim.betas=[0.9]", "optim.betas[1]", "has no value"),
         ("precision.param=fp16", "precision.param", "'fp16'"),
         ("precision.optimizer_state=int4", "precision.optimizer_state", "'int4'"),
+        ("precision.float32_matmul=tf32", "precision.float32_matmul", "'tf32'"),
         ("precision.fp8=blockwise", "precision.fp8", "'blockwise'"),
         ("parallel.activation_checkpoint=no", "parallel.activation_checkpoint=", "'no'"),
         ("parallel.activation_checkpoint=null", "parallel.activation_checkpoint=", "null"),

@@ -9,7 +9,18 @@ import pytest
 import torch
 from distributed import on_ranks
 from save_checkpoint import save
-from small_run import BATCH, OPTIM, SEED, SEQ, STEPS, Case, batch, build, local_batches
+from small_run import (
+    BATCH,
+    OPTIM,
+    SEED,
+    SEQ,
+    STEPS,
+    Case,
+    batch,
+    build,
+    local_batches,
+    model_config,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,9 +30,9 @@ from checkpoint.restore import load
 from model.llama import Llama
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.compilation import apply_compile
-from parallel.config import PrecisionConfig
+from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.data_parallel import apply_data_parallel, mixed_precision_policy
-from parallel.parallelize import initialize_weights, local_block
+from parallel.parallelize import initialize_weights, local_block, parallelize
 from planning.hardware import load_hardware
 from planning.speed import RankCosts
 from planning.step_spec import StepSpec
@@ -239,3 +250,29 @@ def test_planned_bytes_of_casts_and_sums_match_a_real_step(reduce_gradients: str
         cases = [replace(each, dp=2, reduce_gradients=reduce_gradients) for each in TRAFFIC_CASES]
     for measured, planned in on_ranks(cases[0].world, measured_and_planned_bytes, cases)[0]:
         assert measured == pytest.approx(planned, rel=0.02)  # gradients of vectors are not counted
+
+
+class OneProcess:
+    """A device mesh of one process, without a process group."""
+
+    def __init__(self, device_type: str) -> None:
+        self.device_type = device_type
+
+    def __getitem__(self, axis: str) -> "OneProcess":
+        return self
+
+    def size(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(("device_type", "expected"), [("cuda", ["medium"]), ("cpu", [])])
+def test_precision_of_float32_products_is_set_on_gpus_only(
+    monkeypatch: pytest.MonkeyPatch, device_type: str, expected: list[str]
+) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", found.append)
+    with torch.device("meta"):
+        model = Llama(model_config(tied=False, n_layers=1))
+    precision = PrecisionConfig(float32_matmul="medium")
+    parallelize(model, cast(Any, OneProcess(device_type)), ParallelConfig(), precision)
+    assert found == expected

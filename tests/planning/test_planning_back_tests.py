@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from published import ADDED_LATER, FITTED, HELD_OUT, LIMITED, LLAMA_8B, Row
 
+from planning.hardware import load_hardware
 from planning.memory import step_memory
 from planning.speed import step_time
 
@@ -98,3 +99,13 @@ def test_memory_in_fabric_tensor_parallel_guide_is_within_10_percent(
     step = 5 * weights  # gradients, two moments, and the square root of the second
     sharding = 2 * matrix + 2 * matrix / tp
     assert max(step, sharding) / 1e9 == pytest.approx(published, rel=0.10)
+
+
+def test_float32_products_run_at_the_rate_of_tf32_unless_their_precision_is_highest() -> None:
+    spec, hardware = FITTED[0].spec, load_hardware("h100")
+    times = []
+    for matmul in ("high", "highest"):
+        precision = replace(spec.precision, param="fp32", fp8=None, float32_matmul=matmul)
+        times.append(step_time(replace(spec, precision=precision), hardware).matrix)
+    ratio = hardware.matrix_tflops["tf32"] / hardware.matrix_tflops["fp32"]
+    assert times[1] / times[0] == pytest.approx(ratio)
