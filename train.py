@@ -40,7 +40,7 @@ from training.validation import validate, write_sample
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data.dataset import Dataset
+    from data.dataset import WindowDataset
     from data.loader import StepBatches
     from data.stream import StreamDataset
 
@@ -70,7 +70,7 @@ def set_up(
     config: JobConfig,
     processes: Processes,
     mesh: MeshShape,
-    dataset: Dataset | StreamDataset,
+    dataset: WindowDataset | StreamDataset,
     changes: Changes,
     lock: RunLock | None = None,
 ) -> Run:

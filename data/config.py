@@ -37,7 +37,7 @@ class SourceConfig(ConfigSection):
 
     Attributes:
         path: A file, folder or glob (`text`, `jsonl`, `parquet`, `arrow`), the name of a dataset or
-            a local folder (`huggingface`), None for `stdlib`.
+            a local folder (`huggingface`), None for `stdlib` and `mock` (token ids by formula).
         weight: Relative sampling weight. A source of weight 0 is read from the first stage that
             gives it a weight.
         filter: Conditions (column, operator, value); a row must meet all.
@@ -47,7 +47,7 @@ class SourceConfig(ConfigSection):
         streaming: Read rows while the dataset downloads (`huggingface` only).
     """
 
-    format: Literal["stdlib", "text", "jsonl", "parquet", "arrow", "huggingface"]
+    format: Literal["stdlib", "text", "jsonl", "parquet", "arrow", "huggingface", "mock"]
     path: str | None = None
     weight: Annotated[Weight, SOURCE_WEIGHTS] = 1.0
     text_column: Annotated[str, MinLen(1)] = "text"
@@ -110,6 +110,11 @@ class DataConfig(ConfigSection):
     loader_threads: Annotated[PositiveInt, FREE] = 1
     prefetch: Annotated[PositiveInt, FREE] = 2
     verify_reads: Annotated[bool, FREE] = True
+
+    @property
+    def is_mock(self) -> bool:
+        """Whether token ids are computed (`data.mock`); other sources are rejected then."""
+        return any(source.format == "mock" for source in self.sources.values())
 
 
 @dataclass(frozen=True)

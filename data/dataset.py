@@ -1,8 +1,10 @@
 """A prepared folder opened for reading: token streams per source, tokenizer and sample order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
 
 from data.errors import DataError
 from data.manifest import REPREPARE, SPLITS, Manifest
@@ -14,8 +16,53 @@ from data.stages import Stage, Stages
 from data.tokenizer import MODEL_FILE, Tokenizer, read_tokenizer
 
 
-class Dataset:
-    """A prepared folder opened for reading; `train` and `validation` are streams by source name.
+class WindowStream(Protocol):
+    """Tokens of one source and split, read by window (`data.shards.TokenStream` documents both)."""
+
+    n_tokens: int
+
+    def n_windows(self, seq_len: int) -> int: ...
+
+    def window(self, index: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class WindowDataset:
+    """Data read by window in any order; `train` and `validation` are streams by source name."""
+
+    train: Mapping[str, WindowStream]
+    validation: Mapping[str, WindowStream]
+    document_mask: bool
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over everything that determines the tokens."""
+        raise NotImplementedError
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer that produced the tokens, or None if they have no text."""
+        raise NotImplementedError
+
+    def n_validation_windows(self, seq_len: int) -> int:
+        """Return the number of validation windows of `seq_len` tokens, over all sources."""
+        return sum(stream.n_windows(seq_len) for stream in self.validation.values())
+
+    def order(self, stages: Stages, seed: int, shuffle_block_tokens: int | None = None) -> Order:
+        """Return the order of training samples over the stages of a run.
+
+        Raises:
+            DataError: A weight rounds to no sample, or a source with samples has no window.
+        """
+        order_stages = []
+        for stage in stages.all:
+            n_windows = {name: self.train[name].n_windows(stage.seq_len) for name in stage.weights}
+            order_stages.append(
+                OrderStage(stage.first_sample, stage.seq_len, stage.weights, n_windows)
+            )
+        return Order(order_stages, seed, shuffle_block_tokens)
+
+
+class Dataset(WindowDataset):
+    """A prepared folder opened for reading.
 
     Args:
         document_mask: Restrict attention and labels to a document.
@@ -33,7 +80,6 @@ class Dataset:
     ) -> None:
         self.folder, self.manifest, self.document_mask = folder, manifest, document_mask
         mappings = Mappings()
-        self.train: dict[str, TokenStream] | dict[str, PackedStream]
         self.train, self.validation = (
             {
                 name: TokenStream(folder, s.shards[split], verify, mappings)
@@ -80,10 +126,6 @@ class Dataset:
             raise DataError(f"{path} is not the tokenizer that produced the tokens; {REPREPARE}")
         return tokenizer
 
-    def n_validation_windows(self, seq_len: int) -> int:
-        """Return the number of validation windows of `seq_len` tokens, over all sources."""
-        return sum(stream.n_windows(seq_len) for stream in self.validation.values())
-
     def order(self, stages: Stages, seed: int, shuffle_block_tokens: int | None = None) -> Order:
         """Return the order of training samples over the stages of a run.
 
@@ -91,13 +133,7 @@ class Dataset:
             DataError: The stages name other sources, or a rule of `check` is violated.
         """
         self._check_sources(stages)
-        order_stages = []
-        for stage in stages.all:
-            n_windows = {name: self.train[name].n_windows(stage.seq_len) for name in stage.weights}
-            order_stages.append(
-                OrderStage(stage.first_sample, stage.seq_len, stage.weights, n_windows)
-            )
-        return Order(order_stages, seed, shuffle_block_tokens)
+        return super().order(stages, seed, shuffle_block_tokens)
 
     def check(self, stages: Stages, vocab_size: int) -> None:
         """Check that a model of `vocab_size` can train on this data in every stage.

@@ -1,4 +1,4 @@
-"""Training and validation batches from a prepared folder.
+"""Training and validation batches from data that is read by window.
 
 `data.order` decides which windows form a step; this module reads them, finds document boundaries,
 distributes them over data ranks and micro-batches, and prefetches with threads. A batch depends
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from isal import isal_zlib
 
-from data.dataset import Dataset
+from data.dataset import WindowDataset
 from data.stages import Stage, Stages, batch_indices
 
 IGNORE_INDEX = -100  # label excluded from the loss
@@ -145,13 +145,13 @@ class Loader:
 
 @dataclass
 class TrainLoader(Loader):
-    """Training batches of one data rank from a prepared folder.
+    """Training batches of one data rank, in the order of `data.order`.
 
     Args:
         shuffle_block_tokens: See `data.order.Order`.
     """
 
-    dataset: Dataset
+    dataset: WindowDataset
     stages: Stages
     _: KW_ONLY
     seed: int
@@ -185,7 +185,13 @@ class TrainLoader(Loader):
 
 
 def validation_batches(
-    dataset: Dataset, *, samples: int, seq_len: int, micro_batch_size: int, rank: int, size: int
+    dataset: WindowDataset,
+    *,
+    samples: int,
+    seq_len: int,
+    micro_batch_size: int,
+    rank: int,
+    size: int,
 ) -> dict[str, list[Batch]]:
     """Return one data rank's batches of validation windows, by source.
 

@@ -143,9 +143,16 @@ def open_held_out(
     default_seq_len = min(weights.model.max_seq_len, DEFAULT_MAX_SEQ_LEN)
     seq_len = config.seq_len or training.get("seq_len", default_seq_len)
     trained_on, folder = data.get("folder"), config.data
-    if folder is None and (trained_on is None or data.get("stream_shards") is not None):
+    is_mock = any(source.get("format") == "mock" for source in data.get("sources", {}).values())
+    is_stream = data.get("stream_shards") is not None
+    if folder is None and (trained_on is None or is_stream or is_mock):
         if optional:
             return None, seq_len
+        if is_mock:
+            raise DataError(
+                "data=mock in the configuration of this checkpoint: it was trained on token ids "
+                "without text; set evaluation.data to a prepared dataset to measure its loss on it"
+            )
         if trained_on is not None:
             raise DataError(
                 f"data.stream_shards={data['stream_shards']} in the configuration of this "

@@ -13,6 +13,10 @@ from conftest import read_metrics, start_program
 from fork_server import ForkServer, read
 from processes import linux, wait_for
 
+from data.config import DataConfig, SourceConfig
+from data.loader import TrainLoader
+from data.mock import MockDataset
+from data.stages import plan_stages
 from resilience.exit_codes import ExitCode
 
 # 8 × 64 tokens per step until step 12; then the second source is added, then the sequence length
@@ -184,3 +188,28 @@ def test_run_started_from_checkpoint_of_other_data_resumes_with_its_own(
         assert done.returncode == 0, done.stderr
         assert "run.resume=" not in done.stdout  # the printed commands would be rejected with it
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [STEPS + 1, STEPS + 2]
+
+
+def test_mock_data_need_no_tokenizer_and_resume_on_another_mesh(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
+    words = [
+        *("experiment=smoke", "data=mock", "tokenizer=bpe", "model.vocab_size=4096"),
+        *("validation.interval=null", "validation.samples=4", "optim.schedule_steps=4"),
+        *("parallel.accelerator=cpu", "log.tensorboard=false", f"run.dir={tmp_path}"),
+    ]
+    for steps, mesh in ((2, ()), (4, ("parallel.cp=2",))):
+        launch = fork_server.run([*words, f"train.max_steps={steps}", *mesh], len(mesh) + 1)
+        assert set(launch.exit_codes.values()) == {0}, launch.output()
+        assert "mock, token ids by formula, vocabulary of 4,096" in launch.output()
+    stages, _ = plan_stages(
+        DataConfig("mock", "", {"mock": SourceConfig("mock")}),
+        seq_len=64,
+        global_batch_size=8,
+        micro_batch_size=None,
+    )
+    loader = TrainLoader(MockDataset("mock", 4096, True), stages, seed=0, rank=0, size=1)
+    hashes = [f"{loader.step(step).digest % 2**32:08x}" for step in range(4)]
+    assert [line["batch_hash"] for line in read_metrics(tmp_path)] == hashes
+    assert 0 < read_metrics(tmp_path)[-1]["val_loss"] < 9
+    assert not list(tmp_path.rglob("tokenizer.model"))

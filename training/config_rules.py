@@ -99,6 +99,7 @@ def data_errors(data: DataConfig) -> Iterator[str]:
             "data.document_mask=false lets them attend to each other; use data.document_mask=true "
             "or data.packing=null"
         )
+    yield from _mock_errors(data)
     yield from _stage_order_errors(data)
     if data.stream_shards is None:
         return
@@ -113,15 +114,30 @@ def data_errors(data: DataConfig) -> Iterator[str]:
             )
 
 
+def _mock_errors(data: DataConfig) -> Iterator[str]:
+    """Yield errors for what needs text or shards if a source has none."""
+    if not data.is_mock:
+        return
+    name = next(name for name, source in data.sources.items() if source.format == "mock")
+    key = f"data.sources.{name}.format=mock"
+    if others := [other for other in data.sources if other != name]:
+        yield (
+            f"{key} has no text to mix with that of {', '.join(others)}; use data=mock, or remove "
+            f"the source with ~data.sources.{name}"
+        )
+    if data.packing:
+        yield f"{key} has no shards to pack for data.packing={data.packing}; use data.packing=null"
+
+
 def _source_errors(key: str, source: SourceConfig) -> Iterator[str]:
     kind = source.format
-    if kind == "stdlib" and source.path is not None:
-        yield f"{key}.path={source.path} does not apply to format stdlib; use null"
-    if kind != "stdlib" and not source.path:
+    if kind in ("stdlib", "mock") and source.path is not None:
+        yield f"{key}.path={source.path} does not apply to format {kind}; use null"
+    if kind not in ("stdlib", "mock") and not source.path:
         path = "the name of a dataset" if kind == "huggingface" else "a file, a folder or a glob"
         yield f"{key}.path={source.path or 'null'} is missing for format {kind}; use {path}"
-    if source.filter and kind in ("stdlib", "text"):
-        rule = f"does not apply to format {kind}, whose rows are plain text"
+    if source.filter and kind in ("stdlib", "text", "mock"):
+        rule = f"does not apply to format {kind}, which has no columns"
         yield f"{key}.filter {rule}; use {key}.filter=null"
     for column, operator, value in source.filter or []:
         compares_list = operator in ("in", "not in")
@@ -130,8 +146,8 @@ def _source_errors(key: str, source: SourceConfig) -> Iterator[str]:
                 f"{key}.filter ({column} {operator} {value}) has the wrong operand; use "
                 f"{'a list' if compares_list else 'one value'} with {operator}"
             )
-    if kind == "stdlib" and source.split not in ("train", "all"):
-        yield f"{key}.split={source.split} does not apply to format stdlib; use train"
+    if kind in ("stdlib", "mock") and source.split not in ("train", "all"):
+        yield f"{key}.split={source.split} does not apply to format {kind}; use train"
     elif kind != "huggingface" and not re.fullmatch(r"\w[\w.-]*(\+\w[\w.-]*)*", source.split):
         yield (
             f"{key}.split={source.split or 'null'} is not the name of a split; use a name like "
@@ -562,9 +578,11 @@ def launch_rule(tasks: Processes | None = None) -> Callable[..., Iterator[str]]:
 
 
 def prepare_errors(
-    pack: int | list[int] | None, verify: bool, inspect: str | None
+    pack: int | list[int] | None, verify: bool, inspect: str | None, data: DataConfig
 ) -> Iterator[str]:
-    """Yield an error for actions of `prepare.py` that exclude each other."""
+    """Yield errors for actions of `prepare.py` that exclude each other or have nothing to do."""
+    if data.is_mock and inspect is None:
+        yield "data=mock has nothing to prepare; run train.py with it, or use data=stdlib"
     actions = {"pack": pack is not None, "verify": verify, "inspect": inspect is not None}
     names = [name for name, requested in actions.items() if requested]
     if len(names) > 1:

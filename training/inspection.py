@@ -58,6 +58,11 @@ def _read_config(run: RunFolder, load: Callable[[dict[str, Any]], JobConfig]) ->
         ) from None
     except RunFolderError as error:
         raise DataError(f"inspect={run.path}: {error}") from None
+    if config.data.is_mock:
+        raise DataError(
+            f"inspect={run.path}: the run trains on data=mock, token ids without text; choose a "
+            "run with prepared data"
+        )
     if config.data.stream_shards is not None:
         raise DataError(
             f"inspect={run.path}: the run streams its data "

@@ -22,7 +22,7 @@ from training.resume_policy import Changes, with_defaults
 from training.run_folder_check import check_run_folder
 
 if TYPE_CHECKING:
-    from data.dataset import Dataset
+    from data.dataset import Dataset, WindowDataset
     from data.stream import StreamDataset
 
 
@@ -66,25 +66,25 @@ def abandoned_on_error(lock: RunLock | None) -> Iterator[None]:
         raise
 
 
-def prepare_data(config: JobConfig) -> "Dataset | StreamDataset":
+def prepare_data(config: JobConfig) -> "WindowDataset | StreamDataset":
     """Return the dataset; on first use the first process prepares it while the others wait.
 
     Raises:
         DataError: The data cannot be prepared or read, or is too small.
         RunFolderError: The newest checkpoint of the run was trained on other tokens.
     """
-    streams = config.data.stream_shards is not None
     position = RunFolder(Path(config.run.dir)).newest_position()
     trained_on = position["data_hash"] if position else None
     if position is None and config.run.init_from is not None and needs_preparation(config):
         from data.tokenizer import ready_tokenizer
 
         check_initial_tokenizer(config, ready_tokenizer(config.tokenizer))
-    dataset = _open_stream(config, trained_on) if streams else _prepare(config, trained_on)
-    if position is None and config.run.init_from is not None:
+    dataset = _open(config, trained_on)
+    if position is None and config.run.init_from is not None and not config.data.is_mock:
         check_initial_tokenizer(config, dataset.tokenizer())
     if trained_on not in (None, dataset.hash):
-        origin = "data.sources" if streams else f"data.folder={config.data.folder}"
+        is_prepared = config.data.stream_shards is None and not config.data.is_mock
+        origin = f"data.folder={config.data.folder}" if is_prepared else "data.sources"
         raise RunFolderError(
             f"{origin} has other tokens ({dataset.hash[:12]}) than the run in {config.run.dir} "
             f"was trained on ({trained_on[:12]}); restore them or use another run.name"
@@ -96,8 +96,19 @@ def needs_preparation(config: JobConfig) -> bool:
     """Return whether a launch with this configuration would have to prepare its data."""
     from data.manifest import MANIFEST_FILE
 
-    streams = config.data.stream_shards is not None
-    return not streams and not (Path(config.data.folder) / MANIFEST_FILE).exists()
+    reads_shards = config.data.stream_shards is None and not config.data.is_mock
+    return reads_shards and not (Path(config.data.folder) / MANIFEST_FILE).exists()
+
+
+def _open(config: JobConfig, trained_on: str | None) -> "WindowDataset | StreamDataset":
+    if config.data.is_mock:
+        from data.mock import MockDataset
+
+        (name,) = config.data.sources
+        return MockDataset(name, config.model.vocab_size, config.data.document_mask)
+    if config.data.stream_shards is not None:
+        return _open_stream(config, trained_on)
+    return _prepare(config, trained_on)
 
 
 def _open_stream(config: JobConfig, trained_on: str | None) -> "StreamDataset":

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from checkpoint.position import Position
-    from data.dataset import Dataset
+    from data.dataset import WindowDataset
     from data.stream import StreamDataset
     from resilience.loss_monitor import BatchRange, StepStats
 
@@ -49,7 +49,7 @@ def initial_position(
     config: JobConfig,
     llama: Any,
     optimizer: Any,
-    dataset: "Dataset | StreamDataset",
+    dataset: "WindowDataset | StreamDataset",
     report: Report,
 ) -> "tuple[Position, list[BatchRange]]":
     """Load or initialize model and optimizer for this launch.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from checkpoint.position import Position
     from checkpoint.saver import Saver
-    from data.dataset import Dataset
+    from data.dataset import WindowDataset
     from data.loader import StepBatches
     from data.stream import StreamDataset
     from parallel.strategy import MeshStrategy
@@ -53,7 +53,7 @@ class Run:
     strategy: "MeshStrategy"
     model: Any
     optimizer: Any
-    dataset: "Dataset | StreamDataset"
+    dataset: "WindowDataset | StreamDataset"
     position: "Position"
     console: "Console"
     stages: Stages
@@ -83,7 +83,7 @@ class Run:
 
     def batches(self) -> Generator["StepBatches", None, None]:
         """Iterate over this process's batches from the current position, with prefetching."""
-        from data.dataset import Dataset
+        from data.dataset import WindowDataset
         from data.loader import TrainLoader
 
         dataset = self.dataset
@@ -95,7 +95,7 @@ class Run:
             "threads": data.loader_threads,
             "prefetch": data.prefetch,
         }
-        if isinstance(dataset, Dataset):
+        if isinstance(dataset, WindowDataset):
             options["shuffle_block_tokens"] = data.shuffle_block_tokens
             seed = self.config.run.seed
             loader: Any = TrainLoader(dataset, self.stages, seed=seed, **options)
@@ -204,10 +204,12 @@ class Run:
 
 
 def build_saver(
-    config: JobConfig, dataset: "Dataset | StreamDataset", report: Callable[[str], None]
+    config: JobConfig, dataset: "WindowDataset | StreamDataset", report: Callable[[str], None]
 ) -> "Saver":
-    """Create the saver of a run; every checkpoint includes the tokenizer of the data."""
+    """Create the saver of a run; every checkpoint includes the tokenizer of the data, if any."""
     from checkpoint.saver import Saver
 
     folder = RunFolder(Path(config.run.dir))
-    return Saver(folder, config.checkpoint, plain(config), report, dataset.tokenizer().files())
+    tokenizer = dataset.tokenizer()
+    files = {} if tokenizer is None else tokenizer.files()
+    return Saver(folder, config.checkpoint, plain(config), report, files)

@@ -63,17 +63,20 @@ def _rate_rows(run: Run, changes: Changes) -> Rows:
 
 
 def _data_rows(run: Run) -> Rows:
-    """Return rows about the tokens and, except for streams, the epochs of each source."""
-    from data.dataset import Dataset
+    """Return rows about the tokens and, for prepared data, the epochs of each source."""
+    from data.dataset import Dataset, WindowDataset
     from training.console import compact
 
     config, dataset, stages = run.config, run.dataset, run.stages
+    if config.data.is_mock:
+        return [("data", f"mock, token ids by formula, vocabulary of {config.model.vocab_size:,}")]
     names = ", ".join(config.data.sources)
     vocabulary = f"{config.tokenizer.name} vocabulary of {config.tokenizer.vocab_size:,}"
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, WindowDataset):
         files = f"{dataset.n_files} files of {dataset.source.path}"
         shards = f"{dataset.n_stream_shards} stream shards"
         return [("data", f"{names}, streamed from {files} in {shards}, {vocabulary}")]
+    assert isinstance(dataset, Dataset)
     order = dataset.order(stages, config.run.seed, config.data.shuffle_block_tokens)
     epochs = order.epochs(stages.first_sample(config.train.max_steps))
     n_tokens = compact(dataset.manifest.n_tokens("train"))
@@ -108,12 +111,11 @@ def summary(run: Run) -> tuple[str, Rows, Rows]:
     ]
     resume = resume_command(config, processes)
     commands: Rows = []
-    if config.data.stream_shards is None:  # streams have no validation split
-        commands.append(("Evaluate", f"{_program('evaluate')} {checkpoint_override}"))
-    commands += [
-        ("Generate text", f"{_program('generate')} {checkpoint_override}"),
-        ("Train longer", f"{resume} train.max_steps={2 * position.step}"),
-    ]
+    if not config.data.is_mock:  # no text, and no tokenizer
+        if config.data.stream_shards is None:  # streams have no validation split
+            commands.append(("Evaluate", f"{_program('evaluate')} {checkpoint_override}"))
+        commands.append(("Generate text", f"{_program('generate')} {checkpoint_override}"))
+    commands.append(("Train longer", f"{resume} train.max_steps={2 * position.step}"))
     if config.log.tensorboard:
         logdir = f"{shlex.quote(folder)}/tensorboard"
         commands.append(("View in TensorBoard", f"tensorboard --logdir {logdir}"))

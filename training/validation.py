@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 def validate(run: Run) -> float:
     """Return the mean loss over the validation windows; it does not depend on the mesh."""
-    from data.dataset import Dataset
+    from data.dataset import WindowDataset
     from data.loader import validation_batches
     from evaluation.held_out import LossTotals, evaluate_loss
 
-    assert isinstance(run.dataset, Dataset)  # streams have no validation split
+    assert isinstance(run.dataset, WindowDataset)  # streams have no validation split
     train = run.config.train
     batches = validation_batches(
         run.dataset,
@@ -50,11 +50,12 @@ def write_sample(run: Run) -> None:
     from evaluation.generation import sample_text
 
     config = run.config.validation
-    if config.sample_tokens == 0:
+    tokenizer = run.dataset.tokenizer()
+    if config.sample_tokens == 0 or tokenizer is None:
         return
     text = sample_text(
         run.model,
-        run.dataset.tokenizer(),
+        tokenizer,
         config.prompt,
         n_tokens=config.sample_tokens,
         temperature=config.temperature,

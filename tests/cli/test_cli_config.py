@@ -92,7 +92,8 @@ def test_every_data_file_composes_for_both_programs(data: str, tokenizer: str) -
     config = load(*arguments)
     size = config.tokenizer.vocab_size
     assert config.data.folder == f"shards/{config.data.name}-{tokenizer}-{size}"
-    assert prepared(*arguments).data == config.data
+    if data != "mock":  # nothing to prepare
+        assert prepared(*arguments).data == config.data
 
 
 @pytest.mark.parametrize("data", [data for data in files("data") if missing_values("data", data)])

@@ -131,7 +131,7 @@ def test_epoch_reads_each_window_once(folder: Path) -> None:
 
 def test_positions_restart_and_labels_are_masked_at_document_boundaries(folder: Path) -> None:
     train_loader = loader(folder)
-    tokenizer = train_loader.dataset.manifest.tokenizer
+    tokenizer = Dataset.open(folder).manifest.tokenizer
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     tokens, positions, labels = concatenated(*(train_loader.step(step) for step in range(20)))
     expected = torch.zeros_like(positions)
