@@ -149,9 +149,10 @@ def train(run: Run) -> None:
             run.advance(batch)
             compiled = config.parallel.compile
             metrics = step_metrics(run.position, tensors, lr, compiled) if logs else {}
+            decision = check_step(run, batch.number, tensors["scalars"], saves)
         run.watchdog.enter("step", step + 1)
         run.record_progress()
-        decision = check_step(run, batch.number, tensors["scalars"], saves)
+        run.poll_checkpoints()
         if decision.rewind is not None:
             batches.close()
             rewind(run, decision.rewind)

@@ -1,8 +1,16 @@
-"""Wall-clock accounting of a run: steps, waits for data, and stalls between steps."""
+"""Wall-clock accounting of a run: steps, waits for data, and stalls between steps.
+
+CUDA executes a step after the host has queued it. The host's time of a step therefore ends when
+statistics arrive from the device: those of the step before, since they are read one step late, or
+its own where the loop logs or saves. Between two such points at which the device is idle, the steps
+add up to the time that they took on the device, without a synchronization for the measurement.
+"""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 
 class Clock:
@@ -10,31 +18,44 @@ class Clock:
 
     `read` returns and resets the counters since the last logged step; `spent` returns totals since
     launch. A profile sets `around_data` to a context that marks each wait for data in its trace.
+
+    Args:
+        device_type: On `cuda`, a wait for data counts only while the device has no work.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str = "cpu") -> None:
         self._steps, self._seconds, self._data_wait_seconds = 0, 0.0, 0.0
+        self._data_waits: deque[tuple[Any, Any]] = deque()  # start and end, not yet added up
+        self._timestamp = _cuda_event if device_type == "cuda" else time.perf_counter
         self._launched = time.perf_counter()
         self._productive = self._stalled = 0.0
         self.around_data: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Time one step."""
+        """Time one step, up to the arrival of the statistics that are due."""
+        with self.drain():
+            yield
+        self._steps += 1
+        # The newest wait may still be in the device's queue.
+        self._add_data_waits(len(self._data_waits) - 1)
+
+    @contextmanager
+    def drain(self) -> Iterator[None]:
+        """Time a wait for steps that the device has in its queue."""
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
         self._seconds += seconds
         self._productive += seconds
-        self._steps += 1
 
     @contextmanager
     def data(self) -> Iterator[None]:
         """Time the wait for data within a step."""
-        start = time.perf_counter()
+        start = self._timestamp()
         with self.around_data():
             yield
-        self._data_wait_seconds += time.perf_counter() - start
+        self._data_waits.append((start, self._timestamp()))
 
     @contextmanager
     def stall(self) -> Iterator[None]:
@@ -44,7 +65,11 @@ class Clock:
         self._stalled += time.perf_counter() - start
 
     def read(self) -> tuple[int, float, float]:
-        """Return the number of steps, their seconds and their data wait, and reset all three."""
+        """Return the number of steps, their seconds and their data wait, and reset all three.
+
+        Called when the device has completed these steps.
+        """
+        self._add_data_waits(len(self._data_waits))
         reading = self._steps, self._seconds, self._data_wait_seconds
         self._steps, self._seconds, self._data_wait_seconds = 0, 0.0, 0.0
         return reading
@@ -56,3 +81,18 @@ class Clock:
             "productive_seconds": round(self._productive, 3),
             "stalled_seconds": round(self._stalled, 3),
         }
+
+    def _add_data_waits(self, count: int) -> None:
+        for _ in range(count):
+            start, end = self._data_waits.popleft()
+            on_host = isinstance(start, float)
+            self._data_wait_seconds += end - start if on_host else start.elapsed_time(end) / 1e3
+
+
+def _cuda_event() -> Any:
+    """Record an event, whose time is the later of now and the end of the queued work."""
+    import torch
+
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

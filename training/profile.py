@@ -116,10 +116,12 @@ def profile_step(run: "Run", step: int) -> Iterator[None]:
         torch.cuda.memory._record_memory_history(max_entries=MAX_ALLOCATIONS)
     # CPU memory has no snapshot, so allocations go into the trace.
     with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
-        synchronize()
+        with run.clock.drain():
+            synchronize()
         with record_function(STEP):
             yield
-            synchronize()
+            with run.clock.drain():
+                synchronize()
     snapshot = torch.cuda.memory._snapshot() if on_cuda else None
     if on_cuda:
         torch.cuda.memory._record_memory_history(enabled=None)

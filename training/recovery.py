@@ -123,12 +123,11 @@ def check_step(run: Run, batch: int, scalars: "Tensor", saves: bool) -> Decision
         batch: Index of the batch of the step in the sample order.
         scalars: (2 + n_requests) the step's scalars, on the device.
         saves: Whether a checkpoint is due. All pending steps are then checked first, so that no
-            checkpoint contains an unchecked step.
+            checkpoint contains an unchecked step; also after the first step, which ends the set-up.
     """
     samples = run.stages.first_sample(batch), run.stages.first_sample(batch + 1)
-    run.poll_checkpoints()
     decision = _decide(run, run.reader.read(run.position.step, batch, samples, scalars))
-    if saves or decision.save or decision.stop:
+    if saves or decision.save or decision.stop or not run.first_step_done:
         decision = decision.merge(_decide(run, run.reader.flush()))
     return decision
 
@@ -166,11 +165,12 @@ def rewind(run: Run, skip: "BatchRange") -> None:
     first, _ = skip
     excluded = (min(stop, first) - start for start, stop in run.position.skips if start < first)
     before = first - sum(excluded)  # steps done when that batch was taken
+    with run.clock.drain():
+        run.reader.flush()  # discards the steps that are rewound
     run.saver.finish()
     run.poll_checkpoints()
     previous_step = run.position.step
     _record_rewind(run, {"step": previous_step, "skip": list(skip), "before": before})
-    run.reader.flush()  # discards the steps that are rewound
     skips = merge_ranges([*run.position.skips, skip])
     model, optimizer = run.model.module, run.optimizer.optimizer
     note = run.console.note

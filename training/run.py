@@ -67,9 +67,12 @@ class Run:
     metrics: "MetricsLog | None" = None
     first_step_done: bool = False
     save_failed: bool = False
-    clock: Clock = field(default_factory=Clock)
+    clock: Clock = field(init=False)
     garbage: GarbageCollector = field(default_factory=GarbageCollector)
     last_metrics: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.fabric.device.type)
 
     @property
     def folder(self) -> RunFolder:
@@ -189,10 +192,10 @@ class Run:
 
     def record_progress(self, now: bool = False) -> None:
         """On rank 0, record step and time spent: after the first step, periodically, or `now`."""
+        is_first, self.first_step_done = not self.first_step_done, True
         if self.event_log is None:
             return
-        if not self.first_step_done:
-            self.first_step_done = True
+        if is_first:
             self.record("trained", step=self.position.step, **self.clock.spent())
         else:
             self.event_log.progress(self.position.step, self.clock.spent(), now=now)
