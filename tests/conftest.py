@@ -48,6 +48,7 @@ LONG_UNIT_TESTS = {
 }
 # Names and fixtures by which a test module starts processes.
 LAUNCHING_NAMES = {"start_program", "start_python", "on_ranks", "subprocess", "Cluster"}
+LAUNCHING_NAMES |= {"on_fake_device"}
 LAUNCHING_FIXTURES = {"fork_server", "smoke_run", "command", "uninterrupted", "train_modules"}
 REPRODUCIBLE_KEYS = ("batch_hash", "samples", "tokens", "loss", "grad_norm", "lr")
 

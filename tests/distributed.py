@@ -56,14 +56,14 @@ def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> 
         processes.append(process)
         ranks[receiver] = rank
     try:
-        return _collect(ranks)
+        return collect(ranks)
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _collect(ranks: dict[Connection, int]) -> list[Any]:
+def collect(ranks: dict[Connection, int]) -> list[Any]:
     """Return the result of every rank, by rank; raise as soon as one fails."""
     pending, results = dict(ranks), {}
     while pending:
