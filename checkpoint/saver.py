@@ -102,14 +102,16 @@ class Saver:
         self.finish()  # rank 0 has finished; wait for the remaining work of this rank
         if decision == "committed":
             return True
-        state, values = tensors_of(model, optimizer), dataclasses.asdict(position)
-        if wait or not self._config.async_save:
+        values, waits = dataclasses.asdict(position), wait or not self._config.async_save
+        state = tensors_of(model, optimizer, deferred=not waits)
+        if waits:
             self._write(state, values, started_at, stall_seconds=None)
             return True
         self._buffers = copy_to_host(state, self._buffers)
+        now = time.perf_counter()
         self._thread = threading.Thread(
-            target=self._write,
-            args=(self._buffers, values, time.perf_counter(), time.perf_counter() - started_at),
+            target=_run_on_device,
+            args=(_current_device(), self._write, self._buffers, values, now, now - started_at),
             name="checkpoint",
             daemon=True,  # an aborting process does not wait for it
         )
@@ -179,3 +181,15 @@ class Saver:
                 self._errors.put(f"Could not list old checkpoints ({failure}). Continuing.")
         stall = seconds if stall_seconds is None else stall_seconds
         self._results.put(SaveResult(position["step"], path, error, stall, seconds, n_bytes))
+
+
+def _current_device() -> int | None:
+    """Return the index of this thread's GPU, None in a process that has not initialized CUDA."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+def _run_on_device(device: int | None, function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a new thread, whose GPU is otherwise 0: CUDA would create a context."""
+    if device is not None:
+        torch.cuda.set_device(device)
+    function(*arguments)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -132,7 +132,11 @@ class Loader:
         The iterator is endless. Closing it stops its threads; an exception in a thread is raised
         when its step is due.
         """
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="llamesh-loader")
+        options: dict[str, Any] = {"thread_name_prefix": "llamesh-loader"}
+        if self.pin_memory:  # a thread starts on GPU 0, where CUDA would create a context
+            device = torch.cuda.current_device()
+            options |= {"initializer": torch.cuda.set_device, "initargs": (device,)}
+        pool = ThreadPoolExecutor(threads, **options)
         pending: deque[Future[StepBatches]] = deque()
         try:
             for index in batch_indices(first_batch, skips):

@@ -3,8 +3,9 @@
 An asynchronous save copies the rank's shards of weights and moments to host memory
 (`checkpoint.host_copy`), which is kept for the next save. On GPUs the copy is pinned, and PyTorch's
 pinned allocator rounds each tensor up to a power of two (ATen/core/CachingHostAllocator.h). In
-checkpoints the moments are float32: those in bf16 or 8 bits are converted, in host memory, for the
-duration of each save. On CPU all of it is the rank's own memory.
+checkpoints the moments are float32: those in bf16 or 8 bits are converted into the copy, and in
+host memory for the duration of a synchronous save or a load (a rewind loads too). On CPU all of it
+is the rank's own memory.
 """
 
 from collections.abc import Iterator
@@ -37,13 +38,11 @@ def copied_bytes(spec: StepSpec) -> int:
     if not spec.async_save:
         return 0
     exact, pinned = sum(shards(spec)), sum(map(_power_of_two, shards(spec)))
-    if spec.accelerator == "cpu":
-        return 3 * exact
-    return 3 * pinned if spec.precision.optimizer_state == "fp32" else pinned + 2 * exact
+    return 3 * (exact if spec.accelerator == "cpu" else pinned)
 
 
 def converted_bytes(spec: StepSpec) -> int:
-    """Return the size of the float32 moments that a save or a load holds in host memory."""
+    """Return the size of the float32 moments that a load holds in host memory."""
     return 0 if spec.precision.optimizer_state == "fp32" else 2 * sum(shards(spec))
 
 

@@ -4,7 +4,8 @@ AdamW is elementwise, so each rank updates its local shards, independently of th
 formats of low-bit moments are in `training.moments`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from checkpoint.host_copy import Deferred
 from training.config import OptimConfig
 from training.moments import BLOCK, FloatMoment, Int8Moment, Moment
 
@@ -111,6 +113,7 @@ class LowBitAdamW(AdamW):
 
     def __init__(self, groups: Any, state: Literal["bf16", "int8"], **options: Any) -> None:
         self.format = state
+        self._convert: Callable[[Moment, Tensor], Any] = _to_float32
         super().__init__(groups, **options)
 
     def _update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
@@ -154,10 +157,17 @@ class LowBitAdamW(AdamW):
         for index, parameter in enumerate(self._parameters()):
             if index in state_dict["state"]:
                 state_dict["state"][index] = {
-                    key: value if isinstance(value, Tensor) else _to_float32(value, parameter)
+                    key: value if isinstance(value, Tensor) else self._convert(value, parameter)
                     for key, value in state_dict["state"][index].items()
                 }
         return state_dict
+
+    @contextmanager
+    def deferred_moments(self) -> Iterator[None]:
+        """Let `state_dict` return moments as `Deferred`, for a single copy to host memory."""
+        self._convert = _deferred
+        yield
+        self._convert = _to_float32
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict saved with any moment format."""
@@ -200,6 +210,12 @@ def _local(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
     # Detached last, because DTensor.detach goes through the DTensor dispatch.
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _deferred(moment: Moment, parameter: Tensor) -> Deferred:
+    """Return a moment that is converted to float32 when it is copied."""
+    local = _local(parameter)
+    return Deferred(parameter, lambda: moment.read(0, local.numel()).view(local.shape))
 
 
 def _to_float32(moment: Moment, parameter: Tensor) -> Tensor:

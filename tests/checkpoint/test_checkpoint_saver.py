@@ -5,13 +5,18 @@ import os
 import resource
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import filesystem
+from torch.utils._pytree import tree_map_only
 
 from checkpoint import writer
 from checkpoint.config import CheckpointConfig
@@ -21,7 +26,7 @@ from checkpoint.restore import load
 from checkpoint.saver import Saver, SaveResult
 from resilience.run_folder import RunFolder
 from training.config import OptimConfig
-from training.optimizer import build_optimizer
+from training.optimizer import StateFormat, build_optimizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,10 +40,10 @@ def _group() -> Iterator[None]:
 class Training:
     """A small model that is trained and saved."""
 
-    def __init__(self, folder: Path, **config: Any) -> None:
+    def __init__(self, folder: Path, state: StateFormat = "fp32", **config: Any) -> None:
         self.folder = RunFolder(folder)
         self.model = nn.Linear(3, 4)
-        self.optimizer = build_optimizer(self.model, OptimConfig(lr=0.1))
+        self.optimizer = build_optimizer(self.model, OptimConfig(lr=0.1), state)
         self.messages: list[str] = []
         self.saver = Saver(self.folder, CheckpointConfig(**config), {}, self.messages.append)
 
@@ -180,3 +185,61 @@ def test_write_error_of_a_full_disk_replaces_the_error_of_torch(tmp_path: Path) 
             torch.save(torch.zeros(20_000), cast(IO[bytes], stream))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.parametrize("async_save", [True, False])
+def test_writing_host_tensors_does_not_wait_for_the_training_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool
+) -> None:
+    """DCP's loader for tensors on a GPU synchronizes the stream of the thread that creates it."""
+    waits: list[str] = []
+    stream = SimpleNamespace(
+        device_type="cuda", synchronize=lambda: waits.append(threading.current_thread().name)
+    )
+    module = SimpleNamespace(current_stream=lambda: stream, stream=lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(filesystem, "_get_available_device_type", lambda: "cuda")
+    monkeypatch.setattr(filesystem, "_get_device_module", lambda _: module)
+    training = Training(tmp_path, async_save=async_save)
+    training.train()
+    training.save(1)
+    assert training.results()[0].error is None and not waits
+
+
+def test_thread_that_writes_selects_the_gpu_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise CUDA calls of the thread would create a context on GPU 0 for every rank."""
+    selected: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_device",
+        lambda device: selected.append((threading.current_thread().name, device)),
+    )
+    training = Training(tmp_path)
+    training.train()
+    training.save(1)
+    assert training.results()[0].error is None and selected == [("checkpoint", 3)]
+
+
+@pytest.mark.parametrize("state", ["bf16", "int8"])
+def test_low_bit_moments_are_converted_into_the_copy_without_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: StateFormat
+) -> None:
+    training = Training(tmp_path, state)
+    training.train()
+    expected = writer.tensors_of(training.model, training.optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.optimizer, "_convert", None)  # of a state dict of tensors
+        training.save(1)
+    assert training.results()[0].error is None
+    found = tree_map_only(Tensor, torch.zeros_like, expected)
+    dcp.load(found, checkpoint_id=training.folder.step_folder(1), no_dist=True)
+    for part in (found, expected):
+        del part["optimizer"]["param_groups"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from data.config import DataConfig, SourceConfig, StageConfig, TokenizerConfig
 from data.dataset import Dataset
 from data.errors import DataError
-from data.loader import IGNORE_INDEX, StepBatches, TrainLoader, make_batch, validation_batches
+from data.loader import (
+    IGNORE_INDEX,
+    Loader,
+    StepBatches,
+    TrainLoader,
+    make_batch,
+    validation_batches,
+)
 from data.preparation.pipeline import prepare
 from data.stages import Stages, plan_stages
 
@@ -78,6 +85,27 @@ def concatenated(*steps: StepBatches) -> list[torch.Tensor]:
     return [
         torch.cat(parts) for parts in zip(*(b for s in steps for b in s.micro_batches), strict=True)
     ]
+
+
+def test_threads_that_pin_memory_select_the_gpu_of_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise CUDA would create a context on GPU 0 for every rank."""
+    selected: dict[str, int] = {}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_device",
+        lambda device: selected.update({threading.current_thread().name: device}),
+    )
+
+    def read(number: int) -> StepBatches:
+        assert selected[threading.current_thread().name] == 3
+        return StepBatches([], [], 0, 0, number)
+
+    pinned = Loader(rank=0, size=1, pin_memory=True).read_ahead(read, 2, 0, ())
+    assert [next(pinned).number for _ in range(3)] == [0, 1, 2]
+    pinned.close()
 
 
 @pytest.mark.parametrize(("size", "micro"), [(1, 1), (1, 12), (2, 3), (3, 2), (6, 1), (12, 1)])

@@ -66,7 +66,7 @@ def test_planned_checkpoint_has_the_size_of_the_real_one(state: Any) -> None:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     saved = tensors_of(llama, optimizer)
-    copied = copy_to_host(saved, None)
+    copied = copy_to_host(tensors_of(llama, optimizer, deferred=True), None)
     spec = make_spec(state)
     assert copied_bytes(spec) == checkpoint_bytes(spec) == state_bytes(copied)
     assert state_bytes(saved) == checkpoint_bytes(spec)
