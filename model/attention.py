@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from model.compiled import compile_for_any_shape
 from model.config import FLEX_MIN_HEAD_DIM, varlen_supports
 from model.kernels import select_sdpa
 
@@ -222,7 +223,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
 @cache
 def _compiled_flex() -> Any:
     """FlexAttention as a fused kernel; uncompiled it materializes the scores."""
-    return torch.compile(flex_attention, dynamic=False)
+    return compile_for_any_shape(flex_attention)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

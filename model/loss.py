@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from model.compiled import compile_for_any_shape
+
 IGNORE = -100
 """Label of a token without a target."""
 
@@ -72,10 +74,10 @@ class CrossEntropySum(nn.Module):
         self.exponentiate_ = exponentiate_
 
     def compile_stages(self) -> None:
-        """Compile each pass over a chunk's logits into one kernel, once per shape."""
+        """Compile each pass over a chunk's logits into one kernel, for any number of rows."""
         self.compiled = True
-        self.sum_exponentials = torch.compile(sum_exponentials, fullgraph=True, dynamic=False)
-        self.exponentiate_ = torch.compile(exponentiate_, fullgraph=True, dynamic=False)
+        self.sum_exponentials = compile_for_any_shape(sum_exponentials)
+        self.exponentiate_ = compile_for_any_shape(exponentiate_)
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of the logits hidden · weightᵀ.

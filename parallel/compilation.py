@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from model.compiled import compile_for_any_shape
 from model.llama import Llama
 
 
@@ -31,7 +32,7 @@ def apply_compile(model: Llama, memory_budget: float = 1.0) -> None:
         config.unsafe_treat_script_objects_as_zero_size = True
     model.tok_embeddings.register_forward_hook(_wait_for_collective)
     for block in model.layers:
-        block.forward = torch.compile(block.forward, fullgraph=True)
+        block.forward = compile_for_any_shape(block.forward)
     model.loss.compile_stages()
 
 

@@ -6,12 +6,14 @@ only, and a run that loads one continues bit for bit.
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model.compiled import compile_for_any_shape
 
 BLOCK = 256  # values per scale
 MIN_SCALE = 1e-12
@@ -81,8 +83,7 @@ def _quantize(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8), scales
 
 
-# One graph for the first number of blocks, one for others.
-_compiled = cache(partial(torch.compile, fullgraph=True))
+_compiled = cache(compile_for_any_shape)
 
 
 def _run(function: Callable[..., Any], *arguments: Tensor) -> Any:
