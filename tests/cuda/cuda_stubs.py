@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import contracts
 import torch
 import torch.cuda
 from fake_device import Gpus
@@ -50,6 +51,7 @@ def configure(new: Gpus) -> None:
     major, minor = new.capability
     ctypes.c_int.in_dll(guard, "fake_cuda_capability").value = 10 * major + minor
     ctypes.c_int.in_dll(guard, "fake_cuda_devices").value = new.count
+    ctypes.c_int.in_dll(guard, "fake_cuda_has_cudnn").value = new.cudnn
 
 
 def record(name: str, detail: str = "") -> None:
@@ -299,6 +301,7 @@ def _dispatch(
 ) -> Any:
     """Dispatch an operation on fake tensors: of `FAKE` in eager mode, else of the compiler."""
     kwargs = kwargs or {}
+    contracts.check(func, args, kwargs, gpus.capability)
     if mode is not FAKE:
         return _fake_dispatch(mode, func, types, args, kwargs)
     _record_operation(func, args, kwargs)

@@ -39,6 +39,7 @@ class Gpus:
     count: int = 8
     name: str = "NVIDIA H200"
     memory_gib: float = 139.8
+    cudnn: bool = True
 
 
 def on_fake_device(
@@ -48,12 +49,14 @@ def on_fake_device(
     gpus: int = 8,
     name: str = "NVIDIA H200",
     memory_gib: float = 139.8,
+    cudnn: bool = True,
     generates_code: bool = False,
 ) -> Any:
     """Return `function(*arguments)` as computed in a process with `gpus` fake GPUs.
 
     Args:
         function: Defined at the top level of a module.
+        cudnn: Whether the build has cuDNN's attention, which PyTorch prefers on sm_90 and sm_100.
         generates_code: Leave Inductor as it is; else `fake_inductor` stops it before the code.
 
     Raises:
@@ -66,7 +69,7 @@ def on_fake_device(
     process = context.Process(
         target=_run,
         args=(
-            *(sender, Gpus(capability, gpus, name, memory_gib), generates_code),
+            *(sender, Gpus(capability, gpus, name, memory_gib, cudnn), generates_code),
             *(function, arguments),
         ),
         daemon=True,

@@ -1,6 +1,7 @@
 // The parts of PyTorch's CUDA library that a CPU build needs to run fake CUDA tensors: device guard,
 // hooks, pinned memory, and the kernel choice of scaled_dot_product_attention. Nothing is computed.
 // Loaded before torch, which looks for its hooks once.
+#include <ATen/Context.h>
 #include <ATen/SDPBackend.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/transformers/attention.h>
@@ -18,6 +19,7 @@
 extern "C" {
 int fake_cuda_devices = 8;
 int fake_cuda_capability = 90;  // 10 * major + minor
+int fake_cuda_has_cudnn = 1;
 std::atomic<int64_t> fake_cuda_sdpa_calls[8];  // by at::SDPBackend
 thread_local int fake_cuda_chosen_device = -1;  // -1: this thread has not called set_device
 int fake_cuda_get_device() { return fake_cuda_chosen_device; }
@@ -127,43 +129,69 @@ namespace {
 using at::Tensor;
 using at::SDPBackend;
 
-// The rules for dense tensors of aten/src/ATen/native/transformers/cuda/sdp_utils.cpp:
-// can_use_flash_attention, can_use_mem_efficient_attention. Sizes are compared as SymInts, because
-// the compiler traces this too.
-bool is_sixteen_bit(const Tensor& t) {
-  return t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16;
+// The rules for dense tensors in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp:
+// can_use_cudnn_attention, can_use_flash_attention, can_use_mem_efficient_attention and
+// check_prefer_cudnn_attention (cuDNN 9.15.1 and later, as in the wheels for CUDA 13). Sizes are
+// compared as SymInts, because the compiler traces this too.
+struct Call {
+  const Tensor &q, &k, &v;
+  bool masked, causal, grouped;
+
+  c10::SymInt head_dim() const { return q.sym_size(-1); }
+  bool one_type() const { return q.dtype() == k.dtype() && k.dtype() == v.dtype(); }
+  bool one_head_dim() const { return k.sym_size(-1) == head_dim() && v.sym_size(-1) == head_dim(); }
+  bool same_heads() const { return q.sym_size(1) == k.sym_size(1) && k.sym_size(1) == v.sym_size(1); }
+  bool heads_match() const {
+    return same_heads() ||
+        (grouped && k.sym_size(1) == v.sym_size(1) && q.sym_size(1) % k.sym_size(1) == 0);
+  }
+  bool dense_rows() const {
+    return q.sym_stride(-1) == 1 && k.sym_stride(-1) == 1 && v.sym_stride(-1) == 1;
+  }
+  bool sixteen_bit() const {
+    auto type = q.scalar_type();
+    return type == at::kHalf || (type == at::kBFloat16 && fake_cuda_capability >= 80);
+  }
+  bool requires_grad() const { return q.requires_grad() || k.requires_grad() || v.requires_grad(); }
+};
+
+bool can_use_cudnn(const Call& call) {
+  auto& context = at::globalContext();
+  bool deterministic = context.deterministicAlgorithms() && !context.deterministicAlgorithmsWarnOnly();
+  return fake_cuda_capability >= 80 && call.sixteen_bit() && call.one_type() && !deterministic &&
+      call.one_head_dim() && call.head_dim() <= 128 && call.head_dim() % 8 == 0 &&
+      call.k.sym_size(2) != 1 && call.heads_match() && call.dense_rows();
 }
 
-bool can_use_flash(const Tensor& q, const Tensor& k, const Tensor& v,
-                   const std::optional<Tensor>& mask, bool is_causal, bool enable_gqa) {
-  auto head_dim = q.sym_size(-1);
-  bool same_heads = q.sym_size(1) == k.sym_size(1) && k.sym_size(1) == v.sym_size(1);
-  bool grouped = enable_gqa && k.sym_size(1) == v.sym_size(1) && q.sym_size(1) % k.sym_size(1) == 0;
-  bool large = head_dim > 192 && q.requires_grad();  // backward does not fit into shared memory
-  bool small_memory = fake_cuda_capability == 86 || fake_cuda_capability == 89 || fake_cuda_capability / 10 == 12;
-  return fake_cuda_capability >= 80 && is_sixteen_bit(q) && q.dtype() == k.dtype() &&
-      k.dtype() == v.dtype() && !mask.has_value() && head_dim <= 256 && k.sym_size(-1) == head_dim &&
-      v.sym_size(-1) == head_dim && !(large && small_memory) && (same_heads || grouped) &&
-      !(is_causal && q.sym_size(-2) != k.sym_size(-2));
+bool can_use_flash(const Call& call) {
+  bool small_memory = fake_cuda_capability == 86 || fake_cuda_capability == 89 ||
+      fake_cuda_capability / 10 == 12;
+  bool too_large = small_memory && call.requires_grad() && call.head_dim() > 192 && call.head_dim() <= 224;
+  bool square = call.q.sym_size(-2) == call.k.sym_size(-2);
+  return fake_cuda_capability >= 80 && call.sixteen_bit() && call.one_type() && !call.masked &&
+      call.one_head_dim() && call.head_dim() <= 256 && !too_large && call.heads_match() &&
+      (square || !call.causal) && call.dense_rows();
 }
 
-bool can_use_efficient(const Tensor& q, const Tensor& k, const Tensor& v,
-                       const std::optional<Tensor>& mask) {
-  auto type = q.scalar_type();
-  bool dtype = type == at::kFloat || type == at::kHalf ||
-      (type == at::kBFloat16 && fake_cuda_capability >= 80);
-  auto alignment = is_sixteen_bit(q) ? 8 : 4;
-  bool same_heads = q.sym_size(1) == k.sym_size(1) && k.sym_size(1) == v.sym_size(1);
-  return dtype && q.dtype() == k.dtype() && k.dtype() == v.dtype() && same_heads &&
-      q.sym_size(-1) % alignment == 0 && v.sym_size(-1) % alignment == 0 && q.dim() == 4;
+bool can_use_efficient(const Call& call) {
+  bool sixteen_bit = call.q.scalar_type() == at::kHalf || call.q.scalar_type() == at::kBFloat16;
+  bool type = call.q.scalar_type() == at::kFloat || call.sixteen_bit();
+  auto alignment = sixteen_bit ? 8 : fake_cuda_capability >= 80 ? 4 : 1;
+  // Later versions of PyTorch also accept grouped heads.
+  return type && call.one_type() && call.same_heads() && call.head_dim() % alignment == 0 &&
+      call.v.sym_size(-1) % alignment == 0 && call.dense_rows();
 }
 
 int64_t choose(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
                double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa) {
+  Call call{q, k, v, mask.has_value(), is_causal, enable_gqa};
   auto backend = SDPBackend::math;
-  if (can_use_flash(q, k, v, mask, is_causal, enable_gqa)) {
+  int major = fake_cuda_capability / 10;
+  if (fake_cuda_has_cudnn && (major == 9 || major == 10) && can_use_cudnn(call)) {
+    backend = SDPBackend::cudnn_attention;
+  } else if (can_use_flash(call)) {
     backend = SDPBackend::flash_attention;
-  } else if (can_use_efficient(q, k, v, mask)) {
+  } else if (can_use_efficient(call)) {
     backend = SDPBackend::efficient_attention;
   }
   fake_cuda_sdpa_calls[static_cast<int>(backend)]++;

@@ -5,11 +5,14 @@ process group is PyTorch's fake one, in which no other rank exists. Call these f
 `fake_device.on_fake_device`.
 """
 
+import inspect
 import os
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import contracts
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -77,7 +80,17 @@ def fake_processes(world_size: int, rank: int, per_node: int = 8) -> Processes:
         real("fake", store=FakeStore(), **kwargs)
 
     setattr(dist, "init_process_group", init_process_group)  # noqa: B010
+    for name in ("all_reduce", "reduce_scatter_tensor"):
+        setattr(dist, name, partial(_reduce, getattr(dist, name)))
     return Processes("cuda", per_node, world_size // per_node, "torchrun")
+
+
+def _reduce(collective: Any, *args: Any, **kwargs: Any) -> Any:
+    """Check a reduction as NCCL does; in the operation, its kind cannot be read."""
+    arguments = inspect.signature(collective).bind(*args, **kwargs).arguments
+    tensor: Any = arguments.get("input", arguments.get("tensor"))
+    contracts.check_reduction(arguments.get("op", dist.ReduceOp.SUM), tensor)
+    return collective(*args, **kwargs)
 
 
 _real_init = dist.init_process_group

@@ -90,14 +90,17 @@ def attention_backend(dtype: str, grouped: bool, masked: bool, head_dim: int) ->
 @pytest.mark.parametrize(
     ("capability", "arguments", "backend"),
     [
-        ((9, 0), ("bfloat16", True, False, 64), "flash"),
-        ((9, 0), ("bfloat16", True, True, 64), "math"),
-        ((9, 0), ("bfloat16", False, True, 64), "efficient"),
+        ((9, 0), ("bfloat16", True, False, 64), "cudnn"),
+        ((9, 0), ("bfloat16", True, True, 64), "cudnn"),
+        ((8, 0), ("bfloat16", True, False, 64), "flash"),
+        ((8, 0), ("bfloat16", True, True, 64), "math"),
+        ((8, 0), ("bfloat16", False, True, 64), "efficient"),
         ((9, 0), ("float32", True, False, 64), "math"),
         ((9, 0), ("float32", False, False, 64), "efficient"),
         ((7, 5), ("float16", False, False, 64), "efficient"),
         ((9, 0), ("bfloat16", False, False, 260), "math"),
-        ((8, 9), ("bfloat16", False, False, 256), "efficient"),
+        ((9, 0), ("bfloat16", False, False, 256), "flash"),
+        ((8, 9), ("bfloat16", False, False, 208), "efficient"),
     ],
 )
 def test_sdpa_backend_follows_the_rules_of_pytorch(
