@@ -99,7 +99,7 @@ def call_adamw(gradient: str, step: str, found_inf: str, transposed: bool) -> No
     [
         (("float32", "float32", "float32", False), None),
         ((BF16, "float32", "float32", False), "one dtype and device"),
-        (("float32", "int64", "float32", False), "step: torch.int64"),
+        (("float32", "int64", "float32", False), "except `step` tensors"),
         (("float32", "float32", BF16, False), "found_inf must be float32"),
         (("float32", "float32", "float32", True), "one layout"),
     ],
