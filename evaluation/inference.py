@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,8 @@ def load_model(
         FormatError: On all ranks, if the weights are damaged or a rank cannot read its shard.
         LaunchError: The processes cannot connect to each other.
     """
+    # The shapes of prompts and windows vary, so only an explicit `compile` takes the time.
+    parallel = replace(parallel, compile=parallel.compile is True)
     watchdog = Watchdog(TimeLimits())  # detects dead ranks, without time limits
     fabric, strategy = launch(processes, mesh, parallel, precision, watchdog)
     weights = agreed_weights(weights.folder, opened=weights)

@@ -1,6 +1,6 @@
 """Configuration of the device mesh and of the number formats. Imports nothing heavy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from annotated_types import Interval
@@ -27,7 +27,7 @@ class ParallelConfig(ConfigSection):
         activation_checkpoint: Activations that a block keeps for its backward: `none` recomputes
             nothing, `full` everything, `selective` everything but matrix products and attention. A
             number is the fraction that the compiler may keep (its memory budget).
-        compile: Compile each block.
+        compile: Compile each block and the loss. `auto` compiles on GPUs only.
         reshard_after_forward: Free a block's gathered weights between forward and backward. None:
             where weights are sharded, except for the last block.
         reduce_gradients: Reduce gradients over the data ranks once per `step`, with full gradients
@@ -47,9 +47,15 @@ class ParallelConfig(ConfigSection):
     activation_checkpoint: (
         Literal["none", "full", "selective"] | Annotated[float, Interval(ge=0, le=1)]
     ) = "none"
-    compile: bool = False
+    compile: Literal["auto"] | bool = "auto"
     reshard_after_forward: bool | None = None
     reduce_gradients: Literal["step", "micro_batch"] = "step"
+
+    def resolved(self, accelerator: str) -> "ParallelConfig":
+        """Return the configuration with `compile` resolved for a device type."""
+        if self.compile != "auto":
+            return self
+        return replace(self, compile=accelerator == "cuda")
 
 
 @dataclass(frozen=True)

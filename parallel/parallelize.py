@@ -33,6 +33,7 @@ def parallelize(
     """
     if mesh.device_type == "cuda":
         torch.set_float32_matmul_precision(precision.float32_matmul)
+    parallel = parallel.resolved(mesh.device_type)
     dtypes = mixed_precision_policy(precision, mesh.device_type)
     param_dtype = dtypes.param_dtype or torch.float32
     checkpoint = parallel.activation_checkpoint

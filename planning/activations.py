@@ -116,7 +116,7 @@ def block_saved_bytes(spec: StepSpec, checkpoint: str | float | None = None) -> 
         return block_input_bytes(spec) + products + outputs + attention
     normed = 2 * full_hidden_bytes(spec)  # inputs of attention and FFN
     n_ffn_tensors = 3 if spec.parallel.compile else 4  # the compiler recomputes silu
-    norms = 2 * _norm_saved_bytes(spec, spec.parallel.compile)
+    norms = 2 * _norm_saved_bytes(spec, bool(spec.parallel.compile))
     return norms + normed + _attention_saved_bytes(spec) + n_ffn_tensors * tokens * ffn * p
 
 

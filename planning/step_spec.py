@@ -25,6 +25,7 @@ class StepSpec:
     """One optimizer step of `global_batch_size` sequences of `seq_len` tokens on a mesh.
 
     Attributes:
+        parallel: `compile=auto` is resolved on construction.
         precision: Data types, with `auto` resolved (see `resolved_precision`).
         micro_batch_size: Sequences per data-parallel rank and micro-batch.
         document_mask: Attention is restricted to documents.
@@ -43,6 +44,9 @@ class StepSpec:
     document_mask: bool = True
     async_save: bool = False
     prefetch: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parallel", self.parallel.resolved(self.accelerator))
 
     @property
     def micro_batches(self) -> int:

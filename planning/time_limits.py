@@ -53,7 +53,7 @@ def planned_seconds(specs: Sequence[StepSpec], hardware: Hardware | None) -> Pha
     seconds_per_byte = 1 / (nodes * hardware.storage_gb_s * 1e9)
     saving = checkpoint_bytes(spec) * seconds_per_byte
     loading = saving * (1 + spec.mesh.dp_replicate)  # all is verified, each replica loads all
-    compiling = COMPILE_SECONDS * spec.parallel.compile
+    compiling = COMPILE_SECONDS if spec.parallel.compile else 0
     return PhaseSeconds(START_SECONDS + compiling + loading + step, step, saving)
 
 

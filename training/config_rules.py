@@ -49,12 +49,16 @@ def run_errors(run: RunConfig) -> Iterator[str]:
 
 def parallel_errors(parallel: ParallelConfig) -> Iterator[str]:
     budget = parallel.activation_checkpoint
-    if isinstance(budget, float) and not parallel.compile:
-        yield (
-            f"parallel.activation_checkpoint={budget} is a memory budget of the compiler, but "
-            "parallel.compile=false; use parallel.compile=true, or "
-            "parallel.activation_checkpoint=none, selective or full"
-        )
+    if isinstance(budget, float) and parallel.compile is False:
+        yield _budget_error(budget, "parallel.compile=false")
+
+
+def _budget_error(budget: float, reason: str) -> str:
+    return (
+        f"parallel.activation_checkpoint={budget} is a memory budget of the compiler, but "
+        f"{reason}; use parallel.compile=true, or parallel.activation_checkpoint=none, selective "
+        "or full"
+    )
 
 
 def precision_errors(precision: PrecisionConfig) -> Iterator[str]:
@@ -492,6 +496,9 @@ def device_errors(
             f"{key} needs complete documents, but parallel.cp={mesh.cp} splits them; use "
             "model.attention=auto, sdpa or flex"
         )
+    budget = parallel.activation_checkpoint
+    if parallel.compile == "auto" and isinstance(budget, float) and accelerator != "cuda":
+        yield _budget_error(budget, "parallel.compile=auto compiles on GPUs only")
     if not parallel.async_tp:
         return
     if accelerator != "cuda" or not (is_hopper or _is_hopper)():
@@ -504,9 +511,9 @@ def device_errors(
             "parallel.async_tp=true has nothing to overlap with parallel.tp=1; use parallel.tp=2 "
             "or parallel.async_tp=false"
         )
-    if not parallel.compile:
+    if not parallel.resolved(accelerator).compile:
         yield (
-            "parallel.async_tp=true is implemented by the compiler, but parallel.compile=false; "
+            "parallel.async_tp=true is implemented by the compiler, but blocks are not compiled; "
             "use parallel.compile=true or parallel.async_tp=false"
         )
     if not parallel.sequence_parallel:

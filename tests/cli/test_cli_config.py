@@ -175,6 +175,7 @@ def test_unknown_key_error_suggests_the_closest_key(argument: str, meant: str) -
         ("parallel.activation_checkpoint=no", "parallel.activation_checkpoint=", "'no'"),
         ("parallel.activation_checkpoint=null", "parallel.activation_checkpoint=", "null"),
         ("parallel.sequence_parallel=perhaps", "parallel.sequence_parallel", "'perhaps'"),
+        ("parallel.compile=maybe", "parallel.compile", "'maybe'"),
         ("parallel.accelerator=tpu", "parallel.accelerator", "'tpu'"),
         ("data.sources.stdlib.format=pdf", "data.sources.stdlib.format", "'pdf'"),
         ("data.sources.stdlib.weight=heavy", "data.sources.stdlib.weight", "'heavy'"),

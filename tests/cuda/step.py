@@ -45,7 +45,7 @@ class Case:
     mesh: tuple[int, int, int, int] = (1, 1, 1, 1)
     rank: int = 0
     model: ModelConfig = MODEL
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(compile=False))
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     documents: int | None = 5
     micro_batches: int = 2

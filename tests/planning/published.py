@@ -69,7 +69,7 @@ class Row:
         return StepSpec(
             model=self.model,
             mesh=mesh,
-            parallel=ParallelConfig(**settings),
+            parallel=ParallelConfig(**{"compile": False, **settings}),
             precision=PrecisionConfig("bf16", "fp32", state, fp8),
             accelerator="cuda",
             seq_len=self.seq_len,

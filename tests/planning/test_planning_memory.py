@@ -75,7 +75,9 @@ def make_spec(
     return StepSpec(
         model=replace(MODEL, **shapes),
         mesh=mesh,
-        parallel=ParallelConfig(**{key: settings[key] for key in settings.keys() & PARALLEL}),
+        parallel=ParallelConfig(
+            **{"compile": False} | {key: settings[key] for key in settings.keys() & PARALLEL}
+        ),
         precision=PrecisionConfig(param, "fp32", state),
         accelerator="cuda" if accelerator == "cuda" else "cpu",
         seq_len=settings.get("seq_len", 512),

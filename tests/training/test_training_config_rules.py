@@ -28,7 +28,7 @@ from training.config_rules import (
     tokenizer_errors,
 )
 
-MODEL = ModelConfig("small", 96, 2, 12, 6, 120, 240)
+MODEL = ModelConfig("small", 192, 2, 12, 6, 120, 240)
 PARALLEL = ParallelConfig()
 CPU, GPU = Processes("cpu", 1, 1, "self"), Processes("cuda", 1, 1, "self")
 
@@ -258,7 +258,7 @@ def test_all_data_and_tokenizer_errors_are_reported() -> None:
 
 
 def test_memory_budget_needs_the_compiler() -> None:
-    [error] = parallel_errors(ParallelConfig(activation_checkpoint=0.5))
+    [error] = parallel_errors(ParallelConfig(activation_checkpoint=0.5, compile=False))
     assert "parallel.activation_checkpoint=0.5" in error and "parallel.compile=false" in error
     assert not list(parallel_errors(ParallelConfig(activation_checkpoint=0.5, compile=True)))
 

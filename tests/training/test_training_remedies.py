@@ -76,6 +76,7 @@ ASYNC_TP = {"parallel.async_tp": True, "parallel.tp": 8, "parallel.compile": Tru
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("train", {"run.init_from": "weights", "run.resume": "runs/a"}),
     ("train", {"parallel.activation_checkpoint": 0.5}),
+    ("train", {"parallel.activation_checkpoint": 0.5, "parallel.compile": False}),
     ("train", {**FP8, "precision.param": "fp32"}),
     ("train", {"faults.rewind_on_spike": True, "faults.spike_threshold": None}),
     ("train", {"tokenizer.vocab_size": 4096}),
