@@ -6,6 +6,7 @@ may replace `AttentionKernel` by an object with the same two methods, for exampl
 more keys than it has queries (context parallelism, the key-value cache).
 """
 
+from collections.abc import Callable
 from functools import cache
 from inspect import signature
 from typing import Any, NamedTuple, cast
@@ -48,6 +49,7 @@ class AttentionKernel:
     def __init__(self, choice: str, head_dim: int = 128) -> None:
         self.choice, self.head_dim = choice, head_dim
         self.sdpa = select_sdpa(_sdpa) if choice == "auto" else _sdpa
+        self.flex: Callable[..., Tensor] = _flex
 
     def mask(
         self,
@@ -102,7 +104,7 @@ class AttentionKernel:
         if isinstance(mask, VarlenMask):
             return _varlen(q, k, v, mask)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (batch, heads, seq, …)
-        out = _flex(q, k, v, mask) if isinstance(mask, BlockMask) else self.sdpa(q, k, v, mask)
+        out = self.flex(q, k, v, mask) if isinstance(mask, BlockMask) else self.sdpa(q, k, v, mask)
         return out.transpose(1, 2)  # (batch, seq, heads, head_dim)
 
 

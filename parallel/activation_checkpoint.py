@@ -5,10 +5,13 @@ attention, which cost the most to compute. A number is a memory budget, which ne
 see `parallel.compilation`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -55,6 +58,9 @@ def apply_activation_checkpoint(model: Llama, mode: str) -> None:
             preserve_rng_state=False,  # there is no dropout
             context_fn=selective if mode == "selective" else noop_context_fn,
         )
+    if mode == "selective":
+        kernel = getattr(model.kernel, "kernel", model.kernel)  # inside that of context parallelism
+        kernel.flex = partial(_kept_attention, kernel.flex, [])
 
 
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -64,3 +70,53 @@ def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
 def is_saved(operation: Any) -> bool:
     """Return whether `selective` saves the results of an operation."""
     return operation in _SAVED_OPS or "varlen_attn" in str(operation)
+
+
+def _kept_attention(
+    kernel: Callable[..., Tensor], kept: list[Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Any
+) -> Tensor:
+    """Return `kernel(q, k, v, mask)` for a compiled kernel, whose operators the policy cannot see.
+
+    Its backward keeps its results and reads q, k and v from the checkpoint. The recomputation takes
+    the result of the last of `kept`, as blocks are recomputed in reverse order.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return kernel(q, k, v, mask)
+    inputs = _Inputs.apply(q, k, v)
+    if torch._C._current_graph_task_id() != -1:  # in a backward
+        return kept.pop().requires_grad_()  # so that the next operators save the same tensors
+    node, keys = inputs[0].grad_fn, [_memory(each) for each in inputs]
+    recomputed: list[Tensor] = []  # the checkpoint returns each tensor once
+
+    def pack(tensor: Tensor) -> Tensor | int:
+        return keys.index(_memory(tensor)) if _memory(tensor) in keys else tensor.detach()
+
+    def unpack(packed: Tensor | int) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if not recomputed:
+            recomputed.extend(node.saved_tensors)
+        return recomputed[packed]
+
+    with saved_tensors_hooks(pack, unpack):
+        out = kernel(*inputs, mask)
+    kept.append(out.detach())
+    return out
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+class _Inputs(torch.autograd.Function):
+    """The identity, which saves its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*inputs)
+        return tuple(each.view_as(each) for each in inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients

@@ -8,11 +8,17 @@ from typing import Any
 import pytest
 import small_run
 import torch
+import torch.nn.functional as F
 from distributed import on_ranks
 from small_run import Case, build
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import _disable_current_modes
 
 from model.config import ModelConfig
+from model.init import initialize
+from model.llama import Llama
+from parallel.activation_checkpoint import apply_activation_checkpoint
 
 # Activations outweigh weights: 2 × 256 tokens in 6 layers.
 CONFIG = ModelConfig("deep", 128, 6, 4, 2, 352, 256)
@@ -95,3 +101,49 @@ def test_checkpointing_compiles_under_tensor_parallelism() -> None:
     for mode, (loss, peak) in zip(modes, measured, strict=True):
         assert loss == pytest.approx(expected, rel=1e-6), mode
         assert peak < 0.9 * peak_without, mode
+
+
+def test_selective_calls_a_compiled_attention_kernel_once() -> None:
+    """FlexAttention's compiled code is one node, whose operators the policy does not see."""
+    config = ModelConfig("small", 16, 2, 2, 1, 24, 20, attention="flex")
+    tokens = torch.arange(16).view(2, 8)
+    results = []
+
+    @torch._dynamo.disable
+    def attend(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
+        calls.append(1)
+        return Attend.apply(q, k, v)
+
+    for mode in ("none", "selective"):
+        calls: list[int] = []
+        model = Llama(config)
+        initialize(model, config, seed=0)
+        model.kernel.flex = attend
+        if mode != "none":
+            apply_activation_checkpoint(model, mode)
+        loss = model(tokens, torch.zeros_like(tokens), tokens)
+        loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        results.append((loss, gradients, len(calls)))
+        assert len(calls) == config.n_layers
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+class Attend(torch.autograd.Function):
+    """Attention without a mask, which saves what FlexAttention does: inputs and output."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with _disable_current_modes():
+            out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, out = ctx.saved_tensors
+        with _disable_current_modes(), torch.enable_grad():
+            given = q, k, v = tuple(each.detach().requires_grad_() for each in (q, k, v))
+            again = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            assert torch.equal(again, out)
+            return torch.autograd.grad(again, given, gradient)
