@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.composition import compose_config
@@ -22,6 +23,7 @@ from cli.errors import exit_on_user_error
 from cli.start_up import start_up
 from parallel.mesh import MeshShape, Processes, is_first_process
 from parallel.step_scalars import NO_REQUESTS, StepRequests
+from resilience import flight_recorder
 from resilience.exit_codes import ExitCode
 from resilience.lock import RunLock
 from resilience.signals import Requests
@@ -85,6 +87,7 @@ def set_up(
     from training.console import Console
     from training.optimizer import build_optimizer
 
+    flight_recorder.configure(Path(config.run.dir))
     watchdog = Watchdog(watchdog_limits(config, processes, mesh))
     first = is_first_process()
     requests = Requests(

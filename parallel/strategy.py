@@ -8,6 +8,7 @@ defines gradient synchronization on them. The transforms of the model are in
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from subprocess import Popen
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_fabric.strategies.parallel import ParallelStrategy
 from lightning_fabric.strategies.strategy import _BackwardSyncControl
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from parallel.data_parallel import hold_gradients
 from parallel.mesh import AXES, DATA_AXES, MeshShape
@@ -35,6 +37,7 @@ class MeshStrategy(ModelParallelStrategy):
         reduce_gradients: `parallel.reduce_gradients`.
         on_children: Called in the main process with the processes that it launched, before they
             join the process group. Not called under `torchrun` and `srun`.
+        timeout: Timeout of all process groups, and of their store.
     """
 
     def __init__(
@@ -43,9 +46,10 @@ class MeshStrategy(ModelParallelStrategy):
         parallelize: Callable[[Any, DeviceMesh], Any],
         reduce_gradients: str = "step",
         on_children: OnChildren = lambda children: None,
+        timeout: timedelta = timedelta(days=7),
     ) -> None:
-        super().__init__(parallelize_fn=parallelize)
-        self.shape, self.on_children = shape, on_children
+        super().__init__(parallelize_fn=parallelize, timeout=timeout)
+        self.shape, self.on_children, self.timeout = shape, on_children, timeout
         self.micro_batch_sync = MicroBatchSync(every=reduce_gradients == "micro_batch")
         self._backward_sync_control = self.micro_batch_sync
 
@@ -71,6 +75,8 @@ class MeshStrategy(ModelParallelStrategy):
         every shard.
         """
         module = self._parallelize_fn(module, self.device_mesh)
+        for group in list(_world.pg_map):  # the mesh's groups have the default of their backend
+            _set_pg_timeout(self.timeout, group)
         module.to_empty(device=self.root_device)
         module.tie_weights()  # `to_empty` separates tied weights
         return module

@@ -1,7 +1,8 @@
 """Configuration of fault handling. Imports nothing heavy."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from datetime import timedelta
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
@@ -51,6 +52,11 @@ class TimeLimits:
     setup: float = math.inf
     step: float = math.inf
     checkpoint: float = math.inf
+
+    @property
+    def group_timeout(self) -> timedelta:
+        """Timeout of process groups and their store: beyond all limits, so it never comes first."""
+        return min(timedelta(days=7), timedelta(seconds=min(max(astuple(self)), 1e9) + 120))
 
     def __str__(self) -> str:
         phases = {"set-up": self.setup, "step": self.step, "checkpoint": self.checkpoint}

@@ -62,7 +62,13 @@ def launch(
     if processes.accelerator == "cpu":
         keep_freed_memory()
     transform = partial(parallelize, parallel=parallel, precision=precision)
-    strategy = MeshStrategy(mesh, transform, parallel.reduce_gradients, watchdog.children.extend)
+    strategy = MeshStrategy(
+        mesh,
+        transform,
+        parallel.reduce_gradients,
+        watchdog.children.extend,
+        watchdog.limits.group_timeout,
+    )
     # Fabric's detection differs: it takes any SLURM_NTASKS for srun, and imports mpi4py.
     environments = {"self": LightningEnvironment, "srun": SLURMEnvironment}
     fabric = Fabric(

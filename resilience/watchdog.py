@@ -24,6 +24,7 @@ from subprocess import Popen
 from typing import Any, NoReturn
 
 from parallel.mesh import process_ranks
+from resilience import flight_recorder
 from resilience.config import TimeLimits
 from resilience.exit_codes import ExitCode
 from resilience.heartbeat import Heartbeat, Phase, stack_of
@@ -231,11 +232,17 @@ class Watchdog:
         """Exit; rank 0 publishes the reason first and kills its children."""
         if report:
             print(f"Aborting: {reason}", file=sys.stderr, flush=True)
-            with suppress(Exception):
-                self.on_abort(reason)
         if self._connected and self._state.rank == 0:
             with suppress(Exception):
                 self._store.set("abort", reason)
+        collectives = flight_recorder.dump(self._state.rank) if self._connected else None
+        if report:
+            if collectives is not None:
+                command = f"torchfrtrace --just_print_entries {collectives}"
+                print(f"Last collectives of each rank: {command}", file=sys.stderr, flush=True)
+            with suppress(Exception):
+                self.on_abort(reason)
+        if self._connected and self._state.rank == 0:
             time.sleep(3 * HEARTBEAT_SECONDS)  # until the other ranks have read it
         elif self._connected and reason and _is_child_of_main():
             with suppress(OSError):  # a suspended main process would never exit

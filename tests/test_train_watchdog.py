@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import start_python
 from processes import DEADLINE, Program, is_running, linux, paused_training
+from torch.distributed.flight_recorder.components.loader import read_dir
 
 from resilience.exit_codes import ExitCode
 
@@ -84,13 +86,18 @@ def test_suspended_main_process_is_reported_and_killed_by_other_rank(
 def test_hanging_rank_is_reported_with_stack_before_waiting_ranks(
     paused: tuple[Path, Program],
 ) -> None:
-    _, program = paused  # it hangs without further action
+    folder, program = paused  # it hangs without further action
     errors = wait_for_abort(program)
     assert program.main.returncode == ExitCode.RANK_FAILED
     hanging, waiting = errors.index("rank 0 (pid"), errors.index("rank 1 (pid")
     assert hanging < waiting
     assert f"rank 0 (pid {program.main.pid}" in errors and "stuck in step" in errors
     assert "write_sample" in errors[hanging:waiting] and "waiting in step" in errors[waiting:]
+    dumps = folder / "flight_recorder"
+    assert f"torchfrtrace --just_print_entries {dumps}\n" in errors
+    collectives, _ = read_dir(Namespace(trace_dir=str(dumps), prefix="rank_"))
+    for rank in ("rank_0", "rank_1"):
+        assert collectives[rank]["entries"]
 
 
 def test_failed_rendezvous_ends_after_setup_timeout(command: Any, tmp_path: Path) -> None:
