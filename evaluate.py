@@ -21,10 +21,12 @@ from evaluation.config import EvaluateJobConfig
 from evaluation.errors import EvaluationError
 from training.config_validation import ConfigError
 
+SMALLER = "use a smaller evaluation.micro_batch_size, precision.param=bf16, or more processes"
+
 
 def main(arguments: list[str]) -> None:
     """Load the configuration and evaluate; user errors exit with a message."""
-    with exit_on_user_error():
+    with exit_on_user_error(smaller=SMALLER):
         evaluate(load_evaluate_config(compose_config("evaluate", arguments)))
 
 

@@ -19,10 +19,12 @@ from cli.start_up import start_up
 from evaluation.config import GenerateJobConfig
 from training.config_validation import ConfigError
 
+SMALLER = "use a smaller batch_size or max_new_tokens, precision.param=bf16, or more processes"
+
 
 def main(arguments: list[str]) -> None:
     """Load the configuration and generate; user errors exit with a message."""
-    with exit_on_user_error():
+    with exit_on_user_error(smaller=SMALLER):
         run(load_generate_config(compose_config("generate", arguments)))
 
 

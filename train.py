@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> None:
     """Validate, launch and train."""
     from planning.fit_check import check_plan
+    from planning.out_of_memory import memory_advice
 
     with exit_on_user_error("Interrupted before the first step."):
         config, processes, mesh = check_config(compose_config("train", arguments))
@@ -59,10 +60,11 @@ def main(arguments: list[str]) -> None:
         lock = acquire_run_lock(config)
         if memory_plan and is_first_process():
             print(memory_plan, flush=True)
-        with abandoned_on_error(lock):
+        with abandoned_on_error(lock), memory_advice(config, processes, mesh):
             run = set_up(config, processes, mesh, dataset, changes, lock)
     try:
-        train(run)
+        with memory_advice(config, processes, mesh):
+            train(run)
     except Exception as error:
         abort(run, error)
     finish(run)

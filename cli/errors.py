@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cli.start_up import STDOUT
 from data.errors import DataError
@@ -17,7 +17,7 @@ from data.files import write_problem
 from evaluation.errors import EvaluationError
 from formats.errors import FormatError
 from parallel.mesh import is_first_process
-from resilience.errors import LaunchError
+from resilience.errors import LaunchError, OutOfMemory, is_out_of_memory
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolderError
 from training.config_validation import ConfigError
@@ -29,14 +29,17 @@ COLLECT_SECONDS = 1.0  # the first process waits this long for the other ranks t
 
 
 @contextmanager
-def exit_on_user_error(interrupted: str = "Interrupted.") -> Iterator[None]:
+def exit_on_user_error(
+    interrupted: str = "Interrupted.", smaller: str = "use fewer data"
+) -> Iterator[None]:
     """Exit on errors that the user can correct; only the first process prints the message.
 
-    The exit code is 1 or the code of the `RunFolderError`, 130 after Ctrl-C, and 141 if the reader
-    of standard output has closed it.
+    The exit code is 1 or the code of the `RunFolderError`, 76 if a process is out of memory, 130
+    after Ctrl-C, and 141 if the reader of standard output has closed it.
 
     Args:
         interrupted: Message after Ctrl-C.
+        smaller: Remedy if the program is out of memory.
     """
     code = ExitCode.USER_ERROR
     try:
@@ -48,6 +51,14 @@ def exit_on_user_error(interrupted: str = "Interrupted.") -> Iterator[None]:
         message = f"Error: {error}"
     except RunFolderError as error:
         message, code = f"Error: {error}", error.code
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        code = ExitCode.OUT_OF_MEMORY
+        if isinstance(error, OutOfMemory):
+            message = f"Error: {error}"
+        else:
+            message = f"Error: out of memory ({' '.join(str(error).split())}); {smaller}"
     except KeyboardInterrupt:
         if is_first_process():
             print(interrupted, file=sys.stderr, flush=True)
@@ -63,9 +74,14 @@ def exit_on_user_error(interrupted: str = "Interrupted.") -> Iterator[None]:
         message = f"Error: {path} cannot be written ({problem})"
     else:
         return
-    if is_first_process():
+    _report_and_exit(message, code)
+
+
+def _report_and_exit(message: str, code: ExitCode) -> NoReturn:
+    """Print the message and exit, so that a launcher sees the exit of the first process first."""
+    if is_first_process() or code == ExitCode.OUT_OF_MEMORY:  # perhaps of this process only
         print(message, file=sys.stderr, flush=True)
-    else:
+    if not is_first_process():
         _exit_on_sigterm(code)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():

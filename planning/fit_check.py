@@ -36,7 +36,7 @@ def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str 
     if config.run.plan_check == "off":
         return None
     hardware, available = this_machine(processes)
-    request, choice = _request(config, processes, mesh)
+    request, choice = plan_request(config, processes, mesh)
     stages = request.stages(choice)
     memory, host_limit = peak_memory(stages), machine_memory()
     specs = [spec for spec, _ in stages]
@@ -67,15 +67,16 @@ def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str 
 
 def watchdog_limits(config: JobConfig, processes: Processes, mesh: MeshShape) -> TimeLimits:
     """Return the time limits of the watchdog, where they are null from the plan of this machine."""
-    request, choice = _request(config, processes, mesh)
+    request, choice = plan_request(config, processes, mesh)
     hardware, _ = this_machine(processes)
     specs = [spec for spec, _ in request.stages(choice)]
     return time_limits(config.watchdog, planned_seconds(specs, hardware))
 
 
-def _request(
+def plan_request(
     config: JobConfig, processes: Processes, mesh: MeshShape
 ) -> tuple[PlanRequest, Choice]:
+    """Return the run as a request to the planner, and its configured choice."""
     tokens = config.stages().first_token(config.train.max_steps)
     return PlanRequest(config, processes.accelerator, tokens), configured_choice(config, mesh)
 

@@ -67,6 +67,8 @@ class Watchdog:
         self.silent_seconds = min(SILENT_SECONDS, self._limits["step"] / 2)
         self.children: list[Popen[Any]] = []
         self.has_saved = False
+        self._code: ExitCode | None = None
+        self._aborting = False
         self.on_abort: Callable[[str], None] = lambda reason: None
         self._main_thread = threading.main_thread().ident
         rank = process_ranks()[0]
@@ -130,7 +132,25 @@ class Watchdog:
     @property
     def exit_code(self) -> ExitCode:
         """Exit code of an abort."""
-        return ExitCode.RANK_FAILED if self.has_saved else ExitCode.RANK_FAILED_BEFORE_SAVE
+        failed = ExitCode.RANK_FAILED if self.has_saved else ExitCode.RANK_FAILED_BEFORE_SAVE
+        return self._code or failed
+
+    def publish(self, code: ExitCode, reason: str) -> bool:
+        """Make all other ranks exit with `code`, because this one leaves the step.
+
+        Returns:
+            Whether this rank is the first one, which reports the reason.
+        """
+        self._code, self._aborting = code, True
+        if not self._connected:
+            return True
+        value = json.dumps([code, reason])
+        first = True
+        with suppress(Exception):
+            first = self._store.compare_set("abort", "", value) == value.encode()
+        if self._state.rank == 0:
+            time.sleep(3 * HEARTBEAT_SECONDS)  # until the other ranks have read it
+        return first
 
     def close(self) -> None:
         """Stop watching; the process is about to exit by itself."""
@@ -175,8 +195,8 @@ class Watchdog:
             last = time.monotonic()
             try:
                 self._send_heartbeat(count)
-                if self._store.check(["abort"]):
-                    self._abort("", report=False)
+                if self._store.check(["abort"]) and not self._aborting:
+                    self._follow(*json.loads(self._store.get("abort")))
                 if self._state.rank == 0:
                     self._check_heartbeats(seen)
             except Exception:  # connection to the store; torch raises several types
@@ -222,19 +242,29 @@ class Watchdog:
                 self._closed.wait(GRACE_SECONDS)  # this process exits too, perhaps later
                 if self._closed.is_set():
                     return
+                self._code = ExitCode(code)
             killed = f"was killed by {signal.Signals(-code).name}" if code < 0 else ""
             cause = (killed or f"exited with code {code}") + self._last_position(rank)
             self._abort(f"rank {rank} (pid {child.pid} on {self._state.host}) {cause}")
 
     # ------------------------------------------------------------ helpers
 
+    def _follow(self, code: int, reason: str) -> NoReturn:
+        """Exit because another rank published an abort and reported it."""
+        self._code = ExitCode(code)
+        if self._state.rank == 0:
+            with suppress(Exception):
+                self.on_abort(reason)
+        self._abort("", report=False)
+
     def _abort(self, reason: str, report: bool = True) -> NoReturn:
         """Exit; rank 0 publishes the reason first and kills its children."""
+        self._aborting = True
         if report:
             print(f"Aborting: {reason}", file=sys.stderr, flush=True)
         if self._connected and self._state.rank == 0:
             with suppress(Exception):
-                self._store.set("abort", reason)
+                self._store.compare_set("abort", "", json.dumps([self.exit_code, reason]))
         collectives = flight_recorder.dump(self._state.rank) if self._connected else None
         if report:
             if collectives is not None:

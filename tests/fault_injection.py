@@ -134,4 +134,6 @@ def trigger(action: str) -> None:
     if hasattr(errno, action):
         raise OSError(getattr(errno, action), os.strerror(getattr(errno, action)))
     kind, _, text = action.partition(": ")
+    if kind == "OutOfMemoryError":
+        raise importlib.import_module("torch").OutOfMemoryError(text)
     raise {"OSError": OSError, "RuntimeError": RuntimeError}[kind](text)

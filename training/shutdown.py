@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from data.errors import DataError
 from parallel.mesh import is_first_process
+from resilience.errors import OutOfMemory
 from resilience.exit_codes import ExitCode
 from resilience.goodput import Goodput, compute_goodput
 from resilience.lock import RunLock
@@ -82,6 +83,10 @@ def abort(run: Run, error: Exception) -> NoReturn:
         run.saver.finish(LAST_SAVE_SECONDS)  # peers are still writing their shards
     elif isinstance(error, RunFolderError):
         code, message = error.code, str(error)
+    elif isinstance(error, OutOfMemory):
+        code, message = ExitCode.OUT_OF_MEMORY, str(error)
+        if not run.watchdog.publish(code, message.splitlines()[0]):
+            _exit(run, code)  # another rank reports it
     else:
         run.watchdog.wait_for_abort(error)
         code, message = ExitCode.USER_ERROR, "".join(traceback.format_exception(error))

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 from fork_server import ForkServer
 
+from cli.errors import exit_on_user_error
 from resilience.exit_codes import ExitCode
 
 PROGRAM = """
@@ -37,3 +39,20 @@ def test_first_process_reports_and_all_exit_with_the_same_code(
     assert start.output(0) == "Error: the checkpoint is damaged\n"
     assert start.output(1) == ""
     assert start.exit_codes == {0: ExitCode.NO_CHECKPOINT, 1: ExitCode.NO_CHECKPOINT}
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("NCCL: out of memory")]
+)
+def test_out_of_memory_has_its_own_code_and_a_remedy(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_, exit_on_user_error(smaller="use batch_size=1"):
+        raise error
+    assert exit_.value.code == ExitCode.OUT_OF_MEMORY
+    assert capsys.readouterr().err == f"Error: out of memory ({error}); use batch_size=1\n"
+
+
+def test_other_runtime_errors_are_raised() -> None:
+    with pytest.raises(RuntimeError, match="shape"), exit_on_user_error():
+        raise RuntimeError("shape mismatch")

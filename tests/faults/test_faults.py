@@ -229,3 +229,18 @@ def test_second_run_in_a_folder_is_rejected_with_host_pid_and_age(
     assert done.returncode == ExitCode.LOCKED
     assert re.search(rf"process {os.getpid()} on \S+, started 0:0\d:\d\d ago", done.stderr)
     assert len(done.stderr.splitlines()) == 1 and sys.executable not in done.stderr
+
+
+def test_all_ranks_exit_if_one_is_out_of_memory(
+    fork_server: ForkServer, train_arguments: Any, tmp_path: Path
+) -> None:
+    """The other rank waits in a collective, and no launcher terminates it."""
+    folder = tmp_path / "run"
+    full = Fault(1, 6, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 MiB.", FORWARD)
+    launch = fork_server.run(train_arguments(folder, TP2), 2, full, terminate_on_failure=False)
+    assert launch.exit_codes == {0: ExitCode.OUT_OF_MEMORY, 1: ExitCode.OUT_OF_MEMORY}
+    message = launch.output(1)
+    assert "rank 1 is out of memory: measured peak" in message and "; use " in message
+    assert "Traceback" not in message and "out of memory" not in launch.output(0)
+    last = read_events(folder)[-1]
+    assert (last["event"], last["code"]) == ("fault", ExitCode.OUT_OF_MEMORY)

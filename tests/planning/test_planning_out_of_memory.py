@@ -1,0 +1,93 @@
+"""The message of a run that is out of memory names peak, plan and a change that fits."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from cli.arguments import CONF, hydra_arguments
+from cli.config import load_train_config
+from parallel.mesh import MeshShape, Processes
+from planning import out_of_memory
+from planning.memory import GIB
+from planning.out_of_memory import memory_advice, requested_bytes
+from planning.request import PlanRequest, configured_choice
+from planning.search import peak_memory
+from resilience.errors import OutOfMemory
+from training.config import JobConfig
+
+MESH = MeshShape(1, 8, 1, 1)
+PROCESSES = Processes("cuda", 8, 1, "torchrun")
+ERROR = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB of "
+    "which 1.2 GiB is free."
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hydra() -> Iterator[None]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def trained(*arguments: str) -> JobConfig:
+    words = ["experiment=h100x8_8b", *arguments]
+    return load_train_config(compose("train", hydra_arguments(words, "train")))
+
+
+def planned(config: JobConfig) -> int:
+    request = PlanRequest(config, "cuda", 1)
+    return peak_memory(request.stages(configured_choice(config, MESH))).peak
+
+
+@pytest.mark.parametrize("excess", [1.2, 0.8])
+def test_named_change_fits_by_the_plan_corrected_by_the_measured_peak(
+    excess: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = trained(f"run.dir={tmp_path}")
+    measured = int(excess * planned(config))
+    available = measured + GIB  # less than the allocation that failed
+    monkeypatch.setattr(out_of_memory, "peak_bytes", lambda _: measured)
+    monkeypatch.setattr(out_of_memory, "this_machine", lambda _: (None, available))
+    with pytest.raises(OutOfMemory) as raised, memory_advice(config, PROCESSES, MESH):
+        raise torch.OutOfMemoryError(ERROR)
+    first, detail, *rest = str(raised.value).splitlines()
+    for size in (measured, available, planned(config)):
+        assert f"{size / GIB:.2f} GiB" in first
+    assert detail.strip() == ERROR and not rest
+    words = first.partition("; use ")[2].partition(" (")[0].split()
+    changed = planned(trained(*words))
+    assert changed < planned(config) and changed * max(excess, 1) <= available
+
+
+def test_snapshot_is_written_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    cuda = SimpleNamespace(
+        is_initialized=lambda: True, memory=SimpleNamespace(_dump_snapshot=written.append)
+    )
+    assert out_of_memory.write_snapshot(tmp_path, 3) is None  # without CUDA
+    monkeypatch.setitem(out_of_memory.sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    path = out_of_memory.write_snapshot(tmp_path, 3)
+    assert path == tmp_path / "out_of_memory" / "rank_3.pickle" and written == [str(path)]
+
+
+def test_other_errors_are_not_changed() -> None:
+    error = RuntimeError("shape mismatch")
+    with pytest.raises(RuntimeError) as raised, memory_advice(trained(), PROCESSES, MESH):
+        raise error
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        (ERROR, 2 * GIB),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 512 bytes.", 512),
+        ("NCCL WARN Cuda failure 2 'out of memory'", 0),
+    ],
+)
+def test_size_of_the_failed_allocation_is_read_from_the_message(message: str, size: int) -> None:
+    assert requested_bytes(message) == size
