@@ -1,5 +1,7 @@
 """State of one launch: everything that the training loop in `train.py` works with."""
 
+import socket
+import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from resilience.watchdog import Watchdog
     from training.console import Console
     from training.metrics import MetricsLog
+    from training.throttling import Throttling
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Run:
         model: Fabric's wrapper of the sharded Llama.
         optimizer: Fabric's wrapper of AdamW.
         lock, event_log, metrics: On rank 0 only.
+        throttling: On a GPU, from the first logged step on.
         first_step_done: Whether this launch has completed a step.
         save_failed: Whether the last save failed.
         last_metrics: Latest value of each metric.
@@ -65,6 +69,7 @@ class Run:
     lock: "RunLock | None" = None
     event_log: "EventLog | None" = None
     metrics: "MetricsLog | None" = None
+    throttling: "Throttling | None" = None
     first_step_done: bool = False
     save_failed: bool = False
     clock: Clock = field(init=False)
@@ -189,6 +194,19 @@ class Run:
         self.console.log(metrics)
         if self.metrics is not None:
             self.metrics.write(metrics)
+        if self.fabric.device.type == "cuda":
+            self.warn_about_clocks()
+
+    def warn_about_clocks(self) -> None:
+        """Print a warning of this rank, which may be any, if the clocks of its GPU are reduced."""
+        from training.throttling import Throttling
+
+        self.throttling = self.throttling or Throttling(self.fabric.device)
+        warning = self.throttling.warning(self.fabric.global_rank, socket.gethostname())
+        if warning is not None and self.fabric.is_global_zero:
+            self.console.note(warning)
+        elif warning is not None:
+            print(warning, file=sys.stderr, flush=True)
 
     def record_progress(self, now: bool = False) -> None:
         """On rank 0, record step and time spent: after the first step, periodically, or `now`."""

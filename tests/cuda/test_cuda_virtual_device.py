@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from virtual_device import VirtualDevice, VirtualPool, virtual_device
 
 import train
+from checkpoint.host_copy import Deferred, copy_to_host
 from checkpoint.position import Position
 from cli.arguments import CONF, hydra_arguments
 from cli.config import check_config
@@ -262,3 +264,21 @@ def test_rewound_steps_are_lost_time(
     assert goodput.lost_steps == 3 and goodput.lost == pytest.approx(3 * STEP, rel=0.25)
     # Throughput counts the steps that were executed.
     assert records[2]["step_seconds"] == pytest.approx(STEP + 2 * HOST / 7)
+
+
+def test_copy_for_a_save_is_complete_on_return_and_waits_once(device: VirtualDevice) -> None:
+    """The writer thread reads the buffers at once, and the next save reuses them."""
+    buffers = None
+    for save in (1.0, 2.0):
+        device.launch(STEP)
+        weights = [device.tensor([save * index, save]) for index in range(3)]
+        moment = Deferred(weights[0], partial(device.tensor, [save, -save]))
+        device.waits.clear()
+        copied = copy_to_host({"weights": weights, "moment": moment, "step": save}, buffers)
+        assert device.waits == ["Stream.synchronize"]
+        assert [each.tolist() for each in copied["weights"]] == [
+            [save * index, save] for index in range(3)
+        ]
+        assert copied["moment"].tolist() == [save, -save] and copied["step"] == save
+        assert buffers is None or copied["weights"][0] is buffers["weights"][0]
+        buffers = copied
