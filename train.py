@@ -98,6 +98,10 @@ def set_up(
         config.checkpoint.interval_minutes if first else None,
     )
     requests.catch_signals(on_early_signal=partial(exit_early, lock))
+    if config.train.deterministic and processes.accelerator == "cuda":
+        from training.deterministic import make_deterministic
+
+        make_deterministic()
     fabric, strategy = launch(processes, mesh, config.parallel, config.precision, watchdog)
     console = Console(enabled=fabric.is_global_zero)
     with torch.device("meta"):

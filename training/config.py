@@ -51,6 +51,7 @@ class TrainConfig(ConfigSection):
 
     If `max_tokens` is set, `max_steps` is the number of steps that take at least as many tokens.
     `micro_batch_size` is per data rank and forward; None is the data rank's entire batch.
+    `deterministic` makes equal runs on equal GPUs equal bit for bit, as they are on CPUs.
     """
 
     max_steps: Annotated[PositiveInt, FREE]
@@ -61,6 +62,7 @@ class TrainConfig(ConfigSection):
     max_grad_norm: Annotated[
         Annotated[float, Gt(0)] | None, ResumePolicy("override", "every update that is clipped")
     ] = 1.0
+    deterministic: Annotated[bool, FREE] = False
 
     def plan_stages(self, data: DataConfig) -> tuple[Stages, list[str]]:
         """Return the stages of a run that starts with these sizes, and all errors."""

@@ -5,6 +5,7 @@ validation steps only.
 """
 
 import textwrap
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from training.run import Run
@@ -53,16 +54,22 @@ def write_sample(run: Run) -> None:
     tokenizer = run.dataset.tokenizer()
     if config.sample_tokens == 0 or tokenizer is None:
         return
-    text = sample_text(
-        run.model,
-        tokenizer,
-        config.prompt,
-        n_tokens=config.sample_tokens,
-        temperature=config.temperature,
-        seed=run.position.step,
-        device=run.fabric.device,
-        seq_multiple=run.mesh.seq_multiple,
-    )
+    context: AbstractContextManager[None] = nullcontext()
+    if run.config.train.deterministic and run.fabric.device.type == "cuda":
+        from training.deterministic import nondeterministic
+
+        context = nondeterministic()  # sampling sums probabilities by cumsum, which has no other
+    with context:
+        text = sample_text(
+            run.model,
+            tokenizer,
+            config.prompt,
+            n_tokens=config.sample_tokens,
+            temperature=config.temperature,
+            seed=run.position.step,
+            device=run.fabric.device,
+            seq_multiple=run.mesh.seq_multiple,
+        )
     if run.metrics is not None:
         run.metrics.write_sample(run.position.step, text)
     run.console.note(f"Sample: {textwrap.shorten(text, SAMPLE_CHARACTERS, placeholder=' …')}")

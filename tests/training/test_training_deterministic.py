@@ -1,0 +1,35 @@
+"""`train.deterministic` sets everything that PyTorch, cuBLAS and NCCL need."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch._inductor.config
+
+from training.deterministic import make_deterministic, nondeterministic
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_all_libraries_are_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_deterministic()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+    assert os.environ["NCCL_ALGO"].startswith("^")
+    assert torch.get_deterministic_debug_mode() == 2  # operators without such an algorithm raise
+    assert torch._inductor.config.deterministic
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    with nondeterministic():
+        assert torch.get_deterministic_debug_mode() == 0
+    assert torch.get_deterministic_debug_mode() == 2
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    make_deterministic()
+    assert os.environ["NCCL_ALGO"] == "Ring"

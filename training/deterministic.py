@@ -1,0 +1,32 @@
+"""`train.deterministic`: two equal runs on equal GPUs have equal results, bit for bit.
+
+PyTorch's kernels, FlashAttention and the compiler select deterministic algorithms by one switch;
+cuBLAS and NCCL read environment variables. An operator without a deterministic algorithm raises.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.utils.deterministic
+
+
+def make_deterministic() -> None:
+    """Select deterministic algorithms; call it before CUDA and NCCL are initialized."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # PyTorch raises without it
+    # Reductions inside of NVSwitch have no fixed order.
+    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # finds errors, and takes time
+    torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def nondeterministic() -> Iterator[None]:
+    """Allow other operators in code that does not affect the run's state."""
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True)
