@@ -21,7 +21,10 @@ from evaluation.config import EvaluateJobConfig
 from evaluation.errors import EvaluationError
 from training.config_validation import ConfigError
 
-SMALLER = "use a smaller evaluation.micro_batch_size, precision.param=bf16, or more processes"
+SMALLER = (
+    "use evaluation.micro_batch_size=1 or precision.param=bf16, or divide the weights over more "
+    "processes (parallel.dp_shard)"
+)
 
 
 def main(arguments: list[str]) -> None:

@@ -19,7 +19,10 @@ from cli.start_up import start_up
 from evaluation.config import GenerateJobConfig
 from training.config_validation import ConfigError
 
-SMALLER = "use a smaller batch_size or max_new_tokens, precision.param=bf16, or more processes"
+SMALLER = (
+    "use batch_size=1 or precision.param=bf16, or divide the weights over more processes "
+    "(parallel.tp)"
+)
 
 
 def main(arguments: list[str]) -> None:

@@ -89,8 +89,8 @@ def set_up(
     from training.console import Console
     from training.optimizer import build_optimizer
 
-    flight_recorder.configure(Path(config.run.dir))
     watchdog = Watchdog(watchdog_limits(config, processes, mesh))
+    flight_recorder.configure(Path(config.run.dir), watchdog.limits)
     first = is_first_process()
     requests = Requests(
         config.run.time_limit,

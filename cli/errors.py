@@ -30,7 +30,7 @@ COLLECT_SECONDS = 1.0  # the first process waits this long for the other ranks t
 
 @contextmanager
 def exit_on_user_error(
-    interrupted: str = "Interrupted.", smaller: str = "use fewer data"
+    interrupted: str = "Interrupted.", smaller: str = "use a machine with more memory"
 ) -> Iterator[None]:
     """Exit on errors that the user can correct; only the first process prints the message.
 

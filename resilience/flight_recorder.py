@@ -11,25 +11,31 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from resilience.config import TimeLimits
+
 FOLDER = "flight_recorder"  # in the run folder
 ENTRIES = "2000"  # collectives per rank, PyTorch's default: a megabyte
 SECONDS = 5.0  # for writing
 
 _SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 _PREFIX = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+_HEARTBEAT = ("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC",)
 _ERROR_HANDLING = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING")
 
 
-def configure(run_folder: Path) -> None:
+def configure(run_folder: Path, limits: TimeLimits) -> None:
     """Record collectives, and leave all exits to the watchdog; before process groups exist.
 
-    By default, NCCL aborts the process soon after it has lost a peer (`SkipCleanUp`), before the
-    watchdog can report which rank failed and exit with its own code.
+    By default, NCCL aborts the process soon after it has lost a peer (`SkipCleanUp`), and when a
+    call into the driver blocks for 8 minutes, before the watchdog can report which rank failed and
+    exit with its own code.
     """
+    seconds = str(round(limits.group_timeout.total_seconds()))
     for names, value in (
         (_SIZE, ENTRIES),
         (_PREFIX, str(run_folder.absolute() / FOLDER / "rank_")),
         (_ERROR_HANDLING, "0"),
+        (_HEARTBEAT, seconds),
     ):
         if not any(name in os.environ for name in names):
             os.environ[names[0]] = value  # PyTorch warns about the other, older name

@@ -1,11 +1,17 @@
 """User errors: reported by the first process; all processes exit with the same code."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fork_server import ForkServer
 
+import evaluate
+import generate
+from cli.composition import compose_config
+from cli.config import load_evaluate_config, load_generate_config
 from cli.errors import exit_on_user_error
 from resilience.exit_codes import ExitCode
 
@@ -13,6 +19,10 @@ PROGRAM = """
 import os, sys, time
 from functools import partial
 from training.shutdown import exit_early
+import evaluate
+import generate
+from cli.composition import compose_config
+from cli.config import load_evaluate_config, load_generate_config
 from cli.errors import exit_on_user_error
 from checkpoint.restore import NoCheckpoint
 from resilience.signals import Requests
@@ -56,3 +66,18 @@ def test_out_of_memory_has_its_own_code_and_a_remedy(
 def test_other_runtime_errors_are_raised() -> None:
     with pytest.raises(RuntimeError, match="shape"), exit_on_user_error():
         raise RuntimeError("shape mismatch")
+
+
+@pytest.mark.parametrize(
+    ("program", "load", "axis"),
+    [
+        (evaluate, load_evaluate_config, "parallel.dp_shard"),
+        (generate, load_generate_config, "parallel.tp"),
+    ],
+    ids=["evaluate", "generate"],
+)
+def test_remedies_of_the_inference_programs_are_valid(program: Any, load: Any, axis: str) -> None:
+    words = re.findall(r"[a-z_.]+=\w+", program.SMALLER)
+    assert len(words) == 2 and f"({axis})" in program.SMALLER
+    words += ["checkpoint=runs/x", f"{axis}=2", "parallel.accelerator=cpu"]
+    assert load(compose_config(program.__name__, words)).precision.param == "bf16"

@@ -173,6 +173,15 @@ def test_throughput_of_each_logged_interval_is_that_of_the_device(
     assert spent["elapsed_seconds"] == pytest.approx(device.now - start, abs=0.1)
 
 
+def test_each_sequence_length_has_its_own_throughput(device: VirtualDevice, tmp_path: Path) -> None:
+    stages = "data.stages=[{from_sample: 64, seq_len: 32}]"
+    records = Loop(device, tmp_path, "train.max_steps=20", "log.interval=100", stages).train()
+    assert [record["step"] for record in records] == [1, 8, 20]
+    for record, steps, seq_len in zip(records, (1, 7, 12), (64, 64, 32), strict=True):
+        seconds = STEP + HOST / steps
+        assert record["tokens_per_second"] == pytest.approx(8 * seq_len / seconds)
+
+
 def test_steps_that_neither_log_nor_save_do_not_wait_for_themselves(
     device: VirtualDevice, tmp_path: Path
 ) -> None:

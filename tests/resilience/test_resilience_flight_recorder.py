@@ -10,7 +10,10 @@ import torch
 import torch._C._distributed_c10d as c10d
 
 from resilience import flight_recorder
+from resilience.config import TimeLimits
 
+LIMITS = TimeLimits(setup=1800, step=7200, checkpoint=3600)
+HEARTBEAT = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
 OLD_NAMES = {
     "TORCH_FR_BUFFER_SIZE": "TORCH_NCCL_TRACE_BUFFER_SIZE",
     "TORCH_FR_DUMP_TEMP_FILE": "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
@@ -20,7 +23,7 @@ OLD_NAMES = {
 
 @pytest.fixture(autouse=True)
 def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*OLD_NAMES, *OLD_NAMES.values()):
+    for name in (*OLD_NAMES, *OLD_NAMES.values(), HEARTBEAT):
         monkeypatch.setenv(name, "")  # restored at the end
         monkeypatch.delenv(name)
 
@@ -28,14 +31,15 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_variables_of_the_user_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in OLD_NAMES.values():
         monkeypatch.setenv(name, "7")
-    flight_recorder.configure(tmp_path)
+    flight_recorder.configure(tmp_path, LIMITS)
     assert not any(name in os.environ for name in OLD_NAMES)
 
 
 def test_defaults_record_collectives_and_leave_aborts_to_the_watchdog(tmp_path: Path) -> None:
-    flight_recorder.configure(tmp_path)
+    flight_recorder.configure(tmp_path, LIMITS)
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
     assert int(os.environ["TORCH_FR_BUFFER_SIZE"]) > 0
+    assert int(os.environ[HEARTBEAT]) > LIMITS.step
     assert flight_recorder.dump(3) == tmp_path / "flight_recorder"
     assert "entries" in pickle.loads((tmp_path / "flight_recorder" / "rank_3").read_bytes())
 
@@ -44,13 +48,13 @@ def test_a_recorder_that_blocks_or_fails_does_not_delay_the_exit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flight_recorder, "SECONDS", 0.05)
-    flight_recorder.configure(tmp_path)
+    flight_recorder.configure(tmp_path, LIMITS)
     for function in (lambda: time.sleep(60), lambda: 1 / 0):
         monkeypatch.setattr(c10d, "_dump_nccl_trace", function, raising=False)
         assert flight_recorder.dump(0) is None
 
 
-@pytest.mark.parametrize("name", OLD_NAMES)
+@pytest.mark.parametrize("name", [*OLD_NAMES, HEARTBEAT])
 def test_torch_reads_the_variables(name: str) -> None:
     """FlightRecorder.hpp is part of every build, ProcessGroupNCCL only of those with CUDA."""
     if name.startswith("TORCH_NCCL") and not torch.distributed.is_nccl_available():
