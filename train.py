@@ -104,6 +104,10 @@ def set_up(
         make_deterministic()
     fabric, strategy = launch(processes, mesh, config.parallel, config.precision, watchdog)
     console = Console(enabled=fabric.is_global_zero)
+    if fabric.device.type == "cuda":
+        from training.flash_attention import activate_flash_attention
+
+        activate_flash_attention(config.model.head_dim, config.train.deterministic, console.note)
     with torch.device("meta"):
         llama = Llama(config.model)
     model = fabric.setup_module(llama)  # sharded in place

@@ -82,7 +82,7 @@ def test_torchrun_gives_same_run_as_self_launch(
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
     done = start_python([*launcher, *command(folder), "parallel.tp=2"])
     assert done.returncode == 0, done.stderr
-    assert "launched by torchrun" in done.stdout
+    assert "launched by torchrun" in done.stdout and "fp32, sdpa attention" in done.stdout
     assert logged_steps(done) == list(range(1, STEPS + 1))
     reference, _ = pair
     assert curve(folder, "batch_hash") == curve(reference, "batch_hash")

@@ -18,7 +18,8 @@ def make_deterministic() -> None:
     # Reductions inside of NVSwitch have no fixed order.
     os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # finds errors, and takes time
+    # Filling uninitialized memory finds errors, and takes time.
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     torch.backends.cudnn.benchmark = False
 
 

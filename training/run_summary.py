@@ -41,6 +41,7 @@ def header(run: Run, changes: Changes) -> tuple[str, Rows]:
             f"({model.n_kv_heads} kv)",
         ),
         ("mesh", f"{run.mesh} on {processes.accelerator}, launched by {processes.launcher}"),
+        ("compute", _compute(run)),
         *_data_rows(run),
         *batch_rows,
         ("steps", f"{steps} ({compact(tokens)} tokens), {origin}"),
@@ -49,6 +50,32 @@ def header(run: Run, changes: Changes) -> tuple[str, Rows]:
         *(("changed", row) for row in changes.rows()),
         *_rate_rows(run, changes),
     ]
+
+
+def _compute(run: Run) -> str:
+    """Return data type, compilation and attention kernel of the training step."""
+    import torch
+
+    from model.attention import select_kernel
+    from parallel.data_parallel import mixed_precision_policy
+
+    config, device = run.config, run.fabric.device
+    dtype = mixed_precision_policy(config.precision, device.type).param_dtype or torch.float32
+    is_split = config.parallel.cp > 1
+    kernel: str = config.model.attention
+    if config.data.document_mask or is_split:
+        head_dim, complete = config.model.head_dim, not is_split
+        kernel = select_kernel(kernel, head_dim, device, dtype, complete)
+    else:
+        kernel = "sdpa"  # plain causal rows
+    if device.type == "cuda" and (kernel == "varlen" or not config.data.document_mask):
+        from training.flash_attention import active_flash_attention
+
+        kernel += f" ({active_flash_attention()})" * (kernel != "flex" and dtype != torch.float32)
+    formats = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+    fp8 = f" with {config.precision.fp8} fp8 products" if config.precision.fp8 else ""
+    compiled = ", compiled" if config.parallel.resolved(device.type).compile else ""
+    return f"{formats[dtype]}{fp8}{compiled}, {kernel} attention"
 
 
 def _rate_rows(run: Run, changes: Changes) -> Rows:
