@@ -66,7 +66,7 @@ def evaluate(config: EvaluateJobConfig) -> None:
     if tasks:  # their sequences have arbitrary lengths, and scoring needs logits
         parallel = dataclasses.replace(parallel, sequence_parallel=False, loss_parallel=False)
     # The number of windows need not be divisible: every data rank has its own micro-batches.
-    processes, mesh = check_inference_mesh(parallel, weights.model, seq_len)
+    processes, mesh = check_inference_mesh(parallel, config.precision, weights.model, seq_len)
     context = load_model(weights, processes, mesh, parallel, config.precision)
     weights = context.weights
     policy = mixed_precision_policy(config.precision, context.fabric.device.type)

@@ -62,7 +62,7 @@ def run(config: GenerateJobConfig) -> None:
             raise ConfigError(errors)
     # A generation step has one column, which cannot be split along seq.
     parallel = dataclasses.replace(config.parallel, sequence_parallel=False, loss_parallel=False)
-    processes, mesh = check_inference_mesh(parallel, model, model.max_seq_len)
+    processes, mesh = check_inference_mesh(parallel, config.precision, model, model.max_seq_len)
     context = load_model(weights, processes, mesh, parallel, config.precision)
     completer = Completer(config, context, tokenizer)
     with context.exit_on_interrupt():

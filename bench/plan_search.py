@@ -17,9 +17,10 @@ from hydra import compose, initialize_config_dir
 from bench.measurement import spread, write
 from cli.arguments import CONF, plan_arguments
 from cli.config import load_plan_config
-from parallel.mesh import plan_processes, resolve_mesh
+from parallel.mesh import resolve_mesh
 from planning.fit_check import check_plan
 from planning.search import search
+from resilience.process_plan import plan_processes
 
 ROOT = Path(__file__).parent.parent
 REPEATS = 7

@@ -27,11 +27,12 @@ from torch.distributed.tensor import DTensor
 from bench.measurement import write
 from cli.arguments import CONF
 from cli.config import check_config, load_train_config
-from parallel.mesh import plan_processes, resolve_mesh
+from parallel.mesh import resolve_mesh
 from planning.memory import step_memory
 from planning.request import PlanRequest, configured_choice
 from planning.step_spec import StepSpec
 from planning.tracing import trace_memory
+from resilience.process_plan import plan_processes
 from train import set_up, train_step
 from training.config_rules import INSTALLATION_RULES
 from training.preflight import prepare_data

@@ -21,12 +21,13 @@ from hydra import compose, initialize_config_dir
 from bench.measurement import spread, write
 from cli.arguments import CONF
 from cli.config import load_train_config
-from parallel.mesh import AXES, MeshShape, plan_processes, resolve_mesh
+from parallel.mesh import AXES, MeshShape, resolve_mesh
 from planning.calibration import calibrate
 from planning.request import PlanRequest, configured_choice
 from planning.search import meshes
 from planning.speed import step_time
 from planning.step_spec import StepSpec
+from resilience.process_plan import plan_processes
 from training.config_rules import INSTALLATION_RULES
 from training.preflight import prepare_data
 

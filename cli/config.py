@@ -25,9 +25,10 @@ from data.errors import DataError
 from evaluation.config import EvaluateJobConfig, GenerateJobConfig
 from formats.config import ConvertJobConfig
 from model.config import ModelConfig
-from parallel.config import ParallelConfig
-from parallel.mesh import MeshShape, Processes, is_first_process, plan_processes, resolve_mesh
+from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.mesh import MeshShape, Processes, is_first_process, resolve_mesh
 from resilience.launcher_variables import launcher_errors
+from resilience.process_plan import plan_processes
 from resilience.renamed_keys import CONVERT_KEYS, EVALUATE_KEYS, RENAMED_KEYS, rename_keys
 from resilience.run_folder import RunFolder, RunFolderError
 from training import config_rules as rules
@@ -128,7 +129,7 @@ def _check_start(composed: DictConfig) -> None:
 
 
 def check_inference_mesh(
-    parallel: ParallelConfig, model: ModelConfig, seq_len: int
+    parallel: ParallelConfig, precision: PrecisionConfig, model: ModelConfig, seq_len: int
 ) -> tuple[Processes, MeshShape]:
     """Return the processes and the mesh of `evaluate.py` and `generate.py` on this machine.
 
@@ -137,6 +138,8 @@ def check_inference_mesh(
     """
     processes, errors = plan_processes(parallel)
     errors += launcher_errors(parallel, processes.accelerator)
+    if processes.capability is not None:
+        errors += rules.bf16_errors(processes.capability, precision, model)
     mesh, unresolved = resolve_mesh(parallel, processes.world_size)
     errors += unresolved or rules.model_errors(mesh, parallel, model, seq_len)
     if errors:

@@ -16,9 +16,10 @@ from data.errors import DataError
 from data.files import write_problem
 from evaluation.errors import EvaluationError
 from formats.errors import FormatError
-from parallel.mesh import is_first_process
+from parallel.mesh import is_first_process, process_ranks
 from resilience.errors import LaunchError, OutOfMemory, is_out_of_memory
 from resilience.exit_codes import ExitCode
+from resilience.rank_check import host_name, report_error
 from resilience.run_folder import RunFolderError
 from training.config_validation import ConfigError
 
@@ -41,14 +42,14 @@ def exit_on_user_error(
         interrupted: Message after Ctrl-C.
         smaller: Remedy if the program is out of memory.
     """
-    code = ExitCode.USER_ERROR
+    code, known = ExitCode.USER_ERROR, False
     try:
         yield
         sys.stdout.flush()
     except ConfigError as error:
         message = f"Invalid configuration:\n{error}"
     except (DataError, FormatError, LaunchError, EvaluationError) as error:
-        message = f"Error: {error}"
+        message, known = f"Error: {error}", isinstance(error, LaunchError)
     except RunFolderError as error:
         message, code = f"Error: {error}", error.code
     except (RuntimeError, MemoryError) as error:
@@ -87,6 +88,9 @@ def _report_and_exit(message: str, code: ExitCode) -> NoReturn:
     if distributed is not None and distributed.is_initialized():
         _wait_for_report(distributed)
         os._exit(code)  # skips destroy_process_group, which would wait for the other ranks
+    # All ranks know an error of the launch; rank 0 prints what it did not cause itself.
+    if not known and not report_error(message):
+        print(f"Rank {process_ranks()[0]} on {host_name()}: {message}", file=sys.stderr, flush=True)
     if not is_first_process():
         time.sleep(REPORT_SECONDS)
     sys.exit(code)

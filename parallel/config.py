@@ -10,6 +10,9 @@ from model.config_base import FREE, ConfigSection, PositiveInt, ResumePolicy
 FP8_MULTIPLE = 16
 """fp8 products need widths, and tokens per micro-batch, that are multiples of this."""
 
+BF16_CAPABILITY = (8, 0)
+"""Compute capability of Ampere, the first GPUs with bf16 tensor cores and FlashAttention."""
+
 ROUNDING = ResumePolicy("override", "rounding")
 
 
@@ -63,7 +66,7 @@ class PrecisionConfig(ConfigSection):
     """Number formats. Master weights are float32.
 
     Attributes:
-        param: Format of forward and backward; `auto` is bf16 on GPUs and fp32 on CPUs.
+        param: Format of forward and backward; `auto` is bf16 on GPUs since Ampere, else fp32.
         reduce: Format of the gradient reduction; `auto` is fp32.
         optimizer_state: Storage format of AdamW's moments.
         fp8: Scaling recipe of 8-bit matrix products in the blocks; None computes them in `param`.

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from model.llama import Llama
-from parallel.config import PrecisionConfig
+from parallel.config import BF16_CAPABILITY, PrecisionConfig
 from parallel.mixed_precision import keep_copies
 
 _STAYS_GATHERED = "llamesh_stays_gathered"  # attribute of a block or the model
@@ -115,7 +115,8 @@ class _OneBuffer:
 
 def mixed_precision_policy(config: PrecisionConfig, device_type: str) -> MixedPrecisionPolicy:
     """Return FSDP2's policy: `param` for forward and backward, `reduce` for the reduction."""
-    auto = torch.bfloat16 if device_type == "cuda" else torch.float32
+    has_bf16 = device_type == "cuda" and torch.cuda.get_device_capability() >= BF16_CAPABILITY
+    auto = torch.bfloat16 if has_bf16 else torch.float32
     return MixedPrecisionPolicy(
         param_dtype=_DTYPES.get(config.param, auto),
         reduce_dtype=_DTYPES.get(config.reduce, torch.float32),

@@ -8,8 +8,6 @@ change. Embedding, output head, norms and attention are not affected.
 from dataclasses import replace
 from typing import Literal
 
-import torch
-
 from model.llama import Llama
 
 Recipe = Literal["tensorwise", "rowwise"]
@@ -31,9 +29,3 @@ def apply_float8(model: Llama, recipe: Recipe, emulate: bool = False) -> None:
 
     config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
     convert_to_float8_training(model.layers, config=config)
-
-
-def lacking_capability(recipe: Recipe) -> tuple[int, int] | None:
-    """Return the GPU's compute capability if it is too low for a recipe, else None."""
-    capability = torch.cuda.get_device_capability()
-    return capability if capability < CAPABILITY[recipe] else None

@@ -2,8 +2,7 @@
 
 The axes, outermost first, are dp_replicate, dp_shard, cp and tp: neighboring ranks are
 tensor-parallel, because that axis communicates most. The process count depends on the launcher:
-this program, `torchrun`, `srun` or one that sets the same variables as torchrun. Imports torch only
-to count GPUs.
+this program, `torchrun`, `srun` or one that sets the same variables as torchrun.
 """
 
 import os
@@ -68,12 +67,17 @@ class MeshShape:
 
 @dataclass(frozen=True)
 class Processes:
-    """Launcher, device type and number of the processes."""
+    """Launcher, device type and number of the processes.
+
+    Attributes:
+        capability: Lowest compute capability of this node's GPUs that they use; None without.
+    """
 
     accelerator: str  # "cpu" or "cuda"
     per_node: int
     num_nodes: int
     launcher: str  # "self", "torchrun", "srun" or "another launcher"
+    capability: tuple[int, int] | None = None
 
     @property
     def world_size(self) -> int:
@@ -130,61 +134,11 @@ def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:
     return process_ranks(environment)[0] == 0
 
 
-def plan_processes(
-    config: ParallelConfig, environment: Mapping[str, str] = os.environ
-) -> tuple[Processes, list[str]]:
-    """Return device type and process counts, and their validation errors.
-
-    `resilience.launcher_variables` reports the errors in the launcher's environment variables.
-    """
-    accelerator, gpus = _accelerator(config)
-    errors = []
-    if config.accelerator == "cuda" and gpus == 0:
-        errors.append(
-            "parallel.accelerator=cuda but no GPU is visible; use parallel.accelerator=cpu"
-        )
-    started = started_processes(environment)
-    if started is not None:
-        processes = Processes(accelerator, started.per_node, started.num_nodes, started.launcher)
-        errors += started_errors(config, started)
-    else:
-        mesh_size = config.dp_replicate * max(config.dp_shard, 1) * config.cp * config.tp
-        num_nodes = config.num_nodes or 1
-        on_this_machine = gpus if accelerator == "cuda" else max(mesh_size // num_nodes, 1)
-        processes = Processes(accelerator, config.devices or on_this_machine, num_nodes, "self")
-    if accelerator == "cuda" and processes.per_node > gpus > 0:
-        errors.append(
-            f"parallel.devices={processes.per_node} exceeds the {gpus} visible GPUs; use at most "
-            f"{gpus}, or parallel.accelerator=cpu"
-        )
-    return processes, errors
-
-
-def started_errors(config: ParallelConfig, started: Processes) -> list[str]:
-    """Return errors if the launched processes do not match the configuration."""
-    return [
-        f"parallel.{key}={value} does not match {started.launcher}, which started {actual}; "
-        f"use parallel.{key}=null, or start {value}"
-        for key, actual in (("devices", started.per_node), ("num_nodes", started.num_nodes))
-        if (value := getattr(config, key)) is not None and value != actual
-    ]
-
-
-def _accelerator(config: ParallelConfig) -> tuple[str, int]:
-    """Return the device type and the number of visible GPUs."""
-    if config.accelerator == "cpu":
-        return "cpu", 0
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return ("cpu" if config.accelerator == "auto" and not gpus else "cuda"), gpus
-
-
 def resolve_mesh(config: ParallelConfig, world_size: int) -> tuple[MeshShape, list[str]]:
     """Return the mesh of `world_size` processes with `dp_shard` resolved, and all errors."""
     min_shard = 1 if config.dp_shard == -1 else config.dp_shard
     if min(config.dp_replicate, min_shard, config.cp, config.tp, world_size) < 1:
-        # No mesh: field constraints report sizes below 1, `plan_processes` a missing GPU.
+        # No mesh: field constraints report sizes below 1, `resilience.process_plan` a missing GPU.
         return MeshShape(1, 1, 1, 1), []
     others = config.dp_replicate * config.cp * config.tp
     dp_shard = config.dp_shard if config.dp_shard != -1 else max(world_size // others, 1)

@@ -13,6 +13,7 @@ from subprocess import Popen
 from typing import Any
 
 import torch
+from lightning_fabric.accelerators import CUDAAccelerator
 from lightning_fabric.strategies import ModelParallelStrategy
 from lightning_fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning_fabric.strategies.parallel import ParallelStrategy
@@ -87,6 +88,15 @@ class MeshStrategy(ModelParallelStrategy):
             if getattr(self.shape, axis) > 1:
                 torch.distributed.all_reduce(values, group=self.device_mesh.get_group(axis))
         return values
+
+
+class OwnGpu(CUDAAccelerator):
+    """CUDA in processes that each see only their own GPU, which has the index 0 in each."""
+
+    @staticmethod
+    def parse_devices(devices: Any) -> list[int]:
+        """Return the device index of each local process."""
+        return [0] * int(devices)
 
 
 class MicroBatchSync(_BackwardSyncControl):

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from data.config import DataConfig
 from model.config import ModelConfig
 from model.config_base import PositiveInt
-from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.config import BF16_CAPABILITY, ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, resolve_mesh
 from planning.hardware import Hardware
 from planning.request import PlanRequest
 from training.config import JobConfig, TrainConfig
-from training.config_rules import device_errors, mesh_errors
+from training.config_rules import HOPPER, device_errors, mesh_errors
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ def planned_mesh_errors(
     mesh, errors = resolve_mesh(parallel, planned_devices(parallel, hardware, devices))
     if errors:
         return errors
-    hopper = hardware.is_hopper
+    capability = HOPPER if hardware.is_hopper else BF16_CAPABILITY
     return [
-        *device_errors(hardware.accelerator, mesh, parallel, precision, model, lambda: hopper),
+        *device_errors(hardware.accelerator, mesh, parallel, precision, model, capability),
         *mesh_errors(mesh, parallel, precision, model, train, data),
     ]
 

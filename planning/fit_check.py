@@ -5,17 +5,20 @@
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+from parallel.config import BF16_CAPABILITY
 from parallel.mesh import MeshShape, Processes
 from planning.hardware import LOCAL, PROCESS_GIB, Hardware, hardware_of, load_hardware
 from planning.memory import GIB, MemoryBreakdown, size_text
 from planning.plan import host_peak, plan_run
 from planning.request import Choice, PlanRequest, configured_choice
 from planning.search import peak_memory, remedy
-from planning.step_spec import StepSpec
+from planning.step_spec import StepSpec, resolved_precision
 from planning.time_limits import limit_warnings, planned_seconds, time_limits
 from resilience.config import TimeLimits
+from resilience.gpu_probe import own_gpu
 from training.config import JobConfig
 from training.config_validation import ConfigError
 
@@ -78,6 +81,11 @@ def plan_request(
 ) -> tuple[PlanRequest, Choice]:
     """Return the run as a request to the planner, and its configured choice."""
     tokens = config.stages().first_token(config.train.max_steps)
+    if processes.capability is not None and processes.capability < BF16_CAPABILITY:
+        precision = resolved_precision(config.precision, "cuda", processes.capability)
+        attention = "sdpa" if config.model.attention == "auto" else config.model.attention
+        model = replace(config.model, attention=attention)
+        config = replace(config, precision=precision, model=model)
     return PlanRequest(config, processes.accelerator, tokens), configured_choice(config, mesh)
 
 
@@ -100,12 +108,10 @@ def this_machine(processes: Processes) -> tuple[Hardware | None, int]:
     if known is not None and known.accelerator != processes.accelerator:
         known = None
     if processes.accelerator == "cuda":
-        import torch
-
-        properties = torch.cuda.get_device_properties(0)
-        known = known or hardware_of(properties.name)
+        gpu = own_gpu()[1]
+        known = known or hardware_of(gpu.name)
         reserved = known.reserved_gib if known else CONTEXT_GIB
-        return known, properties.total_memory - int(reserved * GIB)
+        return known, gpu.memory - int(reserved * GIB)
     return known, machine_memory() // processes.per_node - int(PROCESS_GIB * GIB)
 
 

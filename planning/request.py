@@ -6,11 +6,12 @@ it results in. Imports no heavy packages.
 
 from dataclasses import asdict, dataclass, replace
 
-from parallel.config import ParallelConfig
+from parallel.config import BF16_CAPABILITY, ParallelConfig
 from parallel.mesh import AXES, MeshShape
 from planning.step_spec import StepSpec, resolved_precision
 from training.config import JobConfig, TrainConfig
 from training.config_rules import (
+    HOPPER,
     batch_errors,
     device_errors,
     for_every_stage,
@@ -125,9 +126,10 @@ class PlanRequest:
         """
         model, parallel, data = self.config.model, self.config.parallel, self.config.data
         train = replace(self.config.train, micro_batch_size=None)
-        accelerator, precision, hopper = self.accelerator, self.precision, self.hopper
+        accelerator, precision = self.accelerator, self.precision
+        capability = HOPPER if self.hopper else BF16_CAPABILITY
         return [
-            *device_errors(accelerator, mesh, parallel, precision, model, lambda: hopper),
+            *device_errors(accelerator, mesh, parallel, precision, model, capability),
             *mesh_errors(mesh, parallel, precision, model, train, data),
         ]
 

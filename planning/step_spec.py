@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from model.config import ModelConfig
-from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.config import BF16_CAPABILITY, ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
 from parallel.traffic import Collective, Step, step_traffic
 
@@ -97,10 +97,12 @@ class StepSpec:
         return step_traffic(self.model, self.mesh, self.parallel, self.step)
 
 
-def resolved_precision(precision: PrecisionConfig, accelerator: str) -> PrecisionConfig:
+def resolved_precision(
+    precision: PrecisionConfig, accelerator: str, capability: tuple[int, int] = BF16_CAPABILITY
+) -> PrecisionConfig:
     """Resolve `auto` the same way as `parallel.data_parallel`."""
     param = precision.param
     if param == "auto":
-        param = "bf16" if accelerator == "cuda" else "fp32"
+        param = "bf16" if accelerator == "cuda" and capability >= BF16_CAPABILITY else "fp32"
     reduce = "fp32" if precision.reduce == "auto" else precision.reduce
     return replace(precision, param=param, reduce=reduce)

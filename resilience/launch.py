@@ -12,23 +12,29 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
+import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import (
     LightningEnvironment,
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from torch.distributed import DistNetworkError
+from torch.distributed import DistError, DistNetworkError
 
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes, process_ranks
+from parallel.mesh import MeshShape, Processes, is_first_process, process_ranks
 from parallel.parallelize import parallelize
 from parallel.slurm import rendezvous
-from parallel.strategy import MeshStrategy
+from parallel.strategy import MeshStrategy, OwnGpu
 from resilience.errors import LaunchError
 from resilience.host_memory import keep_freed_memory
+from resilience.launcher_variables import network_hint
+from resilience.rank_check import check_ranks, host_name
+from resilience.task_environment import set_up_process
 from resilience.watchdog import Watchdog
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -59,6 +65,8 @@ def launch(
         _kill_with_parent()
     elif processes.launcher == "srun":
         os.environ.update(rendezvous(os.environ))
+    set_up_process(processes, parallel)
+    sees_own = processes.accelerator == "cuda" and torch.cuda.device_count() == 1
     if processes.accelerator == "cpu":
         keep_freed_memory()
     transform = partial(parallelize, parallel=parallel, precision=precision)
@@ -72,15 +80,29 @@ def launch(
     # Fabric's detection differs: it takes any SLURM_NTASKS for srun, and imports mpi4py.
     environments = {"self": LightningEnvironment, "srun": SLURMEnvironment}
     fabric = Fabric(
-        accelerator=processes.accelerator,
+        accelerator=OwnGpu() if sees_own else processes.accelerator,
         devices=processes.per_node,
         num_nodes=processes.num_nodes,
         strategy=strategy,
         plugins=environments.get(processes.launcher, TorchElasticEnvironment)(),
     )
-    try:
+    with _launch_errors():
+        compared = processes.launcher != "self" and processes.world_size > 1
+        store = check_ranks(processes, watchdog) if compared else None
         fabric.launch()
-    except DistNetworkError as error:
+        del store  # its server is now that of the process group
+    watchdog.connect()
+    return fabric, strategy
+
+
+@contextmanager
+def _launch_errors() -> Iterator[None]:
+    """Raise LaunchError, with what to check, if the processes cannot connect to each other."""
+    try:
+        yield
+    except LaunchError:
+        raise
+    except (DistNetworkError, TimeoutError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LaunchError(
             f"cannot initialize the process group at {address} (MASTER_ADDR:MASTER_PORT): "
@@ -88,14 +110,20 @@ def launch(
             "MASTER_PORT or unset it"
         ) from error
     except RuntimeError as error:
-        if "Unable to find address for" not in str(error):
+        text = " ".join(str(error).split())
+        if "Unable to find address for" in text:  # from gloo
+            name = os.environ.get("GLOO_SOCKET_IFNAME")
+            raise LaunchError(
+                f"GLOO_SOCKET_IFNAME={name} names a network interface without an address; use "
+                "another one, or run: unset GLOO_SOCKET_IFNAME"
+            ) from error
+        if not isinstance(error, DistError) and "gloo" not in text.lower():
             raise
-        raise LaunchError(  # from gloo
-            f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME')} names a network interface "
-            "without an address; use another one, or run: unset GLOO_SOCKET_IFNAME"
-        ) from error
-    watchdog.connect()
-    return fabric, strategy
+        message = f"the processes cannot connect to each other: {text}; {network_hint(os.environ)}"
+        if not is_first_process():  # rank 0 may be waiting for this process
+            rank = f"rank {process_ranks()[0]} on {host_name()}"
+            print(f"Error: {rank}: {message}", file=sys.stderr, flush=True)
+        raise LaunchError(message) from error
 
 
 def silence_libraries() -> None:

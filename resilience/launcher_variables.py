@@ -197,7 +197,7 @@ def _interface_errors(name: str, environment: Mapping[str, str]) -> Iterator[str
     if name.startswith("NCCL") and value.startswith("^"):
         return
     existing = [interface for _, interface in socket.if_nameindex()]
-    remedy = f"use one of {', '.join(filter(_has_address, existing))}, or run: unset {name}"
+    remedy = f"use one of {', '.join(filter(_address, existing))}, or run: unset {name}"
     for chosen in filter(None, value.lstrip("=").split(",")):
         chosen = chosen.partition(":")[0] if name.startswith("NCCL") else chosen
         prefix = name.startswith("NCCL") and not value.startswith("=")
@@ -208,15 +208,28 @@ def _interface_errors(name: str, environment: Mapping[str, str]) -> Iterator[str
             )
 
 
-def _has_address(interface: str) -> bool:
-    """Return whether a network interface has an IPv4 address."""
+def network_hint(environment: Mapping[str, str]) -> str:
+    """Return the network interfaces and settings of this process, and what to try."""
+    found = [(name, _address(name)) for _, name in socket.if_nameindex()]
+    interfaces = ", ".join(f"{name} ({address})" for name, address in found if address)
+    names = sorted(name for name in environment if name.startswith(("NCCL_", "GLOO_")))
+    settings = ", ".join(f"{name}={environment[name]}" for name in names) or "none"
+    return (
+        f"interfaces of {socket.gethostname()}: {interfaces}; NCCL_* and GLOO_* variables: "
+        f"{settings}; set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to an interface that reaches "
+        "the other nodes, and NCCL_DEBUG=INFO for more details"
+    )
+
+
+def _address(interface: str) -> str | None:
+    """Return the IPv4 address of a network interface, if it has one."""
     request = struct.pack("256s", interface.encode()[:15])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
+            reply = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
         except OSError:
-            return False
-    return True
+            return None
+    return socket.inet_ntoa(reply[20:24])  # ifreq: 16 bytes of name, then sockaddr_in
 
 
 def _shown(names: Iterable[str], env: Mapping[str, str]) -> str:

@@ -52,6 +52,7 @@ class Watchdog:
         limits: As given, for reports.
         children: Processes of ranks 1, 2, … that this process has started.
         has_saved: Whether this launch has committed a checkpoint, which selects the exit code.
+        setup_hint: Returns what to check if the processes of the run do not meet in time.
         on_abort: Called with the reason before the process exits; runs in a watchdog thread.
     """
 
@@ -69,6 +70,7 @@ class Watchdog:
         self.has_saved = False
         self._code: ExitCode | None = None
         self._aborting = False
+        self.setup_hint: Callable[[], str] = lambda: "Did every node start its processes?"
         self.on_abort: Callable[[str], None] = lambda reason: None
         self._main_thread = threading.main_thread().ident
         rank = process_ranks()[0]
@@ -175,7 +177,7 @@ class Watchdog:
             beat = self._heartbeat(0)
             if not self._connected:
                 if self._is_late(beat):
-                    self._abort(f"{beat.late_message()}\nDid every node start its processes?")
+                    self._abort(f"{beat.late_message()}\n{self.setup_hint()}")
             elif time.monotonic() - self._store_lost_at > GRACE_SECONDS:
                 self._abort("rank 0, which hosts the store, exited", self._reports_rank_0())
             elif beat.rank and time.monotonic() - self._last_contact > self.silent_seconds:

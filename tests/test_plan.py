@@ -499,7 +499,7 @@ def test_gpu_memory_is_queried_and_known_devices_have_a_speed(
     monkeypatch.setattr(fit_check, "machine_memory", lambda: 2**41)
 
     def check_on(name: str, gib: int) -> str:
-        device = SimpleNamespace(name=name, total_memory=gib * GIB)
+        device = SimpleNamespace(name=name, major=8, minor=0, total_memory=gib * GIB)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
         return check(config, processes, mesh)
 

@@ -15,9 +15,6 @@ import pytest
 import torch
 from conftest import ROOT, start_program, start_python
 
-from parallel.config import ParallelConfig
-from parallel.mesh import plan_processes
-
 CPU = "parallel.accelerator=cpu"
 # Imported by every Python process with this folder on its path, which counts launched processes.
 COUNTER = """
@@ -172,29 +169,6 @@ def test_fp8_on_cpu_and_bf16_moments_with_large_beta2_are_rejected(
     ]
     lines = [line for line in message.splitlines() if line.startswith("  - ")]
     assert sorted(lines) == sorted(expected)
-
-
-TORCHRUN_OF_THREE = {
-    **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"},
-    **{"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
-}
-
-
-@pytest.mark.parametrize(
-    ("environment", "devices"),
-    [({}, 3), (TORCHRUN_OF_THREE, None)],
-    ids=["self-launched", "torchrun"],
-)
-def test_more_processes_than_gpus_are_rejected(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], devices: int | None
-) -> None:
-    # Test machines do not have two GPUs, so the count is patched.
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    _, problems = plan_processes(ParallelConfig(devices=devices), environment)
-    (problem,) = problems
-    line_with(problem, "parallel.devices=3", "2 visible GPUs", "at most 2")
-    assert plan_processes(ParallelConfig(devices=2), {})[1] == []
 
 
 # ---------------------------------------------------------------- data

@@ -23,12 +23,15 @@ from data.config import (
     TokenizerConfig,
 )
 from model.config import FLEX_MIN_HEAD_DIM, ModelConfig, varlen_supports
-from parallel.config import FP8_MULTIPLE, ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes, plan_processes, resolve_mesh, started_errors
+from parallel.config import BF16_CAPABILITY, FP8_MULTIPLE, ParallelConfig, PrecisionConfig
+from parallel.mesh import MeshShape, Processes, resolve_mesh
 from resilience.config import FaultsConfig
 from resilience.launcher_variables import launcher_errors
+from resilience.process_plan import plan_processes, started_errors
 from training.config import LogConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
 
+HOPPER = (9, 0)
+"""Compute capability of the first GPUs with the symmetric memory that async TP needs."""
 # Above this beta2, a bf16 second moment no longer decays: the change is below half a unit (2**-8).
 MAX_BETA2_BF16 = 1 - 2**-8
 
@@ -465,17 +468,19 @@ def device_errors(
     parallel: ParallelConfig,
     precision: PrecisionConfig,
     model: ModelConfig,
-    is_hopper: Callable[[], bool] | None = None,
+    capability: tuple[int, int] = BF16_CAPABILITY,
 ) -> Iterator[str]:
     """Yield errors for attention kernels and async TP that the device does not support.
 
     Args:
-        is_hopper: Whether the GPU is Hopper or newer; by default, checks this machine.
+        capability: Lowest compute capability of the GPUs.
     """
     kernel = model.attention
     key = f"model.attention={kernel}"
     if kernel in ("flex", "varlen") and accelerator != "cuda":
         yield f"{key} has no backward on CPU; use model.attention=auto or sdpa"
+    elif accelerator == "cuda" and capability < BF16_CAPABILITY:
+        yield from bf16_errors(capability, precision, model)
     elif kernel == "varlen" and precision.param == "fp32":
         yield (
             f"{key} computes in 16 bits, but precision.param=fp32; use precision.param=bf16, "
@@ -501,7 +506,7 @@ def device_errors(
         yield _budget_error(budget, "parallel.compile=auto compiles on GPUs only")
     if not parallel.async_tp:
         return
-    if accelerator != "cuda" or not (is_hopper or _is_hopper)():
+    if accelerator != "cuda" or capability < HOPPER:
         yield (
             "parallel.async_tp=true needs the symmetric memory of Hopper or newer NVIDIA GPUs; "
             "use parallel.async_tp=false"
@@ -524,15 +529,31 @@ def device_errors(
         )
 
 
-def _is_hopper() -> bool:
-    import torch
+def bf16_errors(
+    capability: tuple[int, int], precision: PrecisionConfig, model: ModelConfig
+) -> Iterator[str]:
+    """Yield errors for what GPUs without bf16 tensor cores do not support."""
+    if capability >= BF16_CAPABILITY:
+        return
+    rule = f"needs GPUs of compute capability 8.0 (Ampere), but this one has {_shown(capability)}"
+    if precision.param == "bf16":
+        yield f"precision.param=bf16 {rule}; use precision.param=auto or fp32"
+    if model.attention == "varlen":
+        yield f"model.attention=varlen {rule}; use model.attention=auto or sdpa"
 
-    # parallel.accelerator=cuda may be set without a GPU; `plan_processes` reports that.
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+def _shown(capability: tuple[int, int]) -> str:
+    return "{}.{}".format(*capability)
 
 
-def fp8_errors(accelerator: str, precision: PrecisionConfig) -> Iterator[str]:
-    """Yield an error if the device does not support fp8."""
+def fp8_errors(
+    accelerator: str, precision: PrecisionConfig, capability: tuple[int, int] | None = None
+) -> Iterator[str]:
+    """Yield an error if the device does not support fp8.
+
+    Args:
+        capability: Lowest compute capability of the GPUs; None if unknown.
+    """
     recipe = precision.fp8
     if recipe is None:
         return
@@ -542,17 +563,14 @@ def fp8_errors(accelerator: str, precision: PrecisionConfig) -> Iterator[str]:
             f"parallel.accelerator={accelerator}; use precision.fp8=null"
         )
         return
-    import torch
+    from parallel.float8 import CAPABILITY
 
-    from parallel.float8 import CAPABILITY, lacking_capability
-
-    capability = lacking_capability(recipe) if torch.cuda.is_available() else None
-    if capability is not None:
-        major, minor = CAPABILITY[recipe]
+    if capability is not None and capability < CAPABILITY[recipe]:
         lesser = "precision.fp8=tensorwise or " if capability >= CAPABILITY["tensorwise"] else ""
         yield (
-            f"precision.fp8={recipe} needs GPUs of compute capability {major}.{minor}, but this "
-            f"one has {capability[0]}.{capability[1]}; use {lesser}precision.fp8=null"
+            f"precision.fp8={recipe} needs GPUs of compute capability "
+            f"{_shown(CAPABILITY[recipe])}, but this one has {_shown(capability)}; use "
+            f"{lesser}precision.fp8=null"
         )
 
 
@@ -574,8 +592,10 @@ def launch_rule(tasks: Processes | None = None) -> Callable[..., Iterator[str]]:
         mesh, unresolved = resolve_mesh(parallel, processes.world_size)
         yield from errors
         if tasks is None:
-            yield from device_errors(processes.accelerator, mesh, parallel, precision, model)
-            yield from fp8_errors(processes.accelerator, precision)
+            accelerator, capability = processes.accelerator, processes.capability
+            lowest = capability or HOPPER  # without a GPU, `errors` has the error
+            yield from device_errors(accelerator, mesh, parallel, precision, model, lowest)
+            yield from fp8_errors(accelerator, precision, capability)
         yield from unresolved or mesh_errors(mesh, parallel, precision, model, train, data)
 
     return launch_errors

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.errors import DataError
-from parallel.mesh import is_first_process, plan_processes, resolve_mesh
+from parallel.mesh import is_first_process, resolve_mesh
 from resilience.lock import RunLock, acquire_lock, check_not_locked
+from resilience.process_plan import plan_processes
 from resilience.run_folder import RunFolder, RunFolderError
 from training.config import JobConfig
 from training.config_validation import plain

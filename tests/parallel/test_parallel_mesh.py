@@ -14,10 +14,10 @@ from parallel.mesh import (
     MeshShape,
     Processes,
     is_first_process,
-    plan_processes,
     resolve_mesh,
     started_processes,
 )
+from resilience.process_plan import plan_processes
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",
@@ -160,28 +160,6 @@ def test_mismatch_between_launcher_and_configuration_names_both(
         accelerator="cpu", devices=started.per_node, num_nodes=started.num_nodes
     )
     assert plan_processes(matching, environment)[1] == []
-
-
-def test_cuda_without_a_gpu_and_too_many_processes_are_errors(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    _, [problem] = plan_processes(ParallelConfig(accelerator="cuda"), {})
-    assert (
-        "parallel.accelerator=cuda but no GPU is visible" in problem
-        and "accelerator=cpu" in problem
-    )
-    assert plan_processes(ParallelConfig(), {})[0].accelerator == "cpu"
-
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    processes, problems = plan_processes(ParallelConfig(), {})
-    assert (processes, problems) == (Processes("cuda", 2, 1, "self"), [])
-    _, [problem] = plan_processes(ParallelConfig(devices=3), {})
-    assert "parallel.devices=3 exceeds the 2 visible GPUs" in problem
-    # A launcher, too, may start more processes than there are GPUs.
-    assert "parallel.devices=4" in plan_processes(ParallelConfig(), TORCHRUN)[1][0]
-    assert plan_processes(ParallelConfig(accelerator="cpu", devices=3), {})[1] == []
 
 
 def test_exactly_one_process_of_a_run_is_the_first() -> None:

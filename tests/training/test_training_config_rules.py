@@ -166,7 +166,7 @@ def device_text(processes: Processes = CPU, mesh: MeshShape | None = None, **wan
         sections[number] = replace(section, **own)
     parallel, precision, model = sections
     found = device_errors(
-        processes.accelerator, mesh or MeshShape(1, 1, 1, 1), parallel, precision, model
+        processes.accelerator, mesh or MeshShape(1, 1, 1, 1), parallel, precision, model, (8, 0)
     )
     return "\n".join(found)
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from data.config import DataConfig, SourceConfig
 from model.config import ModelConfig
@@ -19,27 +18,17 @@ DATA = DataConfig("x", "x", {"a": SourceConfig("stdlib")})
 ONE = MeshShape(1, 1, 1, 1)
 
 
-@pytest.fixture
-def gpus_of(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`gpus_of((8, 0))` mocks GPUs of that compute capability."""
-
-    def pretend(capability: tuple[int, int]) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-
-    return pretend
-
-
 def errors(
     recipe: Any = "tensorwise",
     mesh: MeshShape = ONE,
     model: ModelConfig = MODEL,
     train: TrainConfig = TRAIN,
     accelerator: str = "cuda",
+    capability: tuple[int, int] = (9, 0),
 ) -> list[str]:
     precision = PrecisionConfig(fp8=recipe)
     mesh_rules = mesh_errors(mesh, ParallelConfig(), precision, model, train, DATA)
-    return [*fp8_errors(accelerator, precision), *mesh_rules]
+    return [*fp8_errors(accelerator, precision, capability), *mesh_rules]
 
 
 def test_without_fp8_there_are_no_errors() -> None:
@@ -61,10 +50,9 @@ def test_without_fp8_there_are_no_errors() -> None:
     ],
 )
 def test_gpu_without_fp8_products_is_rejected(
-    gpus_of: Any, recipe: str, capability: tuple[int, int], said: tuple[str, ...] | None
+    recipe: str, capability: tuple[int, int], said: tuple[str, ...] | None
 ) -> None:
-    gpus_of(capability)
-    found = errors(recipe)
+    found = errors(recipe, capability=capability)
     assert len(found) == (said is not None)
     for part in (f"precision.fp8={recipe}", *(said or ())):
         assert all(part in error for error in found), found
@@ -87,9 +75,8 @@ def test_gpu_without_fp8_products_is_rejected(
     ],
 )
 def test_local_widths_must_be_multiples_of_16(
-    gpus_of: Any, key: str, model: ModelConfig, tp: int, remedy: str | None
+    key: str, model: ModelConfig, tp: int, remedy: str | None
 ) -> None:
-    gpus_of((9, 0))
     found = [error for error in errors(mesh=MeshShape(1, 1, 1, tp), model=model)]
     matching = [error for error in found if key in error]
     assert len(matching) == (remedy is not None), found
@@ -101,9 +88,8 @@ def test_local_widths_must_be_multiples_of_16(
     [(1, 32, 1, True), (1, 40, 1, False), (2, 40, 1, True), (None, 20, 1, True), (1, 48, 2, False)],
 )
 def test_micro_batches_must_be_multiples_of_16_tokens(
-    gpus_of: Any, micro_batch_size: int | None, seq_len: int, cp: int, fits: bool
+    micro_batch_size: int | None, seq_len: int, cp: int, fits: bool
 ) -> None:
-    gpus_of((9, 0))
     train = replace(TRAIN, micro_batch_size=micro_batch_size, seq_len=seq_len)
     found = errors(mesh=MeshShape(1, 1, cp, 1), train=train)
     assert len(found) == (not fits)

@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -30,6 +29,8 @@ from formats.config import ConvertJobConfig
 from parallel import mesh
 from parallel.mesh import Processes
 from planning.config import PlanJobConfig
+from resilience import process_plan
+from resilience.gpu_probe import Gpu, Machine
 from training import config_rules as rules
 from training.config import JobConfig
 from training.config_validation import ConfigError, Rule, validate
@@ -45,6 +46,11 @@ PROGRAMS: dict[str, tuple[list[str], Any, Sequence[Rule]]] = {
         (*SHARED, rules.launch_rule()),
     ),
     "gpu": (["model=llama3_2_1b", "tokenizer=llama3"], JobConfig, (*SHARED, rules.launch_rule())),
+    "turing": (
+        ["model=llama3_2_1b", "tokenizer=llama3"],
+        JobConfig,
+        (*SHARED, rules.launch_rule()),
+    ),
     "no gpu": (["tokenizer=llama3"], JobConfig, (*SHARED, rules.launch_rule())),
     "srun": (
         ["model=llama3_2_1b", "tokenizer=llama3"],
@@ -65,6 +71,8 @@ PROGRAMS: dict[str, tuple[list[str], Any, Sequence[Rule]]] = {
     ),
     "convert": (["checkpoint=runs/a", "target=b"], ConvertJobConfig, (rules.convert_errors,)),
 }
+GPUS = {"gpu": (8, 9), "turing": (7, 5)}
+"""Compute capability of the two GPUs of a program's machine."""
 SOURCES = "data.sources"
 HUB = {"format": "huggingface", "path": "who/what"}
 STREAM = {SOURCES: {"web": HUB}, "data.stream_shards": 4, "validation.samples": 0}
@@ -126,6 +134,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("train", {"precision.optimizer_state": "int8"}),
     ("gpu", {"parallel.devices": 8}),
     ("gpu", FP8),
+    ("turing", FP8),
+    ("turing", {"precision.param": "bf16"}),
+    ("turing", {"model.attention": "varlen"}),
     ("no gpu", {"parallel.accelerator": "cuda"}),
     ("srun", {"parallel.devices": 8}),
     ("srun", {"parallel.num_nodes": 2}),
@@ -270,9 +281,8 @@ def errors_of(program: str, values: dict[str, Any]) -> list[str]:
     """Return the errors, on a machine with the GPUs and the packages of the case."""
     _, schema, applied = PROGRAMS[program]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: program == "gpu")
-        patch.setattr(torch.cuda, "device_count", lambda: 2)
-        patch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+        gpus = (Gpu("GPU", GPUS[program], 2**35),) * 2 if program in GPUS else ()
+        patch.setattr(process_plan, "probe_machine", lambda: Machine(gpus))
         patch.setitem(sys.modules, "wandb", None)
         if program == "train":
             patch.setitem(sys.modules, "torchao", None)
