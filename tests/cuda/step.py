@@ -101,8 +101,10 @@ groups: list[dict[str, Any]] = []
 
 def build(case: Case) -> Any:
     """Return the run state that `train_step` needs, on this case's rank."""
+    from resilience import launch as launcher
     from resilience.launch import launch
 
+    launcher.check_ranks = lambda *_: None  # there are no other ranks to compare with
     shape = MeshShape(*case.mesh)
     axes: Any = dict(zip(("dp_replicate", "dp_shard", "cp", "tp"), case.mesh, strict=True))
     parallel = replace(case.parallel, **axes)

@@ -63,6 +63,7 @@ class VirtualDevice:
         patch.setattr(torch.cuda, "Event", lambda **options: Event(self, **options))
         patch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
         patch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 0)
         empty_like = torch.empty_like
 

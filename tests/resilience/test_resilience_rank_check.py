@@ -19,7 +19,10 @@ def reports(*devices: str, per_node: int = 2, **of_last: Any) -> dict[int, RankR
     found = {}
     for rank, device in enumerate(devices):
         has_bf16 = None if device == "cpu" else device != T4
-        values: dict[str, Any] = {"uuid": "" if device == "cpu" else f"GPU-{rank}", "has_bf16": has_bf16}
+        values: dict[str, Any] = {
+            "uuid": "" if device == "cpu" else f"GPU-{rank}",
+            "has_bf16": has_bf16,
+        }
         values |= {"torch": "2.13.0"} | (of_last if rank == len(devices) - 1 else {})
         found[rank] = RankReport(rank, f"n{rank // per_node + 1}", device, **values)
     return found

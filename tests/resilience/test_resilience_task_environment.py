@@ -1,0 +1,164 @@
+"""Defaults of a process: CPUs, compile workers, allocator and hidden GPUs."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config as config
+
+from parallel.config import ParallelConfig
+from parallel.mesh import Processes
+from resilience import launcher_variables, task_environment
+from resilience.task_environment import (
+    cpus_per_process,
+    local_cpus,
+    parse_cpus,
+    set_up_process,
+    use_expandable_segments,
+)
+
+NUMBERS = ("TORCHINDUCTOR_COMPILE_THREADS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Restore the variables and threads that a test changes."""
+    for name in (*NUMBERS, *task_environment.ALLOCATOR_VARIABLES, "SLURM_CPUS_ON_NODE"):
+        monkeypatch.setenv(name, "")  # recorded, so that it is restored
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    compile_threads = config.compile_threads
+    yield
+    config.compile_threads = compile_threads
+
+
+@pytest.mark.parametrize(
+    ("launcher", "per_node", "allowed", "on_node", "cpus"),
+    [
+        ("self", 1, 96, None, 96),
+        ("self", 8, 96, None, 12),
+        ("torchrun", 8, 48, None, 6),  # with --numa-binding: a lower bound
+        ("torchrun", 8, 4, None, 1),
+        ("srun", 8, 12, "96", 12),  # --cpus-per-task=12, bound to its CPUs
+        ("srun", 8, 96, "96", 12),  # all tasks may use all CPUs
+        ("srun", 8, 1, "8", 1),  # without --cpus-per-task
+        ("srun", 4, 96, None, 24),
+        ("another launcher", 4, 96, None, 24),
+    ],
+)
+def test_processes_of_a_node_share_its_cpus(
+    monkeypatch: pytest.MonkeyPatch,
+    launcher: str,
+    per_node: int,
+    allowed: int,
+    on_node: str | None,
+    cpus: int,
+) -> None:
+    environment = {} if on_node is None else {"SLURM_CPUS_ON_NODE": on_node}
+    processes = Processes("cpu", per_node, 1, launcher)
+    assert cpus_per_process(processes, allowed, environment) == cpus
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)))
+    os.environ.update(environment)
+    set_up_process(processes, ParallelConfig())
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == str(min(cpus, 32))
+    assert os.environ.get("OMP_NUM_THREADS") == (str(cpus) if launcher == "srun" else None)
+
+
+def test_compile_workers_of_a_loaded_inductor_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch/_inductor/config.py reads the variable once, in `decide_compile_threads`."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)))
+    set_up_process(Processes("cpu", 8, 1, "self"), ParallelConfig())
+    assert config.compile_threads == 3 and config.decide_compile_threads() == 3
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "7"  # set by the user
+    set_up_process(Processes("cpu", 8, 1, "self"), ParallelConfig())
+    assert config.compile_threads == 7
+
+
+def test_cpu_run_hides_the_gpus_from_all_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever asks `torch.cuda.is_available()` later, no context is created."""
+    for name in ("device_count", "init", "get_device_properties", "set_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("asked for GPUs"))
+    set_up_process(Processes("cpu", 1, 1, "self"), ParallelConfig())
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert torch.cuda._parse_visible_devices() == []
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, None),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, None),
+        ({"PYTORCH_ALLOC_CONF": ""}, None),
+    ],
+)
+def test_allocator_uses_expandable_segments_unless_configured(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: dict[str, str] | None
+) -> None:
+    applied: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", applied.append)
+    environment = dict(given)
+    use_expandable_segments(environment)
+    assert environment == (given if expected is None else expected)
+    assert applied == ([] if expected is None else ["expandable_segments:True"])
+
+
+def test_settings_of_a_gpu_process(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from resilience.gpu_probe import Gpu
+
+    bound: list[str] = []
+    gpu = Gpu("NVIDIA H100", (9, 0), 1, bus="0000:1b:00.0")
+    monkeypatch.setattr(task_environment, "own_gpu", lambda: (0, gpu))
+    monkeypatch.setattr(task_environment, "bind_to_gpu", bound.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    set_up_process(Processes("cuda", 8, 1, "srun"), ParallelConfig())
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert bound == ["0000:1b:00.0"] and "CUDA_VISIBLE_DEVICES" not in os.environ
+    assert "add --cpus-per-task to sbatch (up to 12 here)" in capsys.readouterr().err
+    del os.environ["PYTORCH_ALLOC_CONF"]
+    set_up_process(Processes("cuda", 8, 1, "self"), ParallelConfig(async_tp=True))
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "local", "expected"),
+    [
+        ("0-7", "4-7", "4-7"),
+        ("0-7", "0-3,8", "0-3"),
+        ("0-7", "0-7", ""),  # one node, or a virtual machine that hides them
+        ("0-1", "4-7", ""),  # bound by SLURM, torchrun --numa-binding or taskset
+        ("4-5", "4-7", ""),
+        ("0-7", None, ""),  # the GPU is not in /sys
+    ],
+)
+def test_unbound_process_is_bound_to_the_cpus_of_its_gpu(
+    tmp_path: Path, allowed: str, local: str | None, expected: str
+) -> None:
+    (tmp_path / "devices/system/cpu").mkdir(parents=True)
+    (tmp_path / "devices/system/cpu/online").write_text("0-7\n")
+    if local is not None:
+        (tmp_path / "bus/pci/devices/0000:1b:00.0").mkdir(parents=True)
+        (tmp_path / "bus/pci/devices/0000:1b:00.0/local_cpulist").write_text(f"{local}\n")
+    found = local_cpus("0000:1b:00.0", parse_cpus(allowed), tmp_path)
+    assert found == parse_cpus(expected)
+
+
+def test_all_threads_of_a_process_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: list[tuple[int, set[int]]] = []
+    monkeypatch.setattr(task_environment, "local_cpus", lambda *_: {0})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cpus: bound.append((thread, cpus)))
+    task_environment.bind_to_gpu("0000:1b:00.0")
+    assert (os.getpid(), {0}) in bound
+    assert len(bound) == len(os.listdir("/proc/self/task"))
+
+
+def test_failed_connection_names_interfaces_and_variables() -> None:
+    variables = {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "lo", "HOME": "/root"}
+    hint = launcher_variables.network_hint(variables)
+    assert "lo (127.0.0.1)" in hint and "GLOO_SOCKET_IFNAME=lo, NCCL_SOCKET_IFNAME=ib0" in hint
+    assert "HOME" not in hint and "NCCL_DEBUG=INFO" in hint
