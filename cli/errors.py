@@ -75,11 +75,15 @@ def exit_on_user_error(
         message = f"Error: {path} cannot be written ({problem})"
     else:
         return
-    _report_and_exit(message, code)
+    _report_and_exit(message, code, known)
 
 
-def _report_and_exit(message: str, code: ExitCode) -> NoReturn:
-    """Print the message and exit, so that a launcher sees the exit of the first process first."""
+def _report_and_exit(message: str, code: ExitCode, known: bool) -> NoReturn:
+    """Print the message and exit, so that a launcher sees the exit of the first process first.
+
+    Args:
+        known: The first process has the same error, or prints this one.
+    """
     if is_first_process() or code == ExitCode.OUT_OF_MEMORY:  # perhaps of this process only
         print(message, file=sys.stderr, flush=True)
     if not is_first_process():
@@ -88,7 +92,6 @@ def _report_and_exit(message: str, code: ExitCode) -> NoReturn:
     if distributed is not None and distributed.is_initialized():
         _wait_for_report(distributed)
         os._exit(code)  # skips destroy_process_group, which would wait for the other ranks
-    # All ranks know an error of the launch; rank 0 prints what it did not cause itself.
     if not known and not report_error(message):
         print(f"Rank {process_ranks()[0]} on {host_name()}: {message}", file=sys.stderr, flush=True)
     if not is_first_process():

@@ -371,7 +371,7 @@ def test_turing_computes_in_fp32_with_sdpa(monkeypatch: pytest.MonkeyPatch) -> N
             assert policy.param_dtype == (dtype if param == "auto" else torch.bfloat16)
         name = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
         assert resolved_precision(PrecisionConfig(), "cuda", capability).param == name
-    request, choice = fit_check._request(default(), processes, MeshShape(1, 1, 1, 1))
+    request, choice = fit_check.plan_request(default(), processes, MeshShape(1, 1, 1, 1))
     [(spec, _)] = request.stages(choice)
     assert (spec.precision.param, spec.model.attention) == ("fp32", "sdpa")
 
