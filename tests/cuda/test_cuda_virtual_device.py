@@ -291,3 +291,20 @@ def test_copy_for_a_save_is_complete_on_return_and_waits_once(device: VirtualDev
         assert copied["moment"].tolist() == [save, -save] and copied["step"] == save
         assert buffers is None or copied["weights"][0] is buffers["weights"][0]
         buffers = copied
+
+
+def test_profiled_step_and_the_one_before_it_are_measured_completely(
+    device: VirtualDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The profiler synchronizes before and after the step."""
+    loop = Loop(device, tmp_path, "train.max_steps=12", "log.interval=12", "log.profile=[6]")
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", lambda _: device.wait_until(device.current.end, "synchronize")
+    )
+    monkeypatch.setattr("training.profile.profile", lambda **_: nullcontext())
+    monkeypatch.setattr("torch.cuda.memory._record_memory_history", lambda **_: None)
+    monkeypatch.setattr("torch.cuda.memory._snapshot", dict)
+    last = loop.train()[-1]
+    idle = 3  # after the first step, before and after the profiled one
+    assert device.waits.count("synchronize") == 2
+    assert last["step_seconds"] == pytest.approx(STEP + idle * HOST / 11)
