@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from checkpoint.config import CheckpointConfig
 from model.config import ModelConfig
 from model.flops import parameter_count
+from parallel.config import ParallelConfig
 from training.config import JobConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
 
 RECIPE_RATES = (
@@ -79,6 +80,15 @@ def learning_rate_warnings(run: RunConfig, model: ModelConfig, optim: OptimConfi
         )
 
 
+def async_tp_warnings(parallel: ParallelConfig, train: TrainConfig) -> Iterator[str]:
+    """Yield a warning if the compiler finds few patterns of async TP (measured by tests/cuda)."""
+    if parallel.async_tp and train.micro_batch_size == 1:
+        yield (
+            "parallel.async_tp=true overlaps 2 of the 8 collectives of a block with "
+            "train.micro_batch_size=1, and 6 from 2 on; use train.micro_batch_size=2 if it fits"
+        )
+
+
 def recipe_learning_rate(n_parameters: int) -> float:
     """Return the peak learning rate of a model size, interpolated between `RECIPE_RATES`."""
     sizes, rates = zip(*RECIPE_RATES, strict=True)
@@ -90,7 +100,7 @@ def recipe_learning_rate(n_parameters: int) -> float:
     return rates[low] * (rates[high] / rates[low]) ** fraction
 
 
-WARNING_RULES = (learning_rate_warnings, warmup_warnings, interval_warnings)
+WARNING_RULES = (learning_rate_warnings, warmup_warnings, interval_warnings, async_tp_warnings)
 
 
 def config_warnings(config: JobConfig) -> Iterator[str]:

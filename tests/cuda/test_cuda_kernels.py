@@ -62,3 +62,50 @@ def test_attention_never_runs_the_math_kernel(
         steps=1,
     )
     assert on_fake_device(sdpa_backends, case, capability=capability) == expected
+
+
+def fused_collectives(case: Case) -> list[tuple[int, int]]:
+    """Return for each graph how many collectives async TP fuses, and of how many."""
+    import torch._inductor.fx_passes.micro_pipeline_tp as passes
+    import torch._inductor.fx_passes.post_grad as post_grad
+    import torch.distributed as dist
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    found = []
+    fuse = passes.micro_pipeline_tp_pass
+
+    def count(graph: Any, kind: str) -> int:
+        names = [str(node.target) for node in graph.nodes]
+        return sum(kind in name and "wait_tensor" not in name for name in names)
+
+    def counted(graph: Any) -> None:
+        before = count(graph, "_c10d_functional")
+        fuse(graph)
+        if before:
+            found.append((count(graph, "symm_mem"), before))
+
+    def enable(group: str) -> None:
+        symmetric_memory._group_name_to_store[group] = None  # type: ignore[assignment]
+
+    for module in (passes, post_grad):
+        setattr(module, "micro_pipeline_tp_pass", counted)  # noqa: B010
+    setattr(symmetric_memory, "enable_symm_mem_for_group", enable)  # noqa: B010
+    setattr(dist, "is_nccl_available", lambda: True)  # noqa: B010
+    check_steps(case)
+    return found
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(1, [(2, 4), (0, 4)]), (2, [(4, 4), (2, 4)])])
+def test_async_tp_fuses_as_many_collectives_as_the_warning_says(
+    batch: int, expected: list[tuple[int, int]]
+) -> None:
+    """Of a block's forward and backward; `async_tp_warnings` and the planner have the numbers."""
+    case = Case(
+        mesh=(1, 1, 1, 2),
+        parallel=ParallelConfig(async_tp=True),
+        documents=None,
+        batch=batch,
+        micro_batches=1,
+        steps=1,
+    )
+    assert on_fake_device(fused_collectives, case) == expected

@@ -88,3 +88,10 @@ def test_recipe_rates_are_those_of_the_model_files() -> None:
             rate = recipe_learning_rate(parameter_count(config.model))
             assert config.optim.lr == pytest.approx(rate, rel=0.01), path.stem
             assert list(config_warnings(config)) == [], path.stem
+
+
+def test_async_tp_with_one_sequence_per_micro_batch_is_reported() -> None:
+    [warning] = warnings_of(parallel__async_tp=True, train__micro_batch_size=1)
+    assert "2 of the 8 collectives" in warning
+    remedy = re.findall(r"use train.micro_batch_size=(\d+)", warning)
+    assert warnings_of(parallel__async_tp=True, train__micro_batch_size=int(remedy[0])) == []
