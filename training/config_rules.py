@@ -9,7 +9,9 @@ belong to particular programs, or need a mesh or a device. Imports nothing heavy
 
 import importlib.util
 import math
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
@@ -546,6 +548,16 @@ def _shown(capability: tuple[int, int]) -> str:
     return "{}.{}".format(*capability)
 
 
+def compiler_errors(accelerator: str, parallel: ParallelConfig) -> Iterator[str]:
+    """Yield an error if Triton, which compiles for GPUs, does not find its C compiler."""
+    found = "CC" in os.environ or shutil.which("gcc") or shutil.which("clang")
+    if accelerator == "cuda" and parallel.resolved(accelerator).compile and not found:
+        yield (
+            f"parallel.compile={str(parallel.compile).lower()} compiles blocks, but there is no C "
+            "compiler (CC, gcc or clang); install gcc, or use parallel.compile=false"
+        )
+
+
 def fp8_errors(
     accelerator: str, precision: PrecisionConfig, capability: tuple[int, int] | None = None
 ) -> Iterator[str]:
@@ -596,6 +608,7 @@ def launch_rule(tasks: Processes | None = None) -> Callable[..., Iterator[str]]:
             lowest = capability or HOPPER  # without a GPU, `errors` has the error
             yield from device_errors(accelerator, mesh, parallel, precision, model, lowest)
             yield from fp8_errors(accelerator, precision, capability)
+            yield from compiler_errors(accelerator, parallel)
         yield from unresolved or mesh_errors(mesh, parallel, precision, model, train, data)
 
     return launch_errors

@@ -8,6 +8,7 @@ import ast
 import copy
 import inspect
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -51,6 +52,11 @@ PROGRAMS: dict[str, tuple[list[str], Any, Sequence[Rule]]] = {
         JobConfig,
         (*SHARED, rules.launch_rule()),
     ),
+    "no compiler": (
+        ["model=llama3_2_1b", "tokenizer=llama3"],
+        JobConfig,
+        (*SHARED, rules.launch_rule()),
+    ),
     "no gpu": (["tokenizer=llama3"], JobConfig, (*SHARED, rules.launch_rule())),
     "srun": (
         ["model=llama3_2_1b", "tokenizer=llama3"],
@@ -71,7 +77,7 @@ PROGRAMS: dict[str, tuple[list[str], Any, Sequence[Rule]]] = {
     ),
     "convert": (["checkpoint=runs/a", "target=b"], ConvertJobConfig, (rules.convert_errors,)),
 }
-GPUS = {"gpu": (8, 9), "turing": (7, 5)}
+GPUS = {"gpu": (8, 9), "turing": (7, 5), "no compiler": (9, 0)}
 """Compute capability of the two GPUs of a program's machine."""
 SOURCES = "data.sources"
 HUB = {"format": "huggingface", "path": "who/what"}
@@ -137,6 +143,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("turing", FP8),
     ("turing", {"precision.param": "bf16"}),
     ("turing", {"model.attention": "varlen"}),
+    ("no compiler", {"parallel.compile": True}),
     ("no gpu", {"parallel.accelerator": "cuda"}),
     ("srun", {"parallel.devices": 8}),
     ("srun", {"parallel.num_nodes": 2}),
@@ -284,6 +291,9 @@ def errors_of(program: str, values: dict[str, Any]) -> list[str]:
         gpus = (Gpu("GPU", GPUS[program], 2**35),) * 2 if program in GPUS else ()
         patch.setattr(process_plan, "probe_machine", lambda: Machine(gpus))
         patch.setitem(sys.modules, "wandb", None)
+        if program == "no compiler":
+            patch.delenv("CC", raising=False)
+            patch.setattr(shutil, "which", lambda name: None)
         if program == "train":
             patch.setitem(sys.modules, "torchao", None)
         try:
