@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = Path(__file__).resolve().parent
+ROOT = SCRIPTS.parent
 sys.path.insert(0, str(ROOT))  # a script in a subfolder cannot import the packages otherwise
 
 from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
@@ -41,7 +42,16 @@ from training.preflight import check_folder, needs_preparation  # noqa: E402
 
 MAX_RUNS_SHOWN = 3  # per error
 # Common options of sbatch; --sbatch takes any other.
-OPTIONS = ("gpus-per-node", "cpus-per-task", "mem", "partition", "account", "qos", "time")
+OPTIONS = (
+    "gpus-per-node",
+    "gpus-per-task",
+    "cpus-per-task",
+    "mem",
+    "partition",
+    "account",
+    "qos",
+    "time",
+)
 SIGNAL = "USR1@300"  # as in train.sbatch: five minutes before the limit, to the tasks only
 
 
@@ -272,7 +282,6 @@ def parameters(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return submitit's parameters for the same job as slurm/train.sbatch."""
     others = sbatch_options(options)
     del others["nodes"], others["ntasks-per-node"]  # submitit's own parameters
-    cpus = others.get("cpus-per-task")
     return {
         "job_name": name,
         "nodes": options.nodes,
@@ -282,10 +291,9 @@ def parameters(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "wckey": None,
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True, "signal": SIGNAL, **others},
-        "setup": ["trap : TERM USR1"],
-        "srun_args": ["--kill-on-bad-exit=0", "--wait=60"]
-        + ([f"--cpus-per-task={cpus}"] if cpus else []),
-        "teardown": [f"source {shlex.quote(str(ROOT / 'slurm' / 'requeue.sh'))} $?"],
+        "setup": ["trap : TERM USR1", f"source {shlex.quote(str(SCRIPTS / 'cpus_per_task.sh'))}"],
+        "srun_args": ["--kill-on-bad-exit=0", "--wait=60"],
+        "teardown": [f"source {shlex.quote(str(SCRIPTS / 'requeue.sh'))} $?"],
     }
 
 
