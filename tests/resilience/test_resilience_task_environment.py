@@ -1,6 +1,7 @@
 """Defaults of a process: CPUs, compile workers, allocator and hidden GPUs."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config as config
+from torch.distributed import DistBackendError, DistStoreError
 
 from parallel.config import ParallelConfig
 from parallel.mesh import Processes
 from resilience import launcher_variables, task_environment
+from resilience.errors import LaunchError
+from resilience.launch import _launch_errors
 from resilience.task_environment import (
     cpus_per_process,
     local_cpus,
@@ -155,6 +159,31 @@ def test_all_threads_of_a_process_are_bound(monkeypatch: pytest.MonkeyPatch) -> 
     task_environment.bind_to_gpu("0000:1b:00.0")
     assert (os.getpid(), {0}) in bound
     assert len(bound) == len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.parametrize(
+    ("error", "reported"),
+    [
+        (DistBackendError("NCCL error: unhandled system error"), True),
+        (DistStoreError("wait timeout after 600000ms"), True),
+        (RuntimeError("Gloo connectFullMesh failed with no route to host"), True),
+        (RuntimeError("a fault of the program"), False),
+        (LaunchError("rank 1 cannot start"), False),
+    ],
+)
+def test_only_failed_connections_are_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, error: RuntimeError, reported: bool
+) -> None:
+    """On another rank than 0 as well, because rank 0 may be waiting for it."""
+    values = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+    for name, value in {**values, "MASTER_ADDR": "127.0.0.1", "NCCL_IB_DISABLE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=re.escape(str(error))) as raised, _launch_errors():
+        raise error
+    assert (raised.value is not error) == reported
+    hint = "NCCL_IB_DISABLE=1; set NCCL_SOCKET_IFNAME"
+    assert (hint in str(raised.value)) == reported
+    assert ("rank 1 on" in capsys.readouterr().err) == reported
 
 
 def test_failed_connection_names_interfaces_and_variables() -> None:
