@@ -7,6 +7,7 @@ node, and written atomically (torch/_inductor/codecache.py, `write_atomic`).
 
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def use_expandable_segments(environment: "os._Environ[str] | dict[str, str]") ->
     """
     if not any(name in environment for name in ALLOCATOR_VARIABLES):
         environment[ALLOCATOR] = EXPANDABLE  # for the processes that this one starts
-        torch._C._accelerator_setAllocatorSettings(EXPANDABLE)  # the variable may have been read
+        with warnings.catch_warnings():  # the name is deprecated since torch 2.12
+            warnings.simplefilter("ignore")
+            torch.cuda.memory._set_allocator_settings(EXPANDABLE)  # it may have read the variable
 
 
 def bind_to_gpu(bus: str, system: Path = Path("/sys")) -> None:

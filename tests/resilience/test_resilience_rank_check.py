@@ -138,5 +138,11 @@ def test_error_that_rank_0_does_not_read_is_printed_by_its_rank(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(rank_check, "REPORT_SECONDS", 0.05)
     assert not rank_check.report_error("no disk")
+    monkeypatch.setenv(
+        "RANK", "0"
+    )  # it has printed its error, whether another rank reads it or not
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(rank_check, "ANSWER_SECONDS", 0.05)
+    assert rank_check.report_error("no disk")
     monkeypatch.delenv("RANK")  # a run without other processes reports nothing
     assert rank_check.report_error("no disk")

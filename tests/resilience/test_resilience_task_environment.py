@@ -104,7 +104,7 @@ def test_allocator_uses_expandable_segments_unless_configured(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: dict[str, str] | None
 ) -> None:
     applied: list[str] = []
-    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", applied.append)
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", applied.append)
     environment = dict(given)
     use_expandable_segments(environment)
     assert environment == (given if expected is None else expected)
