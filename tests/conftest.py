@@ -20,6 +20,7 @@ FAULT_STEPS = 24  # of the run of `train_arguments`
 # Files of half a minute and more, longest first.
 LONGEST = (
     *("test_train_launch", "test_train_watchdog", "test_parallel_grid", "test_slurm", "test_storm"),
+    *("test_cuda_covering", "test_cuda_compiled", "test_cuda_steps", "test_cuda_sensitivity"),
     *("test_planning_memory", "test_parallel_activation_checkpoint", "test_train_mesh"),
     *(
         "test_faults_phases",

@@ -2,14 +2,15 @@
 
 `install` patches torch in the server of `fake_device`, `configure` sets the GPUs of one process.
 Tensors on CUDA are FakeTensors of one mode, `FAKE`; tensors on the CPU stay real. What is read from
-the device is zero. `calls` records what a test may want to know: streams, events, threads, copies
-between host and device, and everything that makes the host wait.
+the device is zero, or `host_value`. `calls` records streams, events, threads, copies between host
+and device, and everything that makes the host wait.
 """
 
 import contextlib
 import ctypes
 import threading
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import torch.cuda
 from fake_device import Gpus
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 
@@ -38,10 +39,11 @@ SYNCS = ("synchronize", "stream.synchronize", "event.synchronize", "wait for a v
 """Names of calls after which the host has waited for the device."""
 
 calls: list[Call] = []
-kernels: list[str] = []  # names of the attention operations, in the order of their calls
+operations: Counter[str] = Counter()  # number of calls of each operation on CUDA tensors
 gpus = Gpus()
 guard: Any = None  # library of guard.cpp
-_thread = threading.local()  # current stream
+host_value = 0  # of each element that is copied from the device
+_thread = threading.local()
 
 
 def configure(new: Gpus) -> None:
@@ -301,6 +303,8 @@ def _dispatch(
 ) -> Any:
     """Dispatch an operation on fake tensors: of `FAKE` in eager mode, else of the compiler."""
     kwargs = kwargs or {}
+    if getattr(_thread, "inside", False):  # the operation's own decomposition
+        return _fake_dispatch(mode, func, types, args, kwargs)
     contracts.check(func, args, kwargs, gpus.capability)
     if mode is not FAKE:
         return _fake_dispatch(mode, func, types, args, kwargs)
@@ -309,15 +313,18 @@ def _dispatch(
         return _read_value(func, args)
     if func is aten.copy_.default and not args[0].is_cuda:
         return args[0]
-    result = _fake_dispatch(mode, func, types, args, kwargs)
+    _thread.inside = True
+    try:
+        result = _fake_dispatch(mode, func, types, args, kwargs)
+    finally:
+        _thread.inside = False
     pinned = bool(kwargs.get("pin_memory"))
     return tree_map_only(FakeTensor, lambda value: _on_host(value, pinned), result)
 
 
 def _record_operation(func: Any, args: Any, kwargs: Any) -> None:
     name = str(func) if isinstance(func, torch._ops.HigherOrderOperator) else func._schema.name
-    if "attention" in name or "varlen" in name or "flex" in name:
-        kernels.append(name.rpartition("::")[2])
+    operations[name.rpartition("::")[2]] += 1
     if func in _VALUES:
         record("wait for a value", name)
     elif func in (aten._to_copy.default, aten.copy_.default):
@@ -332,9 +339,9 @@ def _record_operation(func: Any, args: Any, kwargs: Any) -> None:
 
 
 def _read_value(func: Any, args: Any) -> Any:
-    """Return what is read from the device: zeros, one element, False."""
+    """Return what is read from the device: `host_value`, one element, False."""
     if func is aten._local_scalar_dense.default:
-        return torch.zeros((), dtype=args[0].dtype).item()
+        return torch.full((), host_value, dtype=args[0].dtype).item()
     if func in (aten.equal.default, aten.is_nonzero.default):
         return False
     if func is aten.nonzero.default:
@@ -343,12 +350,19 @@ def _read_value(func: Any, args: Any) -> Any:
 
 
 def _on_host(value: Any, pinned: bool) -> Tensor:
-    """Return a fake tensor on CUDA itself, and zeros for one that was copied to the host."""
+    """Return a fake tensor on CUDA itself, and real values for one that was copied to the host."""
     if value.device.type != "cpu":
         return value
     size = value.untyped_storage().nbytes() // value.element_size()
-    host = torch.zeros(size, dtype=value.dtype, pin_memory=pinned)
+    host = torch.full((size,), host_value, dtype=value.dtype, pin_memory=pinned)
     return host.as_strided(value.size(), value.stride(), value.storage_offset())
+
+
+def reset() -> None:
+    """Forget what was recorded."""
+    calls.clear()
+    operations.clear()
+    ctypes.memset((ctypes.c_int64 * 8).in_dll(guard, "fake_cuda_sdpa_calls"), 0, 64)
 
 
 def sdpa_backends() -> dict[str, int]:
@@ -356,8 +370,3 @@ def sdpa_backends() -> dict[str, int]:
     names = ("math", "flash", "efficient", "cudnn", "overrideable")
     counts = (ctypes.c_int64 * 8).in_dll(guard, "fake_cuda_sdpa_calls")
     return {name: counts[index] for index, name in enumerate(names) if counts[index]}
-
-
-def operands(args: Any) -> list[Tensor]:
-    """Return the tensors among the arguments of an operation."""
-    return [each for each in tree_leaves(args) if isinstance(each, Tensor)]

@@ -36,6 +36,7 @@ for name in (
     "parallel.float8",
     "parallel.tensor_parallel",
     "resilience.launch",
+    "step",
     "train",
     "training.moments",
     "training.optimizer",

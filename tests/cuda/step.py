@@ -7,15 +7,23 @@ process group is PyTorch's fake one, in which no other rank exists. Call these f
 
 import inspect
 import os
+import traceback
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import contracts
+import cuda_stubs
+import fake_inductor
 import torch
+import torch._dynamo
+import torch._inductor.config
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
@@ -29,6 +37,7 @@ from resilience.config import TimeLimits
 from training.config import OptimConfig
 from training.optimizer import build_optimizer
 
+DEVICE = 6  # the local rank
 MODEL = ModelConfig("fake", 256, 2, 4, 2, 512, 512)
 
 
@@ -55,18 +64,18 @@ class Case:
     initialize: bool = False  # takes as long as a step
 
 
-def fake_processes(world_size: int, rank: int, per_node: int = 8) -> Processes:
+def fake_processes(world_size: int, rank: int) -> Processes:
     """Let `launch` find one rank of a run that torchrun started, in a fake process group.
 
-    The environment and the patch stay: each case has a process of its own.
+    The process always uses GPU `DEVICE` of eight, which is neither the default one nor the rank.
+    The environment and the patches stay: they are replaced by the next case.
     """
-    per_node = min(per_node, world_size)
     variables = {
         "RANK": rank,
-        "LOCAL_RANK": rank % per_node,
-        "GROUP_RANK": rank // per_node,
+        "LOCAL_RANK": DEVICE,
+        "GROUP_RANK": 0,
         "WORLD_SIZE": world_size,
-        "LOCAL_WORLD_SIZE": per_node,
+        "LOCAL_WORLD_SIZE": 8,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": 29511,
         "TORCHELASTIC_RUN_ID": "tests",
@@ -80,9 +89,9 @@ def fake_processes(world_size: int, rank: int, per_node: int = 8) -> Processes:
         real("fake", store=FakeStore(), **kwargs)
 
     setattr(dist, "init_process_group", init_process_group)  # noqa: B010
-    for name in ("all_reduce", "reduce_scatter_tensor"):
-        setattr(dist, name, partial(_reduce, getattr(dist, name)))
-    return Processes("cuda", per_node, world_size // per_node, "torchrun")
+    for name, collective in _REAL_REDUCTIONS.items():
+        setattr(dist, name, partial(_reduce, collective))
+    return Processes("cuda", 8, 1, "torchrun")
 
 
 def _reduce(collective: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,6 +103,7 @@ def _reduce(collective: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 _real_init = dist.init_process_group
+_REAL_REDUCTIONS = {name: getattr(dist, name) for name in ("all_reduce", "reduce_scatter_tensor")}
 
 groups: list[dict[str, Any]] = []
 """Arguments of `init_process_group`."""
@@ -145,36 +155,100 @@ def batches(case: Case) -> StepBatches:
     return StepBatches(micro_batches, n_documents, case.batch * case.seq, digest=1)
 
 
-def take_steps(run: Any, case: Case) -> dict[str, Tensor]:
-    """Run the steps of a case and return the last one's result; only the first one may wait."""
-    import cuda_stubs
+@dataclass(frozen=True)
+class Report:
+    """What a step left behind, after the checks that hold for every case.
 
-    for step in range(case.steps):
-        before = len(cuda_stubs.waits())
-        result = train.train_step(run, batches(case), 1e-3)
-        waits = cuda_stubs.waits()[before:]
-        assert step == 0 or not waits, waits
-    return result
+    Attributes:
+        operations: Calls of each operation in the last step.
+        sdpa: Choices of scaled_dot_product_attention in all steps.
+        first_graphs, graphs: Compiled graphs after the first step, and in total.
+        collectives: Calls of each compiled collective, in the graphs.
+    """
+
+    operations: Counter[str]
+    sdpa: dict[str, int]
+    first_graphs: int
+    graphs: int
+    collectives: Counter[str]
 
 
-def check_steps(case: Case) -> None:
-    """Take the steps of a case, and check devices and dtypes of all that they leave."""
+def check_steps(case: Case) -> Report:
+    """Take the steps of a case; check what holds for every case and return what depends on it.
+
+    Devices and dtypes are right, only the first step waits for the device or compiles, and the
+    compiler finds no graph break.
+    """
+    cuda_stubs.reset()
+    fake_inductor.graphs.clear()
+    counters.clear()
     run = build(case)
-    device = torch.device("cuda", case.rank % 8)
-    results = take_steps(run, case)
+    device = torch.device("cuda", DEVICE)
+    hook_dtypes = _record_gradients(run)
+    for step in range(case.steps):
+        waits = len(cuda_stubs.waits())
+        cuda_stubs.operations.clear()
+        results = train.train_step(run, batches(case), 1e-3)
+        if step == 0:
+            first_graphs = int(counters["stats"]["unique_graphs"])
+        assert step == 0 or len(cuda_stubs.waits()) == waits, cuda_stubs.waits()[waits:]
     assert results["scalars"].dtype == torch.float32 and results["batch_hash"].dtype == torch.int64
     assert {result.device for result in results.values()} == {device}
     for parameter in run.llama.parameters():
         assert (parameter.device, parameter.dtype) == (device, torch.float32)
-        state = run.adamw.state[parameter]
-        assert {tensor.device for tensor in _tensors(state)} == {device}
-        assert state["step"].dtype == torch.float32
+        _check_state(run.adamw.state[parameter], parameter, case, device)
+    assert hook_dtypes == {(device, torch.float32)}
+    assert not counters["graph_break"], counters["graph_break"]
+    assert {group["backend"] for group in groups} == {"nccl"}
+    graphs = int(counters["stats"]["unique_graphs"])
+    collectives: Counter[str] = Counter()
+    for graph in fake_inductor.graphs:
+        collectives += Counter(
+            {name: n for name, n in graph.operations.items() if "c10d" in name or "symm" in name}
+        )
+    operations = Counter(cuda_stubs.operations)
+    return Report(operations, cuda_stubs.sdpa_backends(), first_graphs, graphs, collectives)
 
 
-def _tensors(state: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors of an optimizer state, also those inside low-bit moments."""
-    found = []
-    for value in state.values():
-        inner = [value] if isinstance(value, Tensor) else list(vars(value).values())
-        found += [each for each in inner if isinstance(each, Tensor)]
+def _record_gradients(run: Any) -> set[tuple[torch.device, torch.dtype]]:
+    """Return a set to which each optimizer step adds devices and dtypes of its gradients."""
+    found: set[tuple[torch.device, torch.dtype]] = set()
+
+    def record(*_: Any) -> None:
+        gradients = [parameter.grad for parameter in run.llama.parameters()]
+        found.update((gradient.device, gradient.dtype) for gradient in gradients)
+
+    run.adamw.register_step_pre_hook(record)
     return found
+
+
+def _check_state(state: dict[str, Any], parameter: Any, case: Case, device: torch.device) -> None:
+    """Check devices and formats of a parameter's moments."""
+    assert (state["step"].device, state["step"].dtype) == (device, torch.float32)
+    formats = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
+    expected = formats[case.precision.optimizer_state if parameter.ndim > 1 else "fp32"]
+    for key in ("exp_avg", "exp_avg_sq"):
+        moment = state[key]
+        if not isinstance(moment, Tensor):
+            moment = getattr(moment, "codes", None) if hasattr(moment, "codes") else moment.values
+        assert (moment.device, moment.dtype) == (device, expected)
+
+
+def run_cases(cases: dict[str, Case]) -> dict[str, Report | str]:
+    """Return the report or the traceback of each case, run one after another in this process.
+
+    A process for each would spend most of its time on what torch caches.
+    """
+    reports: dict[str, Report | str] = {}
+    for name, case in cases.items():
+        try:
+            reports[name] = check_steps(case)
+        except Exception:
+            reports[name] = traceback.format_exc()
+        groups.clear()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # its meshes have the names of this case's groups
+        torch._dynamo.reset()
+        torch._inductor.config._micro_pipeline_tp = False
+    return reports
