@@ -92,7 +92,7 @@ def cases(compiled: bool) -> dict[str, dict[str, Any]]:
 
 
 def groups(compiled: bool) -> list[Any]:
-    """Return the choices in groups of one GPU each, which share a process; all but the first eager one are slow."""
+    """Return the choices in groups of one GPU; all but the first eager group are `slow`."""
     by_capability: dict[Any, dict[str, Any]] = {}
     for name, choice in cases(compiled).items():
         by_capability.setdefault(choice["capability"], {})[name] = choice
