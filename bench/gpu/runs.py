@@ -33,6 +33,7 @@ SAVED = (
 )
 FP32 = ("precision.param=fp32", "precision.float32_matmul=highest")
 BF16 = ("precision.param=bf16",)
+EAGER = ("parallel.compile=false",)  # the default compiles on GPUs
 Overrides = Sequence[str]
 
 
@@ -48,11 +49,11 @@ def losses(reduced: bool) -> Rows:
     device = "cpu" if reduced else "cuda"
     runs: dict[str, Overrides] = {
         "cpu": (*FP32, "parallel.accelerator=cpu"),
-        "fp32": FP32,
-        "bf16": BF16,
+        "fp32": (*FP32, *EAGER),
+        "bf16": (*BF16, *EAGER),
         "bf16 compiled": (*BF16, "parallel.compile=true"),
-        "bf16 moments": (*BF16, "precision.optimizer_state=bf16"),
-        "int8 moments": (*BF16, "precision.optimizer_state=int8"),
+        "bf16 moments": (*BF16, *EAGER, "precision.optimizer_state=bf16"),
+        "int8 moments": (*BF16, *EAGER, "precision.optimizer_state=int8"),
         "fp8 rowwise": (*BF16, "precision.fp8=rowwise", "parallel.compile=true"),
         "fp8 tensorwise": (*BF16, "precision.fp8=tensorwise", "parallel.compile=true"),
     }
@@ -91,7 +92,7 @@ def deterministic(reduced: bool) -> Rows:
         yield "two equal runs", {"skipped": "this version has no key deterministic"}
         return
     given = (*BF16, *([f"{key}=true"] if key else []), "data.document_mask=true")
-    kinds: dict[str, Overrides] = {"eager": (), "compiled": ("parallel.compile=true",)}
+    kinds: dict[str, Overrides] = {"eager": EAGER, "compiled": ("parallel.compile=true",)}
     if reduced:
         del kinds["compiled"]
     runs = {f"{kind} {n}": (*given, *more) for kind, more in kinds.items() for n in (1, 2)}
