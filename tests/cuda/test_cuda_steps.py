@@ -63,4 +63,6 @@ def test_recipe_runs_on_the_device_without_waiting_for_it(recipe: str) -> None:
     }
     assert kernels.keys() == {"flex_attention" if case.mesh[2] > 1 else "_varlen_attn"}, kernels
     assert set(kernels.values()) <= {forwards, 2 * forwards}
-    assert report.first_graphs == report.graphs <= 5
+    # A block and two stages of the loss; reading and writing of int8 moments, for two shapes each.
+    limit = 3 + 4 * (case.precision.optimizer_state == "int8")
+    assert report.first_graphs == report.graphs <= limit
