@@ -158,10 +158,12 @@ def block_mask(starts: Tensor, token_indices: Tensor, key_indices: Tensor) -> Bl
     full[..., -1, :] &= len(token_indices) % BLOCK_SIZE == 0
     full[..., -1] &= len(key_indices) % BLOCK_SIZE == 0
 
+    one_row = starts[0] if starts.shape[0] == 1 else None  # as an index, 0 would be a tensor
+
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        row = batch if starts.shape[0] > 1 else 0
+        start = starts[batch, query] if one_row is None else one_row[query]
         index = key_indices[key]
-        return (index <= token_indices[query]) & (index >= starts[row, query])
+        return (index <= token_indices[query]) & (index >= start)
 
     return BlockMask.from_kv_blocks(
         *_tile_lists(visible & ~full),

@@ -25,6 +25,11 @@ from torch.utils._pytree import tree_map_only
 aten = torch.ops.aten
 
 
+# Bytes of shared memory per block with opt-in: CUDA C++ Programming Guide, technical specifications
+# per compute capability; 99 KiB for the others from 8.0 on.
+SHARED_MEMORY = {75: 64 * 1024, 80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
 class Call(NamedTuple):
     """One call of the CUDA API, or an operation that is one."""
 
@@ -198,8 +203,8 @@ def get_device_properties(device: Any = None) -> Any:
         max_threads_per_block=1024,
         regs_per_multiprocessor=65536,
         shared_memory_per_block=49152,
-        shared_memory_per_block_optin=232448,
-        shared_memory_per_multiprocessor=233472,
+        shared_memory_per_block_optin=SHARED_MEMORY.get(10 * major + minor, 99 * 1024),
+        shared_memory_per_multiprocessor=SHARED_MEMORY.get(10 * major + minor, 99 * 1024) + 1024,
         L2_cache_size=50 * 2**20,
         gcnArchName="",
         uuid="GPU-0",
