@@ -49,18 +49,19 @@ def recipe_case(name: str) -> Case:
         micro_batches=1,
         batch=config.train.micro_batch_size,
         seq=config.train.seq_len,
-        steps=1,
     )
 
 
 def compile_step(case: Case) -> list[tuple[Any, ...]]:
     """Return the kernels of a step: name, configuration, shared memory, registers, stack."""
     import fake_triton
-    from step import build, take_steps
+    from step import batches, build
+
+    import train
 
     run = build(case)
     fake_triton.install()  # after the launch, which sets the number of compile workers
-    take_steps(run, case)
+    train.train_step(run, batches(case), 1e-3)
     return [tuple(vars(kernel).values()) for kernel in fake_triton.kernels()]
 
 
