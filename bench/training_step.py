@@ -119,7 +119,7 @@ class Implementation:
         config, processes, mesh = self.checked
         if self.name == "ours" and self.dtype != "bf16_true":
             return OurRun(set_up(config, processes, mesh, prepare_data(config), Changes()))
-        compiled = config.parallel.compile
+        compiled = config.parallel.compile is True
         return Loop.of(self.name, self.model, config.optim, self.dtype, compiled)
 
     def logits(self, tokens: Tensor) -> Tensor:

@@ -236,9 +236,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     grouped = heads != k.shape[1]
     # On CUDA PyTorch materializes the (seq, keys) scores unless the flash or the memory-efficient
     # kernel supports the inputs (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). The flash
-    # kernel takes no mask and no float32, and on some GPUs at most 224 elements per head in
+    # kernel takes no mask and no float32, and on some GPUs at most 192 elements per head in
     # training; the memory-efficient one takes no enable_gqa and needs aligned heads.
-    if q.is_cuda and (mask is not None or q.dtype == torch.float32 or head_dim > 224):
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32 or head_dim > 192):
         if grouped:
             k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
             grouped = False

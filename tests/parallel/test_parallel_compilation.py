@@ -62,6 +62,7 @@ def test_parallelize_compiles_by_default_on_gpus_only(
     )
     with torch.device("meta"):
         llama = Llama(model_config(tied=False, n_layers=1))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     mesh: Any = MagicMock(device_type=device_type)
     mesh.size.return_value = mesh["tp"].size.return_value = mesh["cp"].size.return_value = 1
     parallelize(llama, mesh, ParallelConfig(), PrecisionConfig())
