@@ -86,12 +86,9 @@ def losses(reduced: bool) -> Rows:
 
 
 def deterministic(reduced: bool) -> Rows:
-    """Yield whether two runs with `deterministic=true` have equal metrics and checkpoints."""
-    device, key = ("cpu" if reduced else "cuda"), deterministic_key()
-    if key is None and not reduced:
-        yield "two equal runs", {"skipped": "this version has no key deterministic"}
-        return
-    given = (*BF16, *([f"{key}=true"] if key else []), "data.document_mask=true")
+    """Yield whether two runs with `train.deterministic=true` have equal metrics and checkpoints."""
+    device = "cpu" if reduced else "cuda"
+    given = (*BF16, "train.deterministic=true", "data.document_mask=true")
     kinds: dict[str, Overrides] = {"eager": EAGER, "compiled": ("parallel.compile=true",)}
     if reduced:
         del kinds["compiled"]
@@ -108,14 +105,6 @@ def deterministic(reduced: bool) -> Rows:
             files = [tensor_hashes(Path(folder, f"{kind} {n}")) for n in (1, 2)]
             equal = {"metrics": metrics[0] == metrics[1], "checkpoint": files[0] == files[1]}
             yield kind, {"passed": all(equal.values()), **equal, "steps": len(first)}
-
-
-def deterministic_key() -> str | None:
-    """Return the dotted key that makes results reproducible bit for bit, if there is one."""
-    from training.config import JobConfig
-    from training.config_validation import known_keys
-
-    return next((key for key in known_keys(JobConfig) if key.endswith(".deterministic")), None)
 
 
 def tensor_hashes(run: Path) -> dict[str, str]:
