@@ -34,7 +34,7 @@ from resilience.errors import LaunchError
 from resilience.host_memory import keep_freed_memory
 from resilience.launcher_variables import network_hint
 from resilience.rank_check import check_ranks, host_name
-from resilience.task_environment import set_up_process
+from resilience.task_environment import bind_to_gpu, set_up_process
 from resilience.watchdog import Watchdog
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -91,6 +91,8 @@ def launch(
         store = check_ranks(processes, watchdog) if compared else None
         fabric.launch()
         del store  # its server is now that of the process group
+    if processes.accelerator == "cuda":
+        bind_to_gpu()
     watchdog.connect()
     return fabric, strategy
 

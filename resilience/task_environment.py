@@ -1,4 +1,4 @@
-"""CPUs, GPUs and memory allocator of one process of a run, set before its process group exists.
+"""CPUs, GPUs and memory allocator of one process of a run.
 
 Everything here is a default: variables that the user or the launcher has set, and CPUs that it has
 bound the process to, are kept. Inductor's and Triton's caches need nothing: they are per user and
@@ -25,7 +25,7 @@ FEWEST_CPUS = 4  # main thread, data loader, checkpoint writer, NCCL's proxy
 
 
 def set_up_process(processes: Processes, parallel: ParallelConfig) -> None:
-    """Set threads, compile workers, CPU affinity and allocator of this process."""
+    """Set threads, compile workers and allocator of this process, before its group exists."""
     has_affinity = hasattr(os, "sched_getaffinity")
     allowed = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     cpus = cpus_per_process(processes, allowed, os.environ)
@@ -44,9 +44,6 @@ def set_up_process(processes: Processes, parallel: ParallelConfig) -> None:
         )
     if not parallel.async_tp:  # torch's pool of symmetric memory does not support the setting
         use_expandable_segments(os.environ)
-    bus = own_gpu()[1].bus
-    if bus is not None:
-        bind_to_gpu(bus)
 
 
 def cpus_per_process(processes: Processes, allowed: int, environment: Mapping[str, str]) -> int:
@@ -89,16 +86,15 @@ def use_expandable_segments(environment: "os._Environ[str] | dict[str, str]") ->
             torch.cuda.memory._set_allocator_settings(EXPANDABLE)  # it may have read the variable
 
 
-def bind_to_gpu(bus: str, system: Path = Path("/sys")) -> None:
+def bind_to_gpu() -> None:
     """Bind all threads of this process to the CPUs of the NUMA node of its GPU.
 
     Not if the process is bound already (SLURM, `torchrun --numa-binding`, numactl), or if the
-    machine has one node only. New memory then comes from that node as well.
-
-    Args:
-        bus: PCI address of the GPU.
+    machine has one node only. New memory then comes from that node as well. Call it after this
+    process has started others: they would inherit its CPUs and count as bound.
     """
-    cpus = local_cpus(bus, os.sched_getaffinity(0), system)
+    bus = own_gpu()[1].bus
+    cpus = local_cpus(bus, os.sched_getaffinity(0)) if bus is not None else set()
     for thread in os.listdir("/proc/self/task") if cpus else ():
         try:
             os.sched_setaffinity(int(thread), cpus)
@@ -106,8 +102,12 @@ def bind_to_gpu(bus: str, system: Path = Path("/sys")) -> None:
             continue
 
 
-def local_cpus(bus: str, allowed: set[int], system: Path) -> set[int]:
-    """Return the CPUs next to a GPU, or none if a process with `allowed` CPUs stays as it is."""
+def local_cpus(bus: str, allowed: set[int], system: Path = Path("/sys")) -> set[int]:
+    """Return the CPUs next to a GPU, or none if a process with `allowed` CPUs stays as it is.
+
+    Args:
+        bus: PCI address of the GPU.
+    """
     try:
         online = parse_cpus((system / "devices/system/cpu/online").read_text())
         local = parse_cpus((system / "bus/pci/devices" / bus / "local_cpulist").read_text())

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,14 @@ import torch
 import torch._inductor.config as config
 from torch.distributed import DistBackendError, DistStoreError
 
-from parallel.config import ParallelConfig
-from parallel.mesh import Processes
+from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.mesh import MeshShape, Processes
+from resilience import launch as launch_module
 from resilience import launcher_variables, task_environment
+from resilience.config import TimeLimits
 from resilience.errors import LaunchError
-from resilience.launch import _launch_errors
+from resilience.gpu_probe import Gpu
+from resilience.launch import _launch_errors, launch
 from resilience.task_environment import (
     cpus_per_process,
     local_cpus,
@@ -112,16 +116,10 @@ def test_allocator_uses_expandable_segments_unless_configured(
 
 
 def test_settings_of_a_gpu_process(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from resilience.gpu_probe import Gpu
-
-    bound: list[str] = []
-    gpu = Gpu("NVIDIA H100", (9, 0), 1, bus="0000:1b:00.0")
-    monkeypatch.setattr(task_environment, "own_gpu", lambda: (0, gpu))
-    monkeypatch.setattr(task_environment, "bind_to_gpu", bound.append)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     set_up_process(Processes("cuda", 8, 1, "srun"), ParallelConfig())
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    assert bound == ["0000:1b:00.0"] and "CUDA_VISIBLE_DEVICES" not in os.environ
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
     assert "add --cpus-per-task to sbatch (up to 12 here)" in capsys.readouterr().err
     del os.environ["PYTORCH_ALLOC_CONF"]
     set_up_process(Processes("cuda", 8, 1, "self"), ParallelConfig(async_tp=True))
@@ -152,13 +150,26 @@ def test_unbound_process_is_bound_to_the_cpus_of_its_gpu(
     assert found == parse_cpus(expected)
 
 
-def test_all_threads_of_a_process_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    bound: list[tuple[int, set[int]]] = []
+def test_all_threads_are_bound_after_the_launch_of_other_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Processes inherit the CPUs of the main one, and would count as bound to those of its GPU."""
+    events: list[Any] = []
+    gpu = Gpu("NVIDIA H100", (9, 0), 1, bus="0000:1b:00.0")
+    fabric = SimpleNamespace(launch=lambda: events.append("launch"))
+    monkeypatch.setattr(launch_module, "Fabric", lambda **_: fabric)
+    monkeypatch.setattr(task_environment, "own_gpu", lambda: (0, gpu))
     monkeypatch.setattr(task_environment, "local_cpus", lambda *_: {0})
-    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cpus: bound.append((thread, cpus)))
-    task_environment.bind_to_gpu("0000:1b:00.0")
-    assert (os.getpid(), {0}) in bound
-    assert len(bound) == len(os.listdir("/proc/self/task"))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *bound: events.append(bound))
+    monkeypatch.setattr(task_environment, "use_expandable_segments", lambda environment: None)
+    for name in ("MASTER_ADDR", "LLAMESH_MAIN_PID"):
+        monkeypatch.setenv(name, "")  # recorded, so that it is restored
+    watchdog: Any = SimpleNamespace(limits=TimeLimits(), children=[], connect=lambda: None)
+    mesh, precision = MeshShape(1, 2, 1, 1), PrecisionConfig()
+    launch(Processes("cuda", 2, 1, "self"), mesh, ParallelConfig(), precision, watchdog)
+    assert events[0] == "launch"
+    assert (os.getpid(), {0}) in events
+    assert len(events) == 1 + len(os.listdir("/proc/self/task"))
 
 
 @pytest.mark.parametrize(
