@@ -164,14 +164,15 @@ def _reason(machine: Machine, environment: Mapping[str, str]) -> str:
     needed = MIN_DRIVER.get(int((machine.cuda or "0").split(".")[0]), 0)
     if driver < needed:
         return f"{built} needs driver {needed} or newer; {_wheel(machine, driver)}"
+    if "SLURM_JOB_ID" in environment and not _allocated(environment):
+        # SLURM may set CUDA_VISIBLE_DEVICES=NoDevFiles then; the GPUs belong to other jobs.
+        return "the SLURM job has not requested one; add --gpus-per-node=… to sbatch or srun"
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and NONE_VISIBLE in (machine.error or NONE_VISIBLE):
         return (
             f"CUDA_VISIBLE_DEVICES={visible} names no GPU of this machine; "
             "run: unset CUDA_VISIBLE_DEVICES"
         )
-    if "SLURM_JOB_ID" in environment and not _allocated(environment):
-        return "the SLURM job has not requested one; add --gpus-per-node=… to sbatch or srun"
     if not machine.device_files:
         return "/dev/nvidia0 does not exist; start the container with GPUs (docker run --gpus=all)"
     return (

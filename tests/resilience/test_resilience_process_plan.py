@@ -259,6 +259,12 @@ BROKEN = "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet 
         ),
         (machine(), JOB, "has not requested one", "--gpus-per-node"),
         (machine(), {**JOB, "SLURM_GPUS_ON_NODE": "0"}, "not requested one", "--gpus-per-node"),
+        (  # as SLURM sets it; the GPUs belong to other jobs, so `unset` would be wrong
+            machine(),
+            {**JOB, "CUDA_VISIBLE_DEVICES": "NoDevFiles"},
+            "not requested one",
+            "--gpus-per-node",
+        ),
         (machine(device_files=()), {}, "/dev/nvidia0 does not exist", "docker run --gpus=all"),
         (machine(error=BROKEN), {"CUDA_VISIBLE_DEVICES": "0"}, BROKEN, "nvidia-fabricmanager"),
     ],
