@@ -44,7 +44,7 @@ def configure(run_folder: Path, limits: TimeLimits) -> None:
 def dump(rank: int) -> Path | None:
     """Write this rank's record and return the folder of all ranks; None if there is no record.
 
-    Takes a few seconds at most, even if the process is in a state in which the recorder blocks.
+    Takes a few seconds at most, unless the recorder blocks in C++ with the GIL held.
     """
     prefix = next((os.environ[name] for name in _PREFIX if name in os.environ), None)
     if prefix is None:

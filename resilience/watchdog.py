@@ -35,6 +35,7 @@ SILENT_SECONDS = 60.0  # a process without a heartbeat for this long counts as d
 GRACE_SECONDS = 5.0  # for processes to exit by themselves when all exit together
 PAUSE_SECONDS = 5.0  # a longer gap in this thread means that the process was suspended
 BACKSTOP_SECONDS = 60.0  # beyond a limit, for a process whose Python threads no longer run
+ABORT_SECONDS = 30.0  # for an abort
 
 PEER_FAILURES = (ExitCode.RANK_FAILED, ExitCode.RANK_FAILED_BEFORE_SAVE)
 # All ranks exit together with these codes, so the first one to exit is not at fault.
@@ -262,6 +263,9 @@ class Watchdog:
     def _abort(self, reason: str, report: bool = True) -> NoReturn:
         """Exit; rank 0 publishes the reason first and kills its children."""
         self._aborting = True
+        # PyTorch's recorder queries CUDA events with the GIL held, which a call that hangs in the
+        # driver may block; the disk of the run may hang too.
+        faulthandler.dump_traceback_later(ABORT_SECONDS, exit=True)
         if report:
             print(f"Aborting: {reason}", file=sys.stderr, flush=True)
         if self._connected and self._state.rank == 0:

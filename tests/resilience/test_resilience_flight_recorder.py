@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -52,6 +54,24 @@ def test_a_recorder_that_blocks_or_fails_does_not_delay_the_exit(
     for function in (lambda: time.sleep(60), lambda: 1 / 0):
         monkeypatch.setattr(c10d, "_dump_nccl_trace", function, raising=False)
         assert flight_recorder.dump(0) is None
+
+
+def test_a_recorder_that_blocks_all_python_threads_does_not_prevent_the_exit() -> None:
+    """`PyDLL` keeps the GIL while it calls, as the recorder's binding does."""
+    program = """
+import ctypes, time
+from resilience import flight_recorder, watchdog
+from resilience.config import TimeLimits
+watchdog.ABORT_SECONDS = 0.2
+flight_recorder.dump = lambda rank: ctypes.PyDLL(None).sleep(60)
+subject = watchdog.Watchdog(TimeLimits())
+subject._connected, subject._state.rank = True, 1
+subject._abort("rank 0 exited")
+"""
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 1 and time.monotonic() - started < 30
+    assert "Aborting: rank 0 exited" in result.stderr and "in _abort" in result.stderr
 
 
 @pytest.mark.parametrize("name", [*OLD_NAMES, HEARTBEAT])
