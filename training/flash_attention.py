@@ -1,8 +1,10 @@
 """FlashAttention-3 and -4, where their packages are installed.
 
 PyTorch replaces the kernels of FlashAttention-2 that it contains (torch.nn.attention._fa3 and _fa4,
-PyTorch 2.11 and later), so that `varlen` and, without documents, `sdpa` use them. Imported on GPUs
-only.
+PyTorch 2.11 and later), so that `varlen` uses them. `sdpa` does where PyTorch selects its flash
+kernel; on Hopper and Blackwell it prefers that of cuDNN newer than 9.15
+(aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, check_prefer_cudnn_attention). Imported on
+GPUs only.
 """
 
 from collections.abc import Callable

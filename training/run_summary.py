@@ -68,10 +68,10 @@ def _compute(run: Run) -> str:
         kernel = select_kernel(kernel, head_dim, device, dtype, complete)
     else:
         kernel = "sdpa"  # plain causal rows
-    if device.type == "cuda" and (kernel == "varlen" or not config.data.document_mask):
+    if kernel == "varlen":  # PyTorch may run sdpa with the kernel of cuDNN
         from training.flash_attention import active_flash_attention
 
-        kernel += f" ({active_flash_attention()})" * (kernel != "flex" and dtype != torch.float32)
+        kernel += f" ({active_flash_attention()})"
     formats = {torch.bfloat16: "bf16", torch.float32: "fp32"}
     fp8 = f" with {config.precision.fp8} fp8 products" if config.precision.fp8 else ""
     compiled = ", compiled" if config.parallel.resolved(device.type).compile else ""

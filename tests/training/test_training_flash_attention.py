@@ -1,13 +1,16 @@
 """FlashAttention-3 and -4 are used where GPU, head size, package and determinism permit."""
 
 import importlib.machinery
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from parallel.config import ParallelConfig, PrecisionConfig
 from training import flash_attention
 from training.flash_attention import activate_flash_attention, active_flash_attention
+from training.run_summary import _compute
 
 BOTH = ("flash_attn_interface", "flash_attn.cute")
 
@@ -69,3 +72,29 @@ def test_package_that_cannot_be_imported_is_reported_and_version_2_remains(
     (report,) = reports
     assert "flash_attn_interface is installed but cannot be used" in report
     assert active_flash_attention() == "FlashAttention-2"
+
+
+@pytest.mark.parametrize(
+    ("attention", "document_mask", "cp", "expected"),
+    [
+        ("auto", True, 1, "bf16, compiled, varlen (FlashAttention-2) attention"),
+        ("auto", True, 2, "bf16, compiled, flex attention"),
+        ("sdpa", True, 1, "bf16, compiled, sdpa attention"),
+        # PyTorch selects between FlashAttention and cuDNN, whose name must not be guessed.
+        ("auto", False, 1, "bf16, compiled, sdpa attention"),
+        ("varlen", False, 1, "bf16, compiled, sdpa attention"),
+        ("sdpa", False, 2, "bf16, compiled, sdpa attention"),
+    ],
+)
+def test_header_names_the_kernel_that_runs(
+    monkeypatch: pytest.MonkeyPatch, attention: str, document_mask: bool, cp: int, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    config = SimpleNamespace(
+        model=SimpleNamespace(attention=attention, head_dim=128),
+        data=SimpleNamespace(document_mask=document_mask),
+        parallel=ParallelConfig(cp=cp),
+        precision=PrecisionConfig(),
+    )
+    run: Any = SimpleNamespace(config=config, fabric=SimpleNamespace(device=torch.device("cuda")))
+    assert _compute(run) == expected
