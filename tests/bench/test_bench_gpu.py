@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from bench.gpu.__main__ import ROOT, main, run_parts
+from bench.gpu.__main__ import ROOT, main, run_part, run_parts
 from bench.gpu.parts import ENVIRONMENT, PARTS, Part
 from bench.gpu.throughput import CASES, METRICS, MICRO_BATCHES
 
@@ -56,8 +57,15 @@ def test_report_lists_parts_that_were_not_reached_and_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, selected = tmp_path / "gpu.json", parts("passing", "hanging", "inapplicable")
-    monkeypatch.setattr("bench.gpu.__main__.SHORTEST", 0.5)
-    assert run_parts([], path, False, selected, DESCRIBE, limit_seconds=1.2) == 1
+    now = [0.0]
+
+    def slow(part: Part, reduced: bool, limit_seconds: float) -> dict[str, Any]:
+        now[0] += 100.0 * part.function.endswith("hanging")
+        return run_part(part, reduced, limit_seconds)
+
+    monkeypatch.setattr("bench.gpu.__main__.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("bench.gpu.__main__.run_part", slow)
+    assert run_parts([], path, False, selected, DESCRIBE, limit_seconds=60) == 1
     assert statuses(path)["inapplicable"] == "not reached"
     process = report(path)["parts"]["passing"]["rows"]["first"]["process"]
 
