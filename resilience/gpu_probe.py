@@ -1,4 +1,4 @@
-"""What GPUs this process can use, and why torch sees none of those that the machine has.
+"""GPUs that this process can use, and the reason if torch sees none of those of the machine.
 
 Nothing here creates a CUDA context: `torch.cuda.device_count` asks NVML, `torch.cuda.init` and
 `get_device_properties` initialize the driver and read tables (torch/cuda/__init__.py). Contexts

@@ -1,4 +1,4 @@
-"""Compare what the ranks of a run see before they create process groups.
+"""Compare the devices of the ranks of a run before they create process groups.
 
 A group waits for missing ranks until its timeout, and fails in NCCL or in a collective if ranks
 disagree. Therefore each launched process first writes its device to the key-value store of the
@@ -70,14 +70,14 @@ def check_ranks(processes: Processes, watchdog: Watchdog) -> Any:
         watchdog.setup_hint = default
         for warning in warnings:
             print(f"Warning: {warning}", flush=True)
-        store.set("verdict", json.dumps(errors))
+        store.set("errors", json.dumps(errors))
         if errors:  # the store exits with this process
             with suppress(TimeoutError):
                 others = store.add("arrived", 0) - 1
                 _wait(lambda: store.add("read", 0) >= others, ANSWER_SECONDS)
     else:
-        _wait(lambda: store.check(["verdict"]), timeout)
-        errors = json.loads(store.get("verdict"))
+        _wait(lambda: store.check(["errors"]), timeout)
+        errors = json.loads(store.get("errors"))
         store.add("read", 1)
     if errors:
         raise LaunchError("\n  - ".join(["not all processes can start:", *errors]))
@@ -113,7 +113,7 @@ def report_error(message: str) -> bool:
     with suppress(Exception):  # rank 0 may have exited, or another program may use the port
         if rank == 0:
             store, others = open_store(ANSWER_SECONDS), started.world_size - 1
-            store.set("verdict", json.dumps([message]))
+            store.set("errors", json.dumps([message]))
             _wait(lambda: store.add("read", 0) >= others, ANSWER_SECONDS)
             return True
         store = open_store(REPORT_SECONDS)
@@ -122,7 +122,7 @@ def report_error(message: str) -> bool:
         store.add("failed", 1)
         store.add("arrived", 1)
         with suppress(RuntimeError):  # rank 0 has exited with an error of its own
-            _wait(lambda: store.check(["verdict"]), deadline - time.monotonic())
+            _wait(lambda: store.check(["errors"]), deadline - time.monotonic())
             store.add("read", 1)
         return True
     return rank == 0  # which has printed its error
