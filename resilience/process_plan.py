@@ -88,8 +88,8 @@ def _gpu_errors(
         yield (
             f"{processes.launcher} started {wanted} processes on this node, but this one sees "
             f"{visible} GPUs; start one process per GPU (--ntasks-per-node={visible}, "
-            f"--nproc-per-node={visible}), show each process one GPU (srun --gpus-per-task=1), or "
-            f"use {TO_CPU}"
+            f"--nproc-per-node={visible}), request more GPUs (--gpus-per-node={wanted}), or use "
+            f"{TO_CPU}"
         )
     used = _used_gpus(processes, machine, environment)
     yield from dict.fromkeys(filter(None, (unsupported_gpu_error(machine, gpu) for gpu in used)))

@@ -184,7 +184,7 @@ def compare(reports: Mapping[int, RankReport], size: int) -> tuple[list[str], li
             errors.append(
                 f"{_name(sharing)} use the same GPU ({sharing[0].device}, UUID {uuid}); start one "
                 "process per GPU, with SLURM as many tasks as GPUs per node "
-                "(--ntasks-per-node, --gpus-per-node) or --gpus-per-task=1"
+                "(--ntasks-per-node, --gpus-per-node)"
             )
     kinds = {(each.device, each.torch) for each in values}
     different = [f"ranks differ: {_groups(values, _details)}; the slowest sets the step time"]

@@ -95,6 +95,8 @@ def test_device_index_follows_the_visible_gpus(
             assert "started 4 processes on this node" in error and f"sees {visible} GPUs" in error
             remedy = launched(launcher, 0, 2 * visible, visible)
             assert plan_processes(AUTO, remedy, found)[1] == []
+            assert "request more GPUs (--gpus-per-node=4)" in error
+            assert plan_processes(AUTO, environment, machine(*[H100] * 4))[1] == []
         else:
             assert errors == []
             assert gpu_index(process_ranks(environment)[1], visible) == indices[rank % 4]
