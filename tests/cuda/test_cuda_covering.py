@@ -135,8 +135,10 @@ def check_report(name: str, case: Case, choice: dict[str, Any], report: Report) 
     else:
         assert calls == {kernel: forwards * (2 if full else 1)}, name
     if not case.parallel.compile:
-        # Of seven products a block, `full` repeats all but the last; the head has two and addmm.
-        products = case.model.n_layers * (27 if full else 21) + 2
+        # Of seven products a block, `full` repeats all but the last, and in fp8, where a layer's
+        # tensors are saved after its product, all; the head has two and addmm.
+        repeated = (7 if case.precision.fp8 else 6) if full else 0
+        products = case.model.n_layers * (21 + repeated) + 2
         found = report.operations["mm"] + report.operations["_scaled_mm"]
         assert found == products * case.micro_batches, name
         if case.precision.fp8:
