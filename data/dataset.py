@@ -1,5 +1,6 @@
 """A prepared folder opened for reading: token streams per source, tokenizer and sample order."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, Protocol
@@ -26,7 +27,7 @@ class WindowStream(Protocol):
     def window(self, index: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]: ...
 
 
-class WindowDataset:
+class WindowDataset(ABC):
     """Data read by window in any order; `train` and `validation` are streams by source name."""
 
     train: Mapping[str, WindowStream]
@@ -34,13 +35,13 @@ class WindowDataset:
     document_mask: bool
 
     @property
+    @abstractmethod
     def hash(self) -> str:
         """SHA-256 over everything that determines the tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer that produced the tokens, or None if they have no text."""
-        raise NotImplementedError
 
     def n_validation_windows(self, seq_len: int) -> int:
         """Return the number of validation windows of `seq_len` tokens, over all sources."""
