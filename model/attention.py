@@ -118,9 +118,12 @@ def select_kernel(
     """
     if choice != "auto":
         return choice
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type != "cuda":
         return "sdpa"
-    if complete and dtype != torch.float32 and varlen_supports(head_dim):
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return "sdpa"
+    if complete and dtype != torch.float32 and varlen_supports(head_dim, capability):
         return "varlen"
     # Beyond 256 the tiles of FlexAttention exceed the shared memory of a multiprocessor.
     return "flex" if FLEX_MIN_HEAD_DIM <= head_dim <= 256 else "sdpa"

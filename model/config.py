@@ -18,12 +18,14 @@ FLEX_MIN_HEAD_DIM = 16
 """FlexAttention takes no smaller heads (torch/_inductor/kernel/flex/flex_attention.py)."""
 
 
-def varlen_supports(head_dim: int) -> bool:
-    """Return whether FlashAttention's kernel for documents supports a head size.
+def varlen_supports(head_dim: int, capability: tuple[int, int]) -> bool:
+    """Return whether FlashAttention's kernel for documents can train a head size on a GPU.
 
-    Its bounds are in mha_varlen_fwd (aten/src/ATen/native/transformers/cuda/flash_attn).
+    The bounds are in mha_varlen_fwd (aten/src/ATen/native/transformers/cuda/flash_attn); the
+    backward of 193 to 224 elements needs more shared memory than sm_86, sm_89 and sm_120 have.
     """
-    return head_dim % 8 == 0 and head_dim <= 256
+    has_backward = capability in ((8, 0), (9, 0), (10, 0), (10, 3)) or not 192 < head_dim <= 224
+    return head_dim % 8 == 0 and head_dim <= 256 and has_backward
 
 
 @dataclasses.dataclass(frozen=True)

@@ -488,10 +488,11 @@ def device_errors(
             f"{key} computes in 16 bits, but precision.param=fp32; use precision.param=bf16, "
             "or model.attention=auto, sdpa or flex"
         )
-    if kernel == "varlen" and not varlen_supports(model.head_dim):
+    if kernel == "varlen" and not varlen_supports(model.head_dim, capability):
         yield (
-            f"{key} needs model.dim / model.n_heads to be a multiple of 8 and at most 256, but it "
-            f"is {model.head_dim}; use model.attention=auto or sdpa"
+            f"{key} needs model.dim / model.n_heads to be a multiple of 8 and at most 256 (and not "
+            "193 to 224 on GPUs other than A100, H100, H200 and B200), but it is "
+            f"{model.head_dim}; use model.attention=auto or sdpa"
         )
     if kernel == "flex" and model.head_dim < FLEX_MIN_HEAD_DIM:
         yield (
