@@ -271,6 +271,7 @@ def test_precision_of_float32_products_is_set_on_gpus_only(
 ) -> None:
     found: list[str] = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", found.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with torch.device("meta"):
         model = Llama(model_config(tied=False, n_layers=1))
     precision = PrecisionConfig(float32_matmul="medium")
