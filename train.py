@@ -28,6 +28,7 @@ from resilience.exit_codes import ExitCode
 from resilience.lock import RunLock
 from resilience.signals import Requests
 from resilience.slurm_time_limit import slurm_time_left
+from resilience.watchdog import Watchdog
 from training.config import JobConfig
 from training.metrics import step_metrics
 from training.preflight import abandoned_on_error, acquire_run_lock, check_folder, prepare_data
@@ -36,7 +37,15 @@ from training.resume_policy import Changes
 from training.run import Run, build_saver
 from training.run_summary import header
 from training.schedule import learning_rate
-from training.shutdown import abort, exit_early, finish, record_fault, report_signal, stop_run
+from training.shutdown import (
+    abort,
+    exit_early,
+    finish,
+    published_on_error,
+    record_fault,
+    report_signal,
+    stop_run,
+)
 from training.validation import validate, write_sample
 
 if TYPE_CHECKING:
@@ -49,7 +58,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> None:
     """Validate, launch and train."""
-    from planning.fit_check import check_plan
+    from planning.fit_check import check_plan, watchdog_limits
     from planning.out_of_memory import memory_advice
 
     with exit_on_user_error("Interrupted before the first step."):
@@ -60,8 +69,13 @@ def main(arguments: list[str]) -> None:
         lock = acquire_run_lock(config)
         if memory_plan and is_first_process():
             print(memory_plan, flush=True)
-        with abandoned_on_error(lock), memory_advice(config, processes, mesh):
-            run = set_up(config, processes, mesh, dataset, changes, lock)
+        watchdog = Watchdog(watchdog_limits(config, processes, mesh))
+        with (
+            abandoned_on_error(lock),
+            published_on_error(watchdog),
+            memory_advice(config, processes, mesh),
+        ):
+            run = set_up(config, processes, mesh, dataset, changes, lock, watchdog)
     try:
         with memory_advice(config, processes, mesh):
             train(run)
@@ -77,6 +91,7 @@ def set_up(
     dataset: WindowDataset | StreamDataset,
     changes: Changes,
     lock: RunLock | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Run:
     """Launch the processes, build the model and restore the newest checkpoint, if any."""
     import torch
@@ -85,11 +100,10 @@ def set_up(
     from planning.fit_check import watchdog_limits
     from resilience.launch import launch
     from resilience.loss_monitor import AsyncStatsReader, LossMonitor
-    from resilience.watchdog import Watchdog
     from training.console import Console
     from training.optimizer import build_optimizer
 
-    watchdog = Watchdog(watchdog_limits(config, processes, mesh))
+    watchdog = watchdog or Watchdog(watchdog_limits(config, processes, mesh))
     flight_recorder.configure(Path(config.run.dir), watchdog.limits)
     first = is_first_process()
     requests = Requests(

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from resilience.errors import is_out_of_memory
+
 State = dict[str, Any]
 
 
@@ -70,7 +72,13 @@ def _host_like(value: Any) -> Tensor | None:
     if not isinstance(tensor, Tensor):
         return None
     local = _local(tensor)
-    memory = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
+    try:
+        memory = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
+    except RuntimeError as error:  # of pinned memory "CUDA error: out of memory", as of a GPU
+        if is_out_of_memory(error):
+            text = f"cannot pin memory: tried to allocate {local.nbytes} bytes ({error})"
+            raise MemoryError(text) from error
+        raise
     if not isinstance(tensor, DTensor):
         return memory
     host = cast(DTensor, tensor.detach().cpu() if local.is_cuda else tensor.detach().clone())

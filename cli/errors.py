@@ -57,7 +57,7 @@ def exit_on_user_error(
             raise
         code = ExitCode.OUT_OF_MEMORY
         if isinstance(error, OutOfMemory):
-            message = f"Error: {error}"
+            message = f"Error: {error}" if error.is_first else ""
         else:
             message = f"Error: out of memory ({' '.join(str(error).split())}); {smaller}"
     except KeyboardInterrupt:
@@ -82,9 +82,10 @@ def _report_and_exit(message: str, code: ExitCode, known: bool) -> NoReturn:
     """Print the message and exit, so that a launcher sees the exit of the first process first.
 
     Args:
+        message: Empty if another process has printed one.
         known: The first process has the same error, or prints this one.
     """
-    if is_first_process() or code == ExitCode.OUT_OF_MEMORY:  # perhaps of this process only
+    if message and (is_first_process() or code == ExitCode.OUT_OF_MEMORY):  # perhaps of this only
         print(message, file=sys.stderr, flush=True)
     if not is_first_process():
         _exit_on_sigterm(code)

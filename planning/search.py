@@ -27,6 +27,22 @@ Limit = Callable[[StepSpec], int]
 """Return the bytes available to a rank; 0 if the node's host memory is too small."""
 
 
+@dataclass(frozen=True)
+class Remedy:
+    """How a run that does not fit can fit.
+
+    Attributes:
+        text: For a message.
+        overrides: Command-line overrides, if the run can fit on the same devices.
+    """
+
+    text: str
+    overrides: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @dataclass
 class Rejection:
     """Number of candidates rejected for one reason, and an example."""
@@ -134,7 +150,7 @@ def _rule_of(error: str) -> str:
 
 def remedy(
     request: PlanRequest, limit: Limit, devices: int, per_node: int, current: Choice | None = None
-) -> str:
+) -> Remedy:
     """Return overrides that make a run fit on `devices` devices, or else on more.
 
     Args:
@@ -144,18 +160,20 @@ def remedy(
     if (synchronous := request.with_synchronous_saves()) is not None:
         requests.append(synchronous)
         if current is not None and _first_fit(synchronous[0], [current], limit) is not None:
-            return f"use {synchronous[1]} (no copy in host memory; training waits for each save)"
+            words = synchronous[1]
+            text = f"use {words} (no copy in host memory; training waits for each save)"
+            return Remedy(text, words)
     if current is not None:
         for each, extra in requests:
             if (nearest := nearest_fit(each, current, limit)) is not None:
                 changed = [word for word in nearest.overrides if word not in current.overrides]
                 words = " ".join([*changed, extra]).strip()
-                return f"use {words} (plan.py search=true finds the fastest choice)"
+                return Remedy(f"use {words} (plan.py search=true finds the fastest choice)", words)
     for each, extra in requests:
         if (choice := fewest_devices(each, limit, devices, per_node)) is not None:
             words = f"{choice} {extra}".strip()
-            return f"use at least {choice.mesh.world_size} devices with {words}"
-    return (
+            return Remedy(f"use at least {choice.mesh.world_size} devices with {words}")
+    return Remedy(
         "no mesh of any size fits: use a smaller model, shorter sequences, a larger batch "
         "(which more devices can share) or other hardware"
     )

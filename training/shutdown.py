@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import NoReturn
 
@@ -20,6 +21,7 @@ from resilience.exit_codes import ExitCode
 from resilience.goodput import Goodput, compute_goodput
 from resilience.lock import RunLock
 from resilience.run_folder import RunFolderError
+from resilience.watchdog import Watchdog
 from training.run import Run
 from training.run_summary import resume_command, summary
 
@@ -41,6 +43,19 @@ def exit_early(lock: RunLock | None, code: ExitCode) -> NoReturn:
         reason = STOP_REASONS[code]
         _report(f"{reason[0].upper()}{reason[1:]} before the first step.")
     os._exit(code)
+
+
+@contextmanager
+def published_on_error(watchdog: Watchdog) -> Iterator[None]:
+    """Make all ranks exit with the same code if this one is out of memory during set-up.
+
+    The others would wait for it in a collective.
+    """
+    try:
+        yield
+    except OutOfMemory as error:
+        error.is_first = watchdog.publish(ExitCode.OUT_OF_MEMORY, str(error).splitlines()[0])
+        raise
 
 
 def report_signal(run: Run, number: signal.Signals, again: bool) -> None:
@@ -92,7 +107,8 @@ def abort(run: Run, error: Exception) -> NoReturn:
         code, message = ExitCode.USER_ERROR, "".join(traceback.format_exception(error))
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     _record_stop(run, reason, code)
-    _report(f"Stopped in step {run.position.step + 1}: {message}\n{_resume_hint(run)}")
+    overrides = error.overrides if isinstance(error, OutOfMemory) else ""
+    _report(f"Stopped in step {run.position.step + 1}: {message}\n{_resume_hint(run, overrides)}")
     _exit(run, code)
 
 
@@ -100,7 +116,8 @@ def record_fault(run: Run, reason: str) -> None:
     """Record an abort by the watchdog of rank 0; called in a watchdog thread."""
     run.console.stop()
     run.record("fault", step=run.position.step, reason=reason, code=int(run.watchdog.exit_code))
-    _report(_resume_hint(run))
+    if run.watchdog.exit_code != ExitCode.OUT_OF_MEMORY:  # the rank prints it, with a change
+        _report(_resume_hint(run))
 
 
 def finish(run: Run) -> None:
@@ -152,11 +169,11 @@ def _record_stop(run: Run, reason: str, code: ExitCode, **more: str) -> list[tup
     return [goodput_row(goodput)]
 
 
-def _resume_hint(run: Run) -> str:
+def _resume_hint(run: Run, overrides: str = "") -> str:
     steps = run.folder.committed_steps()
     if not steps:
         return "No checkpoint saved yet."
-    command = resume_command(run.config, run.processes)
+    command = f"{resume_command(run.config, run.processes)} {overrides}".strip()
     return f"Checkpoint saved at step {steps[-1]}. Resume with: {command}"
 
 

@@ -13,6 +13,7 @@ import generate
 from cli.composition import compose_config
 from cli.config import load_evaluate_config, load_generate_config
 from cli.errors import exit_on_user_error
+from resilience.errors import OutOfMemory
 from resilience.exit_codes import ExitCode
 
 PROGRAM = """
@@ -61,6 +62,16 @@ def test_out_of_memory_has_its_own_code_and_a_remedy(
         raise error
     assert exit_.value.code == ExitCode.OUT_OF_MEMORY
     assert capsys.readouterr().err == f"Error: out of memory ({error}); use batch_size=1\n"
+
+
+def test_only_the_first_rank_that_is_out_of_memory_prints_its_message(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = OutOfMemory("rank 1 is out of memory")
+    error.is_first = False
+    with pytest.raises(SystemExit) as exit_, exit_on_user_error():
+        raise error
+    assert exit_.value.code == ExitCode.OUT_OF_MEMORY and capsys.readouterr().err == ""
 
 
 def test_other_runtime_errors_are_raised() -> None:

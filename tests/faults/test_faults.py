@@ -231,16 +231,24 @@ def test_second_run_in_a_folder_is_rejected_with_host_pid_and_age(
     assert len(done.stderr.splitlines()) == 1 and sys.executable not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("call", "function"),
+    [(1, "training.optimizer.build_optimizer"), (6, FORWARD)],
+    ids=["set-up", "step"],
+)
 def test_all_ranks_exit_if_one_is_out_of_memory(
-    fork_server: ForkServer, train_arguments: Any, tmp_path: Path
+    fork_server: ForkServer, train_arguments: Any, tmp_path: Path, call: int, function: str
 ) -> None:
     """The other rank waits in a collective, and no launcher terminates it."""
     folder = tmp_path / "run"
-    full = Fault(1, 6, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 MiB.", FORWARD)
+    error = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 MiB."
+    full = Fault(1, call, error, function)
     launch = fork_server.run(train_arguments(folder, TP2), 2, full, terminate_on_failure=False)
     assert launch.exit_codes == {0: ExitCode.OUT_OF_MEMORY, 1: ExitCode.OUT_OF_MEMORY}
     message = launch.output(1)
     assert "rank 1 is out of memory: measured peak" in message and "; use " in message
     assert "Traceback" not in message and "out of memory" not in launch.output(0)
-    last = read_events(folder)[-1]
-    assert (last["event"], last["code"]) == ("fault", ExitCode.OUT_OF_MEMORY)
+    assert "Resume with" not in launch.output(0)
+    if function == FORWARD:
+        last = read_events(folder)[-1]
+        assert (last["event"], last["code"]) == ("fault", ExitCode.OUT_OF_MEMORY)

@@ -172,7 +172,7 @@ def test_remedy_combines_synchronous_saves_with_other_changes_only_if_necessary(
     peak = step_memory(spec).peak
 
     def advice(limit: int) -> str:
-        return remedy(request, lambda _: limit, 1, 1, choice)
+        return str(remedy(request, lambda _: limit, 1, 1, choice))
 
     assert advice(peak - 1).startswith("use checkpoint.async_save=false (")
     smaller = advice(peak - host_bytes(spec) - 1)

@@ -8,12 +8,14 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from checkpoint.host_copy import copy_to_host
 from cli.arguments import CONF, hydra_arguments
 from cli.config import load_train_config
 from parallel.mesh import MeshShape, Processes
 from planning import out_of_memory
-from planning.memory import GIB
+from planning.memory import GIB, size_text
 from planning.out_of_memory import memory_advice, requested_bytes
+from planning.plan import host_peak
 from planning.request import PlanRequest, configured_choice
 from planning.search import peak_memory
 from resilience.errors import OutOfMemory
@@ -59,8 +61,57 @@ def test_named_change_fits_by_the_plan_corrected_by_the_measured_peak(
         assert f"{size / GIB:.2f} GiB" in first
     assert detail.strip() == ERROR and not rest
     words = first.partition("; use ")[2].partition(" (")[0].split()
+    assert raised.value.overrides.split() == words
     changed = planned(trained(*words))
     assert changed < planned(config) and changed * max(excess, 1) <= available
+
+
+def planned_on_host(config: JobConfig) -> int:
+    request = PlanRequest(config, "cuda", 1)
+    return max(host_peak(spec, 8) for spec, _ in request.stages(configured_choice(config, MESH)))
+
+
+HOST_ERRORS = [
+    MemoryError("Unable to allocate 1.00 GiB for an array"),  # from NumPy
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 512 bytes."),
+]
+
+
+@pytest.mark.parametrize("error", HOST_ERRORS, ids=["numpy", "torch"])
+@pytest.mark.parametrize("excess", [1.2, 0.8])
+def test_error_of_the_host_is_explained_with_host_memory(
+    error: Exception, excess: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = trained(f"run.dir={tmp_path}")
+    plan = planned_on_host(config)
+    measured, available = int(excess * plan / 8), int(excess * plan * 0.98)
+    monkeypatch.setattr(out_of_memory, "host_peak_bytes", lambda: measured)
+    monkeypatch.setattr(out_of_memory, "machine_memory", lambda: available)
+    monkeypatch.setattr(out_of_memory, "this_machine", lambda _: (None, 80 * GIB))
+    with pytest.raises(OutOfMemory) as raised, memory_advice(config, PROCESSES, MESH):
+        raise error
+    first, detail = str(raised.value).splitlines()
+    assert "out of host memory" in first and "sbatch --mem=0" in first and "GPU" not in first
+    for size in (measured, available, plan // 8):
+        assert size_text(size) in first
+    assert detail.strip() == str(error)
+    changed = planned_on_host(trained(*raised.value.overrides.split()))
+    assert changed < plan and changed * max(excess, 1) <= available
+
+
+def test_pinned_memory_that_cannot_be_allocated_is_an_error_of_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CUDA reports `cudaErrorMemoryAllocation` for both (ATen/cuda/CachingHostAllocator.cpp)."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    state = {"weight": torch.zeros(256)}
+    monkeypatch.setattr(torch, "empty_like", fail)
+    with pytest.raises(MemoryError, match="tried to allocate 1024 bytes") as raised:
+        copy_to_host(state, None)
+    assert requested_bytes(str(raised.value)) == 1024
 
 
 def test_snapshot_is_written_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,15 @@
 """The summary at the end of a launch."""
 
 import math
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from parallel.mesh import Processes
 from resilience.config import FaultsConfig
+from resilience.errors import OutOfMemory
 from resilience.exit_codes import ExitCode
 from resilience.goodput import Goodput
 from resilience.loss_monitor import LossMonitor, StepStats
@@ -45,3 +48,48 @@ def test_run_whose_updates_were_all_skipped_does_not_finish(monkeypatch: Any) ->
     ((code, reason),) = stops
     assert code == ExitCode.DIVERGED
     assert reason.startswith("every update was skipped; no step had a finite loss, so the initial")
+
+
+def aborted_run(**watchdog: Any) -> Any:
+    """Return a run on rank 0 with a checkpoint at step 4."""
+    return SimpleNamespace(
+        config=SimpleNamespace(run=SimpleNamespace(dir="runs/a")),
+        processes=Processes("cuda", 1, 1, "self"),
+        folder=SimpleNamespace(committed_steps=lambda: [4]),
+        position=SimpleNamespace(step=5),
+        console=SimpleNamespace(stop=lambda: None),
+        watchdog=SimpleNamespace(**watchdog),
+        record=lambda *_, **__: None,
+        event_log=None,
+    )
+
+
+def test_run_that_was_out_of_memory_resumes_with_the_change_that_fits(
+    monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(shutdown, "_exit", lambda _, code: None)
+    error = OutOfMemory("rank 0 is out of memory; use a=1 b=2 (plan.py …)", "a=1 b=2")
+    shutdown.abort(aborted_run(publish=lambda *_: True), error)
+    hint = capsys.readouterr().err.splitlines()[-1]
+    assert hint == "Checkpoint saved at step 4. Resume with: python train.py run.dir=runs/a a=1 b=2"
+    # Rank 0 does not add a command without the change if another rank was out of memory.
+    shutdown.record_fault(aborted_run(exit_code=ExitCode.OUT_OF_MEMORY), str(error))
+    assert capsys.readouterr().err == ""
+    shutdown.record_fault(aborted_run(exit_code=ExitCode.RANK_FAILED), "rank 1 exited")
+    assert capsys.readouterr().err.endswith("python train.py run.dir=runs/a\n")
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_rank_that_is_out_of_memory_during_set_up_makes_all_ranks_exit(is_first: bool) -> None:
+    published: list[Any] = []
+
+    def publish(*given: Any) -> bool:
+        published.append(given)
+        return is_first
+
+    watchdog: Any = SimpleNamespace(publish=publish)
+    with pytest.raises(OutOfMemory) as raised, shutdown.published_on_error(watchdog):
+        raise OutOfMemory("rank 1 is out of memory\n  details")
+    assert published == [(ExitCode.OUT_OF_MEMORY, "rank 1 is out of memory")]
+    assert raised.value.is_first == is_first
