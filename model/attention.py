@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from model.compiled import compile_for_any_shape
-from model.config import FLEX_MIN_HEAD_DIM, varlen_supports
+from model.config import attention_kernel
 from model.kernels import select_sdpa
 
 BLOCK_SIZE = 128  # queries and keys per tile of FlexAttention's block mask
@@ -111,22 +111,9 @@ class AttentionKernel:
 def select_kernel(
     choice: str, head_dim: int, device: torch.device, dtype: torch.dtype, complete: bool
 ) -> str:
-    """Return `choice`, or for `auto` the fastest kernel that supports documents in these tensors.
-
-    Args:
-        complete: Keys are the tokens of the queries, not gathered from other ranks.
-    """
-    if choice != "auto":
-        return choice
-    if device.type != "cuda":
-        return "sdpa"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return "sdpa"
-    if complete and dtype != torch.float32 and varlen_supports(head_dim, capability):
-        return "varlen"
-    # Beyond 256 the tiles of FlexAttention exceed the shared memory of a multiprocessor.
-    return "flex" if FLEX_MIN_HEAD_DIM <= head_dim <= 256 else "sdpa"
+    """Return the kernel of `model.config.attention_kernel` for these tensors."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return attention_kernel(choice, head_dim, capability, dtype != torch.float32, complete)
 
 
 def document_mask(starts: Tensor, token_indices: Tensor, key_indices: Tensor) -> Tensor:

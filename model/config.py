@@ -28,6 +28,25 @@ def varlen_supports(head_dim: int, capability: tuple[int, int]) -> bool:
     return head_dim % 8 == 0 and head_dim <= 256 and has_backward
 
 
+def attention_kernel(
+    choice: str, head_dim: int, capability: tuple[int, int] | None, is_16_bit: bool, complete: bool
+) -> str:
+    """Return `choice`, or for `auto` the fastest kernel that supports documents on a device.
+
+    Args:
+        capability: Compute capability of the GPU; None on CPU.
+        complete: Keys are the tokens of the queries, not gathered from other ranks.
+    """
+    if choice != "auto":
+        return choice
+    if capability is None or capability < (8, 0):
+        return "sdpa"
+    if complete and is_16_bit and varlen_supports(head_dim, capability):
+        return "varlen"
+    # Beyond 256 the tiles of FlexAttention exceed the shared memory of a multiprocessor.
+    return "flex" if FLEX_MIN_HEAD_DIM <= head_dim <= 256 else "sdpa"
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling(ConfigSection):
     """Llama 3.1's scaling of the low RoPE frequencies.

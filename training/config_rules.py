@@ -24,7 +24,7 @@ from data.config import (
     SourceConfig,
     TokenizerConfig,
 )
-from model.config import FLEX_MIN_HEAD_DIM, ModelConfig, varlen_supports
+from model.config import FLEX_MIN_HEAD_DIM, ModelConfig, attention_kernel, varlen_supports
 from parallel.config import BF16_CAPABILITY, FP8_MULTIPLE, ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, resolve_mesh
 from resilience.config import FaultsConfig
@@ -549,13 +549,43 @@ def _shown(capability: tuple[int, int]) -> str:
     return "{}.{}".format(*capability)
 
 
-def compiler_errors(accelerator: str, parallel: ParallelConfig) -> Iterator[str]:
-    """Yield an error if Triton, which compiles for GPUs, does not find its C compiler."""
-    found = "CC" in os.environ or shutil.which("gcc") or shutil.which("clang")
-    if accelerator == "cuda" and parallel.resolved(accelerator).compile and not found:
+def compiler_errors(
+    accelerator: str,
+    mesh: MeshShape,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    model: ModelConfig,
+    data: DataConfig,
+    capability: tuple[int, int],
+) -> Iterator[str]:
+    """Yield an error if Triton, which compiles for GPUs, does not find its C compiler.
+
+    FlexAttention and the update of int8 moments are compiled in eager steps too.
+    """
+    if accelerator != "cuda" or "CC" in os.environ or shutil.which("gcc") or shutil.which("clang"):
+        return
+    compiled, changes = [], []
+    if parallel.resolved(accelerator).compile:
+        compiled.append(f"parallel.compile={str(parallel.compile).lower()}")
+        changes.append("parallel.compile=false")
+        if isinstance(parallel.activation_checkpoint, float):
+            changes.append("parallel.activation_checkpoint=selective")
+        if parallel.async_tp:
+            changes.append("parallel.async_tp=false")
+    is_16_bit = precision.param != "fp32" and capability >= BF16_CAPABILITY
+    kernel = attention_kernel(
+        model.attention, model.head_dim, capability, is_16_bit, complete=mesh.cp == 1
+    )
+    if kernel == "flex" and (data.document_mask or mesh.cp > 1):
+        compiled.append(f"model.attention={model.attention}")
+        changes.append("model.attention=sdpa")
+    if precision.optimizer_state == "int8":
+        compiled.append("precision.optimizer_state=int8")
+        changes.append("precision.optimizer_state=fp32")
+    if compiled:
         yield (
-            f"parallel.compile={str(parallel.compile).lower()} compiles blocks, but there is no C "
-            "compiler (CC, gcc or clang); install gcc, or use parallel.compile=false"
+            f"{' and '.join(compiled)}: the kernels are compiled, but there is no C compiler (CC, "
+            f"gcc or clang); install gcc, or use {' '.join(changes)}"
         )
 
 
@@ -609,7 +639,7 @@ def launch_rule(tasks: Processes | None = None) -> Callable[..., Iterator[str]]:
             lowest = capability or HOPPER  # without a GPU, `errors` has the error
             yield from device_errors(accelerator, mesh, parallel, precision, model, lowest)
             yield from fp8_errors(accelerator, precision, capability)
-            yield from compiler_errors(accelerator, parallel)
+            yield from compiler_errors(accelerator, mesh, parallel, precision, model, data, lowest)
         yield from unresolved or mesh_errors(mesh, parallel, precision, model, train, data)
 
     return launch_errors

@@ -144,6 +144,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("turing", {"precision.param": "bf16"}),
     ("turing", {"model.attention": "varlen"}),
     ("no compiler", {"parallel.compile": True}),
+    ("no compiler", {"parallel.compile": False, "model.attention": "flex"}),
+    ("no compiler", {"parallel.compile": False, "precision.optimizer_state": "int8"}),
+    ("no compiler", {"parallel.compile": False, "precision.param": "fp32"}),  # auto is flex
+    ("no compiler", {"parallel.cp": 2, "precision.optimizer_state": "int8"}),
+    ("no compiler", {"parallel.activation_checkpoint": 0.5}),
+    ("no compiler", {**ASYNC_TP, "parallel.tp": 2}),
     ("no gpu", {"parallel.accelerator": "cuda"}),
     ("srun", {"parallel.devices": 8}),
     ("srun", {"parallel.num_nodes": 2}),
