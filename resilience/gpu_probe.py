@@ -128,6 +128,11 @@ def own_gpu() -> tuple[int, Gpu]:
     return index, describe_gpu(index)
 
 
+def visible_devices(environment: Mapping[str, str]) -> list[str]:
+    """Return the entries of `CUDA_VISIBLE_DEVICES`: indices or UUIDs."""
+    return [each.strip() for each in environment.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+
+
 def is_hidden(environment: Mapping[str, str]) -> bool:
     """Return whether the user hides all GPUs, which means to train on the CPU."""
     return environment.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +20,7 @@ from parallel.config import BF16_CAPABILITY
 from parallel.mesh import Processes, process_ranks, started_processes
 from parallel.slurm import rendezvous
 from resilience.errors import LaunchError
-from resilience.gpu_probe import own_gpu
+from resilience.gpu_probe import own_gpu, visible_devices
 from resilience.watchdog import Watchdog
 
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.002, 0.25
@@ -36,7 +36,8 @@ class RankReport:
 
     Attributes:
         device: Name and memory of its GPU, or `cpu`.
-        uuid: Of its GPU; empty without one.
+        uuid: Of its GPU or MIG slice; empty without one.
+        bus: PCI address of its GPU, which the slices of a GPU share; empty if unknown.
         has_bf16: Whether its GPU has bf16 tensor cores; None without a GPU.
         error: Why it cannot start; empty if it can.
     """
@@ -45,6 +46,7 @@ class RankReport:
     host: str
     device: str = ""
     uuid: str = ""
+    bus: str = ""
     has_bf16: bool | None = None
     torch: str = ""
     error: str = ""
@@ -92,8 +94,15 @@ def own_report(processes: Processes) -> RankReport:
     if processes.accelerator != "cuda":
         return report
     _, gpu = own_gpu()
-    has_bf16 = gpu.capability >= BF16_CAPABILITY
-    return RankReport(report.rank, report.host, str(gpu), gpu.uuid, has_bf16, report.torch)
+    # A process sees one slice only, by its own UUID; the properties may have that of the GPU.
+    slices = [each for each in visible_devices(os.environ) if each.startswith("MIG-")]
+    return replace(
+        report,
+        device=str(gpu),
+        uuid=slices[0] if slices else gpu.uuid,
+        bus=gpu.bus or "",
+        has_bf16=gpu.capability >= BF16_CAPABILITY,
+    )
 
 
 def report_error(message: str) -> bool:
@@ -186,9 +195,24 @@ def compare(reports: Mapping[int, RankReport], size: int) -> tuple[list[str], li
                 "process per GPU, with SLURM as many tasks as GPUs per node "
                 "(--ntasks-per-node, --gpus-per-node)"
             )
-    kinds = {(each.device, each.torch) for each in values}
-    different = [f"ranks differ: {_groups(values, _details)}; the slowest sets the step time"]
-    return errors, different if len(kinds) > 1 and not errors else []
+    if errors:
+        return errors, []
+    warnings = []
+    by_bus: dict[tuple[str, str], list[RankReport]] = {}
+    for each in values:
+        by_bus.setdefault((each.host, each.bus), []).append(each)
+    for (_, bus), sharing in by_bus.items():
+        if bus and len(sharing) > 1:
+            warnings.append(
+                f"{_name(sharing)} use MIG slices of one GPU ({bus}), which NCCL before 2.30 "
+                "rejects as a duplicate GPU; use slices of different GPUs, or one process on the "
+                "GPU without MIG (nvidia-smi -mig 0)"
+            )
+    if len({(each.device, each.torch) for each in values}) > 1:
+        warnings.append(
+            f"ranks differ: {_groups(values, _details)}; the slowest sets the step time"
+        )
+    return errors, warnings
 
 
 def _wait_for_reports(store: Any, size: int, timeout: float) -> tuple[list[str], list[str]]:

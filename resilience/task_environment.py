@@ -42,8 +42,24 @@ def set_up_process(processes: Processes, parallel: ParallelConfig) -> None:
             file=sys.stderr,
             flush=True,
         )
+    _warn_about_hidden_gpus(processes)
     if not parallel.async_tp:  # torch's pool of symmetric memory does not support the setting
         use_expandable_segments(os.environ)
+
+
+def _warn_about_hidden_gpus(processes: Processes) -> None:
+    """Print a warning if SLURM hides the other GPUs of the node from this task, and from NCCL."""
+    per_node = processes.per_node
+    if processes.launcher != "srun" or per_node == 1 or not is_first_process():
+        return
+    if torch.cuda.device_count() == 1 and " MIG " not in own_gpu()[1].name:  # slices have no NVLink
+        print(
+            f"Warning: each of the {per_node} tasks on a node sees one GPU, so that NCCL may not "
+            "use NVLink between them (github.com/NVIDIA/nccl/issues/1066); pass "
+            f"--gpus-per-node={per_node} to sbatch, without --gpus-per-task and --gpu-bind",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def cpus_per_process(processes: Processes, allowed: int, environment: Mapping[str, str]) -> int:

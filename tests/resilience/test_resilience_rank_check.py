@@ -1,14 +1,17 @@
 """Ranks that cannot start, or that see other devices, are named before a group waits for them."""
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fork_server import ForkServer
 
+from parallel.mesh import Processes
 from resilience import rank_check
 from resilience.exit_codes import ExitCode
+from resilience.gpu_probe import Gpu
 from resilience.rank_check import RankReport, compare
 
 H100, A100, T4 = "NVIDIA H100, 80 GiB", "NVIDIA A100, 40 GiB", "Tesla T4, 15 GiB"
@@ -73,6 +76,30 @@ def test_nodes_that_differ_but_work_are_reported(found: dict[int, RankReport], w
     assert errors == [] and words in warning
 
 
+SLICE = "NVIDIA A100-SXM4-40GB MIG 3g.20gb"
+
+
+@pytest.mark.parametrize("in_properties", ["slice", "gpu"])
+@pytest.mark.parametrize(("slices", "shares"), [("12", False), ("11", True)])
+def test_slices_of_a_gpu_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, slices: str, shares: bool, in_properties: str
+) -> None:
+    """Whether CUDA reports the UUID of the slice or that of the GPU."""
+    found = {}
+    for rank, name in enumerate(slices):
+        uuid = f"MIG-{name}" if in_properties == "slice" else "GPU-1"
+        gpu = Gpu(SLICE, (8, 0), 2**34, uuid, "0000:1b:00.0")
+        monkeypatch.setattr(rank_check, "own_gpu", lambda gpu=gpu: (0, gpu))
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"MIG-{name}")
+        found[rank] = replace(rank_check.own_report(Processes("cuda", 2, 1, "srun")), rank=rank)
+    errors, warnings = compare(found, 2)
+    if shares:
+        assert "use the same GPU" in errors[0] and warnings == []
+    else:
+        (warning,) = warnings
+        assert errors == [] and "ranks 0-1" in warning and "NCCL before 2.30" in warning
+
+
 PROGRAM = """
 import os, sys, time
 from cli.errors import exit_on_user_error
@@ -95,7 +122,7 @@ with exit_on_user_error():
         raise ConfigError(errors)
     own_report = rank_check.own_report
     if case == "gpu of rank 0" and rank == 0:
-        rank_check.own_report = lambda _: rank_check.RankReport(0, "n1", "H100", "GPU-0", True)
+        rank_check.own_report = lambda _: rank_check.RankReport(0, "n1", "H100", has_bf16=True)
     watchdog = Watchdog(TimeLimits())
     launch(processes, MeshShape(1, 2, 1, 1), ParallelConfig(), PrecisionConfig(), watchdog)
     print("launched")

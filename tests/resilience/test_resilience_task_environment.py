@@ -115,6 +115,34 @@ def test_allocator_uses_expandable_segments_unless_configured(
     assert applied == ([] if expected is None else ["expandable_segments:True"])
 
 
+@pytest.mark.parametrize(
+    ("launcher", "per_node", "visible", "name", "warned"),
+    [
+        ("srun", 4, 1, "NVIDIA H100 80GB HBM3", True),
+        ("srun", 4, 4, "NVIDIA H100 80GB HBM3", False),  # the remedy
+        ("srun", 1, 1, "NVIDIA H100 80GB HBM3", False),
+        ("srun", 4, 1, "NVIDIA H100 80GB HBM3 MIG 1g.10gb", False),
+        ("torchrun", 4, 1, "NVIDIA H100 80GB HBM3", False),
+    ],
+)
+def test_tasks_that_see_one_gpu_each_are_warned_about_nvlink(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    launcher: str,
+    per_node: int,
+    visible: int,
+    name: str,
+    warned: bool,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(task_environment, "own_gpu", lambda: (0, Gpu(name, (9, 0), 2**36)))
+    set_up_process(Processes("cuda", per_node, 2, launcher), ParallelConfig(async_tp=True))
+    printed = capsys.readouterr().err
+    assert ("--gpus-per-node=4 to sbatch, without --gpus-per-task" in printed) == warned
+    assert ("NVLink" in printed) == warned
+
+
 def test_settings_of_a_gpu_process(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     set_up_process(Processes("cuda", 8, 1, "srun"), ParallelConfig())
