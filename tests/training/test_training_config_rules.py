@@ -225,6 +225,32 @@ def test_unsupported_attention_kernels_are_rejected_with_the_reason() -> None:
     assert "parallel.cp=2 splits them" in cut
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "capability", "supported"),
+    [
+        (128, (8, 9), True),
+        (4, (9, 0), False),  # not a multiple of 8
+        (264, (9, 0), False),
+        (200, (8, 0), True),
+        (200, (9, 0), True),
+        (200, (10, 3), True),
+        (200, (8, 6), False),  # the backward needs more shared memory
+        (200, (12, 0), False),
+        (256, (8, 9), True),
+    ],
+)
+def test_varlen_is_rejected_for_head_sizes_that_a_gpu_cannot_train(
+    head_dim: int, capability: tuple[int, int], supported: bool
+) -> None:
+    model = replace(MODEL, dim=head_dim * MODEL.n_heads, attention="varlen")
+    shared = "cuda", MeshShape(1, 1, 1, 1), PARALLEL, PrecisionConfig()
+    found = list(device_errors(*shared, model, capability))
+    rule = f"model.attention=varlen needs model.dim / model.n_heads to be .* but it is {head_dim}; "
+    assert bool(found) != supported
+    assert all(re.match(rule + "use model.attention=auto or sdpa", each) for each in found)
+    assert not list(device_errors(*shared, replace(model, attention="auto"), capability))
+
+
 def test_async_tp_reports_every_missing_requirement() -> None:
     message = device_text(async_tp=True, sequence_parallel=False)
     for reason in ("symmetric memory", "parallel.tp=1", "parallel.compile", "along the sequence"):

@@ -140,6 +140,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("train", {"precision.optimizer_state": "int8"}),
     ("gpu", {"parallel.devices": 8}),
     ("gpu", FP8),
+    ("gpu", {"model.attention": "varlen", "model.dim": 3200, "model.n_heads": 16}),
     ("turing", FP8),
     ("turing", {"precision.param": "bf16"}),
     ("turing", {"model.attention": "varlen"}),
