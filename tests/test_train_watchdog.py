@@ -15,18 +15,21 @@ from conftest import start_python
 from processes import DEADLINE, Program, is_running, linux, paused_training
 from torch.distributed.flight_recorder.components.loader import read_dir
 
+from resilience.config import TimeLimits
 from resilience.exit_codes import ExitCode
 
 pytestmark = linux
 
 STEP_SECONDS = 12  # longer than a step on a loaded machine
+SETUP_SECONDS = 9000  # the longest limit of the run
 
 
 @pytest.fixture
 def paused(command: Any, tmp_path: Path) -> Iterator[tuple[Path, Program]]:
     """Return folder and processes of a run on two ranks, where rank 0 blocks after step 9."""
     folder = tmp_path / "run"
-    arguments = [*command(folder), "parallel.tp=2", f"watchdog.step_seconds={STEP_SECONDS}"]
+    limits = [f"watchdog.step_seconds={STEP_SECONDS}", f"watchdog.setup_seconds={SETUP_SECONDS}"]
+    arguments = [*command(folder), "parallel.tp=2", *limits]
     with paused_training(arguments, folder) as program:
         yield folder, program
 
@@ -96,8 +99,11 @@ def test_hanging_rank_is_reported_with_stack_before_waiting_ranks(
     dumps = folder / "flight_recorder"
     assert f"torchfrtrace --just_print_entries {dumps}\n" in errors
     collectives, _ = read_dir(Namespace(trace_dir=str(dumps), prefix="rank_"))
+    # Otherwise NCCL ends the process after 10 minutes. Groups of the checkpoint thread wait longer.
+    timeout = TimeLimits(SETUP_SECONDS, STEP_SECONDS, 0).group_timeout.total_seconds()
     for rank in ("rank_0", "rank_1"):
-        assert collectives[rank]["entries"]
+        timeouts = {each["timeout_ms"] for each in collectives[rank]["entries"]}
+        assert min(timeouts) == timeout * 1000
 
 
 def test_failed_rendezvous_ends_after_setup_timeout(command: Any, tmp_path: Path) -> None:
