@@ -20,7 +20,7 @@ from cli.config import load_plan_config
 from parallel.mesh import resolve_mesh
 from planning.fit_check import check_plan
 from planning.search import search
-from resilience.process_plan import plan_processes
+from resilience.accelerator import resolve_processes
 
 ROOT = Path(__file__).parent.parent
 REPEATS = 7
@@ -70,7 +70,7 @@ def measure_search(overrides: tuple[str, ...]) -> dict[str, object]:
 def fit_check_seconds() -> float:
     """Return the seconds of the memory check of the default run on this machine's CPU."""
     config = load_plan_config(compose("plan", plan_arguments(["hardware=cpu"])))
-    processes, _ = plan_processes(config.parallel)
+    processes, _ = resolve_processes(config.parallel)
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
     start = time.perf_counter()
     check_plan(config, processes, mesh)

@@ -32,7 +32,7 @@ from planning.memory import step_memory
 from planning.request import PlanRequest, configured_choice
 from planning.step_spec import StepSpec
 from planning.tracing import trace_memory
-from resilience.process_plan import plan_processes
+from resilience.accelerator import resolve_processes
 from train import set_up, train_step
 from training.config_rules import INSTALLATION_RULES
 from training.preflight import prepare_data
@@ -150,7 +150,7 @@ def planned_spec(name: str) -> StepSpec:
     """Return the step of a case in the planner's terms."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = load_train_config(compose("train", [*SMALL, *CASES[name][1]]), *INSTALLATION_RULES)
-    processes, _ = plan_processes(config.parallel, {})
+    processes, _ = resolve_processes(config.parallel, {})
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
     request = PlanRequest(config, "cpu", config.stages().first_token(config.train.max_steps))
     spec = request.stages(configured_choice(config, mesh))[0][0]

@@ -27,7 +27,7 @@ from planning.request import PlanRequest, configured_choice
 from planning.search import meshes
 from planning.speed import step_time
 from planning.step_spec import StepSpec
-from resilience.process_plan import plan_processes
+from resilience.accelerator import resolve_processes
 from training.config_rules import INSTALLATION_RULES
 from training.preflight import prepare_data
 
@@ -97,7 +97,7 @@ def plan_request(mesh: MeshShape) -> tuple[PlanRequest, Any]:
 def spec_of(mesh: MeshShape) -> StepSpec:
     """Return the step on a mesh."""
     request, config = plan_request(mesh)
-    processes, _ = plan_processes(config.parallel, {})
+    processes, _ = resolve_processes(config.parallel, {})
     resolved, _ = resolve_mesh(config.parallel, processes.world_size)
     return request.stages(configured_choice(config, resolved))[0][0]
 

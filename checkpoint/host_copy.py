@@ -1,8 +1,9 @@
 """Copy sharded tensors to host memory, to be written while training changes the originals."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ State = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Deferred:
+class DeferredTensor:
     """A tensor of a state that is computed when it is copied, and then freed.
 
     Attributes:
@@ -25,6 +26,15 @@ class Deferred:
 
     like: Tensor
     read: Callable[[], Tensor]
+
+
+@runtime_checkable
+class DefersMoments(Protocol):
+    """An optimizer whose state dict may have moments that are computed when they are copied."""
+
+    def deferred_moments(self) -> AbstractContextManager[None]:
+        """Let `state_dict` return such moments as `DeferredTensor`."""
+        ...
 
 
 def local_bytes(state: State) -> int:
@@ -53,7 +63,7 @@ def copy_to_host(state: State, buffers: State | None) -> State:
     if host_structure != structure:
         hosts = [_host_like(value) for value in values]
     for index, value in enumerate(values):
-        if isinstance(value, Deferred):
+        if isinstance(value, DeferredTensor):
             # Its memory is reused by later kernels of the same stream only, after the copy.
             _local(hosts[index]).copy_(value.read(), non_blocking=True)
         elif isinstance(value, Tensor):
@@ -68,7 +78,7 @@ def copy_to_host(state: State, buffers: State | None) -> State:
 
 def _host_like(value: Any) -> Tensor | None:
     """Allocate host memory like a tensor, pinned if the tensor is on a GPU."""
-    tensor = value.like if isinstance(value, Deferred) else value
+    tensor = value.like if isinstance(value, DeferredTensor) else value
     if not isinstance(tensor, Tensor):
         return None
     local = _local(tensor)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from checkpoint import retention
 from checkpoint.files import ALGORITHM, FORMAT_VERSION, Fingerprint, HashedFiles, write_synced
-from checkpoint.host_copy import State, is_on_device, local_bytes
+from checkpoint.host_copy import DefersMoments, State, is_on_device, local_bytes
 from data.files import sync_folder, write_problem
 from resilience.run_folder import COMMITTED, MANIFEST, RunFolder
 
@@ -94,8 +94,10 @@ def tensors_of(
     Args:
         deferred: Leave low-bit moments to be converted by `copy_to_host`, one at a time.
     """
-    defer = getattr(optimizer, "deferred_moments", nullcontext) if deferred else nullcontext
-    with defer():
+    context: AbstractContextManager[None] = nullcontext()
+    if deferred and isinstance(optimizer, DefersMoments):
+        context = optimizer.deferred_moments()
+    with context:
         model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": dict(model_state), "optimizer": dict(optimizer_state)}
 

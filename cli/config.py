@@ -27,8 +27,8 @@ from formats.config import ConvertJobConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, is_first_process, resolve_mesh
+from resilience.accelerator import resolve_processes
 from resilience.launcher_variables import launcher_errors
-from resilience.process_plan import plan_processes
 from resilience.renamed_keys import CONVERT_KEYS, EVALUATE_KEYS, RENAMED_KEYS, rename_keys
 from resilience.run_folder import RunFolder, RunFolderError
 from training import config_rules as rules
@@ -79,7 +79,7 @@ def check_config(composed: DictConfig) -> tuple[JobConfig, Processes, MeshShape]
     _check_start(composed)
     config = load_train_config(composed, rules.launch_rule(), *rules.INSTALLATION_RULES)
     print_warnings(config_warnings(config))
-    processes, _ = plan_processes(config.parallel)
+    processes, _ = resolve_processes(config.parallel)
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
     return config, processes, mesh
 
@@ -136,7 +136,7 @@ def check_inference_mesh(
     Raises:
         ConfigError: The mesh does not fit this machine or the model.
     """
-    processes, errors = plan_processes(parallel)
+    processes, errors = resolve_processes(parallel)
     errors += launcher_errors(parallel, processes.accelerator)
     if processes.capability is not None:
         errors += rules.bf16_errors(processes.capability, precision, model)

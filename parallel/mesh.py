@@ -85,7 +85,7 @@ class Processes:
         return self.per_node * self.num_nodes
 
 
-def started_processes(environment: Mapping[str, str]) -> Processes | None:
+def launched_processes(environment: Mapping[str, str]) -> Processes | None:
     """Return the processes that a launcher started, None if this run starts its own.
 
     A launcher is recognized by its complete and consistent set of variables only;
@@ -120,7 +120,7 @@ def is_self_launched(environment: Mapping[str, str]) -> bool:
 
 def process_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Return the global and the local rank of this process, before a process group exists."""
-    started, names = started_processes(environment), ("RANK", "LOCAL_RANK")
+    started, names = launched_processes(environment), ("RANK", "LOCAL_RANK")
     if started is None:
         rank = int(environment["LOCAL_RANK"]) if is_self_launched(environment) else 0
         return rank, rank
@@ -138,7 +138,7 @@ def resolve_mesh(config: ParallelConfig, world_size: int) -> tuple[MeshShape, li
     """Return the mesh of `world_size` processes with `dp_shard` resolved, and all errors."""
     min_shard = 1 if config.dp_shard == -1 else config.dp_shard
     if min(config.dp_replicate, min_shard, config.cp, config.tp, world_size) < 1:
-        # No mesh: field constraints report sizes below 1, `resilience.process_plan` a missing GPU.
+        # No mesh: field constraints report sizes below 1, `resilience.accelerator` a missing GPU.
         return MeshShape(1, 1, 1, 1), []
     others = config.dp_replicate * config.cp * config.tp
     dp_shard = config.dp_shard if config.dp_shard != -1 else max(world_size // others, 1)

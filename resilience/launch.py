@@ -33,8 +33,8 @@ from parallel.strategy import MeshStrategy, OwnGpu
 from resilience.errors import LaunchError
 from resilience.host_memory import keep_freed_memory
 from resilience.launcher_variables import network_hint
+from resilience.process_setup import bind_to_gpu, set_up_process
 from resilience.rank_check import check_ranks, host_name
-from resilience.task_environment import bind_to_gpu, set_up_process
 from resilience.watchdog import Watchdog
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

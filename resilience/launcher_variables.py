@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 
 from parallel.config import ParallelConfig
-from parallel.mesh import LOCAL_SIZES, RANK_VARIABLES, is_self_launched, started_processes
+from parallel.mesh import LOCAL_SIZES, RANK_VARIABLES, is_self_launched, launched_processes
 from parallel.slurm import TASK_VARIABLES, in_slurm, tasks_per_node
 
 RESOLVE_SECONDS = 20.0  # names of a new pod or node may take a moment to resolve
@@ -42,7 +42,7 @@ def launcher_errors(
     """
     if is_self_launched(environment):
         return  # the main process has checked them
-    started = started_processes(environment)
+    started = launched_processes(environment)
     if started is None:
         yield from _incomplete_launcher_errors(environment)
         if (nodes := parallel.num_nodes or 1) > 1:

@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 from parallel.config import BF16_CAPABILITY
-from parallel.mesh import Processes, process_ranks, started_processes
+from parallel.mesh import Processes, launched_processes, process_ranks
 from parallel.slurm import rendezvous
 from resilience.errors import LaunchError
 from resilience.gpu_probe import own_gpu, visible_devices
@@ -113,7 +113,7 @@ def report_error(message: str) -> bool:
     Returns:
         Whether the error is known on rank 0, which prints it.
     """
-    started = started_processes(os.environ)
+    started = launched_processes(os.environ)
     if started is None or started.world_size == 1:
         return True
     if started.launcher == "srun":

@@ -27,9 +27,9 @@ from data.config import (
 from model.config import FLEX_MIN_HEAD_DIM, ModelConfig, attention_kernel, varlen_supports
 from parallel.config import BF16_CAPABILITY, FP8_MULTIPLE, ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, resolve_mesh
+from resilience.accelerator import resolve_processes, world_size_errors
 from resilience.config import FaultsConfig
 from resilience.launcher_variables import launcher_errors
-from resilience.process_plan import plan_processes, started_errors
 from training.config import LogConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
 
 HOPPER = (9, 0)
@@ -628,10 +628,10 @@ def launch_rule(tasks: Processes | None = None) -> Callable[..., Iterator[str]]:
         data: DataConfig,
     ) -> Iterator[str]:
         if tasks is None:
-            processes, errors = plan_processes(parallel)
+            processes, errors = resolve_processes(parallel)
             errors += launcher_errors(parallel, processes.accelerator)
         else:
-            processes, errors = tasks, started_errors(parallel, tasks)
+            processes, errors = tasks, world_size_errors(parallel, tasks)
         mesh, unresolved = resolve_mesh(parallel, processes.world_size)
         yield from errors
         if tasks is None:

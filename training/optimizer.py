@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from checkpoint.host_copy import Deferred
+from checkpoint.host_copy import DeferredTensor
 from training.config import OptimConfig
 from training.moments import BLOCK, FloatMoment, Int8Moment, Moment
 
@@ -164,7 +164,7 @@ class LowBitAdamW(AdamW):
 
     @contextmanager
     def deferred_moments(self) -> Iterator[None]:
-        """Let `state_dict` return moments as `Deferred`, for a single copy to host memory."""
+        """Let `state_dict` return moments as `DeferredTensor`, for a single copy to host memory."""
         self._convert = _deferred
         yield
         self._convert = _to_float32
@@ -212,10 +212,10 @@ def _local(tensor: Tensor | None) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def _deferred(moment: Moment, parameter: Tensor) -> Deferred:
+def _deferred(moment: Moment, parameter: Tensor) -> DeferredTensor:
     """Return a moment that is converted to float32 when it is copied."""
     local = _local(parameter)
-    return Deferred(parameter, lambda: moment.read(0, local.numel()).view(local.shape))
+    return DeferredTensor(parameter, lambda: moment.read(0, local.numel()).view(local.shape))
 
 
 def _to_float32(moment: Moment, parameter: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from data.errors import DataError
 from parallel.mesh import is_first_process, resolve_mesh
+from resilience.accelerator import resolve_processes
 from resilience.lock import RunLock, acquire_lock, check_not_locked
-from resilience.process_plan import plan_processes
 from resilience.run_folder import RunFolder, RunFolderError
 from training.config import JobConfig
 from training.config_validation import plain
@@ -116,7 +116,7 @@ def _open_stream(config: JobConfig, trained_on: str | None) -> "StreamDataset":
     from data.stream import StreamDataset
 
     dataset = StreamDataset(config.data, config.tokenizer)
-    processes, _ = plan_processes(config.parallel)
+    processes, _ = resolve_processes(config.parallel)
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
     dataset.check(config.train.global_batch_size, mesh.dp)
     dataset.recognize(trained_on)

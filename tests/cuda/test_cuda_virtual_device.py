@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from virtual_device import VirtualDevice, VirtualPool, virtual_device
 
 import train
-from checkpoint.host_copy import Deferred, copy_to_host
+from checkpoint.host_copy import DeferredTensor, copy_to_host
 from checkpoint.position import Position
 from cli.arguments import CONF, hydra_arguments
 from cli.config import check_config
@@ -281,7 +281,7 @@ def test_copy_for_a_save_is_complete_on_return_and_waits_once(device: VirtualDev
     for save in (1.0, 2.0):
         device.launch(STEP)
         weights = [device.tensor([save * index, save]) for index in range(3)]
-        moment = Deferred(weights[0], partial(device.tensor, [save, -save]))
+        moment = DeferredTensor(weights[0], partial(device.tensor, [save, -save]))
         device.waits.clear()
         copied = copy_to_host({"weights": weights, "moment": moment, "step": save}, buffers)
         assert device.waits == ["Stream.synchronize"]

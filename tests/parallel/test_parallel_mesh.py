@@ -14,10 +14,10 @@ from parallel.mesh import (
     MeshShape,
     Processes,
     is_first_process,
+    launched_processes,
     resolve_mesh,
-    started_processes,
 )
-from resilience.process_plan import plan_processes
+from resilience.accelerator import resolve_processes
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",
@@ -97,11 +97,11 @@ def test_mesh_that_does_not_match_the_processes_is_rejected_with_a_valid_remedy(
 
 
 def test_processes_are_read_from_torchrun() -> None:
-    assert started_processes(TORCHRUN) == Processes("auto", 4, 2, "torchrun")
+    assert launched_processes(TORCHRUN) == Processes("auto", 4, 2, "torchrun")
 
 
 def test_processes_are_read_from_srun() -> None:
-    assert started_processes(SRUN) == Processes("auto", 2, 3, "srun")
+    assert launched_processes(SRUN) == Processes("auto", 2, 3, "srun")
 
 
 @pytest.mark.parametrize("name", ["bash", "interactive"])
@@ -109,15 +109,15 @@ def test_interactive_slurm_shell_is_not_a_launcher(name: str) -> None:
     one_task = {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_NTASKS": "1"}
     one_task |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     shell = {**SRUN, "SLURM_JOB_NAME": name, **one_task}
-    assert started_processes(shell) is None
-    assert started_processes({**SRUN, "SLURM_JOB_NAME": name}) == Processes("auto", 2, 3, "srun")
+    assert launched_processes(shell) is None
+    assert launched_processes({**SRUN, "SLURM_JOB_NAME": name}) == Processes("auto", 2, 3, "srun")
 
 
 @pytest.mark.parametrize("environment", [{}, {"MASTER_PORT": "29500"}, {"SLURM_JOB_ID": "1"}])
 def test_run_without_a_launcher_starts_its_processes(environment: dict[str, str]) -> None:
-    assert started_processes(environment) is None
+    assert launched_processes(environment) is None
     config = ParallelConfig(dp_shard=3, tp=2, accelerator="cpu")
-    processes, problems = plan_processes(config, environment)
+    processes, problems = resolve_processes(config, environment)
     assert (processes, problems) == (Processes("cpu", 6, 1, "self"), [])
     assert resolve_mesh(config, processes.world_size)[1] == []
 
@@ -129,13 +129,13 @@ def test_cpu_run_starts_one_process_unless_the_mesh_needs_more() -> None:
         (ParallelConfig(accelerator="cpu", devices=4), 4),
         (ParallelConfig(accelerator="cpu", devices=4, tp=2), 4),
     ):
-        processes, problems = plan_processes(config, {})
+        processes, problems = resolve_processes(config, {})
         assert (processes.per_node, problems) == (per_node, [])
     assert resolve_mesh(config, 4)[0] == MeshShape(1, 2, 1, 2)
 
 
 def test_processes_of_the_mesh_are_divided_among_nodes() -> None:
-    processes, problems = plan_processes(
+    processes, problems = resolve_processes(
         ParallelConfig(accelerator="cpu", dp_shard=2, tp=2, num_nodes=2), {}
     )
     assert (processes, problems) == (Processes("cpu", 2, 2, "self"), [])
@@ -145,10 +145,10 @@ def test_processes_of_the_mesh_are_divided_among_nodes() -> None:
 def test_mismatch_between_launcher_and_configuration_names_both(
     environment: dict[str, str],
 ) -> None:
-    started = started_processes(environment)
+    started = launched_processes(environment)
     assert started is not None
     config = ParallelConfig(accelerator="cpu", devices=7, num_nodes=9)
-    processes, problems = plan_processes(config, environment)
+    processes, problems = resolve_processes(config, environment)
     assert processes.world_size == started.world_size
     assert [problem.split(" does not")[0] for problem in problems] == [
         "parallel.devices=7",
@@ -159,7 +159,7 @@ def test_mismatch_between_launcher_and_configuration_names_both(
     matching = ParallelConfig(
         accelerator="cpu", devices=started.per_node, num_nodes=started.num_nodes
     )
-    assert plan_processes(matching, environment)[1] == []
+    assert resolve_processes(matching, environment)[1] == []
 
 
 def test_exactly_one_process_of_a_run_is_the_first() -> None:
@@ -177,9 +177,9 @@ def test_exactly_one_process_of_a_run_is_the_first() -> None:
 
 def test_processes_are_read_from_launchers_that_set_the_variables_of_torchrun() -> None:
     other = {name: value for name, value in TORCHRUN.items() if name in RANK_VARIABLES}
-    assert started_processes(other) == Processes("auto", 8, 1, OTHER)
+    assert launched_processes(other) == Processes("auto", 8, 1, OTHER)
     for name in LOCAL_SIZES:
-        assert started_processes({**other, name: "4"}) == Processes("auto", 4, 2, OTHER)
+        assert launched_processes({**other, name: "4"}) == Processes("auto", 4, 2, OTHER)
     assert not is_first_process(other)
 
 
@@ -187,8 +187,8 @@ def test_processes_are_read_from_launchers_that_set_the_variables_of_torchrun() 
 def test_variables_left_by_another_program_are_no_launcher(name: str) -> None:
     """Each process is then the first one: it locks its run folder and prints its errors."""
     for value in ("0", "1", "x", ""):
-        assert started_processes({name: value}) is None
+        assert launched_processes({name: value}) is None
         assert is_first_process({name: value})
         broken = {**TORCHRUN, name: "" if name != "MASTER_ADDR" else value}
         if name != "MASTER_ADDR":
-            assert started_processes(broken) is None and is_first_process(broken)
+            assert launched_processes(broken) is None and is_first_process(broken)

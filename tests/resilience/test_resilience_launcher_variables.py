@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from parallel.config import ParallelConfig
-from parallel.mesh import is_first_process, started_processes
+from parallel.mesh import is_first_process, launched_processes
 from resilience.launcher_variables import launcher_errors
 
 COMPLETE = {
@@ -93,7 +93,7 @@ def test_invalid_variables_are_named_and_the_remedy_works(
 ) -> None:
     found = errors(environment)
     assert found and named in found[0]
-    assert is_first_process(environment) or started_processes(environment) is not None
+    assert is_first_process(environment) or launched_processes(environment) is not None
     while found:  # each error names the variables to unset
         assert all("unset" in error for error in found)
         for error in found:

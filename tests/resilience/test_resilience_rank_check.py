@@ -109,7 +109,7 @@ from resilience import rank_check
 from resilience.config import TimeLimits
 from resilience.gpu_probe import Machine
 from resilience.launch import launch
-from resilience.process_plan import plan_processes
+from resilience.accelerator import resolve_processes
 from resilience.watchdog import Watchdog
 from training.config_validation import ConfigError
 
@@ -117,7 +117,7 @@ case, rank = sys.argv[1], int(os.environ["RANK"])
 broken = Machine(torch="2.13.0", cuda="13.0", driver="550.54.15", device_files=("/dev/nvidia0",))
 with exit_on_user_error():
     machine = broken if case == f"driver of rank {rank}" else Machine()
-    processes, errors = plan_processes(ParallelConfig(), machine=machine)
+    processes, errors = resolve_processes(ParallelConfig(), machine=machine)
     if errors:
         raise ConfigError(errors)
     own_report = rank_check.own_report

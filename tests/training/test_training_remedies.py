@@ -30,7 +30,7 @@ from formats.config import ConvertJobConfig
 from parallel import mesh
 from parallel.mesh import Processes
 from planning.config import PlanJobConfig
-from resilience import process_plan
+from resilience import accelerator
 from resilience.gpu_probe import Gpu, Machine
 from training import config_rules as rules
 from training.config import JobConfig
@@ -296,7 +296,7 @@ def errors_of(program: str, values: dict[str, Any]) -> list[str]:
     _, schema, applied = PROGRAMS[program]
     with pytest.MonkeyPatch.context() as patch:
         gpus = (Gpu("GPU", GPUS[program], 2**35),) * 2 if program in GPUS else ()
-        patch.setattr(process_plan, "probe_machine", lambda: Machine(gpus))
+        patch.setattr(accelerator, "probe_machine", lambda: Machine(gpus))
         patch.setitem(sys.modules, "wandb", None)
         if program == "no compiler":
             patch.delenv("CC", raising=False)

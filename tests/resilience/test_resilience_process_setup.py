@@ -15,12 +15,12 @@ from torch.distributed import DistBackendError, DistStoreError
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes
 from resilience import launch as launch_module
-from resilience import launcher_variables, task_environment
+from resilience import launcher_variables, process_setup
 from resilience.config import TimeLimits
 from resilience.errors import LaunchError
 from resilience.gpu_probe import Gpu
 from resilience.launch import _launch_errors, launch
-from resilience.task_environment import (
+from resilience.process_setup import (
     cpus_per_process,
     local_cpus,
     parse_cpus,
@@ -34,7 +34,7 @@ NUMBERS = ("TORCHINDUCTOR_COMPILE_THREADS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEV
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Restore the variables and threads that a test changes."""
-    for name in (*NUMBERS, *task_environment.ALLOCATOR_VARIABLES, "SLURM_CPUS_ON_NODE"):
+    for name in (*NUMBERS, *process_setup.ALLOCATOR_VARIABLES, "SLURM_CPUS_ON_NODE"):
         monkeypatch.setenv(name, "")  # recorded, so that it is restored
         monkeypatch.delenv(name)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
@@ -136,7 +136,7 @@ def test_tasks_that_see_one_gpu_each_are_warned_about_nvlink(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    monkeypatch.setattr(task_environment, "own_gpu", lambda: (0, Gpu(name, (9, 0), 2**36)))
+    monkeypatch.setattr(process_setup, "own_gpu", lambda: (0, Gpu(name, (9, 0), 2**36)))
     set_up_process(Processes("cuda", per_node, 2, launcher), ParallelConfig(async_tp=True))
     printed = capsys.readouterr().err
     assert ("--gpus-per-node=4 to sbatch, without --gpus-per-task" in printed) == warned
@@ -186,10 +186,10 @@ def test_all_threads_are_bound_after_the_launch_of_other_processes(
     gpu = Gpu("NVIDIA H100", (9, 0), 1, bus="0000:1b:00.0")
     fabric = SimpleNamespace(launch=lambda: events.append("launch"))
     monkeypatch.setattr(launch_module, "Fabric", lambda **_: fabric)
-    monkeypatch.setattr(task_environment, "own_gpu", lambda: (0, gpu))
-    monkeypatch.setattr(task_environment, "local_cpus", lambda *_: {0})
+    monkeypatch.setattr(process_setup, "own_gpu", lambda: (0, gpu))
+    monkeypatch.setattr(process_setup, "local_cpus", lambda *_: {0})
     monkeypatch.setattr(os, "sched_setaffinity", lambda *bound: events.append(bound))
-    monkeypatch.setattr(task_environment, "use_expandable_segments", lambda environment: None)
+    monkeypatch.setattr(process_setup, "use_expandable_segments", lambda environment: None)
     for name in ("MASTER_ADDR", "LLAMESH_MAIN_PID"):
         monkeypatch.setenv(name, "")  # recorded, so that it is restored
     watchdog: Any = SimpleNamespace(limits=TimeLimits(), children=[], connect=lambda: None)

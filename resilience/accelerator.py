@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from parallel.config import BF16_CAPABILITY, ParallelConfig
-from parallel.mesh import Processes, process_ranks, started_processes
+from parallel.mesh import Processes, launched_processes, process_ranks
 from resilience.gpu_probe import (
     TO_CPU,
     Gpu,
@@ -21,7 +21,7 @@ from resilience.gpu_probe import (
 )
 
 
-def plan_processes(
+def resolve_processes(
     config: ParallelConfig,
     environment: Mapping[str, str] = os.environ,
     machine: Machine | None = None,
@@ -44,10 +44,10 @@ def plan_processes(
             errors.append(f"parallel.accelerator=cuda but no GPU is visible; use {TO_CPU}")
     on_gpus = bool(machine.gpus) or config.accelerator == "cuda"
     accelerator = "cuda" if on_gpus else "cpu"
-    started = started_processes(environment)
+    started = launched_processes(environment)
     if started is not None:
         processes = Processes(accelerator, started.per_node, started.num_nodes, started.launcher)
-        errors += started_errors(config, started)
+        errors += world_size_errors(config, started)
     else:
         mesh_size = config.dp_replicate * max(config.dp_shard, 1) * config.cp * config.tp
         num_nodes = config.num_nodes or 1
@@ -101,7 +101,7 @@ def _gpu_errors(
         )
 
 
-def started_errors(config: ParallelConfig, started: Processes) -> list[str]:
+def world_size_errors(config: ParallelConfig, started: Processes) -> list[str]:
     """Return errors if the launched processes do not match the configuration."""
     return [
         f"parallel.{key}={value} does not match {started.launcher}, which started {actual}; "

@@ -21,8 +21,8 @@ from parallel.strategy import MeshStrategy, OwnGpu
 from planning import fit_check
 from planning.step_spec import resolved_precision
 from resilience import gpu_probe
+from resilience.accelerator import resolve_processes
 from resilience.gpu_probe import Gpu, Machine, gpu_index, probe_machine
-from resilience.process_plan import plan_processes
 
 AUTO, ON_CPU = ParallelConfig(), ParallelConfig(accelerator="cpu")
 WHEEL = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")  # torch 2.13 for CUDA 13.0
@@ -88,28 +88,28 @@ def test_device_index_follows_the_visible_gpus(
     for rank in range(size):
         environment = launched(launcher, rank, size, 4)
         found = machine(*[H100] * visible)
-        processes, errors = plan_processes(AUTO, environment, found)
+        processes, errors = resolve_processes(AUTO, environment, found)
         assert (processes.accelerator, processes.per_node) == ("cuda", 4)
         if indices is None:
             (error,) = errors
             assert "started 4 processes on this node" in error and f"sees {visible} GPUs" in error
             remedy = launched(launcher, 0, 2 * visible, visible)
-            assert plan_processes(AUTO, remedy, found)[1] == []
+            assert resolve_processes(AUTO, remedy, found)[1] == []
             assert "request more GPUs (--gpus-per-node=4)" in error
-            assert plan_processes(AUTO, environment, machine(*[H100] * 4))[1] == []
+            assert resolve_processes(AUTO, environment, machine(*[H100] * 4))[1] == []
         else:
             assert errors == []
             assert gpu_index(process_ranks(environment)[1], visible) == indices[rank % 4]
-        assert plan_processes(ON_CPU, environment, found)[1] == []
+        assert resolve_processes(ON_CPU, environment, found)[1] == []
 
 
 def test_run_that_starts_its_processes_uses_at_most_the_visible_gpus() -> None:
     two = machine(H100, H100)
     expected = Processes("cuda", 2, 1, "self", (9, 0))
-    assert plan_processes(AUTO, {}, two) == (expected, [])
-    (error,) = plan_processes(ParallelConfig(devices=3), {}, two)[1]
+    assert resolve_processes(AUTO, {}, two) == (expected, [])
+    (error,) = resolve_processes(ParallelConfig(devices=3), {}, two)[1]
     assert "parallel.devices=3 exceeds the 2 visible GPUs; use at most 2" in error
-    assert plan_processes(ParallelConfig(devices=2), {}, two)[1] == []
+    assert resolve_processes(ParallelConfig(devices=2), {}, two)[1] == []
 
 
 @pytest.mark.parametrize(("visible", "index"), [(1, 0), (2, 1)])
@@ -193,7 +193,7 @@ def test_every_form_of_visible_devices_is_counted(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
     driver(nvml=8, runtime=1)
     environment = {} if value is None else {"CUDA_VISIBLE_DEVICES": value}
-    processes, errors = plan_processes(AUTO, environment)
+    processes, errors = resolve_processes(AUTO, environment)
     assert errors == []
     expected = ("cuda", gpus) if gpus else ("cpu", 1)
     assert (processes.accelerator, processes.per_node) == expected
@@ -206,10 +206,10 @@ def test_visible_devices_that_name_no_gpu_are_rejected(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
     driver(nvml=8, runtime=0)
-    (error,) = plan_processes(AUTO, {"CUDA_VISIBLE_DEVICES": value})[1]
+    (error,) = resolve_processes(AUTO, {"CUDA_VISIBLE_DEVICES": value})[1]
     assert f"CUDA_VISIBLE_DEVICES={value} names no GPU" in error
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # the remedy
-    assert plan_processes(AUTO, {})[1] == []
+    assert resolve_processes(AUTO, {})[1] == []
 
 
 # ---------------------------------------------------------------- no GPU
@@ -219,13 +219,13 @@ def test_nothing_asks_for_gpus_in_a_cpu_run(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("device_count", "is_available", "init"):
         monkeypatch.setattr(torch.cuda, name, lambda: pytest.fail("asked for GPUs"))
     expected = Processes("cpu", 2, 1, "self")
-    assert plan_processes(ParallelConfig(accelerator="cpu", tp=2), {}) == (expected, [])
+    assert resolve_processes(ParallelConfig(accelerator="cpu", tp=2), {}) == (expected, [])
 
 
 def test_machine_without_gpu_trains_on_the_cpu_unless_cuda_is_requested() -> None:
     none = Machine(torch="2.13.0+cpu")
-    assert plan_processes(AUTO, {}, none) == (Processes("cpu", 1, 1, "self"), [])
-    (error,) = plan_processes(ParallelConfig(accelerator="cuda"), {}, none)[1]
+    assert resolve_processes(AUTO, {}, none) == (Processes("cpu", 1, 1, "self"), [])
+    (error,) = resolve_processes(ParallelConfig(accelerator="cuda"), {}, none)[1]
     assert "parallel.accelerator=cuda but no GPU is visible; use parallel.accelerator=cpu" in error
 
 
@@ -275,18 +275,18 @@ BROKEN = "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet 
 def test_gpu_that_torch_does_not_see_is_an_error_with_its_reason(
     found: Machine, environment: dict[str, str], reason: str, remedy: str, accelerator: Any
 ) -> None:
-    (error,) = plan_processes(ParallelConfig(accelerator=accelerator), environment, found)[1]
+    (error,) = resolve_processes(ParallelConfig(accelerator=accelerator), environment, found)[1]
     assert "torch sees no GPU, but the machine has one" in error
     assert reason in error and remedy in error.partition(reason)[2], error
     if found.driver:
         assert found.driver in error
     # Both ways to train on the CPU on purpose.
     assert error.endswith("or use parallel.accelerator=cpu to train on the CPU")
-    assert plan_processes(ON_CPU, environment, found)[1] == []
+    assert resolve_processes(ON_CPU, environment, found)[1] == []
     if accelerator == "auto":
         for value in ("", "-1"):
             hidden = {**environment, "CUDA_VISIBLE_DEVICES": value}
-            assert plan_processes(AUTO, hidden, found)[1] == []
+            assert resolve_processes(AUTO, hidden, found)[1] == []
 
 
 def test_old_driver_is_found_although_nvml_counts_the_gpus(driver: Callable[..., None]) -> None:
@@ -294,7 +294,7 @@ def test_old_driver_is_found_although_nvml_counts_the_gpus(driver: Callable[...,
     driver(nvml=8, runtime="The NVIDIA driver on your system is too old (found version 12040).")
     found = probe_machine()
     assert found.gpus == () and "too old (found version 12040)" in found.error
-    (error,) = plan_processes(AUTO, {})[1]
+    (error,) = resolve_processes(AUTO, {})[1]
     assert "too old (found version 12040)" in error
 
 
@@ -346,31 +346,31 @@ def test_gpus_without_kernels_and_rocm_are_rejected(
 ) -> None:
     found = machine(gpu, gpu, **other)
     for environment in ({}, launched("srun", 1, 2, 2)):
-        errors = plan_processes(AUTO, environment, found)[1]
+        errors = resolve_processes(AUTO, environment, found)[1]
         assert len(errors) == (words is not None), errors
         assert all(str(words) in error and "parallel.accelerator=cpu" in error for error in errors)
-    assert plan_processes(ON_CPU, {}, found)[1] == []
+    assert resolve_processes(ON_CPU, {}, found)[1] == []
 
 
 def test_gpus_of_other_processes_are_not_checked() -> None:
     """An old GPU for the display may be in the machine."""
     mixed = machine(H100, V100)
-    assert plan_processes(ParallelConfig(devices=1), {}, mixed)[1] == []
-    assert plan_processes(AUTO, launched("srun", 0, 2, 2), mixed)[1] == []
-    assert len(plan_processes(AUTO, launched("srun", 1, 2, 2), mixed)[1]) == 1
+    assert resolve_processes(ParallelConfig(devices=1), {}, mixed)[1] == []
+    assert resolve_processes(AUTO, launched("srun", 0, 2, 2), mixed)[1] == []
+    assert len(resolve_processes(AUTO, launched("srun", 1, 2, 2), mixed)[1]) == 1
 
 
 def test_processes_of_a_run_have_gpus_with_or_without_bf16() -> None:
-    (error,) = plan_processes(AUTO, {}, machine(H100, T4))[1]
+    (error,) = resolve_processes(AUTO, {}, machine(H100, T4))[1]
     assert H100.name in error and T4.name in error and "CUDA_VISIBLE_DEVICES" in error
     for gpus in ((H100,), (T4,)):  # the remedy
-        assert plan_processes(AUTO, {}, machine(*gpus))[1] == []
+        assert resolve_processes(AUTO, {}, machine(*gpus))[1] == []
 
 
 def test_turing_computes_in_fp32_with_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     from parallel.data_parallel import mixed_precision_policy
 
-    processes, errors = plan_processes(AUTO, {}, machine(T4))
+    processes, errors = resolve_processes(AUTO, {}, machine(T4))
     assert (processes.capability, errors) == ((7, 5), [])
     for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
