@@ -174,8 +174,7 @@ def train(run: Run) -> None:
             logs = validates or step == 1 or is_due(config.log.interval, step, config)
             logs = logs or stages.at(batch.number + 1) != stage  # throughput of one sequence length
             run.advance(batch)
-            compiled = bool(config.parallel.resolved(run.fabric.device.type).compile)
-            metrics = step_metrics(run.position, tensors, lr, compiled) if logs else {}
+            metrics = step_metrics(run.position, tensors, lr, run.compiled) if logs else {}
             decision = check_step(run, batch.number, tensors["scalars"], saves)
         run.watchdog.enter("step", step + 1)
         run.record_progress()

@@ -15,7 +15,8 @@ import torch.utils.deterministic
 def make_deterministic() -> None:
     """Select deterministic algorithms; call it before CUDA and NCCL are initialized."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # PyTorch raises without it
-    # Reductions inside of NVSwitch have no fixed order.
+    # Reductions inside of NVSwitch have no fixed order. `^` excludes all names of the list (NCCL,
+    # src/graph/tuning.cc: parseList; names in src/init.cc: ncclAlgoStr); NCCL rejects unknown ones.
     os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
     torch.use_deterministic_algorithms(True)
     # Filling uninitialized memory finds errors, and takes time.

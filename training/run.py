@@ -85,6 +85,11 @@ class Run:
         return RunFolder(Path(self.config.run.dir))
 
     @property
+    def compiled(self) -> bool:
+        """Whether the blocks are compiled; `config` keeps `auto`, to resume on another device."""
+        return bool(self.config.parallel.resolved(self.fabric.device.type).compile)
+
+    @property
     def data_rank(self) -> int:
         """Index of the part of each batch, out of `mesh.dp`, that this process reads."""
         return self.mesh.data_rank(self.fabric.global_rank)

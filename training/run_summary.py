@@ -74,7 +74,7 @@ def _compute(run: Run) -> str:
         kernel += f" ({active_flash_attention()})"
     formats = {torch.bfloat16: "bf16", torch.float32: "fp32"}
     fp8 = f" with {config.precision.fp8} fp8 products" if config.precision.fp8 else ""
-    compiled = ", compiled" if config.parallel.resolved(device.type).compile else ""
+    compiled = ", compiled" if run.compiled else ""
     return f"{formats[dtype]}{fp8}{compiled}, {kernel} attention"
 
 

@@ -2,21 +2,31 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.utils
 from torch import Tensor
 
+from data.config import TokenizerConfig
+from data.tokenizer import ready_tokenizer
+from evaluation.generation import sample_text
 from model import attention
 from model.attention import AttentionKernel
 from model.compiled import GRAPHS, compile_for_any_shape
+from model.config import ModelConfig
+from model.init import initialize
+from model.llama import Llama
 from model.loss import CrossEntropySum
-from parallel.compilation import compiled_graphs
+from parallel.compilation import apply_compile, compiled_graphs
 from training import moments
+from training.deterministic import nondeterministic
 
 # Batch and sequence length: stages, last micro-batches, validation, a single row.
 SHAPES = [(4, 32), (4, 64), (2, 48), (1, 48), (3, 40), (5, 33), (1, 100), (7, 20), (2, 130), (6, 7)]
+
+BYTES = TokenizerConfig("byte", 272)
 
 Run = Callable[[int, int], None]
 
@@ -95,3 +105,26 @@ def test_number_of_graphs_is_bounded(function: Callable[[], Run]) -> None:
     for batch, seq in ((3, 51), (9, 77), (1, 30)):
         run(batch, seq)
     assert compiled_graphs() == found
+
+
+def test_text_sample_of_a_deterministic_run_adds_no_graphs() -> None:
+    """It leaves deterministic mode, which Dynamo's guards of the graphs include."""
+    llama = Llama(ModelConfig("small", 16, 1, 2, 1, 24, 272))
+    initialize(llama, llama.config, seed=0)
+    apply_compile(llama)
+    tokens, tokenizer = torch.ones(2, 8, dtype=torch.int64), ready_tokenizer(BYTES)
+    assert tokenizer is not None
+
+    def step() -> int:
+        llama(tokens, labels=tokens).backward()
+        return compiled_graphs()
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = step()
+        with nondeterministic():
+            arguments: dict[str, Any] = {"temperature": 1.0, "seed": 0, "device": tokens.device}
+            sample_text(llama, tokenizer, "ab", n_tokens=2, **arguments)
+        assert step() == first > 0
+    finally:
+        torch.use_deterministic_algorithms(False)

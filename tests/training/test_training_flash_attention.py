@@ -96,5 +96,6 @@ def test_header_names_the_kernel_that_runs(
         parallel=ParallelConfig(cp=cp),
         precision=PrecisionConfig(),
     )
-    run: Any = SimpleNamespace(config=config, fabric=SimpleNamespace(device=torch.device("cuda")))
+    fabric = SimpleNamespace(device=torch.device("cuda"))
+    run: Any = SimpleNamespace(config=config, fabric=fabric, compiled=True)
     assert _compute(run) == expected
