@@ -5,8 +5,11 @@ or one per row, and return the dtype of a Linear layer. Weights, their names and
 change. Embedding, output head, norms and attention are not affected.
 """
 
+import math
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from model.llama import Llama
 
@@ -29,3 +32,42 @@ def apply_float8(model: Llama, recipe: Recipe, emulate: bool = False) -> None:
 
     config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
     convert_to_float8_training(model.layers, config=config)
+
+
+def gather_in_float8(model: Llama, dtype: torch.dtype, n_shards: int) -> None:
+    """Let FSDP2 gather the matrices of `tensorwise` layers in fp8. Call it after sharding them.
+
+    Each rank casts its shard like the gathered weight, from `dtype` and with the complete weight's
+    scale: results do not change. Weights that `n_shards` does not divide are gathered in `dtype`.
+    """
+    from torchao.float8.float8_linear import Float8Linear
+    from torchao.float8.float8_utils import amax_to_scale
+    from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor as Wrapper
+
+    weights: list[Any] = []
+
+    def extend_gather(shard: Any, *config: Any) -> None:
+        """Set FSDP2's extension ("allow monkey patch" in `FSDPParamGroup.lazy_init`)."""
+        weight = Wrapper(shard, *config)
+        weights.append(weight)
+        shard.fsdp_post_all_gather = weight.fsdp_post_all_gather
+        shard.fsdp_pre_all_gather = lambda mesh, size, stride, module, policy: Wrapper(
+            shard.to(dtype), *config, weight._precomputed_scale
+        ).fsdp_pre_all_gather(mesh)
+
+    @torch.no_grad()
+    def update_scales(*_: Any) -> None:
+        if not weights:  # in the first forward, because `to_empty` replaces the parameters
+            for layer in (each for each in model.modules() if isinstance(each, Float8Linear)):
+                shard = layer.weight._local_tensor
+                if shard.numel() * n_shards == layer.weight.numel():
+                    extend_gather(shard, layer.linear_mm_config, torch.float8_e4m3fn)
+        if weights:
+            amax = torch.stack(torch._foreach_norm([each._tensor for each in weights], math.inf))
+            amax = amax.to(dtype)  # (weights); equal to the maximum of the rounded weights
+            torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX)  # of all ranks
+            for each, scale in zip(weights, amax_to_scale(amax, torch.float8_e4m3fn), strict=True):
+                each._precomputed_scale = scale
+
+    # Before FSDP2's hook, which looks for extensions and starts the first all-gather.
+    model.register_forward_pre_hook(update_scales, prepend=True)

@@ -75,6 +75,10 @@ def parallelize(
         apply_mixed_precision(model, param_dtype)
     else:
         apply_data_parallel(model, mesh, dtypes, parallel.reshard_after_forward)
+    if precision.fp8 == "tensorwise" and mesh["dp_shard", "cp"].size() > mesh["tp"].size() == 1:
+        from parallel.float8 import gather_in_float8
+
+        gather_in_float8(model, param_dtype, mesh.size() // mesh["dp_replicate"].size())
     return model
 
 

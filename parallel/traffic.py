@@ -19,7 +19,7 @@ from typing import Literal
 
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
-from parallel.mesh import DATA_AXES, MeshShape
+from parallel.mesh import AXES, DATA_AXES, MeshShape
 from parallel.step_scalars import N_EXTRA_SCALARS
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
@@ -61,6 +61,7 @@ class Step:
         reduce_bytes: Element size in the reduction of gradients.
         head_chunk: Tokens per chunk of logits (`model.loss.CHUNK`).
         norm_bytes: Element size of the all-reduce of the gradient norm (8 on CPU, else 4).
+        fp8_gather: Gather the blocks' matrices in fp8 (`parallel.float8.gather_in_float8`).
     """
 
     micro_batches: int
@@ -70,6 +71,7 @@ class Step:
     reduce_bytes: int
     head_chunk: int
     norm_bytes: int = FLOAT32
+    fp8_gather: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,21 +162,21 @@ def _weights(plan: _Plan) -> list[Collective]:
 
     layers, reshard = plan.model.n_layers, plan.parallel.reshard_after_forward
     resharded = layers - 1 if reshard is None else layers * reshard
-    groups = [  # (count, elements of each, count of resharded ones)
-        (layers, elements(block_matrices(plan.model, mesh.tp)), resharded),
-        (1, elements(root_matrices(plan.model, mesh.tp)), 0),
+    block = block_matrices(plan.model, mesh.tp)
+    in_fp8 = [each for each in block[:-2] if step.fp8_gather and each[0] % ranks == 0]
+    groups = [  # (count, elements of each, elements in fp8, count of resharded ones)
+        (layers, elements(block), elements(in_fp8), resharded),
+        (1, elements(root_matrices(plan.model, mesh.tp)), 0, 0),
     ]
     found = []
-    for count, size, freed in groups:
+    for count, size, narrow, freed in groups:
         gathers = 2 * step.micro_batches * freed + count - freed
-        weights, gradients = size * step.param_bytes, size * step.reduce_bytes
-        n_reductions = count * plan.reductions
+        weights, gradients = (size - narrow) * step.param_bytes + narrow, size * step.reduce_bytes
+        reduced = count * plan.reductions
         replicated = count * gradients // ranks
         found += [
             plan.over(sharded, "all_gather", gathers, gathers * weights, "weights"),
-            plan.over(
-                sharded, "reduce_scatter", n_reductions, n_reductions * gradients, "gradients"
-            ),
+            plan.over(sharded, "reduce_scatter", reduced, reduced * gradients, "gradients"),
             plan.over(["dp_replicate"], "all_reduce", count, replicated, "gradients"),
         ]
     return found
@@ -266,7 +268,6 @@ def _context(plan: _Plan) -> list[Collective]:
 
 def _scalars(plan: _Plan) -> list[Collective]:
     """Return the reductions of squared norm, loss, requests, targets and batch hash."""
-    all_axes = ("dp_replicate", "dp_shard", "cp", "tp")
     counts = [plan.over([axis], "all_reduce", 1, 2 * INT64, "scalars") for axis in DATA_AXES]
     size = (1 + N_EXTRA_SCALARS) * plan.step.norm_bytes
-    return [plan.over(all_axes, "all_reduce", 1, size, "scalars"), *counts]
+    return [plan.over(AXES, "all_reduce", 1, size, "scalars"), *counts]

@@ -115,6 +115,7 @@ class _Group:
     Attributes:
         shard: Bytes of one float32 shard.
         gathered: Bytes of the gathered weights.
+        gradients: Bytes of the unsharded gradients of a micro-batch.
         to_reduce: Bytes of the unsharded gradients in the reduction's data type.
     """
 
@@ -122,7 +123,7 @@ class _Group:
         self.shard_elements = sum(-(-rows // shards) * columns for rows, columns in matrices)
         self.elements = self.shard_elements * shards
         self.shard = self.shard_elements * FLOAT32
-        self.gathered = self.elements * spec.param_bytes
+        self.gradients = self.gathered = self.elements * spec.param_bytes
         self.to_reduce = self.elements * spec.reduce_bytes
 
 
@@ -135,6 +136,8 @@ class _DistributedStep:
         self.layers, self.shards = model.n_layers, mesh.dp_shard * mesh.cp
         self.block = _Group(block_matrices(model, mesh.tp), self.shards, spec)
         self.root = _Group(root_matrices(model, mesh.tp), self.shards, spec)
+        in_fp8 = sum(rows * columns for rows, columns in spec.fp8_gathered)
+        self.block.gathered -= in_fp8 * (spec.param_bytes - 1)
         self.head_elements = model.vocab_size // mesh.tp * model.dim
         self.head_weight = self.head_elements * spec.param_bytes
         self.ffn_weight = model.dim * model.ffn_dim // mesh.tp * spec.param_bytes
@@ -246,7 +249,7 @@ class _DistributedStep:
         yield self._memory(
             "reduction",
             activations=self._activations(pending_blocks) + block_input_bytes(spec),
-            gathered=gathered + accumulated + block.gathered,
+            gathered=gathered + accumulated + block.gradients,
             temporary=2 * block_input_bytes(spec),
             gradients=gradients,
         )
@@ -260,7 +263,7 @@ class _DistributedStep:
 
     def _reduction(self, group: _Group, accumulated: int, old: bool) -> int:
         """Return gradients of a group before and after reduction, plus `accumulated` ones."""
-        before = 0 if self.accumulates else group.gathered
+        before = 0 if self.accumulates else group.gradients
         buffers = group.to_reduce - (self.reduced if old else 0)
         if self.shards > 1 or self.spec.mesh.dp_replicate > 1:  # else reduced in place
             buffers += group.to_reduce // self.shards

@@ -91,6 +91,7 @@ class RankCosts:
         self.bandwidth = hardware.bandwidth_gb_s * 1e9 / self.sharing
         block, root = block_matrices(model, tp), root_matrices(model, tp)
         self.elements = model.n_layers * _elements(block) + _elements(root)
+        self.fp8_elements = model.n_layers * _elements(spec.fp8_gathered)
 
     # ------------------------------------------------------------ per micro-batch
 
@@ -164,16 +165,19 @@ class RankCosts:
         """Return the bytes moved to cast, gather and copy out weights and to sum gradients.
 
         With one shard, FSDP2 casts and copies once per step, as it does for weights that stay
-        gathered. A single process casts weights in mixed precision only.
+        gathered. A single process casts weights in mixed precision only. The cast of a shard to fp8
+        is four more operations, in float32.
         """
         p, per_step = self.spec.param_bytes, 1 / self.spec.micro_batches
         if self.spec.mesh.world_size == 1:
             cast = 0 if p == FLOAT32 else (FLOAT32 + p) * per_step
             return self.elements * (cast + self.sums())
-        gathers = (FLOAT32 + p) / self.shards + (4 if self.shards > 1 else 2) * p
+        casts = (FLOAT32 + p) * self.elements + (p + 6 * FLOAT32 + 1) * self.fp8_elements
+        gathered = p * self.elements - (p - 1) * self.fp8_elements
+        gathers = casts / self.shards + (4 if self.shards > 1 else 2) * gathered
         if self.shards == 1 or self.spec.parallel.reshard_after_forward is False:
             gathers *= per_step
-        return self.elements * (gathers + self.sums())
+        return gathers + self.elements * self.sums()
 
     def sums(self) -> float:
         """Return the bytes moved per gradient element between a backward and the step's sum.

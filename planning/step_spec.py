@@ -10,7 +10,7 @@ from typing import Literal
 from model.config import ModelConfig
 from parallel.config import BF16_CAPABILITY, ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
-from parallel.traffic import Collective, Step, step_traffic
+from parallel.traffic import Collective, Step, block_matrices, step_traffic
 
 HEAD_CHUNK = 2048
 """Tokens per chunk of logits; equals `model.loss.CHUNK`, which importing would load torch."""
@@ -90,7 +90,17 @@ class StepSpec:
             reduce_bytes=self.reduce_bytes,
             head_chunk=HEAD_CHUNK,
             norm_bytes=8 if self.accelerator == "cpu" else 4,
+            fp8_gather=bool(self.fp8_gathered),
         )
+
+    @property
+    def fp8_gathered(self) -> list[tuple[int, int]]:
+        """The local shapes of a block's matrices that are gathered in fp8."""
+        shards = self.mesh.dp_shard * self.mesh.cp
+        if self.precision.fp8 != "tensorwise" or shards == 1 or self.mesh.tp > 1:
+            return []
+        matrices = block_matrices(self.model, tp=1)[:-2]  # without norms
+        return [each for each in matrices if each[0] % shards == 0]
 
     def traffic(self) -> list[Collective]:
         """Return the collectives of each rank in one step."""

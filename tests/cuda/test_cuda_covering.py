@@ -135,9 +135,8 @@ def check_report(name: str, case: Case, choice: dict[str, Any], report: Report) 
     else:
         assert calls == {kernel: forwards * (2 if full else 1)}, name
     if not case.parallel.compile:
-        # Of seven products a block, `full` repeats all but the last, because recomputation stops at
-        # the last input that is saved; an fp8 product saves it afterwards. The head has two, and
-        # addmm.
+        # Of seven products a block, `full` repeats all but the last, and in fp8, where a layer's
+        # tensors are saved after its product, all; the head has two and addmm.
         repeated = (7 if case.precision.fp8 else 6) if full else 0
         products = case.model.n_layers * (21 + repeated) + 2
         found = report.operations["mm"] + report.operations["_scaled_mm"]

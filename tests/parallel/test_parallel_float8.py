@@ -21,10 +21,11 @@ from model.config import ModelConfig
 from model.init import initialize
 from model.llama import Llama
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.float8 import CAPABILITY, Recipe, apply_float8
+from parallel.float8 import CAPABILITY, Recipe, apply_float8, gather_in_float8
 from parallel.mesh import MeshShape
 from parallel.parallelize import initialize_weights, parallelize
 from parallel.strategy import MeshStrategy
+from planning.memory_tracker import local_tensor
 
 CONFIG = ModelConfig("small", 64, 2, 4, 2, 96, 80)
 BATCH, SEQ = 8, 32
@@ -40,6 +41,7 @@ class Case:
     tp: int = 1
     sequence_parallel: bool = True
     param: Any = "fp32"
+    gather: bool = False
 
 
 MESHES = ({"dp": 2}, {"tp": 2}, {"tp": 2, "sequence_parallel": False})
@@ -47,6 +49,7 @@ SINGLE_PROCESS = [
     Case(recipe, param=param) for recipe in (None, *RECIPES) for param in ("fp32", "bf16")
 ]
 MULTI_PROCESS = [Case(recipe, **mesh) for recipe in RECIPES for mesh in MESHES]  # type: ignore[arg-type]
+GATHERED = [Case("tensorwise", dp=2, param="bf16", gather=gather) for gather in (False, True)]
 
 
 def run_case(case: Case) -> dict[str, Any]:
@@ -58,7 +61,10 @@ def run_case(case: Case) -> dict[str, Any]:
     def plan(model: Llama, mesh: DeviceMesh) -> Llama:
         if case.recipe:
             apply_float8(model, case.recipe, emulate=True)
-        return parallelize(model, mesh, parallel, PrecisionConfig(param=case.param))
+        parallelize(model, mesh, parallel, PrecisionConfig(param=case.param))
+        if case.gather:
+            gather_in_float8(model, torch.bfloat16, case.dp)
+        return model
 
     strategy = MeshStrategy(MeshShape(1, case.dp, 1, case.tp), plan)
     fabric = Fabric(accelerator="cpu", devices=case.dp * case.tp, strategy=strategy)
@@ -75,7 +81,14 @@ def run_case(case: Case) -> dict[str, Any]:
     loss = model(tokens[local], None, labels[local]) / (BATCH * SEQ)
     fabric.backward(loss)
     gradients: dict[str, Any] = {name: p.grad for name, p in llama.named_parameters()}
+    weights = dict(llama.named_parameters())
+    with torch.no_grad():
+        torch._foreach_mul_([local_tensor(weight) for weight in weights.values()], 1.5)
+        next_loss = model(tokens[local], None, labels[local])
     return {
+        "next_loss": strategy.sum_over_data(next_loss.double()).item(),
+        "weights": {type(local_tensor(weight)) for weight in weights.values()},
+        "gathered": {name: type(p).__name__ for name, p in llama.named_parameters()},
         "loss": strategy.sum_over_data(loss.detach().double()).item(),
         "gradients": {name: full_tensor(gradient) for name, gradient in gradients.items()},
         "classes": {name: type(m).__name__ for name, m in llama.named_modules()},
@@ -89,7 +102,7 @@ def run_cases(cases: list[Case]) -> dict[Case, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def results() -> dict[Case, dict[str, Any]]:
     one_process = on_ranks(1, run_cases, SINGLE_PROCESS)[0]
-    return {**one_process, **on_ranks(2, run_cases, MULTI_PROCESS)[0]}
+    return {**one_process, **on_ranks(2, run_cases, MULTI_PROCESS + GATHERED)[0]}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -158,6 +171,19 @@ def test_mesh_changes_fp8_rounding_only_for_tensorwise_scales_over_data_ranks(
         tolerance = 1e-4
     for name, gradient in actual["gradients"].items():
         assert relative_error(gradient, expected["gradients"][name]) < tolerance, name
+
+
+def test_weights_gathered_in_fp8_change_no_bit_and_stay_plain_tensors(results: Any) -> None:
+    """Also after an update of the weights, which changes the scales."""
+    wide, narrow = (results[case] for case in GATHERED)
+    assert narrow["loss"] == wide["loss"] and narrow["next_loss"] == wide["next_loss"]
+    for name, gradient in narrow["gradients"].items():
+        assert torch.equal(gradient, wide["gradients"][name]), name
+    assert narrow["weights"] == {torch.Tensor}  # optimizer and checkpoints see no subclass
+    # The last block stays gathered after a forward.
+    last = f"layers.{CONFIG.n_layers - 1}."
+    in_fp8 = {name for name, kind in narrow["gathered"].items() if kind == "Float8TrainingTensor"}
+    assert in_fp8 == {n for n in wide["gathered"] if n.startswith(last) and "norm" not in n}
 
 
 def on_gpu(recipe: Recipe | None) -> tuple[float, dict[str, Tensor]]:
