@@ -42,32 +42,30 @@ def gather_in_float8(model: Llama, dtype: torch.dtype, n_shards: int) -> None:
     """
     from torchao.float8.float8_linear import Float8Linear
     from torchao.float8.float8_utils import amax_to_scale
-    from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor as Wrapper
+    from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor as Cast
 
-    weights: list[Any] = []
+    shards: list[Any] = []
 
-    def extend_gather(shard: Any, *config: Any) -> None:
+    def extended(shard: Any, *config: Any) -> Any:
         """Set FSDP2's extension ("allow monkey patch" in `FSDPParamGroup.lazy_init`)."""
-        weight = Wrapper(shard, *config)
-        weights.append(weight)
-        shard.fsdp_post_all_gather = weight.fsdp_post_all_gather
-        shard.fsdp_pre_all_gather = lambda mesh, size, stride, module, policy: Wrapper(
-            shard.to(dtype), *config, weight._precomputed_scale
+        shard.fsdp_pre_all_gather = lambda mesh, size, stride, module, policy: Cast(
+            shard.to(dtype), *config, shard.scale
         ).fsdp_pre_all_gather(mesh)
+        shard.fsdp_post_all_gather = Cast(shard, *config).fsdp_post_all_gather
+        return shard
 
     @torch.no_grad()
     def update_scales(*_: Any) -> None:
-        if not weights:  # in the first forward, because `to_empty` replaces the parameters
-            for layer in (each for each in model.modules() if isinstance(each, Float8Linear)):
-                shard = layer.weight._local_tensor
-                if shard.numel() * n_shards == layer.weight.numel():
-                    extend_gather(shard, layer.linear_mm_config, torch.float8_e4m3fn)
-        if weights:
-            amax = torch.stack(torch._foreach_norm([each._tensor for each in weights], math.inf))
-            amax = amax.to(dtype)  # (weights); equal to the maximum of the rounded weights
+        for layer in [] if shards else model.modules():  # `to_empty` replaces parameters
+            if isinstance(layer, Float8Linear) and layer.out_features % n_shards == 0:
+                weight: Any = layer.weight
+                config = layer.linear_mm_config, torch.float8_e4m3fn
+                shards.append(extended(weight._local_tensor, *config))
+        if shards:
+            amax = torch.stack(torch._foreach_norm(shards, math.inf)).to(dtype)  # (weights)
             torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX)  # of all ranks
-            for each, scale in zip(weights, amax_to_scale(amax, torch.float8_e4m3fn), strict=True):
-                each._precomputed_scale = scale
+            for shard, scale in zip(shards, amax_to_scale(amax, torch.float8_e4m3fn), strict=True):
+                shard.scale = scale
 
     # Before FSDP2's hook, which looks for extensions and starts the first all-gather.
     model.register_forward_pre_hook(update_scales, prepend=True)

@@ -1,8 +1,8 @@
 """Communication volume of one training step in closed form: collectives by axis and kind.
 
 Each function counts what one transform of `parallelize` communicates; a test compares the result
-exactly with a traced step (`parallel.trace`). Integer arithmetic only, so meshes of any size are
-cheap. Excluded: logging, validation and checkpoints, communication that the compiler adds by
+exactly with a step on fake tensors. Integer arithmetic only, so meshes of any size are cheap.
+Excluded: logging, validation and checkpoints, communication that the compiler adds by
 recomputation, and the scales of fp8 products, one number per tensor or row.
 
 Payload bytes count the complete tensor: the output of an all-gather, the input of a

@@ -81,7 +81,7 @@ class StepSpec:
 
     @property
     def step(self) -> Step:
-        """The step as `parallel.traffic` and `parallel.trace` represent it."""
+        """The step as `parallel.traffic` represents it."""
         return Step(
             micro_batches=self.micro_batches,
             micro_batch_size=self.micro_batch_size,

@@ -27,13 +27,13 @@ from model.norm import RMSNorm
 from parallel.activation_checkpoint import is_saved
 from parallel.gradients import clip_grad_norm
 from parallel.step_scalars import N_EXTRA_SCALARS
-from parallel.trace import materialise, traced_model
 from planning.activations import (
     HALF_BUDGET,
     block_saved_bytes,
     full_hidden_bytes,
     uses_sequence_parallel,
 )
+from planning.fake_model import fake_model, materialise
 from planning.memory import MOMENT_CHUNK, PARTS, MemoryBreakdown, with_host_memory
 from planning.memory_tracker import MemoryTracker, local_tensor
 from planning.step_spec import MOMENT_BLOCK, StepSpec
@@ -124,7 +124,7 @@ def _peaks(spec: StepSpec) -> Peaks:
     parallel = (_with_checkpoint(spec, "none") if lazy else spec).parallel
     micro_batches = min(spec.micro_batches, 2)
     with (
-        traced_model(
+        fake_model(
             spec.model, spec.mesh, parallel, precision, partial(_use_gpu_attention, spec)
         ) as (llama, strategy),
         tracker,

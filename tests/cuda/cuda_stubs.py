@@ -45,6 +45,7 @@ SYNCS = ("synchronize", "stream.synchronize", "event.synchronize", "wait for a v
 
 calls: list[Call] = []
 operations: Counter[str] = Counter()  # number of calls of each operation on CUDA tensors
+gathered: list[int] = []  # bytes that each all-gather of FSDP2 returned
 gpus = Gpus()
 guard: Any = None  # library of guard.cpp
 host_value = 0  # of each element that is copied from the device
@@ -330,6 +331,8 @@ def _dispatch(
 def _record_operation(func: Any, args: Any, kwargs: Any) -> None:
     name = str(func) if isinstance(func, torch._ops.HigherOrderOperator) else func._schema.name
     operations[name.rpartition("::")[2]] += 1
+    if name == "c10d::_allgather_base_":
+        gathered.append(args[0].numel() * args[0].element_size())
     if func in _VALUES:
         record("wait for a value", name)
     elif func in (aten._to_copy.default, aten.copy_.default):

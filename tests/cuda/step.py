@@ -161,12 +161,14 @@ class Report:
 
     Attributes:
         operations: Calls of each operation in the last step.
+        gathered: Bytes of all weights that FSDP2 gathered in the last step.
         sdpa: Choices of scaled_dot_product_attention in all steps.
         first_graphs, graphs: Compiled graphs after the first step, and in total.
         collectives: Calls of each compiled collective, in the graphs.
     """
 
     operations: Counter[str]
+    gathered: int
     sdpa: dict[str, int]
     first_graphs: int
     graphs: int
@@ -188,6 +190,7 @@ def check_steps(case: Case) -> Report:
     for step in range(case.steps):
         waits = len(cuda_stubs.waits())
         cuda_stubs.operations.clear()
+        cuda_stubs.gathered.clear()
         results = train.train_step(run, batches(case), 1e-3)
         if step == 0:
             first_graphs = int(counters["stats"]["unique_graphs"])
@@ -207,7 +210,9 @@ def check_steps(case: Case) -> Report:
             {name: n for name, n in graph.operations.items() if "c10d" in name or "symm" in name}
         )
     operations = Counter(cuda_stubs.operations)
-    return Report(operations, cuda_stubs.sdpa_backends(), first_graphs, graphs, collectives)
+    gathered = sum(cuda_stubs.gathered)
+    sdpa = cuda_stubs.sdpa_backends()
+    return Report(operations, gathered, sdpa, first_graphs, graphs, collectives)
 
 
 def _record_gradients(run: Any) -> set[tuple[torch.device, torch.dtype]]:

@@ -13,6 +13,8 @@ from fake_device import on_fake_device
 from step import MODEL, Case, Report, run_cases
 
 from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.mesh import MeshShape
+from planning.step_spec import StepSpec, resolved_precision
 
 # dp_replicate, dp_shard, cp, tp; and the rank. Neither 3 nor 6 divides the widths.
 MESHES = (
@@ -143,6 +145,7 @@ def check_report(name: str, case: Case, choice: dict[str, Any], report: Report) 
         assert found == products * case.micro_batches, name
         if case.precision.fp8:
             assert report.operations["mm"] == 2 * case.micro_batches, name
+    assert report.gathered == planned_gathers(case, choice["capability"]), name
     assert report.first_graphs == report.graphs, name  # no compilation after the first step
     assert report.graphs <= MAX_GRAPHS, name
 
@@ -151,6 +154,23 @@ _SDPA = ("flash", "efficient", "cudnn")
 KERNELS = ("_varlen_attn", "flex_attention", *map("_scaled_dot_product_{}_attention".format, _SDPA))
 # A block, two stages of the loss, two of a low-bit moment in two shapes, and flex in eager mode.
 MAX_GRAPHS = 8
+
+
+def planned_gathers(case: Case, capability: tuple[int, int]) -> int:
+    """Return the bytes of weights that the planner counts in a step's all-gathers."""
+    mesh = MeshShape(*case.mesh)
+    spec = StepSpec(
+        model=case.model,
+        mesh=mesh,
+        parallel=case.parallel,
+        precision=resolved_precision(case.precision, "cuda", capability),
+        accelerator="cuda",
+        seq_len=case.seq,
+        global_batch_size=case.micro_batches * case.batch * mesh.dp,
+        micro_batch_size=case.batch,
+    )
+    gathers = (each for each in spec.traffic() if each.kind == "all_gather")
+    return sum(each.payload for each in gathers if each.part == "weights" and each.axis != "tp")
 
 
 def expected_kernel(choice: dict[str, Any]) -> str:

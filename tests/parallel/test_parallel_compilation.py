@@ -15,7 +15,7 @@ from parallel import compilation
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import AXES, MeshShape
 from parallel.parallelize import parallelize
-from parallel.trace import fake_processes
+from planning.fake_model import fake_processes
 from planning.step_spec import StepSpec
 
 

@@ -15,8 +15,11 @@ from distributed import on_ranks
 from lightning_fabric import Fabric
 from small_run import full_tensor
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.device_mesh import DeviceMesh
 
+from checkpoint.restore import load
+from checkpoint.writer import tensors_of, write_shards
 from model.config import ModelConfig
 from model.init import initialize
 from model.llama import Llama
@@ -52,7 +55,7 @@ MULTI_PROCESS = [Case(recipe, **mesh) for recipe in RECIPES for mesh in MESHES] 
 GATHERED = [Case("tensorwise", dp=2, param="bf16", gather=gather) for gather in (False, True)]
 
 
-def run_case(case: Case) -> dict[str, Any]:
+def run_case(case: Case, folder: Path) -> dict[str, Any]:
     """Return loss and full gradients of one batch, and the class name of each module."""
     parallel = ParallelConfig(
         dp_shard=case.dp, tp=case.tp, sequence_parallel=case.sequence_parallel
@@ -72,6 +75,7 @@ def run_case(case: Case) -> dict[str, Any]:
     with torch.device("meta"):
         llama = Llama(CONFIG)
     model = fabric.setup_module(llama)
+    optimizer = torch.optim.SGD(llama.parameters())
     initialize_weights(llama, CONFIG, 7)
     generator = torch.Generator().manual_seed(1)
     tokens, labels = torch.randint(0, CONFIG.vocab_size, (2, BATCH, SEQ), generator=generator)
@@ -85,8 +89,16 @@ def run_case(case: Case) -> dict[str, Any]:
     with torch.no_grad():
         torch._foreach_mul_([local_tensor(weight) for weight in weights.values()], 1.5)
         next_loss = model(tokens[local], None, labels[local])
+        loaded_loss = torch.zeros(())
+        if case in GATHERED:
+            checkpoint = folder / str(case.gather)
+            write_shards(tensors_of(llama, optimizer), checkpoint, None)
+            torch._foreach_zero_([local_tensor(weight) for weight in weights.values()])
+            load(checkpoint, llama, optimizer)
+            loaded_loss = model(tokens[local], None, labels[local])
     return {
         "next_loss": strategy.sum_over_data(next_loss.double()).item(),
+        "loaded_loss": strategy.sum_over_data(loaded_loss.double()).item(),
         "weights": {type(local_tensor(weight)) for weight in weights.values()},
         "gathered": {name: type(p).__name__ for name, p in llama.named_parameters()},
         "loss": strategy.sum_over_data(loss.detach().double()).item(),
@@ -95,14 +107,20 @@ def run_case(case: Case) -> dict[str, Any]:
     }
 
 
-def run_cases(cases: list[Case]) -> dict[Case, dict[str, Any]]:
-    return {case: run_case(case) for case in cases}
+def run_cases(cases: list[Case], folder: Path) -> dict[Case, dict[str, Any]]:
+    return {case: run_case(case, folder) for case in cases}
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[Case, dict[str, Any]]:
-    one_process = on_ranks(1, run_cases, SINGLE_PROCESS)[0]
-    return {**one_process, **on_ranks(2, run_cases, MULTI_PROCESS + GATHERED)[0]}
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with a checkpoint of each case in `GATHERED`, once `results` are there."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def results(checkpoints: Path) -> dict[Case, dict[str, Any]]:
+    one_process = on_ranks(1, run_cases, SINGLE_PROCESS, checkpoints)[0]
+    return {**one_process, **on_ranks(2, run_cases, MULTI_PROCESS + GATHERED, checkpoints)[0]}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -184,6 +202,19 @@ def test_weights_gathered_in_fp8_change_no_bit_and_stay_plain_tensors(results: A
     last = f"layers.{CONFIG.n_layers - 1}."
     in_fp8 = {name for name, kind in narrow["gathered"].items() if kind == "Float8TrainingTensor"}
     assert in_fp8 == {n for n in wide["gathered"] if n.startswith(last) and "norm" not in n}
+
+
+def test_checkpoints_do_not_depend_on_the_gathered_format(results: Any, checkpoints: Path) -> None:
+    """They hold float32 tensors, and training resumes from them in the same process."""
+    wide, narrow = (results[case] for case in GATHERED)
+    assert narrow["loaded_loss"] == narrow["next_loss"] == wide["loaded_loss"]
+    stored = [
+        FileSystemReader(checkpoints / str(case.gather)).read_metadata().state_dict_metadata
+        for case in GATHERED
+    ]
+    assert stored[0] == stored[1]
+    weights: list[Any] = [value for key, value in stored[1].items() if key.startswith("model.")]
+    assert {weight.properties.dtype for weight in weights} == {torch.float32}
 
 
 def on_gpu(recipe: Recipe | None) -> tuple[float, dict[str, Tensor]]:

@@ -17,7 +17,7 @@ from model.llama import Llama
 from parallel.config import PrecisionConfig
 from parallel.mesh import AXES
 from parallel.parallelize import parallelize
-from parallel.trace import fake_processes
+from planning.fake_model import fake_processes
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import on_ranks
+from recorded_traffic import Recorder, traced_step
 from small_run import BATCH, OPTIM, SEQ, Case, batch, build, local_batches, model_config
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,8 +22,8 @@ from model.loss import CHUNK
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import AXES, MeshShape
 from parallel.parallelize import parallelize
-from parallel.trace import Recorder, fake_processes, traced_step
 from parallel.traffic import Collective, Step, step_traffic, totals
+from planning.fake_model import fake_processes
 from train import train_step
 
 BYTES = {"fp32": 4, "bf16": 2}

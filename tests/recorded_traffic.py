@@ -1,35 +1,26 @@
-"""Trace of one training step on fake tensors in a fake process group.
+"""Collectives of one training step on fake tensors in a fake process group.
 
-Nothing is computed, allocated or sent, so a laptop can trace hundreds of processes. `Recorder`
-records the collectives issued inside it, also those of a real step; `traced_step` returns those of
-rank 0 in a step equivalent to `train_step`. The closed forms are in `parallel.traffic`.
+`Recorder` records the collectives issued inside it, also those of a real step; `traced_step`
+returns those of rank 0 in a step equivalent to `train_step`. The closed forms are in
+`parallel.traffic`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig
-from model.llama import Llama
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.gradients import clip_grad_norm
 from parallel.mesh import AXES, MeshShape
-from parallel.parallelize import parallelize
 from parallel.step_scalars import N_EXTRA_SCALARS
 from parallel.strategy import MeshStrategy
 from parallel.traffic import Collective, Kind, Step
+from planning.fake_model import fake_model, materialise
 
 # Operation: (kind, index of the argument that is the complete tensor; None: the result is).
 _COLLECTIVES: dict[str, tuple[Kind, int | None]] = {
@@ -96,18 +87,6 @@ def _n_bytes(tensors: Any) -> int:
     return sum(map(_n_bytes, tensors))
 
 
-@contextmanager
-def fake_processes(world_size: int) -> Iterator[None]:
-    """Create a fake process group of `world_size` in which this process is rank 0."""
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        # This cache would return an equal mesh with the previous names of its groups.
-        _clear_sharding_prop_cache()
-
-
 def traced_step(
     config: ModelConfig,
     shape: MeshShape,
@@ -122,50 +101,12 @@ def traced_step(
     does not run under a dispatch mode.
     """
     with (
-        traced_model(config, shape, parallel, precision) as (llama, strategy),
+        fake_model(config, shape, parallel, precision) as (llama, strategy),
         Recorder(shape) as recorder,
     ):
         materialise(llama)
         _run(llama, strategy, step)
     return recorder.collectives
-
-
-@contextmanager
-def traced_model(
-    config: ModelConfig,
-    shape: MeshShape,
-    parallel: ParallelConfig,
-    precision: PrecisionConfig,
-    prepare: Callable[[Llama], None] = lambda llama: None,
-) -> Iterator[tuple[Any, MeshStrategy]]:
-    """Build the parallelized model, not compiled, on the meta device, and enter fake mode.
-
-    Weights are allocated by `materialise`, so that the caller can record their allocation.
-
-    Args:
-        prepare: Called with the model before it is parallelized.
-    """
-    eager = replace(parallel, compile=False, async_tp=False)
-    if isinstance(eager.activation_checkpoint, float):  # a memory budget needs the compiler
-        eager = replace(eager, activation_checkpoint="none")
-    with fake_processes(shape.world_size):
-        mesh = init_device_mesh("cpu", shape.sizes, mesh_dim_names=AXES)
-        transform = partial(parallelize, parallel=eager, precision=precision)
-        strategy = MeshStrategy(shape, transform, parallel.reduce_gradients)
-        strategy._device_mesh = mesh  # normally set by its set-up, which starts processes
-        with torch.device("meta"):
-            llama = Llama(config)
-        prepare(llama)
-        # Outside of fake mode, in which a mesh cannot be sliced.
-        transform(llama, mesh)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield llama, strategy
-
-
-def materialise(llama: Any) -> None:
-    """Allocate the weights of a sharded model, uninitialized."""
-    llama.to_empty(device="cpu")
-    llama.tie_weights()
 
 
 def _run(llama: Any, strategy: MeshStrategy, step: Step) -> None:
