@@ -32,7 +32,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "cuda": {"product": 8192, "copy": 2**28, "attention": (2, 32, 4096, 128), "payload": 2**26},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RESERVED_GIB = {"cpu": PROCESS_GIB, "cuda": 4.0}
+RESERVED_GIB = {"cpu": PROCESS_GIB, "cuda": 3.0}
 MAX_CPU_RANKS = 64  # ranks that may share a machine without a GPU
 DEFAULT_LINK = (20.0, 20.0)  # GB/s and microseconds: PCI Express, a fast network
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from parallel.config import BF16_CAPABILITY
 from parallel.mesh import MeshShape, Processes
+from planning.communicators import communicator_bytes
 from planning.hardware import LOCAL, PROCESS_GIB, Hardware, hardware_of, load_hardware
 from planning.memory import GIB, MemoryBreakdown, size_text
 from planning.plan import host_peak, plan_run
@@ -38,11 +39,12 @@ def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str 
     """
     if config.run.plan_check == "off":
         return None
-    hardware, available = this_machine(processes)
+    hardware, of_device = this_machine(processes)
     request, choice = plan_request(config, processes, mesh)
     stages = request.stages(choice)
     memory, host_limit = peak_memory(stages), machine_memory()
     specs = [spec for spec, _ in stages]
+    available = of_device - communicator_bytes(specs[0])
     host = max(host_peak(spec, processes.per_node) for spec in specs)
     used = f"Memory plan: {size_text(memory.peak)} of {size_text(available)} per rank"
     parts = largest_parts(memory)
@@ -57,7 +59,8 @@ def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str 
         return "\n".join([f"{used} (fits): {parts}{speed}", *lines])
 
     def limit(spec: StepSpec) -> int:
-        return available if host_peak(spec, processes.per_node) <= host_limit else 0
+        fits_host = host_peak(spec, processes.per_node) <= host_limit
+        return of_device - communicator_bytes(spec) if fits_host else 0
 
     more = remedy(request, limit, mesh.world_size, processes.per_node, choice)
     message = f"{used} (does not fit): {parts}; {more}"
@@ -96,7 +99,9 @@ def largest_parts(memory: MemoryBreakdown) -> str:
 
 
 def this_machine(processes: Processes) -> tuple[Hardware | None, int]:
-    """Return the hardware of this machine, if known, and the bytes available to a rank's tensors.
+    """Return the hardware of this machine, if known, and the bytes available to a rank.
+
+    On GPUs, NCCL and tensors share them.
 
     The hardware comes from the calibrated file or, on GPUs, from the device name. On CPU the ranks
     of a node share its total memory; memory currently used by other processes is not subtracted,

@@ -37,8 +37,8 @@ class Hardware(ConfigSection):
 
     Attributes:
         memory_gib: Memory of the device or node.
-        reserved_gib: Memory per rank unavailable to tensors: context, libraries, communication
-            buffers, fragmentation.
+        reserved_gib: Memory per rank unavailable to tensors: context, libraries, fragmentation;
+            NCCL's buffers are added (`planning.communicators`).
         peak_tflops, matrix_tflops: By data type: dense peak, and rate achieved by large matrix
             products.
         attention_tflops: Rate of the fused kernel in causal attention over long sequences, forward

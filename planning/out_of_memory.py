@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from parallel.mesh import MeshShape, Processes, process_ranks
+from planning.communicators import communicator_bytes
 from planning.fit_check import largest_parts, machine_memory, plan_request, this_machine
 from planning.hardware import PROCESS_GIB
 from planning.memory import GIB, size_text
@@ -62,8 +63,9 @@ def compare_device(
     """Return measured and planned memory of the rank's device, as text, and a remedy."""
     measured = peak_bytes(processes.accelerator)
     request, choice = plan_request(config, processes, mesh)
-    memory = peak_memory(request.stages(choice))
-    _, available = this_machine(processes)
+    stages = request.stages(choice)
+    memory = peak_memory(stages)
+    available = this_machine(processes)[1] - communicator_bytes(stages[0][0])
     excess = max(1.0, (measured + requested) / memory.peak)
     limit = int(min(available / excess, SMALLER * memory.peak))
     found = (
@@ -86,7 +88,8 @@ def compare_host(
     _, on_device = this_machine(processes)
 
     def limit(spec: StepSpec) -> int:
-        return on_device if host_peak(spec, per_node) <= host_limit else 0
+        fits_host = host_peak(spec, per_node) <= host_limit
+        return on_device - communicator_bytes(spec) if fits_host else 0
 
     found = (
         f"host memory: measured peak {size_text(measured)} in this process, planned peak "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from model.flops import flops_per_token
+from planning.communicators import communicator_bytes
 from planning.hardware import Hardware
 from planning.host import GPU_PROCESS_GIB, host_bytes
 from planning.memory import GIB, MemoryBreakdown, step_memory
@@ -22,7 +23,7 @@ SECONDS_PER_DAY = 86_400
 def capacity(spec: StepSpec, hardware: Hardware) -> int:
     """Return the bytes available to the tensors of a rank."""
     memory_gib = hardware.memory_gib / ranks_per_device(spec, hardware)
-    return int((memory_gib - hardware.reserved_gib) * GIB)
+    return int((memory_gib - hardware.reserved_gib) * GIB) - communicator_bytes(spec)
 
 
 def host_peak(spec: StepSpec, ranks_per_node: int) -> int:

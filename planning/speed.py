@@ -120,8 +120,8 @@ class RankCosts:
         dtype = "fp8" if spec.precision.fp8 is not None else spec.matrix_dtype
         matrices = block_matrices(model, spec.mesh.tp)[:-2]  # without norms
         products = [self.product(self.tokens, k, n, dtype) for n, k in matrices]
-        # w2's output is not needed, but a checkpoint recomputes until the last tensor is saved, which
-        # torchao's fp8 layer does after its product.
+        # w2's output is not needed, but a checkpoint recomputes until the last tensor is saved,
+        # which torchao's fp8 layer does after its product.
         repeats_w2 = dtype == "fp8" and not spec.parallel.compile
         recomputed = sum(products if repeats_w2 else products[:-1])
         block = 3 * sum(products) + self.recomputed()[0] * recomputed

@@ -21,6 +21,7 @@ from cli.arguments import CONF, hydra_arguments, plan_arguments
 from cli.config import load_plan_config, load_train_config
 from parallel.mesh import AXES, MeshShape, Processes, resolve_mesh
 from planning import fit_check, report
+from planning.communicators import COMMUNICATOR_BYTES, n_communicators
 from planning.config import PlanJobConfig
 from planning.fit_check import check_plan, machine_memory
 from planning.hardware import load_hardware
@@ -245,9 +246,32 @@ def test_capacity_excludes_reserved_memory_and_is_shared_by_cpu_ranks() -> None:
         [(spec, _)] = config.request.stages(configured_choice(config, config.mesh))
         return capacity(spec, hardware) / GIB
 
+    nccl = COMMUNICATOR_BYTES / GIB  # the communicator of all ranks
     sizes = {"memory_gib": 80.0, "reserved_gib": 3.0, "devices_per_node": 4}
-    assert [capacity_gib("h100", ranks, **sizes) for ranks in (1, 4, 8)] == [77, 77, 77]
+    assert [capacity_gib("h100", ranks, **sizes) for ranks in (1, 4, 8)] == [
+        77,
+        77 - nccl,
+        77 - nccl,
+    ]
     assert [capacity_gib("cpu", ranks, **sizes) for ranks in (1, 4, 8)] == [77, 17, 17]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "count"),
+    [
+        ((1, 1, 1, 1), 0),
+        ((1, 8, 1, 1), 1),
+        ((2, 8, 1, 1), 3),
+        ((1, 8, 1, 2), 3),
+        ((1, 1, 8, 1), 1),
+        ((1, 2, 4, 1), 3),  # the flattened axes have all ranks
+        ((2, 2, 2, 2), 6),
+    ],
+)
+def test_communicators_are_those_of_all_ranks_and_of_each_smaller_group(
+    mesh: tuple[int, int, int, int], count: int
+) -> None:
+    assert n_communicators(MeshShape(*mesh)) == count
 
 
 def test_bottleneck_is_the_largest_part() -> None:
@@ -504,12 +528,13 @@ def test_gpu_memory_is_queried_and_known_devices_have_a_speed(
         return check(config, processes, mesh)
 
     known = check_on("NVIDIA H100 80GB HBM3", 80)
-    reserved = load_hardware("h100").reserved_gib
+    nccl = COMMUNICATOR_BYTES / GIB
+    reserved = load_hardware("h100").reserved_gib + nccl
     assert f"of {80 - reserved:.2f} GiB per rank (fits)" in known
     plan = plans_of(planned(*LLAMA_8B, "parallel.activation_checkpoint=full"))[0]
     assert known.endswith(f"about {plan.tokens_per_second:,.0f} tokens/s")
     unknown = check_on("Some Card", 80)
-    assert "of 79.50 GiB per rank (fits)" in unknown and "tokens/s" not in unknown
+    assert f"of {79.5 - nccl:.2f} GiB per rank (fits)" in unknown and "tokens/s" not in unknown
     with pytest.raises(ConfigError, match=r"\(does not fit\)"):
         check_on("Some Card", 12)
 

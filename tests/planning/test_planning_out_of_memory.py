@@ -13,6 +13,7 @@ from cli.arguments import CONF, hydra_arguments
 from cli.config import load_train_config
 from parallel.mesh import MeshShape, Processes
 from planning import out_of_memory
+from planning.communicators import COMMUNICATOR_BYTES, n_communicators
 from planning.memory import GIB, size_text
 from planning.out_of_memory import memory_advice, requested_bytes
 from planning.plan import host_peak
@@ -52,8 +53,9 @@ def test_named_change_fits_by_the_plan_corrected_by_the_measured_peak(
     config = trained(f"run.dir={tmp_path}")
     measured = int(excess * planned(config))
     available = measured + GIB  # less than the allocation that failed
+    nccl = COMMUNICATOR_BYTES * n_communicators(MESH)
     monkeypatch.setattr(out_of_memory, "peak_bytes", lambda _: measured)
-    monkeypatch.setattr(out_of_memory, "this_machine", lambda _: (None, available))
+    monkeypatch.setattr(out_of_memory, "this_machine", lambda _: (None, available + nccl))
     with pytest.raises(OutOfMemory) as raised, memory_advice(config, PROCESSES, MESH):
         raise torch.OutOfMemoryError(ERROR)
     first, detail, *rest = str(raised.value).splitlines()
