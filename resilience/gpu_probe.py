@@ -21,7 +21,9 @@ MIN_CAPABILITY: Capability = (7, 5)
 MIN_DRIVER = {12: 525, 13: 580}
 """Oldest driver by CUDA version (NVIDIA, CUDA Compatibility, "Minor Version Compatibility")."""
 WHEELS = ((580, "cu130"), (525, "cu126"))
-"""Oldest driver and tag of wheels that all supported torch versions have; the best one first."""
+"""Oldest driver and tag of wheels; the best one first."""
+END = {"cu126": (2, 15)}
+"""First torch version without wheels of a tag (https://github.com/pytorch/pytorch/issues/190385)."""
 ALLOCATED = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS")  # indices of a job's GPUs
 N_ALLOCATED = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE")  # their number
 NONE_VISIBLE = "No CUDA GPUs are available"  # from c10/cuda/CUDAFunctions.cpp
@@ -200,8 +202,12 @@ def _wheel(machine: Machine, driver: int | None) -> str:
     update = f"update the driver to {WHEELS[0][0]} or newer"
     if not tags:
         return update
-    url = "https://download.pytorch.org/whl"
-    install = f"run: pip install torch=={version}+{tags[0]} --index-url {url}/{tags[0]}"
+    tag = tags[0]
+    pinned = f"torch=={version}+{tag}"
+    major, minor = map(int, version.split(".")[:2])
+    if (major, minor) >= END.get(tag, (major, minor + 1)):
+        pinned = "'torch<{}.{}'".format(*END[tag])
+    install = f"run: pip install {pinned} --index-url https://download.pytorch.org/whl/{tag}"
     return install if machine.cuda is None else f"{update}, or {install}"
 
 
