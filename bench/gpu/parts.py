@@ -23,7 +23,7 @@ class Part:
 ENVIRONMENT = Part("bench.gpu.environment:describe", 90)
 PARTS = {
     "kernels": Part("bench.gpu.kernels:compare", 75),
-    "losses": Part("bench.gpu.runs:losses", 90),
+    "losses": Part("bench.gpu.runs:losses", 180),
     "8b": Part("bench.gpu.throughput:case_8b", 110),
     "deterministic": Part("bench.gpu.runs:deterministic", 75),
     "8b_fp8": Part("bench.gpu.throughput:case_8b_fp8", 110),
