@@ -91,12 +91,13 @@ class MeshStrategy(ModelParallelStrategy):
 
 
 class OwnGpu(CUDAAccelerator):
-    """CUDA in processes that each see only their own GPU, which has the index 0 in each."""
+    """CUDA in processes that may each see GPUs of their own, whose indices start at 0 in each."""
 
     @staticmethod
     def parse_devices(devices: Any) -> list[int]:
         """Return the device index of each local process."""
-        return [0] * int(devices)
+        visible = torch.cuda.device_count()
+        return [local_rank % visible for local_rank in range(int(devices))]
 
 
 class MicroBatchSync(_BackwardSyncControl):

@@ -76,7 +76,7 @@ def _gpu_errors(
 ) -> Iterator[str]:
     """Yield errors in the assignment of GPUs to processes, and of GPUs that torch cannot use."""
     visible, wanted = len(machine.gpus), processes.per_node
-    # One visible GPU may be this process's own or that of all; `resilience.rank_check` finds out.
+    # Visible GPUs may be this process's own or those of all; `resilience.rank_check` finds out.
     # torchrun shows all its processes the same ones, unless a script changes that.
     shared = processes.launcher == "torchrun" and "CUDA_VISIBLE_DEVICES" not in environment
     if wanted > visible and processes.launcher == "self":
@@ -84,7 +84,7 @@ def _gpu_errors(
             f"parallel.devices={wanted} exceeds the {visible} visible GPUs; use at most {visible}, "
             f"or {TO_CPU}"
         )
-    elif wanted > visible and (visible > 1 or shared):
+    elif wanted > visible and (visible > 1 or shared) and not _are_bound(processes, environment):
         yield (
             f"{processes.launcher} started {wanted} processes on this node, but this one sees "
             f"{visible} GPUs; start one process per GPU (--ntasks-per-node={visible}, "
@@ -99,6 +99,13 @@ def _gpu_errors(
             f"this machine has GPUs with and without bf16 ({names}); choose GPUs of one kind with "
             f"CUDA_VISIBLE_DEVICES, or use {TO_CPU}"
         )
+
+
+def _are_bound(processes: Processes, environment: Mapping[str, str]) -> bool:
+    """Return whether srun shows each task a part of the node's GPUs, which suffice for all."""
+    on_node = environment.get("SLURM_GPUS_ON_NODE", "")
+    enough = on_node.isdecimal() and int(on_node) >= processes.per_node
+    return processes.launcher == "srun" and enough
 
 
 def world_size_errors(config: ParallelConfig, started: Processes) -> list[str]:

@@ -114,12 +114,12 @@ def describe_gpu(index: int) -> Gpu:
 
 
 def gpu_index(local_rank: int, visible: int) -> int:
-    """Return the device index of a process: its local rank, or 0 if it sees one GPU only.
+    """Return the device index of a process: its local rank modulo the number of visible GPUs.
 
-    SLURM's `--gpus-per-task=1` and `--gpu-bind`, and scripts that set `CUDA_VISIBLE_DEVICES`, show
-    each process its own GPU, which then has the index 0.
+    SLURM's `--gpus-per-task` and `--gpu-bind`, and scripts that set `CUDA_VISIBLE_DEVICES`, show
+    each process GPUs of its own, whose indices start at 0.
     """
-    return 0 if visible == 1 else local_rank
+    return local_rank % visible
 
 
 def own_gpu() -> tuple[int, Gpu]:

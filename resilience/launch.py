@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import (
     LightningEnvironment,
@@ -66,7 +65,6 @@ def launch(
     elif processes.launcher == "srun":
         os.environ.update(rendezvous(os.environ))
     set_up_process(processes, parallel)
-    sees_own = processes.accelerator == "cuda" and torch.cuda.device_count() == 1
     if processes.accelerator == "cpu":
         keep_freed_memory()
     transform = partial(parallelize, parallel=parallel, precision=precision)
@@ -80,7 +78,7 @@ def launch(
     # Fabric's detection differs: it takes any SLURM_NTASKS for srun, and imports mpi4py.
     environments = {"self": LightningEnvironment, "srun": SLURMEnvironment}
     fabric = Fabric(
-        accelerator=OwnGpu() if sees_own else processes.accelerator,
+        accelerator=OwnGpu() if processes.accelerator == "cuda" else processes.accelerator,
         devices=processes.per_node,
         num_nodes=processes.num_nodes,
         strategy=strategy,

@@ -48,14 +48,20 @@ def set_up_process(processes: Processes, parallel: ParallelConfig) -> None:
 
 
 def _warn_about_hidden_gpus(processes: Processes) -> None:
-    """Print a warning if SLURM hides the other GPUs of the node from this task, and from NCCL."""
-    per_node = processes.per_node
-    if processes.launcher != "srun" or per_node == 1 or not is_first_process():
+    """Print a warning if SLURM hides GPUs of the node from this task, or gives it several."""
+    per_node, visible = processes.per_node, torch.cuda.device_count()
+    if processes.launcher != "srun" or not is_first_process():
         return
-    if torch.cuda.device_count() == 1 and " MIG " not in own_gpu()[1].name:  # slices have no NVLink
+    per_task = os.environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]  # of "h100:2"
+    effect = None
+    if per_task not in ("", "1"):
+        effect = f"has {per_task} GPUs, but uses one"
+    elif visible < per_node and " MIG " not in own_gpu()[1].name:  # slices have no NVLink
+        effect = f"sees {'one GPU' if visible == 1 else f'{visible} GPUs'}, so that NCCL may not "
+        effect += "use NVLink between all (github.com/NVIDIA/nccl/issues/1066)"
+    if effect is not None:
         print(
-            f"Warning: each of the {per_node} tasks on a node sees one GPU, so that NCCL may not "
-            "use NVLink between them (github.com/NVIDIA/nccl/issues/1066); pass "
+            f"Warning: each of the {per_node} tasks on a node {effect}; pass "
             f"--gpus-per-node={per_node} to sbatch, without --gpus-per-task and --gpu-bind",
             file=sys.stderr,
             flush=True,

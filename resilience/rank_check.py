@@ -193,7 +193,7 @@ def compare(reports: Mapping[int, RankReport], size: int) -> tuple[list[str], li
             errors.append(
                 f"{_name(sharing)} use the same GPU ({sharing[0].device}, UUID {uuid}); start one "
                 "process per GPU, with SLURM as many tasks as GPUs per node "
-                "(--ntasks-per-node, --gpus-per-node)"
+                "(--ntasks-per-node, --gpus-per-node) and no --gpu-bind"
             )
     if errors:
         return errors, []

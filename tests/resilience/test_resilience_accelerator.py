@@ -103,6 +103,28 @@ def test_device_index_follows_the_visible_gpus(
         assert resolve_processes(ON_CPU, environment, found)[1] == []
 
 
+@pytest.mark.parametrize(
+    ("options", "visible", "on_node", "indices"),
+    [
+        ("--gpus-per-task=2", 2, 8, [0, 1, 0, 1]),
+        ("--gpus-per-task=h100:1", 1, 4, [0, 0, 0, 0]),
+        ("--gpu-bind=closest", 2, 4, [0, 1, 0, 1]),  # rank_check rejects tasks that share a GPU
+        ("--gpu-bind=map_gpu:3,2,1,0", 1, 4, [0, 0, 0, 0]),
+        ("--gpus-per-node=2", 2, 2, None),
+    ],
+)
+def test_device_index_with_options_of_slurm(
+    options: str, visible: int, on_node: int, indices: list[int] | None
+) -> None:
+    found = machine(*[H100] * visible)
+    for rank in range(8):
+        environment = launched("srun", rank, 8, 4) | {"SLURM_GPUS_ON_NODE": str(on_node)}
+        _, errors = resolve_processes(AUTO, environment, found)
+        assert bool(errors) == (indices is None), options
+        if indices is not None:
+            assert gpu_index(process_ranks(environment)[1], visible) == indices[rank % 4]
+
+
 def test_run_that_starts_its_processes_uses_at_most_the_visible_gpus() -> None:
     two = machine(H100, H100)
     expected = Processes("cuda", 2, 1, "self", (9, 0))
@@ -112,25 +134,25 @@ def test_run_that_starts_its_processes_uses_at_most_the_visible_gpus() -> None:
     assert resolve_processes(ParallelConfig(devices=2), {}, two)[1] == []
 
 
-@pytest.mark.parametrize(("visible", "index"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize(("visible", "index"), [(1, 0), (2, 1), (4, 3)])
 def test_fabric_uses_the_gpu_of_the_task(
     monkeypatch: pytest.MonkeyPatch, visible: int, index: int
 ) -> None:
-    """Task 1 of 2, with its own GPU or with all GPUs."""
+    """Task 3 of 4, with one or two GPUs of its own or with all GPUs."""
     from lightning_fabric.plugins.environments import SLURMEnvironment
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    for name, value in launched("srun", 1, 2, 2).items():
+    for name, value in launched("srun", 3, 4, 4).items():
         monkeypatch.setenv(name, value)
-    strategy = MeshStrategy(MeshShape(1, 2, 1, 1), lambda model, mesh: model)
+    strategy = MeshStrategy(MeshShape(1, 4, 1, 1), lambda model, mesh: model)
     Fabric(
-        accelerator=OwnGpu() if visible == 1 else "cuda",
-        devices=2,
+        accelerator=OwnGpu(),
+        devices=4,
         strategy=strategy,
         plugins=SLURMEnvironment(),
     )
     assert strategy.root_device == torch.device("cuda", index)
-    assert strategy.num_processes == 2  # node rank × this + local rank is the global rank
+    assert strategy.num_processes == 4  # node rank × this + local rank is the global rank
 
 
 # ---------------------------------------------------------------- CUDA_VISIBLE_DEVICES

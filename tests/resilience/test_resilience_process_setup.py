@@ -116,35 +116,43 @@ def test_allocator_uses_expandable_segments_unless_configured(
 
 
 @pytest.mark.parametrize(
-    ("launcher", "per_node", "visible", "name", "warned"),
+    ("launcher", "per_node", "visible", "per_task", "name", "warning"),
     [
-        ("srun", 4, 1, "NVIDIA H100 80GB HBM3", True),
-        ("srun", 4, 4, "NVIDIA H100 80GB HBM3", False),  # the remedy
-        ("srun", 1, 1, "NVIDIA H100 80GB HBM3", False),
-        ("srun", 4, 1, "NVIDIA H100 80GB HBM3 MIG 1g.10gb", False),
-        ("torchrun", 4, 1, "NVIDIA H100 80GB HBM3", False),
+        ("srun", 4, 1, None, "NVIDIA H100 80GB HBM3", "sees one GPU, so that NCCL may not use NVL"),
+        ("srun", 4, 1, "1", "NVIDIA H100 80GB HBM3", "sees one GPU, so that NCCL may not use NVL"),
+        ("srun", 4, 2, None, "NVIDIA H100 80GB HBM3", "sees 2 GPUs, so that NCCL may not use NVL"),
+        ("srun", 4, 2, "h100:2", "NVIDIA H100 80GB HBM3", "has 2 GPUs, but uses one"),
+        ("srun", 4, 4, None, "NVIDIA H100 80GB HBM3", None),  # the remedy
+        ("srun", 1, 1, None, "NVIDIA H100 80GB HBM3", None),
+        ("srun", 4, 1, None, "NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("torchrun", 4, 1, None, "NVIDIA H100 80GB HBM3", None),
     ],
 )
-def test_tasks_that_see_one_gpu_each_are_warned_about_nvlink(
+def test_tasks_that_do_not_see_all_gpus_are_warned(
     monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
     launcher: str,
     per_node: int,
     visible: int,
+    per_task: str | None,
     name: str,
-    warned: bool,
+    warning: str | None,
 ) -> None:
+    if per_task is not None:
+        monkeypatch.setenv("SLURM_GPUS_PER_TASK", per_task)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(process_setup, "own_gpu", lambda: (0, Gpu(name, (9, 0), 2**36)))
     set_up_process(Processes("cuda", per_node, 2, launcher), ParallelConfig(async_tp=True))
     printed = capsys.readouterr().err
-    assert ("--gpus-per-node=4 to sbatch, without --gpus-per-task" in printed) == warned
-    assert ("NVLink" in printed) == warned
+    remedy = "pass --gpus-per-node=4 to sbatch, without --gpus-per-task"
+    assert (remedy in printed) == (warning is not None)
+    assert (warning or "") in printed
 
 
 def test_settings_of_a_gpu_process(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     set_up_process(Processes("cuda", 8, 1, "srun"), ParallelConfig())
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
