@@ -62,16 +62,19 @@ def _compute(run: Run) -> str:
     config, device = run.config, run.fabric.device
     dtype = mixed_precision_policy(config.precision, device.type).param_dtype or torch.float32
     is_split = config.parallel.cp > 1
-    kernel: str = config.model.attention
-    if config.data.document_mask or is_split:
+    masked = config.data.document_mask or is_split
+    kernel = "sdpa"  # plain causal rows
+    if masked:
         head_dim, complete = config.model.head_dim, not is_split
-        kernel = select_kernel(kernel, head_dim, device, dtype, complete)
-    else:
-        kernel = "sdpa"  # plain causal rows
-    if kernel == "varlen":  # PyTorch may run sdpa with the kernel of cuDNN
-        from training.flash_attention import active_flash_attention
+        kernel = select_kernel(config.model.attention, head_dim, device, dtype, complete)
+    if device.type == "cuda" and kernel != "flex":
+        from training.flash_attention import active_flash_attention, selected_sdpa
 
-        kernel += f" ({active_flash_attention()})"
+        if kernel == "varlen":
+            kernel += f" ({active_flash_attention()})"
+        else:
+            selected = selected_sdpa(config.model, config.parallel.tp, dtype, device, masked)
+            kernel += f" ({selected})"
     formats = {torch.bfloat16: "bf16", torch.float32: "fp32"}
     fp8 = f" with {config.precision.fp8} fp8 products" if config.precision.fp8 else ""
     compiled = ", compiled" if run.compiled else ""

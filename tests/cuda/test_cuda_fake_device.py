@@ -87,6 +87,35 @@ def attention_backend(dtype: str, grouped: bool, masked: bool, head_dim: int) ->
     return name
 
 
+def header_of_sdpa(dtype: str, head_dim: int, masked: bool, deterministic: bool) -> str:
+    import torch
+
+    from model.config import ModelConfig
+    from training.flash_attention import selected_sdpa
+
+    torch.use_deterministic_algorithms(deterministic)
+    model = ModelConfig("small", 8 * head_dim, 1, 8, 4, 64, 64, attention="sdpa")
+    return selected_sdpa(model, 2, getattr(torch, dtype), torch.device("cuda"), masked)
+
+
+@pytest.mark.parametrize(
+    ("capability", "arguments", "name"),
+    [
+        ((9, 0), ("bfloat16", 128, False, False), "cuDNN"),
+        ((9, 0), ("bfloat16", 128, True, False), "cuDNN"),
+        ((9, 0), ("bfloat16", 128, False, True), "FlashAttention-2"),
+        ((9, 0), ("bfloat16", 256, False, False), "FlashAttention-2"),
+        ((8, 0), ("bfloat16", 128, False, False), "FlashAttention-2"),
+        ((8, 0), ("bfloat16", 128, True, False), "memory-efficient"),  # heads are expanded
+        ((9, 0), ("float32", 128, False, False), "memory-efficient"),
+    ],
+)
+def test_header_names_the_kernel_that_sdpa_selects(
+    capability: tuple[int, int], arguments: Any, name: str
+) -> None:
+    assert on_fake_device(header_of_sdpa, *arguments, capability=capability) == name
+
+
 @pytest.mark.parametrize(
     ("capability", "arguments", "backend"),
     [

@@ -79,17 +79,18 @@ def test_package_that_cannot_be_imported_is_reported_and_version_2_remains(
     [
         ("auto", True, 1, "bf16, compiled, varlen (FlashAttention-2) attention"),
         ("auto", True, 2, "bf16, compiled, flex attention"),
-        ("sdpa", True, 1, "bf16, compiled, sdpa attention"),
-        # PyTorch selects between FlashAttention and cuDNN, whose name must not be guessed.
-        ("auto", False, 1, "bf16, compiled, sdpa attention"),
-        ("varlen", False, 1, "bf16, compiled, sdpa attention"),
-        ("sdpa", False, 2, "bf16, compiled, sdpa attention"),
+        ("sdpa", True, 1, "bf16, compiled, sdpa (masked) attention"),
+        ("auto", False, 1, "bf16, compiled, sdpa (plain) attention"),
+        ("varlen", False, 1, "bf16, compiled, sdpa (plain) attention"),
+        ("sdpa", False, 2, "bf16, compiled, sdpa (masked) attention"),
     ],
 )
 def test_header_names_the_kernel_that_runs(
     monkeypatch: pytest.MonkeyPatch, attention: str, document_mask: bool, cp: int, expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    selected = lambda *_: "masked" if _[-1] else "plain"  # noqa: E731
+    monkeypatch.setattr(flash_attention, "selected_sdpa", selected)
     config = SimpleNamespace(
         model=SimpleNamespace(attention=attention, head_dim=128),
         data=SimpleNamespace(document_mask=document_mask),
