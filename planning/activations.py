@@ -40,9 +40,7 @@ def batch_bytes(spec: StepSpec) -> int:
     # (batch, local seq) if positions differ by sample (documents), else (1, local seq)
     rows = spec.local_tokens // (1 if spec.document_mask else spec.micro_batch_size)
     rotations = rows * spec.model.head_dim * FLOAT32
-    masked = spec.document_mask or spec.mesh.cp > 1
-    is_dense = spec.accelerator == "cpu" or spec.model.attention == "sdpa"
-    mask = rows * spec.seq_len * spec.param_bytes if masked and is_dense else 0
+    mask = rows * spec.seq_len * spec.param_bytes if spec.has_dense_mask else 0
     return integers + rotations + mask
 
 
@@ -85,10 +83,14 @@ def _kv_width(spec: StepSpec) -> int:
 
 
 def _attention_saved_bytes(spec: StepSpec) -> int:
-    """Return the size of queries, keys, values, output and log-sum-exp."""
+    """Return the size of queries, keys, values, output and log-sum-exp.
+
+    The compiler recomputes expanded keys and values from those that it saves.
+    """
     tokens, p, tp = spec.local_tokens, spec.param_bytes, spec.mesh.tp
     queries = tokens * spec.model.dim // tp * p
-    keys = tokens * spec.mesh.cp * _kv_width(spec) * p
+    heads = spec.model.n_kv_heads if spec.parallel.compile else spec.expanded_kv_heads
+    keys = tokens * spec.mesh.cp * heads * spec.model.head_dim // tp * p
     return 2 * queries + 2 * keys + tokens * (spec.model.n_heads // tp) * FLOAT32
 
 

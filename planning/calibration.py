@@ -87,6 +87,7 @@ def calibrate(seconds: float = SECONDS) -> Hardware:
         network_latency_us=network[1],
         devices_per_node=devices,
         host_memory_gib=host_memory / 2**30 if kind == "cuda" else None,
+        capability=properties.major + properties.minor / 10 if kind == "cuda" else None,
     )
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from data.config import DataConfig
 from model.config import ModelConfig
 from model.config_base import PositiveInt
-from parallel.config import BF16_CAPABILITY, ParallelConfig, PrecisionConfig
+from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, resolve_mesh
 from planning.hardware import Hardware
 from planning.request import PlanRequest
 from training.config import JobConfig, TrainConfig
-from training.config_rules import HOPPER, device_errors, mesh_errors
+from training.config_rules import device_errors, mesh_errors
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class PlanJobConfig(JobConfig):
     @property
     def request(self) -> PlanRequest:
         hardware = self.hardware
-        return PlanRequest(self, hardware.accelerator, self.token_budget, hardware.is_hopper)
+        capability = hardware.compute_capability
+        return PlanRequest(self, hardware.accelerator, self.token_budget, capability)
 
 
 def planned_devices(parallel: ParallelConfig, hardware: Hardware, devices: int | None) -> int:
@@ -76,7 +77,7 @@ def hardware_errors(
             f"{hardware.name} ({hardware.accelerator}); use parallel.accelerator=auto or another "
             "hardware"
         )
-    if precision.fp8 is not None and not hardware.is_hopper:
+    if precision.fp8 is not None and "fp8" not in hardware.peak_tflops:
         yield (
             f"precision.fp8={precision.fp8} needs 8-bit matrix products, but hardware "
             f"{hardware.name} has none; use precision.fp8=null or hardware=h100"
@@ -99,7 +100,7 @@ def planned_mesh_errors(
     mesh, errors = resolve_mesh(parallel, planned_devices(parallel, hardware, devices))
     if errors:
         return errors
-    capability = HOPPER if hardware.is_hopper else BF16_CAPABILITY
+    capability = hardware.compute_capability
     return [
         *device_errors(hardware.accelerator, mesh, parallel, precision, model, capability),
         *mesh_errors(mesh, parallel, precision, model, train, data),

@@ -5,10 +5,8 @@
 
 import os
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
-from parallel.config import BF16_CAPABILITY
 from parallel.mesh import MeshShape, Processes
 from planning.communicators import communicator_bytes
 from planning.hardware import LOCAL, PROCESS_GIB, Hardware, hardware_of, load_hardware
@@ -16,11 +14,12 @@ from planning.memory import GIB, MemoryBreakdown, size_text
 from planning.plan import host_peak, plan_run
 from planning.request import Choice, PlanRequest, configured_choice
 from planning.search import peak_memory, remedy
-from planning.step_spec import StepSpec, resolved_precision
+from planning.step_spec import StepSpec
 from planning.time_limits import limit_warnings, planned_seconds, time_limits
 from resilience.config import TimeLimits
 from resilience.gpu_probe import own_gpu
 from training.config import JobConfig
+from training.config_rules import HOPPER
 from training.config_validation import ConfigError
 
 CONTEXT_GIB = 0.5
@@ -84,12 +83,9 @@ def plan_request(
 ) -> tuple[PlanRequest, Choice]:
     """Return the run as a request to the planner, and its configured choice."""
     tokens = config.stages().first_token(config.train.max_steps)
-    if processes.capability is not None and processes.capability < BF16_CAPABILITY:
-        precision = resolved_precision(config.precision, "cuda", processes.capability)
-        attention = "sdpa" if config.model.attention == "auto" else config.model.attention
-        model = replace(config.model, attention=attention)
-        config = replace(config, precision=precision, model=model)
-    return PlanRequest(config, processes.accelerator, tokens), configured_choice(config, mesh)
+    capability = processes.capability or HOPPER
+    request = PlanRequest(config, processes.accelerator, tokens, capability)
+    return request, configured_choice(config, mesh)
 
 
 def largest_parts(memory: MemoryBreakdown) -> str:

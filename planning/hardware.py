@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Lt
 
 from model.config_base import ConfigSection, PositiveInt
+from parallel.config import BF16_CAPABILITY
+from training.config_rules import HOPPER
 from training.config_validation import validate
 
 FOLDER = Path(__file__).parent.parent / "conf" / "hardware"
@@ -52,6 +54,8 @@ class Hardware(ConfigSection):
             system, and only the time limits of the watchdog depend on it.
         price_per_hour: Per device, in US dollars; null if unknown.
         names: Regular expression for the device name in torch.cuda.
+        capability: Compute capability of a GPU, as in 9.0. null: 9.0 if it has a rate for fp8, else
+            8.0.
     """
 
     name: str
@@ -71,11 +75,15 @@ class Hardware(ConfigSection):
     storage_gb_s: Positive = 0.5
     price_per_hour: Positive | None = None
     names: str | None = None
+    capability: Positive | None = None
 
     @property
-    def is_hopper(self) -> bool:
-        """Whether it is an NVIDIA GPU of the Hopper generation or newer, identified by fp8."""
-        return self.accelerator == "cuda" and "fp8" in self.peak_tflops
+    def compute_capability(self) -> tuple[int, int]:
+        """`capability` as (major, minor), with null resolved."""
+        if self.capability is None:
+            return HOPPER if "fp8" in self.peak_tflops else BF16_CAPABILITY
+        major, minor = divmod(round(10 * self.capability), 10)
+        return major, minor
 
     def __post_init__(self) -> None:
         errors = [

@@ -6,7 +6,7 @@ it results in. Imports no heavy packages.
 
 from dataclasses import asdict, dataclass, replace
 
-from parallel.config import BF16_CAPABILITY, ParallelConfig
+from parallel.config import ParallelConfig
 from parallel.mesh import AXES, MeshShape
 from planning.step_spec import StepSpec, resolved_precision
 from training.config import JobConfig, TrainConfig
@@ -62,15 +62,19 @@ class PlanRequest:
 
     Args:
         tokens: Number of training tokens.
-        hopper: Whether the devices are NVIDIA Hopper GPUs or newer.
+        capability: Compute capability of the GPUs.
     """
 
     def __init__(
-        self, config: JobConfig, accelerator: str, tokens: int, hopper: bool = True
+        self,
+        config: JobConfig,
+        accelerator: str,
+        tokens: int,
+        capability: tuple[int, int] = HOPPER,
     ) -> None:
         self.config, self.accelerator, self.tokens = config, accelerator, tokens
-        self.hopper = hopper
-        self.precision = resolved_precision(config.precision, accelerator)
+        self.capability = capability
+        self.precision = resolved_precision(config.precision, accelerator, capability)
 
     def with_synchronous_saves(self) -> tuple["PlanRequest", str] | None:
         """Return the request without copies for asynchronous saves, and the overrides for it.
@@ -85,7 +89,7 @@ class PlanRequest:
         overrides = "checkpoint.async_save=false"
         if checkpoint.when_busy != "wait":  # which has no effect then
             overrides += " checkpoint.when_busy=wait"
-        return PlanRequest(config, self.accelerator, self.tokens, self.hopper), overrides
+        return PlanRequest(config, self.accelerator, self.tokens, self.capability), overrides
 
     def local_batch_size(self, mesh: MeshShape) -> int:
         """Return the sequences per data-parallel rank and step on a valid mesh."""
@@ -109,6 +113,7 @@ class PlanRequest:
                 parallel=choice.parallel,
                 precision=self.precision,
                 accelerator="cuda" if self.accelerator == "cuda" else "cpu",
+                capability=self.capability,
                 seq_len=stage.seq_len,
                 global_batch_size=batch_size,
                 micro_batch_size=stage.micro_batch_size or batch_size // mesh.dp,
@@ -127,9 +132,8 @@ class PlanRequest:
         model, parallel, data = self.config.model, self.config.parallel, self.config.data
         train = replace(self.config.train, micro_batch_size=None)
         accelerator, precision = self.accelerator, self.precision
-        capability = HOPPER if self.hopper else BF16_CAPABILITY
         return [
-            *device_errors(accelerator, mesh, parallel, precision, model, capability),
+            *device_errors(accelerator, mesh, parallel, precision, model, self.capability),
             *mesh_errors(mesh, parallel, precision, model, train, data),
         ]
 

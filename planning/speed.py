@@ -131,14 +131,14 @@ class RankCosts:
     def attention(self) -> float:
         """Return the seconds of attention; a third is the forward.
 
-        Kernels that skip masked blocks do half the work. On CPU only the plain causal kernel does
-        (and our bf16 backward, which is not counted).
+        Kernels that skip masked blocks do half the work; with a dense mask there are none (except
+        for our bf16 backward on CPU, which is not counted).
         """
         model, spec = self.spec.model, self.spec
         rate = self.hardware.attention_tflops[spec.precision.param] * 1e12 / self.sharing
         heads = model.n_heads // spec.mesh.tp
         flops = 6 * self.tokens * heads * model.head_dim * spec.seq_len
-        if spec.accelerator == "cpu" and (spec.document_mask or spec.mesh.cp > 1):
+        if spec.has_dense_mask:
             flops *= 2
         return model.n_layers * flops / rate * (1 + self.recomputed()[0] / 3)
 
@@ -158,6 +158,11 @@ class RankCosts:
             forward = p * (10 * hidden + 5 * ffn) + rotation
             backward = p * (21 * hidden + 9 * ffn) + rotation
             head = (4 * p + 40) * logits
+        added = spec.expanded_kv_heads - model.n_kv_heads
+        if added:  # keys and values are read and written; their gradients are read and summed
+            heads = (added + 2 * model.n_kv_heads) // spec.mesh.tp
+            expansion = 2 * p * self.tokens * spec.mesh.cp * heads * model.head_dim
+            forward, backward = forward + expansion, backward + expansion
         if spec.precision.fp8 is not None:  # each operand is read for its scale, read and written
             operands = 3 * (4 * self.tokens * dim + 3 * ffn)
             backward += operands * (2 * p + 1)

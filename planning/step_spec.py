@@ -7,7 +7,7 @@ heavy packages.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from model.config import ModelConfig
+from model.config import ModelConfig, attention_kernel
 from parallel.config import BF16_CAPABILITY, ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
 from parallel.traffic import Collective, Step, block_matrices, step_traffic
@@ -31,6 +31,7 @@ class StepSpec:
         document_mask: Attention is restricted to documents.
         async_save: Checkpoints are copied to host memory and written in the background.
         prefetch: Steps that the loader reads ahead; None: batches are not counted.
+        capability: Compute capability of a GPU.
     """
 
     model: ModelConfig
@@ -44,6 +45,7 @@ class StepSpec:
     document_mask: bool = True
     async_save: bool = False
     prefetch: int | None = None
+    capability: tuple[int, int] = (9, 0)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parallel", self.parallel.resolved(self.accelerator))
@@ -73,6 +75,31 @@ class StepSpec:
         """Data type of matrix products other than fp8: that of the parameters, or tf32 on GPUs."""
         param, highest = self.precision.param, self.precision.float32_matmul == "highest"
         return "tf32" if param == "fp32" and self.accelerator == "cuda" and not highest else param
+
+    @property
+    def attention(self) -> str:
+        """The attention kernel, as `model.attention` selects it: `sdpa`, `flex` or `varlen`."""
+        if not self.document_mask and self.mesh.cp == 1:
+            return "sdpa"
+        capability = self.capability if self.accelerator == "cuda" else None
+        model, is_16_bit = self.model, self.precision.param == "bf16"
+        complete = self.mesh.cp == 1
+        return attention_kernel(model.attention, model.head_dim, capability, is_16_bit, complete)
+
+    @property
+    def has_dense_mask(self) -> bool:
+        """Whether attention reads a mask with an element for each query and key."""
+        return self.attention == "sdpa" and (self.document_mask or self.mesh.cp > 1)
+
+    @property
+    def expanded_kv_heads(self) -> int:
+        """Heads of the keys and values that the attention kernel reads, over all `tp` ranks.
+
+        On GPUs `model.attention._sdpa` expands grouped heads if no fused kernel takes them.
+        """
+        model, wide = self.model, self.precision.param == "fp32" or self.model.head_dim > 192
+        on_gpu = self.accelerator == "cuda" and self.attention == "sdpa"
+        return model.n_heads if on_gpu and (self.has_dense_mask or wide) else model.n_kv_heads
 
     @property
     def reduce_bytes(self) -> int:

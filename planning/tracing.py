@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -224,11 +225,19 @@ class FakeAdamW:
 
 
 def _use_gpu_attention(spec: StepSpec, llama: Llama) -> None:
-    """Use an attention kernel without a dense mask on GPUs, where all kernels save the same."""
+    """Use an attention kernel that saves what the one on a GPU saves."""
     if spec.accelerator == "cuda":
-        llama.kernel = _MasklessKernel("sdpa")
+        llama.kernel = AttentionKernel("sdpa") if spec.has_dense_mask else _MasklessKernel("sdpa")
+        if spec.expanded_kv_heads != spec.model.n_kv_heads and not spec.parallel.compile:
+            llama.kernel.sdpa = _sdpa_of_expanded_heads
         for block in llama.layers:
             cast(Any, block).attention.kernel = llama.kernel
+
+
+def _sdpa_of_expanded_heads(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    """Attention of (batch, heads, seq, head_dim) that saves a copy of each key-value head."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
 class _MasklessKernel(AttentionKernel):

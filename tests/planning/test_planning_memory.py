@@ -25,6 +25,7 @@ from training.moments import BLOCK
 
 TOLERANCE = 0.03
 MODEL = ModelConfig("small", 128, 4, 8, 4, 352, 1024)
+SHAPES = ("n_layers", "tie_embeddings", "attention")
 PARALLEL = {key for key in ParallelConfig.__dataclass_fields__}
 
 # accelerator, (dp_replicate, dp_shard, cp, tp), other settings
@@ -62,6 +63,12 @@ GRID: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ("cuda", (1, 1, 1, 1), {"activation_checkpoint": "full", "compile": True}),
     ("cuda", (2, 1, 1, 1), {"micro_batches": 3, "seq_len": 32}),
     ("cuda", (1, 4, 1, 1), {"reshard_after_forward": False, "n_layers": 5, "seq_len": 128}),
+    # Kernels that take no grouped heads, without and with a dense mask.
+    ("cuda", (1, 1, 1, 1), {"param": "fp32", "document_mask": False}),
+    ("cuda", (1, 2, 1, 1), {"attention": "sdpa", "param": "fp32"}),
+    ("cuda", (1, 1, 1, 2), {"attention": "sdpa"}),
+    ("cuda", (1, 1, 2, 1), {"attention": "sdpa", "activation_checkpoint": "full"}),
+    ("cuda", (1, 2, 1, 1), {"attention": "sdpa", "activation_checkpoint": "selective"}),
 ]
 
 
@@ -71,7 +78,7 @@ def make_spec(
     param = settings.get("param", "bf16" if accelerator == "cuda" else "fp32")
     state = settings.get("optimizer_state", "fp32")
     mesh = MeshShape(*sizes)
-    shapes = {key: settings[key] for key in ("n_layers", "tie_embeddings") if key in settings}
+    shapes = {key: settings[key] for key in SHAPES if key in settings}
     return StepSpec(
         model=replace(MODEL, **shapes),
         mesh=mesh,

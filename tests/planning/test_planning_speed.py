@@ -1,12 +1,17 @@
 """Closed forms of step time against operations that are counted in a real step."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from hydra import compose, initialize_config_dir
 from torch.utils.flop_counter import FlopCounterMode
 
+from cli.arguments import CONF, plan_arguments
+from cli.config import load_plan_config
 from model.config import ModelConfig
 from model.init import initialize
 from model.llama import Llama
@@ -14,7 +19,9 @@ from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.float8 import apply_float8
 from parallel.mesh import MeshShape
-from planning.hardware import load_hardware
+from planning.activations import batch_bytes
+from planning.hardware import FOLDER, load_hardware
+from planning.request import configured_choice
 from planning.speed import step_time
 from planning.step_spec import StepSpec
 
@@ -62,3 +69,48 @@ def test_planned_flops_of_products_are_those_of_a_step(fp8: Any, checkpoint: Any
     spec = small_spec(fp8, activation_checkpoint=checkpoint)
     planned = step_time(spec, HARDWARE).matrix * 1e12
     assert planned == pytest.approx(counted_product_flops(fp8, checkpoint))
+
+
+def test_turing_is_planned_in_float32_with_a_dense_document_mask(tmp_path: Path) -> None:
+    """As `train.py` runs there; `auto` is bf16 and varlen on newer GPUs."""
+    specs = []
+    for capability in (7.5, 8.0):
+        path = tmp_path / "gpu.yaml"
+        values = yaml.safe_load((FOLDER / "a100.yaml").read_text()) | {"capability": capability}
+        path.write_text(yaml.safe_dump(values))
+        overrides = ["experiment=smoke", f"hardware={path}", "devices=1"]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = load_plan_config(compose("plan", plan_arguments(overrides)))
+        [(spec, _)] = config.request.stages(configured_choice(config, config.mesh))
+        specs.append(spec)
+    turing, ampere = specs
+    assert (turing.precision.param, turing.attention) == ("fp32", "sdpa")
+    assert (ampere.precision.param, ampere.attention) == ("bf16", "varlen")
+    mask = turing.local_tokens * turing.seq_len * 4
+    assert turing.has_dense_mask and batch_bytes(turing) == batch_bytes(ampere) + mask
+    assert turing.expanded_kv_heads == turing.model.n_heads > ampere.expanded_kv_heads
+
+
+def test_planned_kernel_is_the_one_that_runs() -> None:
+    """Without a mask, all kernels are replaced by scaled_dot_product_attention."""
+    spec = replace(small_spec(), accelerator="cuda", precision=PrecisionConfig("bf16", "fp32"))
+    kernels: dict[str, Any] = {
+        "varlen": {},
+        "flex": {"mesh": MeshShape(1, 1, 2, 1)},
+        "sdpa": {"document_mask": False},
+    }
+    for kernel, change in kernels.items():
+        assert replace(spec, **change).attention == kernel
+
+
+def test_dense_mask_doubles_the_flops_of_attention() -> None:
+    spec = replace(small_spec(), accelerator="cuda")
+    dense = replace(spec, model=replace(MODEL, attention="sdpa"))
+    times = [step_time(each, HARDWARE).attention for each in (spec, dense)]
+    assert times[1] == 2 * times[0]
+
+
+def test_capability_of_older_hardware_files_follows_from_their_rates() -> None:
+    for name, capability in (("h200", (9, 0)), ("a100", (8, 0))):
+        assert load_hardware(name).compute_capability == capability
+        assert replace(load_hardware(name), capability=None).compute_capability == capability
