@@ -80,6 +80,7 @@ def calibrate(seconds: float = SECONDS) -> Hardware:
         peak_tflops=known.peak_tflops if known else matrix,
         matrix_tflops=matrix,
         attention_tflops=attention,
+        flash_attention_tflops=known.flash_attention_tflops if known else {},
         bandwidth_gb_s=_bandwidth(kind, sizes["copy"], seconds),
         link_gb_s=link[0],
         link_latency_us=link[1],

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from data.config import DataConfig
 from model.config import ModelConfig
@@ -21,6 +22,7 @@ class PlanJobConfig(JobConfig):
     hardware: Hardware
     devices: PositiveInt | None
     tokens: PositiveInt | None
+    flash_attention: Literal["FA2", "FA3", "FA4"]
     trace: bool
     search: bool
     calibrate: bool
@@ -44,8 +46,8 @@ class PlanJobConfig(JobConfig):
     @property
     def request(self) -> PlanRequest:
         hardware = self.hardware
-        capability = hardware.compute_capability
-        return PlanRequest(self, hardware.accelerator, self.token_budget, capability)
+        capability, tokens = hardware.compute_capability, self.token_budget
+        return PlanRequest(self, hardware.accelerator, tokens, capability, self.flash_attention)
 
 
 def planned_devices(parallel: ParallelConfig, hardware: Hardware, devices: int | None) -> int:
@@ -84,6 +86,16 @@ def hardware_errors(
         )
 
 
+def flash_attention_errors(flash_attention: str, hardware: Hardware) -> Iterator[str]:
+    """Yield an error for a FlashAttention whose rate is unknown."""
+    known = ("FA2", *hardware.flash_attention_tflops)
+    if flash_attention not in known:
+        yield (
+            f"flash_attention={flash_attention} has no rate for hardware {hardware.name}; use "
+            f"flash_attention={' or '.join(known)}"
+        )
+
+
 def planned_mesh_errors(
     parallel: ParallelConfig,
     precision: PrecisionConfig,
@@ -107,4 +119,4 @@ def planned_mesh_errors(
     ]
 
 
-PLAN_RULES = (hardware_errors, planned_mesh_errors)
+PLAN_RULES = (hardware_errors, flash_attention_errors, planned_mesh_errors)

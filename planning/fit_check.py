@@ -83,8 +83,13 @@ def plan_request(
 ) -> tuple[PlanRequest, Choice]:
     """Return the run as a request to the planner, and its configured choice."""
     tokens = config.stages().first_token(config.train.max_steps)
-    capability = processes.capability or HOPPER
-    request = PlanRequest(config, processes.accelerator, tokens, capability)
+    capability, flash_attention = processes.capability or HOPPER, "FA2"
+    if processes.accelerator == "cuda":
+        from training.flash_attention import select_flash_attention
+
+        head_dim, deterministic = config.model.head_dim, config.train.deterministic
+        flash_attention = select_flash_attention(head_dim, deterministic, capability)
+    request = PlanRequest(config, processes.accelerator, tokens, capability, flash_attention)
     return request, configured_choice(config, mesh)
 
 

@@ -7,7 +7,7 @@ validated against. Calibration writes the same format. Imports no heavy packages
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -45,6 +45,8 @@ class Hardware(ConfigSection):
             products.
         attention_tflops: Rate of the fused kernel in causal attention over long sequences, forward
             and backward, with FLOPs counted as in `model.flops`.
+        flash_attention_tflops: The same in bf16, by version of FlashAttention (FA3, FA4) that
+            replaces the kernel for document masks where its package is installed.
         bandwidth_gb_s: Achieved by a copy, bytes read plus bytes written.
         link_gb_s, link_latency_us: Per rank and direction inside a node, achieved by collectives
             (on `cpu`: all ranks together), and the minimum time of a collective.
@@ -76,6 +78,7 @@ class Hardware(ConfigSection):
     price_per_hour: Positive | None = None
     names: str | None = None
     capability: Positive | None = None
+    flash_attention_tflops: dict[str, Positive] = field(default_factory=dict)
 
     @property
     def compute_capability(self) -> tuple[int, int]:

@@ -4,6 +4,7 @@
 it results in. Imports no heavy packages.
 """
 
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 
 from parallel.config import ParallelConfig
@@ -63,6 +64,7 @@ class PlanRequest:
     Args:
         tokens: Number of training tokens.
         capability: Compute capability of the GPUs.
+        flash_attention: Version of FlashAttention that is installed where the run runs.
     """
 
     def __init__(
@@ -71,9 +73,10 @@ class PlanRequest:
         accelerator: str,
         tokens: int,
         capability: tuple[int, int] = HOPPER,
+        flash_attention: str = "FA2",
     ) -> None:
         self.config, self.accelerator, self.tokens = config, accelerator, tokens
-        self.capability = capability
+        self.capability, self.flash_attention = capability, flash_attention
         self.precision = resolved_precision(config.precision, accelerator, capability)
 
     def with_synchronous_saves(self) -> tuple["PlanRequest", str] | None:
@@ -89,7 +92,9 @@ class PlanRequest:
         overrides = "checkpoint.async_save=false"
         if checkpoint.when_busy != "wait":  # which has no effect then
             overrides += " checkpoint.when_busy=wait"
-        return PlanRequest(config, self.accelerator, self.tokens, self.capability), overrides
+        request = copy(self)
+        request.config = config
+        return request, overrides
 
     def local_batch_size(self, mesh: MeshShape) -> int:
         """Return the sequences per data-parallel rank and step on a valid mesh."""
@@ -114,6 +119,7 @@ class PlanRequest:
                 precision=self.precision,
                 accelerator="cuda" if self.accelerator == "cuda" else "cpu",
                 capability=self.capability,
+                flash_attention=self.flash_attention,
                 seq_len=stage.seq_len,
                 global_batch_size=batch_size,
                 micro_batch_size=stage.micro_batch_size or batch_size // mesh.dp,

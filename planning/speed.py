@@ -135,7 +135,10 @@ class RankCosts:
         for our bf16 backward on CPU, which is not counted).
         """
         model, spec = self.spec.model, self.spec
-        rate = self.hardware.attention_tflops[spec.precision.param] * 1e12 / self.sharing
+        tflops = self.hardware.attention_tflops[spec.precision.param]
+        if spec.attention == "varlen":
+            tflops = self.hardware.flash_attention_tflops.get(spec.flash_attention, tflops)
+        rate = tflops * 1e12 / self.sharing
         heads = model.n_heads // spec.mesh.tp
         flops = 6 * self.tokens * heads * model.head_dim * spec.seq_len
         if spec.has_dense_mask:

@@ -32,6 +32,7 @@ class StepSpec:
         async_save: Checkpoints are copied to host memory and written in the background.
         prefetch: Steps that the loader reads ahead; None: batches are not counted.
         capability: Compute capability of a GPU.
+        flash_attention: Version of FlashAttention that `varlen` runs: FA2, FA3 or FA4.
     """
 
     model: ModelConfig
@@ -46,6 +47,7 @@ class StepSpec:
     async_save: bool = False
     prefetch: int | None = None
     capability: tuple[int, int] = (9, 0)
+    flash_attention: str = "FA2"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parallel", self.parallel.resolved(self.accelerator))

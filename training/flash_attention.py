@@ -23,31 +23,37 @@ from model.config import ModelConfig
 PACKAGES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
 
 
-def activate_flash_attention(
-    head_dim: int, deterministic: bool, report: Callable[[str], None]
-) -> None:
-    """Activate the newest FlashAttention for this GPU and head size; report if that fails.
+def select_flash_attention(head_dim: int, deterministic: bool, capability: tuple[int, int]) -> str:
+    """Return the FlashAttention for a GPU and head size: FA2, or a later one that is installed.
 
     The GPU and head sizes are those of the packages: FlashAttention-3 has kernels for Hopper,
     -4 for Hopper and Blackwell with heads of up to 128, without a deterministic backward on Hopper.
     """
-    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
-    major = torch.cuda.get_device_capability()[0]
-    if activate is None or head_dim % 8 or major not in (9, 10):
-        return
-    for name in {9: ("FA3", "FA4"), 10: ("FA4",)}[major]:
+    if head_dim % 8:
+        return "FA2"
+    for name in {9: ("FA3", "FA4"), 10: ("FA4",)}.get(capability[0], ()):
         if head_dim > (256 if name == "FA3" and not deterministic else 128):
             continue
-        if (deterministic and name == "FA4") or not _is_installed(PACKAGES[name]):
-            continue
-        try:
-            activate(name)
-        except Exception as error:  # built for other versions of PyTorch or CUDA
-            report(
-                f"Package {PACKAGES[name]} is installed but cannot be used ({error}); using "
-                "FlashAttention-2"
-            )
+        if (not deterministic or name == "FA3") and _is_installed(PACKAGES[name]):
+            return name
+    return "FA2"
+
+
+def activate_flash_attention(
+    head_dim: int, deterministic: bool, report: Callable[[str], None]
+) -> None:
+    """Activate the selected FlashAttention on this GPU; report if that fails."""
+    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    name = select_flash_attention(head_dim, deterministic, torch.cuda.get_device_capability())
+    if activate is None or name == "FA2":
         return
+    try:
+        activate(name)
+    except Exception as error:  # built for other versions of PyTorch or CUDA
+        report(
+            f"Package {PACKAGES[name]} is installed but cannot be used ({error}); using "
+            "FlashAttention-2"
+        )
 
 
 def active_flash_attention() -> str:

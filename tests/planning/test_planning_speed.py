@@ -10,20 +10,22 @@ import yaml
 from hydra import compose, initialize_config_dir
 from torch.utils.flop_counter import FlopCounterMode
 
-from cli.arguments import CONF, plan_arguments
-from cli.config import load_plan_config
+from cli.arguments import CONF, hydra_arguments, plan_arguments
+from cli.config import load_plan_config, load_train_config
 from model.config import ModelConfig
 from model.init import initialize
 from model.llama import Llama
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.float8 import apply_float8
-from parallel.mesh import MeshShape
+from parallel.mesh import MeshShape, Processes
 from planning.activations import batch_bytes
+from planning.fit_check import plan_request
 from planning.hardware import FOLDER, load_hardware
 from planning.request import configured_choice
 from planning.speed import step_time
 from planning.step_spec import StepSpec
+from training import flash_attention
 
 MODEL = ModelConfig("small", 64, 2, 4, 2, 96, 80)
 BATCH, SEQ = 2, 32
@@ -114,3 +116,33 @@ def test_capability_of_older_hardware_files_follows_from_their_rates() -> None:
     for name, capability in (("h200", (9, 0)), ("a100", (8, 0))):
         assert load_hardware(name).compute_capability == capability
         assert replace(load_hardware(name), capability=None).compute_capability == capability
+
+
+def test_rate_of_flash_attention_follows_the_version_where_it_runs() -> None:
+    """FlexAttention and scaled_dot_product_attention do not use the packages."""
+    hardware = load_hardware("h200")
+    spec = replace(small_spec(), accelerator="cuda", precision=PrecisionConfig("bf16", "fp32"))
+    ratio = hardware.flash_attention_tflops["FA3"] / hardware.attention_tflops["bf16"]
+    for mesh, factor in ((MeshShape(1, 1, 1, 1), ratio), (MeshShape(1, 1, 2, 1), 1)):
+        second, third = (
+            step_time(replace(spec, mesh=mesh, flash_attention=name), hardware).attention
+            for name in ("FA2", "FA3")
+        )
+        assert second == pytest.approx(factor * third)
+    without = replace(hardware, flash_attention_tflops={})  # a file of an older version
+    newer = replace(spec, flash_attention="FA3")
+    assert step_time(newer, without).attention == step_time(spec, hardware).attention
+
+
+@pytest.mark.parametrize("installed", ["FA2", "FA3"])
+def test_plan_of_a_run_uses_the_installed_flash_attention(
+    installed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = installed == "FA3"
+    monkeypatch.setattr(flash_attention, "_is_installed", lambda _: found)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        words = hydra_arguments(["experiment=h200_8b"], "train")
+        config = load_train_config(compose("train", words))
+    mesh, processes = MeshShape(1, 1, 1, 1), Processes("cuda", 1, 1, "self", (9, 0))
+    request, choice = plan_request(config, processes, mesh)
+    assert {spec.flash_attention for spec, _ in request.stages(choice)} == {installed}
