@@ -22,7 +22,7 @@ class PlanJobConfig(JobConfig):
     hardware: Hardware
     devices: PositiveInt | None
     tokens: PositiveInt | None
-    flash_attention: Literal["FA2", "FA3", "FA4"]
+    flash_attention_impl: Literal["FA2", "FA3", "FA4"]
     trace: bool
     search: bool
     calibrate: bool
@@ -47,7 +47,9 @@ class PlanJobConfig(JobConfig):
     def request(self) -> PlanRequest:
         hardware = self.hardware
         capability, tokens = hardware.compute_capability, self.token_budget
-        return PlanRequest(self, hardware.accelerator, tokens, capability, self.flash_attention)
+        return PlanRequest(
+            self, hardware.accelerator, tokens, capability, self.flash_attention_impl
+        )
 
 
 def planned_devices(parallel: ParallelConfig, hardware: Hardware, devices: int | None) -> int:
@@ -86,13 +88,13 @@ def hardware_errors(
         )
 
 
-def flash_attention_errors(flash_attention: str, hardware: Hardware) -> Iterator[str]:
+def flash_attention_errors(flash_attention_impl: str, hardware: Hardware) -> Iterator[str]:
     """Yield an error for a FlashAttention whose rate is unknown."""
     known = ("FA2", *hardware.flash_attention_tflops)
-    if flash_attention not in known:
+    if flash_attention_impl not in known:
         yield (
-            f"flash_attention={flash_attention} has no rate for hardware {hardware.name}; use "
-            f"flash_attention={' or '.join(known)}"
+            f"flash_attention_impl={flash_attention_impl} has no rate for hardware "
+            f"{hardware.name}; use flash_attention_impl={' or '.join(known)}"
         )
 
 

@@ -525,6 +525,7 @@ def test_gpu_memory_is_queried_and_known_devices_have_a_speed(
     def check_on(name: str, gib: int) -> str:
         device = SimpleNamespace(name=name, major=8, minor=0, total_memory=gib * GIB)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: processes.per_node)
         return check(config, processes, mesh)
 
     known = check_on("NVIDIA H100 80GB HBM3", 80)

@@ -157,7 +157,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("srun", {"parallel.dp_shard": 8}),
     ("plan", {"parallel.accelerator": "cpu"}),
     ("plan", {**FP8, "hardware": "a100"}),
-    ("plan", {"flash_attention": "FA4", "hardware": "h100"}),
+    ("plan", {"flash_attention_impl": "FA4", "hardware": "h100"}),
     ("plan", {"model.attention": "varlen", "precision.param": "fp32"}),
     ("plan", {"model.attention": "varlen", "parallel.cp": 2}),
     ("plan", {"model.attention": "varlen", "model.n_heads": 512}),
