@@ -25,10 +25,9 @@ from cli.config import check_config
 from parallel.float8 import apply_float8
 from parallel.mesh import MeshShape, Processes
 from planning.calibration import SIZES, matrix_tflops
-from planning.fit_check import check_plan, this_machine
+from planning.fit_check import check_plan, plan_request, this_machine
 from planning.hardware import hardware_of, load_hardware
 from planning.memory import GIB, step_memory
-from planning.request import PlanRequest, configured_choice
 from planning.speed import step_time
 from train import set_up, train_step
 from training.config import JobConfig
@@ -209,10 +208,8 @@ def compare_plan(
     """Return the planner's prediction of the step and its error; on CPU, that of an H200."""
     on_gpu = processes.accelerator == "cuda"
     hardware = this_machine(processes)[0] if on_gpu else load_hardware("h200")
-    tokens = config.train.global_batch_size * config.train.seq_len
-    spec, _ = PlanRequest(config, processes.accelerator, tokens).stages(
-        configured_choice(config, mesh)
-    )[0]
+    request, choice = plan_request(config, processes, mesh)
+    spec, _ = request.stages(choice)[0]
     planned = {"peak_memory_gib": step_memory(spec).peak / GIB}
     if hardware is not None:
         planned["step_seconds"] = step_time(spec, hardware).total
