@@ -14,9 +14,6 @@ WEIGHTS = ResumePolicy("forbidden", "the shape of the weights", on_load=True)
 FUNCTION = ResumePolicy("override", "the function computed from the same weights")
 Size = Annotated[int, Ge(1), WEIGHTS]
 
-FLEX_MIN_HEAD_DIM = 16
-"""FlexAttention takes no smaller heads (torch/_inductor/kernel/flex/flex_attention.py)."""
-
 
 def varlen_supports(head_dim: int, capability: tuple[int, int]) -> bool:
     """Return whether FlashAttention's kernel for documents can train a head size on a GPU.
@@ -26,6 +23,19 @@ def varlen_supports(head_dim: int, capability: tuple[int, int]) -> bool:
     """
     has_backward = capability in ((8, 0), (9, 0), (10, 0), (10, 3)) or not 192 < head_dim <= 224
     return head_dim % 8 == 0 and head_dim <= 256 and has_backward
+
+
+def flex_head_dims(capability: tuple[int, int]) -> tuple[int, int]:
+    """Return the smallest and the largest head size that FlexAttention can train on a GPU.
+
+    The smallest is in torch/_inductor/kernel/flex/flex_attention.py. Above 128 elements a tile has
+    256, and the backward in 16 bits needs 112 KiB of shared memory, but sm_86, sm_89 and sm_12x
+    have 99 KiB. In float32 128 elements need 80 KiB, but Turing has 64 KiB. Above 256 the tiles do
+    not fit on any GPU.
+    """
+    if capability < (8, 0):
+        return 16, 64
+    return 16, 128 if capability in ((8, 6), (8, 9)) or capability >= (12, 0) else 256
 
 
 def attention_kernel(
@@ -43,8 +53,8 @@ def attention_kernel(
         return "sdpa"
     if complete and is_16_bit and varlen_supports(head_dim, capability):
         return "varlen"
-    # Beyond 256 the tiles of FlexAttention exceed the shared memory of a multiprocessor.
-    return "flex" if FLEX_MIN_HEAD_DIM <= head_dim <= 256 else "sdpa"
+    smallest, largest = flex_head_dims(capability)
+    return "flex" if smallest <= head_dim <= largest else "sdpa"
 
 
 @dataclasses.dataclass(frozen=True)

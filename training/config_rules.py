@@ -24,7 +24,7 @@ from data.config import (
     SourceConfig,
     TokenizerConfig,
 )
-from model.config import FLEX_MIN_HEAD_DIM, ModelConfig, attention_kernel, varlen_supports
+from model.config import ModelConfig, attention_kernel, flex_head_dims, varlen_supports
 from parallel.config import BF16_CAPABILITY, FP8_MULTIPLE, ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, resolve_mesh
 from resilience.accelerator import resolve_processes, world_size_errors
@@ -494,10 +494,12 @@ def device_errors(
             "193 to 224 on GPUs other than A100, H100, H200 and B200), but it is "
             f"{model.head_dim}; use model.attention=auto or sdpa"
         )
-    if kernel == "flex" and model.head_dim < FLEX_MIN_HEAD_DIM:
+    smallest, largest = flex_head_dims(capability)
+    if kernel == "flex" and not smallest <= model.head_dim <= largest:
         yield (
-            f"{key} needs model.dim / model.n_heads to be at least {FLEX_MIN_HEAD_DIM}, but it is "
-            f"{model.head_dim}; use model.attention=auto or sdpa"
+            f"{key} needs model.dim / model.n_heads to be {smallest} to {largest} on GPUs of "
+            f"compute capability {_shown(capability)}, but it is {model.head_dim}; use "
+            "model.attention=auto or sdpa"
         )
     if kernel == "varlen" and mesh.cp > 1:
         yield (

@@ -101,10 +101,17 @@ def _efficient(args: Any, kwargs: Any, capability: Capability) -> None:
 
 
 def _flex(args: Any, _: Any, capability: Capability) -> None:
-    """torch/nn/attention/flex_attention.py, _validate_embed_dim, and the Triton templates."""
+    """torch/nn/attention/flex_attention.py, _validate_embed_dim, and the Triton templates.
+
+    Shared memory: of the backward in bf16 with tiles of 256 elements, as Triton allocates it.
+    """
     q, k, v = args[:3]
     require(q.device == k.device == v.device, "query, key and value must be on one device")
     require(q.shape[-1] >= 16, f"head_dim must be at least 16 for tensor cores: {q.shape[-1]}")
+    properties: Any = torch.cuda.get_device_properties(q.device)
+    shared = properties.shared_memory_per_block_optin
+    if q.dtype == torch.bfloat16 and q.shape[-1] > 128:
+        require(shared >= 114_688, f"out of shared memory: 114688 of {shared}, {q.shape}")
 
 
 # ---------------------------------------------------------------- products

@@ -48,7 +48,8 @@ def sdpa_backends(case: Case) -> set[str]:
         ((9, 0), "fp32", 5, 256, set()),  # flex
         ((9, 0), "bf16", 5, 48, {"cudnn"}),  # heads of 12: neither varlen nor flex
         ((8, 6), "bf16", None, 800, {"efficient"}),  # heads of 200: flash has no backward
-        ((8, 6), "bf16", 5, 800, set()),  # flex: neither has that of varlen
+        ((8, 6), "bf16", 5, 800, {"efficient"}),  # varlen and flex have none either
+        ((8, 0), "bf16", 5, 808, set()),  # heads of 202: flex
         ((7, 5), "fp32", 5, 256, {"efficient"}),
     ],
 )

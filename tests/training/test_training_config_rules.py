@@ -8,7 +8,7 @@ import pytest
 
 from checkpoint.config import CheckpointConfig
 from data.config import DataConfig, SourceConfig, StageConfig, TokenizerConfig
-from model.config import ModelConfig
+from model.config import ModelConfig, attention_kernel
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, resolve_mesh
 from resilience.config import FaultsConfig
@@ -249,6 +249,36 @@ def test_varlen_is_rejected_for_head_sizes_that_a_gpu_cannot_train(
     assert bool(found) != supported
     assert all(re.match(rule + "use model.attention=auto or sdpa", each) for each in found)
     assert not list(device_errors(*shared, replace(model, attention="auto"), capability))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "capability", "supported"),
+    [
+        (8, (9, 0), False),
+        (36, (8, 6), True),
+        (128, (12, 0), True),
+        (192, (8, 0), True),
+        (256, (9, 0), True),
+        (264, (9, 0), False),
+        (136, (8, 6), False),  # the backward needs more shared memory
+        (256, (8, 9), False),
+        (256, (12, 1), False),
+        (64, (7, 5), True),
+        (128, (7, 5), False),
+    ],
+)
+def test_flex_is_rejected_for_head_sizes_that_a_gpu_cannot_train(
+    head_dim: int, capability: tuple[int, int], supported: bool
+) -> None:
+    model = replace(MODEL, dim=head_dim * MODEL.n_heads, attention="flex")
+    shared = "cuda", MeshShape(1, 1, 1, 1), PARALLEL, PrecisionConfig()
+    found = list(device_errors(*shared, model, capability))
+    rule = f"model.attention=flex needs model.dim / model.n_heads to be .*, but it is {head_dim}; "
+    assert bool(found) != supported
+    assert all(re.match(rule + "use model.attention=auto or sdpa", each) for each in found)
+    if not supported:
+        kernels = {attention_kernel("auto", head_dim, capability, True, False)}
+        assert kernels == {"sdpa"}
 
 
 def test_async_tp_reports_every_missing_requirement() -> None:
