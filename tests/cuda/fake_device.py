@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from unittest import mock
 SOURCE = Path(__file__).with_name("guard.cpp")
 # As pytest's cache would be, but shared by all checkouts: the name holds version and source.
 CACHE = Path(tempfile.gettempdir()) / f"llamesh-fake-cuda-{os.getuid()}"
+_start_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def on_fake_device(
         daemon=True,
     )
     # The other server, of `on_ranks`, is the default one.
-    with mock.patch.object(forkserver, "connect_to_new_process", _server().connect_to_new_process):
+    connect = _server().connect_to_new_process
+    with _start_lock, mock.patch.object(forkserver, "connect_to_new_process", connect):
         process.start()
     sender.close()  # leaves the process the only writer, so that its death closes the pipe
     try:

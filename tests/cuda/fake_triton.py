@@ -1,7 +1,7 @@
 """Compile Inductor's Triton kernels to machine code without a GPU or a driver; never run them.
 
 Triton and ptxas compile for any capability; only loading a kernel needs the driver. `install` gives
-Triton a driver that loads nothing, and `kernels` records every kernel that Inductor compiles.
+Triton a driver that loads nothing, and `kernels` returns what Inductor's code would launch.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,29 +35,23 @@ class Kernel:
     shared_memory: int
     registers: int
     stack: int
-    cubin_bytes: int
 
 
 _library = torch.library.Library("aten", "IMPL")
-_compiled: list[tuple[str, str, Any]] = []  # name, configuration, CompiledKernel
-loaded: list[Any] = []  # kernels that fit on the GPU
+# Called with an output by generated code; has no kernel for fake tensors.
+_library.impl("_scaled_mm.out", lambda *args, out, **kwargs: out, "Meta")
+_launched: dict[int, Any] = {}  # id of an autotuner: the autotuner of a kernel
 
 
 def install() -> None:
-    """Patch Triton and Inductor in this process, whose GPUs are configured."""
+    """Patch Triton and Inductor in this process, whose GPUs are configured.
+
+    Call it after each launch, which sets the number of compile workers.
+    """
     major, minor = cuda_stubs.gpus.capability
     triton.runtime.driver.set_active(_Driver(10 * major + minor))
     triton_helpers.set_driver_to_gpu = lambda: None
     autotuner: Any = triton_heuristics.CachingAutotuner
-    precompile_config = autotuner._precompile_config
-
-    def record(self: Any, configuration: Any) -> Any:
-        result = precompile_config(self, configuration)
-        name = self.inductor_meta.get("kernel_name") or self.fn.__name__
-        _compiled.append((name, str(configuration), result.kernel))
-        return result
-
-    autotuner._precompile_config = record
     autotuner.run = _run
     result_type: Any = triton_heuristics.TritonCompileResult
     result_type.make_launcher = _load
@@ -69,28 +64,36 @@ def install() -> None:
     _let_wrappers_run()
 
 
+def reset() -> None:
+    """Forget which kernels were launched."""
+    _launched.clear()
+
+
 def kernels() -> list[Kernel]:
-    """Return the kernels that fit on the GPU, with the resources in their machine code."""
+    """Return the launched kernels in each configuration that fits on the GPU, with resources.
+
+    They are read from the machine code. Inductor chooses among the configurations by their times.
+    """
     found = []
-    with tempfile.TemporaryDirectory() as folder:
-        for index, (name, configuration, kernel) in enumerate(_compiled):
-            cubin = Path(folder, f"{index}.cubin")
-            if not any(kernel is each for each in loaded):
-                continue
-            cubin.write_bytes(kernel.asm["cubin"])
+    for each in _launched.values():
+        name = each.inductor_meta.get("kernel_name") or each.fn.__name__
+        for launcher in each.launchers:
+            cubin = launcher.kernel.asm["cubin"]
             registers, stack = resource_usage(cubin)
-            metadata = kernel.metadata
-            size = cubin.stat().st_size
-            found.append(Kernel(name, configuration, metadata.shared, registers, stack, size))
+            found.append(Kernel(name, str(launcher.config), launcher.shared, registers, stack))
     return found
 
 
-def resource_usage(cubin: Path) -> tuple[int, int]:
+@cache
+def resource_usage(cubin: bytes) -> tuple[int, int]:
     """Return registers and stack bytes of each thread, as in the machine code."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    output = subprocess.run(
-        [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        output = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", output)
     assert usage is not None, output
     return int(usage[1]), int(usage[2])
@@ -108,12 +111,14 @@ def _load(self: Any) -> Any:
     shared = self.kernel.metadata.shared
     if shared > limit:
         raise OutOfResources(shared, limit, "shared memory")
-    loaded.append(self.kernel)
-    return SimpleNamespace(config=self.config, n_spills=0, n_regs=0, shared=shared)
+    return SimpleNamespace(
+        config=self.config, kernel=self.kernel, n_spills=0, n_regs=0, shared=shared
+    )
 
 
 def _run(self: Any, *args: Any, **kwargs: Any) -> None:
-    """Compile a kernel where it would be launched, if that has not been done."""
+    """Compile a kernel where it would be launched, if that has not been done, and record it."""
+    _launched[id(self)] = self
     if not self.launchers:
         self.precompile()
 
@@ -168,8 +173,6 @@ def _let_wrappers_run() -> None:
     properties = staticmethod(cuda_stubs.get_device_properties)
     interface.exchange_device = interface.maybe_exchange_device = staticmethod(lambda device: 0)
     interface.get_device_properties = interface.Worker.get_device_properties = properties
-    # Called with an output by generated code; has no kernel for fake tensors.
-    _library.impl("_scaled_mm.out", lambda *args, out, **kwargs: out, "Meta")
     module: Any = torch.cuda
     module._DeviceGuard = _device_guard
     module._exchange_device = lambda device: 0
