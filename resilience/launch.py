@@ -67,6 +67,10 @@ def launch(
     set_up_process(processes, parallel)
     if processes.accelerator == "cpu":
         keep_freed_memory()
+        if parallel.resolved("cpu").compile or precision.optimizer_state == "int8":
+            from resilience.atomic_builds import make_builds_atomic
+
+            make_builds_atomic()
     transform = partial(parallelize, parallel=parallel, precision=precision)
     strategy = MeshStrategy(
         mesh,

@@ -1,8 +1,9 @@
 """CPUs, GPUs and memory allocator of one process of a run.
 
 Everything here is a default: variables that the user or the launcher has set, and CPUs that it has
-bound the process to, are kept. Inductor's and Triton's caches need nothing: they are per user and
-node, and written atomically (torch/_inductor/codecache.py, `write_atomic`).
+bound the process to, are kept. The caches of Inductor and Triton are per user and node. Graphs and
+GPU kernels are written atomically (torch/_inductor/codecache.py, `write_atomic`;
+triton/runtime/cache.py, `put`), and the libraries of a CPU run are by `resilience.atomic_builds`.
 """
 
 import os
