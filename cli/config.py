@@ -142,6 +142,11 @@ def check_inference_mesh(
         errors += rules.bf16_errors(processes.capability, precision, model)
     mesh, unresolved = resolve_mesh(parallel, processes.world_size)
     errors += unresolved or rules.model_errors(mesh, parallel, model, seq_len)
+    compiled = dataclasses.replace(parallel, compile=parallel.compile is True)  # as in inference
+    capability = processes.capability or rules.HOPPER
+    errors += rules.compiler_errors(
+        processes.accelerator, mesh, compiled, precision, model, False, capability
+    )
     if errors:
         raise ConfigError(errors)
     return processes, mesh

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
@@ -557,14 +558,15 @@ def compiler_errors(
     parallel: ParallelConfig,
     precision: PrecisionConfig,
     model: ModelConfig,
-    data: DataConfig,
+    document_mask: bool,
     capability: tuple[int, int],
 ) -> Iterator[str]:
-    """Yield an error if Triton, which compiles for GPUs, does not find its C compiler.
+    """Yield an error if the compiler of the kernels does not exist.
 
     FlexAttention and the update of int8 moments are compiled in eager steps too.
     """
-    if accelerator != "cuda" or "CC" in os.environ or shutil.which("gcc") or shutil.which("clang"):
+    missing = _missing_compiler(accelerator)
+    if missing is None:
         return
     compiled, changes = [], []
     if parallel.resolved(accelerator).compile:
@@ -575,10 +577,11 @@ def compiler_errors(
         if parallel.async_tp:
             changes.append("parallel.async_tp=false")
     is_16_bit = precision.param != "fp32" and capability >= BF16_CAPABILITY
+    on_gpu = capability if accelerator == "cuda" else None
     kernel = attention_kernel(
-        model.attention, model.head_dim, capability, is_16_bit, complete=mesh.cp == 1
+        model.attention, model.head_dim, on_gpu, is_16_bit, complete=mesh.cp == 1
     )
-    if kernel == "flex" and (data.document_mask or mesh.cp > 1):
+    if kernel == "flex" and (document_mask or mesh.cp > 1):
         compiled.append(f"model.attention={model.attention}")
         changes.append("model.attention=sdpa")
     if precision.optimizer_state == "int8":
@@ -586,9 +589,29 @@ def compiler_errors(
         changes.append("precision.optimizer_state=fp32")
     if compiled:
         yield (
-            f"{' and '.join(compiled)}: the kernels are compiled, but there is no C compiler (CC, "
-            f"gcc or clang); install gcc, or use {' '.join(changes)}"
+            f"{' and '.join(compiled)}: the kernels are compiled, but {missing}, or use "
+            f"{' '.join(changes)}"
         )
+
+
+def _missing_compiler(accelerator: str) -> str | None:
+    """Return why there is no compiler, and a remedy; None if there is one.
+
+    Triton uses CC, gcc or clang (triton/runtime/build.py, `_build`), Inductor on CPU CXX or g++
+    (torch/_inductor/config.py, `cpp.cxx`). A variable holds one word, the path of an executable.
+    """
+    if accelerator == "cuda":
+        variable, kind, names = "CC", "C", ["gcc", "clang"]
+    else:
+        variable, kind = "CXX", "C++"
+        names = ["clang++" if sys.platform == "darwin" else "g++"]
+    given = os.environ.get(variable)
+    if given is not None:
+        rule = f"{variable}={given} is not an executable file; run: unset {variable}"
+        return None if shutil.which(given) else rule
+    if any(shutil.which(name) for name in names):
+        return None
+    return f"there is no {kind} compiler ({', '.join([variable, *names])}); install {names[0]}"
 
 
 def fp8_errors(
@@ -641,7 +664,9 @@ def launch_rule(tasks: Processes | None = None) -> Callable[..., Iterator[str]]:
             lowest = capability or HOPPER  # without a GPU, `errors` has the error
             yield from device_errors(accelerator, mesh, parallel, precision, model, lowest)
             yield from fp8_errors(accelerator, precision, capability)
-            yield from compiler_errors(accelerator, mesh, parallel, precision, model, data, lowest)
+            yield from compiler_errors(
+                accelerator, mesh, parallel, precision, model, data.document_mask, lowest
+            )
         yield from unresolved or mesh_errors(mesh, parallel, precision, model, train, data)
 
     return launch_errors

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from resilience.config import FaultsConfig
 from training.config import RunConfig, TrainConfig, ValidationConfig
 from training.config_rules import (
     batch_errors,
+    compiler_errors,
     data_errors,
     device_errors,
     for_every_stage,
@@ -363,3 +365,32 @@ def test_initial_weights_and_a_checkpoint_exclude_each_other(
 ) -> None:
     found = list(run_errors(RunConfig("a", "runs/a", init_from=init_from, resume=resume)))
     assert bool(found) == (init_from is not None and resume.startswith("runs/"))
+
+
+@pytest.mark.parametrize(("accelerator", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
+def test_compiler_variable_must_name_an_executable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, accelerator: str, variable: str
+) -> None:
+    """Inductor and Triton run the value as it is."""
+
+    def errors() -> list[str]:
+        mesh, compiled = MeshShape(1, 1, 1, 1), ParallelConfig(compile=True)
+        return list(
+            compiler_errors(accelerator, mesh, compiled, PrecisionConfig(), MODEL, True, (9, 0))
+        )
+
+    path = tmp_path / "g++"
+    path.touch()
+    for value in (str(path), str(tmp_path / "missing"), "gcc -m64", ""):
+        monkeypatch.setenv(variable, value)
+        [error] = errors()
+        assert f"but {variable}={value} is not an executable file; run: unset {variable}" in error
+    monkeypatch.delenv(variable)
+    assert errors() == []
+    path.chmod(0o755)
+    monkeypatch.setenv(variable, str(path))
+    assert errors() == []
+    monkeypatch.delenv(variable)
+    monkeypatch.setenv("PATH", "")
+    [error] = errors()
+    assert f"compiler ({variable}, " in error

@@ -57,6 +57,11 @@ PROGRAMS: dict[str, tuple[list[str], Any, Sequence[Rule]]] = {
         JobConfig,
         (*SHARED, rules.launch_rule()),
     ),
+    "no compiler on CPU": (
+        ["model=llama3_2_1b", "tokenizer=llama3", "parallel.accelerator=cpu"],
+        JobConfig,
+        (*SHARED, rules.launch_rule()),
+    ),
     "no gpu": (["tokenizer=llama3"], JobConfig, (*SHARED, rules.launch_rule())),
     "srun": (
         ["model=llama3_2_1b", "tokenizer=llama3"],
@@ -153,6 +158,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("no compiler", {"parallel.cp": 2, "precision.optimizer_state": "int8"}),
     ("no compiler", {"parallel.activation_checkpoint": 0.5}),
     ("no compiler", {**ASYNC_TP, "parallel.tp": 2}),
+    ("no compiler on CPU", {"parallel.compile": True}),
+    ("no compiler on CPU", {"parallel.compile": True, "parallel.activation_checkpoint": 0.5}),
+    ("no compiler on CPU", {"precision.optimizer_state": "int8"}),
     ("no gpu", {"parallel.accelerator": "cuda"}),
     ("srun", {"parallel.devices": 8}),
     ("srun", {"parallel.num_nodes": 2}),
@@ -301,8 +309,9 @@ def errors_of(program: str, values: dict[str, Any]) -> list[str]:
         gpus = (Gpu("GPU", GPUS[program], 2**35),) * 2 if program in GPUS else ()
         patch.setattr(accelerator, "probe_machine", lambda: Machine(gpus))
         patch.setitem(sys.modules, "wandb", None)
-        if program == "no compiler":
+        if "no compiler" in program:
             patch.delenv("CC", raising=False)
+            patch.setenv("CXX", "missing")
             patch.setattr(shutil, "which", lambda name: None)
         if program == "train":
             patch.setitem(sys.modules, "torchao", None)
