@@ -77,9 +77,10 @@ def on_fake_device(
         daemon=True,
     )
     # The other server, of `on_ranks`, is the default one.
-    connect = _server().connect_to_new_process
-    with _start_lock, mock.patch.object(forkserver, "connect_to_new_process", connect):
-        process.start()
+    with _start_lock:
+        connect = _server().connect_to_new_process
+        with mock.patch.object(forkserver, "connect_to_new_process", connect):
+            process.start()
     sender.close()  # leaves the process the only writer, so that its death closes the pipe
     try:
         return collect({receiver: 0})[0]
