@@ -27,7 +27,7 @@ from formats.config import ConvertJobConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, is_first_process, resolve_mesh
-from resilience.accelerator import resolve_processes
+from resilience.accelerator import accelerator_warnings, resolve_processes
 from resilience.launcher_variables import launcher_errors
 from resilience.renamed_keys import CONVERT_KEYS, EVALUATE_KEYS, RENAMED_KEYS, rename_keys
 from resilience.run_folder import RunFolder, RunFolderError
@@ -80,6 +80,7 @@ def check_config(composed: DictConfig) -> tuple[JobConfig, Processes, MeshShape]
     config = load_train_config(composed, rules.launch_rule(), *rules.INSTALLATION_RULES)
     print_warnings(config_warnings(config))
     processes, _ = resolve_processes(config.parallel)
+    print_warnings(accelerator_warnings(config.parallel, processes))
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
     return config, processes, mesh
 
@@ -149,6 +150,7 @@ def check_inference_mesh(
     )
     if errors:
         raise ConfigError(errors)
+    print_warnings(accelerator_warnings(parallel, processes))
     return processes, mesh
 
 

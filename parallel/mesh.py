@@ -135,25 +135,28 @@ def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def resolve_mesh(config: ParallelConfig, world_size: int) -> tuple[MeshShape, list[str]]:
-    """Return the mesh of `world_size` processes with `dp_shard` resolved, and all errors."""
-    min_shard = 1 if config.dp_shard == -1 else config.dp_shard
-    if min(config.dp_replicate, min_shard, config.cp, config.tp, world_size) < 1:
-        # No mesh: field constraints report sizes below 1, `resilience.accelerator` a missing GPU.
-        return MeshShape(1, 1, 1, 1), []
+    """Return the mesh of `world_size` processes with `dp_shard` resolved, and all errors.
+
+    Without a number of processes (0), `dp_shard` is at least what the configuration needs.
+    """
     others = config.dp_replicate * config.cp * config.tp
-    dp_shard = config.dp_shard if config.dp_shard != -1 else max(world_size // others, 1)
+    fixed = config.dp_shard != -1
+    dp_shard = config.dp_shard if fixed else max(world_size // max(others, 1), 1)
     shape = MeshShape(config.dp_replicate, dp_shard, config.cp, config.tp)
-    if world_size == shape.world_size:
+    if world_size == shape.world_size or min(*shape.sizes, world_size) < 1:
+        # Field constraints report sizes below 1, `resilience.accelerator` a missing GPU.
         return shape, []
-    named = ", ".join(f"parallel.{axis}={size}" for axis, size in vars(shape).items())
     if world_size % others == 0:
-        return shape, [
-            f"the mesh ({named}) needs {shape.world_size} processes, not {world_size}; use "
-            f"parallel.dp_shard=-1, which resolves to {world_size // others}"
-        ]
-    divisors = [str(size) for size in range(1, world_size + 1) if world_size % size == 0]
+        change = f"use parallel.dp_shard=-1, which resolves to {world_size // others}"
+    else:
+        divisors = [str(size) for size in range(1, world_size + 1) if world_size % size == 0]
+        product = f"one of {', '.join(divisors)}" if len(divisors) > 1 else "1"
+        free = "use parallel.dp_shard=-1 and " if fixed else ""
+        change = f"{free}let dp_replicate × cp × tp be {product}"
+    named = ", ".join(f"parallel.{axis}={size}" for axis, size in vars(shape).items())
+    count = shape.world_size if fixed else f"a multiple of {others}"
+    per_node = shape.world_size // (config.num_nodes or 1)
     return shape, [
-        f"the mesh ({named}) needs {shape.world_size} processes, not {world_size}; start a "
-        f"multiple of {others} processes, or let dp_replicate × cp × tp be one of "
-        f"{', '.join(divisors)}"
+        f"the mesh ({named}) needs {shape.world_size} processes, not {world_size}; start {count} "
+        f"processes (parallel.devices={per_node} if the run starts its own), or {change}"
     ]

@@ -24,6 +24,11 @@ from training.config_validation import ConfigError
 
 CONTEXT_GIB = 0.5
 """Memory of the CUDA context on GPUs without a hardware file."""
+ON_GPUS = (
+    "start it on a machine with GPUs, or plan it here with python plan.py and the same arguments "
+    "(hardware=h100 or another file of conf/hardware)"
+)
+"""Remedy for a run that does not fit on the CPU of a machine without GPUs."""
 
 
 def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str | None:
@@ -62,8 +67,12 @@ def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str 
         return of_device - communicator_bytes(spec) if fits_host else 0
 
     more = remedy(request, limit, mesh.world_size, processes.per_node, choice)
-    message = f"{used} (does not fit): {parts}; {more}"
-    if processes.accelerator == "cpu" and config.parallel.accelerator == "auto":
+    advice = str(more)
+    cpu_only = processes.accelerator == "cpu" and config.parallel.accelerator == "auto"
+    if cpu_only and not more.overrides:
+        advice = ON_GPUS
+    message = f"{used} (does not fit): {parts}; {advice}"
+    if cpu_only:
         message = f"torch finds no GPU here, so the run is planned on the CPU. {message}"
     if config.run.plan_check == "refuse":
         raise ConfigError([f"{message}, or run.plan_check=warn to start anyway"])

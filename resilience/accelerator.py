@@ -15,8 +15,10 @@ from resilience.gpu_probe import (
     Gpu,
     Machine,
     gpu_index,
+    is_hidden,
     missing_gpu_error,
     probe_machine,
+    requested_gpu_error,
     unsupported_gpu_error,
 )
 
@@ -41,8 +43,8 @@ def resolve_processes(
         if missing := missing_gpu_error(machine, environment):
             errors.append(missing)
         elif config.accelerator == "cuda" and not machine.gpus:
-            errors.append(f"parallel.accelerator=cuda but no GPU is visible; use {TO_CPU}")
-    on_gpus = bool(machine.gpus) or config.accelerator == "cuda"
+            errors.append(requested_gpu_error(machine, environment))
+    on_gpus = bool(machine.gpus or errors) or config.accelerator == "cuda"
     accelerator = "cuda" if on_gpus else "cpu"
     started = launched_processes(environment)
     if started is not None:
@@ -59,6 +61,19 @@ def resolve_processes(
         capability = min((gpu.capability for gpu in used), default=None)
         processes = replace(processes, capability=capability)
     return processes, errors
+
+
+def accelerator_warnings(
+    config: ParallelConfig, processes: Processes, environment: Mapping[str, str] = os.environ
+) -> Iterator[str]:
+    """Yield a warning if a run uses the CPU although the user has selected GPUs."""
+    on_cpu = config.accelerator == "auto" and processes.accelerator == "cpu"
+    if on_cpu and not is_hidden(environment) and "CUDA_VISIBLE_DEVICES" in environment:
+        value = environment["CUDA_VISIBLE_DEVICES"]
+        yield (
+            f"CUDA_VISIBLE_DEVICES={value} names no GPU that torch sees: the run uses the CPU; use "
+            "parallel.accelerator=cuda to see the reason, or parallel.accelerator=cpu"
+        )
 
 
 def _used_gpus(

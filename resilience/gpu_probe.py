@@ -157,6 +157,18 @@ def missing_gpu_error(machine: Machine, environment: Mapping[str, str]) -> str |
     )
 
 
+def requested_gpu_error(machine: Machine, environment: Mapping[str, str]) -> str:
+    """Return why torch sees no GPU although `parallel.accelerator=cuda`, with a remedy."""
+    reason = _reason(machine, environment)
+    if is_hidden(environment):
+        value = environment["CUDA_VISIBLE_DEVICES"]
+        reason = f"CUDA_VISIBLE_DEVICES={value} hides all GPUs; run: unset CUDA_VISIBLE_DEVICES"
+    return (
+        f"parallel.accelerator=cuda, but torch sees no GPU: {reason}, or start the run on a "
+        f"machine with a GPU, or use {TO_CPU}"
+    )
+
+
 def _reason(machine: Machine, environment: Mapping[str, str]) -> str:
     """Return why torch sees no GPU, and the remedy."""
     driver = int(machine.driver.split(".")[0]) if machine.driver else None

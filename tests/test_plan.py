@@ -506,6 +506,13 @@ def test_run_that_does_not_fit_is_rejected_with_a_remedy(monkeypatch: pytest.Mon
     assert accepted.startswith("Memory plan: ") and "(fits)" in accepted
     assert "(does not fit)" in check(trained(*overrides, "run.plan_check=warn"))
     assert check_plan(trained(*overrides, "run.plan_check=off"), ONE_PROCESS, ONE_RANK) is None
+    # Without a change that fits on this machine, the remedy is another one.
+    recipe = ["experiment=h200_1b", "tokenizer=byte"]
+    with pytest.raises(ConfigError, match="; start it on a machine with GPUs, or plan it here"):
+        check(trained(*recipe))
+    config_of_plan = planned(*recipe)
+    request, on_gpu = config_of_plan.request, configured_choice(config_of_plan, ONE_RANK)
+    assert plan_run(request.stages(on_gpu), config_of_plan.hardware).fits
     # It fits into 16 times the memory, which two ranks of a node share.
     monkeypatch.setattr(fit_check, "machine_memory", lambda: 2**34)
     assert "of 15.55 GiB per rank (fits)" in check(config)

@@ -81,6 +81,7 @@ def test_default_dp_shard_uses_all_remaining_processes(tp: int) -> None:
         (ParallelConfig(tp=3), 8, "start a multiple of 3 processes"),
         (ParallelConfig(tp=4), 2, "start a multiple of 4 processes"),
         (ParallelConfig(dp_shard=2, tp=2), 8, "use parallel.dp_shard=-1, which resolves to 4"),
+        (ParallelConfig(dp_shard=8, tp=2), 1, "start 16 processes (parallel.devices=16 if"),
     ],
 )
 def test_mesh_that_does_not_match_the_processes_is_rejected_with_a_valid_remedy(
@@ -90,10 +91,19 @@ def test_mesh_that_does_not_match_the_processes_is_rejected_with_a_valid_remedy(
     assert remedy in problem
     assert f"processes, not {world_size}; " in problem and f"parallel.tp={config.tp}" in problem
     if remedy.startswith("start"):
-        for processes in (config.tp, 2 * config.tp):
-            assert resolve_mesh(config, processes)[1] == []
+        sizes = [16] if config.dp_shard == 8 else [config.tp, 2 * config.tp]
+        assert all(resolve_mesh(config, size)[1] == [] for size in sizes)
+        if world_size == 1:
+            assert problem.endswith(
+                "or use parallel.dp_shard=-1 and let dp_replicate × cp × tp be 1"
+            )
     else:
         assert resolve_mesh(ParallelConfig(tp=config.tp), world_size)[1] == []
+
+
+def test_sizes_of_a_mesh_without_processes_are_those_of_the_configuration() -> None:
+    """So that rules do not report sizes that nobody has given, besides the missing GPU."""
+    assert resolve_mesh(ParallelConfig(cp=2, tp=4), 0) == (MeshShape(1, 1, 2, 4), [])
 
 
 def test_processes_are_read_from_torchrun() -> None:

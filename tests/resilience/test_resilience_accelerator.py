@@ -21,7 +21,7 @@ from parallel.strategy import MeshStrategy, OwnGpu
 from planning import fit_check
 from planning.step_spec import resolved_precision
 from resilience import gpu_probe
-from resilience.accelerator import resolve_processes
+from resilience.accelerator import accelerator_warnings, resolve_processes
 from resilience.gpu_probe import Gpu, Machine, gpu_index, probe_machine
 
 AUTO, ON_CPU = ParallelConfig(), ParallelConfig(accelerator="cpu")
@@ -247,8 +247,46 @@ def test_nothing_asks_for_gpus_in_a_cpu_run(monkeypatch: pytest.MonkeyPatch) -> 
 def test_machine_without_gpu_trains_on_the_cpu_unless_cuda_is_requested() -> None:
     none = Machine(torch="2.13.0+cpu")
     assert resolve_processes(AUTO, {}, none) == (Processes("cpu", 1, 1, "self"), [])
-    (error,) = resolve_processes(ParallelConfig(accelerator="cuda"), {}, none)[1]
-    assert "parallel.accelerator=cuda but no GPU is visible; use parallel.accelerator=cpu" in error
+
+
+@pytest.mark.parametrize(
+    ("found", "environment", "reason"),
+    [
+        (Machine(torch="2.13.0+cpu"), {}, "a build for CPUs; run: pip install torch==2.13.0+cu130"),
+        (Machine(torch="2.13.0+cu130", cuda="13.0"), {}, "no NVIDIA driver is loaded"),
+        (machine(), {"CUDA_VISIBLE_DEVICES": "-1"}, "=-1 hides all GPUs; run: unset CUDA_VISIBLE"),
+    ],
+)
+def test_requested_gpu_that_does_not_exist_is_an_error_with_its_reason(
+    found: Machine, environment: dict[str, str], reason: str
+) -> None:
+    processes, (error,) = resolve_processes(ParallelConfig(accelerator="cuda"), environment, found)
+    assert error.startswith("parallel.accelerator=cuda, but torch sees no GPU: ")
+    assert reason in error and error.endswith("or use parallel.accelerator=cpu")
+    assert (processes.accelerator, processes.world_size) == ("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "accelerator", "found", "warns"),
+    [
+        ("nonsense", "auto", Machine(), True),
+        ("0", "auto", Machine(), True),
+        ("0", "cpu", Machine(), False),
+        ("0", "auto", machine(H100), False),
+        ("", "auto", Machine(), False),
+        ("-1", "auto", Machine(), False),
+        (None, "auto", Machine(), False),
+    ],
+)
+def test_selected_gpus_that_torch_does_not_see_cause_a_warning(
+    value: str | None, accelerator: Any, found: Machine, warns: bool
+) -> None:
+    environment = {} if value is None else {"CUDA_VISIBLE_DEVICES": value}
+    config = ParallelConfig(accelerator=accelerator)
+    processes, errors = resolve_processes(config, environment, found)
+    warnings = list(accelerator_warnings(config, processes, environment))
+    assert errors == [] and len(warnings) == warns
+    assert all(f"CUDA_VISIBLE_DEVICES={value} names no GPU" in warning for warning in warnings)
 
 
 JOB = {"SLURM_JOB_ID": "1"}
@@ -411,7 +449,7 @@ def test_turing_computes_in_fp32_with_sdpa(monkeypatch: pytest.MonkeyPatch) -> N
         assert resolved_precision(PrecisionConfig(), "cuda", capability).param == name
     request, choice = fit_check.plan_request(default(), processes, MeshShape(1, 1, 1, 1))
     [(spec, _)] = request.stages(choice)
-    assert (spec.precision.param, spec.model.attention) == ("fp32", "sdpa")
+    assert (spec.precision.param, spec.attention) == ("fp32", "sdpa")
 
 
 def test_remedies_name_wheels_that_exist_for_all_supported_versions() -> None:

@@ -307,7 +307,7 @@ def errors_of(program: str, values: dict[str, Any]) -> list[str]:
     _, schema, applied = PROGRAMS[program]
     with pytest.MonkeyPatch.context() as patch:
         gpus = (Gpu("GPU", GPUS[program], 2**35),) * 2 if program in GPUS else ()
-        patch.setattr(accelerator, "probe_machine", lambda: Machine(gpus))
+        patch.setattr(accelerator, "probe_machine", lambda: Machine(gpus, "2.13.0+cu130", "13.0"))
         patch.setitem(sys.modules, "wandb", None)
         if "no compiler" in program:
             patch.delenv("CC", raising=False)
@@ -367,6 +367,23 @@ def test_each_remedy_in_words_works(
     found = errors_of(program, values)
     assert any(words in message.rpartition("; ")[2] for message in found)
     assert errors_of(program, changed(values, remedy)) == []
+
+
+@pytest.mark.parametrize("accelerator", ["auto", "cuda"])
+def test_missing_gpu_is_the_only_error_of_a_run_for_gpus(
+    accelerator: str, valid: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rules about mesh and device do not apply to a mesh and a device that were made up."""
+    changes = {**ASYNC_TP, "parallel.tp": 2, "parallel.accelerator": accelerator}
+    changes |= {"model.attention": "flex"}
+    values = changed(valid["gpu"], changes)
+    machine = Machine((), "2.13.0+cpu", driver="580.65.06")
+    _, schema, applied = PROGRAMS["no gpu"]
+    monkeypatch.setattr("resilience.accelerator.probe_machine", lambda: machine)
+    with pytest.raises(ConfigError) as error:
+        validate(values, schema, applied)
+    [message] = error.value.errors
+    assert "torch sees no GPU, but the machine has one (NVIDIA driver 580.65.06)" in message
 
 
 def templates(module: ModuleType) -> Iterator[list[str]]:
