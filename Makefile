@@ -42,6 +42,8 @@ storm: .venv/.installed-dev
 	$(BIN)/python -m pytest -s tests/faults/test_storm.py --storm=60
 
 gpu: $(if $(GIVEN_PYTHON),,.venv/.installed-dev)
+	$(if $(WHEELS),$(if $(wildcard $(WHEELS)/*.whl),,$(error WHEELS=$(WHEELS) contains no wheels; \
+	    use the folder that make wheels WHEELS=FOLDER has filled)))
 	$(if $(WHEELS),$(or $(GIVEN_PYTHON),$(BIN)/python) -m pip install --quiet --no-index --no-deps --upgrade \
 	    --target build/gpu $(WHEELS)/*.whl)
 	PYTHONPATH=$(if $(WHEELS),$(CURDIR)/build/gpu:)$$PYTHONPATH $(or $(GIVEN_PYTHON),$(BIN)/python) \

@@ -32,11 +32,15 @@ DONE = ("passed", "failed", "skipped")
 
 def main(arguments: Sequence[str]) -> int:
     """Run the selected parts and return the exit code."""
+    if {"-h", "--help"} & {*arguments}:
+        print(f"{__doc__}\nParts: {', '.join(PARTS)}")
+        return 0
     options = dict(word.split("=", 1) for word in arguments if "=" in word)
     words = [word for word in arguments if "=" not in word]
     names = [name for name in options.pop("PARTS", "").split(",") if name]
     path = Path(options.pop("REPORT", "") or REPORT)
-    unknown = [*options, *(set(words) - {"reduced"}), *(set(names) - {*PARTS})]
+    unknown = [*options, *(set(words) - {"reduced"})]
+    unknown += [f"PARTS={name}" for name in names if name not in PARTS]
     if unknown:
         choices = f"reduced, REPORT=FILE and PARTS={','.join(PARTS)}"
         print(f"Error: {', '.join(unknown)} is not an argument; use {choices}", file=sys.stderr)
@@ -95,6 +99,7 @@ def run_part(part: Part, reduced: bool, limit_seconds: float) -> dict[str, Any]:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},  # a killed process flushes nothing
             )
             try:
                 exit_code = process.wait(limit_seconds)

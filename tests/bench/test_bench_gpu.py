@@ -47,6 +47,7 @@ def test_failing_and_hanging_parts_do_not_stop_the_others(tmp_path: Path) -> Non
     entries = found["parts"]
     assert "ValueError: kernel not found" in entries["failing"]["output"]
     assert entries["hanging"]["error"] == "exceeded its limit of 1 s"
+    assert entries["hanging"]["output"] == "compiling\n"
     # Rows from before the end of a part are kept.
     assert entries["failing"]["rows"] == entries["hanging"]["rows"] == {"before": {"passed": True}}
     assert entries["passing"]["rows"]["second"] == {"value": 2.5}
@@ -104,7 +105,14 @@ def test_unknown_argument_is_reported_with_the_choices(
     word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([word]) == 2
-    assert "use reduced, REPORT=FILE and PARTS=kernels,losses" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f"Error: {word.removesuffix('=1')} is not an argument; ")
+    assert "use reduced, REPORT=FILE and PARTS=kernels,losses" in error
+
+
+def test_help_lists_the_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "Parts: kernels, losses" in capsys.readouterr().out
 
 
 def test_parts_exist_and_their_limits_leave_time_for_each_other() -> None:
@@ -120,14 +128,18 @@ def test_parts_exist_and_their_limits_leave_time_for_each_other() -> None:
     assert sum(part.limit_seconds for part in first) < LIMIT_SECONDS < 8 * 60
 
 
-def test_make_uses_the_given_interpreter_and_wheels() -> None:
+def test_make_uses_the_given_interpreter_and_wheels(tmp_path: Path) -> None:
     def commands(*words: str) -> str:
         done = subprocess.run(
-            ["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=True
+            ["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=False
         )
+        assert done.returncode == 0, done.stderr
         return done.stdout.replace("\\\n", "").replace("  ", "")
 
-    given = commands("gpu", "PYTHON=python3", "WHEELS=wheels", "PARTS=kernels,losses")
+    with pytest.raises(AssertionError, match=f"WHEELS={tmp_path} contains no wheels; use the"):
+        commands("gpu", "PYTHON=python3", f"WHEELS={tmp_path}")
+    (tmp_path / "a.whl").touch()
+    given = commands("gpu", "PYTHON=python3", f"WHEELS={tmp_path}", "PARTS=kernels,losses")
     assert "python3 -m pip install --quiet --no-index --no-deps" in given
     assert "python3-m bench.gpu PARTS=kernels,losses" in given.replace("python3 -m", "python3-m")
     assert ".venv" not in given
