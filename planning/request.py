@@ -18,6 +18,7 @@ from training.config_rules import (
     for_every_stage,
     fp8_size_errors,
     mesh_errors,
+    moment_errors,
 )
 
 SEARCHED = ("activation_checkpoint", "reshard_after_forward", "reduce_gradients")
@@ -95,6 +96,20 @@ class PlanRequest:
         request = copy(self)
         request.config = config
         return request, overrides
+
+    def with_bf16_moments(self) -> tuple["PlanRequest", str] | None:
+        """Return the request with AdamW's moments in bf16, and the override for it.
+
+        Returns None if they are 16 bits or less already, or cannot decay in bf16.
+        """
+        precision = replace(self.config.precision, optimizer_state="bf16")
+        is_fp32 = self.config.precision.optimizer_state == "fp32"
+        if not is_fp32 or any(moment_errors(precision, self.config.optim)):
+            return None
+        request = copy(self)
+        request.config = replace(self.config, precision=precision)
+        request.precision = replace(self.precision, optimizer_state="bf16")
+        return request, "precision.optimizer_state=bf16"
 
     def local_batch_size(self, mesh: MeshShape) -> int:
         """Return the sequences per data-parallel rank and step on a valid mesh."""

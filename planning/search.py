@@ -164,11 +164,15 @@ def remedy(
             text = f"use {words} (no copy in host memory; training waits for each save)"
             return Remedy(text, words)
     if current is not None:
-        for each, extra in requests:
+        finds = "plan.py search=true finds the fastest choice"
+        tried = [(each, extra, finds) for each, extra in requests]
+        if (smaller := request.with_bf16_moments()) is not None:
+            tried.append((*smaller, f"bf16 moments change results slightly; {finds}"))
+        for each, extra, note in tried:
             if (nearest := nearest_fit(each, current, limit)) is not None:
                 changed = [word for word in nearest.overrides if word not in current.overrides]
                 words = " ".join([*changed, extra]).strip()
-                return Remedy(f"use {words} (plan.py search=true finds the fastest choice)", words)
+                return Remedy(f"use {words} ({note})", words)
     for each, extra in requests:
         if (choice := fewest_devices(each, limit, devices, per_node)) is not None:
             words = f"{choice} {extra}".strip()

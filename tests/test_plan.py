@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ from planning.config import PlanJobConfig
 from planning.fit_check import check_plan, machine_memory
 from planning.hardware import load_hardware
 from planning.memory import GIB, PARTS, step_memory
-from planning.plan import Plan, capacity, link, plan_run
+from planning.plan import Plan, RunPlan, capacity, link, memory_limit, plan_run
 from planning.request import SEARCHED, Choice, PlanRequest, configured_choice
 from planning.search import (
     CHECKPOINT_MODES,
@@ -36,6 +37,7 @@ from planning.search import (
     fewest_devices,
     meshes,
     nearest_fit,
+    remedy,
     search,
 )
 from training.config import JobConfig
@@ -480,6 +482,23 @@ def test_program_prints_writes_and_plots(tmp_path: Path) -> None:
     line = next(line for line in done.stdout.splitlines() if "python train.py" in line)
     pasted = trained(*line.split()[2:])  # as pasted from the console
     assert pasted.train.global_batch_size == 64 and pasted.model.name == "llama3_8b"
+
+
+def test_remedy_stores_moments_in_bf16_before_it_asks_for_more_devices() -> None:
+    def plan(*more: str) -> tuple[PlanRequest, Choice, RunPlan]:
+        words = ("experiment=h200_8b", "precision.optimizer_state=fp32", "tokenizer=byte", *more)
+        config = planned(*words)
+        choice = configured_choice(config, config.mesh)
+        return config.request, choice, plan_run(config.request.stages(choice), config.hardware)
+
+    request, choice, run = plan()
+    limit = partial(memory_limit, hardware=load_hardware("h200"))
+    found = remedy(request, limit, 1, 8, choice)
+    assert "precision.optimizer_state=bf16" in found.overrides
+    assert "bf16 moments change results slightly" in found.text
+    assert not run.fits and plan(*found.overrides.split())[2].fits
+    for more in ("optim.betas=[0.9,0.999]", "precision.optimizer_state=int8"):
+        assert plan(more)[0].with_bf16_moments() is None
 
 
 # ---------------------------------------------------------------- memory check of train.py
