@@ -1,10 +1,10 @@
 """Compile the training steps of recipes to machine code of GPU generations, without a GPU.
 
-A case is one rank's view of a recipe of conf/experiment, as configured or with FlexAttention or
-fp8, on one architecture: widths and lengths are the recipe's, with two layers and one micro-batch
-of each stage. A stage with another sequence length compiles kernels for any length. Other ranks
-have equal shapes. `fake_triton` compiles the kernels in every configuration that Inductor would
-choose from.
+A case is one rank's view of a recipe of conf/experiment, as configured or, for some, with
+FlexAttention or fp8, on one architecture: widths and lengths are the recipe's, with two layers and
+one micro-batch of each stage. A stage with another sequence length compiles kernels for any length.
+Other ranks have equal shapes. `fake_triton` compiles the kernels in every configuration that
+Inductor would choose from.
 """
 
 import traceback
@@ -26,6 +26,8 @@ VARIANTS: dict[str, list[str]] = {
     "fp8 rowwise": ["precision.fp8=rowwise"],
     "fp8 tensorwise": ["precision.fp8=tensorwise"],
 }
+# Heads of 64 and 128 elements, and weights sharded by tensor parallelism.
+VARIED = ("h200_1b", "h200_8b", "h100x256_70b")
 RECIPES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # Bytes of registers that each thread of FlexAttention's backward may keep in local memory. At
 # head_dim 128 Inductor has one configuration of it, which spills; no other kernel does.
@@ -46,8 +48,8 @@ class Step:
 
 def cases() -> Iterator[tuple[str, str, str]]:
     """Yield recipe, variant and architecture of each case."""
-    for variant in VARIANTS:
-        for recipe in RECIPES:
+    for variant, overrides in VARIANTS.items():
+        for recipe in VARIED if overrides else RECIPES:
             for architecture in ARCHITECTURES:
                 yield recipe, variant, architecture
 

@@ -41,7 +41,7 @@ OPTIONS: dict[str, Any] = {
 }
 COMPILED_OPTIONS = {
     **{name: OPTIONS[name] for name in ("precision", "attention", "documents", "tie_embeddings")},
-    "mesh": tuple(MESHES[index] for index in (0, 2, 4, 5, 7, 11)),
+    "mesh": tuple(MESHES[index] for index in (0, 4, 5, 7, 11)),
     "activation_checkpoint": ("none", "selective", "full", 0.5),
     "optimizer_state": ("fp32", "int8"),
     "micro_batches": (1, 2),
