@@ -136,7 +136,7 @@ def start_program(
 def start_python(
     arguments: list[str],
     cwd: Path = ROOT,
-    timeout: float = 240,
+    timeout: float = 600,  # reached only by a hang
     environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` in a new interpreter and wait for it."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 import pytest
+from processes import DEADLINE
 
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
@@ -154,7 +155,7 @@ def test_dead_worker_is_reported_and_the_next_launch_resumes(
     with preparing(data) as process:
         wait_until(lambda: n_records(data) > 3)
         os.kill(workers(process)[0], signal.SIGKILL)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=DEADLINE)
         assert "DataError: A worker process of the preparation died" in stderr
         assert "Finished parts are kept" in stderr
         wait_until(lambda: not session_processes(process), seconds=10)
@@ -171,7 +172,7 @@ def test_ctrl_c_stops_all_processes_and_the_next_launch_resumes(
     with preparing(data) as process:
         wait_until(lambda: n_records(data) > 3)
         os.killpg(process.pid, signal.SIGINT)  # a terminal signals the whole process group
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=DEADLINE)
         # Only the main process prints a traceback.
         assert stderr.count("Traceback") == 1 and "KeyboardInterrupt" in stderr
         wait_until(lambda: not session_processes(process), seconds=10)
