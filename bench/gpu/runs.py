@@ -74,7 +74,7 @@ def losses(reduced: bool) -> Rows:
 
 
 def compare_losses(metrics: Any, expected: Any, limit: float, reduced: bool) -> dict[str, Any]:
-    """Return whether the losses of a run are those of another one, within a limit, and fall."""
+    """Compare the losses of a run with those expected, and return a row of the report."""
     if isinstance(metrics, str):
         return {"passed": False, "error": metrics}
     pairs = zip(metrics, expected, strict=True)
