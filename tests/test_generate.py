@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, start_program
+from processes import DEADLINE
 from random_weights import SCALED, SMALL, RandomWeights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,7 +112,7 @@ def test_lines_of_a_pipe_are_completed_by_two_processes(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=DEADLINE,
         check=False,
     )
     assert done.returncode == 0, done.stderr

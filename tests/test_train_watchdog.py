@@ -20,7 +20,7 @@ from resilience.exit_codes import ExitCode
 
 pytestmark = linux
 
-STEP_SECONDS = 12  # longer than a step on a loaded machine
+STEP_SECONDS = 20  # longer than a step on a loaded machine
 SETUP_SECONDS = 9000  # the longest limit of the run
 
 
@@ -29,7 +29,8 @@ def paused(command: Any, tmp_path: Path) -> Iterator[tuple[Path, Program]]:
     """Return folder and processes of a run on two ranks, where rank 0 blocks after step 9."""
     folder = tmp_path / "run"
     limits = [f"watchdog.step_seconds={STEP_SECONDS}", f"watchdog.setup_seconds={SETUP_SECONDS}"]
-    arguments = [*command(folder), "parallel.tp=2", *limits]
+    # With one token of text, rank 0 soon blocks.
+    arguments = [*command(folder), "parallel.tp=2", "validation.sample_tokens=1", *limits]
     with paused_training(arguments, folder) as program:
         yield folder, program
 

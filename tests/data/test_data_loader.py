@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import DEADLINE
 
 from data.config import DataConfig, SourceConfig, StageConfig, TokenizerConfig
 from data.dataset import Dataset
@@ -315,7 +316,7 @@ def loader_threads() -> list[threading.Thread]:
 
 def test_threads_exit_with_their_iterator_and_errors_reach_the_reader(folder: Path) -> None:
     concurrent = loader(folder, threads=3, prefetch=3)
-    barrier, read_step = threading.Barrier(3, timeout=60), concurrent.step
+    barrier, read_step = threading.Barrier(3, timeout=DEADLINE), concurrent.step
 
     def step_after_barrier(number: int) -> StepBatches:
         if number < 3:

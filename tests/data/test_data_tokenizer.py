@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import DEADLINE
 
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
@@ -244,7 +245,7 @@ def test_interrupt_ends_library_code_that_handles_no_signals() -> None:
     )
     assert process.stdout is not None and process.stdout.readline() == "started\n"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in errors
     with pytest.raises(ZeroDivisionError):
         _in_thread(lambda: 1 // 0)
