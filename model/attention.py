@@ -211,7 +211,21 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: VarlenMask) -> Tensor:
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """FlexAttention: (batch, heads, seq, head_dim) in and out."""
     kernel: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    return kernel(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    options: dict[str, int] | None = None
+    # For sm_100 Inductor 2.13 selects a backward with 4 warps, whose threads keep 13 KB of
+    # registers in local memory (Triton 3.7.1); with 8 warps, as for sm_90, 40 bytes. The figures
+    # are from tests/cuda/code_generation.py; neither kernel has been timed.
+    if q.is_cuda and q.dtype != torch.float32 and 64 < q.shape[3] <= 128 and _has_sm_100():
+        options = {"bwd_num_warps": 8}
+    return kernel(
+        q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options
+    )
+
+
+@torch.compiler.assume_constant_result
+def _has_sm_100() -> bool:
+    """Return whether this process's GPU has compute capability 10.x."""
+    return torch.cuda.get_device_capability()[0] == 10
 
 
 @cache

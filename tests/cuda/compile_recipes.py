@@ -3,9 +3,9 @@
     python tests/cuda/compile_recipes.py [NAME …]
 
 Needs the extra `triton`. Claims: every case of `code_generation.py` compiles and fits
-into shared memory, and no kernel spills registers except FlexAttention's backward. Each case is
-written when it is done, and the same command at the same commit continues; names select recipes,
-variants or architectures.
+into shared memory, and no kernel spills more registers than `MAX_STACK`. Each case is written when
+it is done, and the same command at the same commit continues; names select recipes, variants or
+architectures.
 """
 
 import json
