@@ -79,6 +79,11 @@ def paused_training(arguments: list[str], folder: Path) -> Iterator[Program]:
             lambda: metrics.exists() and metrics.read_bytes().count(b"\n") == 9,
             "the metrics of step 9",
         )
+        channel = Path(f"/proc/{program.main.pid}/wchan")  # what the kernel waits for
+        wait_for(
+            lambda: program.main.poll() is not None or channel.read_text() == "wait_for_partner",
+            "the named pipe to block rank 0",
+        )
         yield program
     finally:
         program.kill()

@@ -153,7 +153,7 @@ def test_dead_worker_is_reported_and_the_next_launch_resumes(
 ) -> None:
     data = data_of(tmp_path, rows)
     with preparing(data) as process:
-        wait_until(lambda: n_records(data) > 3)
+        wait_until(lambda: n_records(data) > 3 or process.poll() is not None)
         os.kill(workers(process)[0], signal.SIGKILL)
         _, stderr = process.communicate(timeout=DEADLINE)
         assert "DataError: A worker process of the preparation died" in stderr
@@ -170,7 +170,7 @@ def test_ctrl_c_stops_all_processes_and_the_next_launch_resumes(
 ) -> None:
     data = data_of(tmp_path, rows)
     with preparing(data) as process:
-        wait_until(lambda: n_records(data) > 3)
+        wait_until(lambda: n_records(data) > 3 or process.poll() is not None)
         os.killpg(process.pid, signal.SIGINT)  # a terminal signals the whole process group
         _, stderr = process.communicate(timeout=DEADLINE)
         # Only the main process prints a traceback.
@@ -194,12 +194,12 @@ def test_second_preparation_is_rejected_while_the_first_or_one_of_its_workers_is
     monkeypatch.setattr(state, "LOCK_TIMEOUT_SECONDS", 0.1)
     data = data_of(tmp_path, rows)
     detach_workers = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / 'tests')]!r}\n"
         "import test_data_preparation_pool as this_module; from data.preparation import pool\n"
         "pool._init_worker = this_module.initialize_detached_worker"
     )
     with preparing(data, detach_workers) as process:
-        wait_until(lambda: n_records(data) > 1)
+        wait_until(lambda: n_records(data) > 1 or process.poll() is not None)
         with pytest.raises(DataError, match="is being prepared by another process"):
             prepare(data, BYTE, progress=False)
         process.kill()
