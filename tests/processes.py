@@ -79,11 +79,12 @@ def paused_training(arguments: list[str], folder: Path) -> Iterator[Program]:
             lambda: metrics.exists() and metrics.read_bytes().count(b"\n") == 9,
             "the metrics of step 9",
         )
-        channel = Path(f"/proc/{program.main.pid}/wchan")  # what the kernel waits for
-        wait_for(
-            lambda: program.main.poll() is not None or channel.read_text() == "wait_for_partner",
-            "the named pipe to block rank 0",
-        )
         yield program
     finally:
         program.kill()
+
+
+def wait_until_blocked(pid: int) -> None:
+    """Wait until the main thread of a process waits for the reader of a named pipe."""
+    channel = Path(f"/proc/{pid}/wchan")  # where in the kernel
+    wait_for(lambda: channel.read_text() == "wait_for_partner", "the named pipe to block rank 0")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import start_python
-from processes import DEADLINE, Program, is_running, linux, paused_training
+from processes import DEADLINE, Program, is_running, linux, paused_training, wait_until_blocked
 from torch.distributed.flight_recorder.components.loader import read_dir
 
 from resilience.config import TimeLimits
@@ -32,6 +32,7 @@ def paused(command: Any, tmp_path: Path) -> Iterator[tuple[Path, Program]]:
     # With one token of text, rank 0 soon blocks.
     arguments = [*command(folder), "parallel.tp=2", "validation.sample_tokens=1", *limits]
     with paused_training(arguments, folder) as program:
+        wait_until_blocked(program.main.pid)
         yield folder, program
 
 
