@@ -213,7 +213,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     kernel: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     options: dict[str, int] | None = None
     # For sm_100 Inductor 2.13 selects a backward with 4 warps, whose threads keep 13 KB of
-    # registers in local memory (Triton 3.7.1); with 8 warps, as for sm_90, 40 bytes. The figures
+    # registers in local memory (Triton 3.7.1); with 8 warps, as for sm_90, 40 bytes. Both sizes
     # are from tests/cuda/code_generation.py; neither kernel has been timed.
     if q.is_cuda and q.dtype != torch.float32 and 64 < q.shape[3] <= 128 and _has_sm_100():
         options = {"bwd_num_warps": 8}

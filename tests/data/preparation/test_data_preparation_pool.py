@@ -97,9 +97,9 @@ def preparing(data: DataConfig, before: str = "") -> Iterator[subprocess.Popen[s
         process.wait()
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait until the condition is true; fail after `DEADLINE` seconds."""
-    deadline = time.monotonic() + DEADLINE
+def wait_until(condition: Callable[[], bool], seconds: float = DEADLINE) -> None:
+    """Wait until the condition is true; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -141,7 +141,7 @@ def test_preparation_killed_at_random_times_leaves_no_process_and_resumes_byte_i
                 time.sleep(0.002)
             process.kill()
             process.wait()
-            wait_until(lambda: not session_processes(process))
+            wait_until(lambda: not session_processes(process), seconds=10)
         interrupted += not (Path(data.folder) / "manifest.json").exists()
     assert interrupted > 1
     prepare(replace(data, workers=2), BYTE, progress=False)
@@ -158,7 +158,7 @@ def test_dead_worker_is_reported_and_the_next_launch_resumes(
         _, stderr = process.communicate(timeout=DEADLINE)
         assert "DataError: A worker process of the preparation died" in stderr
         assert "Finished parts are kept" in stderr
-        wait_until(lambda: not session_processes(process))
+        wait_until(lambda: not session_processes(process), seconds=10)
     done = n_records(data)
     assert done > 3
     prepare(data, BYTE, progress=False)
@@ -175,7 +175,7 @@ def test_ctrl_c_stops_all_processes_and_the_next_launch_resumes(
         _, stderr = process.communicate(timeout=DEADLINE)
         # Only the main process prints a traceback.
         assert stderr.count("Traceback") == 1 and "KeyboardInterrupt" in stderr
-        wait_until(lambda: not session_processes(process))
+        wait_until(lambda: not session_processes(process), seconds=10)
     assert not list(Path(data.folder).glob("*/*.tmp"))
     prepare(data, BYTE, progress=False)
     assert listing(data.folder) == expected
@@ -210,7 +210,7 @@ def test_second_preparation_is_rejected_while_the_first_or_one_of_its_workers_is
             with pytest.raises(DataError, match="is being prepared by another process"):
                 prepare(data, BYTE, progress=False)
             os.kill(worker, signal.SIGKILL)
-        wait_until(lambda: not session_processes(process))
+        wait_until(lambda: not session_processes(process), seconds=10)
     prepare(data, BYTE, progress=False)
     assert listing(data.folder) == expected
 
