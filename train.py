@@ -127,7 +127,7 @@ def set_up(
     model = fabric.setup_module(llama)  # sharded in place
     adamw = build_optimizer(llama, config.optim, config.precision.optimizer_state)
     optimizer = fabric.setup_optimizers(adamw)
-    position, rewinds = initial_position(config, llama, adamw, dataset, console.note)
+    position = initial_position(config, llama, adamw, dataset, console.note)
     run = Run(
         config=config,
         processes=processes,
@@ -144,7 +144,7 @@ def set_up(
         watchdog=watchdog,
         saver=build_saver(config, dataset, console.note),
         reader=AsyncStatsReader(fabric.device.type),
-        monitor=LossMonitor(config.faults, len(rewinds), position.monitor_state),
+        monitor=LossMonitor(config.faults, len(position.rewinds), position.monitor_state),
         lock=lock,
     )
     run.open_logs(changes)

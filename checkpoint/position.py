@@ -20,6 +20,7 @@ class Position:
             only of this rank's shards).
         batches: Batches consumed from the sample order: `step` and the excluded ones.
         skips: Half-open ranges [first, stop) of batches excluded by rewinds, ascending.
+        rewinds: Those that each rewind of this run excluded, in order: a copy of `rewinds.json`.
         monitor_state: State of `resilience.loss_monitor.LossMonitor`.
     """
 
@@ -30,6 +31,7 @@ class Position:
     stream_shards: dict[str, list[int]] | None = None
     batches: int = 0
     skips: tuple[tuple[int, int], ...] = ()
+    rewinds: tuple[tuple[int, int], ...] = ()
     monitor_state: dict[str, Any] | None = None
 
     @classmethod
@@ -40,9 +42,12 @@ class Position:
             TypeError, KeyError: A field is missing or unknown.
         """
         values = {OLD_NAMES.get(key, key): value for key, value in values.items()}
-        skips = tuple((int(first), int(stop)) for first, stop in values.get("skips", ()))
+        skips, rewinds = (
+            tuple((int(first), int(stop)) for first, stop in values.get(key, ()))
+            for key in ("skips", "rewinds")
+        )
         # Before rewinds existed, a step consumed one batch and `batches` was not saved.
-        return cls(**{"batches": values["step"], **values, "skips": skips})
+        return cls(**{"batches": values["step"], **values, "skips": skips, "rewinds": rewinds})
 
     def with_data(self, data_hash: str) -> "Position":
         """Return the position in a run on this dataset; on another one, streams start over."""

@@ -121,6 +121,25 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def set_aside(path: Path) -> Path | None:
+    """Rename a damaged file or folder to `NAME.damaged`, or with a number if that exists.
+
+    Returns:
+        The new path; None if there is nothing at `path`.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    if not os.path.lexists(path):
+        return None
+    target, number = path.with_name(f"{path.name}.damaged"), 1
+    while os.path.lexists(target):
+        number += 1
+        target = path.with_name(f"{path.name}.damaged-{number}")
+    os.rename(path, target)
+    return target
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's directory entries to disk.
 

@@ -120,24 +120,13 @@ class EventLog:
         self._warned = False
         self._next_progress = 0.0
 
-    def append(self, event: str, *, required: bool = False, **fields: Any) -> None:
-        """Write one event durably.
-
-        Args:
-            event: Event type.
-            required: Raise if the event cannot be written, instead of warning.
-
-        Raises:
-            OSError: The event is required and cannot be written.
-        """
+    def append(self, event: str, **fields: Any) -> None:
+        """Write one event durably."""
         assert "time" not in fields, "the event log adds the time"
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         try:
             self._file.append(json_line({"time": now, "event": event, **fields}))
         except OSError as error:
-            if required:
-                self._file.pending.pop()
-                raise
             if not self._warned:
                 self._warned = True
                 problem = write_problem(error, self.path.parent)

@@ -14,6 +14,7 @@ class ExitCode(IntEnum):
     USER_ERROR = 1  # invalid configuration, data or run folder before launch; unexpected error
     DATA = 65  # training data became unreadable
     NO_CHECKPOINT = 66  # checkpoints exist, but none is valid
+    REWINDS = 67  # the batches that earlier rewinds excluded are unknown: rewinds.json is damaged
     DIVERGED = 70  # losses or gradients still bad after all allowed rewinds
     RANK_FAILED = 71  # a rank died or hung after this launch had saved a checkpoint
     RANK_FAILED_BEFORE_SAVE = 72  # same, before the first save: a relaunch may fail the same way

@@ -9,7 +9,7 @@ loop's job.
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -18,9 +18,7 @@ from torch import Tensor
 
 from parallel.step_scalars import NO_REQUESTS, StepRequests, StepScalars
 from resilience.config import FaultsConfig
-
-BatchRange = tuple[int, int]
-"""Half-open range of batch indices or sample indices."""
+from resilience.rewinds import BatchRange
 
 StepIndex = tuple[int, int, BatchRange]
 """Step, batch and samples of `StepStats`."""
@@ -285,26 +283,3 @@ def _event_fields(stats: StepStats) -> dict[str, Any]:
     """Return the fields of a bad step for the event log."""
     fields = {"step": stats.step, "batch": stats.batch, "samples": list(stats.samples)}
     return fields | {"loss": stats.loss, "grad_norm": stats.grad_norm}
-
-
-# ---------------------------------------------------------------- excluded batches
-
-
-def read_rewinds(events: Iterable[Mapping[str, Any]]) -> list[BatchRange]:
-    """Return the batches excluded by each rewind in an event log, in order.
-
-    A `rewind` event, with `skip` [first, stop), is written before training continues.
-    """
-    skips = [event["skip"] for event in events if event.get("event") == "rewind"]
-    return [(int(first), int(stop)) for first, stop in skips]
-
-
-def merge_ranges(ranges: Iterable[Sequence[int]]) -> tuple[BatchRange, ...]:
-    """Return the same indices as ascending ranges that neither touch nor overlap."""
-    merged: list[BatchRange] = []
-    for first, stop in sorted((first, stop) for first, stop in ranges):
-        if merged and first <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
-        else:
-            merged.append((first, stop))
-    return tuple(merged)

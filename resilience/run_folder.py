@@ -33,12 +33,14 @@ class RunFolder:
         checkpoints: Folder with one subfolder per committed checkpoint.
         event_log: Event log; see `resilience.event_log`.
         metrics: Metrics of each logged step.
+        rewinds: Batches excluded by rewinds; see `resilience.rewinds`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config, self.checkpoints = path / "config.yaml", path / "checkpoints"
         self.event_log, self.metrics = path / "ledger.jsonl", path / "metrics.jsonl"
+        self.rewinds = path / "rewinds.json"
 
     def step_folder(self, step: int) -> Path:
         """Return the folder of the committed checkpoint of a step."""
@@ -135,6 +137,13 @@ class RunFolder:
             manifest = read_manifest(Path(resume))
             started = manifest is not None and steps[-1] > manifest["position"]["step"]
         return "auto" if previous == resume and started else resume
+
+    def origin(self, resume: str) -> str | None:
+        """Return the path in `run.resume` if it is where this run started from, else None."""
+        if resume in ("auto", "never"):
+            return None
+        path, own = Path(resume).resolve(), self.checkpoints.resolve()
+        return None if path in (self.path.resolve(), own) or path.parent == own else resume
 
 
 def checkpoints_in(path: Path) -> list[Path]:

@@ -27,7 +27,8 @@ class RunConfig(ConfigSection):
             folder that has one, a path starts from that checkpoint or the newest of that run.
         init_from: Initial weights of a run without checkpoints: a run folder (its newest valid
             checkpoint), a checkpoint, a Hugging Face or a Meta folder.
-        allow_changes: Keys that may differ from the previous launch although they affect results.
+        allow_changes: Keys that may differ from the previous launch although they affect results;
+            `rewinds.json` rebuilds that file if it is damaged or missing.
         time_limit: Minutes from launch; the run saves and stops before it. SLURM's own limit
             counts too.
         plan_check: Whether to reject a run that does not fit into memory, or only warn.

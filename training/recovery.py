@@ -1,16 +1,23 @@
 """Initial position of a launch, actions after each step, and rewinds.
 
-Only rank 0 reads and writes the event log; it broadcasts the result, so that all ranks resume
+Only rank 0 reads and writes `rewinds.json`; it broadcasts the result, so that all ranks resume
 from the same checkpoint, exclude the same batches and stop after the same step.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data.files import write_problem
 from resilience.exit_codes import ExitCode
+from resilience.rewinds import (
+    FILE_NAME,
+    last_step_before,
+    merge_ranges,
+    open_rewinds,
+    unfinished_rewind,
+    write_rewinds,
+)
 from resilience.run_folder import RunFolder, RunFolderError
 from training.config import JobConfig
 from training.run import Run
@@ -21,7 +28,8 @@ if TYPE_CHECKING:
     from checkpoint.position import Position
     from data.dataset import WindowDataset
     from data.stream import StreamDataset
-    from resilience.loss_monitor import BatchRange, StepStats
+    from resilience.loss_monitor import StepStats
+    from resilience.rewinds import BatchRange
 
 
 Report = Callable[[str], None]
@@ -51,34 +59,35 @@ def initial_position(
     optimizer: Any,
     dataset: "WindowDataset | StreamDataset",
     report: Report,
-) -> "tuple[Position, list[BatchRange]]":
-    """Load or initialize model and optimizer for this launch.
-
-    Returns:
-        Its position, and the batches excluded by each rewind of earlier launches.
+) -> "Position":
+    """Load or initialize model and optimizer for this launch, and return its position.
 
     Raises:
+        RewindsError: The batches that earlier rewinds excluded are unknown.
         RunFolderError: Checkpoints exist, and none of those to resume from is valid.
         FormatError: The initial weights cannot be read.
     """
-    import torch.distributed as dist
+    from checkpoint.writer import on_rank_0
 
-    from resilience.event_log import read_json_lines
-    from resilience.loss_monitor import merge_ranges, read_rewinds
+    def read() -> "tuple[list[BatchRange], int | None, str | None]":
+        rewinds, message = open_rewinds(folder, FILE_NAME in config.run.allow_changes)
+        return rewinds, unfinished_rewind(folder, rewinds), message
 
-    history: list[Any] = [[], None]  # rewinds, and the last step an unfinished one may restore
-    if dist.get_rank() == 0:
-        events = read_json_lines(RunFolder(Path(config.run.dir)).event_log)
-        # A `start` after a rewind means that the rewind was completed before it was recorded.
-        kinds = ("rewind", "rewound", "start")
-        relevant = [event for event in events if event.get("event") in kinds]
-        unfinished = relevant and relevant[-1]["event"] == "rewind"
-        history = [read_rewinds(events), relevant[-1]["before"] if unfinished else None]
-    dist.broadcast_object_list(history)
-    rewinds, before = history
+    folder = RunFolder(Path(config.run.dir))
+    rewinds, before, message = on_rank_0(read, wrap=lambda error: error, catch=(RunFolderError,))
+    if message is not None:
+        report(message)
     position = _load_or_initialize(config, llama, optimizer, dataset, report, before)
+    return _with_rewinds(position, rewinds)
+
+
+def _with_rewinds(position: "Position", rewinds: "Sequence[BatchRange]") -> "Position":
+    """Return the position with the rewinds of this run, without those of the run it started from.
+
+    Batches that the other run excluded remain in `skips`.
+    """
     skips = merge_ranges([*position.skips, *rewinds])
-    return dataclasses.replace(position, skips=skips), rewinds
+    return dataclasses.replace(position, skips=skips, rewinds=tuple(rewinds))
 
 
 def _load_or_initialize(
@@ -93,12 +102,12 @@ def _load_or_initialize(
     from parallel.parallelize import initialize_weights
 
     folder = RunFolder(Path(config.run.dir))
-    source = folder.resume_source(config.run.resume)
-    is_path = source not in ("auto", "never")
+    source: str | None = folder.resume_source(config.run.resume)
     position = None
-    if before is not None or not is_path:
+    if before is not None or source in ("auto", "never"):
         position = restore(folder, "auto", llama, optimizer, report, before)
-    if position is None and is_path:
+        source = folder.origin(config.run.resume)
+    if position is None and source is not None:
         position = restore(folder, source, llama, optimizer, report)
     if position is None:
         optimizer.state.clear()
@@ -158,24 +167,22 @@ def rewind(run: Run, skip: "BatchRange") -> None:
     The decision is durable before anything changes, so that a kill cannot undo it.
 
     Raises:
-        RunFolderError: No checkpoint before it is valid, or the event log cannot be written.
+        RunFolderError: No checkpoint before it is valid, or `rewinds.json` cannot be written.
     """
-    from resilience.loss_monitor import merge_ranges
-
-    first, _ = skip
-    excluded = (min(stop, first) - start for start, stop in run.position.skips if start < first)
-    before = first - sum(excluded)  # steps done when that batch was taken
+    before = last_step_before(skip[0], run.position.skips)
     with run.clock.drain():
         run.reader.flush()  # discards the steps that are rewound
     run.saver.finish()
     run.poll_checkpoints()
     previous_step = run.position.step
-    _record_rewind(run, {"step": previous_step, "skip": list(skip), "before": before})
-    skips = merge_ranges([*run.position.skips, skip])
+    rewinds = [*run.position.rewinds, skip]
+    _record_rewind(run, rewinds)
+    fields = {"step": previous_step, "skip": list(skip), "before": before}
+    run.record("rewind", number=len(rewinds), **fields)
     model, optimizer = run.model.module, run.optimizer.optimizer
     note = run.console.note
     position = _load_or_initialize(run.config, model, optimizer, run.dataset, note, before)
-    run.position = dataclasses.replace(position, skips=skips)
+    run.position = _with_rewinds(position, rewinds)
     run.monitor.reset_after_rewind(position.monitor_state)
     run.record("rewound", step=previous_step, to=position.step, **run.clock.spent())
     note(f"Rewound to step {position.step}; excluding batches {skip[0]} to {skip[1] - 1}.")
@@ -183,21 +190,12 @@ def rewind(run: Run, skip: "BatchRange") -> None:
         run.metrics.truncate(position.step)
 
 
-def _record_rewind(run: Run, fields: dict[str, Any]) -> None:
-    """Write the rewind to the event log; if rank 0 cannot, all ranks raise RunFolderError."""
-    import torch.distributed as dist
+def _record_rewind(run: Run, rewinds: "list[BatchRange]") -> None:
+    """Write `rewinds.json`; if rank 0 cannot, all ranks raise RunFolderError."""
+    from checkpoint.writer import on_rank_0
 
-    failure: list[Any] = [None]
-    if run.event_log is not None:
-        try:
-            run.event_log.append("rewind", required=True, **fields)
-        except OSError as error:
-            failure[0] = (
-                f"{run.event_log.path} cannot be written ({write_problem(error, run.folder.path)})"
-            )
-    dist.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise RunFolderError(
-            f"{failure[0]}, but a rewind must be recorded before it is executed; free space, then "
-            "resume"
-        )
+    on_rank_0(
+        lambda: write_rewinds(run.folder, rewinds),
+        wrap=lambda error: error,
+        catch=(RunFolderError,),
+    )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config_base import ResumePolicy
+from resilience.rewinds import FILE_NAME as REWINDS_FILE
 from resilience.run_folder import RunFolderError
 from training.config import JobConfig
 from training.config_validation import annotations_along
@@ -140,7 +141,7 @@ def override_errors(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str
     change has taken effect.
     """
     named_before = (before.get("run") or {}).get("allow_changes") or []
-    known = [*_leaves(before), *_leaves(now), *named_before]
+    known = [*_leaves(before), *_leaves(now), *named_before, REWINDS_FILE]
     for name in now["run"]["allow_changes"]:
         policy = policy_of(name)
         is_section = policy is not None and any(key.startswith(f"{name}.") for key in known)

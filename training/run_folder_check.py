@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from resilience.event_log import read_json_lines
+from resilience.rewinds import FILE_NAME as REWINDS_FILE
+from resilience.rewinds import load_rewinds
 from resilience.run_folder import (
     COMMITTED,
     RunFolder,
@@ -31,6 +33,7 @@ def check_run_folder(
         that one was saved.
 
     Raises:
+        RewindsError: The batches that earlier rewinds excluded are unknown.
         RunFolderError: The path is not that of a run folder, a change is not allowed, saved
             checkpoints are missing, or `run.resume=never` although the folder has checkpoints.
     """
@@ -48,6 +51,8 @@ def check_run_folder(
         changes = check_changes(heading, previous, config, samples)
     elif previous:  # all changes are free before the first checkpoint
         changes = Changes(free=differences(previous, config))
+    if REWINDS_FILE not in config["run"]["allow_changes"]:
+        load_rewinds(folder)
     resume = folder.resume_source(config["run"]["resume"])
     if resume == "never" and steps:
         raise RunFolderError(

@@ -26,6 +26,13 @@ def test_documentation_lists_every_exit_code() -> None:
     assert [int(code) for code in documented] == [int(code) for code in ExitCode]
 
 
+def flip(path: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 # ---------------------------------------------------------------- non-finite losses
 
 
@@ -83,7 +90,13 @@ def test_three_consecutive_skips_rewind_and_exclude_their_samples_despite_later_
     kill = Fault(rank=0, function="training.recovery._load_or_initialize", call=2, action="SIGKILL")
     assert fork_server.run(train_arguments(again), 1, bad, kill).exit_codes == {0: -9}
     arguments = train_arguments(again, "checkpoint.async_save=false")
-    assert fork_server.run(arguments, 1, Fault(0, 6, "SIGKILL", FORWARD)).exit_codes == {0: -9}
+    flip(again / "rewinds.json")
+    launch = fork_server.run(arguments, 1)
+    assert launch.exit_codes == {0: ExitCode.REWINDS} and "is damaged" in launch.output()
+    (remedy,) = re.findall(r"add (run\.allow_changes=\S+) to the command", launch.output())
+    launch = fork_server.run([*arguments, remedy], 1, Fault(0, 6, "SIGKILL", FORWARD))
+    assert launch.exit_codes == {0: -9} and "excluding batches 9 to 11" in launch.output()
+    assert (again / "rewinds.json.damaged").exists()
     assert fork_server.run(arguments, 1).exit_codes == {0: 0}
     assert reproducible_metrics(again) == found
     starts = [line["step"] for line in read_events(again) if line["event"] == "start"]

@@ -98,18 +98,6 @@ def test_unwritable_folder_warns_once_and_events_are_written_later(tmp_path: Pat
     assert len(warnings) == 1
 
 
-def test_required_event_that_cannot_be_written_raises_and_is_discarded(tmp_path: Path) -> None:
-    warnings: list[str] = []
-    blocked = tmp_path / "run"
-    blocked.write_text("a file instead of the folder")
-    event_log = EventLog(blocked / "ledger.jsonl", warnings.append)
-    with pytest.raises(OSError):
-        event_log.append("rewind", required=True, skip=[3, 5])
-    blocked.unlink()
-    event_log.append("stop")
-    assert [e["event"] for e in event_log.read()] == ["stop"] and warnings == []
-
-
 def test_progress_is_recorded_once_a_minute_or_on_demand(tmp_path: Path) -> None:
     event_log = EventLog(tmp_path / "ledger.jsonl")
     for step in range(1, 9):

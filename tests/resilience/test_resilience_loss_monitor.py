@@ -3,24 +3,19 @@
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from parallel.step_scalars import StepRequests
 from resilience.config import FaultsConfig
-from resilience.event_log import EventLog
 from resilience.loss_monitor import (
     WARMUP_STEPS,
     AsyncStatsReader,
     LossMonitor,
     MonitorAction,
     StepStats,
-    merge_ranges,
     not_finite,
-    read_rewinds,
 )
 
 NAN, INF = math.nan, math.inf
@@ -199,39 +194,6 @@ def test_state_of_checkpoints_of_0_1_is_loaded() -> None:
     monitor = LossMonitor(FaultsConfig())
     monitor.reset_after_rewind(old)
     assert monitor.check(stats(9, NAN)).rewind == (7, 10)
-
-
-def test_rewinds_are_read_from_the_event_log_and_count(tmp_path: Path) -> None:
-    event_log = EventLog(tmp_path / "ledger.jsonl")
-    event_log.append("start", step=0)
-    monitor = LossMonitor(FaultsConfig(max_consecutive_skips=1))
-    for batch in (3, 7):
-        action = monitor.check(stats(batch, NAN))
-        event_log.append(str(action.event), **(action.fields or {}))
-        event_log.append("rewind", skip=action.rewind, step=batch)
-        monitor.reset_after_rewind(None)
-    (tmp_path / "ledger.jsonl").open("ab").write(b'{"event": "rewind", "sk')  # cut by a kill
-    rewinds = read_rewinds(event_log.read())
-    assert rewinds == [(3, 4), (7, 8)]
-    resumed = LossMonitor(FaultsConfig(max_consecutive_skips=1, max_rewinds=2), len(rewinds))
-    assert resumed.check(stats(20, NAN)).abort
-
-
-@pytest.mark.parametrize(
-    ("ranges", "expected"),
-    [
-        ([], ()),
-        ([(5, 7), (1, 2)], ((1, 2), (5, 7))),
-        ([(1, 3), (3, 4), (2, 6), (8, 9)], ((1, 6), (8, 9))),
-        ([[1, 9], (2, 3)], ((1, 9),)),
-    ],
-)
-def test_merged_ranges_contain_each_batch_once(ranges: Any, expected: Any) -> None:
-    assert merge_ranges(ranges) == expected
-    batches = {n for first, stop in ranges for n in range(first, stop)}
-    assert sorted(batches) == [
-        n for first, stop in merge_ranges(ranges) for n in range(first, stop)
-    ]
 
 
 # ---------------------------------------------------------------- reading from the device
