@@ -86,7 +86,7 @@ def measure(rank: int, port: int, folder: str) -> tuple[dict[str, list[float]], 
     optimizer.step()
     optimizer.zero_grad()
     config = CheckpointConfig(keep_last=None)
-    saver = Saver(RunFolder(Path(folder)), config, {}, print)
+    saver = Saver(RunFolder(Path(folder)), "0" * 32, config, {}, print)
     seconds: dict[str, list[float]] = {kind: [] for kind in ("raw", "sync", "stall", "async")}
     n_bytes = 0
     for number in range(ROUNDS + 1):  # the first round warms up and determines n_bytes

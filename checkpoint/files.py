@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from checkpoint.position import Position
 from data.files import write_problem
-from resilience.run_folder import COMMITTED, MANIFEST
+from resilience.run_folder import COMMITTED, MANIFEST, is_unreadable, unreadable
 
 FORMAT_VERSION = 2
 ALGORITHM = "xxh3_128"  # of new checkpoints
@@ -103,11 +103,14 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: The manifest is damaged or its format is unknown; the message names the file.
+        RunFolderError: The manifest may be intact, but this process cannot read it.
     """
     try:
         content = (folder / MANIFEST).read_bytes()
-        committed = (folder / COMMITTED).read_text(encoding="utf-8")
+        committed = (folder / COMMITTED).read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and is_unreadable(error):
+            raise unreadable(Path(error.filename or folder), error) from None
         raise ValueError(f"cannot read {MANIFEST} and {COMMITTED} ({error})") from None
     if committed != hashlib.sha256(content).hexdigest():
         raise ValueError(f"the SHA-256 of {MANIFEST} differs from {COMMITTED}")
@@ -130,7 +133,11 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
 
 
 def find_file_damage(path: Path, expected: Fingerprint, algorithm: str) -> str | None:
-    """Return how a file differs from its fingerprint, or None if it is intact."""
+    """Return how a file differs from its fingerprint, or None if it is intact.
+
+    Raises:
+        RunFolderError: The file may be intact, but this process cannot read it.
+    """
     name = path.name
     try:
         size = path.stat().st_size
@@ -139,6 +146,8 @@ def find_file_damage(path: Path, expected: Fingerprint, algorithm: str) -> str |
         with path.open("rb", buffering=0) as file:
             found = hashlib.file_digest(file, ALGORITHMS[algorithm])
     except OSError as error:
+        if is_unreadable(error):
+            raise unreadable(path, error) from None
         return f"{name} cannot be read ({error.strerror})"
     if found.hexdigest() != expected["hash"]:
         return f"the hash of {name} ({algorithm}) differs from the manifest"

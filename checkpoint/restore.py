@@ -1,8 +1,9 @@
 """Restore the newest checkpoint that is valid and that every rank can load, on all ranks together.
 
-Each rank verifies a part of the files. A checkpoint that any rank finds damaged or cannot read is
-skipped by all, reported by file and rank, and renamed so that its step can be saved again. If
-checkpoints exist and none can be loaded, the run stops; it never restarts from scratch.
+Each rank verifies a part of the files. A checkpoint that any rank finds damaged is skipped by all,
+reported by file and rank, and renamed so that its step can be saved again. If checkpoints exist and
+none can be loaded, the run stops; it never restarts from scratch. It also stops if a rank may not
+read a file, which says nothing about its content.
 """
 
 import uuid
@@ -22,7 +23,13 @@ from checkpoint.files import find_file_damage, verify_manifest
 from checkpoint.position import Position
 from checkpoint.writer import on_rank_0, one_line, tensors_of
 from resilience.exit_codes import ExitCode
-from resilience.run_folder import RunFolder, RunFolderError, checkpoints_in
+from resilience.run_folder import (
+    RunFolder,
+    RunFolderError,
+    checkpoints_in,
+    is_unreadable,
+    unreadable,
+)
 
 # Return the result of rank 0 on every rank, or raise its error.
 _from_rank_0 = partial(on_rank_0, wrap=RunFolderError, catch=(OSError, RunFolderError))
@@ -58,7 +65,8 @@ def restore(
 
     Raises:
         NoCheckpoint: On every rank: checkpoints exist and none can be loaded.
-        RunFolderError: On every rank: a damaged checkpoint cannot be renamed.
+        RunFolderError: On every rank: a damaged checkpoint cannot be renamed, or a rank cannot
+            read a file that may be intact.
     """
     skipped: list[tuple[Path, str]] = []
     for candidate in _from_rank_0(lambda: _candidates(folder, resume, before)):
@@ -82,17 +90,31 @@ def find_damage(folder: Path) -> str | None:
     """Return the damage of a committed checkpoint by file, or None if it is valid.
 
     A collective call: each rank reads a part of the files, and all ranks return the same result.
+
+    Raises:
+        RunFolderError: On every rank: a rank cannot read a file that may be intact.
     """
     try:
-        manifest = on_rank_0(lambda: verify_manifest(folder), ValueError, catch=(ValueError,))
+        manifest = on_rank_0(
+            lambda: verify_manifest(folder), lambda error: error, catch=(ValueError, RunFolderError)
+        )
     except ValueError as error:
         return str(error)
     files, algorithm = manifest["files"], manifest["algorithm"]
     # Round robin from the largest to the smallest; names break ties, so that all ranks agree.
     by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
     names = by_size[dist.get_rank() :: dist.get_world_size()]
-    found = (find_file_damage(folder / name, files[name], algorithm) for name in names)
-    return _gather_errors([damage for damage in found if damage is not None])
+    damaged: list[str] = []
+    unreadable_files: list[str] = []
+    for name in names:
+        try:
+            damage = find_file_damage(folder / name, files[name], algorithm)
+        except RunFolderError as error:
+            unreadable_files.append(str(error))
+            break  # so are the others, most likely
+        damaged.extend([damage] if damage else [])
+    _raise_if_any(unreadable_files)
+    return _gather_errors(damaged)
 
 
 def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -114,12 +136,23 @@ def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer)
 def _try_to_load(
     folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> str | None:
-    """Load a checkpoint; return on every rank why that failed on any rank, or None."""
-    errors = []
+    """Load a checkpoint; return on every rank why that failed on any rank, or None.
+
+    Raises:
+        RunFolderError: On every rank: a rank cannot read a file that may be intact.
+    """
+    errors, unreadable_files = [], []
     try:
         load(folder, model, optimizer)
     except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
+        causes: list[BaseException] = [error]
+        if isinstance(error, CheckpointException):
+            causes = [cause for cause, _ in error.failures.values()]
+        for cause in causes:
+            if isinstance(cause, OSError) and is_unreadable(cause):
+                unreadable_files.append(str(unreadable(Path(cause.filename or folder), cause)))
         errors.append(f"cannot be loaded ({one_line(error)})")
+    _raise_if_any(unreadable_files)
     return _gather_errors(errors)
 
 
@@ -150,6 +183,14 @@ def _rename_damaged(folder: RunFolder, skipped: list[tuple[Path, str]]) -> list[
             ) from None
         messages.append(f"Skipped damaged {path.name}, kept as {renamed.name}: {damage}")
     return messages
+
+
+def _raise_if_any(errors: list[str]) -> None:
+    """Raise on every rank if any rank has errors; equal errors are stated once."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, errors)
+    if found := dict.fromkeys(each for part in gathered for each in part):
+        raise RunFolderError("\n".join(found))
 
 
 def _gather_errors(errors: list[str]) -> str | None:

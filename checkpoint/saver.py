@@ -54,6 +54,7 @@ class Saver:
     Args:
         folder: Run folder, on a file system that every rank sees.
         config: Whether to save in the background, the action when busy, and retention.
+        run_id: UUID of the run, used on rank 0.
         run_config: Resolved configuration, saved in the manifest.
         report: Called in `poll` with a message for each old checkpoint that cannot be deleted.
         extra_files: Small files saved with every checkpoint, by name.
@@ -62,12 +63,14 @@ class Saver:
     def __init__(
         self,
         folder: RunFolder,
+        run_id: str,
         config: CheckpointConfig,
         run_config: dict[str, Any],
         report: Callable[[str], None],
         extra_files: Mapping[str, bytes] | None = None,
     ) -> None:
-        self._folder, self._config, self._run_config = folder, config, run_config
+        self._folder, self._run_id = folder, run_id
+        self._config, self._run_config = config, run_config
         self._report, self._extra_files = report, extra_files
         self._main_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._write_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -159,6 +162,7 @@ class Saver:
         try:
             n_bytes = write_checkpoint(
                 self._folder,
+                self._run_id,
                 state,
                 position,
                 self._run_config,
@@ -175,7 +179,7 @@ class Saver:
         if error is None and dist.get_rank() == 0:
             keep = self._config.keep_last, self._config.keep_every
             try:
-                for problem in retention.remove_old(self._folder, *keep):
+                for problem in retention.remove_old(self._folder, self._run_id, *keep):
                     self._errors.put(problem)
             except OSError as failure:
                 self._errors.put(f"Could not list old checkpoints ({failure}). Continuing.")

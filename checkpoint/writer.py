@@ -6,7 +6,7 @@ hidden folder. `checkpoint.saver` runs the protocol in the background.
 
 import hashlib
 import json
-import uuid
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -33,6 +33,7 @@ class SaveFailed(RuntimeError):
 
 def write_checkpoint(
     folder: RunFolder,
+    run_id: str,
     state: State,
     position: dict[str, Any],
     config: dict[str, Any],
@@ -43,6 +44,7 @@ def write_checkpoint(
     """Write and commit a checkpoint; all ranks call it.
 
     Args:
+        run_id: UUID of the run, used on rank 0.
         state: Tensors by name, from `tensors_of` or `copy_to_host`.
         position: `Position` as a dictionary, with the stream shards of this rank.
         config: Resolved configuration of the run.
@@ -55,7 +57,8 @@ def write_checkpoint(
     Raises:
         SaveFailed: On every rank; there is no new checkpoint.
     """
-    fresh = on_rank_0(lambda: make_folder(folder, position["step"], report), _save_failed, group)
+    step = position["step"]
+    fresh = on_rank_0(lambda: make_folder(folder, run_id, step, report), _save_failed, group)
     if fresh is None:
         return 0
     try:
@@ -68,9 +71,9 @@ def write_checkpoint(
         def complete() -> None:
             files.update(write_extra_files(fresh, extra_files or {}))
             complete_position = position | {"stream_shards": stream_shards or None}
-            write_manifest(fresh, files, complete_position, config)
+            write_manifest(fresh, files, complete_position, config, run_id)
             commit(fresh)
-            publish(fresh, folder.step_folder(position["step"]))
+            publish(fresh, folder.step_folder(step), report)
 
         on_rank_0(complete, _save_failed, group)
     except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
@@ -102,15 +105,17 @@ def tensors_of(
     return {"model": dict(model_state), "optimizer": dict(optimizer_state)}
 
 
-def make_folder(folder: RunFolder, step: int, report: Callable[[str], None]) -> Path | None:
+def make_folder(
+    folder: RunFolder, run_id: str, step: int, report: Callable[[str], None]
+) -> Path | None:
     """Create a hidden folder to write in, on rank 0; None if the step is committed already."""
     checkpoints, target = folder.checkpoints, folder.step_folder(step)
     if (target / COMMITTED).exists():
         return None
     checkpoints.mkdir(parents=True, exist_ok=True)
-    for error in retention.remove_leftovers(checkpoints):
+    for error in retention.remove_leftovers(folder, run_id):
         report(error)
-    fresh = checkpoints / f".{target.name}-{uuid.uuid4().hex[:8]}"
+    fresh = retention.hidden_name(target, run_id)
     fresh.mkdir()
     return fresh
 
@@ -142,10 +147,16 @@ def write_extra_files(fresh: Path, files: Mapping[str, bytes]) -> dict[str, Fing
 
 
 def write_manifest(
-    fresh: Path, files: dict[str, Fingerprint], position: dict[str, Any], config: dict[str, Any]
+    fresh: Path,
+    files: dict[str, Fingerprint],
+    position: dict[str, Any],
+    config: dict[str, Any],
+    run_id: str | None = None,
 ) -> None:
-    """Write the manifest, on rank 0: files with hashes, position and configuration."""
+    """Write the manifest, on rank 0: files with hashes, position, configuration and run."""
     header = {"format_version": FORMAT_VERSION, "position": position, "algorithm": ALGORITHM}
+    if run_id is not None:
+        header["run_id"] = run_id
     content = json.dumps(header | {"files": files, "config": config}, indent=1)
     write_synced(fresh / MANIFEST, content.encode())
 
@@ -157,15 +168,16 @@ def commit(fresh: Path) -> None:
     sync_folder(fresh)
 
 
-def publish(fresh: Path, target: Path) -> None:
+def publish(fresh: Path, target: Path, report: Callable[[str], None]) -> None:
     """Rename the hidden folder to its final name, on rank 0."""
-    if target.exists():  # its deletion was interrupted after COMMITTED was removed
-        target.rename(fresh.with_name(f"{fresh.name}.old"))  # deleted by the next save
+    if os.path.lexists(target):  # without COMMITTED, or a dangling link
+        moved = retention.move_away(target)
+        report(f"{target} was not a committed checkpoint; it is kept as {moved.name}.")
     fresh.rename(target)
     try:
         sync_folder(target.parent)
     except OSError:
-        retention.uncommit(target)
+        target.rename(fresh)
         raise
 
 

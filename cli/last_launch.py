@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MAX_SHOWN = 6
 NEW_RUN = "or a new run with the default configuration, add model=llama3_tiny"
-OF_THIS_LAUNCH = ("run.dir", "run.allow_changes")  # never taken from the last one
+OF_THIS_LAUNCH = ("run.dir", "run.allow_changes", "run.adopt")  # never taken from the last one
 GROUPS = ("model", "data", "tokenizer")
 MESH = tuple(
     f"parallel.{name}"

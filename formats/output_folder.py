@@ -4,6 +4,8 @@ A conversion that fails or is killed leaves nothing under the target name. Hidde
 conversions are deleted by the next conversion to the same target.
 """
 
+import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -66,7 +68,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises:
         FormatError: It cannot be written.
     """
-    hidden = _hidden_name(target)
+    hidden = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
     lock = FileLock(f"{hidden}.lock")  # held while writing; released when the process dies
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,21 +94,29 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def _hidden_name(target: Path) -> Path:
-    return target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
-
-
 def _delete_leftovers(target: Path) -> None:
-    """Delete hidden folders of conversions to the same target that are no longer running."""
-    for leftover in target.parent.glob(f".{target.name}-????????"):
-        with suppress(Timeout), FileLock(f"{leftover}.lock", blocking=False) as lock:
-            shutil.rmtree(leftover)
+    """Delete hidden folders of conversions to the same target that are no longer running.
+
+    A folder is one of a conversion only if its lock file exists.
+    """
+    own_lock = re.compile(rf"(\.{re.escape(target.name)}-[0-9a-f]{{8}})\.lock")
+    for match in filter(None, map(own_lock.fullmatch, os.listdir(target.parent))):
+        hidden = target.with_name(match[1])
+        with suppress(Timeout), FileLock(f"{hidden}.lock", blocking=False) as lock:
+            for leftover in (hidden, _replaced(hidden)):
+                if leftover.exists():
+                    shutil.rmtree(leftover)
             Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _replaced(hidden: Path) -> Path:
+    """Return the name for an existing target while it is replaced."""
+    return hidden.with_name(f"{hidden.name}.replaced")
 
 
 def _publish(hidden: Path, target: Path) -> None:
     """Rename the folder to `target`; an existing target is moved away first and deleted last."""
-    replaced = _hidden_name(target)
+    replaced = _replaced(hidden)
     if target.exists():
         target.rename(replaced)
     hidden.rename(target)

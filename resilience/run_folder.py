@@ -4,7 +4,10 @@ Reads names and small files only and imports nothing heavy, so that a run can be
 any process is launched. Whether a configuration may resume a run is checked in `training`.
 """
 
+import errno
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,12 @@ from resilience.renamed_keys import rename_keys
 
 COMMITTED = "COMMITTED"  # marker file of a committed checkpoint
 MANIFEST = "manifest.json"
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+# Errors of the process or the file system; the file may be intact.
+_UNREADABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+)
 SECTIONS = ("run", "model", "data", "tokenizer", "train", "optim")  # of every version
 
 
@@ -32,6 +41,7 @@ class RunFolder:
         config: Resolved configuration of the newest launch.
         checkpoints: Folder with one subfolder per committed checkpoint.
         event_log: Event log; see `resilience.event_log`.
+        identity: UUID of the run; see `resilience.run_identity`.
         metrics: Metrics of each logged step.
         rewinds: Batches excluded by rewinds; see `resilience.rewinds`.
     """
@@ -41,16 +51,51 @@ class RunFolder:
         self.config, self.checkpoints = path / "config.yaml", path / "checkpoints"
         self.event_log, self.metrics = path / "ledger.jsonl", path / "metrics.jsonl"
         self.rewinds = path / "rewinds.json"
+        self.identity = path / "run.json"
 
     def step_folder(self, step: int) -> Path:
         """Return the folder of the committed checkpoint of a step."""
         return self.checkpoints / f"step-{step:08d}"
 
     def committed_steps(self) -> list[int]:
-        """Return the steps with a committed checkpoint, ascending; reads names only."""
-        names = [path.parent.name for path in self.checkpoints.glob(f"step-*/{COMMITTED}")]
-        numbers = (name.removeprefix("step-") for name in names)
-        return sorted(int(number) for number in numbers if number.isdigit())
+        """Return the steps with a committed checkpoint, ascending; reads names only.
+
+        Raises:
+            RunFolderError: A folder cannot be read.
+        """
+        return [step for step, committed in self._steps() if committed]
+
+    def uncommitted_steps(self) -> list[int]:
+        """Return the steps whose folder has no `COMMITTED`, ascending; reads names only.
+
+        Raises:
+            RunFolderError: A folder cannot be read.
+        """
+        return [step for step, committed in self._steps() if not committed]
+
+    def _steps(self) -> list[tuple[int, bool]]:
+        """Return each step that has a folder, and whether it is committed."""
+        try:
+            names = os.listdir(self.checkpoints)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise unreadable(self.checkpoints, error) from None
+        matches = filter(None, map(_STEP_NAME.fullmatch, names))
+        steps = sorted(int(match[1]) for match in matches)
+        # `step-000000012` would not be found again by its number.
+        return [
+            (step, self._is_committed(step))
+            for step in steps
+            if self.step_folder(step).name in names
+        ]
+
+    def _is_committed(self, step: int) -> bool:
+        marker = self.step_folder(step) / COMMITTED
+        try:
+            return marker.exists()
+        except OSError:
+            return True  # only reading it shows why it cannot be read
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write `config.yaml` atomically and durably.
@@ -168,6 +213,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
 
     Renamed configuration keys have their new names. The hash is not verified;
     `checkpoint.files.verify_manifest` does that.
+
+    Raises:
+        RunFolderError: The file may be intact, but this process cannot read it.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
@@ -175,7 +223,24 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
         valid = isinstance(position["step"], int) and isinstance(position["samples"], int)
         if not (valid and "data_hash" in position and isinstance(config, dict)):
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError as error:
+        if is_unreadable(error):
+            raise unreadable(checkpoint / MANIFEST, error) from None
+        return None
+    except (ValueError, KeyError, TypeError):
         return None
     rename_keys(config)
     return manifest
+
+
+def is_unreadable(error: OSError) -> bool:
+    """Return whether an error says nothing about the content of a file, such as a permission."""
+    return error.errno in _UNREADABLE
+
+
+def unreadable(path: Path, error: OSError) -> RunFolderError:
+    """Return the error about a file that this process cannot read, although it may be intact."""
+    return RunFolderError(
+        f"{path} cannot be read ({error.strerror}); make it readable for this user on every node. "
+        "Nothing was changed, and no older checkpoint was used instead"
+    )

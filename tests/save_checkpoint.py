@@ -11,6 +11,8 @@ from checkpoint.position import Position
 from checkpoint.writer import tensors_of, write_checkpoint
 from resilience.run_folder import RunFolder
 
+RUN_ID = "0123456789abcdef" * 2
+
 
 def save(
     folder: RunFolder,
@@ -21,5 +23,5 @@ def save(
 ) -> Path:
     """Save a checkpoint on all ranks and return its folder."""
     values, state = dataclasses.asdict(position), tensors_of(model, optimizer)
-    write_checkpoint(folder, state, values, config, dist.group.WORLD, lambda error: None)
+    write_checkpoint(folder, RUN_ID, state, values, config, dist.group.WORLD, lambda error: None)
     return folder.step_folder(position.step)

@@ -29,6 +29,7 @@ class RunConfig(ConfigSection):
             checkpoint), a checkpoint, a Hugging Face or a Meta folder.
         allow_changes: Keys that may differ from the previous launch although they affect results;
             `rewinds.json` rebuilds that file if it is damaged or missing.
+        adopt: Whether to continue from checkpoints in the run folder that another run saved.
         time_limit: Minutes from launch; the run saves and stops before it. SLURM's own limit
             counts too.
         plan_check: Whether to reject a run that does not fit into memory, or only warn.
@@ -42,6 +43,7 @@ class RunConfig(ConfigSection):
     resume: Annotated[str, FREE] = "auto"
     init_from: Annotated[str | None, ResumePolicy("forbidden", "the initial weights")] = None
     allow_changes: Annotated[list[str], FREE] = field(default_factory=list)
+    adopt: Annotated[bool, FREE] = False
     time_limit: Annotated[Annotated[float, Gt(0), Lt(math.inf)] | None, FREE] = None
     plan_check: Annotated[Literal["refuse", "warn", "off"], FREE] = "refuse"
 

@@ -6,6 +6,7 @@ are in `training.config_rules`.
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,12 @@ from parallel.mesh import is_first_process, resolve_mesh
 from resilience.accelerator import resolve_processes
 from resilience.lock import RunLock, acquire_lock, check_not_locked
 from resilience.run_folder import RunFolder, RunFolderError
+from resilience.run_identity import check_identity
 from training.config import JobConfig
 from training.config_validation import plain
 from training.initial_weights import check_initial_tokenizer, check_initial_weights
 from training.resume_policy import Changes, with_defaults
-from training.run_folder_check import check_run_folder
+from training.run_folder_check import check_run_folder, checkpoint_warnings
 
 if TYPE_CHECKING:
     from data.dataset import Dataset, WindowDataset
@@ -38,7 +40,11 @@ def check_folder(config: JobConfig) -> Changes:
     folder = RunFolder(Path(config.run.dir))
     if is_first_process():
         check_not_locked(folder)
+    check_identity(folder, config.run.adopt)
     changes = check_run_folder(folder, plain(config), lambda old: with_defaults(old, config))
+    if is_first_process():
+        for message in checkpoint_warnings(folder):
+            print(message, file=sys.stderr, flush=True)
     if config.run.init_from is not None and not folder.committed_steps():
         check_initial_weights(config.run, config.model)
     return changes

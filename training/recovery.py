@@ -100,6 +100,7 @@ def _load_or_initialize(
     from checkpoint.restore import restore
     from checkpoint.retention import remove_beyond
     from parallel.parallelize import initialize_weights
+    from resilience.run_identity import establish_identity
 
     folder = RunFolder(Path(config.run.dir))
     source: str | None = folder.resume_source(config.run.resume)
@@ -120,7 +121,8 @@ def _load_or_initialize(
             load_weights(llama, agreed_weights(Path(config.run.init_from)))
         position = Position(step=0, samples=0, tokens=0, data_hash=dataset.hash)
     if before is not None and dist.get_rank() == 0:
-        for error in remove_beyond(folder, position.step):
+        run_id = establish_identity(folder, config.run.adopt).id
+        for error in remove_beyond(folder, run_id, position.step):
             report(error)
     return position.with_data(dataset.hash)
 

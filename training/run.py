@@ -232,10 +232,18 @@ class Run:
 def build_saver(
     config: JobConfig, dataset: "WindowDataset | StreamDataset", report: Callable[[str], None]
 ) -> "Saver":
-    """Create the saver of a run; every checkpoint includes the tokenizer of the data, if any."""
+    """Create the saver of a run; every checkpoint includes the tokenizer of the data, if any.
+
+    Raises:
+        RunFolderError: On rank 0: the identity of the run cannot be written.
+    """
+    import torch.distributed as dist
+
     from checkpoint.saver import Saver
+    from resilience.run_identity import establish_identity
 
     folder = RunFolder(Path(config.run.dir))
     tokenizer = dataset.tokenizer()
     files = {} if tokenizer is None else tokenizer.files()
-    return Saver(folder, config.checkpoint, plain(config), report, files)
+    run_id = establish_identity(folder, config.run.adopt).id if dist.get_rank() == 0 else ""
+    return Saver(folder, run_id, config.checkpoint, plain(config), report, files)

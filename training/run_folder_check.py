@@ -1,6 +1,7 @@
 """Check before launch whether a configuration may start or resume a run in its folder."""
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from resilience.rewinds import FILE_NAME as REWINDS_FILE
 from resilience.rewinds import load_rewinds
 from resilience.run_folder import (
     COMMITTED,
+    MANIFEST,
     RunFolder,
     RunFolderError,
     checkpoints_in,
@@ -62,13 +64,50 @@ def check_run_folder(
     if resume not in ("auto", "never"):
         start_changes = _check_checkpoint(folder, Path(resume), config, add_defaults)
         changes = changes if steps else start_changes
-    events = [] if steps else read_json_lines(folder.event_log)
-    if resume == "auto" and any(event.get("event") == "save" for event in events):
+    if resume == "auto" and not steps and _saved_names(folder):
+        lost = "".join(f"{text}\n" for text in _lost_markers(folder))
         raise RunFolderError(
-            f"{folder.event_log} records saved checkpoints, but {folder.checkpoints} has none; "
-            "restore them to resume, or use another run.name to start from scratch"
+            f"{lost}{folder.event_log} records saved checkpoints, but {folder.checkpoints} has "
+            "none; restore them to resume, or use another run.name to start from scratch"
         )
     return changes
+
+
+def checkpoint_warnings(folder: RunFolder) -> Iterator[str]:
+    """Yield warnings about a newest checkpoint without run, and newer ones without `COMMITTED`.
+
+    A folder without `COMMITTED` is neither used nor deleted.
+    """
+    newest = folder.newest_manifest()
+    if newest is not None and newest.get("run_id") is None:
+        yield (
+            f"{folder.step_folder(newest['position']['step'])} was saved by an earlier version, "
+            "which did not record the run of a checkpoint. It is taken as one of this run."
+        )
+    last = max(folder.committed_steps(), default=0)
+    for text in _lost_markers(folder):
+        yield f"{text} Otherwise the run resumes from step {last}, and the folder is kept."
+
+
+def _saved_names(folder: RunFolder) -> set[str]:
+    """Return the names of the checkpoints that the event log knows."""
+    events = read_json_lines(folder.event_log)
+    return {str(event.get("path")) for event in events if event.get("event") == "save"}
+
+
+def _lost_markers(folder: RunFolder) -> Iterator[str]:
+    """Yield a message for each saved folder without `COMMITTED` after the newest checkpoint."""
+    last = max(folder.committed_steps(), default=0)
+    uncommitted = [folder.step_folder(step) for step in folder.uncommitted_steps() if step > last]
+    saved = _saved_names(folder) if uncommitted else set()
+    for path in uncommitted:
+        if path.name in saved:
+            command = f"sha256sum {MANIFEST} | cut -d' ' -f1 > {COMMITTED}"
+            yield (
+                f"{path} has no {COMMITTED}, but {folder.event_log} records that it was saved. To "
+                f"use it, restore the file: cd {shlex.quote(str(path))} && {command}. All files "
+                "are verified before they are used."
+            )
 
 
 def check_path(path: Path) -> None:

@@ -1,10 +1,14 @@
 """Checkpoints are committed completely or not at all; damaged ones are reported and skipped."""
 
+import builtins
+import errno
 import hashlib
+import io
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +16,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import xxhash
-from save_checkpoint import save
+from save_checkpoint import RUN_ID, save
 from torch import nn
 
-from checkpoint import retention, writer
+from checkpoint import writer
 from checkpoint.files import find_file_damage
 from checkpoint.position import Position
 from checkpoint.restore import NoCheckpoint, find_damage, load, restore
+from checkpoint.retention import hidden_name
 from checkpoint.writer import SaveFailed
-from resilience.run_folder import COMMITTED, RunFolder, read_manifest
+from resilience.run_folder import COMMITTED, RunFolder, RunFolderError, read_manifest
 from training.config import OptimConfig
 from training.optimizer import build_optimizer
 
@@ -163,7 +168,7 @@ def test_checkpoint_with_the_names_of_0_1_is_restored(folder: RunFolder) -> None
     (newest / "manifest.json").write_text(text)
     (newest / COMMITTED).write_text(hashlib.sha256(text.encode()).hexdigest())
     restored = restore(folder, "auto", *build_trained(), ignore)
-    assert restored == Position(12, 96, 768, "hash", lanes, 13, ((4, 5),), state)
+    assert restored == Position(12, 96, 768, "hash", lanes, 13, ((4, 5),), monitor_state=state)
 
 
 def test_tests_below_damage_every_file_of_a_checkpoint(folder: RunFolder) -> None:
@@ -234,22 +239,23 @@ def test_highest_step_is_restored_regardless_of_file_times(folder: RunFolder) ->
     assert restored_folder(folder, "auto", ignore) == folder.step_folder(12)
 
 
-def test_uncommitted_folder_is_never_restored_and_the_next_save_replaces_it(
+def test_uncommitted_folder_is_never_restored_and_kept_by_the_next_save(
     folder: RunFolder,
 ) -> None:
     (folder.step_folder(12) / COMMITTED).unlink()
-    (folder.step_folder(12) / "leftover").touch()
+    (folder.step_folder(12) / "notes").touch()
     assert folder.committed_steps() == [3]
     assert restored_folder(folder, "auto", ignore) == folder.step_folder(3)
     save_step(folder, 12)
-    assert not (folder.step_folder(12) / "leftover").exists()
+    assert not (folder.step_folder(12) / "notes").exists()
+    assert len(list(folder.checkpoints.glob("step-00000012.uncommitted-*/notes"))) == 1
     assert restored_folder(folder, "auto", ignore) == folder.step_folder(12)
 
 
 def test_leftover_of_a_killed_save_is_ignored_and_deleted_by_the_next_save(
     folder: RunFolder,
 ) -> None:
-    leftover = folder.checkpoints / ".step-00000020-0123abcd"
+    leftover = hidden_name(folder.step_folder(20), RUN_ID)
     shutil.copytree(folder.step_folder(12), leftover)  # killed just before the rename
     assert folder.committed_steps() == [3, 12]
     assert restored_folder(folder, "auto", ignore) == folder.step_folder(12)
@@ -257,6 +263,59 @@ def test_leftover_of_a_killed_save_is_ignored_and_deleted_by_the_next_save(
     assert not leftover.exists()
     assert folder.committed_steps() == [3, 12, 20]
     assert find_damage(folder.step_folder(20)) is None
+
+
+@pytest.mark.parametrize("target", ["missing", "self", "file"])
+def test_link_with_the_name_of_a_step_does_not_fail_a_save(folder: RunFolder, target: str) -> None:
+    link = folder.step_folder(20)
+    link.symlink_to({"missing": "/no/such/folder", "self": str(link), "file": __file__}[target])
+    save_step(folder, 18)
+    save_step(folder, 20)
+    assert folder.committed_steps() == [3, 12, 18, 20]
+    assert len(list(folder.checkpoints.glob("step-00000020.uncommitted-*"))) == 1
+
+
+@pytest.mark.parametrize("name", [*FILES, ""])
+def test_unreadable_newest_checkpoint_stops_the_run_instead_of_using_an_older_one(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The file system denies access, which `chmod` does not do for root."""
+    hidden = folder.step_folder(12) / name
+    before = sorted(folder.checkpoints.rglob("*"))
+    deny_access(monkeypatch, hidden)
+    with pytest.raises(
+        RunFolderError, match=r"12.* cannot be read \(Permission denied\)"
+    ) as raised:
+        restored_folder(folder, "auto", ignore)
+    assert not isinstance(raised.value, NoCheckpoint)
+    monkeypatch.undo()
+    assert sorted(folder.checkpoints.rglob("*")) == before
+    assert restored_folder(folder, "auto", ignore) == folder.step_folder(12)
+
+
+def test_unreadable_older_checkpoint_does_not_stop_a_run(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deny_access(monkeypatch, folder.step_folder(3))
+    assert restored_folder(folder, "auto", ignore) == folder.step_folder(12)
+    save_step(folder, 20)
+    monkeypatch.undo()
+    assert folder.committed_steps() == [3, 12, 20]
+
+
+def deny_access(monkeypatch: pytest.MonkeyPatch, denied: Path) -> None:
+    """Let `open` and `stat` fail for a file, or for the files of a folder."""
+
+    def denying(function: Callable[..., Any], file: Any, *arguments: Any, **options: Any) -> Any:
+        if not isinstance(file, int):
+            path = Path(os.fsdecode(file))
+            within = denied in path.parents
+            if within or (path == denied and function is not os.stat):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return function(file, *arguments, **options)
+
+    for module, name in ((io, "open"), (builtins, "open"), (os, "open"), (os, "stat")):
+        monkeypatch.setattr(module, name, partial(denying, getattr(module, name)))
 
 
 def test_committed_checkpoint_is_never_overwritten(folder: RunFolder) -> None:
@@ -291,75 +350,6 @@ def test_save_failing_in_any_phase_keeps_older_checkpoints_and_commits_none(
     assert [path.name for path in sorted(folder.checkpoints.iterdir())] == [
         f"step-{number:08d}" for number in (3, 12, 20)
     ]
-
-
-def test_deletion_removes_committed_first(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(path: Path) -> None:
-        assert path == folder.step_folder(3)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(retention.shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        retention.remove_old(folder, keep_last=1, keep_every=None)
-    assert folder.committed_steps() == [12]
-    assert (folder.step_folder(3) / FILES[0]).exists()
-
-
-@pytest.mark.parametrize(
-    ("keep_last", "keep_every", "kept"),
-    [
-        (1, None, [12]),
-        (2, None, [9, 12]),
-        (5, None, [3, 6, 9, 12]),
-        (None, None, [3, 6, 9, 12]),
-        (None, 5, [3, 6, 9, 12]),
-        (1, 6, [6, 12]),
-        (2, 3, [3, 6, 9, 12]),
-    ],
-)
-def test_keep_last_and_keep_every_checkpoints_are_kept(
-    tmp_path: Path, keep_last: int | None, keep_every: int | None, kept: list[int]
-) -> None:
-    folder = committed_folder(tmp_path, 3, 6, 9, 12)
-    assert retention.remove_old(folder, keep_last, keep_every) == []
-    assert folder.committed_steps() == kept
-    assert sorted(folder.checkpoints.iterdir()) == [folder.step_folder(step) for step in kept]
-
-
-def committed_folder(path: Path, *steps: int) -> RunFolder:
-    """Create a run folder with committed checkpoints without tensors."""
-    folder = RunFolder(path)
-    for step in steps:
-        folder.step_folder(step).mkdir(parents=True)
-        (folder.step_folder(step) / COMMITTED).touch()
-        (folder.step_folder(step) / FILES[0]).touch()
-    return folder
-
-
-def test_checkpoint_that_cannot_be_deleted_is_uncommitted_and_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = committed_folder(tmp_path, 3, 6, 9)
-
-    def deny(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(retention.shutil, "rmtree", deny)
-    errors = retention.remove_old(folder, 1, None)
-    assert len(errors) == 2
-    for step, line in zip((3, 6), errors, strict=True):
-        assert str(folder.step_folder(step)) in line
-    assert all("Permission denied" in line for line in errors)
-    assert folder.committed_steps() == [9]
-
-
-def test_rewind_deletes_later_checkpoints(tmp_path: Path) -> None:
-    folder = committed_folder(tmp_path, 3, 6, 9)
-    assert retention.remove_beyond(folder, 4) == []
-    assert folder.committed_steps() == [3]
-    assert list(folder.checkpoints.iterdir()) == [folder.step_folder(3)]
 
 
 def test_rewind_restores_the_newest_checkpoint_at_or_before_its_step(folder: RunFolder) -> None:

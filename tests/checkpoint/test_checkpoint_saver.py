@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from save_checkpoint import RUN_ID
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem
 from torch.utils._pytree import tree_map_only
@@ -45,7 +46,9 @@ class Training:
         self.model = nn.Linear(3, 4)
         self.optimizer = build_optimizer(self.model, OptimConfig(lr=0.1), state)
         self.messages: list[str] = []
-        self.saver = Saver(self.folder, CheckpointConfig(**config), {}, self.messages.append)
+        self.saver = Saver(
+            self.folder, RUN_ID, CheckpointConfig(**config), {}, self.messages.append
+        )
 
     def train(self) -> None:
         self.model(torch.randn(5, 3)).square().sum().backward()

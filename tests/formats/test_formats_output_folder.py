@@ -178,3 +178,23 @@ def test_killed_conversion_leaves_no_target_and_the_next_one_deletes_its_files(
     convert(made, None, target, "hf", overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
     assert_same_weights(open_weights(target), made)
+
+
+@pytest.mark.parametrize("name", ["out", "out[1]*"])
+def test_next_conversion_deletes_only_folders_with_the_lock_of_a_killed_one(
+    tmp_path: Path, name: str
+) -> None:
+    def make(folder: str, lock: bool) -> None:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").touch()
+        if lock:
+            (tmp_path / f"{folder}.lock").touch()
+
+    make(f".{name}-0123abcd", lock=True)
+    make(f".{name}-0123abcd.replaced", lock=False)  # killed while it replaced the target
+    kept = {f".{name}-89abcdef": False, f".{name}-original": True, f".{name}x-0123abcd": True}
+    for folder, lock in kept.items():
+        make(folder, lock)
+    convert(RandomWeights(SMALL), None, tmp_path / name, "native")
+    locks = [f"{folder}.lock" for folder, lock in kept.items() if lock]
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, *locks, name])

@@ -1,5 +1,6 @@
 """Data is prepared and checked before launch; the remedies in its errors work."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -153,3 +154,22 @@ def test_launch_that_fails_leaves_neither_lock_nor_empty_folder(has_file: bool) 
     with pytest.raises(DataError), abandoned_on_error(lock):
         raise DataError("the weights are damaged")
     assert folder.exists() == has_file and not (folder / "lock").exists()
+
+
+def test_checkpoint_of_another_run_is_rejected_unless_adopted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("text.txt").write_text("A line of text.\n" * 150)
+    config = configure(f"run.dir={tmp_path / 'run'}")
+    folder = RunFolder(Path(config.run.dir))
+    for step, run_id in ((2, "a" * 32), (4, None), (6, "b" * 32)):
+        manifest = commit(folder, step, plain(config)) / "manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"run_id": run_id}))
+    with pytest.raises(RunFolderError, match="step-00000006") as raised:
+        check_folder(config)
+    (remedy,) = re.findall(r"Use (\S+)", str(raised.value))
+    check_folder(configure(f"run.dir={tmp_path / 'run'}", remedy))
+    shutil.rmtree(folder.step_folder(6))
+    assert not capsys.readouterr().err
+    check_folder(config)
+    assert "step-00000004 was saved by an earlier version" in capsys.readouterr().err

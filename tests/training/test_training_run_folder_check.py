@@ -1,9 +1,11 @@
 """Starting or resuming a run in its folder is checked before anything is launched or written."""
 
 import copy
+import hashlib
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from run_config import CONFIG, changed, commit
 
 from resilience.run_folder import COMMITTED, RunFolder, RunFolderError
 from training.resume_policy import Changes
-from training.run_folder_check import check_run_folder
+from training.run_folder_check import check_run_folder, checkpoint_warnings
 
 
 @pytest.fixture
@@ -151,3 +153,47 @@ def test_run_folder_that_is_a_file_or_part_of_a_run_is_rejected(
     ):
         with pytest.raises(RunFolderError, match=re.escape(message)):
             check_run_folder(RunFolder(path), CONFIG)
+
+
+def record_save(folder: RunFolder, step: int) -> None:
+    with folder.event_log.open("a") as file:
+        event = {"event": "save", "step": step, "path": folder.step_folder(step).name}
+        file.write(json.dumps(event) + "\n")
+
+
+def test_newest_checkpoint_without_committed_is_reported_with_the_command_to_restore_it(
+    folder: RunFolder,
+) -> None:
+    for step in (5, 40):
+        record_save(folder, step)
+        manifest = folder.step_folder(step) / "manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"run_id": "a"}))
+    assert list(checkpoint_warnings(folder)) == []
+    (folder.step_folder(5) / COMMITTED).unlink()
+    assert list(checkpoint_warnings(folder)) == []  # older than the newest checkpoint
+    (folder.step_folder(40) / COMMITTED).unlink()
+    with pytest.raises(RunFolderError, match=rf"{folder.step_folder(40).name} has no COMMITTED"):
+        check_run_folder(folder, CONFIG)
+    (folder.step_folder(5) / COMMITTED).touch()
+    (warning,) = checkpoint_warnings(folder)
+    command = re.search(r"restore the file: (.*COMMITTED)\. All", warning)
+    assert command is not None
+    subprocess.run(["bash", "-c", command[1]], check=True)
+    assert folder.committed_steps() == [5, 40]
+    restored = (folder.step_folder(40) / COMMITTED).read_text().strip()
+    content = (folder.step_folder(40) / "manifest.json").read_bytes()
+    assert restored == hashlib.sha256(content).hexdigest()
+    assert list(checkpoint_warnings(folder)) == []
+
+
+def test_folder_that_the_event_log_does_not_know_is_not_reported(folder: RunFolder) -> None:
+    folder.step_folder(50).mkdir()
+    assert not any("COMMITTED" in warning for warning in checkpoint_warnings(folder))
+
+
+def test_checkpoint_of_an_earlier_version_is_reported_once(folder: RunFolder) -> None:
+    (warning,) = checkpoint_warnings(folder)
+    assert "step-00000040 was saved by an earlier version" in warning
+    manifest = folder.step_folder(40) / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"run_id": "a"}))
+    assert list(checkpoint_warnings(folder)) == []
