@@ -265,7 +265,7 @@ def submit(runs: Sequence[ValidRun], options: argparse.Namespace) -> None:
         reject(["sbatch or srun not found; run this on a SLURM login node"])
     for number, run in enumerate(runs):
         executor = submitit.SlurmExecutor(Path(run.config.run.dir) / "slurm")
-        executor.update_parameters(**parameters(run.config.run.name, options))
+        executor.update_parameters(**parameters(run, options))
         command = [sys.executable, str(ROOT / "train.py"), *run.overrides]
         try:
             # exec replaces submitit's process, so train.py gets the signals and sets the exit code.
@@ -278,12 +278,12 @@ def submit(runs: Sequence[ValidRun], options: argparse.Namespace) -> None:
         print(f"job {job.job_id}: {run.config.run.name}, log {job.paths.stdout}", flush=True)
 
 
-def parameters(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def parameters(run: ValidRun, options: argparse.Namespace) -> dict[str, Any]:
     """Return submitit's parameters for the same job as slurm/train.sbatch."""
     others = sbatch_options(options)
     del others["nodes"], others["ntasks-per-node"]  # submitit's own parameters
     return {
-        "job_name": name,
+        "job_name": run.config.run.name,
         "nodes": options.nodes,
         "ntasks_per_node": options.ntasks_per_node,
         # None disables submitit's defaults: the partition's and the account's apply.
@@ -291,9 +291,16 @@ def parameters(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "wckey": None,
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True, "signal": SIGNAL, **others},
-        "setup": ["trap : TERM USR1", f"source {shlex.quote(str(SCRIPTS / 'cpus_per_task.sh'))}"],
+        "setup": [
+            "trap : TERM USR1",
+            shlex.join(["export", f"LLAMESH_PYTHON={sys.executable}"]),
+            shlex.join(["source", str(SCRIPTS / "environment.sh")]),
+            shlex.join(["source", str(SCRIPTS / "cpus_per_task.sh")]),
+        ],
         "srun_args": ["--kill-on-bad-exit=0", "--wait=60"],
-        "teardown": [f"source {shlex.quote(str(SCRIPTS / 'requeue.sh'))} $?"],
+        "teardown": [
+            f"source {shlex.quote(str(SCRIPTS / 'requeue.sh'))} $? {shlex.join(run.overrides)}"
+        ],
     }
 
 

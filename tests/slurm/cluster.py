@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -89,6 +90,7 @@ class Cluster:
             "SLURM_CONF": str(self.folder / "slurm.conf"),
             "MASTER_ADDR": "127.0.0.1",  # the node names cannot be resolved outside SLURM
             "OMP_NUM_THREADS": "1",
+            "LLAMESH_PYTHON": sys.executable,  # there need not be a .venv
         }
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -136,6 +138,12 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
         daemon.kill()
         daemon.wait()
+
+    def kill_task(self, rank: int) -> None:
+        """Kill the process of a task, as the kernel does when the host is out of memory."""
+        for pid in _processes(f"SLURM_PROCID={rank}", self.folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def states(self) -> dict[str, str]:
         """Return the state of every node."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from cluster import TASKS_PER_NODE, Cluster, missing_commands, wait_for
-from conftest import FAULT_STEPS, ROOT, read_events, reproducible_metrics
+from conftest import FAULT_STEPS, read_events, reproducible_metrics
 from fork_server import ForkServer
 
 pytestmark = [
@@ -32,29 +32,22 @@ def cluster() -> Iterator[Cluster]:
         cluster.stop()
 
 
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
-    """Return slurm/train.sbatch with its one line adapted to the Python that runs the tests."""
-    text = (ROOT / "slurm/train.sbatch").read_text()
-    line = "source .venv/bin/activate\n"
-    assert text.count(line) == 1
-    path = tmp_path / "train.sbatch"
-    path.write_text(text.replace(line, f"export PATH={Path(sys.executable).parent}:$PATH\n"))
-    return path
-
-
 def steps_of(folder: Path) -> int:
     """Return the number of steps in metrics.jsonl."""
     metrics = folder / "metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def test_job_resumes_bit_for_bit_after_usr1_and_after_a_node_failure(
+def starts(folder: Path) -> list[int]:
+    """Return the step at which each launch started."""
+    return [event["step"] for event in read_events(folder) if event["event"] == "start"]
+
+
+def test_job_resumes_bit_for_bit_after_usr1_a_node_failure_and_a_killed_task(
     cluster: Cluster,
     fork_server: ForkServer,
     train_arguments: Any,
     uninterrupted: Any,
-    script: Path,
     tmp_path: Path,
 ) -> None:
     sampled = (f"validation.interval={PAUSE_INTERVAL}", "validation.sample_tokens=1")
@@ -64,7 +57,9 @@ def test_job_resumes_bit_for_bit_after_usr1_and_after_a_node_failure(
     os.mkfifo(folder / "samples.txt")
     job = cluster.submit(
         *("--nodes=2", f"--ntasks-per-node={TASKS_PER_NODE}", f"--output={output}"),
-        *(str(script), *train_arguments(folder, *MESH, *sampled)),
+        # No other variable reaches the job, nor by default those of its script the tasks.
+        "--export=MASTER_ADDR,OMP_NUM_THREADS,LLAMESH_PYTHON",
+        *("slurm/train.sbatch", *train_arguments(folder, *MESH, *sampled)),
     )
     wait_for(lambda: steps_of(folder) == PAUSE_INTERVAL, f"step {PAUSE_INTERVAL}")
 
@@ -78,14 +73,22 @@ def test_job_resumes_bit_for_bit_after_usr1_and_after_a_node_failure(
     cluster.kill_node("n2")
     # SLURM detects the failure itself after SlurmdTimeout; do not wait for that.
     cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=gone")
-    (folder / "samples.txt").unlink()
     cluster.start_node("n2")
     cluster.start_requeued(job, restarts=2)
+    wait_for(lambda: starts(folder) == [0, PAUSE_INTERVAL + 1, 16], "the third launch")
+    wait_for(lambda: steps_of(folder) == 2 * PAUSE_INTERVAL, f"step {2 * PAUSE_INTERVAL} again")
+
+    cluster.kill_task(rank=3)
+    wait_for(lambda: cluster.job(job).get("Restarts") == "3", "the job to be requeued")
+    (folder / "samples.txt").unlink()
+    cluster.start_requeued(job, restarts=3)
     cluster.wait_for_state(job, "COMPLETED")
+    assert "Exit code 137 (a task was killed by SIGKILL): requeuing the job (restart 1 of" in (
+        output.read_text()
+    )
     assert "launched by srun" in output.read_text()
     assert reproducible_metrics(folder) == expected
-    starts = [event["step"] for event in read_events(folder) if event["event"] == "start"]
-    assert starts == [0, PAUSE_INTERVAL + 1, 16]
+    assert starts(folder) == [0, PAUSE_INTERVAL + 1, 16, 16]
     assert [len(expected), steps_of(folder)] == [FAULT_STEPS] * 2
 
 

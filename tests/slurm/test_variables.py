@@ -72,7 +72,9 @@ def test_array_task_reads_its_own_limit_and_is_requeued_without_the_others(
         "#!/bin/bash\n"
         f"srun {sys.executable} -c '{TASK_SCRIPT}'\n"
         # The last task has the job ID of the array.
-        "if [[ $SLURM_JOB_ID == $SLURM_ARRAY_JOB_ID ]]; then source slurm/requeue.sh 75; fi\n"
+        "if [[ $SLURM_JOB_ID == $SLURM_ARRAY_JOB_ID ]]; then\n"
+        f"    source slurm/requeue.sh 75 run.dir={tmp_path}/run\n"
+        "fi\n"
         "sleep 60\n"
     )
     array = cluster.submit(

@@ -1,0 +1,208 @@
+"""Requeue the SLURM job of this process if a restart can help: `slurm/requeue.sh` runs it.
+
+    python slurm/requeue.py EXIT_CODE [key=value …]
+
+EXIT_CODE is srun's; the other arguments are those of train.py, whose run folder shows the progress.
+`RULES` has the decision for each code. A job that was cancelled is left alone. A job that restarts
+without a newer checkpoint is requeued a limited number of times, which are counted by job in
+`RUN/slurm/requeue.json`. A missing or damaged file of the run changes nothing else.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a script in a subfolder cannot import the packages otherwise
+
+from cli.arguments import parse_options  # noqa: E402
+from cli.composition import compose_words  # noqa: E402
+from data.files import write_atomically  # noqa: E402
+from resilience.exit_codes import ExitCode  # noqa: E402
+from resilience.run_folder import RunFolder  # noqa: E402
+
+COMMAND_SECONDS = 60.0  # a busy controller may take this long
+
+
+class Rule(NamedTuple):
+    """What follows from an exit code.
+
+    Attributes:
+        restarts: Restarts of a job without progress before it ends; 0 never requeues.
+        reason: Why the tasks exited, for the log of the job.
+    """
+
+    restarts: int
+    reason: str
+
+
+RESTARTS = 3  # one may meet the same bad node again
+SRUN_FAILED = 79  # SLURM_EXIT_ERROR in environment.sh
+OUT_OF_MEMORY_KILL = 253  # SIG_OOM in SLURM's slurm_protocol_defs.h
+
+RULES: dict[int, Rule] = {
+    ExitCode.FINISHED: Rule(0, "finished"),
+    ExitCode.USER_ERROR: Rule(0, "invalid configuration, data or run folder, or a program error"),
+    ExitCode.DATA: Rule(0, "training data became unreadable"),
+    ExitCode.NO_CHECKPOINT: Rule(0, "no checkpoint is valid"),
+    ExitCode.REWINDS: Rule(0, "rewinds.json is damaged"),
+    ExitCode.DIVERGED: Rule(0, "losses or gradients stay bad"),
+    ExitCode.RANK_FAILED: Rule(RESTARTS, "a rank died or hung"),
+    ExitCode.RANK_FAILED_BEFORE_SAVE: Rule(RESTARTS, "a rank died or hung before the first save"),
+    ExitCode.LOCKED: Rule(0, "another run holds the run folder"),
+    ExitCode.SAVE_FAILED: Rule(1, "a checkpoint could not be saved"),
+    ExitCode.STOPPED: Rule(RESTARTS, "SIGUSR1 or the time limit: saved"),
+    ExitCode.OUT_OF_MEMORY: Rule(0, "a rank is out of memory"),
+    SRUN_FAILED: Rule(RESTARTS, "srun could not start or reach the tasks"),
+    ExitCode.INTERRUPTED: Rule(0, "SIGINT"),
+    ExitCode.TERMINATED: Rule(0, "SIGTERM"),  # unless SLURM preempts the job
+    OUT_OF_MEMORY_KILL: Rule(0, "SLURM killed a task that exceeded the memory of the job"),
+}
+OTHER = Rule(0, "unknown exit code")
+
+
+def rule_of(code: int) -> Rule:
+    """Return the rule for an exit code; a task that is killed by signal N has 128 + N."""
+    with suppress(ValueError):
+        if code not in RULES and code > 128:
+            return Rule(RESTARTS, f"a task was killed by {signal.Signals(code - 128).name}")
+    return RULES.get(code, OTHER)
+
+
+class Progress(NamedTuple):
+    """Newest checkpoint of a run, and how often its job was restarted without a newer one."""
+
+    step: int
+    restarts: int
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Decide, requeue and print the reason."""
+    code, overrides = int(arguments[0]), arguments[1:]
+    rule, job_id = rule_of(code), job_of(os.environ)
+    if code == ExitCode.FINISHED:
+        return
+    title = f"Exit code {code} ({rule.reason})"
+    job = show_job(job_id) if rule.restarts or code == ExitCode.TERMINATED else {}
+    preempted = code == ExitCode.TERMINATED and job.get("PreemptTime", "None")[:1].isdecimal()
+    if not rule.restarts and not preempted:
+        print(f"{title}: not requeued.", flush=True)
+        return
+    if int(job.get("Restarts", "0")) > restart_count(os.environ):
+        print(f"{title}: SLURM has requeued the job already.", flush=True)
+        return
+    if job.get("JobState") != "RUNNING":
+        print(f"{title}: not requeued; the job is {job.get('JobState', 'unknown to SLURM')}.")
+        return
+    more = "SLURM preempts the job"
+    if not preempted:
+        progress = count_restart(run_folder(overrides), job_id, rule, restart_count(os.environ))
+        steps = f"since step {progress.step}" if progress.step else "before the first checkpoint"
+        if progress.restarts >= rule.restarts:
+            times = f"{progress.restarts} restart{'s' if progress.restarts > 1 else ''}"
+            print(
+                f"{title}: not requeued, because {times} made no progress {steps}. Find the cause "
+                "above, then submit the same command again: it resumes from the newest checkpoint.",
+                flush=True,
+            )
+            return
+        more = f"restart {progress.restarts + 1} of at most {rule.restarts} {steps}"
+    print(f"{title}: requeuing the job ({more}).", flush=True)
+    requeued = run("scontrol", "requeue", job_id)
+    if requeued is None:
+        print("Error: SLURM did not requeue the job; submit it again", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- SLURM
+
+
+def job_of(environment: Mapping[str, str]) -> str:
+    """Return the ID of this job; the last task of an array has the array's ID as SLURM_JOB_ID."""
+    array = environment.get("SLURM_ARRAY_JOB_ID")
+    task = environment.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID", "")
+
+
+def restart_count(environment: Mapping[str, str]) -> int:
+    """Return how often SLURM has restarted this job."""
+    return int(environment.get("SLURM_RESTART_COUNT", "0"))
+
+
+def run(*command: str) -> str | None:
+    """Return the output of a command of SLURM, None if it fails."""
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, timeout=COMMAND_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"Warning: {error}", file=sys.stderr, flush=True)
+        return None
+    return done.stdout
+
+
+def show_job(job_id: str) -> dict[str, str]:
+    """Return the fields of a job; {} if the controller does not answer."""
+    text = run("scontrol", "show", "job", "-o", job_id) or ""
+    return dict(field.split("=", 1) for field in text.split() if "=" in field)
+
+
+# ---------------------------------------------------------------- progress
+
+
+def run_folder(overrides: Sequence[str]) -> RunFolder | None:
+    """Return the run folder of a command line of train.py, None if it is invalid."""
+    try:
+        return RunFolder(Path(compose_words(parse_options(overrides, "train")).run.dir))
+    except Exception as error:
+        print(f"Warning: the run folder is unknown ({error})", file=sys.stderr, flush=True)
+        return None
+
+
+def count_restart(folder: RunFolder | None, job_id: str, rule: Rule, restarts: int) -> Progress:
+    """Return the progress of the run, and record a restart unless the limit is reached.
+
+    Args:
+        restarts: All restarts of the job, which count if those without progress are unknown.
+    """
+    if folder is None:
+        return Progress(0, restarts)
+    path = folder.path / "slurm" / "requeue.json"
+    try:
+        step = max(folder.committed_steps(), default=0)
+        previous = read_state(path)
+        same = previous.get("job") == job_id and step <= previous["step"]
+        progress = Progress(step, previous["restarts"] if same else 0)
+        if progress.restarts < rule.restarts:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            state = {"job": job_id, "step": step, "restarts": progress.restarts + 1}
+            write_atomically(path, json.dumps(state).encode())
+    except OSError as error:
+        print(f"Warning: restarts cannot be counted ({error})", file=sys.stderr, flush=True)
+        return Progress(0, restarts)
+    return progress
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the last recorded restart; {} if there is none, or the file is damaged."""
+    try:
+        state = json.loads(path.read_bytes())
+        if not all(type(state[key]) is int for key in ("step", "restarts")):
+            raise TypeError
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError):
+        print(f"Warning: {path} is damaged; restarts are counted anew", file=sys.stderr, flush=True)
+        return {}
+    return dict(state)
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # SLURM sends SIGTERM to a job that it requeues
+        signal.signal(number, signal.SIG_IGN)
+    main(sys.argv[1:])

@@ -1,0 +1,258 @@
+"""slurm/requeue.py decides for each exit code; slurm/environment.sh finds a Python."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import ROOT
+
+from resilience.exit_codes import ExitCode
+from resilience.run_folder import RunFolder
+
+# Prints the file for its arguments, or fails, and records them.
+FAKE_COMMAND = """#!/bin/bash
+echo "${0##*/} $*" >>"$FAKE/calls"
+name="$FAKE/${0##*/}-$1"
+[[ ! -e "$name" ]] || cat "$name"
+[[ ! -e "$name-fails" ]]
+"""
+RUNNING = "JobId=7 JobName=a b JobState=RUNNING Restarts=0 PreemptTime=None NodeList=n1"
+REQUEUED = (71, 72, 74, 75, 79, 128 + 6, 128 + 7, 128 + 9, 128 + 11)
+ENDED = (1, 2, 65, 66, 67, 70, 73, 76, 126, 127, 130, 143, 253)
+
+Requeue = Callable[..., str]
+
+
+def import_requeue() -> ModuleType:
+    """Import slurm/requeue.py, whose folder is not a package."""
+    spec = importlib.util.spec_from_file_location("requeue", ROOT / "slurm/requeue.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["requeue"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+requeue_script = import_requeue()
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder with the answers of a fake scontrol, which is in PATH."""
+    folder = tmp_path / "fake"
+    folder.mkdir()
+    for name in ("scontrol", "sinfo"):
+        (folder / name).write_text(FAKE_COMMAND)
+        (folder / name).chmod(0o755)
+    (folder / "scontrol-show").write_text(RUNNING)
+    monkeypatch.setenv("FAKE", str(folder))
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    return folder
+
+
+@pytest.fixture
+def requeue(
+    tmp_path: Path,
+    fake: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Requeue:
+    """`requeue(code)` runs requeue.py and returns what it prints, and `scontrol requeue` if run."""
+
+    def run(code: int, *overrides: str) -> str:
+        with monkeypatch.context() as patch:
+            if not overrides:  # composing takes 0.3 s
+                patch.setattr(requeue_script, "run_folder", lambda _: RunFolder(tmp_path / "run"))
+            requeue_script.main([str(code), *overrides])
+        calls = fake / "calls"
+        text = calls.read_text() if calls.exists() else ""
+        calls.unlink(missing_ok=True)
+        captured = capfd.readouterr()
+        called = [line for line in text.splitlines() if " show " not in line]
+        return "\n".join([captured.out + captured.err, *called])
+
+    return run
+
+
+def commit(folder: Path, step: int) -> None:
+    """Write the marker of a committed checkpoint."""
+    checkpoint = folder / f"checkpoints/step-{step:08d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMMITTED").touch()
+
+
+@pytest.mark.parametrize("code", REQUEUED)
+def test_ends_that_a_restart_can_cure_are_requeued(requeue: Requeue, code: int) -> None:
+    assert "\nscontrol requeue 7" in requeue(code)
+
+
+@pytest.mark.parametrize("code", ENDED)
+def test_errors_of_the_user_divergence_and_cancellation_are_not_requeued(
+    requeue: Requeue, code: int
+) -> None:
+    text = requeue(code)
+    assert "scontrol requeue" not in text and "not requeued" in text
+
+
+def test_every_exit_code_has_a_rule_which_the_documentation_lists() -> None:
+    assert {*ExitCode} <= requeue_script.RULES.keys()
+    assert not requeue_script.RULES.keys() & {2, 126, 127, 128 + 9}  # rule_of has these
+    text = (ROOT / "docs/slurm.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d, ]+) \|.*\| (requeued|ends)", text, re.MULTILINE)
+    documented = {int(code): decision for codes, decision in rows for code in codes.split(", ")}
+    rules = {code: requeue_script.rule_of(code) for code in (*requeue_script.RULES, 128 + 9)}
+    assert documented == {
+        int(code): "requeued" if rule.restarts else "ends" for code, rule in rules.items()
+    }
+
+
+def test_preempted_job_is_requeued_without_a_limit(requeue: Requeue, fake: Path) -> None:
+    running = RUNNING.replace("PreemptTime=None", "PreemptTime=2026-01-01T00:00:00")
+    (fake / "scontrol-show").write_text(running)
+    for _ in range(5):
+        assert "scontrol requeue 7" in requeue(143)
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "TIMEOUT", ""])
+def test_job_that_is_cancelled_while_it_saves_is_not_requeued(
+    requeue: Requeue, fake: Path, state: str
+) -> None:
+    (fake / "scontrol-show").write_text(RUNNING.replace("RUNNING", state) if state else "")
+    text = requeue(137)
+    assert f"not requeued; the job is {state or 'unknown to SLURM'}" in text
+    assert "scontrol requeue" not in text
+
+
+def test_job_that_slurm_has_requeued_is_left_alone(requeue: Requeue, fake: Path) -> None:
+    (fake / "scontrol-show").write_text(RUNNING.replace("Restarts=0", "Restarts=1"))
+    text = requeue(71)
+    assert "SLURM has requeued the job already" in text and "scontrol requeue" not in text
+
+
+def test_restarts_without_progress_are_limited(
+    requeue: Requeue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    for restart in (1, 2, 3):
+        assert f"restart {restart} of at most 3 before the first checkpoint" in requeue(137)
+    text = requeue(137)
+    assert "not requeued, because 3 restarts made no progress before the first" in text
+    assert "scontrol requeue" not in text and "submit the same command again" in text
+
+    commit(run, 40)  # progress
+    assert "restart 1 of at most 3 since step 40" in requeue(71)
+    # A full disk is given one more chance, until the next checkpoint.
+    assert "not requeued, because 1 restart made no progress since step 40" in requeue(74)
+    commit(run, 60)
+    assert "restart 1 of at most 1 since step 60" in requeue(74)
+
+    monkeypatch.setenv("SLURM_JOB_ID", "8")  # submitted again
+    assert "restart 1 of at most 1 since step 60" in requeue(74)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "8")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert "\nscontrol requeue 8_3" in requeue(74)
+
+
+@pytest.mark.parametrize("problem", ["folder is a file", "invalid overrides"])
+def test_restarts_that_cannot_be_counted_are_limited_by_those_of_the_job(
+    requeue: Requeue, tmp_path: Path, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").touch()
+    overrides = ["nonsense"] if problem == "invalid overrides" else []
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert "scontrol requeue 7" in requeue(137, *overrides)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    text = requeue(137, *overrides)
+    assert "Warning: " in text and "scontrol requeue" not in text
+
+
+@pytest.mark.parametrize("content", ["", "\0\0", "[]", "{}", '{"job": "7", "step": "0"}'])
+def test_damaged_count_of_restarts_starts_anew(
+    requeue: Requeue, tmp_path: Path, content: str
+) -> None:
+    state = tmp_path / "run/slurm/requeue.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(content)
+    text = requeue(137)
+    assert f"{state} is damaged" in text and "restart 1 of at most 3" in text
+
+
+def test_rejected_requeue_names_the_remedy(requeue: Requeue, fake: Path) -> None:
+    (fake / "scontrol-requeue-fails").touch()
+    assert "SLURM did not requeue the job; submit it again" in requeue(71)
+
+
+# ---------------------------------------------------------------- scripts
+
+
+def bash(script: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in an environment like that of `sbatch --export=NONE`."""
+    environment = {"PATH": "/usr/bin:/bin", "SLURM_EXPORT_ENV": "NONE", **variables}
+    return subprocess.run(
+        ["bash", "-c", script], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def test_job_script_requeues_and_exits_with_the_code_of_the_tasks(
+    fake: Path, tmp_path: Path
+) -> None:
+    variables = {"FAKE": str(fake), "PATH": f"{fake}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    script = f'source "{ROOT}/slurm/requeue.sh" 137 "run.dir={tmp_path}/a run"'
+    done = bash(script, tmp_path, **variables, LLAMESH_PYTHON=sys.executable)
+    assert done.returncode == 137 and "requeuing the job" in done.stdout, done.stderr
+    assert "scontrol requeue 7" in (fake / "calls").read_text()
+    assert (tmp_path / "a run/slurm/requeue.json").exists()
+    done = bash(script, tmp_path, **variables, LLAMESH_PYTHON="/nowhere/python")
+    assert done.returncode == 137 and "submit it again" in done.stderr
+
+
+def interpreter(folder: Path, works: bool = True) -> Path:
+    """Create a folder with a `python` that has the dependencies, or has not."""
+    folder.mkdir(parents=True)
+    python = folder / "python"
+    python.write_text(f'#!/bin/bash\n{"exec " + sys.executable if works else "exit 1"} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+def test_job_without_the_variables_of_the_submitting_shell_finds_python(tmp_path: Path) -> None:
+    source = f"source {ROOT}/slurm/environment.sh"
+    show = f"{source}; echo $LLAMESH_PYTHON; bash -c 'type -P python; echo $SLURM_EXPORT_ENV'"
+    module = interpreter(tmp_path / "module")
+    path = {"PATH": f"{interpreter(tmp_path / 'old', works=False).parent}:/usr/bin:/bin"}
+    done = bash(show, tmp_path, **path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "add --export=ALL,LLAMESH_PYTHON=/path/to/python to sbatch" in done.stderr
+    assert f"install them into {tmp_path}/.venv" in done.stderr
+
+    # Both remedies, and each environment that a job can inherit.
+    done = bash(show, tmp_path, **path, LLAMESH_PYTHON=str(module))
+    assert done.stdout == f"{module}\n{module}\nALL\n", done.stderr
+    done = bash(show, tmp_path, PATH=f"{module.parent}:/usr/bin:/bin")
+    assert done.stdout.startswith(f"{module}\n")
+    conda = interpreter(tmp_path / "conda/bin")
+    done = bash(show, tmp_path, **path, CONDA_PREFIX=str(tmp_path / "conda"))
+    assert done.stdout.startswith(f"{conda}\n")
+    own = interpreter(tmp_path / ".venv/bin")
+    done = bash(show, tmp_path, **path, CONDA_PREFIX=str(tmp_path / "conda"))
+    assert done.stdout == f"{own}\n{own}\nALL\n"
+    active = interpreter(tmp_path / "a venv/bin")
+    done = bash(show, tmp_path, **path, VIRTUAL_ENV=str(tmp_path / "a venv"))
+    assert done.stdout.startswith(f"{active}\n")
+    done = bash(show, tmp_path, **path, LLAMESH_PYTHON="/nowhere/python")
+    assert done.returncode == 1 and "among /nowhere/python;" in done.stderr
+
+
+def test_job_submitted_outside_the_checkout_names_the_remedy(tmp_path: Path) -> None:
+    done = bash(f"source {ROOT}/slurm/train.sbatch", tmp_path)
+    assert done.returncode == 1
+    assert "run sbatch in its root, or add --chdir=/path/to/checkout" in done.stderr
