@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from checkpoint.files import find_file_damage, verify_manifest
 from checkpoint.position import Position
+from checkpoint.safe_load import CheckpointLoadPlanner, CheckpointReader
 from checkpoint.writer import on_rank_0, one_line, tensors_of
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import (
@@ -126,7 +126,12 @@ def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer)
     state = tensors_of(model, optimizer)
     # A single process uses no collective, as in saving.
     single = dist.get_world_size() == 1
-    dcp_load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=single)
+    dcp_load(
+        state,
+        storage_reader=CheckpointReader(folder),
+        planner=CheckpointLoadPlanner(),
+        no_dist=single,
+    )
     model_state, optimizer_state = state["model"], state["optimizer"]
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
     for group, own in zip(optimizer.param_groups, settings, strict=True):

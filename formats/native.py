@@ -22,12 +22,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from checkpoint.files import MANIFEST, HashedFiles, find_file_damage, verify_manifest
 from checkpoint.position import Position
+from checkpoint.safe_load import read_metadata
 from checkpoint.writer import commit, write_extra_files, write_manifest
 from data.tokenizer import Tokenizer
 from formats.config_json import validated_config
@@ -73,32 +74,11 @@ def open_native(folder: Path) -> Weights:
     try:
         manifest = verify_manifest(folder)
         values = manifest["config"]["model"]
-        metadata = dcp.FileSystemReader(folder).read_metadata()
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        pickle.UnpicklingError,
-    ) as error:
+        stored = _stored_tensors(folder, read_metadata(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
         raise FormatError(f"{folder} is damaged: {reason}; use another checkpoint") from None
     model = validated_config(folder / MANIFEST, {**values, "attention": "auto"})
-    stored = {}
-    for key, entry in metadata.state_dict_metadata.items():
-        if not key.startswith(PREFIX) or not isinstance(entry, TensorStorageMetadata):
-            continue
-        chunks = []
-        for chunk in entry.chunks:
-            archive = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-            path, shape = folder / archive.relative_path, tuple(chunk.sizes)
-            chunks.append(
-                _EmbeddedSlice(tuple(chunk.offsets), shape, path, archive.offset, archive.length)
-            )
-        name, shape = key.removeprefix(PREFIX), tuple(entry.size)
-        stored[name] = StoredTensor(entry.properties.dtype, shape, chunks)
     config_model = model
     model, tensors = check_tensors(folder, config_model, stored)
     warnings = []
@@ -116,6 +96,24 @@ def open_native(folder: Path) -> Weights:
     step, config = manifest["position"]["step"], manifest["config"]
     rename_keys(config)
     return Weights("native", folder, model, tensors, step, config, damage, warnings)
+
+
+def _stored_tensors(folder: Path, metadata: Metadata) -> dict[str, StoredTensor]:
+    """Return the parameters in the files of a checkpoint, by name."""
+    stored = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        if not key.startswith(PREFIX) or not isinstance(entry, TensorStorageMetadata):
+            continue
+        chunks = []
+        for chunk in entry.chunks:
+            archive = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            path, shape = folder / archive.relative_path, tuple(chunk.sizes)
+            chunks.append(
+                _EmbeddedSlice(tuple(chunk.offsets), shape, path, archive.offset, archive.length)
+            )
+        name, shape = key.removeprefix(PREFIX), tuple(entry.size)
+        stored[name] = StoredTensor(entry.properties.dtype, shape, chunks)
+    return stored
 
 
 def write_native(
