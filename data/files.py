@@ -140,6 +140,19 @@ def set_aside(path: Path) -> Path | None:
     return target
 
 
+def set_aside_other_kind(path: Path, is_folder: bool = False) -> Path | None:
+    """Rename what is not a regular file (or not a folder, if that is needed) as `set_aside` does.
+
+    Returns:
+        The new path; None if the path is of the right kind, or does not exist.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    is_right = path.is_dir() if is_folder else path.is_file()
+    return None if is_right else set_aside(path)
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's directory entries to disk.
 

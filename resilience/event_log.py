@@ -1,27 +1,33 @@
 """The event log of a run: one durable JSON line per launch, save, stop, rewind and fault.
 
 Goodput is computed from its times, so every line is fsynced and survives a kill right after it. A
-kill may still truncate the last line; the next append starts a new line, and readers skip the
-truncated one. `metrics.jsonl` uses the same file helpers. The training loop decides which events
-to record; only rank 0 writes the log.
+kill may still truncate the last line. Readers accept any content and return only lines that are
+valid events, so a damaged log changes no result of a run; the next launch repairs it. The same
+helpers serve `metrics.jsonl`. The training loop decides which events to record; only rank 0 writes
+the log.
 """
 
+import errno
 import json
 import logging
 import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
-from data.files import strict_json, sync_folder, write_problem
+from data.files import set_aside, strict_json, sync_folder, write_atomically, write_problem
 
 MAX_PENDING_LINES = 100_000  # lines kept in memory while a disk is full: tens of megabytes
+MAX_LINE_BYTES = 2**20  # a longer line is damaged; limits the memory of reading it
 PROGRESS_SECONDS = 60.0
+
+IsValid = Callable[[Mapping[str, Any]], bool]
+"""Whether a record has all required fields, and no field of another type."""
 
 
 def json_line(record: Mapping[str, Any]) -> str:
@@ -67,17 +73,171 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
         sync_folder(path.parent)
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return all complete JSON objects of a file, one per line; [] if the file does not exist."""
+class JsonLines(NamedTuple):
+    """Content of a file with one JSON object per line.
+
+    Attributes:
+        records: Valid objects.
+        lines: Their bytes, without the newline.
+        ends: Offset in the file after each of them.
+        n_damaged: Number of other lines, repetitions included, without an incomplete last line.
+        n_bytes: Size of the file.
+    """
+
+    records: list[dict[str, Any]]
+    lines: list[bytes]
+    ends: list[int]
+    n_damaged: int
+    n_bytes: int
+
+
+def scan_json_lines(path: Path, is_valid: IsValid = bool) -> JsonLines:
+    """Read a file with one JSON object per line, in bounded memory for each line.
+
+    Raises:
+        OSError: The file cannot be read, or is not a regular file.
+    """
+    if os.path.lexists(path) and not path.is_file():  # reading a named pipe would block
+        raise OSError(errno.EINVAL, "not a regular file")
+    records: dict[bytes, dict[str, Any]] = {}  # no line is repeated: it has a time or a step
+    ends: list[int] = []
+    n_damaged = 0
+    with path.open("rb") as file:
+        for line in _bounded_lines(file):
+            content = line.removesuffix(b"\n")
+            record = _parse(content)
+            if record is not None and is_valid(record) and content not in records:
+                records[content] = record
+                ends.append(file.tell())
+            elif content and line != content:
+                n_damaged += 1
+        return JsonLines([*records.values()], [*records], ends, n_damaged, file.tell())
+
+
+def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a file with their newlines; one that is too long is not valid JSON."""
+    while line := file.readline(MAX_LINE_BYTES):
+        if len(line) == MAX_LINE_BYTES:
+            while not line.endswith(b"\n") and line:
+                line = file.readline(MAX_LINE_BYTES)
+            line = b"too long\n"
+        yield line
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # ValueError: also not UTF-8
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def read_json_lines(path: Path, is_valid: IsValid = bool) -> list[dict[str, Any]]:
+    """Return the valid JSON objects of a file, one per line; [] if it cannot be read."""
+    try:
+        return scan_json_lines(path, is_valid).records
+    except OSError:
         return []
-    records = []
-    for line in raw.split(b"\n"):
-        with suppress(ValueError):  # truncated JSON or UTF-8, or zeros that were never written
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
+
+
+def repair_json_lines(path: Path, is_valid: IsValid) -> str | None:
+    """Keep only the valid lines of a file; return a message if it is damaged.
+
+    A damaged file is kept under another name. Without the incomplete last line that a kill leaves,
+    a file is intact.
+
+    Raises:
+        OSError: The file cannot be renamed or written.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        found = scan_json_lines(path, is_valid)
+    except OSError as error:
+        return start_over(path, error)
+    if found.n_damaged:
+        return replace_lines(path, found, found.lines)
+    end = found.ends[-1] if found.ends else 0
+    if end < found.n_bytes:
+        os.truncate(path, end)
+    return None
+
+
+def start_over(path: Path, error: OSError) -> str:
+    """Keep a file that cannot be read under another name, and return a message.
+
+    Raises:
+        OSError: The file cannot be renamed.
+    """
+    aside = set_aside(path)
+    kept = f" and is kept as {aside.name}" if aside else ""
+    return f"{path} cannot be read ({error.strerror}){kept}. Continuing with a new file."
+
+
+def replace_lines(path: Path, found: JsonLines, lines: Sequence[bytes]) -> str | None:
+    """Replace a file by some of its lines; if others are damaged, keep it and return a message.
+
+    Raises:
+        OSError: The file cannot be renamed or written; it is unchanged.
+    """
+    content = b"".join(line + b"\n" for line in lines)
+    if not found.n_damaged:
+        write_atomically(path, content)
+        return None
+    aside = set_aside(path)
+    assert aside is not None, "the file has been read"
+    try:
+        write_atomically(path, content)
+    except OSError:
+        with suppress(OSError):
+            os.rename(aside, path)
+        raise
+    return (
+        f"{path} has {found.n_damaged} damaged lines and is kept as {aside.name}. Continuing "
+        f"with {len(lines)} other lines."
+    )
+
+
+# ---------------------------------------------------------------- events
+
+COUNTS = ("step", "to", "last_step")
+TIMES = ("began", "last_life")
+SECONDS = ("elapsed_seconds", "productive_seconds", "stalled_seconds")
+
+
+def is_event(record: Mapping[str, Any]) -> bool:
+    """Return whether a record has time and event type, and no other field of a wrong type.
+
+    Fields of `COUNTS`, `TIMES` and `SECONDS` may be missing or null.
+    """
+    return (
+        isinstance(record.get("event"), str)
+        and is_time(record.get("time"))
+        and all(record.get(key) is None or is_count(record[key]) for key in COUNTS)
+        and all(record.get(key) is None or is_time(record[key]) for key in TIMES)
+        and all(
+            record.get(key) is None or (is_number(record[key]) and record[key] >= 0)
+            for key in SECONDS
+        )
+    )
+
+
+def is_time(value: Any) -> bool:
+    """Return whether a value is an ISO 8601 time with its offset from UTC."""
+    try:
+        return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
+    except ValueError:
+        return False
+
+
+def is_count(value: Any) -> bool:
+    """Return whether a value is an integer from 0 to 2^53, which JSON keeps exact."""
+    return type(value) is int and 0 <= value <= 2**53
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number; an integer may exceed the range of floats."""
+    return type(value) in (int, float) and -1e300 < value < 1e300
 
 
 class RetryingWriter:
@@ -124,9 +284,20 @@ class EventLog:
         """Write one event durably."""
         assert "time" not in fields, "the event log adds the time"
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        try:
+        with self._warned_on_error():
             self._file.append(json_line({"time": now, "event": event, **fields}))
-        except OSError as error:
+
+    def repair(self) -> None:
+        """Keep only the valid events of earlier launches, and warn if the file is damaged."""
+        with self._warned_on_error():
+            if (message := repair_json_lines(self.path, is_event)) is not None:
+                self._warn(message)
+
+    @contextmanager
+    def _warned_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
             if not self._warned:
                 self._warned = True
                 problem = write_problem(error, self.path.parent)
@@ -142,5 +313,5 @@ class EventLog:
             self.append("progress", step=step, **spent)
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all complete events in the order written."""
-        return read_json_lines(self.path)
+        """Return all valid events in the order written."""
+        return read_json_lines(self.path, is_event)

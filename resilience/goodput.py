@@ -17,10 +17,10 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
-from resilience.event_log import read_json_lines
+from resilience.event_log import SECONDS, is_count, read_json_lines
 
 Event = Mapping[str, Any]
-"""A line of the event log."""
+"""A line of the event log that is valid (`event_log.is_event`)."""
 
 
 @dataclass
@@ -104,7 +104,8 @@ def compute_goodput(events: Iterable[Event], alive_until: datetime | None = None
     end: float | None = None
     for launch, following in zip_longest(launches, launches[1:]):
         start, next_start = launch[0], following[0] if following else {}
-        points = [event for event in launch if "elapsed_seconds" in event]
+        needed = (*SECONDS, "step")
+        points = [each for each in launch if all(each.get(key) is not None for key in needed)]
         stop = next((event for event in launch if event["event"] == "stop"), None)
         previous_end = _start_time(start) if end is None else end
         if stop is not None:
@@ -117,14 +118,14 @@ def compute_goodput(events: Iterable[Event], alive_until: datetime | None = None
             end = min(end, _start_time(next_start))
         first_step_time = _seconds(points[0]["time"]) if points else end
         goodput.restart += max(0.0, first_step_time - previous_end)
-        work.go_back_to(start["step"])
+        work.go_back_to(start.get("step") or 0)
         if points:
             covered = _add_points(points, work, goodput)
             unknown = max(0.0, end - first_step_time - covered)
             if stop is not None:
                 goodput.rest += unknown
             else:  # after a kill: work on the steps up to the last one with metrics
-                step = max(next_start.get("step", 0), next_start.get("last_step") or 0)
+                step = max(next_start.get("step") or 0, next_start.get("last_step") or 0)
                 work.add(step, unknown)
         if stop is not None and stop.get("reason") == "finished":
             end = None  # idle time before a finished run is extended does not count
@@ -138,14 +139,17 @@ def _add_points(points: Iterable[Event], work: _WorkTimeline, goodput: Goodput) 
     points = sorted(points, key=lambda point: point["elapsed_seconds"])
     work.add(points[0]["step"], 0.0)
     for previous, point in pairwise(points):
-        elapsed, productive, stalled = (
-            point[key] - previous[key]
-            for key in ("elapsed_seconds", "productive_seconds", "stalled_seconds")
+        elapsed = point["elapsed_seconds"] - previous["elapsed_seconds"]
+        # Within the time that has passed, whatever a damaged log has.
+        productive, stalled = (
+            min(max(0.0, point[key] - previous[key]), elapsed)
+            for key in ("productive_seconds", "stalled_seconds")
         )
+        stalled = min(stalled, elapsed - productive)
         work.add(point["step"], productive)
         goodput.stalled += stalled
-        goodput.rest += max(0.0, elapsed - productive - stalled)
-        if point["event"] == "rewound":
+        goodput.rest += elapsed - productive - stalled
+        if point["event"] == "rewound" and point.get("to") is not None:
             work.go_back_to(point["to"])
     return points[-1]["elapsed_seconds"] - points[0]["elapsed_seconds"]
 
@@ -179,9 +183,8 @@ def launch_times(event_log: Path, metrics: Path, last_heartbeat: float | None) -
     for path in (event_log, metrics):
         with suppress(OSError):
             times.append(path.stat().st_mtime)
-    steps: list[int] = []
-    with suppress(OSError):
-        steps = [record["step"] for record in read_json_lines(metrics) if "step" in record]
+    records = read_json_lines(metrics, lambda record: is_count(record.get("step")))
+    steps = [record["step"] for record in records]
     return {
         "began": _iso(time.time() - process_age_seconds()),
         "last_life": _iso(max(times)) if times else None,

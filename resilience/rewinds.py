@@ -23,6 +23,7 @@ from resilience.run_folder import (
     RunFolderError,
     not_writable,
 )
+from resilience.run_identity import read_identity
 
 BatchRange = tuple[int, int]
 """Half-open range of batch indices or sample indices."""
@@ -47,7 +48,7 @@ def load_rewinds(folder: RunFolder) -> list[BatchRange]:
     """
     path, (checkpoint, saved) = folder.rewinds, _newest_copy(folder)
     if os.path.lexists(path):
-        rewinds = _read(path)
+        rewinds = _read(path, _run_id(folder))
         if rewinds[: len(saved)] != saved:
             raise _error(path, f"lacks rewinds that {checkpoint} has")
         return rewinds
@@ -99,7 +100,7 @@ def write_rewinds(folder: RunFolder, rewinds: Sequence[BatchRange]) -> None:
         RunFolderError: It cannot be written.
     """
     try:
-        write_atomically(folder.rewinds, _content(rewinds))
+        write_atomically(folder.rewinds, _content(rewinds, _run_id(folder)))
     except OSError as error:
         raise RunFolderError(
             f"{folder.rewinds} cannot be written ({write_problem(error, folder.path)}), but a "
@@ -143,14 +144,19 @@ def merge_ranges(ranges: Iterable[Sequence[int]]) -> tuple[BatchRange, ...]:
     return tuple(merged)
 
 
-def _content(rewinds: Sequence[BatchRange]) -> bytes:
+def _content(rewinds: Sequence[BatchRange], run_id: str | None) -> bytes:
     """Return the only valid content of the file for these rewinds."""
-    text = json.dumps([list(each) for each in rewinds])
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return f'{{"rewinds": {text}, "sha256": "{digest}"}}\n'.encode()
+    values: dict[str, Any] = {"run_id": run_id, "rewinds": [list(each) for each in rewinds]}
+    digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    return json.dumps(values | {"sha256": digest}).encode() + b"\n"
 
 
-def _read(path: Path) -> list[BatchRange]:
+def _run_id(folder: RunFolder) -> str | None:
+    identity = read_identity(folder)
+    return identity.id if identity else None
+
+
+def _read(path: Path, run_id: str | None) -> list[BatchRange]:
     if not path.is_file():  # reading a named pipe would block
         raise _error(path, "is not a regular file")
     try:
@@ -159,14 +165,16 @@ def _read(path: Path) -> list[BatchRange]:
     except OSError as error:
         raise _error(path, f"cannot be read ({error.strerror})") from None
     try:
-        values = json.loads(content)["rewinds"]
+        values = json.loads(content)
         rewinds: list[BatchRange] = []
-        for value in values:
+        for value in values["rewinds"]:
             if not _follows(rewinds, value):
                 raise _error(path, f"is damaged ({value!r} cannot be batches of a rewind)")
             rewinds.append((value[0], value[1]))
-        if _content(rewinds) != content:
+        if _content(rewinds, values["run_id"]) != content:
             raise _error(path, "is damaged (its hash differs from its content)")
+        if None not in (values["run_id"], run_id) and values["run_id"] != run_id:
+            raise _error(path, f"belongs to another run ({values['run_id']})")
     except (ValueError, TypeError, KeyError, RecursionError):
         raise _error(path, "is damaged (not the JSON that a run writes)") from None
     return rewinds
@@ -209,7 +217,10 @@ def _newest_copy(folder: RunFolder) -> tuple[str, list[BatchRange]]:
 
 
 def _newest_position(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the position of the newest checkpoint whose manifest has the committed hash."""
+    """Return the position of the newest checkpoint whose manifest has the committed hash.
+
+    None if it is one of another run, which `run.adopt` has made part of this run.
+    """
     for step in reversed(folder.committed_steps()):
         checkpoint = folder.step_folder(step)
         try:
@@ -217,9 +228,11 @@ def _newest_position(folder: RunFolder) -> dict[str, Any] | None:
             committed = (checkpoint / COMMITTED).read_bytes()
         except OSError:
             continue
-        if committed == hashlib.sha256(content).hexdigest().encode():
-            position: dict[str, Any] = json.loads(content)["position"]
-            return position
+        if committed.strip() == hashlib.sha256(content).hexdigest().encode():
+            manifest = json.loads(content)
+            identity, run_id = read_identity(folder), manifest.get("run_id")
+            is_own = identity is None or run_id in (None, identity.id)
+            return manifest["position"] if is_own else None
     return None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resilience.event_log import read_json_lines
+from training.metrics_file import read_records
 
 
 def smooth(values: Sequence[float], half_width: int) -> list[float]:
@@ -32,8 +32,9 @@ def plot_loss(metrics: Path, image: Path, title: str) -> None:
         OSError: The image cannot be written.
         ImportError: matplotlib is not installed.
     """
-    records = read_json_lines(metrics)
-    x_key = "tokens" if records and all("tokens" in r for r in records) else "step"
+    records = read_records(metrics)
+    has_tokens = records and all(record.get("tokens") is not None for record in records)
+    x_key = "tokens" if has_tokens else "step"
     train = [(r[x_key], r["loss"]) for r in records if r.get("loss") is not None]
     validation = [(r[x_key], r["val_loss"]) for r in records if r.get("val_loss") is not None]
     if not train and not validation:

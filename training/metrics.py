@@ -7,22 +7,20 @@ has a column.
 unreachable server is reported once.
 """
 
-import json
 import math
-import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.files import write_atomically, write_problem
+from data.files import set_aside_other_kind, write_problem
 from parallel.step_scalars import StepScalars
 from resilience.event_log import RetryingWriter, json_line
+from training.metrics_file import truncate_records
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,10 +62,6 @@ METRICS = (
     Metric("batch_hash"),
     Metric("val_loss", "val loss", ".4f", optional=True),
 )
-
-# Fields in `metrics.jsonl` of version 0.1, by their present name.
-_RENAMED = {b"memory_gib": b"peak_memory_gib", b"data_seconds": b"data_wait_seconds"}
-_OLD_FIELD = re.compile(rb'(?<=")(' + b"|".join(_RENAMED) + rb')(?="\s*:)')
 
 TENSORBOARD_RETRY_SECONDS = 60.0
 
@@ -122,17 +116,24 @@ class MetricsLog:
         self._wandb: Any = None
         if tensorboard:
             threading.excepthook = partial(_drop_tensorboard_error, threading.excepthook)
+        for name, is_folder in (("samples.txt", False), ("loss.png", False), ("tensorboard", True)):
+            with self._warn_on_error(name):
+                if (aside := set_aside_other_kind(folder / name, is_folder)) is not None:
+                    kind = "folder" if is_folder else "regular file"
+                    warn(f"{folder / name} is not a {kind} and is kept as {aside.name}.")
         self.truncate(first_step)
         if wandb is not None:
-            from training.wandb_logger import WandbLogger
+            with self._warn_on_error("W&B"):
+                from training.wandb_logger import WandbLogger
 
-            self._wandb = WandbLogger(folder, wandb, run_name, run_config, first_step)
+                self._wandb = WandbLogger(folder, wandb, run_name, run_config, first_step)
 
     def truncate(self, last_step: int) -> None:
         """Remove records beyond `last_step`, when a run resumes or rewinds."""
         with self._warn_on_error("metrics.jsonl"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            _truncate_lines(self.path, last_step)
+            if (message := truncate_records(self.path, last_step)) is not None:
+                self._warn(message)
         self._close_tensorboard()
         if self._use_tensorboard:
             self._open_tensorboard(last_step)
@@ -239,25 +240,3 @@ def _drop_tensorboard_error(report: Callable[[Any], object], error: Any) -> None
     """Report an error of a thread, unless it is TensorBoard's, whose `flush` raises it again."""
     if not type(error.thread).__module__.startswith("tensorboard."):
         report(error)
-
-
-def _truncate_lines(path: Path, last_step: int) -> None:
-    """Remove records beyond `last_step` and incomplete lines; rename fields of version 0.1.
-
-    All other bytes are kept. A file that only loses its end is truncated in place, which also works
-    on a full disk; otherwise it is replaced atomically.
-    """
-    if not path.exists():
-        return
-    before = path.read_bytes()
-    kept = []
-    for line in before.split(b"\n"):
-        with suppress(ValueError):  # incomplete JSON or UTF-8, or zeros of an unwritten block
-            record = json.loads(line)
-            if isinstance(record, dict) and record.get("step", 0) <= last_step > 0:
-                kept.append(_OLD_FIELD.sub(lambda field: _RENAMED[field[1]], line) + b"\n")
-    after = b"".join(kept)
-    if before.startswith(after):
-        os.truncate(path, len(after))
-    else:
-        write_atomically(path, after)

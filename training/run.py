@@ -2,7 +2,7 @@
 
 import socket
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,6 +168,8 @@ class Run:
         times = launch_times(folder.event_log, folder.metrics, last_heartbeat)
         folder.write_config(plain(config))
         self.event_log = EventLog(folder.event_log, note)
+        self.event_log.repair()
+        earlier = self.event_log.read()
         origin = {} if step else {"init_from": config.run.init_from}
         changed = {"changed": changes.free, "allowed": changes.allowed}
         limits = {"time_limits": str(self.watchdog.limits)}
@@ -181,6 +183,26 @@ class Run:
             first_step=step,
             warn=note,
         )
+        self._report_missing_metrics(earlier)
+
+    def _report_missing_metrics(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Report once the steps that `metrics.jsonl` has lost.
+
+        Args:
+            events: Events of earlier launches.
+        """
+        from training.metrics_file import newly_missing
+
+        metrics, interval = self.folder.metrics, self.config.log.interval
+        missing = newly_missing(metrics, events, self.position.step, interval)
+        if missing:
+            shown = [f"{first} to {last}" for first, last in missing[:5]]
+            more = f" and {len(missing) - 5} other ranges" if len(missing) > 5 else ""
+            self.console.note(
+                f"{metrics} has lost the metrics of steps {', '.join(shown)}{more}. Training is "
+                "not affected."
+            )
+            self.record("metrics_missing", ranges=missing)
 
     def draw(self) -> None:
         """On rank 0, redraw the loss curve."""

@@ -144,8 +144,8 @@ def test_launch_times_use_the_last_activity_of_the_previous_launch(tmp_path: Pat
     event_log, metrics = tmp_path / "ledger.jsonl", tmp_path / "metrics.jsonl"
     assert launch_times(event_log, metrics, None)["last_life"] is None
     EventLog(event_log).append("start", step=0)
-    for step in (1, 2, 3, 2):  # the last one after a rewind
-        append_line(metrics, f'{{"step": {step}}}')
+    for loss, step in enumerate((1, 2, 3, 2)):  # the last one after a rewind
+        append_line(metrics, f'{{"step": {step}, "loss": {loss}}}')
     written = metrics.stat().st_mtime
     found = launch_times(event_log, metrics, None)
     assert found["last_life"] == iso(written) and found["last_step"] == 2

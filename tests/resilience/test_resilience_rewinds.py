@@ -25,6 +25,7 @@ from resilience.rewinds import (
     write_rewinds,
 )
 from resilience.run_folder import COMMITTED, RunFolder, RunFolderError
+from resilience.run_identity import establish_identity
 from training.run_folder_check import check_run_folder
 
 REWINDS = [(9, 12), (8, 13)]  # the second one follows the first, whose batches it contains
@@ -32,9 +33,13 @@ REWINDS = [(9, 12), (8, 13)]  # the second one follows the first, whose batches 
 
 def save(folder: RunFolder, step: int, **position: Any) -> None:
     """Create a checkpoint whose manifest has the committed hash."""
-    checkpoint = commit(folder, step, **position)
-    digest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
-    (checkpoint / COMMITTED).write_text(digest)
+    rewrite(commit(folder, step, **position))
+
+
+def rewrite(checkpoint: Path, **fields: Any) -> None:
+    manifest = checkpoint / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | fields))
+    (checkpoint / COMMITTED).write_text(hashlib.sha256(manifest.read_bytes()).hexdigest())
 
 
 @pytest.fixture
@@ -106,9 +111,9 @@ def test_each_flipped_bit_and_each_truncation_is_rejected(folder: RunFolder) -> 
 
 
 def with_hash(rewinds: Any) -> bytes:
-    text = json.dumps(rewinds)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return f'{{"rewinds": {text}, "sha256": "{digest}"}}\n'.encode()
+    values = {"run_id": None, "rewinds": rewinds}
+    digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    return json.dumps(values | {"sha256": digest}).encode() + b"\n"
 
 
 @pytest.mark.parametrize(
@@ -160,6 +165,26 @@ def test_missing_older_and_foreign_files_are_rejected(folder: RunFolder) -> None
     assert "is missing, but ledger.jsonl has rewinds" in rejected(folder)
 
 
+def test_file_of_another_run_is_rejected(folder: RunFolder, tmp_path: Path) -> None:
+    other = RunFolder(tmp_path / "other")
+    establish_identity(other, adopt=False)
+    write_rewinds(other, REWINDS)
+    check_run_folder(folder, CONFIG)  # its file was written before the run had an identity
+    establish_identity(folder, adopt=False)
+    check_run_folder(folder, CONFIG)
+    shutil.copy(other.rewinds, folder.rewinds)
+    assert "belongs to another run" in rejected(folder)
+    assert open_rewinds(folder, rebuild=True)[0] == REWINDS
+
+
+def test_adopted_checkpoint_of_another_run_has_no_copy_of_this_run(folder: RunFolder) -> None:
+    establish_identity(folder, adopt=False)
+    rewrite(folder.step_folder(12), run_id="0" * 32)
+    assert load_rewinds(folder) == REWINDS and unfinished_rewind(folder, [(1, 2)]) is None
+    write_rewinds(folder, REWINDS[1:])
+    assert load_rewinds(folder) == REWINDS[1:]
+
+
 @pytest.mark.parametrize("ledger", ["complete", "empty", "missing"])
 def test_remedy_rebuilds_the_file_and_keeps_the_damaged_one(folder: RunFolder, ledger: str) -> None:
     if ledger == "empty":
@@ -203,10 +228,9 @@ def test_event_log_cannot_change_the_rewinds_of_the_file(folder: RunFolder) -> N
 
 
 def test_file_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
-    blocked = tmp_path / "run"
-    blocked.write_text("a file instead of the folder")
+    (tmp_path / "rewinds.json.tmp").mkdir()
     with pytest.raises(RunFolderError, match=r"rewinds\.json cannot be written .* free space"):
-        write_rewinds(RunFolder(blocked), REWINDS)
+        write_rewinds(RunFolder(tmp_path), REWINDS)
 
 
 @pytest.mark.parametrize(
