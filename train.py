@@ -28,6 +28,7 @@ from resilience.exit_codes import ExitCode
 from resilience.lock import RunLock
 from resilience.signals import Requests
 from resilience.slurm_time_limit import slurm_time_left
+from resilience.standard_streams import continue_in
 from resilience.watchdog import Watchdog
 from training.config import JobConfig
 from training.metrics import step_metrics
@@ -67,6 +68,7 @@ def main(arguments: list[str]) -> None:
         memory_plan = check_plan(config, processes, mesh)
         dataset = prepare_data(config)
         lock = acquire_run_lock(config)
+        continue_in(Path(config.run.dir), is_first_process())
         if memory_plan and is_first_process():
             print(memory_plan, flush=True)
         watchdog = Watchdog(watchdog_limits(config, processes, mesh))

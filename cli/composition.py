@@ -25,8 +25,8 @@ from cli.arguments import (
     typed_files,
 )
 from cli.last_launch import register_resolvers, resolve_recipe, with_last_launch
-from cli.start_up import ResultStream
 from data.errors import DataError
+from resilience.standard_streams import print_result
 from training.config_validation import ConfigError, field_at, fields_of, shown, takes_text
 from training.tokenizer_choice import DEFAULT_FOLDER, tokenizer_overrides
 
@@ -168,9 +168,8 @@ def print_and_exit(text: str) -> None:
         SystemExit: always, except for
         OSError: Standard output cannot be written.
     """
-    stream = getattr(sys.stdout, "stream", sys.stdout)  # without handling of errors
     with suppress(BrokenPipeError):
-        print(text, file=ResultStream(stream), flush=True)
+        print_result(text)
     sys.exit(0)
 
 

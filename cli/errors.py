@@ -11,7 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cli.start_up import STDOUT
 from data.errors import DataError
 from data.files import write_problem
 from evaluation.errors import EvaluationError
@@ -21,6 +20,7 @@ from resilience.errors import LaunchError, OutOfMemory, is_out_of_memory
 from resilience.exit_codes import ExitCode
 from resilience.rank_check import host_name, report_error
 from resilience.run_folder import RunFolderError
+from resilience.standard_streams import STDOUT, flush_result
 from training.config_validation import ConfigError
 
 # A full disk, a quota, a limit of file sizes, a read-only file system.
@@ -45,7 +45,7 @@ def exit_on_user_error(
     code, known = ExitCode.USER_ERROR, False
     try:
         yield
-        sys.stdout.flush()
+        flush_result()
     except ConfigError as error:
         message = f"Invalid configuration:\n{error}"
     except (DataError, FormatError, LaunchError, EvaluationError) as error:
@@ -64,13 +64,13 @@ def exit_on_user_error(
         if is_first_process():
             print(interrupted, file=sys.stderr, flush=True)
         os._exit(ExitCode.INTERRUPTED)  # other ranks may wait for this one in a collective
-    except BrokenPipeError:
-        os._exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        is_stdout = error.filename == STDOUT
+        if is_stdout and isinstance(error, BrokenPipeError):
+            os._exit(128 + signal.SIGPIPE)
+        if not is_stdout and error.errno not in DISK_ERRORS:
             raise
         path = Path(error.filename or Path.cwd())
-        is_stdout = error.filename == STDOUT
         problem = str(error.strerror) if is_stdout else write_problem(error, path.parent)
         message = f"Error: {path} cannot be written ({problem})"
     else:

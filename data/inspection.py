@@ -108,11 +108,19 @@ def inspect_dataset(folder: Path, config: PrepareJobConfig) -> None:
     )
 
 
+class _ResultConsole(Console):
+    """rich's console, which by default exits with code 1 when a pipe is closed."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error."""
+        raise
+
+
 def stdout_console() -> Console:
     """Return a console for standard output that replaces characters outside its encoding."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
-    return Console(highlight=False)
+    return _ResultConsole(highlight=False)
 
 
 def document_lengths(

@@ -21,6 +21,7 @@ from parallel.strategy import MeshStrategy
 from resilience.config import TimeLimits
 from resilience.exit_codes import ExitCode
 from resilience.launch import launch
+from resilience.standard_streams import STDOUT
 from resilience.watchdog import Watchdog
 
 
@@ -55,7 +56,9 @@ class InferenceContext:
             yield
         except KeyboardInterrupt:
             code = int(ExitCode.INTERRUPTED)
-        except BrokenPipeError:
+        except BrokenPipeError as error:
+            if error.filename != STDOUT:
+                raise
             code = 128 + signal.SIGPIPE
         except Exception as error:
             self.watchdog.wait_for_abort(error)  # exits here if another rank failed

@@ -7,13 +7,14 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import STEPS, read_metrics, start_program, start_python
+from conftest import ROOT, STEPS, read_metrics, start_program, start_python
 from processes import DEADLINE, Program, linux, paused_training
 
 from resilience.signals import REPEAT_SECONDS
@@ -70,6 +71,21 @@ def test_successful_run_prints_once_and_nothing_to_standard_error(
         assert logged_steps(done) == list(range(1, STEPS + 1))
     one, two = (done.stdout.splitlines() for _, done in (single, pair))
     assert len(one) == len(two), "the second rank prints too"
+
+
+def test_run_whose_output_is_closed_finishes_with_a_console_log(
+    command: Any, tmp_path: Path
+) -> None:
+    arguments = [sys.executable, *command(tmp_path / "run"), "parallel.tp=2"]
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    program = subprocess.Popen(arguments, cwd=ROOT, stdout=pipe, stderr=both, text=True)
+    assert program.stdout is not None
+    next(line for line in program.stdout if line.lstrip().startswith(f"1/{STEPS} "))
+    program.stdout.close()
+    assert program.wait(DEADLINE) == 0
+    heading, *lines = (tmp_path / "run" / "console.log").read_text().splitlines()
+    assert "without standard output (Broken pipe) and standard error (Broken pipe)" in heading
+    assert any(line.startswith("Finished: ") for line in lines)
 
 
 # ---------------------------------------------------------------- launchers

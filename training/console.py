@@ -3,7 +3,7 @@
 Metrics are aligned lines, each flushed; a terminal also shows a `rich` panel and, below the lines,
 a progress bar. Output to a file or pipe has no control codes. Ranks other than 0 use a disabled
 console, so callers do not check the rank. Only `log` redraws the bar: there is no refresh thread,
-so the bar stops if training hangs. Failing output (a closed pipe) never stops training.
+so the bar stops if training hangs. `resilience.standard_streams` handles output that fails.
 """
 
 import math
@@ -12,8 +12,7 @@ import sys
 import textwrap
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TextIO
 
@@ -72,16 +71,8 @@ class Console:
 
     def __init__(self, enabled: bool, file: TextIO | None = None) -> None:
         self.enabled = enabled
-        file = file or sys.stdout
-        self._terminal = file.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-        width = None if self._terminal else PLAIN_WIDTH
-        self._rich = _Output(
-            file=file,
-            width=width,
-            force_terminal=self._terminal,
-            highlight=False,
-            quiet=not enabled,
-        )
+        self._file = file or sys.stdout
+        self._set_terminal(self._file.isatty() and os.environ.get("TERM", "dumb") != "dumb")
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._max_steps = 0
@@ -90,8 +81,25 @@ class Console:
         # (time, step) of recent logs: the estimate of the time left includes saves
         self._pace: deque[tuple[float, int]] = deque(maxlen=50)
 
+    def _set_terminal(self, terminal: bool) -> None:
+        self._terminal = terminal
+        self._rich = _Output(
+            file=self._file,
+            width=None if terminal else PLAIN_WIDTH,
+            force_terminal=terminal,
+            highlight=False,
+            quiet=not self.enabled,
+        )
+
+    def _check_terminal(self) -> None:
+        """Print no control codes once the terminal has disappeared."""
+        if self._terminal and not self._file.isatty():
+            self.stop()
+            self._set_terminal(False)
+
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Print a title and (name, value) rows."""
+        self._check_terminal()
         if not self._terminal:
             for line in (title, *_row_lines(rows, PLAIN_WIDTH), ""):
                 self._print(line)
@@ -103,8 +111,7 @@ class Console:
             grid.add_row(self._text(name), self._text(value))
         heading = self._text(title, style="bold")
         panel = Panel(grid, title=heading, title_align="left", box=ROUNDED, expand=False)
-        with self._disable_on_error():
-            self._rich.print(panel)
+        self._rich.print(panel)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print aligned columns under a title: the first is text, the others are numbers."""
@@ -122,6 +129,7 @@ class Console:
         self._max_steps = max_steps
         self._lines = 0
         self._pace.clear()
+        self._check_terminal()
         if not (self._terminal and self.enabled):
             return
         columns = (
@@ -134,13 +142,13 @@ class Console:
         self._task = self._progress.add_task(
             "", total=max_steps, completed=first_step, step=step, metrics="first step"
         )
-        with self._disable_on_error():
-            self._progress.start()
+        self._progress.start()
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Show a metrics record; only its `step` is required."""
         if not self.enabled:
             return
+        self._check_terminal()
         step = int(record["step"])
         left = self._seconds_left(step, record.get("step_seconds"))
         self._log_line(record, left)  # on a terminal too, where it stays in the scrollback
@@ -156,8 +164,7 @@ class Console:
         metrics.append(f"{duration(left)} left")
         shown = f"step {step}/{self._max_steps}"
         fields: dict[str, Any] = {"step": shown, "metrics": "  ".join(metrics)}
-        with self._disable_on_error():
-            self._progress.update(self._task, completed=step, refresh=True, **fields)
+        self._progress.update(self._task, completed=step, refresh=True, **fields)
 
     def note(self, text: str) -> None:
         """Print a message, above the progress bar if there is one."""
@@ -166,8 +173,8 @@ class Console:
     def stop(self) -> None:
         """Stop the progress display, leaving the bar on the screen."""
         if self._progress is not None:
-            with self._disable_on_error():
-                self._progress.stop()
+            self._rich.quiet = not self._file.isatty()  # no control codes without a terminal
+            self._progress.stop()
             self._progress = None
 
     def summary(
@@ -225,25 +232,13 @@ class Console:
 
     def _print(self, text: str, style: str = "") -> None:
         """Print and flush text, on a terminal with a style and above the progress bar."""
-        with self._disable_on_error():
-            self._rich.print(self._text(text, style), soft_wrap=True)
+        self._check_terminal()
+        self._rich.print(self._text(text, style), soft_wrap=True)
 
     def _text(self, text: str, style: str = "") -> Text:
         """Return text to print; characters outside the file's encoding become "?"."""
         encoding = self._rich.encoding
         return Text(_clean(text).encode(encoding, "replace").decode(encoding), style=style)
-
-    @contextmanager
-    def _disable_on_error(self) -> Iterator[None]:
-        """Print nothing more once output fails, as on a closed pipe."""
-        try:
-            yield
-        except (OSError, ValueError):
-            self.enabled, self._rich.quiet = False, True
-            progress, self._progress = self._progress, None
-            if progress is not None:
-                with suppress(OSError, ValueError):
-                    progress.stop()  # restores sys.stdout and sys.stderr
 
 
 def _is_figure(value: float | None) -> bool:

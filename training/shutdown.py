@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import NoReturn
 
@@ -135,8 +135,7 @@ def finish(run: Run) -> None:
 
 
 def _report(message: str) -> None:
-    with suppress(OSError, ValueError):  # a closed terminal
-        print(message, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
 
 
 def goodput_row(goodput: Goodput) -> tuple[str, str]:
@@ -184,7 +183,6 @@ def _exit(run: Run, code: ExitCode) -> NoReturn:
     run.watchdog.close()
     if run.lock is not None:
         run.lock.release()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):
-            stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)

@@ -1,14 +1,14 @@
 """Programs start and print safely with closed, broken or limited standard streams."""
 
-import io
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from cli.start_up import TolerantStream
-
+# A pipe without a reader reports POLLERR: `true` has exited.
+NO_READER = "import select; poll = select.poll(); poll.register(1, 0); poll.poll()"
 PROGRAM = """
 import os, sys
 sys.argv = ["train.py", *{arguments}]
@@ -72,10 +72,9 @@ def test_result_that_cannot_be_printed_is_an_error(
     redirections: str, code: int, message: str, drop: str
 ) -> None:
     """Also if it is still buffered at the end, or a console has dropped the error."""
-    # A pipe without a reader reports POLLERR: `true` has exited.
-    wait = "poll = select.poll(); poll.register(1, 0); poll.poll()" if "|" in redirections else ""
+    wait = NO_READER if "|" in redirections else ""
     body = (
-        f"import contextlib, select\n{wait}\n"
+        f"import contextlib\n{wait}\n"
         f"with exit_on_user_error():\n  {drop or 'if True:'}\n    print('text', flush={bool(drop)})"
     )
     program = (
@@ -91,10 +90,54 @@ def test_interrupt_before_main_prints_one_line() -> None:
     assert (done.returncode, done.stderr) == (130, "error\nInterrupted.\n")
 
 
-def test_tolerant_stream_keeps_the_attributes_of_its_stream() -> None:
-    stream = TolerantStream(io.StringIO())
-    print("text", file=stream, flush=True)
-    assert stream.getvalue() == "text\n" and not stream.isatty()
+CLOSED = ("closed at start", "closed at start")
+
+
+@pytest.mark.parametrize(
+    ("redirections", "output", "error"),
+    [
+        ("<&- >&- 2>&-", *CLOSED),
+        (">&-", CLOSED[0], None),
+        ("2> /dev/full", None, "No space left on device"),
+        ("2>&1 | true; exit ${PIPESTATUS[0]}", "Broken pipe", "Broken pipe"),
+    ],
+)
+@pytest.mark.parametrize("folder", ["run", "absent"])
+def test_failing_streams_of_a_run_are_continued_in_its_console_log(
+    redirections: str, output: str | None, error: str | None, folder: str, tmp_path: Path
+) -> None:
+    """Also what libraries and child processes write; without the folder, the output is dropped."""
+    program = f"""
+import os, subprocess, sys
+from pathlib import Path
+from cli.start_up import start_up
+from resilience.standard_streams import continue_in
+{NO_READER if "|" in redirections else ""}
+start_up("Loading")
+print("before", flush=True); print("before", file=sys.stderr)
+continue_in(Path({str(tmp_path / folder)!r}), is_first_process=True)
+print("after" * 10_000, flush=True); print("after" * 10_000, file=sys.stderr)
+os.write(1, b"library\\n"); os.write(2, b"library\\n")
+subprocess.run(["sh", "-c", "echo child; echo child >&2"])
+print("last"); print("last", file=sys.stderr)
+sys.exit(7)
+"""
+    (tmp_path / "run").mkdir()
+    done = shell(redirections, program)
+    assert done.returncode == 7
+    assert "Traceback" not in done.stderr
+    names = ("standard output", output), ("standard error", error)
+    reasons = " and ".join(f"{name} ({reason})" for name, reason in names if reason)
+    if folder == "absent":
+        assert not (tmp_path / folder).exists()
+        return
+    first, *lines = (tmp_path / folder / "console.log").read_text().splitlines()
+    assert first.endswith(f": the run continues without {reasons}; its output follows here.")
+    expected = ["before", "after" * 10_000, "library", "child", "last"]
+    n_streams = len(reasons.split(" and "))
+    assert sorted(lines) == sorted(n_streams * expected + ["Loading"] * (output is not None))
+    if error is None:
+        assert "The output continues in " in done.stderr
 
 
 @pytest.mark.parametrize("program", sorted(path.stem for path in ROOT.glob("*.py")))
