@@ -16,11 +16,13 @@ from data.files import write_problem
 from evaluation.errors import EvaluationError
 from formats.errors import FormatError
 from parallel.mesh import is_first_process, process_ranks
+from parallel.slurm import host_name
 from resilience.errors import LaunchError, OutOfMemory, is_out_of_memory
 from resilience.exit_codes import ExitCode
-from resilience.rank_check import host_name, report_error
+from resilience.rank_check import report_error
 from resilience.run_folder import RunFolderError
 from resilience.standard_streams import STDOUT, flush_result
+from resilience.watchdog import PEER_FAILURES
 from training.config_validation import ConfigError
 
 # A full disk, a quota, a limit of file sizes, a read-only file system.
@@ -50,6 +52,7 @@ def exit_on_user_error(
         message = f"Invalid configuration:\n{error}"
     except (DataError, FormatError, LaunchError, EvaluationError) as error:
         message, known = f"Error: {error}", isinstance(error, LaunchError)
+        code = getattr(error, "code", code)
     except RunFolderError as error:
         message, code = f"Error: {error}", error.code
     except (RuntimeError, MemoryError) as error:
@@ -85,7 +88,8 @@ def _report_and_exit(message: str, code: ExitCode, known: bool) -> NoReturn:
         message: Empty if another process has printed one.
         known: The first process has the same error, or prints this one.
     """
-    if message and (is_first_process() or code == ExitCode.OUT_OF_MEMORY):  # perhaps of this only
+    of_one_rank = code in (ExitCode.OUT_OF_MEMORY, *PEER_FAILURES)  # perhaps not of the first
+    if message and (is_first_process() or of_one_rank):
         print(message, file=sys.stderr, flush=True)
     if not is_first_process():
         _exit_on_sigterm(code)

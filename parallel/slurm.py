@@ -5,7 +5,9 @@ silently if a batch script lacks `srun`, and takes the number of tasks per node 
 `srun` may not have been able to follow. Standard library only: it runs before anything is launched.
 """
 
+import os
 import re
+import socket
 from collections.abc import Mapping
 
 # Below Linux's ephemeral ports (from 32768), above the ports of known services.
@@ -51,6 +53,11 @@ def tasks_per_node(environment: Mapping[str, str]) -> list[int]:
         count, _, times = part.rstrip(")").partition("(x")
         counts += [int(count)] * int(times or 1)
     return counts
+
+
+def host_name() -> str:
+    """Return the name of this machine, as SLURM calls it if it does."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,13 +1,31 @@
-"""Errors that a program reports to the user."""
+"""Errors that a program reports to the user, and their kinds."""
+
+import re
+
+from resilience.exit_codes import ExitCode
 
 HOST_OUT_OF_MEMORY = "can't allocate memory"
 """Part of the message of the allocator for CPU (c10/core/impl/alloc_cpu.cpp)."""
 OUT_OF_MEMORY = ("out of memory", HOST_OUT_OF_MEMORY, "cublas_status_alloc_failed")
 """Parts of the messages of the allocators for GPU and CPU, of CUDA, NCCL and cuBLAS."""
+_HARDWARE = re.compile(
+    r"uncorrectable (ecc|nvlink)|double.bit ecc|hardware stack error|fallen off the bus|gpu is lost"
+)
+_XID = re.compile(r"\bxid\b(?: \([^)]*\))?\W{0,3}(\d+)")  # `NVRM: Xid (PCI:0000:3b:00): 79, …`
+_HARDWARE_XIDS = {48, 62, 63, 64, 74, 79, 92, 94, 95, 119, 120, 140, *range(144, 151), 171, 172}
+"""Memory, NVLink, bus, GSP (docs.nvidia.com/deploy/xid-errors); others are errors of programs."""
 
 
 class LaunchError(RuntimeError):
-    """The process group cannot be initialized."""
+    """The process group cannot be initialized.
+
+    Attributes:
+        code: Exit code of the process.
+    """
+
+    def __init__(self, message: str, code: ExitCode = ExitCode.USER_ERROR) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class OutOfMemory(RuntimeError):
@@ -34,3 +52,22 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_host_out_of_memory(error: BaseException) -> bool:
     """Return whether an error that `is_out_of_memory` means the host, not the device."""
     return isinstance(error, MemoryError) or HOST_OUT_OF_MEMORY in str(error).lower()
+
+
+def is_hardware_fault(text: str) -> bool:
+    """Return whether a message of CUDA, NCCL or NVIDIA's driver means a defect of the machine."""
+    text = text.lower()
+    xids = {int(number) for number in _XID.findall(text)}
+    return _HARDWARE.search(text) is not None or not _HARDWARE_XIDS.isdisjoint(xids)
+
+
+def is_connection_fault(error: BaseException) -> bool:
+    """Return whether ranks have lost their connection: an error of NCCL, gloo or a store.
+
+    Wrong arguments of a collective are an error of the program.
+    """
+    from torch.distributed import DistError
+
+    text = str(error)
+    known = isinstance(error, DistError) or "gloo/transport" in text
+    return known and "ncclInvalidUsage" not in text and "ncclInvalidArgument" not in text

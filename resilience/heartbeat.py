@@ -75,6 +75,13 @@ class Heartbeat:
         return f"{self}{also} {state} for {self.seconds:.0f} s:\n{self.indented_stack}"
 
 
+def hosts_at_fault(suspects: Sequence[Heartbeat], beats: Sequence[Heartbeat]) -> list[str]:
+    """Return the hosts of the suspected ranks; none if they are all of several hosts of the run."""
+    hosts = list(dict.fromkeys(beat.host for beat in suspects))
+    n_hosts = len({beat.host for beat in beats})
+    return hosts if len(hosts) < n_hosts or n_hosts == 1 else []
+
+
 def stack_of(thread: int | None) -> list[str]:
     """Return the stack of a thread as `file:line function`, innermost frame last.
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from parallel.config import BF16_CAPABILITY
 from parallel.mesh import Processes, launched_processes, process_ranks
-from parallel.slurm import rendezvous
+from parallel.slurm import host_name, rendezvous
 from resilience.errors import LaunchError
 from resilience.gpu_probe import own_gpu, visible_devices
 from resilience.watchdog import Watchdog
@@ -159,11 +159,6 @@ def open_store(timeout: float) -> Any:
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"llamesh/{attempt}", store)
-
-
-def host_name() -> str:
-    """Return the name of this machine, as SLURM calls it if it does."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def compare(reports: Mapping[int, RankReport], size: int) -> tuple[list[str], list[str]]:

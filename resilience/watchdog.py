@@ -12,11 +12,10 @@ import json
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -24,10 +23,11 @@ from subprocess import Popen
 from typing import Any, NoReturn
 
 from parallel.mesh import process_ranks
+from parallel.slurm import host_name
 from resilience import flight_recorder
 from resilience.config import TimeLimits
 from resilience.exit_codes import ExitCode
-from resilience.heartbeat import Heartbeat, Phase, stack_of
+from resilience.heartbeat import Heartbeat, Phase, hosts_at_fault, stack_of
 
 HEARTBEAT_SECONDS = 1.0
 RANKS_PER_HEARTBEAT = 256  # above this many ranks the interval grows: rank 0 reads every heartbeat
@@ -53,6 +53,7 @@ class Watchdog:
         limits: As given, for reports.
         children: Processes of ranks 1, 2, … that this process has started.
         has_saved: Whether this launch has committed a checkpoint, which selects the exit code.
+        fault_hosts: Hosts of the ranks that caused the abort, if known; set before `on_abort`.
         setup_hint: Returns what to check if the processes of the run do not meet in time.
         on_abort: Called with the reason before the process exits; runs in a watchdog thread.
     """
@@ -69,13 +70,14 @@ class Watchdog:
         self.silent_seconds = min(SILENT_SECONDS, self._limits["step"] / 2)
         self.children: list[Popen[Any]] = []
         self.has_saved = False
+        self.fault_hosts: Sequence[str] = ()
         self._code: ExitCode | None = None
         self._aborting = False
         self.setup_hint: Callable[[], str] = lambda: "Did every node start its processes?"
         self.on_abort: Callable[[str], None] = lambda reason: None
         self._main_thread = threading.main_thread().ident
         rank = process_ranks()[0]
-        self._state = Heartbeat(rank, socket.gethostname(), os.getpid())
+        self._state = Heartbeat(rank, host_name(), os.getpid())
         self._since = time.monotonic()
         self._connected = False
         self._last_contact, self._store_lost_at = 0.0, math.inf
@@ -93,14 +95,15 @@ class Watchdog:
 
         self._state.rank, self._size = dist.get_rank(), dist.get_world_size()
         host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=60)
-        port: list[Any] = [None]
+        server: list[Any] = [None, self._state.host]  # port and host
         if self._state.rank == 0:
             # Not the store of the process group: a blocked main thread holds its lock.
             self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-            port[0] = self._store.port
-        dist.broadcast_object_list(port)
+            server[0] = self._store.port
+        dist.broadcast_object_list(server)
+        self._first_host = server[1]
         if self._state.rank != 0:
-            self._store = dist.TCPStore(host, port[0], is_master=False, timeout=timeout)
+            self._store = dist.TCPStore(host, server[0], is_master=False, timeout=timeout)
         self._send_heartbeat(0)
         dist.barrier()  # every rank has written a heartbeat
         self._last_contact = time.monotonic()
@@ -138,16 +141,19 @@ class Watchdog:
         failed = ExitCode.RANK_FAILED if self.has_saved else ExitCode.RANK_FAILED_BEFORE_SAVE
         return self._code or failed
 
-    def publish(self, code: ExitCode, reason: str) -> bool:
+    def publish(self, code: ExitCode, reason: str, hosts: Sequence[str] = ()) -> bool:
         """Make all other ranks exit with `code`, because this one leaves the step.
+
+        Args:
+            hosts: Hosts that caused it, if known.
 
         Returns:
             Whether this rank is the first one, which reports the reason.
         """
-        self._code, self._aborting = code, True
+        self._code, self._aborting, self.fault_hosts = code, True, hosts
         if not self._connected:
             return True
-        value = json.dumps([code, reason])
+        value = json.dumps([code, reason, hosts])
         first = True
         with suppress(Exception):
             first = self._store.compare_set("abort", "", value) == value.encode()
@@ -180,8 +186,10 @@ class Watchdog:
                 if self._is_late(beat):
                     self._abort(f"{beat.late_message()}\n{self.setup_hint()}")
             elif time.monotonic() - self._store_lost_at > GRACE_SECONDS:
+                self.fault_hosts = [self._first_host]
                 self._abort("rank 0, which hosts the store, exited", self._reports_rank_0())
             elif beat.rank and time.monotonic() - self._last_contact > self.silent_seconds:
+                self.fault_hosts = [self._first_host]
                 reason = f"no heartbeat from rank 0 for {self.silent_seconds:.0f} s"
                 stack = f"stack of rank {beat.rank}:\n{beat.indented_stack}"
                 self._abort(f"{reason}; {stack}", self._reports_rank_0())
@@ -225,8 +233,10 @@ class Watchdog:
             limit = min(GRACE_SECONDS, limit)
         silent = [beat for beat in beats if now - seen[beat.rank][1] > limit]
         if silent:
+            self.fault_hosts = hosts_at_fault(silent, beats)
             self._abort("\n".join(b.silent_message(now - seen[b.rank][1]) for b in silent))
         if any(self._is_late(beat) for beat in beats):
+            self.fault_hosts = hosts_at_fault([b for b in beats if not b.is_waiting], beats)
             # Ranks that wait for a stuck rank are late too: list ranks that do not wait first,
             # then small groups of equal stacks.
             by_stack: dict[tuple[str, ...], list[Heartbeat]] = {}
@@ -247,14 +257,15 @@ class Watchdog:
                     return
                 self._code = ExitCode(code)
             killed = f"was killed by {signal.Signals(-code).name}" if code < 0 else ""
+            self.fault_hosts = [self._state.host]
             cause = (killed or f"exited with code {code}") + self._last_position(rank)
             self._abort(f"rank {rank} (pid {child.pid} on {self._state.host}) {cause}")
 
     # ------------------------------------------------------------ helpers
 
-    def _follow(self, code: int, reason: str) -> NoReturn:
+    def _follow(self, code: int, reason: str, hosts: Sequence[str] = ()) -> NoReturn:
         """Exit because another rank published an abort and reported it."""
-        self._code = ExitCode(code)
+        self._code, self.fault_hosts = ExitCode(code), hosts
         if self._state.rank == 0:
             with suppress(Exception):
                 self.on_abort(reason)

@@ -5,7 +5,8 @@
 EXIT_CODE is srun's; the other arguments are those of train.py, whose run folder shows the progress.
 `RULES` has the decision for each code. A job that was cancelled is left alone. A job that restarts
 without a newer checkpoint is requeued a limited number of times, which are counted by job in
-`RUN/slurm/requeue.json`. A missing or damaged file of the run changes nothing else.
+`RUN/slurm/requeue.json`. Hosts that the event log names in repeated faults, or in a fault of their
+hardware, are excluded. A missing or damaged file of the run changes nothing else.
 """
 
 import json
@@ -13,7 +14,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +26,23 @@ sys.path.insert(0, str(ROOT))  # a script in a subfolder cannot import the packa
 from cli.arguments import parse_options  # noqa: E402
 from cli.composition import compose_words  # noqa: E402
 from data.files import write_atomically  # noqa: E402
+from resilience.errors import is_hardware_fault  # noqa: E402
+from resilience.event_log import EventLog  # noqa: E402
 from resilience.exit_codes import ExitCode  # noqa: E402
 from resilience.run_folder import RunFolder  # noqa: E402
 
 COMMAND_SECONDS = 60.0  # a busy controller may take this long
+RECENT_LAUNCHES = 10  # whose faults count
+FAULTS = 2  # launches with a fault of the same host, before it is excluded
+FAULT_CODES = (ExitCode.RANK_FAILED, ExitCode.RANK_FAILED_BEFORE_SAVE)
+UNUSABLE = (
+    "down",
+    "drain",
+    "drng",
+    "fail",
+    "unk",
+    "maint",
+)  # states of nodes, as sinfo prints them
 
 
 class Rule(NamedTuple):
@@ -100,9 +115,11 @@ def main(arguments: Sequence[str]) -> None:
     if job.get("JobState") != "RUNNING":
         print(f"{title}: not requeued; the job is {job.get('JobState', 'unknown to SLURM')}.")
         return
-    more = "SLURM preempts the job"
+    more, hosts = "SLURM preempts the job", []
     if not preempted:
-        progress = count_restart(run_folder(overrides), job_id, rule, restart_count(os.environ))
+        folder = run_folder(overrides)
+        hosts = list(hosts_to_exclude(folder, job)) if folder is not None else []
+        progress = count_restart(folder, job_id, rule, restart_count(os.environ))
         steps = f"since step {progress.step}" if progress.step else "before the first checkpoint"
         if progress.restarts >= rule.restarts:
             times = f"{progress.restarts} restart{'s' if progress.restarts > 1 else ''}"
@@ -117,6 +134,10 @@ def main(arguments: Sequence[str]) -> None:
     requeued = run("scontrol", "requeue", job_id)
     if requeued is None:
         print("Error: SLURM did not requeue the job; submit it again", file=sys.stderr, flush=True)
+    elif hosts:  # SLURM admits this for pending jobs only
+        names = ",".join([*filter(None, [node_list(job, "ExcNodeList")]), *hosts])
+        if run("scontrol", "update", f"jobid={job_id}", f"excnodelist={names}") is not None:
+            print(f"Excluded from this job: {', '.join(hosts)}", flush=True)
 
 
 # ---------------------------------------------------------------- SLURM
@@ -150,6 +171,73 @@ def show_job(job_id: str) -> dict[str, str]:
     """Return the fields of a job; {} if the controller does not answer."""
     text = run("scontrol", "show", "job", "-o", job_id) or ""
     return dict(field.split("=", 1) for field in text.split() if "=" in field)
+
+
+def node_list(job: Mapping[str, str], field: str) -> str:
+    """Return a list of nodes in SLURM's notation `n[1-3],m7`; empty if there is none."""
+    return job.get(field, "").replace("(null)", "")
+
+
+def names_in(nodes: str) -> set[str]:
+    """Return the names in a list of nodes in SLURM's notation."""
+    return set((run("scontrol", "show", "hostnames", nodes) or "").split()) if nodes else set()
+
+
+# ---------------------------------------------------------------- bad hosts
+
+
+def hosts_to_exclude(folder: RunFolder, job: Mapping[str, str]) -> Iterator[str]:
+    """Yield the bad hosts without which the job can still run, and print all with the reason.
+
+    Other nodes are eligible if they are in the same partition, are up, and have the features and
+    GPUs of a node that the job has now.
+    """
+    bad = bad_hosts(folder.event_log)
+    if not bad:
+        return
+    text = run("sinfo", "-h", "-N", "-p", job.get("Partition", ""), "-o", "%N %t %f %G") or ""
+    nodes = {name: (state, kind) for name, state, *kind in map(str.split, text.splitlines())}
+    current = names_in(node_list(job, "NodeList"))
+    excluded, requested = (names_in(node_list(job, f"{name}NodeList")) for name in ("Exc", "Req"))
+    kinds = [kind for name, (_, kind) in nodes.items() if name in current]
+    eligible = {
+        name
+        for name, (state, kind) in nodes.items()
+        if kind in kinds and not state.startswith(UNUSABLE) and not state.endswith("*")
+    } - excluded
+    for host, reason in bad.items():
+        if host not in nodes or host in excluded:
+            continue
+        if host in requested or len(eligible - {host}) < len(current):
+            why = "--nodelist requests it" if host in requested else "too few other nodes are up"
+            print(f"Bad host {host} ({reason}) is not excluded: {why}.", flush=True)
+            continue
+        print(f"Bad host {host}: {reason}.", flush=True)
+        eligible.discard(host)
+        yield host
+
+
+def bad_hosts(event_log: Path) -> dict[str, str]:
+    """Return the hosts at fault in recent launches and the reason, faults of hardware first."""
+    launches: list[dict[str, str]] = [{}]  # reason of the fault of each host
+    hardware: dict[str, str] = {}
+    for event in EventLog(event_log).read():
+        if event.get("event") == "start":
+            launches.append({})
+        hosts, reason = event.get("hosts"), str(event.get("reason")).split("\n")[0]
+        is_fault = event.get("event") == "fault" and event.get("code") in FAULT_CODES
+        if is_fault and isinstance(hosts, list):
+            launches[-1] |= {str(host): reason for host in hosts}
+    recent = launches[-RECENT_LAUNCHES:]
+    for reasons in recent:
+        hardware |= {host: text for host, text in reasons.items() if is_hardware_fault(text)}
+    counts = Counter(host for reasons in recent for host in reasons)
+    repeated = {
+        host: f"faults in {count} of the last {len(recent)} launches"
+        for host, count in counts.most_common()
+        if count >= FAULTS
+    }
+    return hardware | {host: text for host, text in repeated.items() if host not in hardware}
 
 
 # ---------------------------------------------------------------- progress

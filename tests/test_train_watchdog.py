@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import start_python
+from conftest import read_events, start_python
 from processes import DEADLINE, Program, is_running, linux, paused_training, wait_until_blocked
 from torch.distributed.flight_recorder.components.loader import read_dir
 
@@ -65,6 +65,7 @@ def test_killed_rank_is_reported_with_signal_and_last_phase_and_logged(
     assert (last["event"], last["code"]) == ("fault", ExitCode.RANK_FAILED) and "SIGKILL" in last[
         "reason"
     ]
+    assert last["hosts"] == [socket.gethostname()]
 
 
 def test_suspended_rank_is_reported_and_killed(
@@ -81,11 +82,13 @@ def test_suspended_rank_is_reported_and_killed(
 def test_suspended_main_process_is_reported_and_killed_by_other_rank(
     paused: tuple[Path, Program],
 ) -> None:
-    _, program = paused
+    folder, program = paused
     program.main.send_signal(signal.SIGSTOP)
     errors = wait_for_abort(program)
     assert program.main.returncode == -signal.SIGKILL  # SIGTERM would not end a suspended process
     assert errors.startswith("Aborting: no heartbeat from rank 0")
+    last = read_events(folder)[-1]  # written by the other rank
+    assert (last["event"], last["hosts"]) == ("fault", [socket.gethostname()])
 
 
 def test_hanging_rank_is_reported_with_stack_before_waiting_ranks(

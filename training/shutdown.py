@@ -15,8 +15,10 @@ from datetime import UTC, datetime
 from typing import NoReturn
 
 from data.errors import DataError
-from parallel.mesh import is_first_process
-from resilience.errors import OutOfMemory
+from parallel.mesh import is_first_process, process_ranks
+from parallel.slurm import host_name
+from resilience.errors import LaunchError, OutOfMemory, is_connection_fault, is_hardware_fault
+from resilience.event_log import EventLog
 from resilience.exit_codes import ExitCode
 from resilience.goodput import Goodput, compute_goodput
 from resilience.lock import RunLock
@@ -47,15 +49,34 @@ def exit_early(lock: RunLock | None, code: ExitCode) -> NoReturn:
 
 @contextmanager
 def published_on_error(watchdog: Watchdog) -> Iterator[None]:
-    """Make all ranks exit with the same code if this one is out of memory during set-up.
+    """Make all ranks exit with the same code if this one fails during set-up.
 
-    The others would wait for it in a collective.
+    That is, if it is out of memory, or has a fault of the machine. The others would wait for it in
+    a collective.
     """
     try:
         yield
     except OutOfMemory as error:
         error.is_first = watchdog.publish(ExitCode.OUT_OF_MEMORY, str(error).splitlines()[0])
         raise
+    except LaunchError:
+        raise
+    except Exception as error:
+        if (fault := machine_fault(error)) is None:
+            raise
+        watchdog.publish(watchdog.exit_code, *fault)
+        raise LaunchError(fault[0], watchdog.exit_code) from error
+
+
+def machine_fault(error: Exception) -> tuple[str, list[str]] | None:
+    """Return message and hosts of a fault that a restart can cure; None for another error."""
+    rank, host = process_ranks()[0], host_name()
+    text = " ".join(str(error).split())
+    if is_hardware_fault(text):
+        return f"rank {rank} on {host} has a hardware fault: {text}", [host]
+    if is_connection_fault(error):  # the network or any of its ends
+        return f"rank {rank} on {host} lost its connection to other ranks: {text}", []
+    return None
 
 
 def report_signal(run: Run, number: signal.Signals, again: bool) -> None:
@@ -102,6 +123,16 @@ def abort(run: Run, error: Exception) -> NoReturn:
         code, message = ExitCode.OUT_OF_MEMORY, str(error)
         if not run.watchdog.publish(code, message.splitlines()[0]):
             _exit(run, code)  # another rank reports it
+    elif (fault := machine_fault(error)) is not None:
+        message, hosts = fault
+        if not hosts:
+            run.watchdog.wait_for_abort(error)
+            message += "\n" + "".join(traceback.format_exception(error))
+        code = run.watchdog.exit_code
+        is_first = run.watchdog.publish(code, fault[0], hosts)
+        _record_fault(run, fault[0], run.event_log)
+        if not is_first:
+            _exit(run, code)
     else:
         run.watchdog.wait_for_abort(error)
         code, message = ExitCode.USER_ERROR, "".join(traceback.format_exception(error))
@@ -113,11 +144,21 @@ def abort(run: Run, error: Exception) -> NoReturn:
 
 
 def record_fault(run: Run, reason: str) -> None:
-    """Record an abort by the watchdog of rank 0; called in a watchdog thread."""
+    """Record an abort by the watchdog; called in a watchdog thread.
+
+    On rank 0, or on the rank that reports the loss of rank 0.
+    """
     run.console.stop()
-    run.record("fault", step=run.position.step, reason=reason, code=int(run.watchdog.exit_code))
+    _record_fault(run, reason, run.event_log or EventLog(run.folder.event_log))
     if run.watchdog.exit_code != ExitCode.OUT_OF_MEMORY:  # the rank prints it, with a change
         _report(_resume_hint(run))
+
+
+def _record_fault(run: Run, reason: str, log: EventLog | None) -> None:
+    """Write a `fault` event with the hosts that caused it, for slurm/requeue.py."""
+    if log is not None:
+        code, hosts = int(run.watchdog.exit_code), [*run.watchdog.fault_hosts]
+        log.append("fault", step=run.position.step, reason=reason, code=code, hosts=hosts)
 
 
 def finish(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from fork_server import Fault, ForkServer
 from resilience import lock
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolder
+from resilience.watchdog import PEER_FAILURES
 
 FORWARD = "model.llama.Llama.forward"  # called once a step on each rank of this run
 ALWAYS = 10**9
@@ -265,3 +267,27 @@ def test_all_ranks_exit_if_one_is_out_of_memory(
     if function == FORWARD:
         last = read_events(folder)[-1]
         assert (last["event"], last["code"]) == ("fault", ExitCode.OUT_OF_MEMORY)
+
+
+@pytest.mark.parametrize(
+    ("call", "function"),
+    [(1, "training.optimizer.build_optimizer"), (6, FORWARD)],
+    ids=["set-up", "step"],
+)
+def test_all_ranks_exit_to_be_relaunched_if_the_gpu_of_one_is_defective(
+    fork_server: ForkServer, train_arguments: Any, tmp_path: Path, call: int, function: str
+) -> None:
+    folder = tmp_path / "run"
+    ecc = Fault(1, call, "RuntimeError: CUDA error: uncorrectable ECC error encountered", function)
+    launch = fork_server.run(train_arguments(folder, TP2), 2, ecc, terminate_on_failure=False)
+    code = launch.exit_codes[0]
+    assert launch.exit_codes == {0: code, 1: code} and code in PEER_FAILURES
+    message = (
+        f"rank 1 on {socket.gethostname()} has a hardware fault: CUDA error: uncorrectable ECC"
+    )
+    assert message in launch.output(1) and "Traceback" not in launch.output(1)
+    assert "hardware fault" not in launch.output(0)
+    if function == FORWARD:
+        last = read_events(folder)[-1]
+        assert (last["event"], last["code"]) == ("fault", code)
+        assert last["hosts"] == [socket.gethostname()] and last["reason"].startswith(message)

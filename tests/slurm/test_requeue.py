@@ -1,6 +1,7 @@
 """slurm/requeue.py decides for each exit code; slurm/environment.sh finds a Python."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -18,6 +20,7 @@ from resilience.run_folder import RunFolder
 # Prints the file for its arguments, or fails, and records them.
 FAKE_COMMAND = """#!/bin/bash
 echo "${0##*/} $*" >>"$FAKE/calls"
+[[ $2 != hostnames ]] || exec cat "$FAKE/$3"
 name="$FAKE/${0##*/}-$1"
 [[ ! -e "$name" ]] || cat "$name"
 [[ ! -e "$name-fails" ]]
@@ -77,7 +80,9 @@ def requeue(
         text = calls.read_text() if calls.exists() else ""
         calls.unlink(missing_ok=True)
         captured = capfd.readouterr()
-        called = [line for line in text.splitlines() if " show " not in line]
+        called = [
+            line for line in text.splitlines() if " show " not in line and "sinfo" not in line
+        ]
         return "\n".join([captured.out + captured.err, *called])
 
     return run
@@ -189,6 +194,105 @@ def test_damaged_count_of_restarts_starts_anew(
 def test_rejected_requeue_names_the_remedy(requeue: Requeue, fake: Path) -> None:
     (fake / "scontrol-requeue-fails").touch()
     assert "SLURM did not requeue the job; submit it again" in requeue(71)
+
+
+# ---------------------------------------------------------------- bad hosts
+
+SILENT = "no heartbeat from rank 3 (pid 7 on n2) for 60 s"
+ECC = "rank 3 on n2 has a hardware fault: CUDA error: uncorrectable ECC error encountered"
+
+
+def fault(reason: str = SILENT, *hosts: str, code: int = 71) -> dict[str, Any]:
+    return {"event": "fault", "code": code, "reason": reason, "hosts": [*(hosts or ("n2",))]}
+
+
+START: dict[str, Any] = {"event": "start", "step": 0}
+
+
+def write_events(run: Path, *events: dict[str, Any], end: str = "") -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    times = (f"2026-01-01T00:00:{second:02}+00:00" for second in range(60))
+    timed = ({"time": time, **event} for time, event in zip(times, events, strict=False))
+    lines = [json.dumps(event) + "\n" for event in timed]
+    (run / "ledger.jsonl").write_text("".join(lines) + end)
+
+
+@pytest.fixture
+def nodes(fake: Path) -> Path:
+    """Let the job run on n1 and n2 of four equal nodes; n5 is down and n6 has other GPUs."""
+    job = "JobState=RUNNING Partition=p NodeList=n[1-2] ReqNodeList=(null) ExcNodeList=(null)"
+    (fake / "scontrol-show").write_text(job)
+    (fake / "n[1-2]").write_text("n1\nn2\n")
+    states = {"n1": "alloc", "n2": "alloc", "n3": "idle", "n4": "mix", "n5": "down*", "n6": "idle"}
+    write_nodes(fake, states)
+    return fake
+
+
+def write_nodes(fake: Path, states: dict[str, str]) -> None:
+    kinds = {"n6": "a100 gpu:8"}
+    lines = [f"{name} {state} {kinds.get(name, 'h100 gpu:8')}\n" for name, state in states.items()]
+    (fake / "sinfo--h").write_text("".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("events", "excluded"),
+    [
+        ([START, fault(), START], []),
+        ([START, fault(), START, fault()], ["n2"]),
+        ([START, fault(), fault()], []),  # of one launch
+        ([START, fault(SILENT, "n1"), START, fault()], []),
+        ([START, fault(ECC)], ["n2"]),
+        ([START, fault("NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off")], ["n2"]),
+        ([START, fault("rank 1: Xid 13")], []),  # an error of a program
+        ([START, fault(ECC, code=76), START, fault(code=70)], []),
+        ([START, fault()] + 10 * [START] + [fault()], []),  # long ago
+        # The worst first; the job needs two of the four nodes.
+        (
+            3 * [START, fault(SILENT, "n3", "n1")] + [fault(ECC), START, fault(SILENT, "n4")],
+            ["n2", "n3"],
+        ),
+        ([START, fault(ECC, "another-cluster")], []),
+        ([{"event": "fault", "code": 71, "hosts": "n2"}, {"event": "fault"}], []),  # older versions
+    ],
+)
+def test_bad_hosts_are_excluded_while_the_job_can_run(
+    requeue: Requeue,
+    nodes: Path,
+    tmp_path: Path,
+    events: list[dict[str, Any]],
+    excluded: list[str],
+) -> None:
+    write_events(tmp_path / "run", *events, end='{"event": "fa')
+    text = requeue(71)
+    command = f"scontrol update jobid=7 excnodelist={','.join(excluded)}"
+    assert text.endswith(command if excluded else "scontrol requeue 7")
+    assert not excluded or f"Excluded from this job: {', '.join(excluded)}" in text
+    if len(excluded) == 2:
+        assert "Bad host n1 (faults in 3 of the last 5 launches) is not excluded: too few" in text
+
+
+def test_hosts_that_the_user_excluded_or_requested_stay_so(
+    requeue: Requeue, nodes: Path, tmp_path: Path
+) -> None:
+    write_events(tmp_path / "run", fault(ECC, "n1", "n2", "n3"))
+    job = (nodes / "scontrol-show").read_text()
+    job = job.replace("ReqNodeList=(null) ExcNodeList=(null)", "ReqNodeList=n1 ExcNodeList=n[3-4]")
+    (nodes / "scontrol-show").write_text(job.replace("NodeList=n[1-2]", "NodeList=n1"))
+    (nodes / "n1").write_text("n1\n")
+    (nodes / "n[3-4]").write_text("n3\nn4\n")
+    text = requeue(71)
+    assert "Bad host n1 (" in text and "is not excluded: --nodelist requests it" in text
+    assert text.endswith("scontrol update jobid=7 excnodelist=n[3-4],n2")
+
+
+def test_damaged_event_log_excludes_nothing(requeue: Requeue, nodes: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for content in (b"\0\xff\n[1]\n", b""):
+        (tmp_path / "run/ledger.jsonl").write_bytes(content)
+        assert requeue(71).endswith("scontrol requeue 7")
+    (tmp_path / "run/ledger.jsonl").unlink()
+    (tmp_path / "run/ledger.jsonl").mkdir()
+    assert requeue(71).endswith("scontrol requeue 7")
 
 
 # ---------------------------------------------------------------- scripts

@@ -64,16 +64,20 @@ def test_uneven_tasks_and_unlimited_time_are_read(cluster: Cluster) -> None:
         assert tasks == [2, 1] and left is None
 
 
-def test_array_task_reads_its_own_limit_and_is_requeued_without_the_others(
+def test_array_task_reads_its_own_limit_and_is_requeued_elsewhere_without_the_others(
     cluster: Cluster, tmp_path: Path
 ) -> None:
+    (tmp_path / "run").mkdir()
+    fault = '{"event": "fault", "time": "2026-01-01T00:00:00+00:00", "code": 71, '
+    fault += '"reason": "Xid 79", "hosts": ["%s"]}\\n'
     script = tmp_path / "array.sh"
     script.write_text(
         "#!/bin/bash\n"
         f"srun {sys.executable} -c '{TASK_SCRIPT}'\n"
         # The last task has the job ID of the array.
         "if [[ $SLURM_JOB_ID == $SLURM_ARRAY_JOB_ID ]]; then\n"
-        f"    source slurm/requeue.sh 75 run.dir={tmp_path}/run\n"
+        f"    printf '{fault}' $SLURMD_NODENAME >{tmp_path}/run/ledger.jsonl\n"
+        f"    source slurm/requeue.sh 71 run.dir={tmp_path}/run\n"
         "fi\n"
         "sleep 60\n"
     )
@@ -82,6 +86,7 @@ def test_array_task_reads_its_own_limit_and_is_requeued_without_the_others(
         *(f"--output={tmp_path}/%a.txt", str(script)),
     )
     wait_for(lambda: cluster.job(f"{array}_1")["Restarts"] == "1", "the last task to be requeued")
+    wait_for(lambda: cluster.job(f"{array}_1")["ExcNodeList"] in NODES, "its node to be excluded")
     first = cluster.job(f"{array}_0")
     assert (first["JobState"], first["Restarts"]) == ("RUNNING", "0")
     for task in (0, 1):

@@ -2,14 +2,17 @@
 
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed import DistBackendError
 
 from parallel.mesh import Processes
 from resilience.config import FaultsConfig
-from resilience.errors import OutOfMemory
+from resilience.errors import LaunchError, OutOfMemory, is_hardware_fault
+from resilience.event_log import EventLog
 from resilience.exit_codes import ExitCode
 from resilience.goodput import Goodput
 from resilience.loss_monitor import LossMonitor, StepStats
@@ -50,7 +53,7 @@ def test_run_whose_updates_were_all_skipped_does_not_finish(monkeypatch: Any) ->
     assert reason.startswith("every update was skipped; no step had a finite loss, so the initial")
 
 
-def aborted_run(**watchdog: Any) -> Any:
+def aborted_run(event_log: EventLog | None = None, **watchdog: Any) -> Any:
     """Return a run on rank 0 with a checkpoint at step 4."""
     return SimpleNamespace(
         config=SimpleNamespace(run=SimpleNamespace(dir="runs/a")),
@@ -58,15 +61,16 @@ def aborted_run(**watchdog: Any) -> Any:
         folder=SimpleNamespace(committed_steps=lambda: [4]),
         position=SimpleNamespace(step=5),
         console=SimpleNamespace(stop=lambda: None),
-        watchdog=SimpleNamespace(**watchdog),
+        watchdog=SimpleNamespace(fault_hosts=(), **watchdog),
         record=lambda *_, **__: None,
-        event_log=None,
+        event_log=event_log,
     )
 
 
 def test_run_that_was_out_of_memory_resumes_with_the_change_that_fits(
-    monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+    monkeypatch: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    log = EventLog(tmp_path / "ledger.jsonl")
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setattr(shutdown, "_exit", lambda _, code: None)
     error = OutOfMemory("rank 0 is out of memory; use a=1 b=2 (plan.py …)", "a=1 b=2")
@@ -74,9 +78,9 @@ def test_run_that_was_out_of_memory_resumes_with_the_change_that_fits(
     hint = capsys.readouterr().err.splitlines()[-1]
     assert hint == "Checkpoint saved at step 4. Resume with: python train.py run.dir=runs/a a=1 b=2"
     # Rank 0 does not add a command without the change if another rank was out of memory.
-    shutdown.record_fault(aborted_run(exit_code=ExitCode.OUT_OF_MEMORY), str(error))
+    shutdown.record_fault(aborted_run(log, exit_code=ExitCode.OUT_OF_MEMORY), str(error))
     assert capsys.readouterr().err == ""
-    shutdown.record_fault(aborted_run(exit_code=ExitCode.RANK_FAILED), "rank 1 exited")
+    shutdown.record_fault(aborted_run(log, exit_code=ExitCode.RANK_FAILED), "rank 1 exited")
     assert capsys.readouterr().err.endswith("python train.py run.dir=runs/a\n")
 
 
@@ -93,3 +97,76 @@ def test_rank_that_is_out_of_memory_during_set_up_makes_all_ranks_exit(is_first:
         raise OutOfMemory("rank 1 is out of memory\n  details")
     assert published == [(ExitCode.OUT_OF_MEMORY, "rank 1 is out of memory")]
     assert raised.value.is_first == is_first
+
+
+ECC = RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might")
+NCCL = DistBackendError("NCCL error in: NCCLUtils.cpp:94, remote process exited, ncclRemoteError")
+GLOO = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed")
+
+
+@pytest.mark.parametrize(("error", "named"), [(ECC, True), (NCCL, False), (GLOO, False)])
+def test_fault_of_a_machine_or_connection_exits_to_be_relaunched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, named: bool
+) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n2")
+    hosts = ["n2"] if named else []
+    published: list[Any] = []
+    waited: list[Any] = []
+    codes: list[Any] = []
+
+    def publish(*given: Any) -> bool:
+        published.append(given)
+        run.watchdog.fault_hosts = given[2]
+        return True
+
+    monkeypatch.setattr(shutdown, "_exit", lambda _, code: codes.append(code))
+    monkeypatch.setattr(shutdown, "compute_goodput", lambda *_, **__: Goodput(1, 0, 0, 0, 0, 1, 0))
+    run = aborted_run(
+        EventLog(tmp_path / "ledger.jsonl"),
+        publish=publish,
+        wait_for_abort=waited.append,
+        exit_code=ExitCode.RANK_FAILED,
+    )
+    run.clock = SimpleNamespace(spent=dict)
+    shutdown.abort(run, error)
+    assert codes == [ExitCode.RANK_FAILED]
+    assert waited == ([] if named else [error])  # a peer may have died
+    [(code, reason, sent)] = published
+    assert (code, sent) == (ExitCode.RANK_FAILED, hosts) and reason.startswith("rank 0 on n2 ")
+    [event] = run.event_log.read()
+    assert (event["event"], event["hosts"], event["reason"]) == ("fault", hosts, reason)
+
+    published.clear()
+    with pytest.raises(LaunchError) as raised, shutdown.published_on_error(run.watchdog):
+        raise error
+    assert raised.value.code == ExitCode.RANK_FAILED and published == [(code, reason, hosts)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("2 correctable ECC errors; Xid 13, Xid 31"),
+        RuntimeError("Distributed package doesn't have NCCL built in"),
+        DistBackendError("NCCL error: ncclInvalidUsage: invalid usage of NCCL library"),
+        ValueError("wrong"),
+    ],
+)
+def test_errors_of_programs_are_not_faults_of_a_machine(error: Exception) -> None:
+    assert shutdown.machine_fault(error) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: uncorrectable NVLink error detected during the execution",
+        "NVRM: Xid (PCI:0000:3b:00): 48, pid=1, name=python, Double Bit ECC Error",
+        "NVRM: Xid (PCI:0000:3b:00): 63, Row Remapper",
+        "Xid 94",
+        "xid: 74",
+        "Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost.",
+    ],
+)
+def test_messages_about_the_hardware_are_recognized(text: str) -> None:
+    assert is_hardware_fault(text)
