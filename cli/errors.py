@@ -22,7 +22,6 @@ from resilience.exit_codes import ExitCode
 from resilience.rank_check import report_error
 from resilience.run_folder import RunFolderError
 from resilience.standard_streams import STDOUT, flush_result
-from resilience.watchdog import PEER_FAILURES
 from training.config_validation import ConfigError
 
 # A full disk, a quota, a limit of file sizes, a read-only file system.
@@ -37,7 +36,7 @@ def exit_on_user_error(
 ) -> Iterator[None]:
     """Exit on errors that the user can correct; only the first process prints the message.
 
-    The exit code is 1 or the code of the `RunFolderError`, 76 if a process is out of memory, 130
+    The exit code is 1 or the code of the error, 76 if a process is out of memory, 130
     after Ctrl-C, and 141 if the reader of standard output has closed it.
 
     Args:
@@ -88,8 +87,7 @@ def _report_and_exit(message: str, code: ExitCode, known: bool) -> NoReturn:
         message: Empty if another process has printed one.
         known: The first process has the same error, or prints this one.
     """
-    of_one_rank = code in (ExitCode.OUT_OF_MEMORY, *PEER_FAILURES)  # perhaps not of the first
-    if message and (is_first_process() or of_one_rank):
+    if message and (is_first_process() or code == ExitCode.OUT_OF_MEMORY):  # perhaps of this only
         print(message, file=sys.stderr, flush=True)
     if not is_first_process():
         _exit_on_sigterm(code)

@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,20 +73,23 @@ RULES: dict[int, Rule] = {
     ExitCode.SAVE_FAILED: Rule(1, "a checkpoint could not be saved"),
     ExitCode.STOPPED: Rule(RESTARTS, "SIGUSR1 or the time limit: saved"),
     ExitCode.OUT_OF_MEMORY: Rule(0, "a rank is out of memory"),
-    SRUN_FAILED: Rule(RESTARTS, "srun could not start or reach the tasks"),
+    SRUN_FAILED: Rule(RESTARTS, "srun could not start the tasks"),
     ExitCode.INTERRUPTED: Rule(0, "SIGINT"),
     ExitCode.TERMINATED: Rule(0, "SIGTERM"),  # unless SLURM preempts the job
     OUT_OF_MEMORY_KILL: Rule(0, "SLURM killed a task that exceeded the memory of the job"),
 }
+CRASHES = ("SIGILL", "SIGABRT", "SIGBUS", "SIGFPE", "SIGKILL", "SIGSEGV")
+RULES |= {
+    128 + signal.Signals[name]: Rule(RESTARTS, f"a task was killed by {name}") for name in CRASHES
+}
+# If srun loses its connection to a node, its code is the lowest byte of an error of SLURM.
+SRUN_ERROR = Rule(RESTARTS, "srun could not start or reach the tasks")
 OTHER = Rule(0, "unknown exit code")
 
 
 def rule_of(code: int) -> Rule:
-    """Return the rule for an exit code; a task that is killed by signal N has 128 + N."""
-    with suppress(ValueError):
-        if code not in RULES and code > 128:
-            return Rule(RESTARTS, f"a task was killed by {signal.Signals(code - 128).name}")
-    return RULES.get(code, OTHER)
+    """Return the rule for an exit code."""
+    return RULES.get(code, SRUN_ERROR if code > 128 else OTHER)
 
 
 class Progress(NamedTuple):

@@ -64,7 +64,8 @@ def published_on_error(watchdog: Watchdog) -> Iterator[None]:
     except Exception as error:
         if (fault := machine_fault(error)) is None:
             raise
-        watchdog.publish(watchdog.exit_code, *fault)
+        if watchdog.publish(watchdog.exit_code, *fault) and not is_first_process():
+            _report(f"Error: {fault[0]}")  # only the first process prints a LaunchError
         raise LaunchError(fault[0], watchdog.exit_code) from error
 
 
