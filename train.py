@@ -151,7 +151,8 @@ def set_up(
     )
     run.open_logs(changes)
     watchdog.on_abort = partial(record_fault, run)
-    console.header(*header(run, changes))
+    with run.optional("the header"):
+        console.header(*header(run, changes))
     return run
 
 

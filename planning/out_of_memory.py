@@ -49,7 +49,11 @@ def explain(
     rank, _ = process_ranks()
     on_host = processes.accelerator == "cuda" and is_host_out_of_memory(error)
     compare = compare_host if on_host else compare_device
-    found, advice = compare(requested_bytes(str(error)), config, processes, mesh)
+    try:
+        found, advice = compare(requested_bytes(str(error)), config, processes, mesh)
+    except Exception as failure:  # the exit code stays that of the error
+        found = f"memory ({type(failure).__name__} in planning: {' '.join(str(failure).split())})"
+        advice = Remedy("use a smaller train.micro_batch_size")
     lines = [f"rank {rank} is out of {found}; {advice}", f"  {' '.join(str(error).split())}"]
     snapshot = None if on_host else write_snapshot(Path(config.run.dir), rank)
     if snapshot is not None:

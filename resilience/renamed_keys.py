@@ -32,8 +32,9 @@ def rename_keys(
     run = config.get("run")
     allowed = run.get("allow_changes") if isinstance(run, dict) else None
     if isinstance(allowed, list):
-        found |= {old: RENAMED_KEYS[old] for old in allowed if old in RENAMED_KEYS}
-        allowed[:] = [RENAMED_KEYS.get(name, name) for name in allowed]
+        for index, name in enumerate(allowed):
+            if isinstance(name, str) and name in RENAMED_KEYS:
+                found[name] = allowed[index] = RENAMED_KEYS[name]
     return found
 
 

@@ -161,7 +161,7 @@ def _reject_other_corpus(config: JobConfig, trained_on: str) -> None:
     from data.manifest import MANIFEST_FILE
     from data.preparation.identity import read_prepared
 
-    previous = RunFolder(Path(config.run.dir)).read_config() or {}
+    previous = RunFolder(Path(config.run.dir)).last_config() or {}
     folder = previous.get("data", {}).get("folder", "")
     if not (Path(folder) / MANIFEST_FILE).exists():
         return  # the tokens are compared after the preparation

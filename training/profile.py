@@ -24,8 +24,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from data.files import write_problem
-
 if TYPE_CHECKING:
     from training.run import Run
 
@@ -112,33 +110,35 @@ def profile_step(run: "Run", step: int) -> Iterator[None]:
     synchronize = partial(torch.cuda.synchronize, device) if on_cuda else lambda: None
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     run.clock.around_data = partial(record_function, DATA)
-    if on_cuda:
-        torch.cuda.memory._record_memory_history(max_entries=MAX_ALLOCATIONS)
-    # CPU memory has no snapshot, so allocations go into the trace.
-    with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+    name, profiler = f"the profile of step {step}", None
+    with run.optional(name):
+        if on_cuda:
+            torch.cuda.memory._record_memory_history(max_entries=MAX_ALLOCATIONS)
+        # CPU memory has no snapshot, so allocations go into the trace.
+        profiler = profile(activities=activities, record_shapes=True, profile_memory=True)
+        profiler.start()
         with run.clock.drain():
             synchronize()
-        with record_function(STEP):
-            yield
-            with run.clock.drain():
-                synchronize()
-    snapshot = torch.cuda.memory._snapshot() if on_cuda else None
-    if on_cuda:
-        torch.cuda.memory._record_memory_history(enabled=None)
+    with record_function(STEP):
+        yield
+        with run.clock.drain():
+            synchronize()
     run.clock.around_data = nullcontext
     folder = run.folder.path / "profile" / f"step-{step:08d}"
-    with run.clock.stall():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(folder / TRACE))
-            if snapshot is not None:  # for https://pytorch.org/memory_viz
-                (folder / MEMORY).write_bytes(pickle.dumps(snapshot))
-            table = read_breakdown(folder / TRACE).table()
-            (folder / TABLE).write_text(table + "\n", encoding="utf-8")
-            run.console.note(f"Profile of step {step}, written to {folder}:\n{table}")
-        except Exception as error:
-            reason = write_problem(error, folder)
-            run.console.note(f"Could not write the profile of step {step} ({reason}). Continuing.")
+    with run.clock.stall(), run.optional(name):
+        if profiler is None:
+            return  # its error is reported
+        profiler.stop()
+        snapshot = torch.cuda.memory._snapshot() if on_cuda else None
+        if on_cuda:
+            torch.cuda.memory._record_memory_history(enabled=None)
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / TRACE))
+        if snapshot is not None:  # for https://pytorch.org/memory_viz
+            (folder / MEMORY).write_bytes(pickle.dumps(snapshot))
+        table = read_breakdown(folder / TRACE).table()
+        (folder / TABLE).write_text(table + "\n", encoding="utf-8")
+        run.console.note(f"Profile of step {step}, written to {folder}:\n{table}")
 
 
 def read_breakdown(trace: Path) -> StepBreakdown:

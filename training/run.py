@@ -2,11 +2,13 @@
 
 import socket
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.files import write_problem
 from data.stages import Stage, Stages
 from parallel.mesh import MeshShape, Processes
 from resilience.exit_codes import ExitCode
@@ -48,6 +50,7 @@ class Run:
         first_step_done: Whether this launch has completed a step.
         save_failed: Whether the last save failed.
         last_metrics: Latest value of each metric.
+        failed_outputs: Outputs whose error this process has reported.
     """
 
     config: JobConfig
@@ -75,6 +78,7 @@ class Run:
     clock: Clock = field(init=False)
     garbage: GarbageCollector = field(default_factory=GarbageCollector)
     last_metrics: dict[str, Any] = field(default_factory=dict)
+    failed_outputs: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.fabric.device.type)
@@ -93,6 +97,22 @@ class Run:
     def data_rank(self) -> int:
         """Index of the part of each batch, out of `mesh.dp`, that this process reads."""
         return self.mesh.data_rank(self.fabric.global_rank)
+
+    @contextmanager
+    def optional(self, output: str) -> Iterator[None]:
+        """Report an error in output that training does not need, once, and continue."""
+        try:
+            yield
+        except Exception as error:
+            if output not in self.failed_outputs:
+                self.failed_outputs.add(output)
+                path = self.folder.path
+                kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+                with suppress(Exception):
+                    self.console.note(
+                        f"Could not write {output} of {path} ({kind}{write_problem(error, path)}). "
+                        "Training continues."
+                    )
 
     def batches(self) -> Generator["StepBatches", None, None]:
         """Iterate over this process's batches from the current position, with prefetching."""
@@ -165,7 +185,9 @@ class Run:
         step = self.position.step
         note = self.console.note
         last_heartbeat = self.lock.last_heartbeat if self.lock else None
-        times = launch_times(folder.event_log, folder.metrics, last_heartbeat)
+        times: dict[str, Any] = {}
+        with self.optional("the times of the last launch"):
+            times = launch_times(folder.event_log, folder.metrics, last_heartbeat)
         folder.write_config(plain(config))
         self.event_log = EventLog(folder.event_log, note)
         self.event_log.repair()
@@ -183,7 +205,8 @@ class Run:
             first_step=step,
             warn=note,
         )
-        self._report_missing_metrics(earlier)
+        with self.optional("missing metrics"):
+            self._report_missing_metrics(earlier)
 
     def _report_missing_metrics(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Report once the steps that `metrics.jsonl` has lost.
@@ -211,6 +234,10 @@ class Run:
 
     def log_metrics(self, metrics: dict[str, Any], stage: Stage) -> None:
         """Add the throughput since the last logged step; write to console, files and trackers."""
+        with self.optional("metrics"):
+            self._log_metrics(metrics, stage)
+
+    def _log_metrics(self, metrics: dict[str, Any], stage: Stage) -> None:
         from training.throughput import build_throughput
 
         steps, seconds, data_wait_seconds = self.clock.read()

@@ -171,8 +171,9 @@ def finish(run: Run) -> None:
     goodput = _record_stop(run, "finished", ExitCode.FINISHED)
     if run.metrics is not None:
         run.metrics.close()
-    title, rows, commands = summary(run)
-    run.console.summary(title, [*rows, *goodput], commands)
+    with run.optional("the summary"):
+        title, rows, commands = summary(run)
+        run.console.summary(title, [*rows, *goodput], commands)
     run.watchdog.close()
 
 
@@ -204,27 +205,36 @@ def _record_stop(run: Run, reason: str, code: ExitCode, **more: str) -> list[tup
     """Record the end of this launch; return the goodput of the run as a console row."""
     if run.event_log is None:
         return []
-    goodput = compute_goodput(run.event_log.read(), alive_until=datetime.now(UTC))
     fields = {"step": run.position.step, "reason": reason, "code": int(code), **more}
-    run.record("stop", **fields, **run.clock.spent(), goodput=goodput.to_dict())
-    return [goodput_row(goodput)]
+    fields |= run.clock.spent()
+    rows = []
+    with run.optional("the goodput"):
+        goodput = compute_goodput(run.event_log.read(), alive_until=datetime.now(UTC))
+        rows = [goodput_row(goodput)]
+        fields["goodput"] = goodput.to_dict()
+    run.record("stop", **fields)
+    return rows
 
 
 def _resume_hint(run: Run, overrides: str = "") -> str:
-    steps = run.folder.committed_steps()
-    if not steps:
-        return "No checkpoint saved yet."
-    command = f"{resume_command(run.config, run.processes)} {overrides}".strip()
-    return f"Checkpoint saved at step {steps[-1]}. Resume with: {command}"
+    with run.optional("the command to resume"):
+        steps = run.folder.committed_steps()
+        if not steps:
+            return "No checkpoint saved yet."
+        command = f"{resume_command(run.config, run.processes)} {overrides}".strip()
+        return f"Checkpoint saved at step {steps[-1]}. Resume with: {command}"
+    return "Resume with the same command."
 
 
 def _exit(run: Run, code: ExitCode) -> NoReturn:
     """Exit without destroying the process group, which could block."""
-    if run.metrics is not None:
-        run.metrics.close()
-    run.watchdog.close()
-    if run.lock is not None:
-        run.lock.release()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        if run.metrics is not None:
+            run.metrics.close()
+        run.watchdog.close()
+        if run.lock is not None:
+            run.lock.release()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)

@@ -5,12 +5,15 @@ Records that W&B does not accept in time are dropped. A failure stops the loggin
 """
 
 import queue
+import re
 import secrets
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from data.files import set_aside_other_kind
 
 MAX_QUEUED = 10_000  # records kept while W&B does not respond
 TIMEOUTS = {"init_timeout": 30, "login_timeout": 30}  # seconds
@@ -70,10 +73,19 @@ class WandbLogger:
             self.failure = error
 
     def _run_id(self) -> str:
-        """Return the W&B run ID from the run folder when resuming, otherwise a new one."""
+        """Return the W&B run ID from the run folder when resuming, otherwise a new one.
+
+        A damaged ID, or what is not a file, is replaced. If the disk is full, the ID is not kept.
+        """
         path = self._folder / "wandb" / "run_id"
-        if self._first_step > 0 and path.exists():
-            return path.read_text().strip()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4))
-        return path.read_text()
+        with suppress(OSError, ValueError):  # ValueError: not UTF-8
+            saved = path.read_text(encoding="utf-8").strip()
+            if self._first_step > 0 and re.fullmatch(r"[\w-]{1,64}", saved, re.ASCII):
+                return saved
+        new = secrets.token_hex(4)
+        with suppress(OSError):
+            set_aside_other_kind(path.parent, is_folder=True)
+            set_aside_other_kind(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(new, encoding="utf-8")
+        return new

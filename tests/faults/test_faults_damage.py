@@ -8,7 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import FAULT_STEPS, read_events, reproducible_metrics
+from conftest import (
+    FAULT_STEPS,
+    REPRODUCIBLE_KEYS,
+    read_events,
+    read_metrics,
+    reproducible_metrics,
+)
 from fork_server import Fault, ForkServer
 from processes import is_running, wait_for
 
@@ -143,6 +149,49 @@ def test_failing_logs_and_trackers_are_reported_once_and_do_not_change_the_weigh
         assert len(re.findall(failure, output)) == 1, f"{failure}:\n{output}"
     last = Path("checkpoints") / f"step-{FAULT_STEPS:08d}" / "__0_0.distcp"
     assert (full / last).read_bytes() == (reference / last).read_bytes()
+
+
+OUTPUTS = {
+    "training.run_summary.header": "the header",
+    "training.throughput.build_throughput": "metrics",
+    "training.loss_plot.plot_loss": "loss.png",
+    "training.shutdown.compute_goodput": "the goodput",
+    "training.shutdown.summary": "the summary",
+    "training.shutdown.resume_command": "the command to resume",
+}
+
+
+def test_damaged_logs_and_failing_outputs_change_no_exit_code(
+    fork_server: ForkServer,
+    train_arguments: Callable[..., list[str]],
+    uninterrupted: Any,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run"
+    stop = Fault(0, 10, "SIGUSR1", "model.llama.Llama.forward")
+    launch = fork_server.run(train_arguments(folder), 1, stop)
+    assert launch.exit_codes == {0: ExitCode.STOPPED}, launch.output()
+    ledger, metrics = folder / "ledger.jsonl", folder / "metrics.jsonl"
+    flipped = ledger.read_bytes().replace(b"productive_seconds", b"prodXctive_seconds")
+    ledger.write_bytes(flipped.replace(b'"time": "2', b'"time": "x', 1))
+    metrics.write_bytes(b"")
+    bug = "RuntimeError: a bug"
+    bugs = [Fault(0, 1, bug, name, last_call=ALWAYS) for name in OUTPUTS]
+    stop = Fault(0, 6, "SIGUSR1", "model.llama.Llama.forward")
+    launch = fork_server.run(train_arguments(folder, "validation.interval=1"), 1, *bugs, stop)
+    assert launch.exit_codes == {0: ExitCode.STOPPED}, launch.output()
+    output = " ".join(launch.output().split())
+    assert "ledger.jsonl has 1 damaged lines and is kept as ledger.jsonl.damaged" in output
+    assert re.search(r"has lost the metrics of steps 1 to 1\d\.", output), output
+    named = {name for name in OUTPUTS.values() if output.count(f"Could not write {name} ") == 1}
+    assert named == {*OUTPUTS.values()} - {"the summary"}, output
+    metrics.write_bytes(b"\xff\n")
+    ledger.write_bytes(bytes(range(256)) * 9 + b'{"event": "start", "time": -1, "step": NaN}\n')
+    launch = fork_server.run(train_arguments(folder), 1, *bugs[-3:])
+    assert launch.exit_codes == {0: ExitCode.FINISHED}, launch.output()
+    assert "Could not write the summary " in launch.output()
+    found = [{key: line[key] for key in REPRODUCIBLE_KEYS} for line in read_metrics(folder)]
+    assert found == uninterrupted(1)[-len(found) :]  # the samples and losses of the last steps
 
 
 def test_suspended_rank_ends_the_run_which_then_resumes_bit_for_bit(

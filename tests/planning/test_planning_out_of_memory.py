@@ -127,6 +127,19 @@ def test_snapshot_is_written_for_a_gpu(tmp_path: Path, monkeypatch: pytest.Monke
     assert path == tmp_path / "out_of_memory" / "rank_3.pickle" and written == [str(path)]
 
 
+def test_error_while_planning_does_not_replace_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(out_of_memory, "compare_device", fail)
+    config = trained(f"run.dir={tmp_path}")
+    with pytest.raises(OutOfMemory) as raised, memory_advice(config, PROCESSES, MESH):
+        raise torch.OutOfMemoryError(ERROR)
+    assert "a bug" in str(raised.value) and "Tried to allocate 2.00 GiB" in str(raised.value)
+
+
 def test_other_errors_are_not_changed() -> None:
     error = RuntimeError("shape mismatch")
     with pytest.raises(RuntimeError) as raised, memory_advice(trained(), PROCESSES, MESH):

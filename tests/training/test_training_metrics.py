@@ -1,6 +1,7 @@
 """Metrics logging survives kills, resumes and full disks, and never stops training."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -333,6 +334,27 @@ def test_wandb_receives_same_metrics_and_resume_continues_its_run(
     assert ids[0] == ids[1] != ids[2]  # resumed, then restarted from scratch
     assert seen.log[0] == {k: v for k, v in record(1).items() if v is not None}
     assert len(seen.finish) == 3
+
+
+def test_damaged_wandb_id_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = fake_wandb(monkeypatch)
+    path = tmp_path / "wandb" / "run_id"
+    for damage in (b"", b"\xff\xfe", b"a b", b"x" * 100, None):
+        shutil.rmtree(tmp_path / "wandb", ignore_errors=True)
+        if damage is None:
+            path.mkdir(parents=True)
+        else:
+            path.parent.mkdir()
+            path.write_bytes(damage)
+        log, warnings = open_log(tmp_path, 1, wandb="project")
+        log.write(record(2))
+        log.close()
+        assert not warnings and seen.init[-1]["id"] == path.read_text()
+    shutil.rmtree(tmp_path / "wandb")
+    (tmp_path / "wandb").touch()  # a file at the path of the folder
+    log, warnings = open_log(tmp_path, 1, wandb="project")
+    log.close()
+    assert not warnings and seen.init[-1]["id"] == path.read_text()
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
