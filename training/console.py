@@ -3,7 +3,8 @@
 Metrics are aligned lines, each flushed; a terminal also shows a `rich` panel and, below the lines,
 a progress bar. Output to a file or pipe has no control codes. Ranks other than 0 use a disabled
 console, so callers do not check the rank. Only `log` redraws the bar: there is no refresh thread,
-so the bar stops if training hangs. `resilience.standard_streams` handles output that fails.
+so the bar stops if training hangs. `resilience.standard_streams` handles output that fails; text
+that `rich` cannot print is printed without it.
 """
 
 import math
@@ -13,6 +14,7 @@ import textwrap
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, TextIO
 
@@ -139,10 +141,13 @@ class Console:
         )
         self._progress = Progress(*columns, console=self._rich, auto_refresh=False, expand=True)
         step = f"step {first_step}/{max_steps}"
-        self._task = self._progress.add_task(
-            "", total=max_steps, completed=first_step, step=step, metrics="first step"
-        )
-        self._progress.start()
+        try:
+            self._task = self._progress.add_task(
+                "", total=max_steps, completed=first_step, step=step, metrics="first step"
+            )
+            self._progress.start()
+        except Exception:  # of rich: metrics are printed without the bar
+            self._progress = None
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Show a metrics record; only its `step` is required."""
@@ -164,7 +169,8 @@ class Console:
         metrics.append(f"{duration(left)} left")
         shown = f"step {step}/{self._max_steps}"
         fields: dict[str, Any] = {"step": shown, "metrics": "  ".join(metrics)}
-        self._progress.update(self._task, completed=step, refresh=True, **fields)
+        with suppress(Exception):  # of rich; the line above has the metrics
+            self._progress.update(self._task, completed=step, refresh=True, **fields)
 
     def note(self, text: str) -> None:
         """Print a message, above the progress bar if there is one."""
@@ -172,10 +178,11 @@ class Console:
 
     def stop(self) -> None:
         """Stop the progress display, leaving the bar on the screen."""
-        if self._progress is not None:
+        progress, self._progress = self._progress, None
+        if progress is not None:
             self._rich.quiet = not self._file.isatty()  # no control codes without a terminal
-            self._progress.stop()
-            self._progress = None
+            with suppress(Exception):  # of rich
+                progress.stop()
 
     def summary(
         self, title: str, rows: Sequence[tuple[str, str]], commands: Sequence[tuple[str, str]]
@@ -232,8 +239,14 @@ class Console:
 
     def _print(self, text: str, style: str = "") -> None:
         """Print and flush text, on a terminal with a style and above the progress bar."""
-        self._check_terminal()
-        self._rich.print(self._text(text, style), soft_wrap=True)
+        try:
+            self._check_terminal()
+            self._rich.print(self._text(text, style), soft_wrap=True)
+        except Exception:  # of rich
+            if self.enabled:
+                with suppress(Exception):
+                    plain = _clean(text).encode("ascii", "backslashreplace").decode()
+                    print(plain, file=self._file, flush=True)
 
     def _text(self, text: str, style: str = "") -> Text:
         """Return text to print; characters outside the file's encoding become "?"."""

@@ -219,6 +219,29 @@ def test_progress_bar_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal(run, monkeypatch)
 
 
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_text_is_printed_despite_errors_of_rich(
+    monkeypatch: pytest.MonkeyPatch, on_terminal: bool
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("a bug")
+
+    def run(console: Console) -> None:
+        for name in ("start", "stop", "update"):
+            monkeypatch.setattr(console_module.Progress, name, fail)
+        if not on_terminal:
+            monkeypatch.setattr(console_module.RichConsole, "print", fail)
+        console.start(0, 40)
+        console.log(record(1))
+        console.note("remark é")
+        console.stop()
+        console.summary("Done", [("loss", "4.5")], [("evaluate", COMMAND)])
+
+    output = terminal(run, monkeypatch) if on_terminal else plain(run)
+    assert ("remark é" if on_terminal else r"remark \xe9") in output
+    assert "1/40" in output and COMMAND in output
+
+
 def test_output_is_plain_once_the_terminal_has_disappeared(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         exists = True
