@@ -151,6 +151,7 @@ def set_up(
     )
     run.open_logs(changes)
     watchdog.on_abort = partial(record_fault, run)
+    watchdog.background_save = run.saver.running
     with run.optional("the header"):
         console.header(*header(run, changes))
     return run

@@ -75,6 +75,7 @@ class Saver:
         self._main_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._write_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._thread: threading.Thread | None = None
+        self._thread_step, self._thread_started = 0, 0.0
         self._buffers: State | None = None
         self._results: queue.SimpleQueue[SaveResult] = queue.SimpleQueue()
         self._errors: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -118,8 +119,16 @@ class Saver:
             name="checkpoint",
             daemon=True,  # an aborting process does not wait for it
         )
+        self._thread_step, self._thread_started = position.step, time.monotonic()
         self._thread.start()
         return True
+
+    def running(self) -> tuple[int, float, int | None] | None:
+        """Return step, start (`time.monotonic`) and thread of a save in the background."""
+        thread = self._thread
+        if thread is None or not thread.is_alive():
+            return None
+        return self._thread_step, self._thread_started, thread.ident
 
     def poll(self) -> list[SaveResult]:
         """Return the results of saves that ended since the last call, without waiting.

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from resilience.config import TimeLimits
+from resilience.exit_timer import run_limited
 
 FOLDER = "flight_recorder"  # in the run folder
 ENTRIES = "2000"  # collectives per rank, PyTorch's default: a megabyte
-SECONDS = 5.0  # for writing
+SECONDS = 3.0  # for writing
 
 _SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 _PREFIX = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
@@ -62,7 +63,5 @@ def dump(rank: int) -> Path | None:
             path.write_bytes(function())
             written.set()
 
-    thread = threading.Thread(target=write, daemon=True)
-    thread.start()
-    thread.join(SECONDS)
+    run_limited(write, SECONDS)
     return path.parent if written.is_set() else None

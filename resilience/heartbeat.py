@@ -15,6 +15,7 @@ from typing import Literal
 Phase = Literal["set-up", "step", "checkpoint"]
 
 MAX_FRAMES = 12  # innermost frames of a stack
+LOADER = os.path.join("data", "loader.py:")  # waits for the threads that read
 ROOT = str(Path(__file__).parent.parent) + os.sep
 
 
@@ -28,6 +29,7 @@ class Heartbeat:
         count: Number of this heartbeat, increasing.
         lost_peer: Whether the process has lost its connection to another rank.
         stack: Stack of the main thread, innermost frame last.
+        blocked: The threads that wait for a file system, in one line, if it may exceed a limit.
     """
 
     rank: int
@@ -39,6 +41,7 @@ class Heartbeat:
     count: int = 0
     lost_peer: bool = False
     stack: Sequence[str] = ()
+    blocked: str = ""
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
@@ -71,8 +74,15 @@ class Heartbeat:
     def late_message(self, others: "Sequence[Heartbeat]" = ()) -> str:
         """Return the message about processes that have the same stack and exceeded a time limit."""
         also = f" and ranks {', '.join(str(other.rank) for other in others)}" if others else ""
-        state = f"{'waiting' if self.is_waiting else 'stuck'} in {self.activity}"
-        return f"{self}{also} {state} for {self.seconds:.0f} s:\n{self.indented_stack}"
+        state = f"{self._state} in {self.activity} for {self.seconds:.0f} s"
+        blocked = "".join(f"\n{beat.blocked}" for beat in (self, *others) if beat.blocked)
+        return f"{self}{also} {state}:\n{self.indented_stack}{blocked}"
+
+    @property
+    def _state(self) -> str:
+        if any(frame.startswith(LOADER) for frame in self.stack):
+            return "waiting for data"
+        return "waiting" if self.is_waiting else "stuck"
 
 
 def hosts_at_fault(suspects: Sequence[Heartbeat], beats: Sequence[Heartbeat]) -> list[str]:
@@ -90,11 +100,16 @@ def stack_of(thread: int | None) -> list[str]:
     frame = sys._current_frames().get(thread or 0)
     if frame is None:
         return []
-    *outer, inner = traceback.extract_stack(frame)
+    # Not `traceback.extract_stack`, which reads the source files: their disk may hang.
+    inner, *outer = [(f.f_code, number) for f, number in traceback.walk_stack(frame)]
     # The virtual environment may be a subfolder of the repository.
-    own = [f for f in outer if f.filename.startswith(ROOT) and "site-packages" not in f.filename]
-    frames = [*own[-MAX_FRAMES:], inner]
-    return [f"{_short_path(f.filename)}:{f.lineno} {f.name}" for f in frames]
+    own = [
+        each
+        for each in outer
+        if each[0].co_filename.startswith(ROOT) and "site-packages" not in each[0].co_filename
+    ]
+    frames = [*reversed(own[:MAX_FRAMES]), inner]
+    return [f"{_short_path(code.co_filename)}:{number} {code.co_name}" for code, number in frames]
 
 
 def _short_path(path: str) -> str:

@@ -30,6 +30,7 @@ HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0  # a lock without heartbeats for this long, by the watcher's clock, is stale
 RETRY_SECONDS = 5.0  # a process killed a moment ago holds its lock until its memory is freed
 POLL_SECONDS = 0.2
+LONGEST_POLL_SECONDS = 1.0  # of which all counts as watched
 _FILE_BYTES = 1024  # fixed file size, more than a holder needs
 # Errors of file systems without locks: NFS without its lock daemon, Lustre without -o flock, …
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -243,9 +244,8 @@ def _is_stale(path: Path, holder: Holder) -> bool:
     Raises:
         LockedError: The file changes: its holder is alive.
     """
-    deadline = time.monotonic() + STALE_SECONDS
-    first = None
-    while time.monotonic() < deadline:
+    first, watched, last = None, 0.0, time.monotonic()
+    while watched < STALE_SECONDS:
         try:
             # Reopen each time: NFS revalidates its cache only on open.
             with open(path, encoding="utf-8") as file:
@@ -256,6 +256,9 @@ def _is_stale(path: Path, holder: Holder) -> bool:
         if seen != first:
             raise _locked_error(path, Holder.read(path) or holder)
         time.sleep(POLL_SECONDS)
+        # While a read hangs, the holder's heartbeats may hang too: that time does not count.
+        now = time.monotonic()
+        watched, last = watched + min(now - last, LONGEST_POLL_SECONDS), now
     return True
 
 

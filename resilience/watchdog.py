@@ -4,7 +4,8 @@ Every rank writes heartbeats (phase, step, stack of the main thread) to a key-va
 rank 0. Rank 0 checks them, publishes the reason to abort, and every process exits by itself
 and kills the processes it started, because a rank blocked in a collective cannot be reached
 otherwise. The last position of a rank that
-was killed, suspended or lost with its node is therefore still known.
+was killed, suspended or lost with its node is therefore still known. Exits do not depend on a file
+system: reports are written by another thread, within a time limit.
 """
 
 import faulthandler
@@ -25,8 +26,10 @@ from typing import Any, NoReturn
 from parallel.mesh import process_ranks
 from parallel.slurm import host_name
 from resilience import flight_recorder
+from resilience.blocked_threads import blocked_threads, describe
 from resilience.config import TimeLimits
 from resilience.exit_codes import ExitCode
+from resilience.exit_timer import ExitTimer, run_limited
 from resilience.heartbeat import Heartbeat, Phase, hosts_at_fault, stack_of
 
 HEARTBEAT_SECONDS = 1.0
@@ -34,8 +37,12 @@ RANKS_PER_HEARTBEAT = 256  # above this many ranks the interval grows: rank 0 re
 SILENT_SECONDS = 60.0  # a process without a heartbeat for this long counts as dead
 GRACE_SECONDS = 5.0  # for processes to exit by themselves when all exit together
 PAUSE_SECONDS = 5.0  # a longer gap in this thread means that the process was suspended
-BACKSTOP_SECONDS = 60.0  # beyond a limit, for a process whose Python threads no longer run
-ABORT_SECONDS = 30.0  # for an abort
+BACKSTOP_SECONDS = 8.0  # beyond a limit, for a process whose Python threads no longer run
+ABORT_SECONDS = 8.0  # for an abort, of which
+REPORT_SECONDS = 5.0  # for messages, event log and flight recorder, whose disk may hang, and
+KILL_SECONDS = 1.5  # for killed children to exit
+CLOSE_SECONDS = 60.0  # for the last steps of an exit, such as Python's finalization
+NEAR_LIMIT_SECONDS = 5.0  # before a limit, heartbeats include the threads that wait for files
 
 PEER_FAILURES = (ExitCode.RANK_FAILED, ExitCode.RANK_FAILED_BEFORE_SAVE)
 # All ranks exit together with these codes, so the first one to exit is not at fault.
@@ -55,7 +62,9 @@ class Watchdog:
         has_saved: Whether this launch has committed a checkpoint, which selects the exit code.
         fault_hosts: Hosts of the ranks that caused the abort, if known; set before `on_abort`.
         setup_hint: Returns what to check if the processes of the run do not meet in time.
-        on_abort: Called with the reason before the process exits; runs in a watchdog thread.
+        on_abort: Called with the reason before the process exits; runs in a thread of its own.
+        background_save: Returns step, start (`time.monotonic`) and thread of a save that runs while
+            training continues.
     """
 
     def __init__(self, limits: TimeLimits) -> None:
@@ -73,8 +82,12 @@ class Watchdog:
         self.fault_hosts: Sequence[str] = ()
         self._code: ExitCode | None = None
         self._aborting = False
+        self._abort_lock = threading.Lock()
+        self._exit_timer = ExitTimer()
+        self._interval = HEARTBEAT_SECONDS
         self.setup_hint: Callable[[], str] = lambda: "Did every node start its processes?"
         self.on_abort: Callable[[str], None] = lambda reason: None
+        self.background_save: Callable[[], tuple[int, float, int | None] | None] = lambda: None
         self._main_thread = threading.main_thread().ident
         rank = process_ranks()[0]
         self._state = Heartbeat(rank, host_name(), os.getpid())
@@ -94,6 +107,7 @@ class Watchdog:
         import torch.distributed as dist
 
         self._state.rank, self._size = dist.get_rank(), dist.get_world_size()
+        self._interval = HEARTBEAT_SECONDS * max(1.0, self._size / RANKS_PER_HEARTBEAT)
         host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=60)
         server: list[Any] = [None, self._state.host]  # port and host
         if self._state.rank == 0:
@@ -161,9 +175,17 @@ class Watchdog:
             time.sleep(3 * HEARTBEAT_SECONDS)  # until the other ranks have read it
         return first
 
-    def close(self) -> None:
-        """Stop watching; the process is about to exit by itself."""
+    def close(self, code: ExitCode | None = None) -> None:
+        """Stop watching.
+
+        Args:
+            code: The process is about to exit by itself with this code; it does within
+                `CLOSE_SECONDS`, even if a file, a thread or another rank does not answer.
+        """
         self._closed.set()
+        self._exit_timer.cancel()
+        if code is not None:
+            self._exit_timer.start(CLOSE_SECONDS, code)
         faulthandler.cancel_dump_traceback_later()
         for thread in self._threads:  # a daemon thread inside C++ crashes interpreter shutdown
             if thread is not threading.current_thread():
@@ -197,8 +219,7 @@ class Watchdog:
     def _exchange(self) -> None:
         """Send heartbeats to the store and look for an abort; rank 0 also checks all heartbeats."""
         seen: dict[int, tuple[int, float]] = {}
-        interval = HEARTBEAT_SECONDS * max(1.0, self._size / RANKS_PER_HEARTBEAT)
-        count, last = 0, time.monotonic()
+        interval, count, last = self._interval, 0, time.monotonic()
         while not self._closed.wait(interval):
             count += 1
             if time.monotonic() - last > interval + PAUSE_SECONDS:
@@ -266,48 +287,89 @@ class Watchdog:
     def _follow(self, code: int, reason: str, hosts: Sequence[str] = ()) -> NoReturn:
         """Exit because another rank published an abort and reported it."""
         self._code, self.fault_hosts = ExitCode(code), hosts
-        if self._state.rank == 0:
-            with suppress(Exception):
-                self.on_abort(reason)
-        self._abort("", report=False)
+        self._abort(reason, report=False, followed=True)
 
-    def _abort(self, reason: str, report: bool = True) -> NoReturn:
-        """Exit; rank 0 publishes the reason first and kills its children."""
+    def _abort(self, reason: str, report: bool = True, followed: bool = False) -> NoReturn:
+        """Exit; rank 0 publishes the reason first and kills its children.
+
+        Args:
+            report: Print the reason, and on rank 0 record it.
+            followed: Another rank has published and reported the abort.
+        """
+        self._abort_lock.acquire()  # the first reason counts; another thread waits for the exit
         self._aborting = True
+        is_main = self._connected and self._state.rank == 0
         # PyTorch's recorder queries CUDA events with the GIL held, which a call that hangs in the
-        # driver may block; the disk of the run may hang too.
-        faulthandler.dump_traceback_later(ABORT_SECONDS, exit=True)
-        if report:
-            print(f"Aborting: {reason}", file=sys.stderr, flush=True)
-        if self._connected and self._state.rank == 0:
+        # driver may block.
+        self._exit_timer.start(ABORT_SECONDS, self.exit_code)
+        self._arm_traceback(ABORT_SECONDS - 1)
+        started = time.monotonic()
+        reporting = threading.Thread(
+            target=self._report, args=(reason, report, followed), daemon=True
+        )
+        reporting.start()
+        if is_main:
             with suppress(Exception):
                 self._store.compare_set("abort", "", json.dumps([self.exit_code, reason]))
-        collectives = flight_recorder.dump(self._state.rank) if self._connected else None
-        if report:
-            if collectives is not None:
-                command = f"torchfrtrace --just_print_entries {collectives}"
-                print(f"Last collectives of each rank: {command}", file=sys.stderr, flush=True)
-            with suppress(Exception):
-                self.on_abort(reason)
-        if self._connected and self._state.rank == 0:
-            time.sleep(3 * HEARTBEAT_SECONDS)  # until the other ranks have read it
-        elif self._connected and reason and _is_child_of_main():
+        reporting.join(REPORT_SECONDS)
+        if is_main:  # until the other ranks have read it
+            time.sleep(max(0.0, started + 3 * HEARTBEAT_SECONDS - time.monotonic()))
+        elif self._connected and not followed and _is_child_of_main():
             with suppress(OSError):  # a suspended main process would never exit
                 os.kill(os.getppid(), signal.SIGKILL)
-        for child in self.children:
-            child.kill()
+        self._kill_children()
         os._exit(self.exit_code)
 
+    def _report(self, reason: str, report: bool, followed: bool) -> None:
+        """Print and record an abort; may hang with a disk."""
+        if report:
+            _print(f"Aborting: {reason}")
+        beat = self._heartbeat(0)
+        if not beat.blocked and (blocked := describe(str(beat), blocked_threads())):
+            _print(blocked)  # rank 0 does not know of it
+        collectives = flight_recorder.dump(self._state.rank) if self._connected else None
+        if report and collectives is not None:
+            command = f"torchfrtrace --just_print_entries {collectives}"
+            _print(f"Last collectives of each rank: {command}")
+        if report or (followed and self._state.rank == 0):
+            with suppress(Exception):
+                self.on_abort(reason)
+
+    def _kill_children(self) -> None:
+        """Kill the processes that this one started, and report those that cannot exit."""
+        for child in self.children:
+            child.kill()
+        deadline = time.monotonic() + KILL_SECONDS
+        while any(each.poll() is None for each in self.children) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        lines = [
+            describe(f"rank {rank} (pid {child.pid} on {self._state.host})", threads)
+            for rank, child in enumerate(self.children, start=1)
+            if child.poll() is None and (threads := blocked_threads(child.pid))
+        ]
+        if lines:
+            run_limited(lambda: _print("\n".join(lines)), ABORT_SECONDS)  # the timer ends it
+
     def _arm_backstop(self) -> None:
-        """Set a timeout in C, for a process whose Python threads do not run."""
-        faulthandler.cancel_dump_traceback_later()
-        if (limit := self._limits[self._state.phase]) < math.inf:
-            faulthandler.dump_traceback_later(limit + BACKSTOP_SECONDS, exit=True)
+        """Set timeouts in C, for a process whose Python threads do not run."""
+        self._exit_timer.cancel()
+        limit = self._limits[self._state.phase]
+        if limit < math.inf:
+            seconds = limit + BACKSTOP_SECONDS + 2 * (self._interval - HEARTBEAT_SECONDS)
+            self._exit_timer.start(seconds + 1, self.exit_code)
+            self._arm_traceback(seconds)
+        else:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _arm_traceback(self, seconds: float) -> None:
+        """Print the stacks of all threads after `seconds`, from C; the exit timer ends it."""
+        faulthandler.dump_traceback_later(seconds, exit=sys.platform != "linux")
 
     def _pause_backstop_on_sigtstp(self) -> None:
         """Cancel the backstop on Ctrl-Z, or it would expire while the process is suspended."""
 
         def stop(number: int, frame: Any) -> None:
+            self._exit_timer.cancel()
             faulthandler.cancel_dump_traceback_later()
             os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -315,14 +377,31 @@ class Watchdog:
             signal.signal(signal.SIGTSTP, stop)
 
     def _heartbeat(self, count: int) -> Heartbeat:
-        seconds, stack = time.monotonic() - self._since, stack_of(self._main_thread)
-        return replace(self._state, seconds=seconds, count=count, stack=stack)
+        """Return the state of the main thread or, if it is nearer to its limit, of the save."""
+        now = time.monotonic()
+        beat = replace(self._state, seconds=now - self._since, count=count)
+        thread, save = self._main_thread, self.background_save()
+        if save is not None and self._limits["checkpoint"] + save[1] < now + self._near_limit:
+            late = replace(beat, phase="checkpoint", step=save[0], seconds=now - save[1])
+            if self._seconds_left(late) < self._seconds_left(beat):
+                beat, thread = late, save[2]
+        beat.stack = stack_of(thread)
+        if self._seconds_left(beat) < self._near_limit:
+            beat.blocked = describe(str(beat), blocked_threads())
+        return beat
 
     def _send_heartbeat(self, count: int) -> None:
         self._store.set(f"beat/{self._state.rank}", json.dumps(asdict(self._heartbeat(count))))
 
     def _is_late(self, beat: Heartbeat) -> bool:
-        return beat.seconds > self._limits[beat.phase]
+        return self._seconds_left(beat) < 0
+
+    def _seconds_left(self, beat: Heartbeat) -> float:
+        return self._limits[beat.phase] - beat.seconds
+
+    @property
+    def _near_limit(self) -> float:
+        return NEAR_LIMIT_SECONDS * self._interval
 
     def _last_position(self, rank: int) -> str:
         """Return the last reported position of a rank, up to one heartbeat old, for a message."""
@@ -341,3 +420,8 @@ class Watchdog:
 def _is_child_of_main() -> bool:
     """Return whether the main process of the run started this one and is still its parent."""
     return os.environ.get("LLAMESH_MAIN_PID") == str(os.getppid())
+
+
+def _print(text: str) -> None:
+    with suppress(Exception):  # closed, or on a full disk
+        print(text, file=sys.stderr, flush=True)

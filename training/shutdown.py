@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import NoReturn
 
 from data.errors import DataError
@@ -20,6 +21,7 @@ from parallel.slurm import host_name
 from resilience.errors import LaunchError, OutOfMemory, is_connection_fault, is_hardware_fault
 from resilience.event_log import EventLog
 from resilience.exit_codes import ExitCode
+from resilience.exit_timer import run_limited
 from resilience.goodput import Goodput, compute_goodput
 from resilience.lock import RunLock
 from resilience.run_folder import RunFolderError
@@ -27,6 +29,7 @@ from resilience.watchdog import Watchdog
 from training.run import Run
 from training.run_summary import resume_command, summary
 
+LEAVE_SECONDS = 5.0  # for a message and the removal of the lock file, whose disk may hang
 LAST_SAVE_SECONDS = 60.0  # for a save that is running when the run aborts
 
 STOP_REASONS = {
@@ -86,16 +89,21 @@ def report_signal(run: Run, number: signal.Signals, again: bool) -> None:
     Called in a separate thread: the main thread may be compiling, saving or inside a long step.
     """
     if again:
-        if run.fabric.is_global_zero:
-            run.console.stop()
-            _report(f"Exited without saving the last steps. {_resume_hint(run)}")
-        if run.lock is not None:
-            run.lock.release()
+        run_limited(partial(_leave, run), LEAVE_SECONDS)
         os._exit(ExitCode.INTERRUPTED)
     cause, more = f"Received {number.name}: ", ""
     if number == signal.SIGINT:
         cause, more = "", " Press Ctrl-C again to exit at once, without saving."
     run.console.note(f"{cause}Stopping after this step, with a checkpoint.{more}")
+
+
+def _leave(run: Run) -> None:
+    """Print how to resume and release the folder, before an exit without a checkpoint."""
+    if run.fabric.is_global_zero:
+        run.console.stop()
+        _report(f"Exited without saving the last steps. {_resume_hint(run)}")
+    if run.lock is not None:
+        run.lock.release()
 
 
 def stop_run(run: Run, code: ExitCode, reason: str = "") -> NoReturn:
@@ -174,7 +182,7 @@ def finish(run: Run) -> None:
     with run.optional("the summary"):
         title, rows, commands = summary(run)
         run.console.summary(title, [*rows, *goodput], commands)
-    run.watchdog.close()
+    run.watchdog.close(ExitCode.FINISHED)
 
 
 def _report(message: str) -> None:
@@ -231,7 +239,7 @@ def _exit(run: Run, code: ExitCode) -> NoReturn:
     try:
         if run.metrics is not None:
             run.metrics.close()
-        run.watchdog.close()
+        run.watchdog.close(code)
         if run.lock is not None:
             run.lock.release()
         sys.stdout.flush()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -323,6 +324,28 @@ def test_lock_of_another_machine_without_heartbeats_is_taken_over(folder: RunFol
     assert time.monotonic() - started_at >= STALE
     assert len(messages) == 2 and "watching" in messages[0] and "stale lock" in messages[1]
     mine.release()
+
+
+def test_time_in_which_the_disk_hangs_does_not_count_as_silence(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder cannot send heartbeats either, and continues when the disk answers again."""
+    write_remote_lock(folder)
+    monkeypatch.setattr(lock, "LONGEST_POLL_SECONDS", INTERVAL)
+    n_reads = 0
+
+    def hang_once(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal n_reads
+        n_reads += 1
+        if n_reads == 2:
+            time.sleep(1.5 * STALE)
+        if n_reads == 4:
+            os.utime(folder.path / "lock")
+        return open(*arguments, **keywords)
+
+    monkeypatch.setattr(lock, "open", hang_once, raising=False)
+    with pytest.raises(LockedError, match="process 12 on n2"):
+        acquire_lock(folder, lambda message: None)
 
 
 def test_clock_of_another_machine_is_ignored(folder: RunFolder) -> None:
