@@ -26,6 +26,7 @@ from parallel.step_scalars import NO_REQUESTS, StepRequests
 from resilience import flight_recorder
 from resilience.exit_codes import ExitCode
 from resilience.lock import RunLock
+from resilience.run_folder import RunFolder
 from resilience.signals import Requests
 from resilience.slurm_time_limit import slurm_time_left
 from resilience.standard_streams import continue_in
@@ -44,6 +45,7 @@ from training.shutdown import (
     finish,
     published_on_error,
     record_fault,
+    record_setup_fault,
     report_signal,
     stop_run,
 )
@@ -72,6 +74,8 @@ def main(arguments: list[str]) -> None:
         if memory_plan and is_first_process():
             print(memory_plan, flush=True)
         watchdog = Watchdog(watchdog_limits(config, processes, mesh))
+        folder = RunFolder(Path(config.run.dir))
+        watchdog.on_abort = partial(record_setup_fault, folder, watchdog)
         with (
             abandoned_on_error(lock),
             published_on_error(watchdog),

@@ -60,6 +60,12 @@ def host_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def launch_id(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Return an identifier of this launch of a job, None outside of SLURM."""
+    job = environment.get("SLURM_JOB_ID")
+    return f"{job}.{environment.get('SLURM_RESTART_COUNT', '0')}" if job else None
+
+
 def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
     """Return `MASTER_ADDR` and `MASTER_PORT` of this job step; values already set are kept.
 

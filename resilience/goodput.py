@@ -98,7 +98,8 @@ def compute_goodput(events: Iterable[Event], alive_until: datetime | None = None
     for event in events:
         if event.get("event") == "start":
             launches.append([])
-        if launches:
+        is_setup_fault = event.get("event") == "fault" and event.get("step") is None
+        if launches and not is_setup_fault:  # of a launch without a start
             launches[-1].append(event)
     goodput, work = Goodput(starts=len(launches)), _WorkTimeline()
     end: float | None = None

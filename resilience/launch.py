@@ -30,6 +30,7 @@ from parallel.parallelize import parallelize
 from parallel.slurm import host_name, rendezvous
 from parallel.strategy import MeshStrategy, OwnGpu
 from resilience.errors import LaunchError
+from resilience.exit_codes import ExitCode
 from resilience.host_memory import keep_freed_memory
 from resilience.launcher_variables import network_hint
 from resilience.process_setup import bind_to_gpu, set_up_process
@@ -62,7 +63,10 @@ def launch(
     elif processes.launcher == "torchrun":
         # Otherwise the processes of a killed torchrun keep training into the run folder.
         _kill_with_parent()
-    elif processes.launcher == "srun":
+    code = ExitCode.USER_ERROR  # if the processes cannot connect to each other
+    if processes.launcher == "srun":
+        if "MASTER_PORT" not in os.environ:  # a restart has another port, and perhaps other nodes
+            code = ExitCode.RANK_FAILED_BEFORE_SAVE
         os.environ.update(rendezvous(os.environ))
     set_up_process(processes, parallel)
     if processes.accelerator == "cpu":
@@ -88,7 +92,7 @@ def launch(
         strategy=strategy,
         plugins=environments.get(processes.launcher, TorchElasticEnvironment)(),
     )
-    with _launch_errors():
+    with _launch_errors(code):
         compared = processes.launcher != "self" and processes.world_size > 1
         store = check_ranks(processes, watchdog) if compared else None
         fabric.launch()
@@ -100,7 +104,7 @@ def launch(
 
 
 @contextmanager
-def _launch_errors() -> Iterator[None]:
+def _launch_errors(code: ExitCode) -> Iterator[None]:
     """Raise LaunchError, with what to check, if the processes cannot connect to each other."""
     try:
         yield
@@ -111,7 +115,8 @@ def _launch_errors() -> Iterator[None]:
         raise LaunchError(
             f"cannot initialize the process group at {address} (MASTER_ADDR:MASTER_PORT): "
             f"{' '.join(str(error).split())}; if another program uses the port, choose another "
-            "MASTER_PORT or unset it"
+            "MASTER_PORT or unset it",
+            code,
         ) from error
     except RuntimeError as error:
         text = " ".join(str(error).split())
@@ -127,7 +132,7 @@ def _launch_errors() -> Iterator[None]:
         if not is_first_process():  # rank 0 may be waiting for this process
             rank = f"rank {process_ranks()[0]} on {host_name()}"
             print(f"Error: {rank}: {message}", file=sys.stderr, flush=True)
-        raise LaunchError(message) from error
+        raise LaunchError(message, code) from error
 
 
 def silence_libraries() -> None:

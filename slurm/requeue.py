@@ -31,7 +31,7 @@ from resilience.exit_codes import ExitCode  # noqa: E402
 from resilience.run_folder import RunFolder  # noqa: E402
 
 COMMAND_SECONDS = 60.0  # a busy controller may take this long
-RECENT_LAUNCHES = 10  # whose faults count
+RECENT_LAUNCHES = 10  # with faults
 FAULTS = 2  # launches with a fault of the same host, before it is excluded
 FAULT_CODES = (ExitCode.RANK_FAILED, ExitCode.RANK_FAILED_BEFORE_SAVE)
 UNUSABLE = (
@@ -221,21 +221,20 @@ def hosts_to_exclude(folder: RunFolder, job: Mapping[str, str]) -> Iterator[str]
 
 def bad_hosts(event_log: Path) -> dict[str, str]:
     """Return the hosts at fault in recent launches and the reason, faults of hardware first."""
-    launches: list[dict[str, str]] = [{}]  # reason of the fault of each host
+    launches: dict[str, dict[str, str]] = {}  # by launch, reason of the fault of each host
     hardware: dict[str, str] = {}
     for event in EventLog(event_log).read():
-        if event.get("event") == "start":
-            launches.append({})
         hosts, reason = event.get("hosts"), str(event.get("reason")).split("\n")[0]
         is_fault = event.get("event") == "fault" and event.get("code") in FAULT_CODES
-        if is_fault and isinstance(hosts, list):
-            launches[-1] |= {str(host): reason for host in hosts}
-    recent = launches[-RECENT_LAUNCHES:]
+        if is_fault and isinstance(hosts, list) and event.get("launch") is not None:
+            faults = launches.setdefault(str(event["launch"]), {})
+            faults |= {str(host): reason for host in hosts}
+    recent = [*launches.values()][-RECENT_LAUNCHES:]
     for reasons in recent:
         hardware |= {host: text for host, text in reasons.items() if is_hardware_fault(text)}
     counts = Counter(host for reasons in recent for host in reasons)
     repeated = {
-        host: f"faults in {count} of the last {len(recent)} launches"
+        host: f"faults in {count} of the last {len(recent)} launches with faults"
         for host, count in counts.most_common()
         if count >= FAULTS
     }

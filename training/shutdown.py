@@ -17,14 +17,14 @@ from typing import NoReturn
 
 from data.errors import DataError
 from parallel.mesh import is_first_process, process_ranks
-from parallel.slurm import host_name
+from parallel.slurm import host_name, launch_id
 from resilience.errors import LaunchError, OutOfMemory, is_connection_fault, is_hardware_fault
 from resilience.event_log import EventLog
 from resilience.exit_codes import ExitCode
 from resilience.exit_timer import run_limited
 from resilience.goodput import Goodput, compute_goodput
 from resilience.lock import RunLock
-from resilience.run_folder import RunFolderError
+from resilience.run_folder import RunFolder, RunFolderError
 from resilience.watchdog import Watchdog
 from training.run import Run
 from training.run_summary import resume_command, summary
@@ -67,8 +67,11 @@ def published_on_error(watchdog: Watchdog) -> Iterator[None]:
     except Exception as error:
         if (fault := machine_fault(error)) is None:
             raise
-        if watchdog.publish(watchdog.exit_code, *fault) and not is_first_process():
-            _report(f"Error: {fault[0]}")  # only the first process prints a LaunchError
+        first_to_fail = watchdog.publish(watchdog.exit_code, *fault)
+        if is_first_process():  # it prints a LaunchError, and records the fault of another rank
+            watchdog.on_abort(fault[0])
+        elif first_to_fail:
+            _report(f"Error: {fault[0]}")
         raise LaunchError(fault[0], watchdog.exit_code) from error
 
 
@@ -139,7 +142,8 @@ def abort(run: Run, error: Exception) -> NoReturn:
             message += "\n" + "".join(traceback.format_exception(error))
         code = run.watchdog.exit_code
         is_first = run.watchdog.publish(code, fault[0], hosts)
-        _record_fault(run, fault[0], run.event_log)
+        if run.event_log is not None:
+            write_fault(run.event_log, run.watchdog, run.position.step, fault[0])
         if not is_first:
             _exit(run, code)
     else:
@@ -158,16 +162,22 @@ def record_fault(run: Run, reason: str) -> None:
     On rank 0, or on the rank that reports the loss of rank 0.
     """
     run.console.stop()
-    _record_fault(run, reason, run.event_log or EventLog(run.folder.event_log))
+    log = run.event_log or EventLog(run.folder.event_log)
+    write_fault(log, run.watchdog, run.position.step, reason)
     if run.watchdog.exit_code != ExitCode.OUT_OF_MEMORY:  # the rank prints it, with a change
         _report(_resume_hint(run))
 
 
-def _record_fault(run: Run, reason: str, log: EventLog | None) -> None:
-    """Write a `fault` event with the hosts that caused it, for slurm/requeue.py."""
-    if log is not None:
-        code, hosts = int(run.watchdog.exit_code), [*run.watchdog.fault_hosts]
-        log.append("fault", step=run.position.step, reason=reason, code=code, hosts=hosts)
+def record_setup_fault(folder: RunFolder, watchdog: Watchdog, reason: str) -> None:
+    """Record an abort before the run is set up; called in a watchdog thread."""
+    if folder.path.exists():
+        write_fault(EventLog(folder.event_log), watchdog, None, reason)
+
+
+def write_fault(log: EventLog, watchdog: Watchdog, step: int | None, reason: str) -> None:
+    """Write a `fault` event with launch and hosts, for slurm/requeue.py."""
+    code, hosts = int(watchdog.exit_code), [*watchdog.fault_hosts]
+    log.append("fault", step=step, reason=reason, code=code, hosts=hosts, launch=launch_id())
 
 
 def finish(run: Run) -> None:

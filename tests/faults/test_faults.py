@@ -286,8 +286,9 @@ def test_all_ranks_exit_to_be_relaunched_if_the_gpu_of_one_is_defective(
         f"rank 1 on {socket.gethostname()} has a hardware fault: CUDA error: uncorrectable ECC"
     )
     assert message in launch.output(1) and "Traceback" not in launch.output(1)
-    assert "hardware fault" not in launch.output(0)
-    if function == FORWARD:
-        last = read_events(folder)[-1]
-        assert (last["event"], last["code"]) == ("fault", code)
-        assert last["hosts"] == [socket.gethostname()] and last["reason"].startswith(message)
+    assert "hardware fault" not in launch.output(0) or function != FORWARD
+    last = read_events(folder)[-1]
+    assert (last["event"], last["code"]) == ("fault", code)
+    assert last["hosts"] == [socket.gethostname()] and last["reason"].startswith(message)
+    # The log of a launch that failed in its set-up does not disturb the next one.
+    assert fork_server.run(train_arguments(folder, TP2), 2).exit_codes == {0: 0, 1: 0}

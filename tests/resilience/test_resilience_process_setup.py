@@ -18,6 +18,7 @@ from resilience import launch as launch_module
 from resilience import launcher_variables, process_setup
 from resilience.config import TimeLimits
 from resilience.errors import LaunchError
+from resilience.exit_codes import ExitCode
 from resilience.gpu_probe import Gpu
 from resilience.launch import _launch_errors, launch
 from resilience.process_setup import (
@@ -225,9 +226,11 @@ def test_only_failed_connections_are_explained(
     values = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}
     for name, value in {**values, "MASTER_ADDR": "127.0.0.1", "NCCL_IB_DISABLE": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RuntimeError, match=re.escape(str(error))) as raised, _launch_errors():
+    code = ExitCode.RANK_FAILED_BEFORE_SAVE
+    with pytest.raises(RuntimeError, match=re.escape(str(error))) as raised, _launch_errors(code):
         raise error
     assert (raised.value is not error) == reported
+    assert (getattr(raised.value, "code", None) == code) == reported
     hint = "NCCL_IB_DISABLE=1; set NCCL_SOCKET_IFNAME"
     assert (hint in str(raised.value)) == reported
     assert ("rank 1 on" in capsys.readouterr().err) == reported

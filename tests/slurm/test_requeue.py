@@ -210,10 +210,12 @@ START: dict[str, Any] = {"event": "start", "step": 0}
 
 def write_events(run: Path, *events: dict[str, Any], end: str = "") -> None:
     run.mkdir(parents=True, exist_ok=True)
-    times = (f"2026-01-01T00:00:{second:02}+00:00" for second in range(60))
-    timed = ({"time": time, **event} for time, event in zip(times, events, strict=False))
-    lines = [json.dumps(event) + "\n" for event in timed]
-    (run / "ledger.jsonl").write_text("".join(lines) + end)
+    text, launch = "", 0
+    for second, event in enumerate(events):
+        launch += event is START
+        added = {"time": f"2026-01-01T00:00:{second:02}+00:00", "launch": f"7.{launch}"}
+        text += json.dumps(added | event) + "\n"
+    (run / "ledger.jsonl").write_text(text + end)
 
 
 @pytest.fixture
@@ -244,7 +246,12 @@ def write_nodes(fake: Path, states: dict[str, str]) -> None:
         ([START, fault("NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off")], ["n2"]),
         ([START, fault("rank 1: Xid 13")], []),  # an error of a program
         ([START, fault(ECC, code=76), START, fault(code=70)], []),
-        ([START, fault()] + 10 * [START] + [fault()], []),  # long ago
+        (
+            [fault(), *(e for n in range(9) for e in (START, fault(SILENT, f"x{n}"))), fault()],
+            ["n2"],
+        ),
+        ([fault(), *(e for n in range(10) for e in (START, fault(SILENT, f"x{n}"))), fault()], []),
+        ([{**fault(), "launch": None}, START, {**fault(), "launch": None}], []),  # not of SLURM
         # The worst first; the job needs two of the four nodes.
         (
             3 * [START, fault(SILENT, "n3", "n1")] + [fault(ECC), START, fault(SILENT, "n4")],
@@ -267,7 +274,10 @@ def test_bad_hosts_are_excluded_while_the_job_can_run(
     assert text.endswith(command if excluded else "scontrol requeue 7")
     assert not excluded or f"Excluded from this job: {', '.join(excluded)}" in text
     if len(excluded) == 2:
-        assert "Bad host n1 (faults in 3 of the last 5 launches) is not excluded: too few" in text
+        assert (
+            "Bad host n1 (faults in 3 of the last 4 launches with faults) is not excluded: too few"
+            in text
+        )
 
 
 def test_hosts_that_the_user_excluded_or_requested_stay_so(

@@ -68,8 +68,8 @@ def test_array_task_reads_its_own_limit_and_is_requeued_elsewhere_without_the_ot
     cluster: Cluster, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
-    fault = '{"event": "fault", "time": "2026-01-01T00:00:00+00:00", "code": 71, '
-    fault += '"reason": "Xid 79", "hosts": ["%s"]}\\n'
+    fault = '{"event": "fault", "time": "2026-01-01T00:00:00+00:00", "launch": "1.0", '
+    fault += '"code": 71, "reason": "Xid 79", "hosts": ["%s"]}\\n'
     script = tmp_path / "array.sh"
     script.write_text(
         "#!/bin/bash\n"

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,6 +65,7 @@ def aborted_run(event_log: EventLog | None = None, **watchdog: Any) -> Any:
         watchdog=SimpleNamespace(fault_hosts=(), **watchdog),
         record=lambda *_, **__: None,
         event_log=event_log,
+        optional=lambda _: nullcontext(),
     )
 
 
@@ -137,9 +139,11 @@ def test_fault_of_a_machine_or_connection_exits_to_be_relaunched(
     assert (event["event"], event["hosts"], event["reason"]) == ("fault", hosts, reason)
 
     published.clear()
+    run.watchdog.on_abort = (recorded := list[str]()).append
     with pytest.raises(LaunchError) as raised, shutdown.published_on_error(run.watchdog):
         raise error
     assert raised.value.code == ExitCode.RANK_FAILED and published == [(code, reason, hosts)]
+    assert recorded == [reason]
 
 
 @pytest.mark.parametrize(
