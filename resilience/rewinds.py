@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import set_aside, write_atomically, write_problem
-from resilience.event_log import read_json_lines
+from resilience.event_log import read_json_lines, scan_json_lines
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import (
     COMMITTED,
@@ -61,7 +61,7 @@ def load_rewinds(folder: RunFolder) -> list[BatchRange]:
 
 
 def open_rewinds(folder: RunFolder, rebuild: bool) -> tuple[list[BatchRange], str | None]:
-    """Return the rewinds, and a message if `rewinds.json` was written because it was missing.
+    """Return the rewinds, and a message if `rewinds.json` was written or rewinds may be lost.
 
     Args:
         rebuild: Replace a damaged file by the rewinds of the newest checkpoint and those that only
@@ -74,8 +74,9 @@ def open_rewinds(folder: RunFolder, rebuild: bool) -> tuple[list[BatchRange], st
     path = folder.rewinds
     try:
         rewinds = load_rewinds(folder)
+        lost = "" if path.exists() else _damaged_events(folder)
         if not rewinds or path.exists():
-            return rewinds, None
+            return rewinds, lost or None
         origin = f"from {folder.event_log.name} of an earlier version"
     except RewindsError:
         if not rebuild:
@@ -87,10 +88,29 @@ def open_rewinds(folder: RunFolder, rebuild: bool) -> tuple[list[BatchRange], st
         except OSError as error:
             raise RunFolderError(f"{path} {not_writable(error, folder.path)}") from None
         origin += f"; the former file is {aside.name}" if aside else ""
+        lost = ""
     write_rewinds(folder, rewinds)
     batches = [f"{first} to {stop - 1}" for first, stop in rewinds]
     excluded = f"excluding batches {', '.join(batches)}" if batches else "without rewinds"
-    return rewinds, f"Wrote {path} {origin}: {excluded}."
+    return rewinds, f"Wrote {path} {origin}: {excluded}. {lost}".rstrip()
+
+
+def _damaged_events(folder: RunFolder) -> str:
+    """Return a message if a run of an earlier version may have lost a rewind, "" otherwise.
+
+    The run is consistent nevertheless: a checkpoint excludes the batches of all rewinds before it.
+    """
+    position = _newest_position(folder)
+    try:
+        n_damaged = scan_json_lines(folder.event_log).n_damaged
+    except OSError:
+        n_damaged = 0
+    if position is None or "rewinds" in position or not n_damaged:
+        return ""
+    return (
+        f"{folder.event_log} of an earlier version has {n_damaged} damaged lines. If one recorded "
+        "a rewind after the newest checkpoint, its batches are not excluded."
+    )
 
 
 def write_rewinds(folder: RunFolder, rewinds: Sequence[BatchRange]) -> None:

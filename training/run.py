@@ -196,17 +196,28 @@ class Run:
         changed = {"changed": changes.free, "allowed": changes.allowed}
         limits = {"time_limits": str(self.watchdog.limits)}
         self.record("start", step=step, mesh=str(self.mesh), **origin, **changed, **times, **limits)
-        self.metrics = MetricsLog(
-            folder.path,
-            tensorboard=config.log.tensorboard,
-            wandb=config.log.wandb,
-            run_name=config.run.name,
-            run_config=plain(config),
-            first_step=step,
-            warn=note,
-        )
+        with self.optional("metrics"):
+            self.metrics = MetricsLog(
+                folder.path,
+                tensorboard=config.log.tensorboard,
+                wandb=config.log.wandb,
+                run_name=config.run.name,
+                run_config=plain(config),
+                first_step=step,
+                warn=note,
+            )
         with self.optional("missing metrics"):
+            self._report_missing_events(earlier)
             self._report_missing_metrics(earlier)
+
+    def _report_missing_events(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Report an event log without the start of a run that has checkpoints."""
+        started = any(event["event"] == "start" for event in events)
+        if not started and self.folder.committed_steps():
+            self.console.note(
+                f"{self.folder.event_log} has no event of earlier launches; goodput is computed "
+                "from this launch on. Training is not affected."
+            )
 
     def _report_missing_metrics(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Report once the steps that `metrics.jsonl` has lost.
@@ -234,22 +245,22 @@ class Run:
 
     def log_metrics(self, metrics: dict[str, Any], stage: Stage) -> None:
         """Add the throughput since the last logged step; write to console, files and trackers."""
-        with self.optional("metrics"):
-            self._log_metrics(metrics, stage)
-
-    def _log_metrics(self, metrics: dict[str, Any], stage: Stage) -> None:
         from training.throughput import build_throughput
 
         steps, seconds, data_wait_seconds = self.clock.read()
         tokens = steps * stage.global_batch_size * stage.seq_len
-        throughput = build_throughput(self.config, self.mesh, self.fabric.device, stage.seq_len)
-        metrics |= throughput.metrics(tokens, seconds, data_wait_seconds, steps)
+        with self.optional("the throughput"):
+            throughput = build_throughput(self.config, self.mesh, self.fabric.device, stage.seq_len)
+            metrics |= throughput.metrics(tokens, seconds, data_wait_seconds, steps)
         self.last_metrics |= metrics
-        self.console.log(metrics)
+        with self.optional("metrics on the console"):
+            self.console.log(metrics)
         if self.metrics is not None:
-            self.metrics.write(metrics)
+            with self.optional("metrics"):
+                self.metrics.write(metrics)
         if self.fabric.device.type == "cuda":
-            self.warn_about_clocks()
+            with self.optional("warnings about clocks"):
+                self.warn_about_clocks()
 
     def warn_about_clocks(self) -> None:
         """Print a warning of this rank, which may be any, if the clocks of its GPU are reduced."""

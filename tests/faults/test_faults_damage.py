@@ -153,7 +153,8 @@ def test_failing_logs_and_trackers_are_reported_once_and_do_not_change_the_weigh
 
 OUTPUTS = {
     "training.run_summary.header": "the header",
-    "training.throughput.build_throughput": "metrics",
+    "training.throughput.build_throughput": "the throughput",
+    "training.console.Console.log": "metrics on the console",
     "training.loss_plot.plot_loss": "loss.png",
     "training.shutdown.compute_goodput": "the goodput",
     "training.shutdown.summary": "the summary",
@@ -190,6 +191,7 @@ def test_damaged_logs_and_failing_outputs_change_no_exit_code(
     launch = fork_server.run(train_arguments(folder), 1, *bugs[-3:])
     assert launch.exit_codes == {0: ExitCode.FINISHED}, launch.output()
     assert "Could not write the summary " in launch.output()
+    assert "has no event of earlier launches" in " ".join(launch.output().split())
     found = [{key: line[key] for key in REPRODUCIBLE_KEYS} for line in read_metrics(folder)]
     assert found == uninterrupted(1)[-len(found) :]  # the samples and losses of the last steps
 

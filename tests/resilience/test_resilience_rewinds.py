@@ -220,6 +220,21 @@ def test_rewinds_of_an_earlier_version_are_moved_from_the_event_log(tmp_path: Pa
     assert open_rewinds(folder, rebuild=False) == ([(3, 4), (7, 8)], None)
 
 
+def test_damaged_event_log_of_an_earlier_version_is_reported(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    EventLog(folder.event_log).append("rewind", step=9, skip=[3, 4], before=3)
+    line = folder.event_log.read_bytes()
+    for content, rewinds in ((line + b"damaged\n", [(3, 4)]), (b"damaged\n", [])):
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        folder.rewinds.unlink(missing_ok=True)
+        folder.event_log.write_bytes(content)
+        save(folder, 2)
+        found, message = open_rewinds(folder, rebuild=False)
+        assert found == rewinds and "has 1 damaged lines" in (message or "")
+        save(folder, 4, rewinds=[])  # by this version
+        assert open_rewinds(folder, rebuild=False) == (rewinds, None)
+
+
 def test_event_log_cannot_change_the_rewinds_of_the_file(folder: RunFolder) -> None:
     content = folder.event_log.read_bytes()
     for other in (b"", content.replace(b"9, 12", b"9, 14"), content + content, b"\0" * 99):
