@@ -41,7 +41,7 @@ BACKSTOP_SECONDS = 8.0  # beyond a limit, for a process whose Python threads no 
 ABORT_SECONDS = 8.0  # for an abort, of which
 REPORT_SECONDS = 5.0  # for messages, event log and flight recorder, whose disk may hang, and
 KILL_SECONDS = 1.5  # for killed children to exit
-CLOSE_SECONDS = 60.0  # for the last steps of an exit, such as Python's finalization
+CLOSE_SECONDS = 60.0  # at most, for the end of an exit, such as Python's finalization
 NEAR_LIMIT_SECONDS = 5.0  # before a limit, heartbeats include the threads that wait for files
 
 PEER_FAILURES = (ExitCode.RANK_FAILED, ExitCode.RANK_FAILED_BEFORE_SAVE)
@@ -179,13 +179,14 @@ class Watchdog:
         """Stop watching.
 
         Args:
-            code: The process is about to exit by itself with this code; it does within
-                `CLOSE_SECONDS`, even if a file, a thread or another rank does not answer.
+            code: The process is about to exit by itself with this code; it does so in time, even
+                if a file, a thread or another rank does not answer.
         """
         self._closed.set()
         self._exit_timer.cancel()
         if code is not None:
-            self._exit_timer.start(CLOSE_SECONDS, code)
+            limit = self._limits["step"] + BACKSTOP_SECONDS
+            self._exit_timer.start(min(CLOSE_SECONDS, limit), code)
         faulthandler.cancel_dump_traceback_later()
         for thread in self._threads:  # a daemon thread inside C++ crashes interpreter shutdown
             if thread is not threading.current_thread():
