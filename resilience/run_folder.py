@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from data.files import write_atomically, write_problem
+from data.files import set_aside, write_atomically, write_problem
 from resilience.exit_codes import ExitCode
 from resilience.renamed_keys import rename_keys
 
@@ -97,17 +97,27 @@ class RunFolder:
         except OSError:
             return True  # only reading it shows why it cannot be read
 
-    def write_config(self, config: dict[str, Any]) -> None:
+    def write_config(self, config: dict[str, Any]) -> str | None:
         """Write `config.yaml` atomically and durably.
+
+        Returns:
+            A message if the file was damaged and is kept under another name, else None.
 
         Raises:
             RunFolderError: The file cannot be written.
         """
+        message = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self.read_config()
+            except RunFolderError:
+                if (aside := set_aside(self.config)) is not None:
+                    message = f"{self.config} is damaged and is kept as {aside.name}."
             write_atomically(self.config, yaml.safe_dump(config, sort_keys=False).encode())
         except OSError as error:
             raise RunFolderError(f"{self.config} {not_writable(error, self.path)}") from None
+        return message
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the configuration of the previous launch, with today's keys; None without one.
@@ -118,10 +128,13 @@ class RunFolder:
         if not self.config.exists():
             return None
         try:
+            if not self.config.is_file():  # reading a named pipe would block
+                raise ValueError("it is not a regular file")
             config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
             if not isinstance(config, dict):
                 raise ValueError("it holds no keys" if config is None else "it is not a mapping")
-        except (OSError, yaml.YAMLError, ValueError) as error:  # ValueError: also not UTF-8
+        # ValueError: also not UTF-8. RecursionError: deeply nested.
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
             raise self._unreadable_config(" ".join(str(error).split())) from None
         rename_keys(config)
         return config

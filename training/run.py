@@ -188,7 +188,8 @@ class Run:
         times: dict[str, Any] = {}
         with self.optional("the times of the last launch"):
             times = launch_times(folder.event_log, folder.metrics, last_heartbeat)
-        folder.write_config(plain(config))
+        if (message := folder.write_config(plain(config))) is not None:
+            note(message)
         self.event_log = EventLog(folder.event_log, note)
         self.event_log.repair()
         earlier = self.event_log.read()

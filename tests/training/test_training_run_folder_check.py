@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -124,6 +125,24 @@ def test_configuration_that_cannot_be_read_is_that_of_the_newest_checkpoint_or_a
     other.config.write_text(text)
     with pytest.raises(RunFolderError, match=r"config\.yaml cannot be read"):
         check_run_folder(other, CONFIG)
+
+
+@pytest.mark.parametrize("damage", ["a: b: c", "[" * 10_000, "folder", "pipe"])
+def test_damaged_configuration_is_kept_when_it_is_written_again(
+    folder: RunFolder, damage: str
+) -> None:
+    assert folder.write_config(CONFIG) is None
+    folder.config.unlink()
+    if damage == "folder":
+        folder.config.mkdir()
+    elif damage == "pipe":
+        os.mkfifo(folder.config)
+    else:
+        folder.config.write_text(damage)
+    assert folder.last_config() == CONFIG  # of the newest checkpoint
+    check_run_folder(folder, CONFIG)
+    assert "is kept as config.yaml.damaged" in (folder.write_config(CONFIG) or "")
+    assert folder.read_config() == CONFIG and folder.write_config(CONFIG) is None
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["config.yaml", "manifest"])
