@@ -194,7 +194,7 @@ def _open_locked(path: Path) -> tuple[int, bool]:
     deadline = time.monotonic() + RETRY_SECONDS
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)  # its holder may have abandoned it
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             if lock_descriptor(descriptor, blocking=False):
                 # Its holder may have removed the file since it was opened.

@@ -101,6 +101,35 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
+def shell_and_mode_problems(tree: ast.Module) -> Iterator[str]:
+    """Yield calls that run a shell, or that create files with permissions of their own."""
+    names = ("system", "popen", "getoutput", "getstatusoutput", "create_subprocess_shell")
+    modes = ("chmod", "fchmod", "umask", "mkstemp", "NamedTemporaryFile")  # mkstemp: 0o600
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        if name in (*names, *modes) or any(each.arg == "shell" for each in call.keywords):
+            yield f"line {call.lineno}: {ast.unparse(call)}"
+        creates = name == "open" and ast.unparse(call).startswith("os.open(") and len(call.args) > 2
+        if creates and ast.unparse(call.args[2]) != str(0o666):
+            yield f"line {call.lineno}: {ast.unparse(call)}; use 0o666, which the umask reduces"
+
+
+def test_no_program_runs_a_shell_or_sets_the_permissions_of_files() -> None:
+    """Files have the permissions that the user's umask allows, as a shared folder needs."""
+    examples = (
+        "os.system('a')",
+        "subprocess.run('a', shell=True)",
+        "path.chmod(0o600)",
+        "tempfile.NamedTemporaryFile()",
+        "os.open(path, os.O_CREAT, 0o644)",
+    )
+    assert all([*shell_and_mode_problems(ast.parse(example))] for example in examples)
+    assert not [*shell_and_mode_problems(ast.parse("os.open(path, os.O_CREAT | 1, 0o666)"))]
+    programs = [path for path in source_files() if package_of(path) != "bench"]
+    problems = {path: [*shell_and_mode_problems(parse(path))] for path in programs}
+    assert not {path: found for path, found in problems.items() if found}
+
+
 def imports(node: ast.AST) -> Iterator[Import]:
     """Yield every import below a node, at any depth."""
     for child in ast.walk(node):

@@ -118,6 +118,8 @@ class MetricsLog:
             threading.excepthook = partial(_drop_tensorboard_error, threading.excepthook)
         for name, is_folder in (("samples.txt", False), ("loss.png", False), ("tensorboard", True)):
             with self._warn_on_error(name):
+                if name == "samples.txt" and (folder / name).is_fifo():
+                    continue  # a program that the user runs reads the samples
                 if (aside := set_aside_other_kind(folder / name, is_folder)) is not None:
                     kind = "folder" if is_folder else "regular file"
                     warn(f"{folder / name} is not a {kind} and is kept as {aside.name}.")

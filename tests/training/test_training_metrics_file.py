@@ -74,6 +74,12 @@ def test_what_is_no_file_is_kept_under_another_name(tmp_path: Path, name: str, k
     assert files >= {"metrics.jsonl", "samples.txt", "loss.png"}
 
 
+def test_named_pipe_for_samples_is_used(tmp_path: Path) -> None:
+    """A program that the user runs reads it."""
+    os.mkfifo(tmp_path / "samples.txt")
+    assert open_log(tmp_path, 0)[1] == [] and (tmp_path / "samples.txt").is_fifo()
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(
