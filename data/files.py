@@ -13,9 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from isal import isal_zlib
+from pydantic import Field
 
 from data.errors import DataError
 
@@ -36,8 +37,8 @@ class FileEntry:
 
     file: str
     n_bytes: int
-    sha256: str
-    crc32: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    crc32: Annotated[str, Field(pattern="^([0-9a-f]{8})*$")]
 
     @property
     def n_blocks(self) -> int:

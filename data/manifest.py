@@ -118,8 +118,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, which marks the folder as prepared."""
-        text = json.dumps(asdict(self), indent=1) + "\n"  # in ASCII: paths may not be UTF-8
-        write_atomically(folder / MANIFEST_FILE, text.encode())
+        write_record(self, folder / MANIFEST_FILE)
 
     @classmethod
     def read(cls, folder: Path, check_files: bool = True) -> "Manifest":
@@ -133,7 +132,8 @@ class Manifest:
                 or ids outside the tokenizer's vocabulary.
         """
         try:
-            manifest = read_record(cls, folder / MANIFEST_FILE, (FORMAT, FORMAT_VERSION), REPREPARE)
+            path, remedy = folder / MANIFEST_FILE, f"restore it from a copy, or {REPREPARE}"
+            manifest = read_record(cls, path, (FORMAT, FORMAT_VERSION), remedy)
         except FileNotFoundError:
             raise DataError(
                 f"data.folder={folder} has no prepared data ({MANIFEST_FILE} is missing); "
@@ -159,6 +159,18 @@ Record = TypeVar("Record")
 _adapter: Callable[[Any], TypeAdapter] = cache(TypeAdapter)  # takes milliseconds to create
 
 
+def write_record(record: Any, path: Path) -> None:
+    """Write a dataclass as JSON with the SHA-256 of its content, for `read_record`."""
+    values = asdict(record)
+    values["sha256"] = _content_hash(values)
+    text = json.dumps(values, indent=1) + "\n"  # in ASCII: paths may not be UTF-8
+    write_atomically(path, text.encode())
+
+
+def _content_hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def read_record(
     record: type[Record], path: Path, supported: tuple[str, int], remedy: str
 ) -> Record:
@@ -174,13 +186,16 @@ def read_record(
     """
     try:
         values = json.loads(path.read_bytes())
-        found = values.get("format"), values.get("version")
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot read ({error}); {remedy}") from None
-    except AttributeError:
-        raise DataError(f"{path} is damaged (not a JSON object); {remedy}") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} is damaged (not a JSON object); {remedy}")
+    recorded = values.pop("sha256", None)  # None: written by version 0.2 or another program
+    if recorded not in (None, _content_hash(values)):
+        raise DataError(f"{path} is damaged (its content differs from its sha256); {remedy}")
+    found = values.get("format"), values.get("version")
     if found != supported:
         raise DataError(
             f"{path}: format={found[0]}, version={found[1]} is not supported, only "

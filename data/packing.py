@@ -11,11 +11,10 @@ is bounded by the documents of one shard.
                                                           incomplete
 """
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from filelock import FileLock
 from data.best_fit import Bins, pack_documents
 from data.errors import DataError
 from data.files import Checksums, FileEntry, wait_for_writer, write_atomically, write_error
-from data.manifest import OFFSET, TOKEN, Manifest, read_record
+from data.manifest import OFFSET, TOKEN, Manifest, read_record, write_record
 from data.mappings import Mappings
 from data.progress import ProgressReporter
 from data.shards import TokenStream, map_file
@@ -71,8 +70,7 @@ class PackIndex:
 
     def write(self, folder: Path, source: str) -> None:
         """Write `index.json`, which marks the index as complete."""
-        text = json.dumps(asdict(self), indent=1) + "\n"
-        write_atomically(index_folder(folder, source, self.seq_len) / INDEX_FILE, text.encode())
+        write_record(self, index_folder(folder, source, self.seq_len) / INDEX_FILE)
 
     @classmethod
     def read(cls, folder: Path, source: str, seq_len: int, shards_hash: str) -> "PackIndex":

@@ -38,6 +38,11 @@ from resilience.rank_check import check_ranks
 from resilience.watchdog import Watchdog
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PORT_REMEDIES = {
+    "self": "run: unset MASTER_PORT",
+    "srun": "run: export MASTER_PORT=PORT with a port that is free",
+    "torchrun": "start torchrun with another --master-port, or with --rdzv-endpoint=HOST:PORT",
+}
 
 
 def launch(
@@ -92,7 +97,7 @@ def launch(
         strategy=strategy,
         plugins=environments.get(processes.launcher, TorchElasticEnvironment)(),
     )
-    with _launch_errors(code):
+    with _launch_errors(processes.launcher, code), _without_children_on_error(watchdog):
         compared = processes.launcher != "self" and processes.world_size > 1
         store = check_ranks(processes, watchdog) if compared else None
         fabric.launch()
@@ -104,7 +109,25 @@ def launch(
 
 
 @contextmanager
-def _launch_errors(code: ExitCode) -> Iterator[None]:
+def _without_children_on_error(watchdog: Watchdog) -> Iterator[None]:
+    """Kill the processes that this one has started if they cannot form a process group.
+
+    A child dies together with this process only once it has called `_kill_with_parent`.
+    """
+    try:
+        yield
+    except BaseException:
+        children = list(watchdog.children)
+        watchdog.children.clear()  # their end is not a fault
+        for child in children:
+            child.kill()
+        for child in children:
+            child.wait()
+        raise
+
+
+@contextmanager
+def _launch_errors(launcher: str, code: ExitCode) -> Iterator[None]:
     """Raise LaunchError, with what to check, if the processes cannot connect to each other."""
     try:
         yield
@@ -112,10 +135,17 @@ def _launch_errors(code: ExitCode) -> Iterator[None]:
         raise
     except (DistNetworkError, TimeoutError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            remedy = PORT_REMEDIES.get(launcher, "start the launcher with another MASTER_PORT")
+            raise LaunchError(
+                f"MASTER_PORT={os.environ.get('MASTER_PORT')} is used by another process of "
+                f"{host_name()}; {remedy}",
+                code,
+            ) from error
         raise LaunchError(
             f"cannot initialize the process group at {address} (MASTER_ADDR:MASTER_PORT): "
-            f"{' '.join(str(error).split())}; if another program uses the port, choose another "
-            "MASTER_PORT or unset it",
+            f"{' '.join(str(error).split())}; check that this is the address of the first node, "
+            "and use another MASTER_PORT if another program answers there",
             code,
         ) from error
     except RuntimeError as error:

@@ -9,11 +9,13 @@ that starts its own processes needs no comparison: they are on one machine, whic
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from queue import Empty, Queue
 from typing import Any
 
 from parallel.config import BF16_CAPABILITY
@@ -25,6 +27,7 @@ from resilience.watchdog import Watchdog
 
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.002, 0.25
 CHECK_SECONDS = 1800.0  # for all ranks to arrive, if the watchdog has no limit for the set-up
+HANDSHAKE_SECONDS = 60.0  # for the store to answer
 REPORT_SECONDS = 60.0  # for rank 0 to read the error of another rank
 COLLECT_SECONDS = 2.0  # for more errors after the first one
 ANSWER_SECONDS = 10.0  # for other ranks to read the error of rank 0
@@ -153,12 +156,42 @@ def open_store(timeout: float) -> Any:
     is_server = process_ranks()[0] == 0 and not served_by_agent
     if not is_server:  # TCPStore would print a trace for each failed attempt
         _wait(lambda: _accepts_connections(host, port), timeout)
-    limit = timedelta(seconds=timeout)
-    store = TCPStore(
-        host, port, None, is_server, limit, wait_for_workers=False, multi_tenant=not served_by_agent
-    )
+    limit, shared = timedelta(seconds=timeout), not served_by_agent
+
+    def connect() -> Any:
+        return TCPStore(
+            host, port, None, is_server, limit, wait_for_workers=False, multi_tenant=shared
+        )
+
+    store = _call_within(HANDSHAKE_SECONDS, connect)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"llamesh/{attempt}", store)
+
+
+def _call_within(seconds: float, function: Callable[[], Any]) -> Any:
+    """Return the result of a call that has no time limit of its own.
+
+    TCPStore waits for the answer of whatever accepts its connection.
+
+    Raises:
+        TimeoutError: The call takes longer; it continues in a daemon thread.
+    """
+    results: Queue[tuple[Any, BaseException | None]] = Queue()
+
+    def call() -> None:
+        try:
+            results.put((function(), None))
+        except BaseException as error:
+            results.put((None, error))
+
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        result, error = results.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError("what accepts connections there is not this run's store") from None
+    if error is not None:
+        raise error
+    return result
 
 
 def compare(reports: Mapping[int, RankReport], size: int) -> tuple[list[str], list[str]]:

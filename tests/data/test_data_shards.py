@@ -137,6 +137,7 @@ def test_damaged_folder_is_rejected_when_opened(tmp_path: Path) -> None:
     write(tmp_path, LENGTHS, 2)
     shard, manifest = tmp_path / "source/train-00000-001.tokens", tmp_path / "manifest.json"
     intact, valid = shard.read_bytes(), json.loads(manifest.read_bytes())
+    del valid["sha256"]  # of version 0.2, and of other programs
 
     shard.write_bytes(intact[:-4])
     with pytest.raises(DataError, match=r"train-00000-001\.tokens has 144 bytes, .* records 148"):
@@ -154,7 +155,7 @@ def test_damaged_folder_is_rejected_when_opened(tmp_path: Path) -> None:
 
     assert_rejected(
         {**valid, "version": 1},
-        "version=1 is not supported, only format=llamesh-shards, version=2; delete the folder",
+        "version=1 is not supported, only format=llamesh-shards, version=2; restore it from a copy",
     )
     assert_rejected({**valid, "format": "other"}, "format=other, version=2 is not supported")
     assert_rejected({**valid, "sources": {"source": {}}}, "is damaged")
@@ -166,6 +167,25 @@ def test_damaged_folder_is_rejected_when_opened(tmp_path: Path) -> None:
     manifest.write_text(json.dumps(valid)[:-9])
     with pytest.raises(DataError, match="cannot read"):
         Manifest.read(tmp_path)
+    valid["sources"]["source"]["shards"]["train"][0]["tokens"]["crc32"] = "0000000g"
+    assert_rejected(valid, r"damaged \(at sources\.source\.shards\.train\.0\.tokens\.crc32\)")
+
+
+def test_each_flipped_byte_of_a_manifest_is_reported_as_damage_of_the_manifest(
+    tmp_path: Path,
+) -> None:
+    written = write(tmp_path, [5, 1], 2)
+    path = tmp_path / "manifest.json"
+    intact = path.read_bytes()
+    for index, byte in list(enumerate(intact))[::2]:
+        path.write_bytes(intact[:index] + bytes([byte ^ 1]) + intact[index + 1 :])
+        try:
+            found = Manifest.read(tmp_path)
+        except DataError as error:
+            assert str(error).startswith(str(path)), index
+            assert "restore it from a copy, or delete the folder and prepare it" in str(error)
+        else:
+            assert found == written, f"byte {index} of {intact[index - 40 : index + 40]!r}"
 
 
 def flip_bit(path: Path, offset: int) -> None:
@@ -266,6 +286,7 @@ def test_verify_also_checks_content_with_valid_checksums(copy: Path, file: str) 
     path.write_bytes(content)
     sums = Checksums(content).entry("")
     manifest = json.loads((copy / "manifest.json").read_bytes())
+    del manifest["sha256"]
     entry = manifest["sources"]["source"]["shards"]["train"][0][file]
     entry |= {"sha256": sums.sha256, "crc32": sums.crc32}
     (copy / "manifest.json").write_text(json.dumps(manifest))

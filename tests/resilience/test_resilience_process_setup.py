@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config as config
-from torch.distributed import DistBackendError, DistStoreError
+from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes
@@ -20,7 +21,7 @@ from resilience.config import TimeLimits
 from resilience.errors import LaunchError
 from resilience.exit_codes import ExitCode
 from resilience.gpu_probe import Gpu
-from resilience.launch import _launch_errors, launch
+from resilience.launch import _launch_errors, _without_children_on_error, launch
 from resilience.process_setup import (
     cpus_per_process,
     local_cpus,
@@ -227,13 +228,39 @@ def test_only_failed_connections_are_explained(
     for name, value in {**values, "MASTER_ADDR": "127.0.0.1", "NCCL_IB_DISABLE": "1"}.items():
         monkeypatch.setenv(name, value)
     code = ExitCode.RANK_FAILED_BEFORE_SAVE
-    with pytest.raises(RuntimeError, match=re.escape(str(error))) as raised, _launch_errors(code):
+    expected = pytest.raises(RuntimeError, match=re.escape(str(error)))
+    with expected as raised, _launch_errors("self", code):
         raise error
     assert (raised.value is not error) == reported
     assert (getattr(raised.value, "code", None) == code) == reported
     hint = "NCCL_IB_DISABLE=1; set NCCL_SOCKET_IFNAME"
     assert (hint in str(raised.value)) == reported
     assert ("rank 1 on" in capsys.readouterr().err) == reported
+
+
+@pytest.mark.parametrize(
+    ("launcher", "remedy"),
+    [
+        ("self", "unset MASTER_PORT"),
+        ("srun", "export MASTER_PORT="),
+        ("torchrun", "--master-port"),
+        ("another launcher", "start the launcher with another MASTER_PORT"),
+    ],
+)
+def test_port_in_use_is_named_and_leaves_no_process(
+    monkeypatch: pytest.MonkeyPatch, launcher: str, remedy: str
+) -> None:
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    child = subprocess.Popen(["sleep", "60"])
+    watchdog: Any = SimpleNamespace(children=[child])
+    message = rf"MASTER_PORT=29500 is used by another process of .*; .*{remedy}"
+    with (
+        pytest.raises(LaunchError, match=message),
+        _launch_errors(launcher, ExitCode.USER_ERROR),
+        _without_children_on_error(watchdog),
+    ):
+        raise DistNetworkError("failed to listen; code: -98, name: EADDRINUSE")
+    assert child.returncode is not None and not watchdog.children
 
 
 def test_failed_connection_names_interfaces_and_variables() -> None:

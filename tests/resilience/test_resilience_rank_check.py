@@ -173,3 +173,16 @@ def test_error_that_rank_0_does_not_read_is_printed_by_its_rank(
     assert rank_check.report_error("no disk")
     monkeypatch.delenv("RANK")  # a run without other processes reports nothing
     assert rank_check.report_error("no disk")
+
+
+def test_program_that_accepts_connections_but_is_no_store_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rank_check, "HANDSHAKE_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", port)
+        monkeypatch.setattr(rank_check, "process_ranks", lambda: (1, 1))
+        with pytest.raises(TimeoutError, match="is not this run's store"):
+            rank_check.open_store(1.0)
