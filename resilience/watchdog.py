@@ -353,13 +353,13 @@ class Watchdog:
 
     def _arm_backstop(self) -> None:
         """Set timeouts in C, for a process whose Python threads do not run."""
-        self._exit_timer.cancel()
         limit = self._limits[self._state.phase]
         if limit < math.inf:
             seconds = limit + BACKSTOP_SECONDS + 2 * (self._interval - HEARTBEAT_SECONDS)
             self._exit_timer.start(seconds + 1, self.exit_code)
             self._arm_traceback(seconds)
         else:
+            self._exit_timer.cancel()
             faulthandler.cancel_dump_traceback_later()
 
     def _arm_traceback(self, seconds: float) -> None:

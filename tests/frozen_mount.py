@@ -244,7 +244,7 @@ class FrozenMount:
 
 @contextmanager
 def frozen_mount(scratch: Path) -> Iterator[FrozenMount]:
-    """Mount a folder for the duration of the block; root is required, and nothing is skipped."""
+    """Mount a folder for the duration of the block, as root."""
     if not os.path.exists("/dev/fuse"):
         os.mknod("/dev/fuse", stat.S_IFCHR | 0o666, os.makedev(10, 229))
     mounted = FrozenMount(scratch)

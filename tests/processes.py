@@ -13,6 +13,9 @@ import pytest
 from conftest import ROOT
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="inspects processes through /proc")
+mounts = pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="mounts a FUSE file system as root"
+)  # as root, nothing is skipped
 DEADLINE = 300  # seconds for something that takes a few; reached only by a hang
 
 

@@ -43,7 +43,7 @@ STOP_REASONS = {
 def exit_early(lock: RunLock | None, code: ExitCode) -> NoReturn:
     """Exit before the first step; the first process prints the reason."""
     if lock is not None:
-        lock.abandon()
+        run_limited(lock.abandon, LEAVE_SECONDS)
     if is_first_process():
         reason = STOP_REASONS[code]
         _report(f"{reason[0].upper()}{reason[1:]} before the first step.")

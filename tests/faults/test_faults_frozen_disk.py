@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from frozen_mount import FrozenMount, frozen_mount
-from processes import is_running, linux, wait_for
+from processes import is_running, mounts, wait_for
 
 from resilience.exit_codes import ExitCode
 
-pytestmark = [pytest.mark.slow, linux]
+pytestmark = [pytest.mark.slow, mounts]
 
 LIMIT = 15  # of a step and of a checkpoint: longer than both on a loaded machine
 MARGIN = 10  # within which all ranks exit after the limit

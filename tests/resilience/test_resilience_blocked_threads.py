@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from frozen_mount import FrozenMount, frozen_mount
-from processes import linux, wait_for
+from processes import mounts, wait_for
 
 from resilience.blocked_threads import blocked_threads, describe
 
-pytestmark = linux
+pytestmark = mounts
 
 
 @pytest.fixture

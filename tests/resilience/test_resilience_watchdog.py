@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from frozen_mount import frozen_mount
-from processes import linux, wait_for
+from processes import linux, mounts, wait_for
 
 from resilience import watchdog
 from resilience.config import TimeLimits
@@ -22,6 +22,7 @@ from resilience.watchdog import Watchdog
 pytestmark = linux
 
 
+@mounts
 def test_abort_exits_in_time_while_stderr_and_run_folder_hang(tmp_path: Path) -> None:
     """The message, the ledger and the flight recorder are on a disk that does not answer."""
     with frozen_mount(tmp_path) as disk:

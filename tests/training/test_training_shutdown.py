@@ -1,7 +1,10 @@
 """The summary at the end of a launch."""
 
 import math
+import os
+import signal
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,3 +177,21 @@ def test_errors_of_programs_are_not_faults_of_a_machine(error: Exception) -> Non
 )
 def test_messages_about_the_hardware_are_recognized(text: str) -> None:
     assert is_hardware_fault(text)
+
+
+def test_signals_end_a_process_whose_lock_is_on_a_disk_that_hangs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(shutdown, "LEAVE_SECONDS", 0.05)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    disk = threading.Event()
+    lock: Any = SimpleNamespace(abandon=disk.wait, release=disk.wait)
+    shutdown.exit_early(lock, ExitCode.TERMINATED)
+    run = aborted_run()
+    run.lock, run.fabric = lock, SimpleNamespace(is_global_zero=False)
+    run.console.note = lambda text: None
+    shutdown.report_signal(run, signal.SIGINT, again=True)
+    disk.set()
+    assert codes == [ExitCode.TERMINATED, ExitCode.INTERRUPTED]
+    assert capsys.readouterr().err.startswith("Received SIGTERM or SIGHUP before the first step.\n")
