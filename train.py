@@ -34,9 +34,9 @@ from resilience.watchdog import Watchdog
 from training.config import JobConfig
 from training.metrics import step_metrics
 from training.preflight import abandoned_on_error, acquire_run_lock, check_folder, prepare_data
-from training.recovery import check_step, initial_position, rewind
+from training.recovery import check_step, initial_position, reload, rewind
 from training.resume_policy import Changes
-from training.run import Run, build_saver
+from training.run import Run, build_replica_check, build_saver
 from training.run_summary import header
 from training.schedule import learning_rate
 from training.shutdown import (
@@ -151,6 +151,7 @@ def set_up(
         saver=build_saver(config, dataset, console.note),
         reader=AsyncStatsReader(fabric.device.type),
         monitor=LossMonitor(config.faults, len(position.rewinds), position.monitor_state),
+        replica_check=build_replica_check(config, mesh, llama, adamw),
         lock=lock,
     )
     run.open_logs(changes)
@@ -187,9 +188,9 @@ def train(run: Run) -> None:
         run.watchdog.enter("step", step + 1)
         run.record_progress()
         run.poll_checkpoints()
-        if decision.rewind is not None:
+        if decision.rewind is not None or decision.reload:
             batches.close()
-            rewind(run, decision.rewind)
+            rewind(run, decision.rewind) if decision.rewind else reload(run)
             batches = run.batches()
             continue
         with clock.stall():
@@ -204,7 +205,7 @@ def train(run: Run) -> None:
         if saves or decision.save:
             save(run, wait=step == config.train.max_steps)
         if decision.stop is not None:
-            if decision.stop != ExitCode.DIVERGED:
+            if decision.stop not in (ExitCode.DIVERGED, ExitCode.CORRUPTION):
                 save(run, wait=True)
             code = ExitCode.SAVE_FAILED if run.save_failed else decision.stop
             stop_run(run, code, decision.reason)

@@ -12,7 +12,7 @@ from model.config_base import ConfigSection, PositiveInt
 
 @dataclass(frozen=True)
 class FaultsConfig(ConfigSection):
-    """Actions on non-finite and on unusually large losses.
+    """Actions on non-finite and unusually large losses, and on silent data corruption.
 
     Attributes:
         max_consecutive_skips: Non-finite updates are skipped; after this many in a row the run
@@ -21,12 +21,15 @@ class FaultsConfig(ConfigSection):
         spike_threshold: Report a loss this many standard deviations above the running mean; None
             disables.
         rewind_on_spike: Rewind after a spike as after non-finite updates.
+        replica_check_interval: Steps between comparisons of replicated state by hash
+            (`resilience.replica_check`), also made before each checkpoint; None disables both.
     """
 
     max_consecutive_skips: PositiveInt = 3
     max_rewinds: Annotated[int, Ge(0)] = 3
     spike_threshold: Annotated[float, Gt(0)] | None = 8.0
     rewind_on_spike: bool = False
+    replica_check_interval: PositiveInt | None = 100
 
 
 TimeLimit = Literal["off"] | Annotated[float, Gt(0)] | None

@@ -22,5 +22,6 @@ class ExitCode(IntEnum):
     SAVE_FAILED = 74  # a checkpoint could not be saved
     STOPPED = 75  # SIGUSR1 or the time limit: saved, to be relaunched
     OUT_OF_MEMORY = 76  # a rank is out of memory; a relaunch would fail the same way
+    CORRUPTION = 77  # copies of replicated state differed again: probably a hardware fault
     INTERRUPTED = 130  # SIGINT: saved, if at least one step was done
     TERMINATED = 143  # SIGTERM: saved, if at least one step was done

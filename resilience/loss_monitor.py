@@ -183,9 +183,9 @@ class LossMonitor:
         """Return the state as plain values for JSON."""
         return asdict(self._state)
 
-    def reset_after_rewind(self, state: Mapping[str, Any] | None) -> None:
-        """Count a completed rewind and continue with the state of the restored checkpoint."""
-        self.n_rewinds += 1
+    def restore(self, state: Mapping[str, Any] | None, n_rewinds: int) -> None:
+        """Continue with the state of the restored checkpoint, after this many rewinds."""
+        self.n_rewinds = n_rewinds
         self._state = MonitorState.from_dict(state)
 
     def check(self, stats: StepStats) -> MonitorAction:

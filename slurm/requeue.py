@@ -73,6 +73,7 @@ RULES: dict[int, Rule] = {
     ExitCode.SAVE_FAILED: Rule(1, "a checkpoint could not be saved"),
     ExitCode.STOPPED: Rule(RESTARTS, "SIGUSR1 or the time limit: saved"),
     ExitCode.OUT_OF_MEMORY: Rule(0, "a rank is out of memory"),
+    ExitCode.CORRUPTION: Rule(RESTARTS, "silent data corruption"),
     SRUN_FAILED: Rule(RESTARTS, "srun could not start the tasks"),
     ExitCode.INTERRUPTED: Rule(0, "SIGINT"),
     ExitCode.TERMINATED: Rule(0, "SIGTERM"),  # unless SLURM preempts the job

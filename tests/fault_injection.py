@@ -29,7 +29,8 @@ class Fault:
     Attributes:
         call: Matching call or operation that triggers the fault, counted from 1.
         action: What happens: `SIGKILL` or another signal to the process itself; `nan` multiplies
-            the function's result by NaN; `ENOSPC` or another errno raises OSError, `Name: text`
+            the function's result by NaN; `flip`, for the step of an optimizer, then flips a bit of
+            a weight; `ENOSPC` or another errno raises OSError, `Name: text`
             another exception, before the call; `print` only prints the operation.
         function: `package.module.function` or `package.module.Class.method`; empty for operations
             on files.
@@ -61,9 +62,11 @@ def inject(fault: Fault) -> None:
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             due = is_due()
-            if due and fault.action != "nan":
+            if due and fault.action not in ("nan", "flip"):
                 trigger(fault.action)
             result = original(*args, **kwargs)
+            if due and fault.action == "flip":
+                flip_bit(args[0])
             return result * float("nan") if due and fault.action == "nan" else result
 
         setattr(owner, name, wrapped)
@@ -107,7 +110,10 @@ def describe(event: str, args: tuple[Any, ...], folder: str) -> str | None:
     path = os.path.normpath(os.fsdecode(path))
     if path != folder and not path.startswith(folder + os.sep):
         return None
-    return f"{name} {re.sub('-[0-9a-f]{8}', '', os.path.relpath(path, folder))}"
+    relative = re.sub(
+        r"-[0-9a-f]{8}|\.[0-9a-f]{32}\.[0-9a-f]{8}", "", os.path.relpath(path, folder)
+    )
+    return f"{name} {relative}"
 
 
 def resolve(dotted_name: str) -> tuple[Any, str]:
@@ -124,8 +130,15 @@ def resolve(dotted_name: str) -> tuple[Any, str]:
     raise ModuleNotFoundError(dotted_name)
 
 
+def flip_bit(optimizer: Any) -> None:
+    """Change one bit of the first weight of an optimizer on this rank."""
+    torch = importlib.import_module("torch")
+    weight = optimizer.param_groups[0]["params"][0].to_local().detach()
+    weight.view(torch.int32).view(-1)[0] ^= 1 << 20
+
+
 def trigger(action: str) -> None:
-    """Perform an action other than `nan`."""
+    """Perform an action other than `nan` and `flip`."""
     if action.startswith("SIG"):
         os.kill(os.getpid(), signal.Signals[action])
         return

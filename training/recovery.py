@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from data.dataset import WindowDataset
     from data.stream import StreamDataset
     from resilience.loss_monitor import StepStats
+    from resilience.replica_check import ReplicaCheck
     from resilience.rewinds import BatchRange
 
 
@@ -36,9 +37,17 @@ Report = Callable[[str], None]
 
 
 class Decision(NamedTuple):
-    """What all ranks do after a step: rewind and exclude batches, save, stop, or continue."""
+    """What all ranks do after a step.
+
+    Attributes:
+        rewind: Rewind and exclude these batches.
+        reload: Restore the newest checkpoint, because the state is corrupted.
+        save: Save a checkpoint.
+        stop: Stop with this exit code, for `reason`.
+    """
 
     rewind: "BatchRange | None" = None
+    reload: bool = False
     save: bool = False
     stop: ExitCode | None = None
     reason: str = ""
@@ -47,6 +56,7 @@ class Decision(NamedTuple):
         """Return this decision, with fields that are not set taken from a later one."""
         return Decision(
             rewind=self.rewind or later.rewind,
+            reload=self.reload or later.reload,
             save=self.save or later.save,
             stop=self.stop or later.stop,
             reason=self.reason or later.reason,
@@ -140,7 +150,31 @@ def check_step(run: Run, batch: int, scalars: "Tensor", saves: bool) -> Decision
     decision = _decide(run, run.reader.read(run.position.step, batch, samples, scalars))
     if saves or decision.save or decision.stop or not run.first_step_done:
         decision = decision.merge(_decide(run, run.reader.flush()))
+    if run.replica_check is not None and decision.rewind is None:
+        step = run.position.step
+        if run.replica_check.is_due(step) or saves or decision.save or decision.stop:
+            decision = _compare_replicas(run, run.replica_check, decision)
+        run.replica_check.prepare(step + 1)
     return decision
+
+
+def _compare_replicas(run: Run, check: "ReplicaCheck", decision: Decision) -> Decision:
+    """Return the decision if the state is equal on all ranks that hold copies of it.
+
+    Otherwise the state is restored; the run stops if a host is named again or was to stop anyway.
+    """
+    difference = check.compare()
+    if difference is None:
+        return decision
+    code = int(ExitCode.CORRUPTION)
+    fields = {"ranks": difference.ranks, "hosts": difference.hosts, "code": code}
+    run.record("fault", step=run.position.step, reason=str(difference), **fields)
+    run.console.note(str(difference))
+    again = check.reported_hosts & set(difference.hosts)
+    check.reported_hosts |= set(difference.hosts)
+    if again or decision.stop:
+        return Decision(stop=ExitCode.CORRUPTION, reason=difference.advice())
+    return Decision(reload=True)
 
 
 def _decide(run: Run, steps: "Iterable[StepStats]") -> Decision:
@@ -172,22 +206,45 @@ def rewind(run: Run, skip: "BatchRange") -> None:
         RunFolderError: No checkpoint before it is valid, or `rewinds.json` cannot be written.
     """
     before = last_step_before(skip[0], run.position.skips)
-    with run.clock.drain():
-        run.reader.flush()  # discards the steps that are rewound
-    run.saver.finish()
-    run.poll_checkpoints()
+    _finish_pending(run)
     previous_step = run.position.step
     rewinds = [*run.position.rewinds, skip]
     _record_rewind(run, rewinds)
     fields = {"step": previous_step, "skip": list(skip), "before": before}
     run.record("rewind", number=len(rewinds), **fields)
+    _restore(run, before, rewinds)
+    run.console.note(
+        f"Rewound to step {run.position.step}; excluding batches {skip[0]} to {skip[1] - 1}."
+    )
+
+
+def reload(run: Run) -> None:
+    """Restore the newest checkpoint, whose state was equal on all ranks when it was saved.
+
+    Raises:
+        RunFolderError: Checkpoints exist, and none is valid.
+    """
+    _finish_pending(run)
+    _restore(run, None, run.position.rewinds)
+    run.console.note(f"Restored step {run.position.step}, and repeating the steps after it.")
+
+
+def _finish_pending(run: Run) -> None:
+    """Discard the values of the steps that are repeated, and finish the running save."""
+    with run.clock.drain():
+        run.reader.flush()
+    run.saver.finish()
+    run.poll_checkpoints()
+
+
+def _restore(run: Run, before: int | None, rewinds: "Sequence[BatchRange]") -> None:
+    """Restore the newest checkpoint, of step `before` at most, or initialize the weights."""
+    previous_step, report = run.position.step, run.console.note
     model, optimizer = run.model.module, run.optimizer.optimizer
-    note = run.console.note
-    position = _load_or_initialize(run.config, model, optimizer, run.dataset, note, before)
+    position = _load_or_initialize(run.config, model, optimizer, run.dataset, report, before)
     run.position = _with_rewinds(position, rewinds)
-    run.monitor.reset_after_rewind(position.monitor_state)
+    run.monitor.restore(position.monitor_state, len(rewinds))
     run.record("rewound", step=previous_step, to=position.step, **run.clock.spent())
-    note(f"Rewound to step {position.step}; excluding batches {skip[0]} to {skip[1] - 1}.")
     if run.metrics is not None:
         run.metrics.truncate(position.step)
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from resilience.event_log import EventLog
     from resilience.lock import RunLock
     from resilience.loss_monitor import AsyncStatsReader, LossMonitor
+    from resilience.replica_check import ReplicaCheck
     from resilience.signals import Requests
     from resilience.watchdog import Watchdog
     from training.console import Console
@@ -46,6 +47,7 @@ class Run:
         model: Fabric's wrapper of the sharded Llama.
         optimizer: Fabric's wrapper of AdamW.
         lock, event_log, metrics: On rank 0 only.
+        replica_check: With several processes.
         throttling: On a GPU, from the first logged step on.
         first_step_done: Whether this launch has completed a step.
         save_failed: Whether the last save failed.
@@ -69,6 +71,7 @@ class Run:
     saver: "Saver"
     reader: "AsyncStatsReader"
     monitor: "LossMonitor"
+    replica_check: "ReplicaCheck | None" = None
     lock: "RunLock | None" = None
     event_log: "EventLog | None" = None
     metrics: "MetricsLog | None" = None
@@ -308,3 +311,15 @@ def build_saver(
     files = {} if tokenizer is None else tokenizer.files()
     run_id = establish_identity(folder, config.run.adopt).id if dist.get_rank() == 0 else ""
     return Saver(folder, run_id, config.checkpoint, plain(config), report, files)
+
+
+def build_replica_check(
+    config: JobConfig, mesh: MeshShape, model: Any, optimizer: Any
+) -> "ReplicaCheck | None":
+    """Create the comparison of replicated state, which one process does not have."""
+    interval = config.faults.replica_check_interval
+    if mesh.world_size == 1 or interval is None:
+        return None
+    from resilience.replica_check import ReplicaCheck
+
+    return ReplicaCheck(model, optimizer, interval)

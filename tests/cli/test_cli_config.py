@@ -238,6 +238,7 @@ BOUNDS: dict[str, list[tuple[float, float]]] = {
     "checkpoint.keep_every": [(1, 0)],
     "faults.max_consecutive_skips": [(1, 0)],
     "faults.max_rewinds": [(0, -1)],
+    "faults.replica_check_interval": [(1, 0)],
     "faults.spike_threshold": [(1e-9, 0)],
     "watchdog.setup_seconds": [(1e-9, 0)],
     "watchdog.step_seconds": [(1e-9, 0)],

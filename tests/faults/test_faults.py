@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,28 @@ def test_run_whose_losses_stay_non_finite_exits_with_diverged(
     assert read_events(folder)[-1]["code"] == ExitCode.DIVERGED
 
 
+# ---------------------------------------------------------------- silent data corruption
+
+
+def test_corrupted_replica_is_restored_and_a_second_corruption_on_its_host_stops_the_run(
+    fork_server: ForkServer, train_arguments: Any, uninterrupted: Any, tmp_path: Path
+) -> None:
+    folder, mesh = tmp_path / "run", "parallel.dp_replicate=2"
+    arguments = train_arguments(folder, mesh, "faults.replica_check_interval=3")
+    step = "training.optimizer.AdamW.step"
+    flips = [Fault(1, call, "flip", step) for call in (5, 13)]
+    launch = fork_server.run(arguments, 2, *flips)
+    assert launch.exit_codes == dict.fromkeys((0, 1), ExitCode.CORRUPTION), launch.output()
+    # Step 5 is repeated from the checkpoint of step 4; a flip in step 11 precedes the next save.
+    faults = [line for line in read_events(folder) if line["event"] == "fault"]
+    assert [line["step"] for line in faults] == [6, 12]
+    assert all(line["ranks"] == [0, 1] and len(line["hosts"]) == 2 for line in faults)
+    assert "Restored step 4, and repeating the steps after it." in launch.output()
+    assert RunFolder(folder).committed_steps()[-1] == 8
+    assert fork_server.run(arguments, 2).exit_codes == {0: 0, 1: 0}
+    assert reproducible_metrics(folder) == uninterrupted(2, mesh)
+
+
 # ---------------------------------------------------------------- disks and files
 
 
@@ -183,7 +206,7 @@ def copy_of(folder: Path, to: Path) -> Path:
     return to
 
 
-def test_file_unreadable_on_one_rank_makes_all_ranks_fall_back(
+def test_file_denied_to_one_rank_stops_all_and_a_failing_disk_makes_all_fall_back(
     fork_server: ForkServer,
     train_arguments: Any,
     uninterrupted: Any,
@@ -192,11 +215,16 @@ def test_file_unreadable_on_one_rank_makes_all_ranks_fall_back(
 ) -> None:
     folder = copy_of(stopped_run, tmp_path / "run")
     newest = str(folder / "checkpoints" / "step-00000008")
-    unreadable = Fault(1, 1, "EACCES", folder=newest, event="read __0_0.*", last_call=ALWAYS)
-    launch = fork_server.run(train_arguments(folder, TP2), 2, unreadable)
+    denied = Fault(1, 1, "EACCES", folder=newest, event="read __0_0.*", last_call=ALWAYS)
+    launch = fork_server.run(train_arguments(folder, TP2), 2, denied)
+    assert launch.exit_codes == dict.fromkeys((0, 1), ExitCode.USER_ERROR), launch.output()
+    assert "__0_0.distcp cannot be read (Permission denied)" in launch.output()
+    assert RunFolder(folder).committed_steps() == [4, 8]
+    failing = replace(denied, action="EIO")
+    launch = fork_server.run(train_arguments(folder, TP2), 2, failing)
     assert launch.exit_codes == {0: 0, 1: 0}, launch.output()
     message = re.search(r"Skipped damaged step-00000008.*", launch.output())
-    assert message and "rank 1" in message[0] and "Permission denied" in message[0]
+    assert message and "rank 1" in message[0] and "Input/output error" in message[0]
     assert reproducible_metrics(folder) == uninterrupted(2, TP2)
 
 

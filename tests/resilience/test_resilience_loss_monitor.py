@@ -85,7 +85,7 @@ def test_run_aborts_after_the_last_allowed_rewind(allowed: int) -> None:
     for rewind in range(allowed):
         first = 10 * rewind
         assert check_all(monitor, [3.0, NAN, NAN], first)[-1].rewind == (first + 1, first + 3)
-        monitor.reset_after_rewind(None)
+        monitor.restore(None, monitor.n_rewinds + 1)
     last = check_all(monitor, [3.0, NAN, NAN], 100)[-1]
     assert last.rewind is None and last.abort is not None
     assert f"faults.max_rewinds={allowed} " in last.abort
@@ -159,7 +159,7 @@ def test_rewind_on_spike_rewinds_until_max_rewinds_then_only_reports() -> None:
     state = monitor.state_dict()
     action = monitor.check(stats(50, 100.0))
     assert action.rewind == (50, 51) and "(rewind 1 of 1)" in (action.message or "")
-    monitor.reset_after_rewind(state)
+    monitor.restore(state, n_rewinds=1)
     last = monitor.check(stats(51, 100.0))
     assert last.rewind is None and last.abort is None
     assert "faults.max_rewinds=1 allows no further rewind" in (last.message or "")
@@ -192,7 +192,7 @@ def test_state_of_checkpoints_of_0_1_is_loaded() -> None:
         **{"n_losses": 30, "mean": 2.5, "variance": 0.25, "n_consecutive_spikes": 3},
     }
     monitor = LossMonitor(FaultsConfig())
-    monitor.reset_after_rewind(old)
+    monitor.restore(old, n_rewinds=0)
     assert monitor.check(stats(9, NAN)).rewind == (7, 10)
 
 

@@ -1,0 +1,315 @@
+"""Silent data corruption: replicated state is compared by hash between the ranks that hold it.
+
+Hardware can change a bit in memory or compute a wrong value without an error. Ranks that hold
+copies of the same values notice it: weights, moments and reduced gradients of HSDP replicas and of
+parameters that are replicated under tensor parallelism, and the weights that each rank gathers
+under FSDP. `training.recovery` compares them every `faults.replica_check_interval` steps and before
+each checkpoint, so a checkpoint never contains a difference. Imported only with several processes.
+"""
+
+import socket
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+GATHERED = "gathered weights"
+COLUMNS = 1024
+MAX_NAMES = 3
+_FIRST_MULTIPLIER = -7046029254386353131  # odd: 2 ** 64 / golden ratio, as a signed number
+
+
+class Copy(NamedTuple):
+    """The hash of one tensor that other ranks also hold.
+
+    Attributes:
+        kind: What it is, such as `weights`.
+        name: Name of the parameter.
+        layout: Mesh axes on which the tensor is sharded, as bits; equal on all ranks.
+        shard: Index of this rank's shard on these axes; ranks with an equal one hold a copy.
+        hash: Scalar int64 on the device.
+    """
+
+    kind: str
+    name: str
+    layout: int
+    shard: int
+    hash: Tensor
+
+
+class Difference(NamedTuple):
+    """Ranks whose copies differ; equal on all ranks.
+
+    Attributes:
+        ranks: Those that differ from the majority; all ranks with a copy if there is no majority.
+        hosts: The host of each.
+        has_majority: Whether the other ranks agree with each other.
+        tensors: Which tensors differ.
+    """
+
+    ranks: list[int]
+    hosts: list[str]
+    has_majority: bool
+    tensors: list[str]
+
+    def __str__(self) -> str:
+        named = ", ".join(
+            f"rank {rank} ({host})" for rank, host in zip(self.ranks, self.hosts, strict=True)
+        )
+        more = len(self.tensors) - MAX_NAMES
+        tensors = ", ".join(self.tensors[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+        if self.has_majority:
+            return f"Silent data corruption: {tensors} of {named} differ from the copies of others."
+        return f"Silent data corruption: {tensors} differ between the copies of {named}."
+
+    def advice(self) -> str:
+        """Return why the run stops, and what to do."""
+        hosts = ", ".join(dict.fromkeys(self.hosts))
+        return (
+            f"copies of replicated state differ on {hosts}; check its memory and GPUs, and resume "
+            "without this host"
+        )
+
+
+class ReplicaCheck:
+    """Comparison of the copies of a model and its optimizer between all ranks.
+
+    Args:
+        model: Parallelized model whose parameters are DTensors.
+        optimizer: Its optimizer, whose state has tensors or objects with tensors as attributes.
+        interval: Steps between comparisons.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, interval: int) -> None:
+        self.interval = interval
+        self.reported_hosts: set[str] = set()
+        self._model, self._optimizer = model, optimizer
+        self._gradients: list[Copy] | None = None
+        optimizer.register_step_pre_hook(self._hash_gradients)
+
+    def prepare(self, step: int) -> None:
+        """Select whether to hash the gradients of the next step before they are applied."""
+        self._gradients = [] if self.is_due(step) else None
+
+    def is_due(self, step: int) -> bool:
+        """Return whether copies are compared after a step."""
+        return step % self.interval == 0
+
+    def _hash_gradients(self, *_: Any) -> None:
+        if self._gradients is not None:
+            named = self._model.named_parameters()
+            tensors = ((name, p, p.grad) for name, p in named if p.grad is not None)
+            self._gradients = list(_copies("gradients", tensors))
+
+    @torch.no_grad()
+    def compare(self) -> Difference | None:
+        """Return the ranks whose copies differ, or None; a collective call between two steps."""
+        copies = [*(self._gradients or ()), *self._state(), *_gathered_weights(self._model)]
+        self._gradients = None
+        difference = find_difference(copies)
+        if difference is not None:
+            hosts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(hosts, socket.gethostname())
+            difference = difference._replace(hosts=[hosts[rank] for rank in difference.ranks])
+        return difference
+
+    def _state(self) -> Iterator[Copy]:
+        named = list(self._model.named_parameters())
+        yield from _copies("weights", ((name, weight, weight) for name, weight in named))
+        for name, weight in named:
+            for key, value in self._optimizer.state.get(weight, {}).items():
+                tensors = [value] if isinstance(value, Tensor) else vars(value).values()
+                held = ((name, weight, each) for each in tensors if isinstance(each, Tensor))
+                yield from _copies(key, held)
+
+
+def find_difference(copies: Sequence[Copy]) -> Difference | None:
+    """Return the ranks whose copies differ, without their hosts; all ranks call it.
+
+    Args:
+        copies: Of this rank; on each rank as many, with equal kinds, names and layouts.
+    """
+    groups: dict[tuple[str, int], list[Copy]] = defaultdict(list)
+    for copy in copies:
+        groups[copy.kind, copy.layout].append(copy)
+    if not groups:
+        return None
+    digests = [_combine([copy.hash for copy in group]) for group in groups.values()]
+    shards = [group[0].shard for group in groups.values()]
+    by_group = zip(groups.values(), _all_gather(torch.stack(digests), shards), strict=True)
+    differing = [copy for group, values in by_group if _deviating(values)[0] for copy in group]
+    # A changed shard also changes what other ranks gather; then only the shard is reported.
+    differing = [copy for copy in differing if copy.kind != GATHERED] or differing
+    if not differing:
+        return None
+    hashes, shards = [copy.hash for copy in differing], [copy.shard for copy in differing]
+    found = [_deviating(values) for values in _all_gather(torch.stack(hashes), shards)]
+    return Difference(
+        ranks=sorted({rank for ranks, _ in found for rank in ranks}),
+        hosts=[],
+        has_majority=all(has_majority for _, has_majority in found),
+        tensors=[
+            f"{copy.kind} of {copy.name}"
+            for copy, (ranks, _) in zip(differing, found, strict=True)
+            if ranks
+        ],
+    )
+
+
+def hash_tensor(tensor: Tensor) -> Tensor:
+    """Return an int64 hash of the bits of a tensor, as a scalar on its device.
+
+    A sum modulo 2 ** 64 of the tensor's 8-byte words, each times an odd number: changing one bit
+    changes the sum by 2 ** k times an odd number, so it always changes the hash.
+    """
+    n_bytes = tensor.numel() * tensor.itemsize
+    content = tensor.detach().reshape(-1).view(torch.int8)  # (bytes)
+    if content.storage_offset() % 8:
+        content = content.clone()
+    whole = n_bytes // 8 * 8
+    words = content[:whole].view(torch.int64)  # (words)
+    multipliers = _multipliers(COLUMNS, tensor.device)
+    n_rows = len(words) // COLUMNS
+    columns = words[: n_rows * COLUMNS].view(n_rows, COLUMNS).sum(0)  # (COLUMNS)
+    rest = words[n_rows * COLUMNS :]
+    total = (columns * multipliers).sum() + (rest * multipliers[: len(rest)]).sum()
+    if whole < n_bytes:
+        tail = torch.zeros(8, dtype=torch.int8, device=tensor.device)
+        tail[: n_bytes - whole] = content[whole:]
+        total = total + tail.view(torch.int64)[0] * multipliers[-1]
+    return total
+
+
+def _copies(kind: str, tensors: Iterable[tuple[str, Tensor, Tensor]]) -> Iterator[Copy]:
+    """Hash the tensors that other ranks also hold.
+
+    Args:
+        tensors: Name and parameter, and a tensor that is sharded like the parameter.
+    """
+    for name, parameter, tensor in tensors:
+        layout, shard = _layout(parameter)
+        if layout is not None:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            yield Copy(kind, name, layout, shard, hash_tensor(local))
+
+
+def _layout(parameter: Tensor) -> tuple[int | None, int]:
+    """Return the sharded axes of a parameter and the index of this rank's shard.
+
+    The axes are None if no other rank has a copy.
+    """
+    if not isinstance(parameter, DTensor):
+        return None, 0
+    layout, shard, n_copies = 0, 0, 1
+    sizes, coordinates = parameter.device_mesh.shape, _coordinates(parameter)
+    for axis, placement in enumerate(parameter.placements):
+        if isinstance(placement, Replicate):
+            n_copies *= sizes[axis]
+        else:
+            layout |= 1 << axis
+            shard = shard * sizes[axis] + coordinates[axis]
+    return layout if n_copies > 1 else None, shard
+
+
+def _gathered_weights(model: nn.Module) -> Iterator[Copy]:
+    """Gather the weights of one FSDP module at a time and hash them.
+
+    The gathered weights of all ranks are copies, apart from shards of tensor parallelism.
+    """
+    for prefix, module in model.named_modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        weights = partial(_own_parameters, module, f"{prefix}." if prefix else "")
+        if not _is_sharded(next(weights())[1]):
+            continue
+        module.unshard()
+        for name, weight in weights():
+            layout, shard = 0, 0
+            local: Any = weight
+            if isinstance(weight, DTensor):  # on the axis of tensor parallelism
+                (placement,), (coordinate,) = weight.placements, _coordinates(weight)
+                if not isinstance(placement, Replicate):
+                    layout, shard = 1, coordinate
+                local = weight.to_local()
+            if is_traceable_wrapper_subclass(local):  # gathered in fp8
+                parts = [getattr(local, each) for each in local.__tensor_flatten__()[0]]
+            else:
+                parts = [local]
+            for part in parts:
+                yield Copy(GATHERED, name, layout, shard, hash_tensor(part))
+        module.reshard()
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    """Return whether FSDP has sharded a parameter over more than one rank."""
+    assert isinstance(weight, DTensor)
+    names = weight.device_mesh.mesh_dim_names or ()
+    axes = zip(names, weight.device_mesh.shape, weight.placements, strict=True)
+    return any(
+        name != "tp" and size > 1 and not isinstance(placement, Replicate)
+        for name, size, placement in axes
+    )
+
+
+def _own_parameters(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a module, without those of the FSDP modules inside it."""
+    for name, parameter in module.named_parameters(recurse=False):
+        yield prefix + name, parameter
+    for name, child in module.named_children():
+        if not isinstance(child, FSDPModule):
+            yield from _own_parameters(child, f"{prefix}{name}.")
+
+
+def _coordinates(tensor: DTensor) -> Sequence[int]:
+    coordinates = tensor.device_mesh.get_coordinate()
+    assert coordinates is not None
+    return coordinates
+
+
+def _combine(hashes: Sequence[Tensor]) -> Tensor:
+    """Return one hash of several."""
+    stacked = torch.stack(list(hashes))  # (n)
+    return (stacked * _multipliers(len(stacked), stacked.device)).sum()
+
+
+def _multipliers(n: int, device: torch.device) -> Tensor:
+    """Return n different odd numbers (n), int64."""
+    return (2 * torch.arange(n, device=device) + 1) * _FIRST_MULTIPLIER
+
+
+def _all_gather(hashes: Tensor, shards: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Return for each hash (n) the shard and the hash on every rank."""
+    local = torch.stack([torch.tensor(shards, device=hashes.device), hashes])  # (2, n)
+    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, local)
+    by_tensor = torch.stack(gathered).permute(2, 0, 1).tolist()  # (n, ranks, 2)
+    return [[(shard, value) for shard, value in ranks] for ranks in by_tensor]
+
+
+def _deviating(values: Sequence[tuple[int, int]]) -> tuple[list[int], bool]:
+    """Return the ranks whose hash differs from the majority of the ranks with the same shard.
+
+    Args:
+        values: Shard and hash of each rank.
+
+    Returns:
+        The ranks, and whether each group has a majority; all ranks of a group without one.
+    """
+    groups: dict[int, dict[int, int]] = defaultdict(dict)
+    for rank, (shard, value) in enumerate(values):
+        groups[shard][rank] = value
+    ranks, has_majority = [], True
+    for group in groups.values():
+        (value, count), *others = Counter(group.values()).most_common()
+        if others:
+            decided = 2 * count > len(group)
+            ranks += [rank for rank, each in group.items() if each != value or not decided]
+            has_majority = has_majority and decided
+    return sorted(ranks), has_majority
