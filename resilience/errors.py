@@ -10,6 +10,7 @@ OUT_OF_MEMORY = ("out of memory", HOST_OUT_OF_MEMORY, "cublas_status_alloc_faile
 """Parts of the messages of the allocators for GPU and CPU, of CUDA, NCCL and cuBLAS."""
 _HARDWARE = re.compile(
     r"uncorrectable (ecc|nvlink)|double.bit ecc|hardware stack error|fallen off the bus|gpu is lost"
+    r"|silent data corruption on (?:(?! or )[^:])*:"  # of two copies, either may be wrong
 )
 _XID = re.compile(r"\bxid\b(?: \([^)]*\))?\W{0,3}(\d+)")  # `NVRM: Xid (PCI:0000:3b:00): 79, …`
 _HARDWARE_XIDS = {48, 62, 63, 64, 74, 79, 92, 94, 95, 119, 120, 140, *range(144, 151), 171, 172}
@@ -55,7 +56,7 @@ def is_host_out_of_memory(error: BaseException) -> bool:
 
 
 def is_hardware_fault(text: str) -> bool:
-    """Return whether a message of CUDA, NCCL or NVIDIA's driver means a defect of the machine."""
+    """Return whether a message of CUDA, NCCL, NVIDIA's driver or a run means a broken machine."""
     text = text.lower()
     xids = {int(number) for number in _XID.findall(text)}
     return _HARDWARE.search(text) is not None or not _HARDWARE_XIDS.isdisjoint(xids)

@@ -60,14 +60,12 @@ class Difference(NamedTuple):
     tensors: list[str]
 
     def __str__(self) -> str:
-        named = ", ".join(
-            f"rank {rank} ({host})" for rank, host in zip(self.ranks, self.hosts, strict=True)
-        )
+        pairs = zip(self.ranks, self.hosts, strict=True)
+        named = [f"rank {rank} ({host})" for rank, host in pairs]
         more = len(self.tensors) - MAX_NAMES
         tensors = ", ".join(self.tensors[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
-        if self.has_majority:
-            return f"Silent data corruption: {tensors} of {named} differ from the copies of others."
-        return f"Silent data corruption: {tensors} differ between the copies of {named}."
+        which = (", " if self.has_majority else " or ").join(named)
+        return f"Silent data corruption on {which}: the copies of {tensors} differ."
 
     def advice(self) -> str:
         """Return why the run stops, and what to do."""

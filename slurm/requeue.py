@@ -33,7 +33,7 @@ from resilience.run_folder import RunFolder  # noqa: E402
 COMMAND_SECONDS = 60.0  # a busy controller may take this long
 RECENT_LAUNCHES = 10  # with faults
 FAULTS = 2  # launches with a fault of the same host, before it is excluded
-FAULT_CODES = (ExitCode.RANK_FAILED, ExitCode.RANK_FAILED_BEFORE_SAVE)
+FAULT_CODES = (ExitCode.RANK_FAILED, ExitCode.RANK_FAILED_BEFORE_SAVE, ExitCode.CORRUPTION)
 UNUSABLE = (
     "down",
     "drain",

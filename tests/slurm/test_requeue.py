@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 from resilience.exit_codes import ExitCode
+from resilience.replica_check import Difference
 from resilience.run_folder import RunFolder
 
 # Prints the file for its arguments, or fails, and records them.
@@ -201,6 +202,10 @@ SILENT = "no heartbeat from rank 3 (pid 7 on n2) for 60 s"
 ECC = "rank 3 on n2 has a hardware fault: CUDA error: uncorrectable ECC error encountered"
 
 
+def corruption(*hosts: str, majority: bool = True) -> str:
+    return str(Difference(list(range(len(hosts))), list(hosts), majority, ["weights of output"]))
+
+
 def fault(reason: str = SILENT, *hosts: str, code: int = 71) -> dict[str, Any]:
     return {"event": "fault", "code": code, "reason": reason, "hosts": [*(hosts or ("n2",))]}
 
@@ -245,6 +250,8 @@ def write_nodes(fake: Path, states: dict[str, str]) -> None:
         ([START, fault(ECC)], ["n2"]),
         ([START, fault("NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off")], ["n2"]),
         ([START, fault("rank 1: Xid 13")], []),  # an error of a program
+        ([START, fault(corruption("n2", "n2"), "n2", "n2", code=77)], ["n2"]),
+        ([START, fault(corruption("n2", "n1", majority=False), "n2", "n1", code=77)], []),
         ([START, fault(ECC, code=76), START, fault(code=70)], []),
         (
             [fault(), *(e for n in range(9) for e in (START, fault(SILENT, f"x{n}"))), fault()],
