@@ -35,7 +35,7 @@ def test_kill_in_every_phase_of_saving_and_pruning_resumes_bit_for_bit(
     print_all = Fault(0, 1, "print", folder=checkpoints, last_call=10**6)
     phases = phases_of(fork_server.run(arguments, 1, print_all), 0)
     commit = phases.index("fsync .step/COMMITTED")
-    for expected in ("mkdir .step", "write .step/__0_0.distcp", "rename .step", "rmdir step"):
+    for expected in ("mkdir .step", "write .step/__0_0.distcp", "rename .step", "rmdir .step"):
         assert expected in phases
 
     folder = tmp_path / "run"
