@@ -37,7 +37,8 @@ def test_rewind_to_before_the_first_own_checkpoint_restores_where_the_run_starte
     monkeypatch.setattr(checkpoint.restore, "restore", restore)
     monkeypatch.setattr(parallel.parallelize, "initialize_weights", initialize)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    config: Any = SimpleNamespace(run=SimpleNamespace(dir=str(folder.path), resume=resume))
+    run = SimpleNamespace(dir=str(folder.path), resume=resume, adopt=False)
+    config: Any = SimpleNamespace(run=run)
     dataset = SimpleNamespace(hash="same")
     position = _load_or_initialize(config, None, None, dataset, print, 7)
     assert restored == [("auto", 7), (resume,)] and position.step == 5
