@@ -205,7 +205,10 @@ def train(run: Run) -> None:
         if saves or decision.save:
             save(run, wait=step == config.train.max_steps)
         if decision.stop is not None:
-            if decision.stop not in (ExitCode.DIVERGED, ExitCode.CORRUPTION):
+            if decision.stop in (ExitCode.DIVERGED, ExitCode.CORRUPTION):
+                run.saver.finish()  # the save of an earlier step
+                run.poll_checkpoints()
+            else:
                 save(run, wait=True)
             code = ExitCode.SAVE_FAILED if run.save_failed else decision.stop
             stop_run(run, code, decision.reason)

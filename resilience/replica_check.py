@@ -109,6 +109,9 @@ class ReplicaCheck:
     @torch.no_grad()
     def compare(self) -> Difference | None:
         """Return the ranks whose copies differ, or None; a collective call between two steps."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after a forward without backward, some weights stay gathered
         copies = [*(self._gradients or ()), *self._state(), *_gathered_weights(self._model)]
         self._gradients = None
         difference = find_difference(copies)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 Report = Callable[[str], None]
+MAX_RERUNS = 3  # in a launch; each takes two forward passes
 
 
 class Decision(NamedTuple):
@@ -188,6 +189,12 @@ def _decide(run: Run, steps: "Iterable[StepStats]") -> Decision:
             run.console.note(action.message)
         if action.event is not None:
             run.record(action.event, **dict(action.fields or {}))
+        if action.event in ("skip", "spike") and run.n_reruns < MAX_RERUNS:
+            from training.rerun import rerun
+
+            run.n_reruns += 1
+            if reason := rerun(run, stats):
+                return Decision(stop=ExitCode.CORRUPTION, reason=reason)
         if action.abort is not None:
             return Decision(stop=ExitCode.DIVERGED, reason=action.abort)
         if action.rewind is not None:

@@ -49,6 +49,7 @@ class Run:
         lock, event_log, metrics: On rank 0 only.
         replica_check: With several processes.
         throttling: On a GPU, from the first logged step on.
+        n_reruns: Bad steps that were recomputed on other ranks.
         first_step_done: Whether this launch has completed a step.
         save_failed: Whether the last save failed.
         last_metrics: Latest value of each metric.
@@ -76,6 +77,7 @@ class Run:
     event_log: "EventLog | None" = None
     metrics: "MetricsLog | None" = None
     throttling: "Throttling | None" = None
+    n_reruns: int = 0
     first_step_done: bool = False
     save_failed: bool = False
     clock: Clock = field(init=False)
@@ -119,13 +121,17 @@ class Run:
 
     def batches(self) -> Generator["StepBatches", None, None]:
         """Iterate over this process's batches from the current position, with prefetching."""
+        return self.loader(self.data_rank).steps(self.position.batches, self.position.skips)
+
+    def loader(self, data_rank: int) -> Any:
+        """Create the loader of one part of each batch."""
         from data.dataset import WindowDataset
         from data.loader import TrainLoader
 
         dataset = self.dataset
         data = self.config.data
         options: dict[str, Any] = {
-            "rank": self.data_rank,
+            "rank": data_rank,
             "size": self.mesh.dp,
             "pin_memory": self.fabric.device.type == "cuda",
             "threads": data.loader_threads,
@@ -134,13 +140,11 @@ class Run:
         if isinstance(dataset, WindowDataset):
             options["shuffle_block_tokens"] = data.shuffle_block_tokens
             seed = self.config.run.seed
-            loader: Any = TrainLoader(dataset, self.stages, seed=seed, **options)
-        else:
-            from data.stream import StreamLoader
+            return TrainLoader(dataset, self.stages, seed=seed, **options)
+        from data.stream import StreamLoader
 
-            positions = self.position.stream_shards
-            loader = StreamLoader(dataset, self.stages.at(0), positions=positions, **options)
-        return loader.steps(self.position.batches, self.position.skips)
+        positions = self.position.stream_shards
+        return StreamLoader(dataset, self.stages.at(0), positions=positions, **options)
 
     def advance(self, batch: "StepBatches") -> None:
         """Move the position past the step just taken."""

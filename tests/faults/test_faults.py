@@ -142,6 +142,23 @@ def test_corrupted_replica_is_restored_and_a_second_corruption_on_its_host_stops
     assert reproducible_metrics(folder) == uninterrupted(2, mesh)
 
 
+def test_rank_that_computes_non_finite_losses_of_good_samples_stops_the_run(
+    fork_server: ForkServer, train_arguments: Any, tmp_path: Path
+) -> None:
+    folder, mesh = tmp_path / "run", "parallel.dp_shard=2"
+    transient = Fault(rank=1, function=FORWARD, call=6, action="nan")
+    # The next forward passes of rank 1 are the two of the rerun, and step 7.
+    broken = Fault(rank=1, function=FORWARD, call=11, last_call=ALWAYS, action="nan")
+    launch = fork_server.run(train_arguments(folder, mesh), 2, transient, broken)
+    assert launch.exit_codes == dict.fromkeys((0, 1), ExitCode.CORRUPTION), launch.output()
+    output = " ".join(launch.output().split())
+    assert "Step 6 was recomputed: its loss is finite and equal on other ranks" in output
+    assert re.search(r"Stopped after step 9: Silent data corruption on rank 1 \(\S+\): ", output)
+    reruns = [line for line in read_events(folder) if line["event"] == "rerun"]
+    assert [line["faulty"] for line in reruns] == [[], [1]]
+    assert RunFolder(folder).committed_steps()[-1] == 8
+
+
 # ---------------------------------------------------------------- disks and files
 
 
