@@ -2,6 +2,9 @@
 # make check: format, lint and types. make test-quick: unit tests, about two minutes.
 # make test: the checks and all tests except slow ones. make test-slow: random kills, SLURM clusters.
 # make storm: one run with sixty random kills.
+# make fuzz: each parser of files from outside reads damaged files for SECONDS=60; PARSERS="a b" selects.
+# make audit: known vulnerabilities of the locked packages, and their list in CycloneDX format, for a
+# release, into build/release.
 # make gpu: checks and measurements on one GPU in eight minutes, into bench/results/gpu.json. PARTS=a,b
 # selects parts, PYTHON=python3 uses that interpreter with its torch, WHEELS=folder adds packages that it
 # lacks, without a package index. make wheels WHEELS=folder GPU_PYTHON=3.12: downloads them.
@@ -19,7 +22,7 @@ PLATFORMS := 2_28 2_27 2_24 2_17 2_12 2_5
 # PYTHON= on the command line replaces the virtual environment.
 GIVEN_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON))
 
-.PHONY: train check test test-quick test-slow storm gpu wheels clean
+.PHONY: train check test test-quick test-slow storm fuzz audit gpu wheels clean
 
 train: .venv/.installed
 	$(BIN)/python train.py
@@ -40,6 +43,19 @@ test-slow: .venv/.installed-dev
 
 storm: .venv/.installed-dev
 	$(BIN)/python -m pytest -s tests/faults/test_storm.py --storm=60
+
+fuzz: .venv/.installed-dev
+	$(BIN)/python tests/fuzz/run.py $(PARSERS) SECONDS=$(or $(SECONDS),60) $(if $(SEED),SEED=$(SEED))
+
+# In an environment of its own: these tools need other versions than constraints.txt has.
+build/audit/.installed:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet 'pip-audit>=2.9' 'cyclonedx-bom>=7'
+	touch $@
+
+audit: .venv/.installed-dev build/audit/.installed
+	mkdir -p build/release
+	$(BIN)/python .ci/audit.py
 
 gpu: $(if $(GIVEN_PYTHON),,.venv/.installed-dev)
 	$(if $(WHEELS),$(if $(wildcard $(WHEELS)/*.whl),,$(error WHEELS=$(WHEELS) contains no wheels; \

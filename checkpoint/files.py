@@ -8,7 +8,6 @@ so a cryptographic hash would add nothing. Manifests of version 1 use SHA-256 an
 
 import hashlib
 import io
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import xxhash
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from checkpoint.position import Position
-from data.files import write_problem
+from data.files import parse_json, write_problem
 from resilience.run_folder import COMMITTED, MANIFEST, is_unreadable, unreadable
 
 FORMAT_VERSION = 2
@@ -115,7 +114,7 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
     if committed != hashlib.sha256(content).hexdigest():
         raise ValueError(f"the SHA-256 of {MANIFEST} differs from {COMMITTED}")
     try:
-        manifest: dict[str, Any] = json.loads(content)
+        manifest: dict[str, Any] = parse_json(content)
         version = manifest["format_version"]
         if version == 1:  # always SHA-256
             manifest["algorithm"] = "sha256"
@@ -127,7 +126,11 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
                 f"versions 1 to {FORMAT_VERSION} with one of {', '.join(ALGORITHMS)}"
             )
         Position.from_dict(manifest["position"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for name, entry in manifest["files"].items():
+            if Path(name).name != name or not isinstance(entry["bytes"], int):
+                raise ValueError(f"{name!r} is not a file of the checkpoint with its size")
+            entry["hash"]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"cannot read {MANIFEST} ({error})") from None
     return manifest
 

@@ -39,9 +39,12 @@ class Position:
         """Create a position from a manifest of this or an earlier version.
 
         Raises:
-            TypeError, KeyError: A field is missing or unknown.
+            TypeError, KeyError: A field is missing, unknown or of another type.
         """
         values = {OLD_NAMES.get(key, key): value for key, value in values.items()}
+        for key in ("step", "samples", "tokens", "batches"):
+            if type(values.get(key, 0)) is not int:
+                raise TypeError(f"{key} is not an integer")
         skips, rewinds = (
             tuple((int(first), int(stop)) for first, stop in values.get(key, ()))
             for key in ("skips", "rewinds")

@@ -7,3 +7,9 @@ class DataError(ValueError):
     def __init__(self, message: str) -> None:
         # File names that are not UTF-8 contain surrogates, which cannot be printed.
         super().__init__(message.encode(errors="backslashreplace").decode())
+
+
+def first_line(error: BaseException) -> str:
+    """Return a library's exception as one line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

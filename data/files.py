@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +25,8 @@ from data.errors import DataError
 CRC_BLOCK = 2**20  # bytes per CRC-32
 FULL_BYTES = 2**20  # with less free space, a library's failed write is put down to a full disk
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS)
+MAX_DEPTH = 64  # nested objects and lists in a file; ours have at most 8
+TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 POLL_SECONDS, IDLE_SECONDS = 0.5, 60.0  # of waiting for another process
 
 
@@ -98,6 +102,43 @@ def strict_json(value: Any, *, default: Callable[[Any], Any] | None = None, **op
     text = json.dumps(value, default=default)
     finite = json.loads(text, parse_constant=lambda _: None)
     return json.dumps(finite, allow_nan=False, **options)
+
+
+def parse_json(content: bytes | str, *, parse_constant: Callable[[str], Any] | None = None) -> Any:
+    """Return the value of JSON from a file: `json.loads` whose only error is `ValueError`.
+
+    Raises:
+        ValueError: It is not JSON, is not UTF-8, or is nested deeper than `MAX_DEPTH`.
+    """
+    try:
+        value = json.loads(content, parse_constant=parse_constant)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    brackets = (b"[", b"{") if isinstance(content, bytes) else ("[", "{")
+    if sum(map(content.count, brackets)) > MAX_DEPTH:  # type: ignore[arg-type]
+        check_depth(value)
+    return value
+
+
+def check_depth(value: Any, max_values: float = math.inf) -> None:
+    """Check that a value from a file is not nested so deeply that recursive functions fail.
+
+    Args:
+        max_values: Values at one depth; an alias in YAML counts as its copies.
+
+    Raises:
+        ValueError: It is nested deeper than `MAX_DEPTH`, contains itself, or has more values.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        containers = [each for each in level if isinstance(each, (dict, list))]
+        if not containers:
+            return
+        values = (each.values() if isinstance(each, dict) else each for each in containers)
+        level = list(chain.from_iterable(values))
+        if len(level) > max_values:
+            raise ValueError(f"more than {max_values} values")
+    raise ValueError(TOO_DEEP)
 
 
 def json_line(value: Any, *, default: Callable[[Any], Any] | None = None) -> str:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.files import parse_json
 from evaluation.detokenizer import detokenize
 from model.config import ModelConfig
 
@@ -233,7 +234,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 def _record(line: str) -> dict[str, Any] | None:
     """Return the object in a line of a prompt file; None if it has no prompt of a known type."""
     try:
-        record = json.loads(line, parse_constant=_not_json)
+        record = parse_json(line, parse_constant=_not_json)
     except ValueError:
         return None
     if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):

@@ -6,11 +6,13 @@ releases of `transformers` accept, or those of Meta's own files.
 
 import json
 import math
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from data.files import parse_json
 from formats.errors import FormatError
 from model.config import ModelConfig, RopeScaling
 
@@ -69,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
         FormatError: The file cannot be read or is not a JSON object.
     """
     try:
-        values = json.loads(path.read_bytes())  # also with a byte order mark
+        values = parse_json(path.read_bytes())  # also with a byte order mark
     except (OSError, ValueError) as error:
         raise FormatError(f"{path} cannot be read ({error}); download or copy it again") from None
     if not isinstance(values, dict):
@@ -99,7 +101,7 @@ def validated_config(
     except ValidationError as error:
         reasons = "; ".join(
             f"{'.'.join(keys.get(str(each), str(each)) for each in item['loc'])}="
-            f"{item['input']!r}: {item['msg']}"
+            f"{reprlib.repr(item['input'])}: {item['msg']}"
             if item["loc"]
             else str(item["ctx"]["error"])
             for item in error.errors()
@@ -160,13 +162,18 @@ def _unsupported(values: dict[str, Any], rope: dict[str, Any], rope_type: Any) -
             method = value.get("quant_method")
             shown = f"{key}.quant_method={method}" if method else f"{key}={str(value)[:80]}"
         else:
-            shown = f"{key}={value}"
+            shown = f"{key}={str(value)[:80]}"
         yield f"{shown} ({REMEDIES.get(key) or f'supported: {supported[0]}'})"
     heads, dim, head_dim = (
         values.get(key) for key in ("num_attention_heads", "hidden_size", "head_dim")
     )
-    if head_dim is not None and isinstance(heads, int) and head_dim * heads != dim:
-        yield f"head_dim={head_dim} (not hidden_size / num_attention_heads)"
+    is_size = isinstance(head_dim, int | float)  # a list times a number of heads may be very long
+    if (
+        head_dim is not None
+        and isinstance(heads, int)
+        and not (is_size and head_dim * heads == dim)
+    ):
+        yield f"head_dim={str(head_dim)[:80]} (not hidden_size / num_attention_heads)"
     if rope_type not in ("default", "llama3"):
         yield f"rope_scaling.rope_type={rope_type} (supported: default and llama3)"
 
@@ -217,7 +224,10 @@ def from_meta(path: Path, vocab_size: int, ffn_dim: int, tied: bool) -> ModelCon
     values = _published_defaults(scaled, tied) | values
     multiplier, multiple_of = values.get("ffn_dim_multiplier"), values["multiple_of"]
     if isinstance(values.get("dim"), int):
-        computed = meta_ffn_dim(values["dim"], multiplier, multiple_of)
+        try:
+            computed = meta_ffn_dim(values["dim"], multiplier, multiple_of)
+        except (TypeError, ValueError, ArithmeticError):  # also infinite, or multiple_of=0
+            computed = None
         if computed != ffn_dim:
             raise FormatError(
                 f"{path}: ffn_dim_multiplier={multiplier} and multiple_of={multiple_of} give a "

@@ -5,10 +5,10 @@ to `model.safetensors.index.json` with its files, and both to `pytorch_model.bin
 index none of whose files exists is ignored if there are other weights.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from data.files import parse_json
 from formats.config_json import read_json
 from formats.errors import FormatError
 from formats.file_names import INDEX, SINGLE, WEIGHT_FILES
@@ -122,7 +122,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             pass  # validates the header and the file length
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
+            header: dict[str, Any] = parse_json(file.read(length))
     except OSError as error:
         raise unreadable(path, error) from None
     except RuntimeError as error:  # it cannot be mapped: a limit of the address space

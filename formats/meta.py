@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from data.errors import first_line
 from data.tokenizer import Tokenizer
 from formats.config_json import from_meta, read_json, to_meta, write_json
 from formats.errors import FormatError
@@ -151,7 +152,7 @@ def write_meta(
                 with torch.serialization.skip_data(materialize_fake_tensors=True):
                     torch.save(empty, path)
             except RuntimeError as error:  # raised by PyTorch when the disk is full
-                raise OSError(errno.EIO, str(error).splitlines()[0]) from None
+                raise OSError(errno.EIO, first_line(error)) from None
         with path.open("r+b") as file:
             for name, space in _read_part(path).items():
                 offsets = _offsets(space.shape, shard_dim(name), part)

@@ -4,13 +4,13 @@ A native checkpoint carries them next to its shards. A run that was initialized 
 none of its own; the folder of `run.init_from` is used if it still exists. Meta folders have none.
 """
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from data.config import N_SPECIALS
+from data.files import parse_json
 from data.tokenizer import N_LLAMA3_SPECIALS, Tokenizer
 from data.tokenizer_files import TOKENIZER_JSON
 from formats.config_json import read_json
@@ -109,7 +109,7 @@ def has_chat_template(files: Mapping[str, bytes]) -> bool:
 def json_of(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     """Return the object in a JSON file; empty if it is absent or damaged."""
     try:
-        values = json.loads(files[name])
+        values = parse_json(files[name])
     except (KeyError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -7,7 +7,6 @@ here has no optimizer state and no position: a run can be initialized from it bu
 
 import dataclasses
 import errno
-import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from checkpoint.files import MANIFEST, HashedFiles, find_file_damage, verify_man
 from checkpoint.position import Position
 from checkpoint.safe_load import read_metadata
 from checkpoint.writer import commit, write_extra_files, write_manifest
+from data.errors import first_line
 from data.tokenizer import Tokenizer
 from formats.config_json import validated_config
 from formats.errors import FormatError
@@ -54,14 +54,14 @@ class _EmbeddedSlice(TensorSlice):
             with self.path.open("rb") as file, FakeTensorMode():
                 archive: Any = _create_file_view(file, self.start, self.length)
                 tensor = torch.load(archive, weights_only=True)
+                storage_offset: int = tensor.untyped_storage()._checkpoint_offset
         except OSError as error:
             raise unreadable(self.path, error) from None
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # of the unpickler, such as IndexError
+            reason = first_line(error)
             raise FormatError(
                 f"{self.path} is damaged ({reason}); use another checkpoint"
             ) from None
-        storage_offset: int = tensor.untyped_storage()._checkpoint_offset
         return self.start + storage_offset + tensor.storage_offset() * tensor.element_size()
 
 
@@ -145,7 +145,7 @@ def write_native(
         if isinstance(cause, FormatError | OSError):
             raise cause from None
         # PyTorch reports a full disk as a RuntimeError about the number of written bytes.
-        raise OSError(errno.EIO, str(cause).splitlines()[0]) from None
+        raise OSError(errno.EIO, first_line(cause)) from None
     config: dict[str, Any] = {"model": dataclasses.asdict(model), "tokenizer": None}
     written = fingerprints.written | write_extra_files(folder, files)
     if tokenizer is not None:

@@ -7,13 +7,13 @@ characters and runs of over 25,000 whitespace or non-whitespace characters are s
 tokenizer and therefore by ours, but not by Hugging Face.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from data import tokenizer_files
 from data.config import TokenizerConfig
 from data.errors import DataError
+from data.files import parse_json
 from data.tokenizer import (
     BOS_TOKEN,
     EOS_TOKEN,
@@ -168,7 +168,7 @@ def resolve_tokenizer(
 def _tokenizer_of_dataset(checkpoint: Path) -> Tokenizer | None:
     """Return the tokenizer of a run's dataset; old checkpoints do not contain the tokenizer."""
     try:
-        config = json.loads((checkpoint / "manifest.json").read_text())["config"]
+        config = parse_json((checkpoint / "manifest.json").read_bytes())["config"]
         return load_tokenizer(TokenizerConfig(**config["tokenizer"]), config["data"]["folder"])
     except (OSError, ValueError, KeyError, TypeError, DataError):
         return None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from data.errors import first_line
 from formats.errors import FormatError
 from formats.stored_tensor import StoredTensor, TensorSlice, reject_lfs_pointer, unreadable
 
@@ -32,8 +33,8 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
                 f"{path} contains objects other than tensors and could execute code, so it is not "
                 "loaded; use the published weights, or save them as a plain dictionary of tensors"
             ) from None
-        except (RuntimeError, EOFError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # of the unpickler, such as IndexError
+            reason = first_line(error)
             raise FormatError(f"{path} is damaged ({reason}); download or copy it again") from None
     values = tensors.values() if isinstance(tensors, dict) else [None]
     if not all(isinstance(value, torch.Tensor) for value in values):

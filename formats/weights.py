@@ -16,6 +16,7 @@ import torch.distributed as dist
 import xxhash
 from torch import nn
 
+from data.errors import first_line
 from formats.errors import FormatError
 from formats.file_names import Format
 from formats.stored_tensor import (
@@ -86,7 +87,7 @@ def check_tensors(
             found = {**found, names[0]: output}
         elif not equal_values(embedding, output):
             model = dataclasses.replace(model, tie_embeddings=False)
-    expected = parameter_shapes(model)
+    expected = _expected_shapes(folder, model, len(found))
     shapes = {stored_name(name): shape for name, shape in expected.items()}
     tied = {stored_name("output.weight")} if model.tie_embeddings else set()
     both = {name: found[name] for name in shapes if name in found}
@@ -112,6 +113,22 @@ def check_tensors(
             f"{folder}: the tensors do not match the configuration ({'; '.join(errors)}); {remedy}"
         )
     return model, {name: found[stored_name(name)] for name in expected}
+
+
+def _expected_shapes(folder: Path, model: ModelConfig, n_found: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model, which may be too large to build if its file is damaged."""
+    if model.n_layers > n_found:
+        raise FormatError(
+            f"{folder}: the configuration has {model.n_layers} layers, but the files contain only "
+            f"{n_found} tensors; download or copy the folder again"
+        )
+    try:
+        return parameter_shapes(model)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise FormatError(
+            f"{folder}: a model of this configuration cannot be built ({first_line(error)}); "
+            "download or copy the folder again"
+        ) from None
 
 
 def _common_prefix(expected: Iterable[str], found: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Lt
 
 from model.config_base import ConfigSection, PositiveInt
 from parallel.config import BF16_CAPABILITY
+from resilience.safe_yaml import parse_yaml
 from training.config_rules import HOPPER
 from training.config_validation import validate
 
@@ -110,8 +111,6 @@ def load_hardware(name_or_path: str) -> Hardware:
     Raises:
         ValueError: The file does not exist or is invalid.
     """
-    import yaml
-
     path = FOLDER / f"{name_or_path}.yaml"
     if not path.exists():
         path = Path(name_or_path)
@@ -121,11 +120,11 @@ def load_hardware(name_or_path: str) -> Hardware:
             f"{', '.join(known_hardware())}, or the path of a file from plan.py calibrate=true"
         )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("expected a mapping of keys to values")
         return validate(values, Hardware, prefix="hardware.")
-    except (yaml.YAMLError, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"invalid hardware file {path}: {reason}") from None
 

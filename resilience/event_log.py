@@ -8,7 +8,6 @@ the log.
 """
 
 import errno
-import json
 import logging
 import math
 import os
@@ -20,7 +19,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from data.files import set_aside, strict_json, sync_folder, write_atomically, write_problem
+from data.files import (
+    parse_json,
+    set_aside,
+    strict_json,
+    sync_folder,
+    write_atomically,
+    write_problem,
+)
 
 MAX_PENDING_LINES = 100_000  # lines kept in memory while a disk is full: tens of megabytes
 MAX_LINE_BYTES = 2**20  # a longer line is damaged; limits the memory of reading it
@@ -126,8 +132,8 @@ def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):  # ValueError: also not UTF-8
+        record = parse_json(line)
+    except ValueError:  # ValueError: also not UTF-8
         return None
     return record if isinstance(record, dict) else None
 

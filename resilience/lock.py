@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from data.files import parse_json
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolder, RunFolderError, not_writable
 
@@ -77,7 +78,7 @@ class Holder:
     def read(cls, path: Path) -> "Holder | None":
         """Read the holder from a lock file; None if the file is missing, empty or incomplete."""
         try:
-            holder = cls(**json.loads(path.read_text(encoding="utf-8")))
+            holder = cls(**parse_json(path.read_bytes()))
             datetime.fromisoformat(holder.started)
         except (FileNotFoundError, ValueError, TypeError):
             return None

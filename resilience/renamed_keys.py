@@ -25,8 +25,8 @@ def rename_keys(
     found = {}
     for old, new in renamed.items():
         values, name = _section_of(config, old)
-        if isinstance(values, dict) and name in values:
-            new_values, new_name = _section_of(config, new)
+        new_values, new_name = _section_of(config, new)
+        if isinstance(values, dict) and isinstance(new_values, dict) and name in values:
             new_values[new_name] = values.pop(name)
             found[old] = new
     run = config.get("run")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.files import set_aside, write_atomically, write_problem
+from data.files import parse_json, set_aside, write_atomically, write_problem
 from resilience.event_log import read_json_lines, scan_json_lines
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import (
@@ -22,6 +22,7 @@ from resilience.run_folder import (
     RunFolder,
     RunFolderError,
     not_writable,
+    read_manifest,
 )
 from resilience.run_identity import read_identity
 
@@ -185,7 +186,7 @@ def _read(path: Path, run_id: str | None) -> list[BatchRange]:
     except OSError as error:
         raise _error(path, f"cannot be read ({error.strerror})") from None
     try:
-        values = json.loads(content)
+        values = parse_json(content)
         rewinds: list[BatchRange] = []
         for value in values["rewinds"]:
             if not _follows(rewinds, value):
@@ -195,7 +196,7 @@ def _read(path: Path, run_id: str | None) -> list[BatchRange]:
             raise _error(path, "is damaged (its hash differs from its content)")
         if None not in (values["run_id"], run_id) and values["run_id"] != run_id:
             raise _error(path, f"belongs to another run ({values['run_id']})")
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         raise _error(path, "is damaged (not the JSON that a run writes)") from None
     return rewinds
 
@@ -249,7 +250,9 @@ def _newest_position(folder: RunFolder) -> dict[str, Any] | None:
         except OSError:
             continue
         if committed.strip() == hashlib.sha256(content).hexdigest().encode():
-            manifest = json.loads(content)
+            manifest = read_manifest(checkpoint)
+            if manifest is None:
+                continue
             identity, run_id = read_identity(folder), manifest.get("run_id")
             is_own = identity is None or run_id in (None, identity.id)
             return manifest["position"] if is_own else None

@@ -5,17 +5,18 @@ any process is launched. Whether a configuration may resume a run is checked in 
 """
 
 import errno
-import json
 import os
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from data.files import set_aside, write_atomically, write_problem
+from data.files import parse_json, set_aside, write_atomically, write_problem
 from resilience.exit_codes import ExitCode
 from resilience.renamed_keys import rename_keys
+from resilience.safe_yaml import parse_yaml
 
 COMMITTED = "COMMITTED"  # marker file of a committed checkpoint
 MANIFEST = "manifest.json"
@@ -130,11 +131,10 @@ class RunFolder:
         try:
             if not self.config.is_file():  # reading a named pipe would block
                 raise ValueError("it is not a regular file")
-            config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            config = parse_yaml(self.config.read_text(encoding="utf-8"))
             if not isinstance(config, dict):
                 raise ValueError("it holds no keys" if config is None else "it is not a mapping")
-        # ValueError: also not UTF-8. RecursionError: deeply nested.
-        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:  # ValueError: also not UTF-8
             raise self._unreadable_config(" ".join(str(error).split())) from None
         rename_keys(config)
         return config
@@ -231,16 +231,20 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
         RunFolderError: The file may be intact, but this process cannot read it.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((checkpoint / MANIFEST).read_bytes())
         position, config = manifest["position"], manifest["config"]
-        valid = isinstance(position["step"], int) and isinstance(position["samples"], int)
+        ranges = [*(position.get("skips") or ()), *(position.get("rewinds") or ())]
+        numbers = [position["step"], position["samples"], *chain.from_iterable(ranges)]
+        valid = all(type(each) is int for each in numbers) and all(
+            len(each) == 2 for each in ranges
+        )
         if not (valid and "data_hash" in position and isinstance(config, dict)):
             return None
     except OSError as error:
         if is_unreadable(error):
             raise unreadable(checkpoint / MANIFEST, error) from None
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     rename_keys(config)
     return manifest

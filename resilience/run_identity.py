@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.files import write_atomically
+from data.files import parse_json, write_atomically
 from resilience.run_folder import (
     RunFolder,
     RunFolderError,
@@ -86,7 +86,7 @@ def read_identity(folder: RunFolder) -> RunIdentity | None:
         RunFolderError: The file cannot be read.
     """
     try:
-        values = json.loads(folder.identity.read_text(encoding="utf-8"))
+        values = parse_json(folder.identity.read_bytes())
         identity = RunIdentity(uuid.UUID(values["id"]).hex, tuple(values["adopted"]))
         valid = all(isinstance(each, str) for each in identity.adopted)
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):

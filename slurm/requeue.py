@@ -286,7 +286,7 @@ def read_state(path: Path) -> dict[str, Any]:
             raise TypeError
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         print(f"Warning: {path} is damaged; restarts are counted anew", file=sys.stderr, flush=True)
         return {}
     return dict(state)

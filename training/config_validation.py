@@ -189,7 +189,7 @@ def _message(prefix: str, key: str, items: list[Any], schema: Any, values: Any) 
     if kind == "value_error":  # raised by __post_init__, one message per line
         return str(item["ctx"]["error"])
     if kind == UNKNOWN:
-        known = fields_of(annotations[-1] if len(path) > 1 else schema)
+        known = fields_of(annotations[-1] if annotations else schema)
         # An unknown section is reported by its keys: `training.steps` is train.max_steps.
         unknown = [f"{key}.{each}" for each in value] if isinstance(value, dict) else [key]
         keys = list(known_keys(schema, values=values))

@@ -20,6 +20,7 @@ from filelock import lock_descriptor
 
 from data.config import DataConfig
 from data.errors import DataError
+from data.files import parse_json
 from data.manifest import MANIFEST_FILE
 from data.preparation.part import PartRecord, record_path
 from data.progress import ProgressReporter
@@ -71,7 +72,7 @@ def read_marker(marker: TextIO) -> dict[str, Any]:
     """Return the marker of an earlier preparation, or an empty dict."""
     marker.seek(0)
     try:
-        values = json.load(marker)
+        values = parse_json(marker.read())
     except ValueError:  # empty, or truncated by a crash
         return {}
     return values if isinstance(values, dict) else {}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import SourceConfig
-from data.errors import DataError
+from data.errors import DataError, first_line
 from data.sources.content import (
     NAMES,
     Content,
@@ -160,12 +160,6 @@ def open_arrow(path: str) -> Any:
     is_file = mapped.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
     mapped.seek(0)
     return pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)
-
-
-def first_line(error: BaseException) -> str:
-    """Return a library's exception as one line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def _check_columns(files: list[Path], source: SourceConfig, key: str) -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from data.config import SourceConfig
-from data.errors import DataError
+from data.errors import DataError, first_line
 from data.sources.compression import COMMANDS
 from data.sources.content import BYTE_ORDER_MARKS
-from data.sources.corpora import Part, first_line
+from data.sources.corpora import Part
 from data.sources.reading import RawRow, RowPosition, describe_location, read_rows
 
 Policy = Literal["strict", "replace", "skip"]
