@@ -23,6 +23,7 @@ from checkpoint.position import Position
 from checkpoint.safe_load import CheckpointLoadPlanner, CheckpointReader
 from checkpoint.writer import on_rank_0, one_line, tensors_of
 from resilience.exit_codes import ExitCode
+from resilience.rank_groups import group_causes, name_ranks
 from resilience.run_folder import (
     RunFolder,
     RunFolderError,
@@ -204,5 +205,6 @@ def _gather_errors(errors: list[str]) -> str | None:
     dist.all_gather_object(gathered, errors)
     if len(gathered) == 1:
         return "; ".join(errors) or None
-    found = [f"{each} (rank {rank})" for rank, part in enumerate(gathered) for each in part]
-    return "; ".join(found) or None
+    causes = [(rank, each) for rank, part in enumerate(gathered) for each in part]
+    groups = group_causes(causes).items()
+    return "; ".join(f"{cause} ({name_ranks(ranks)})" for cause, ranks in groups) or None

@@ -22,6 +22,7 @@ from checkpoint import retention
 from checkpoint.files import ALGORITHM, FORMAT_VERSION, Fingerprint, HashedFiles, write_synced
 from checkpoint.host_copy import DefersMoments, State, is_on_device, local_bytes
 from data.files import sync_folder, write_problem
+from resilience.rank_groups import group_causes, name_ranks
 from resilience.run_folder import COMMITTED, MANIFEST, RunFolder
 
 COPY_AHEAD = 10_000_000  # bytes copied from a GPU while others are written; DCP's default
@@ -216,7 +217,8 @@ def one_line(error: BaseException) -> str:
     """Return an error, with the ranks it occurred on, in one line without tracebacks."""
     if isinstance(error, CheckpointException):
         failures = sorted(error.failures.items())
-        return "; ".join(f"rank {rank}: {one_line(cause)}" for rank, (cause, _) in failures)
+        groups = group_causes([(rank, one_line(cause)) for rank, (cause, _) in failures])
+        return "; ".join(f"{name_ranks(ranks)}: {cause}" for cause, ranks in groups.items())
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename:
         text = f"{write_problem(error, Path(error.filename).parent)} ({error.filename})"

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from resilience.rank_groups import name_ranks
+
 Phase = Literal["set-up", "step", "checkpoint"]
 
 MAX_FRAMES = 12  # innermost frames of a stack
@@ -73,7 +75,7 @@ class Heartbeat:
 
     def late_message(self, others: "Sequence[Heartbeat]" = ()) -> str:
         """Return the message about processes that have the same stack and exceeded a time limit."""
-        also = f" and ranks {', '.join(str(other.rank) for other in others)}" if others else ""
+        also = f" and {name_ranks(other.rank for other in others)}" if others else ""
         state = f"{self._state} in {self.activity} for {self.seconds:.0f} s"
         blocked = "".join(f"\n{beat.blocked}" for beat in (self, *others) if beat.blocked)
         return f"{self}{also} {state}:\n{self.indented_stack}{blocked}"

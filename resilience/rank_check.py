@@ -23,6 +23,7 @@ from parallel.mesh import Processes, launched_processes, process_ranks
 from parallel.slurm import host_name, rendezvous
 from resilience.errors import LaunchError
 from resilience.gpu_probe import own_gpu, visible_devices
+from resilience.rank_groups import name_ranks
 from resilience.watchdog import Watchdog
 
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.002, 0.25
@@ -43,6 +44,7 @@ class RankReport:
         bus: PCI address of its GPU, which the slices of a GPU share; empty if unknown.
         has_bf16: Whether its GPU has bf16 tensor cores; None without a GPU.
         error: Why it cannot start; empty if it can.
+        order: Its position among the ranks that cannot start: 1 for the first to fail.
     """
 
     rank: int
@@ -53,6 +55,7 @@ class RankReport:
     has_bf16: bool | None = None
     torch: str = ""
     error: str = ""
+    order: int = 0
 
 
 def check_ranks(processes: Processes, watchdog: Watchdog) -> Any:
@@ -129,7 +132,8 @@ def report_error(message: str) -> bool:
             _wait(lambda: store.add("read", 0) >= others, ANSWER_SECONDS)
             return True
         store = open_store(REPORT_SECONDS)
-        report = RankReport(rank, host_name(), error=message)
+        order = store.add("order", 1)
+        report = RankReport(rank, host_name(), error=message, order=order)
         store.set(f"report/{rank}", json.dumps(asdict(report)))
         store.add("failed", 1)
         store.add("arrived", 1)
@@ -197,14 +201,17 @@ def _call_within(seconds: float, function: Callable[[], Any]) -> Any:
 def compare(reports: Mapping[int, RankReport], size: int) -> tuple[list[str], list[str]]:
     """Return the errors and warnings that follow from the reports that have arrived."""
     values = list(reports.values())
-    failed = [f"{_name([each])}: {each.error}" for each in values if each.error]
+    by_error: dict[str, list[RankReport]] = {}
+    for each in sorted(values, key=lambda report: report.order):
+        by_error.setdefault(each.error, []).append(each)
+    failed = [f"{_name(group)}: {error}" for error, group in by_error.items() if error]
     missing = [rank for rank in range(size) if rank not in reports]
     if failed:
         return failed, []
     if missing:
         hosts = ", ".join(dict.fromkeys(each.host for each in values))
         return [
-            f"{_ranks(missing)} of {size} did not start ({hosts} did); check that the launcher "
+            f"{name_ranks(missing)} of {size} did not start ({hosts} did); check that the launcher "
             "reached every node, and that all nodes reach MASTER_ADDR:MASTER_PORT"
         ], []
     errors = []
@@ -303,16 +310,4 @@ def _name(reports: list[RankReport]) -> str:
     """Return `rank 5 on node-3`, or `ranks 0-7 on node-1, node-2`."""
     hosts = list(dict.fromkeys(report.host for report in reports))
     shown = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more hosts" if len(hosts) > 4 else "")
-    return f"{_ranks([report.rank for report in reports])} on {shown}"
-
-
-def _ranks(ranks: list[int]) -> str:
-    """Return `rank 3` or `ranks 0-3, 8`."""
-    spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and rank == spans[-1][-1] + 1:
-            spans[-1][1:] = [rank]
-        else:
-            spans.append([rank])
-    shown = ", ".join("-".join(map(str, span)) for span in spans)
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+    return f"{name_ranks([report.rank for report in reports])} on {shown}"

@@ -9,6 +9,7 @@ system: reports are written by another thread, within a time limit.
 """
 
 import faulthandler
+import hashlib
 import json
 import math
 import os
@@ -167,13 +168,25 @@ class Watchdog:
         self._code, self._aborting, self.fault_hosts = code, True, hosts
         if not self._connected:
             return True
-        value = json.dumps([code, reason, hosts])
+        value = json.dumps([code, reason, hosts, self._state.rank])  # different on each rank
         first = True
         with suppress(Exception):
             first = self._store.compare_set("abort", "", value) == value.encode()
         if self._state.rank == 0:
             time.sleep(3 * HEARTBEAT_SECONDS)  # until the other ranks have read it
         return first
+
+    def is_first_with(self, cause: str) -> bool:
+        """Return whether no other rank has called this with the same cause, and report it then."""
+        if not self._connected:
+            return True
+        with suppress(Exception):  # the store disappears with rank 0
+            digest = hashlib.sha256(cause.encode(errors="replace")).hexdigest()
+            is_first = bool(self._store.add(f"cause/{digest}", 1) == 1)
+            if self._state.rank == 0:
+                time.sleep(3 * HEARTBEAT_SECONDS)  # until the other ranks have asked the store
+            return is_first
+        return True
 
     def close(self, code: ExitCode | None = None) -> None:
         """Stop watching.
@@ -229,7 +242,7 @@ class Watchdog:
             try:
                 self._send_heartbeat(count)
                 if self._store.check(["abort"]) and not self._aborting:
-                    self._follow(*json.loads(self._store.get("abort")))
+                    self._follow(*json.loads(self._store.get("abort"))[:3])
                 if self._state.rank == 0:
                     self._check_heartbeats(seen)
             except Exception:  # connection to the store; torch raises several types

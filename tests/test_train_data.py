@@ -213,3 +213,18 @@ def test_mock_data_need_no_tokenizer_and_resume_on_another_mesh(
     assert [line["batch_hash"] for line in read_metrics(tmp_path)] == hashes
     assert 0 < read_metrics(tmp_path)[-1]["val_loss"] < 9
     assert not list(tmp_path.rglob("tokenizer.model"))
+
+
+def test_data_that_all_ranks_cannot_read_are_reported_once(
+    command: Any, shards: Path, fork_server: ForkServer, tmp_path: Path
+) -> None:
+    copy = tmp_path / "shards"
+    shutil.copytree(shards, copy)
+    for path in copy.glob("*/train-*.offsets"):
+        path.write_bytes(bytes(path.stat().st_size))
+    arguments = command(tmp_path / "run", f"data.folder={copy}", "parallel.dp_shard=4")
+    launch = fork_server.run(arguments[1:], 4, terminate_on_failure=False)
+    assert set(launch.exit_codes.values()) == {ExitCode.DATA}
+    lines = [line for rank in range(4) for line in launch.output(rank).splitlines()]
+    causes = [line for line in lines if "is damaged: the checksum of MiB 0" in line]
+    assert causes and len(causes) == len(set(causes)), causes  # ranks may read different files

@@ -152,7 +152,9 @@ def abort(run: Run, error: Exception) -> NoReturn:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     _record_stop(run, reason, code)
     overrides = error.overrides if isinstance(error, OutOfMemory) else ""
-    _report(f"Stopped in step {run.position.step + 1}: {message}\n{_resume_hint(run, overrides)}")
+    if run.watchdog.is_first_with(message):  # a file may be missing, or a fault occur, on all ranks
+        step, hint = run.position.step + 1, _resume_hint(run, overrides)
+        _report(f"Stopped in step {step}: {message}\n{hint}")
     _exit(run, code)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from frozen_mount import frozen_mount
 from processes import linux, mounts, wait_for
+from torch.distributed import HashStore
 
 from resilience import watchdog
 from resilience.config import TimeLimits
@@ -114,3 +115,21 @@ def test_an_abort_ends_within_ten_seconds_of_a_limit() -> None:
     detection = 2 * watchdog.HEARTBEAT_SECONDS  # heartbeats arrive and are read every second
     assert watchdog.REPORT_SECONDS + watchdog.KILL_SECONDS < watchdog.ABORT_SECONDS
     assert detection + watchdog.ABORT_SECONDS <= 10 and watchdog.BACKSTOP_SECONDS + 1 <= 10
+
+
+def test_cause_on_all_ranks_is_reported_by_the_first_rank_only() -> None:
+    """Also if all ranks leave the step with the same code and reason."""
+    store: Any = HashStore()
+    store.set("abort", "")
+    subjects = [Watchdog(TimeLimits()) for _ in range(3)]
+    try:
+        for rank, subject in enumerate(subjects, start=1):
+            subject._state.rank, subject._store, subject._connected = rank, store, True
+        reported = [subject.is_first_with("file x is missing") for subject in subjects]
+        assert reported == [True, False, False]
+        assert subjects[2].is_first_with("file y is missing")
+        published = [subject.publish(ExitCode.OUT_OF_MEMORY, "no memory") for subject in subjects]
+        assert published == [True, False, False]
+    finally:
+        for subject in subjects:
+            subject.close()

@@ -79,7 +79,7 @@ def test_run_that_was_out_of_memory_resumes_with_the_change_that_fits(
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setattr(shutdown, "_exit", lambda _, code: None)
     error = OutOfMemory("rank 0 is out of memory; use a=1 b=2 (plan.py …)", "a=1 b=2")
-    shutdown.abort(aborted_run(publish=lambda *_: True), error)
+    shutdown.abort(aborted_run(publish=lambda *_: True, is_first_with=bool), error)
     hint = capsys.readouterr().err.splitlines()[-1]
     assert hint == "Checkpoint saved at step 4. Resume with: python train.py run.dir=runs/a a=1 b=2"
     # Rank 0 does not add a command without the change if another rank was out of memory.
@@ -129,6 +129,7 @@ def test_fault_of_a_machine_or_connection_exits_to_be_relaunched(
     run = aborted_run(
         EventLog(tmp_path / "ledger.jsonl"),
         publish=publish,
+        is_first_with=bool,
         wait_for_abort=waited.append,
         exit_code=ExitCode.RANK_FAILED,
     )
