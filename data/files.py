@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -17,8 +18,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
+from annotated_types import Predicate  # not pydantic, which `--help` does not need
 from isal import isal_zlib
-from pydantic import Field
 
 from data.errors import DataError
 
@@ -41,8 +42,8 @@ class FileEntry:
 
     file: str
     n_bytes: int
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    crc32: Annotated[str, Field(pattern="^([0-9a-f]{8})*$")]
+    sha256: Annotated[str, Predicate(re.compile("[0-9a-f]{64}").fullmatch)]
+    crc32: Annotated[str, Predicate(re.compile("([0-9a-f]{8})*").fullmatch)]
 
     @property
     def n_blocks(self) -> int:

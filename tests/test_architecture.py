@@ -24,7 +24,15 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "model": ("torch",),
     "data": (
         *("torch", "numpy", "datasets", "pyarrow", "fsspec", "zstandard", "isal", "xxhash"),
-        *("tiktoken", "tokenizers", "llama_models", "filelock", "rich", "pydantic"),
+        *(
+            "tiktoken",
+            "tokenizers",
+            "llama_models",
+            "filelock",
+            "rich",
+            "pydantic",
+            "annotated_types",
+        ),
     ),
     "parallel": ("torch", "torchao", "lightning_fabric"),
     "resilience": ("torch", "lightning_fabric", "filelock", "yaml"),
