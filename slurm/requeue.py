@@ -28,7 +28,7 @@ from data.files import write_atomically  # noqa: E402
 from resilience.errors import is_hardware_fault  # noqa: E402
 from resilience.event_log import EventLog  # noqa: E402
 from resilience.exit_codes import ExitCode  # noqa: E402
-from resilience.run_folder import RunFolder  # noqa: E402
+from resilience.run_folder import RunFolder, RunFolderError  # noqa: E402
 
 COMMAND_SECONDS = 60.0  # a busy controller may take this long
 RECENT_LAUNCHES = 10  # with faults
@@ -272,7 +272,7 @@ def count_restart(folder: RunFolder | None, job_id: str, rule: Rule, restarts: i
             path.parent.mkdir(parents=True, exist_ok=True)
             state = {"job": job_id, "step": step, "restarts": progress.restarts + 1}
             write_atomically(path, json.dumps(state).encode())
-    except OSError as error:
+    except (OSError, RunFolderError) as error:
         print(f"Warning: restarts cannot be counted ({error})", file=sys.stderr, flush=True)
         return Progress(0, restarts)
     return progress
