@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from resilience.watchdog import Watchdog
     from training.console import Console
     from training.metrics import MetricsLog
+    from training.stragglers import StragglerMonitor
     from training.throttling import Throttling
 
 
@@ -47,7 +48,7 @@ class Run:
         model: Fabric's wrapper of the sharded Llama.
         optimizer: Fabric's wrapper of AdamW.
         lock, event_log, metrics: On rank 0 only.
-        replica_check: With several processes.
+        replica_check, stragglers: With several processes.
         throttling: On a GPU, from the first logged step on.
         n_reruns: Bad steps that were recomputed on other ranks.
         first_step_done: Whether this launch has completed a step.
@@ -77,6 +78,7 @@ class Run:
     event_log: "EventLog | None" = None
     metrics: "MetricsLog | None" = None
     throttling: "Throttling | None" = None
+    stragglers: "StragglerMonitor | None" = None
     n_reruns: int = 0
     first_step_done: bool = False
     save_failed: bool = False
@@ -87,6 +89,10 @@ class Run:
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.fabric.device.type)
+        if self.mesh.world_size > 1:
+            from training.stragglers import StragglerMonitor
+
+            self.stragglers = StragglerMonitor(self.model.module.layers, self.fabric.device)
 
     @property
     def folder(self) -> RunFolder:
@@ -158,6 +164,8 @@ class Run:
             batches=n_batches,
             monitor_state=None,
         )
+        if self.stragglers is not None:
+            self.stragglers.end_step()
 
     def poll_checkpoints(self) -> None:
         """Log the saves that have ended; after a failed one, request a stop if configured."""
@@ -269,6 +277,8 @@ class Run:
         if self.fabric.device.type == "cuda":
             with self.optional("warnings about clocks"):
                 self.warn_about_clocks()
+        if self.stragglers is not None and (warning := self.stragglers.warning()):
+            self.console.note(warning)
 
     def warn_about_clocks(self) -> None:
         """Print a warning of this rank, which may be any, if the clocks of its GPU are reduced."""

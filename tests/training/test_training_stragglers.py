@@ -1,0 +1,72 @@
+"""Ranks that compute more slowly than the others are named, although all steps are equally long."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import on_ranks
+from small_run import Case, batch, build, local_batches
+
+from train import train_step
+from training.stragglers import STEPS, StragglerMonitor, find_stragglers
+
+# Stops its parent for half of the time, until that has gone.
+THROTTLE = """
+import os, signal, time
+parent = int(os.sys.argv[1])
+while os.getppid() == parent:
+    os.kill(parent, signal.SIGSTOP)
+    time.sleep(0.002)
+    os.kill(parent, signal.SIGCONT)
+    time.sleep(0.002)
+"""
+
+
+def warnings(case: Case, throttled: int | None) -> list[Any]:
+    """Train twice as many steps as are compared; return the warnings and the seconds of a step."""
+    run: Any = build(case)
+    monitor = StragglerMonitor(run.llama.layers, torch.device("cpu"))
+    process = None
+    if dist.get_rank() == throttled:
+        command = [sys.executable, "-c", THROTTLE, str(os.getpid())]
+        process = subprocess.Popen(command)
+    found = []
+    for step in range(1, 2 * STEPS + 1):
+        train_step(run, local_batches(batch(step), run.data_rank, case.mesh.dp, 1), lr=1e-3)
+        monitor.end_step()
+        if step % 10 == 0:
+            found.append(monitor.warning())
+    if process is not None:
+        process.kill()
+        process.wait()
+    return found
+
+
+def test_throttled_rank_is_named_once() -> None:
+    case = Case(dp=2, n_layers=2)
+    found = on_ranks(2, warnings, case, 1)
+    assert found[0] == found[1]
+    first, second, *later = found[0]
+    assert first is None and second.startswith("Warning: rank 1 on ")
+    assert later == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ([[1.0, 1.0, 1.0], [1.05, 1.02, 1.09]], []),
+        ([[1.0, 1.0, 1.0], [1.2, 1.3, 1.2]], [1]),
+        ([[1.0, 2.0, 1.0], [1.2, 2.4, 1.2], [1.0, 2.0, 1.0]], [1]),  # longer sequences
+        ([[1.0, 1.0, 1.0], [1.0, 9.0, 1.0], [1.0, 1.0, 1.0]], []),  # in one step only
+        ([[1.2, 1.2, 1.2], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.5, 1.5, 1.5]], [0, 3]),
+    ],
+)
+def test_rank_is_slow_if_most_of_its_steps_are(
+    seconds: Sequence[Sequence[float]], expected: list[int]
+) -> None:
+    assert list(find_stragglers(torch.tensor(seconds))) == expected

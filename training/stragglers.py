@@ -1,0 +1,107 @@
+"""Warning about ranks that compute more slowly than the others, for which all ranks wait.
+
+Under FSDP all ranks take equally long for a step, because each block waits for the weights of all.
+So the time inside the forward of the blocks is measured, after their weights are gathered: with
+CUDA events on a GPU, with a clock on the CPU. Collectives of tensor and context parallelism are
+inside of it; ranks of such a group therefore take equally long, and are named together. Results of
+the run do not depend on it. Imported with several processes.
+"""
+
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+STEPS = 20  # measured before ranks are compared
+SLOWER = 1.1  # times as long as the median rank, in the median step
+
+
+class StragglerMonitor:
+    """The time that this rank computes in each step, and its comparison with the other ranks.
+
+    Args:
+        blocks: Modules whose forward is measured, after FSDP has been applied to them.
+        device: Where they compute.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
+        self._device = device
+        self._spans: list[tuple[Any, Any]] = []  # of this step: start and end of each forward
+        self._steps: deque[list[tuple[Any, Any]]] = deque(maxlen=STEPS)
+        self._start: Any = None
+        self._reported: set[str] = set()
+        for block in blocks:
+            block.register_forward_pre_hook(self._before)  # after FSDP's, which gathers the weights
+            block.register_forward_hook(self._after, prepend=True)
+
+    def _before(self, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            self._start = self._now()
+
+    def _after(self, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            self._spans.append((self._start, self._now()))
+
+    def _now(self) -> Any:
+        if self._device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def end_step(self) -> None:
+        """Keep the measurements of a step."""
+        self._steps.append(self._spans)
+        self._spans = []
+
+    def warning(self) -> str | None:
+        """Return a message if ranks have been slow for `STEPS` steps, once for each host.
+
+        A collective call, after the device has completed the steps; equal on all ranks.
+        """
+        if len(self._steps) < STEPS:
+            return None
+        local = torch.tensor([_seconds(spans) for spans in self._steps], device=self._device)
+        self._steps.clear()
+        gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, local)
+        slow = find_stragglers(torch.stack(gathered))
+        if not slow:
+            return None
+        hosts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(hosts, socket.gethostname())
+        new = {rank: ratio for rank, ratio in slow.items() if hosts[rank] not in self._reported}
+        self._reported |= {hosts[rank] for rank in slow}
+        if not new:
+            return None
+        slowest = max(new, key=lambda rank: new[rank])
+        ranks = ", ".join(str(rank) for rank in new if hosts[rank] == hosts[slowest])
+        return (
+            f"Warning: rank {ranks} on {hosts[slowest]} computed {new[slowest]:.2f} times as long "
+            f"as the other ranks, for {STEPS} steps, and all ranks wait for it; check this host "
+            "for other processes, heat and faults"
+        )
+
+
+def find_stragglers(seconds: Tensor) -> dict[int, float]:
+    """Return the ranks that are slow in most steps, with how many times as long they take.
+
+    Args:
+        seconds: (ranks, steps) time that each rank computed.
+    """
+    usual = seconds.median(dim=0).values  # (steps); of two ranks, the faster one
+    ratios = (seconds / usual.clamp(min=1e-9)).median(dim=1).values.tolist()  # (ranks)
+    return {rank: ratio for rank, ratio in enumerate(ratios) if ratio > SLOWER}
+
+
+def _seconds(spans: Sequence[tuple[Any, Any]]) -> float:
+    """Return the sum of the spans of a step."""
+    on_host = not spans or isinstance(spans[0][0], float)
+    if not on_host:
+        spans[-1][1].synchronize()
+    return sum(end - start if on_host else start.elapsed_time(end) / 1e3 for start, end in spans)
