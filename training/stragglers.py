@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 STEPS = 20  # measured before ranks are compared
-SLOWER = 1.1  # times as long as the median rank, in the median step
+MAX_COST = 0.1  # of the median step
+STEP_TO_FORWARD = 3  # a backward takes about twice as long as its forward
 
 
 class StragglerMonitor:
@@ -32,8 +33,9 @@ class StragglerMonitor:
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
         self._device = device
         self._spans: list[tuple[Any, Any]] = []  # of this step: start and end of each forward
-        self._steps: deque[list[tuple[Any, Any]]] = deque(maxlen=STEPS)
+        self._steps: deque[tuple[list[tuple[Any, Any]], float]] = deque(maxlen=STEPS)
         self._start: Any = None
+        self._step_start = time.perf_counter()
         self._reported: set[str] = set()
         for block in blocks:
             block.register_forward_pre_hook(self._before)  # after FSDP's, which gathers the weights
@@ -56,8 +58,9 @@ class StragglerMonitor:
 
     def end_step(self) -> None:
         """Keep the measurements of a step."""
-        self._steps.append(self._spans)
-        self._spans = []
+        now = time.perf_counter()
+        self._steps.append((self._spans, now - self._step_start))
+        self._spans, self._step_start = [], now
 
     def warning(self) -> str | None:
         """Return a message if ranks have been slow for `STEPS` steps, once for each host.
@@ -66,37 +69,41 @@ class StragglerMonitor:
         """
         if len(self._steps) < STEPS:
             return None
-        local = torch.tensor([_seconds(spans) for spans in self._steps], device=self._device)
+        measured = [(_seconds(spans), duration) for spans, duration in self._steps]
+        local = torch.tensor(measured, device=self._device)  # (STEPS, 2)
         self._steps.clear()
         gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, local)
-        slow = find_stragglers(torch.stack(gathered))
+        computed, steps = torch.stack(gathered).unbind(-1)  # each (ranks, STEPS)
+        slow = find_stragglers(computed, steps.median(dim=0).values)
         if not slow:
             return None
         hosts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(hosts, socket.gethostname())
-        new = {rank: ratio for rank, ratio in slow.items() if hosts[rank] not in self._reported}
+        new = {rank: cost for rank, cost in slow.items() if hosts[rank] not in self._reported}
         self._reported |= {hosts[rank] for rank in slow}
         if not new:
             return None
         slowest = max(new, key=lambda rank: new[rank])
         ranks = ", ".join(str(rank) for rank in new if hosts[rank] == hosts[slowest])
         return (
-            f"Warning: rank {ranks} on {hosts[slowest]} computed {new[slowest]:.2f} times as long "
-            f"as the other ranks, for {STEPS} steps, and all ranks wait for it; check this host "
-            "for other processes, heat and faults"
+            f"Warning: rank {ranks} on {hosts[slowest]} computes more slowly than the others, "
+            f"which cost {new[slowest]:.0%} of the last {STEPS} steps; check this host for other "
+            "processes, heat and faults"
         )
 
 
-def find_stragglers(seconds: Tensor) -> dict[int, float]:
-    """Return the ranks that are slow in most steps, with how many times as long they take.
+def find_stragglers(computed: Tensor, steps: Tensor) -> dict[int, float]:
+    """Return the ranks that are slow in most steps, with the fraction of a step that this costs.
 
     Args:
-        seconds: (ranks, steps) time that each rank computed.
+        computed: (ranks, steps) seconds that each rank computed in the forward.
+        steps: (steps) seconds of each step.
     """
-    usual = seconds.median(dim=0).values  # (steps); of two ranks, the faster one
-    ratios = (seconds / usual.clamp(min=1e-9)).median(dim=1).values.tolist()  # (ranks)
-    return {rank: ratio for rank, ratio in enumerate(ratios) if ratio > SLOWER}
+    usual = computed.median(dim=0).values  # (steps); of two ranks, the faster one
+    costs = STEP_TO_FORWARD * (computed - usual) / steps  # (ranks, steps)
+    medians = costs.median(dim=1).values.tolist()  # (ranks)
+    return {rank: cost for rank, cost in enumerate(medians) if cost > MAX_COST}
 
 
 def _seconds(spans: Sequence[tuple[Any, Any]]) -> float:

@@ -62,6 +62,7 @@ def test_throttled_rank_is_named_once() -> None:
         ([[1.0, 1.0, 1.0], [1.05, 1.02, 1.09]], []),
         ([[1.0, 1.0, 1.0], [1.2, 1.3, 1.2]], [1]),
         ([[1.0, 2.0, 1.0], [1.2, 2.4, 1.2], [1.0, 2.0, 1.0]], [1]),  # longer sequences
+        ([[0.01, 0.01, 0.01], [0.05, 0.05, 0.05]], []),  # far more, but little of a step
         ([[1.0, 1.0, 1.0], [1.0, 9.0, 1.0], [1.0, 1.0, 1.0]], []),  # in one step only
         ([[1.2, 1.2, 1.2], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.5, 1.5, 1.5]], [0, 3]),
     ],
@@ -69,4 +70,4 @@ def test_throttled_rank_is_named_once() -> None:
 def test_rank_is_slow_if_most_of_its_steps_are(
     seconds: Sequence[Sequence[float]], expected: list[int]
 ) -> None:
-    assert list(find_stragglers(torch.tensor(seconds))) == expected
+    assert list(find_stragglers(torch.tensor(seconds), torch.full((3,), 3.0))) == expected
