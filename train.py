@@ -185,6 +185,7 @@ def train(run: Run) -> None:
             run.advance(batch)
             metrics = step_metrics(run.position, tensors, lr, run.compiled) if logs else {}
             decision = check_step(run, batch.number, tensors["scalars"], saves)
+            saves = saves and decision.stop != ExitCode.CORRUPTION
         run.watchdog.enter("step", step + 1)
         run.record_progress()
         run.poll_checkpoints()

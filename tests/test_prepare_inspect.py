@@ -1,5 +1,6 @@
 """`prepare.py inspect=…` and `verify=true` on the command line."""
 
+import json
 import os
 import re
 import shutil
@@ -117,8 +118,10 @@ def test_inspect_errors_have_rule_and_remedy(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, other)
     changed = tmp_path / "changed"
     shutil.copytree(shards_of(run), changed)
-    manifest = (changed / "manifest.json").read_text()
-    (changed / "manifest.json").write_text(manifest.replace('"name": "byte"', '"name": "bytes"', 1))
+    manifest = json.loads((changed / "manifest.json").read_text())
+    manifest["tokenizer"]["name"] = "bytes"
+    del manifest["sha256"]  # as another program would write it
+    (changed / "manifest.json").write_text(json.dumps(manifest))
     (other / "config.yaml").write_text(config.replace(str(shards_of(run)), str(changed)))
     broken = tmp_path / "broken"
     broken.mkdir()

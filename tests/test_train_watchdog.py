@@ -132,5 +132,5 @@ def test_port_in_use_is_reported_in_one_line(command: Any, tmp_path: Path) -> No
             [*command(tmp_path / "run"), "parallel.tp=2"], environment={"MASTER_PORT": str(port)}
         )
     assert done.returncode == ExitCode.USER_ERROR
-    assert f"127.0.0.1:{port}" in done.stderr and "MASTER_PORT" in done.stderr
+    assert f"MASTER_PORT={port} is used by another process" in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -18,7 +18,7 @@ DESCRIBE = Part(f"{HERE}:environment", 10)
 
 
 def parts(*names: str) -> dict[str, Part]:
-    limits = {"hanging": 1.0}
+    limits = {"hanging": 5.0}  # its process starts within 2 s on a busy machine
     return {name: Part(f"{HERE}:{name}", limits.get(name, 10)) for name in names}
 
 
@@ -46,12 +46,12 @@ def test_failing_and_hanging_parts_do_not_stop_the_others(tmp_path: Path) -> Non
     assert (found["device"], found["commit"], found["reduced"]) == ("none", "abc", False)
     entries = found["parts"]
     assert "ValueError: kernel not found" in entries["failing"]["output"]
-    assert entries["hanging"]["error"] == "exceeded its limit of 1 s"
+    assert entries["hanging"]["error"] == "exceeded its limit of 5 s"
     assert entries["hanging"]["output"] == "compiling\n"
     # Rows from before the end of a part are kept.
     assert entries["failing"]["rows"] == entries["hanging"]["rows"] == {"before": {"passed": True}}
     assert entries["passing"]["rows"]["second"] == {"value": 2.5}
-    assert entries["hanging"]["seconds"] < 5
+    assert entries["hanging"]["seconds"] < 9
 
 
 def test_report_lists_parts_that_were_not_reached_and_is_continued(

@@ -115,7 +115,7 @@ def test_flipped_bits_of_replicas_are_found_and_located() -> None:
         assert persists <= (difference is not None), (kind, rank)
         if difference is not None:
             assert difference.ranks == [rank] and difference.has_majority
-            assert str(difference).startswith("Silent data corruption: ")
+            assert str(difference).startswith(f"Silent data corruption on rank {rank} (")
 
 
 def find_flip(case: Case, name: str, rank: int) -> tuple[Any, Any, list[Any]]:
