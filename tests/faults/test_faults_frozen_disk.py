@@ -54,9 +54,7 @@ class FrozenRun:
 
     def is_blocked(self) -> bool:
         """Return whether a thread of a rank waits for the mount."""
-        tasks = [Path(f"/proc/{pid}/task") for pid in (self.main.pid, self.child)]
-        channels = [task / "wchan" for each in tasks if each.exists() for task in each.iterdir()]
-        return any(_read(each) == "request_wait_answer" for each in channels)
+        return any(map(_is_blocked, (self.main.pid, self.child)))
 
 
 @pytest.mark.parametrize(
@@ -93,12 +91,18 @@ def test_all_ranks_exit_in_time(
             errors = log.read_text()
             assert f" {reason} " in errors
             for rank, pid in enumerate((run.main.pid, run.child)):
-                if Path(f"/proc/{pid}/task").exists() and len(os.listdir(f"/proc/{pid}/task")) > 1:
+                if _is_blocked(pid):  # otherwise it may still be exiting
                     lines = [each for each in errors.splitlines() if "D state" in each]
                     named = f"rank {rank} (pid {pid} on {socket.gethostname()}) "
                     assert any(line.startswith(named) for line in lines), errors
         disk.close()
     assert run.main.wait() in (ExitCode.RANK_FAILED, ExitCode.RANK_FAILED_BEFORE_SAVE)
+
+
+def _is_blocked(pid: int) -> bool:
+    """Return whether a thread of a process waits for the mount."""
+    channels = Path(f"/proc/{pid}").glob("task/*/wchan")
+    return any(_read(each) == "request_wait_answer" for each in channels)
 
 
 def _has_exited(pid: int) -> bool:
