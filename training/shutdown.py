@@ -16,6 +16,7 @@ from functools import partial
 from typing import NoReturn
 
 from data.errors import DataError
+from formats.errors import FormatError
 from parallel.mesh import is_first_process, process_ranks
 from parallel.slurm import host_name, launch_id
 from resilience.errors import LaunchError, OutOfMemory, is_connection_fault, is_hardware_fault
@@ -26,10 +27,12 @@ from resilience.goodput import Goodput, compute_goodput
 from resilience.lock import RunLock
 from resilience.run_folder import RunFolder, RunFolderError
 from resilience.watchdog import Watchdog
+from training.config_validation import ConfigError
 from training.run import Run
 from training.run_summary import resume_command, summary
 
 LEAVE_SECONDS = 5.0  # for a message and the removal of the lock file, whose disk may hang
+USER_ERRORS = (ConfigError, DataError, FormatError, RunFolderError)  # the first process prints
 LAST_SAVE_SECONDS = 60.0  # for a save that is running when the run aborts
 
 STOP_REASONS = {
@@ -55,17 +58,19 @@ def published_on_error(watchdog: Watchdog) -> Iterator[None]:
     """Make all ranks exit with the same code if this one fails during set-up.
 
     That is, if it is out of memory, or has a fault of the machine. The others would wait for it in
-    a collective.
+    a collective. The trace of an unexpected error is printed by the first rank that has it.
     """
     try:
         yield
     except OutOfMemory as error:
         error.is_first = watchdog.publish(ExitCode.OUT_OF_MEMORY, str(error).splitlines()[0])
         raise
-    except LaunchError:
+    except (LaunchError, *USER_ERRORS):
         raise
     except Exception as error:
         if (fault := machine_fault(error)) is None:
+            if not watchdog.is_first_with("".join(traceback.format_exception(error))):
+                os._exit(ExitCode.USER_ERROR)
             raise
         first_to_fail = watchdog.publish(watchdog.exit_code, *fault)
         if is_first_process():  # it prints a LaunchError, and records the fault of another rank

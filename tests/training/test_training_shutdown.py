@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from torch.distributed import DistBackendError
 
+from data.errors import DataError
 from parallel.mesh import Processes
 from resilience.config import FaultsConfig
 from resilience.errors import LaunchError, OutOfMemory, is_hardware_fault
@@ -102,6 +103,31 @@ def test_rank_that_is_out_of_memory_during_set_up_makes_all_ranks_exit(is_first:
         raise OutOfMemory("rank 1 is out of memory\n  details")
     assert published == [(ExitCode.OUT_OF_MEMORY, "rank 1 is out of memory")]
     assert raised.value.is_first == is_first
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_unexpected_error_during_set_up_is_printed_by_the_first_rank_with_it(
+    monkeypatch: pytest.MonkeyPatch, is_first: bool
+) -> None:
+    causes: list[str] = []
+
+    def is_first_with(cause: str) -> bool:
+        causes.append(cause)
+        return is_first
+
+    watchdog: Any = SimpleNamespace(is_first_with=is_first_with)
+
+    def exit_silently(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", exit_silently)
+    expected = ImportError if is_first else SystemExit
+    with pytest.raises(expected), shutdown.published_on_error(watchdog):
+        raise ImportError("no module")
+    assert len(causes) == 1 and "ImportError: no module" in causes[0]
+    with pytest.raises(DataError), shutdown.published_on_error(watchdog):
+        raise DataError("missing shard")  # rank 0 prints it
+    assert len(causes) == 1
 
 
 ECC = RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might")
