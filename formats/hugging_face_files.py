@@ -5,6 +5,7 @@ to `model.safetensors.index.json` with its files, and both to `pytorch_model.bin
 index none of whose files exists is ignored if there are other weights.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def _read_indexed(folder: Path, index: str) -> dict[str, StoredTensor]:
     weight_map = _weight_map(folder / index)
     stored: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
-        if not (folder / file).is_file():
+        if not os.path.isfile(folder / file):  # also False for a name that is too long
             raise FormatError(
                 f"{folder / file} does not exist but is listed in {index}; download or copy it "
                 "again"

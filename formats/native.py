@@ -73,12 +73,12 @@ def open_native(folder: Path) -> Weights:
     """
     try:
         manifest = verify_manifest(folder)
-        values = manifest["config"]["model"]
+        values = {**manifest["config"]["model"], "attention": "auto"}
         stored = _stored_tensors(folder, read_metadata(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
         raise FormatError(f"{folder} is damaged: {reason}; use another checkpoint") from None
-    model = validated_config(folder / MANIFEST, {**values, "attention": "auto"})
+    model = validated_config(folder / MANIFEST, values)
     config_model = model
     model, tensors = check_tensors(folder, config_model, stored)
     warnings = []

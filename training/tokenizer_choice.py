@@ -51,8 +51,10 @@ def tokenizer_overrides(
         file = Path(path).expanduser() if isinstance(path, str) else None
         if file is not None and checkpoints_in(file):
             file = _initial_tokenizer_file(file) or file
-    else:
+    elif isinstance(init_from, str):
         file = _initial_tokenizer_file(Path(init_from).expanduser(), run_dir)
+    else:
+        file = None  # from a damaged config.yaml, whose validation follows
     # A prepared dataset has a copy of a tokenizer file that is gone; only its size is needed here.
     is_sized = "tokenizer.vocab_size" in explicit or tokenizer.get("name") != "bpe"
     if file is None or (not file.exists() and (is_sized or "tokenizer.path" not in explicit)):

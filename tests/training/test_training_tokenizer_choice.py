@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -21,7 +22,7 @@ from formats.conversion import convert
 from formats.tokenizers import resolve_tokenizer
 from training.config import JobConfig
 from training.config_validation import ConfigError
-from training.tokenizer_choice import LLAMA3_HASH, with_existing_folder
+from training.tokenizer_choice import LLAMA3_HASH, tokenizer_overrides, with_existing_folder
 
 RANKS = BYTE_RANKS | {b"ab": 256, b"abc": 257, b"th": 258, b"the": 259}
 BPE = Tokenizer("bpe", RANKS)
@@ -213,3 +214,9 @@ def test_the_hash_of_metas_tokenizer_is_known() -> None:
     pytest.importorskip("llama_models")
     llama3 = ready_tokenizer(TokenizerConfig("llama3", 128_256))
     assert llama3 is not None and llama3.hash == LLAMA3_HASH
+
+
+def test_initial_weights_of_a_wrong_type_are_left_to_validation() -> None:
+    """They may come from a damaged `config.yaml`."""
+    init_from: Any = 3
+    assert tokenizer_overrides({"name": "bpe", "path": None}, set(), init_from, "runs/x") == {}
