@@ -1,9 +1,12 @@
 """Copies of replicated state are compared between ranks; a changed bit is found and located."""
 
 import random
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
+import small_run
 import torch
 import torch.distributed as dist
 from distributed import on_ranks
@@ -14,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from resilience.replica_check import ReplicaCheck, hash_tensor
 from train import train_step
+from training.optimizer import StateFormat, build_optimizer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float64])
@@ -186,3 +190,25 @@ def test_copies_on_each_mesh_are_compared(case: Case, name: str, ranks: list[int
     kind, parameter = name.split()
     label = f"gathered weights of {parameter}" if kind == "gathered" else f"{kind} of {parameter}"
     assert label in differences[0].tensors
+
+
+def compare_low_bit(state: StateFormat) -> tuple[Any, set[str], Any]:
+    """Compare after two steps, and after a flipped bit in a moment of rank 1."""
+    with mock.patch.object(small_run, "build_optimizer", partial(build_optimizer, state=state)):
+        run: Any = build(Case(dp_replicate=2))
+    check = ReplicaCheck(run.llama, run.adamw, interval=1)
+    for step in (1, 2):
+        train_step(run, local_batches(batch(step), run.data_rank, 2, 1), lr=1e-3)
+    clean, kinds = check.compare(), {copy.kind for copy in check._state()}
+    if dist.get_rank() == 1:
+        moment = run.adamw.state[run.llama.layers[0].attention.wq.weight]["exp_avg"]
+        flip([each for each in vars(moment).values() if isinstance(each, Tensor)], random.Random(0))
+    return clean, kinds, check.compare()
+
+
+@pytest.mark.parametrize("state", ["bf16", "int8"])
+def test_low_bit_moments_are_compared(state: StateFormat) -> None:
+    """They are objects with tensors as attributes."""
+    clean, kinds, difference = on_ranks(2, compare_low_bit, state)[0]
+    assert clean is None and {"weights", "exp_avg", "exp_avg_sq"} <= kinds
+    assert difference.tensors == [f"exp_avg of {MATRIX}"]
