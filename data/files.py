@@ -258,16 +258,23 @@ def write_problem(error: BaseException, folder: Path, needed: int | None = None)
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
-    number = error.errno if isinstance(error, OSError) else None
-    free = free_bytes(folder)
+    number = write_errno(error, folder)
     if number == errno.EFBIG:
         return f"{text}; the limit is of the file system or of the shell (ulimit -f)"
-    if number is None and free is not None and free < FULL_BYTES:
-        text, number = os.strerror(errno.ENOSPC), errno.ENOSPC
     if number not in (errno.ENOSPC, errno.EDQUOT) or text.endswith(" free"):
         return text
+    if not isinstance(error, OSError):
+        text = os.strerror(errno.ENOSPC)
     more = "" if needed is None else f"{format_bytes(needed)} needed, "
-    return f"{text}: in {folder} {more}{format_bytes(free or 0)} free"
+    return f"{text}: in {folder} {more}{format_bytes(free_bytes(folder) or 0)} free"
+
+
+def write_errno(error: BaseException, folder: Path) -> int | None:
+    """Return the number of an error of the system; an error of a library may hide a full disk."""
+    if isinstance(error, OSError):
+        return error.errno
+    free = free_bytes(folder)
+    return errno.ENOSPC if free is not None and free < FULL_BYTES else None
 
 
 def free_bytes(folder: Path) -> int | None:

@@ -51,7 +51,8 @@ class _EmbeddedSlice(TensorSlice):
     def first_byte(self) -> int:
         """Byte offset of the first element in the file."""
         try:
-            with self.path.open("rb") as file, FakeTensorMode():
+            with self.path.open("rb") as file, FakeTensorMode(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the pickle protocol of a damaged file
                 archive: Any = _create_file_view(file, self.start, self.length)
                 tensor = torch.load(archive, weights_only=True)
                 storage_offset: int = tensor.untyped_storage()._checkpoint_offset

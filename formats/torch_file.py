@@ -5,6 +5,7 @@ tensors, which record the file offsets of their values.
 """
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
         FormatError: The file is damaged, contains code, or is not a dictionary of tensors.
     """
     reject_lfs_pointer(path)
-    with FakeTensorMode():
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the pickle protocol of a damaged file
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         except OSError as error:

@@ -12,6 +12,7 @@ from model.config_base import FREE, ConfigSection, PositiveInt, ResumePolicy
 
 WEIGHTS = ResumePolicy("forbidden", "the shape of the weights", on_load=True)
 FUNCTION = ResumePolicy("override", "the function computed from the same weights")
+MAX_DIVISOR = 1024  # in a message; no published model has more heads
 Size = Annotated[int, Ge(1), WEIGHTS]
 
 
@@ -118,7 +119,8 @@ class ModelConfig(ConfigSection):
             return  # reported by the bounds of the fields
         errors = []
         if self.n_heads % self.n_kv_heads:
-            *most, last = [str(n) for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
+            candidates = range(1, min(self.n_heads, MAX_DIVISOR) + 1)
+            *most, last = [str(n) for n in candidates if self.n_heads % n == 0]
             divisors = f"{', '.join(most)} or {last}" if most else last
             errors.append(
                 f"model.n_heads={self.n_heads} is not a multiple of "

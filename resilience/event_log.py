@@ -25,8 +25,8 @@ from data.files import (
     strict_json,
     sync_folder,
     write_atomically,
-    write_problem,
 )
+from resilience.failed_outputs import FailedOutputs
 
 MAX_PENDING_LINES = 100_000  # lines kept in memory while a disk is full: tens of megabytes
 MAX_LINE_BYTES = 2**20  # a longer line is damaged; limits the memory of reading it
@@ -276,14 +276,16 @@ class EventLog:
     """Append events to `ledger.jsonl` and read them.
 
     A line holds `time` (UTC, ISO 8601 with milliseconds), `event` and the fields of the event. An
-    unwritable file or full disk does not stop training: `warn` is called once.
+    unwritable file or full disk does not stop training.
+
+    Args:
+        failed: Receives warnings. Default: they are logged.
     """
 
-    def __init__(self, path: Path, warn: Callable[[str], None] | None = None) -> None:
+    def __init__(self, path: Path, failed: FailedOutputs | None = None) -> None:
         self.path = path
         self._file = RetryingWriter(path, durable=True)
-        self._warn = warn or logging.getLogger(__name__).warning
-        self._warned = False
+        self._failed = failed or FailedOutputs(path.parent, logging.getLogger(__name__).warning)
         self._next_progress = 0.0
 
     def append(self, event: str, **fields: Any) -> None:
@@ -297,20 +299,14 @@ class EventLog:
         """Keep only the valid events of earlier launches, and warn if the file is damaged."""
         with self._warned_on_error():
             if (message := repair_json_lines(self.path, is_event)) is not None:
-                self._warn(message)
+                self._failed.warn(message)
 
     @contextmanager
     def _warned_on_error(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if not self._warned:
-                self._warned = True
-                problem = write_problem(error, self.path.parent)
-                self._warn(
-                    f"{self.path} cannot be written ({problem}). Training continues; events "
-                    "are kept in memory until the folder is writable and has space."
-                )
+            self._failed.report(self.path.name, error)
 
     def progress(self, step: int, spent: Mapping[str, Any], *, now: bool = False) -> None:
         """Record the step reached and the time spent, at most once a minute unless `now`."""

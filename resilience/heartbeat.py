@@ -68,23 +68,34 @@ class Heartbeat:
         """The last known activity and stack, for messages."""
         return f"Last seen in {self.activity}:\n{self.indented_stack}"
 
-    def silent_message(self, seconds: float) -> str:
-        """Return the message about a process whose heartbeats stopped."""
-        state = "the process is dead, suspended or unreachable"
-        return f"no heartbeat from {self} for {seconds:.0f} s; {state}. {self.last_seen}"
+    def silent_message(self, seconds: float, others: "Sequence[Heartbeat]" = ()) -> str:
+        """Return the message about processes with the same stack whose heartbeats stopped."""
+        state = "dead, suspended or unreachable"
+        who = f"{self}{self._and(others)}"
+        return f"no heartbeat from {who} for {seconds:.0f} s; {state}. {self.last_seen}"
 
     def late_message(self, others: "Sequence[Heartbeat]" = ()) -> str:
         """Return the message about processes that have the same stack and exceeded a time limit."""
-        also = f" and {name_ranks(other.rank for other in others)}" if others else ""
         state = f"{self._state} in {self.activity} for {self.seconds:.0f} s"
         blocked = "".join(f"\n{beat.blocked}" for beat in (self, *others) if beat.blocked)
-        return f"{self}{also} {state}:\n{self.indented_stack}{blocked}"
+        return f"{self}{self._and(others)} {state}:\n{self.indented_stack}{blocked}"
+
+    def _and(self, others: "Sequence[Heartbeat]") -> str:
+        return f" and {name_ranks(other.rank for other in others)}" if others else ""
 
     @property
     def _state(self) -> str:
         if any(frame.startswith(LOADER) for frame in self.stack):
             return "waiting for data"
         return "waiting" if self.is_waiting else "stuck"
+
+
+def group_by_stack(beats: Sequence[Heartbeat]) -> list[list[Heartbeat]]:
+    """Return the heartbeats with equal stacks together, which one message describes."""
+    by_stack: dict[tuple[str, ...], list[Heartbeat]] = {}
+    for beat in beats:
+        by_stack.setdefault(tuple(beat.stack), []).append(beat)
+    return [*by_stack.values()]
 
 
 def hosts_at_fault(suspects: Sequence[Heartbeat], beats: Sequence[Heartbeat]) -> list[str]:

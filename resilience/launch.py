@@ -9,12 +9,14 @@ import ctypes
 import faulthandler
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from typing import Any
 
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import (
@@ -97,9 +99,13 @@ def launch(
         strategy=strategy,
         plugins=environments.get(processes.launcher, TorchElasticEnvironment)(),
     )
-    with _launch_errors(processes.launcher, code), _without_children_on_error(watchdog):
-        compared = processes.launcher != "self" and processes.world_size > 1
+    compared = processes.launcher != "self" and processes.world_size > 1
+    with _launch_errors(processes.launcher, code):
         store = check_ranks(processes, watchdog) if compared else None
+    with (
+        _launch_errors(processes.launcher, code, store),
+        _without_children_on_error(watchdog),
+    ):
         fabric.launch()
         del store  # its server is now that of the process group
     if processes.accelerator == "cuda":
@@ -127,8 +133,12 @@ def _without_children_on_error(watchdog: Watchdog) -> Iterator[None]:
 
 
 @contextmanager
-def _launch_errors(launcher: str, code: ExitCode) -> Iterator[None]:
-    """Raise LaunchError, with what to check, if the processes cannot connect to each other."""
+def _launch_errors(launcher: str, code: ExitCode, store: Any = None) -> Iterator[None]:
+    """Raise LaunchError, with what to check, if the processes cannot connect to each other.
+
+    Args:
+        store: Store that all ranks have reached, which lets one of many print a common error.
+    """
     try:
         yield
     except LaunchError:
@@ -159,10 +169,18 @@ def _launch_errors(launcher: str, code: ExitCode) -> Iterator[None]:
         if not isinstance(error, DistError) and "gloo" not in text.lower():
             raise
         message = f"the processes cannot connect to each other: {text}; {network_hint(os.environ)}"
-        if not is_first_process():  # rank 0 may be waiting for this process
+        if not is_first_process() and _is_first_with(text, store):  # rank 0 may be waiting for it
             rank = f"rank {process_ranks()[0]} on {host_name()}"
             print(f"Error: {rank}: {message}", file=sys.stderr, flush=True)
         raise LaunchError(message, code) from error
+
+
+def _is_first_with(error: str, store: Any) -> bool:
+    """Return whether no other rank above 0 has the same error, except for ports and addresses."""
+    cause = re.sub(r"\d+", "N", error)
+    with suppress(Exception):  # without a store, or if it disappeared with rank 0
+        return bool(store.add(f"cause/{cause}", 1) == 1)
+    return True
 
 
 def silence_libraries() -> None:

@@ -31,7 +31,7 @@ from resilience.blocked_threads import blocked_threads, describe
 from resilience.config import TimeLimits
 from resilience.exit_codes import ExitCode
 from resilience.exit_timer import ExitTimer, run_limited
-from resilience.heartbeat import Heartbeat, Phase, hosts_at_fault, stack_of
+from resilience.heartbeat import Heartbeat, Phase, group_by_stack, hosts_at_fault, stack_of
 
 HEARTBEAT_SECONDS = 1.0
 RANKS_PER_HEARTBEAT = 256  # above this many ranks the interval grows: rank 0 reads every heartbeat
@@ -269,15 +269,18 @@ class Watchdog:
         silent = [beat for beat in beats if now - seen[beat.rank][1] > limit]
         if silent:
             self.fault_hosts = hosts_at_fault(silent, beats)
-            self._abort("\n".join(b.silent_message(now - seen[b.rank][1]) for b in silent))
+            self._abort(
+                "\n".join(
+                    first.silent_message(now - seen[first.rank][1], others)
+                    for first, *others in group_by_stack(silent)
+                )
+            )
         if any(self._is_late(beat) for beat in beats):
             self.fault_hosts = hosts_at_fault([b for b in beats if not b.is_waiting], beats)
             # Ranks that wait for a stuck rank are late too: list ranks that do not wait first,
             # then small groups of equal stacks.
-            by_stack: dict[tuple[str, ...], list[Heartbeat]] = {}
-            for beat in beats:
-                by_stack.setdefault(tuple(beat.stack), []).append(beat)
-            groups = sorted(by_stack.values(), key=lambda group: (group[0].is_waiting, len(group)))
+            groups = group_by_stack(beats)
+            groups.sort(key=lambda group: (group[0].is_waiting, len(group)))
             self._abort("\n".join(group[0].late_message(group[1:]) for group in groups))
 
     def _check_children(self) -> None:

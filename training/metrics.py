@@ -17,9 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.files import set_aside_other_kind, write_problem
+from data.files import set_aside_other_kind
 from parallel.step_scalars import StepScalars
 from resilience.event_log import RetryingWriter, json_line
+from resilience.failed_outputs import FailedOutputs
 from training.metrics_file import truncate_records
 
 if TYPE_CHECKING:
@@ -87,8 +88,8 @@ def step_metrics(
 class MetricsLog:
     """Write metrics to the run folder and to trackers.
 
-    No method raises because of a disk or a tracker, or waits for one; each kind of failure is
-    passed once to `warn`. After a failure of `metrics.jsonl`, records are kept and written once the
+    No method raises because of a disk or a tracker, or waits for one; failures are passed to
+    `failed`. After a failure of `metrics.jsonl`, records are kept and written once the
     disk has space again; TensorBoard is reopened after `TENSORBOARD_RETRY_SECONDS`.
 
     Args:
@@ -104,11 +105,10 @@ class MetricsLog:
         run_name: str,
         run_config: dict[str, Any],
         first_step: int,
-        warn: Callable[[str], None],
+        failed: FailedOutputs,
     ) -> None:
         self.folder, self.path, self.run_name = folder, folder / "metrics.jsonl", run_name
-        self._warn = warn
-        self._warned: set[str] = set()
+        self.failed = failed
         self._lines = RetryingWriter(self.path)
         self._use_tensorboard = tensorboard
         self._tensorboard: Any = None
@@ -122,7 +122,7 @@ class MetricsLog:
                     continue  # a program that the user runs reads the samples
                 if (aside := set_aside_other_kind(folder / name, is_folder)) is not None:
                     kind = "folder" if is_folder else "regular file"
-                    warn(f"{folder / name} is not a {kind} and is kept as {aside.name}.")
+                    failed.warn(f"{folder / name} is not a {kind} and is kept as {aside.name}.")
         self.truncate(first_step)
         if wandb is not None:
             with self._warn_on_error("W&B"):
@@ -135,7 +135,7 @@ class MetricsLog:
         with self._warn_on_error("metrics.jsonl"):
             self.folder.mkdir(parents=True, exist_ok=True)
             if (message := truncate_records(self.path, last_step)) is not None:
-                self._warn(message)
+                self.failed.warn(message)
         self._close_tensorboard()
         if self._use_tensorboard:
             self._open_tensorboard(last_step)
@@ -220,22 +220,12 @@ class MetricsLog:
             if target == "TensorBoard":
                 self._tensorboard = None
                 self._tensorboard_retry_at = time.monotonic() + TENSORBOARD_RETRY_SECONDS
-            self._fail(target, error)
+            self.failed.report(target, error)
 
     def _check_wandb(self) -> None:
         if self._wandb.failure is not None:
-            self._fail("W&B", self._wandb.failure)
+            self.failed.report("W&B", self._wandb.failure)
             self._wandb = None
-
-    def _fail(self, target: str, error: object) -> None:
-        if isinstance(error, BaseException):
-            error = write_problem(error, self.folder)
-        if target not in self._warned:
-            self._warned.add(target)
-            self._warn(
-                f"Could not write {target} in {self.folder} ({' '.join(str(error).split())}). "
-                "Continuing without it."
-            )
 
 
 def _drop_tensorboard_error(report: Callable[[Any], object], error: Any) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.files import write_problem
 from data.stages import Stage, Stages
 from parallel.mesh import MeshShape, Processes
 from resilience.exit_codes import ExitCode
+from resilience.failed_outputs import FailedOutputs
 from resilience.run_folder import RunFolder
 from training.clock import Clock
 from training.config import JobConfig
@@ -54,7 +54,7 @@ class Run:
         first_step_done: Whether this launch has completed a step.
         save_failed: Whether the last save failed.
         last_metrics: Latest value of each metric.
-        failed_outputs: Outputs whose error this process has reported.
+        failed_outputs: Reports the outputs that cannot be written.
     """
 
     config: JobConfig
@@ -85,10 +85,11 @@ class Run:
     clock: Clock = field(init=False)
     garbage: GarbageCollector = field(default_factory=GarbageCollector)
     last_metrics: dict[str, Any] = field(default_factory=dict)
-    failed_outputs: set[str] = field(default_factory=set)
+    failed_outputs: FailedOutputs = field(init=False)
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.fabric.device.type)
+        self.failed_outputs = FailedOutputs(self.folder.path, self.console.note)
         if self.mesh.world_size > 1:
             from training.stragglers import StragglerMonitor
 
@@ -115,15 +116,8 @@ class Run:
         try:
             yield
         except Exception as error:
-            if output not in self.failed_outputs:
-                self.failed_outputs.add(output)
-                path = self.folder.path
-                kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-                with suppress(Exception):
-                    self.console.note(
-                        f"Could not write {output} of {path} ({kind}{write_problem(error, path)}). "
-                        "Training continues."
-                    )
+            with suppress(Exception):  # of the console
+                self.failed_outputs.report(output, error)
 
     def batches(self) -> Generator["StepBatches", None, None]:
         """Iterate over this process's batches from the current position, with prefetching."""
@@ -170,7 +164,7 @@ class Run:
     def poll_checkpoints(self) -> None:
         """Log the saves that have ended; after a failed one, request a stop if configured."""
         for result in self.saver.poll():
-            self.save_failed = result.error is not None
+            failed_before, self.save_failed = self.save_failed, result.error is not None
             self.requests.record_save(result.write_seconds)
             seconds, write_seconds = round(result.stall_seconds, 3), round(result.write_seconds, 3)
             fields = {"step": result.step, "seconds": seconds, "write_seconds": write_seconds}
@@ -181,9 +175,10 @@ class Run:
             self.record("save_failed", error=result.error, **fields)
             stops = self.config.checkpoint.on_failure == "stop"
             action = "Stopping." if stops else "Continuing (checkpoint.on_failure=continue)."
-            self.console.note(
-                f"Could not save a checkpoint at step {result.step}: {result.error}. {action}"
-            )
+            if not (stops and failed_before):  # else it was the last save of a run that stops
+                self.console.note(
+                    f"Could not save a checkpoint at step {result.step}: {result.error}. {action}"
+                )
             if stops:
                 self.requests.request_stop(ExitCode.SAVE_FAILED)
 
@@ -205,7 +200,7 @@ class Run:
             times = launch_times(folder.event_log, folder.metrics, last_heartbeat)
         if (message := folder.write_config(plain(config))) is not None:
             note(message)
-        self.event_log = EventLog(folder.event_log, note)
+        self.event_log = EventLog(folder.event_log, self.failed_outputs)
         self.event_log.repair()
         earlier = self.event_log.read()
         origin = {} if step else {"init_from": config.run.init_from}
@@ -220,7 +215,7 @@ class Run:
                 run_name=config.run.name,
                 run_config=plain(config),
                 first_step=step,
-                warn=note,
+                failed=self.failed_outputs,
             )
         with self.optional("missing metrics"):
             self._report_missing_events(earlier)

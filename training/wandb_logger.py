@@ -29,7 +29,7 @@ class WandbLogger:
         self._folder, self._project, self._run_name = folder, project, run_name
         self._config, self._first_step = config, first_step
         self._records: queue.Queue[dict[str, Any] | None] = queue.Queue(MAX_QUEUED)
-        self.failure: object = None
+        self.failure: BaseException | str | None = None
         """Reason of the first failure, or None."""
         self._thread = threading.Thread(target=self._send, name="W&B", daemon=True)
         self._thread.start()

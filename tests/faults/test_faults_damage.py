@@ -142,14 +142,29 @@ def test_failing_logs_and_trackers_are_reported_once_and_do_not_change_the_weigh
     assert launch.exit_codes == {0: 0}, launch.output()
     output = " ".join(launch.output().split())
     for failure in (
-        r"Could not write metrics\.jsonl in \S+ \(No space left .* free\)",
-        r"ledger\.jsonl cannot be written \(No space left",
-        r"Could not write TensorBoard in \S+ \(No space left .* free\)",
-        r"Could not write W&B in \S+ \(Run initialization has timed out\)",
+        r"Could not write \S+ in \S+ \(No space left .* free\)",
+        r"Could not write W&B in \S+ \(\w+: Run initialization has timed out\)",
     ):
         assert len(re.findall(failure, output)) == 1, f"{failure}:\n{output}"
     last = Path("checkpoints") / f"step-{FAULT_STEPS:08d}" / "__0_0.distcp"
     assert (full / last).read_bytes() == (reference / last).read_bytes()
+
+
+def test_file_system_that_becomes_read_only_is_reported_once(
+    fork_server: ForkServer, train_arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Once as the reason that outputs fail, and once as the reason to stop."""
+    folder = tmp_path / "run"
+    read_only = Fault(0, 30, "EROFS", folder=str(folder), last_call=ALWAYS)
+    options = ("log.tensorboard=true", "validation.interval=5", "validation.sample_tokens=4")
+    launch = fork_server.run(train_arguments(folder, *options), 1, read_only)
+    assert launch.exit_codes == {0: ExitCode.SAVE_FAILED}, launch.output()
+    output = " ".join(launch.output().split())
+    assert output.count("Read-only file system") == 2, output
+    assert len(re.findall(r"Could not write \S+ in \S+ \(Read-only file system\)", output)) == 1
+    saves = r"Could not save a checkpoint at step 4: (rank 0: )?Read-only file system\. Stopping"
+    assert len(re.findall(saves, output)) == 1, output
+    assert "Traceback" not in output
 
 
 OUTPUTS = {

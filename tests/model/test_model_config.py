@@ -83,6 +83,10 @@ def test_flops_per_token_equal_pytorch_flop_counter(tie: bool) -> None:
     ("change", "message"),
     [
         ({"n_kv_heads": 4}, "model.n_heads=6 is not a multiple of model.n_kv_heads=4; use model"),
+        (  # without a search for divisors that takes minutes
+            {"n_heads": 10**12, "dim": 2 * 10**12, "n_kv_heads": 3},
+            "model.n_heads=1000000000000 is not a multiple of model.n_kv_heads=3; use model.n_kv_",
+        ),
         ({"dim": 30}, "model.dim=30 is not a multiple of twice model.n_heads=6; use 24 or 36"),
         ({"n_layers": 0}, "model.n_layers=0 is below 1; use at least 1"),
         ({"n_heads": 0}, "model.n_heads=0 is below 1; use at least 1"),

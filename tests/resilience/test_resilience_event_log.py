@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from resilience.event_log import EventLog, json_line, read_json_lines
+from resilience.failed_outputs import FailedOutputs
 
 
 def test_events_are_read_in_order_with_utc_times(tmp_path: Path) -> None:
@@ -88,10 +89,10 @@ def test_unwritable_folder_warns_once_and_events_are_written_later(tmp_path: Pat
     warnings: list[str] = []
     blocked = tmp_path / "run"
     blocked.write_text("a file instead of the folder")
-    event_log = EventLog(blocked / "ledger.jsonl", warnings.append)
+    event_log = EventLog(blocked / "ledger.jsonl", FailedOutputs(tmp_path, warnings.append))
     event_log.append("start")
     event_log.append("save")
-    assert len(warnings) == 1 and str(event_log.path) in warnings[0]
+    assert len(warnings) == 1 and "ledger.jsonl in" in warnings[0]
     blocked.unlink()
     event_log.append("stop")
     assert [e["event"] for e in event_log.read()] == ["start", "save", "stop"]

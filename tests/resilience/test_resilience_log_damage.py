@@ -22,6 +22,7 @@ from resilience.event_log import (
     read_json_lines,
     scan_json_lines,
 )
+from resilience.failed_outputs import FailedOutputs
 from resilience.goodput import compute_goodput, launch_times
 from training.shutdown import goodput_row
 
@@ -121,7 +122,7 @@ def test_any_bytes_are_read_and_repaired_once(
     events = EventLog(path).read()
     warnings: list[str] = []
     for _ in range(2):
-        EventLog(path, warnings.append).repair()
+        EventLog(path, FailedOutputs(path.parent, warnings.append)).repair()
     assert EventLog(path).read() == events and scan_json_lines(path, is_event).n_damaged == 0
     assert len(warnings) <= 1
     aside = path.with_name("ledger.jsonl.damaged")
@@ -133,7 +134,7 @@ def test_any_bytes_are_read_and_repaired_once(
 def test_repair_reports_damage_and_removes_an_incomplete_line_silently(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     warnings: list[str] = []
-    log = EventLog(path, warnings.append)
+    log = EventLog(path, FailedOutputs(tmp_path, warnings.append))
     log.repair()
     for content in (b"", CONTENT, CONTENT + b'{"time": "20', b"\n\n" + CONTENT + b"\n"):
         path.write_bytes(content)
@@ -163,7 +164,7 @@ def test_what_is_no_file_is_kept_under_another_name(tmp_path: Path, kind: str) -
     else:
         path.symlink_to("/dev/full")
     warnings: list[str] = []
-    log = EventLog(path, warnings.append)
+    log = EventLog(path, FailedOutputs(tmp_path, warnings.append))
     check_goodput(path)
     log.repair()
     log.append("start", step=0)
@@ -183,7 +184,7 @@ def test_unreadable_file_is_kept_under_another_name(
     monkeypatch.setattr("pathlib.Path.open", deny)
     warnings: list[str] = []
     assert EventLog(path).read() == []
-    EventLog(path, warnings.append).repair()
+    EventLog(path, FailedOutputs(tmp_path, warnings.append)).repair()
     monkeypatch.undo()
     assert (tmp_path / "ledger.jsonl.damaged").read_bytes() == CONTENT and not path.exists()
     assert "cannot be read (Permission denied)" in warnings[0]
@@ -196,7 +197,7 @@ def test_line_without_end_is_read_in_bounded_memory(tmp_path: Path) -> None:
         file.seek(1 << 26, os.SEEK_CUR)  # a hole, as zeros
         file.write(b"\n" + CONTENT[: CONTENT.index(b"\n")].replace(b"start", b"later") + b"\n")
     warnings: list[str] = []
-    log = EventLog(path, warnings.append)
+    log = EventLog(path, FailedOutputs(tmp_path, warnings.append))
     tracemalloc.start()
     events = log.read()
     log.repair()
@@ -215,7 +216,7 @@ def test_failed_repair_leaves_the_file(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "replace", full)
     warnings: list[str] = []
-    EventLog(path, warnings.append).repair()
+    EventLog(path, FailedOutputs(tmp_path, warnings.append)).repair()
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == b"damaged\n" + CONTENT and "No space left" in warnings[0]
 
@@ -224,7 +225,7 @@ def test_error_of_any_kind_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warnings: list[str] = []
-    log = EventLog(tmp_path / "ledger.jsonl", warnings.append)
+    log = EventLog(tmp_path / "ledger.jsonl", FailedOutputs(tmp_path, warnings.append))
 
     def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("a bug")
@@ -232,7 +233,7 @@ def test_error_of_any_kind_is_reported_once(
     monkeypatch.setattr("resilience.event_log.append_line", fail)
     log.append("start", step=0)
     log.append("stop", step=1)
-    assert len(warnings) == 1 and "(a bug)" in warnings[0]
+    assert len(warnings) == 1 and "(RuntimeError: a bug)" in warnings[0]
 
 
 @pytest.mark.parametrize(

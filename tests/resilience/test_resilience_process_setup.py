@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config as config
-from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
+from torch.distributed import DistBackendError, DistNetworkError, DistStoreError, HashStore
 
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes
@@ -236,6 +236,25 @@ def test_only_failed_connections_are_explained(
     hint = "NCCL_IB_DISABLE=1; set NCCL_SOCKET_IFNAME"
     assert (hint in str(raised.value)) == reported
     assert ("rank 1 on" in capsys.readouterr().err) == reported
+
+
+def test_ranks_that_fail_to_connect_for_one_reason_print_it_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    store, code = HashStore(), ExitCode.RANK_FAILED
+    for name, value in {"WORLD_SIZE": "8", "MASTER_PORT": "1", "MASTER_ADDR": "n0"}.items():
+        monkeypatch.setenv(name, value)
+    for rank in range(1, 5):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        reason = "no route" if rank == 4 else "refused"
+        error = RuntimeError(
+            f"Gloo connectFullMesh failed: {reason}, remote=[10.0.0.{rank}]:5{rank}"
+        )
+        with pytest.raises(LaunchError), _launch_errors("srun", code, store):
+            raise error
+    printed = capsys.readouterr().err.splitlines()
+    assert [line.split()[2] for line in printed] == ["1", "4"]
 
 
 @pytest.mark.parametrize(

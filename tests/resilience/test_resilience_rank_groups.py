@@ -1,7 +1,7 @@
 """A cause that many ranks have in common is printed once, with the rank that failed first."""
 
 from checkpoint.writer import one_line
-from resilience.heartbeat import Heartbeat
+from resilience.heartbeat import Heartbeat, group_by_stack
 from resilience.rank_check import RankReport, compare
 from resilience.rank_groups import group_causes, name_ranks
 
@@ -30,6 +30,14 @@ def test_error_of_512_ranks_at_the_start_is_one_line() -> None:
 def test_late_ranks_with_one_stack_are_shown_as_spans() -> None:
     beats = [Heartbeat(rank, "n0", 1, "step", 5, 700.0, 1) for rank in range(512)]
     assert "rank 0 (pid 1 on n0) and ranks 1-511 stuck" in beats[0].late_message(beats[1:])
+
+
+def test_silent_ranks_with_one_stack_are_shown_as_spans() -> None:
+    beats = [Heartbeat(rank, f"n{rank // 8}", 1, "step", 5) for rank in range(8, 16)]
+    beats += [Heartbeat(16, "n2", 1, "step", 5, stack=["train.py:9 main"])]
+    first, second = (group[0].silent_message(60.0, group[1:]) for group in group_by_stack(beats))
+    assert first.startswith("no heartbeat from rank 8 (pid 1 on n1) and ranks 9-15 for 60 s; ")
+    assert second.startswith("no heartbeat from rank 16 (pid 1 on n2) for 60 s; ")
 
 
 def test_failed_save_of_all_ranks_is_one_cause() -> None:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resilience.failed_outputs import FailedOutputs
 from training.loss_plot import plot_loss, smooth
 from training.metrics import MetricsLog
 
@@ -27,7 +28,7 @@ def test_plot_shows_training_and_validation_loss_once_logged(tmp_path: Path) -> 
     blue, orange = (8, 81, 156), (217, 72, 1)
     warnings: list[str] = []
     log = MetricsLog(
-        tmp_path, False, None, "a $run_1$", {}, 0, warnings.append
+        tmp_path, False, None, "a $run_1$", {}, 0, FailedOutputs(tmp_path, warnings.append)
     )  # not parsed as mathtext
     image = tmp_path / "loss.png"
     log.plot()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resilience.failed_outputs import FailedOutputs
 from training.loss_plot import plot_loss
 from training.metrics import MetricsLog
 from training.metrics_file import missing_steps, newly_missing, read_records, truncate_records
@@ -24,7 +25,9 @@ def content(*steps: int) -> bytes:
 
 def open_log(folder: Path, first_step: int) -> tuple[MetricsLog, list[str]]:
     warnings: list[str] = []
-    return MetricsLog(folder, False, None, "run", {}, first_step, warnings.append), warnings
+    return MetricsLog(
+        folder, False, None, "run", {}, first_step, FailedOutputs(folder, warnings.append)
+    ), warnings
 
 
 def test_each_flipped_byte_costs_at_most_two_records(tmp_path: Path) -> None:
