@@ -199,9 +199,17 @@ def _table_rows(tables: Tables, used: set[str], row: int) -> Iterator[RawRow]:
 
 
 def _to_python(column: Any) -> list[Any]:
-    """Convert a column to Python objects; text that is not UTF-8 becomes bytes."""
+    """Convert a column to Python objects; text that is not UTF-8 becomes bytes.
+
+    Raises:
+        ValueError: Offsets of a damaged Arrow file point outside of its buffers, which pyarrow
+            would otherwise read.
+    """
     import pyarrow
 
+    binary = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    # Validation as text would also reject text that is not UTF-8.
+    column.cast(binary.get(column.type, column.type)).validate(full=True)
     try:
         return column.to_pylist()
     except UnicodeDecodeError:

@@ -1,6 +1,7 @@
 """Rows are read, repaired, filtered, skipped or rejected, and reading resumes after any row."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any, get_args
 
@@ -237,6 +238,22 @@ def test_truncated_file_is_reported(name: str, tmp_path: Path) -> None:
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=rf"data\.sources\.s\.path: .*{name}: cannot read"):
+        read(source)
+
+
+@pytest.mark.parametrize(
+    ("kind", "offset"), [(pyarrow.string(), "i"), (pyarrow.large_string(), "q")]
+)
+def test_arrow_offsets_outside_of_the_buffer_are_rejected(
+    kind: Any, offset: str, tmp_path: Path
+) -> None:
+    """pyarrow would read other memory of the process, or crash."""
+    path = tmp_path / "a.arrow"
+    source = table(path, {"text": pyarrow.array(["a", "b", "c"], kind)})
+    valid, content = struct.pack(f"<4{offset}", 0, 1, 2, 3), path.read_bytes()
+    assert content.count(valid) == 1
+    path.write_bytes(content.replace(valid, struct.pack(f"<4{offset}", 0, 1, 2, 2**30)))
+    with pytest.raises(DataError, match=r"a\.arrow: cannot read after row 0 .*out of bounds"):
         read(source)
 
 
