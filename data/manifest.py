@@ -172,12 +172,12 @@ def _content_hash(values: dict[str, Any]) -> str:
 
 
 def read_record(
-    record: type[Record], path: Path, supported: tuple[str, int], remedy: str
+    record: type[Record], path: Path, supported: tuple[str, int] | None, remedy: str
 ) -> Record:
     """Read a JSON file with the fields of a dataclass.
 
     Args:
-        supported: Values of the fields `format` and `version`.
+        supported: Values of the fields `format` and `version`, if the record has them.
         remedy: End of all error messages.
 
     Raises:
@@ -196,7 +196,7 @@ def read_record(
     if recorded not in (None, _content_hash(values)):
         raise DataError(f"{path} is damaged (its content differs from its sha256); {remedy}")
     found = values.get("format"), values.get("version")
-    if found != supported:
+    if supported is not None and found != supported:
         raise DataError(
             f"{path}: format={found[0]}, version={found[1]} is not supported, only "
             f"format={supported[0]}, version={supported[1]}; {remedy}"

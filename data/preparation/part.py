@@ -8,13 +8,13 @@ preparation resumes from the record and produces the same bytes as an uninterrup
 from ctypes import Structure, c_int64
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from annotated_types import Predicate
 
 from data.config import DataConfig
-from data.files import write_atomically
-from data.manifest import OUTCOMES, SPLITS, Shard
+from data.errors import DataError
+from data.manifest import OUTCOMES, SPLITS, Shard, read_record, write_record
 from data.preparation.splitting import split_document
 from data.progress import ProgressCounts
 from data.shards import ShardWriter
@@ -41,8 +41,12 @@ class PartRecord:
 
     position: RowPosition = RowPosition()  # noqa: RUF009 (immutable)
     n_bytes: int = 0
-    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
-    shards: dict[str, list[Shard]] = field(default_factory=lambda: {s: [] for s in SPLITS})
+    documents: Annotated[dict[str, int], Predicate(lambda value: value.keys() == {*OUTCOMES})] = (
+        field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
+    )
+    shards: Annotated[
+        dict[str, list[Shard]], Predicate(lambda value: value.keys() == {*SPLITS})
+    ] = field(default_factory=lambda: {s: [] for s in SPLITS})
     n_closed: int = 0
     done: bool = False
 
@@ -60,18 +64,15 @@ class PartRecord:
 
     def write(self, path: Path) -> None:
         """Write the record; the files it lists must be on disk already."""
-        write_atomically(path, _RECORD.dump_json(self))
+        write_record(self, path)
 
     @classmethod
     def read(cls, path: Path) -> "PartRecord":
-        """Read a record; return an empty one if the file is missing or unreadable."""
+        """Read a record; return an empty one if the file is missing or damaged."""
         try:
-            return _RECORD.validate_json(path.read_bytes())
-        except (OSError, ValueError):
+            return read_record(cls, path, None, "the part is prepared again")
+        except (DataError, OSError):
             return cls()
-
-
-_RECORD = TypeAdapter(PartRecord)
 
 
 def record_path(folder: Path, part: Part) -> Path:

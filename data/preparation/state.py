@@ -75,7 +75,8 @@ def read_marker(marker: TextIO) -> dict[str, Any]:
         values = parse_json(marker.read())
     except ValueError:  # empty, or truncated by a crash
         return {}
-    return values if isinstance(values, dict) else {}
+    is_valid = isinstance(values, dict) and isinstance(values.get("configuration"), dict)
+    return values if is_valid else {}
 
 
 def reject_foreign_files(folder: Path) -> None:

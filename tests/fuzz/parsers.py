@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import xxhash
@@ -26,6 +27,7 @@ from cli.config import load_train_config
 from cli.last_launch import with_last_launch
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
+from data.manifest import Manifest
 from data.packing import PackedStream, pack
 from data.preparation.identity import read_prepared
 from data.preparation.pipeline import prepare
@@ -202,6 +204,29 @@ def read_dataset(folder: Path) -> None:
             packed.window(index, 16)
 
 
+def make_preparation(folder: Path) -> None:
+    """Interrupt a preparation before it writes the manifest."""
+    with (
+        patch.object(Manifest, "write", side_effect=KeyboardInterrupt),
+        suppress(KeyboardInterrupt),
+    ):
+        make_dataset(folder)
+
+
+def seal_preparation(folder: Path) -> None:
+    """Remove the hash of the record, as in version 0.2."""
+    path = folder / "shards/source/part-00000.json"
+    with suppress(ValueError, RecursionError):
+        values = json.loads(path.read_bytes())
+        if isinstance(values, dict):
+            values.pop("sha256", None)
+            path.write_text(json.dumps(values))
+
+
+def resume_preparation(folder: Path) -> None:
+    prepare(*dataset(folder), progress=False)
+
+
 def make_texts(folder: Path) -> None:
     import gzip
 
@@ -282,7 +307,7 @@ def read_logs(folder: Path) -> None:
 def commit(folder: Path) -> None:
     """Write a valid hash of the manifest of a checkpoint, and of the files that it lists."""
     path = folder / MANIFEST
-    with suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
+    with suppress(OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
         manifest = json.loads(path.read_bytes())
         files = {}
         for name in manifest["files"]:
@@ -440,6 +465,13 @@ PARSERS = {
         read_dataset,
         (DataError,),
         seal_dataset,
+    ),
+    "preparation": Parser(
+        make_preparation,
+        {"shards/preparing.json": "json", "shards/source/part-00000.json": "json"},
+        resume_preparation,
+        (DataError,),
+        seal_preparation,
     ),
     "texts": Parser(
         make_texts,

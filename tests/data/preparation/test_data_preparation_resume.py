@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
+from data.manifest import Manifest
 from data.preparation import part as preparation_part
 from data.preparation.part import record_path
 from data.preparation.pipeline import prepare
@@ -98,6 +100,25 @@ def run_until_killed(*jobs: tuple[DataConfig, int]) -> list[int]:
     )
     assert process.returncode == 0 and not process.stderr, process.stderr
     return [int(line) for line in process.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("change", [('"n_tokens": 2', '"n_tokens": 3'), ('"read": 3', '"read": 4')])
+def test_damaged_part_record_is_prepared_again(tmp_path: Path, change: tuple[str, str]) -> None:
+    path = write_lines(tmp_path / "rows.jsonl")
+    data, other = data_of(tmp_path / "a", path), data_of(tmp_path / "b", path)
+    with pytest.raises(KeyboardInterrupt), patch.object(Manifest, "write", interrupt):
+        prepare(data, BYTE, progress=False)
+    record = records(data.folder)[1]
+    valid = record.read_text()
+    record.write_text(valid.replace(*change, 1))
+    assert record.read_text() != valid
+    prepare(data, BYTE, progress=False)
+    prepare(other, BYTE, progress=False)
+    assert listing(data.folder) == listing(other.folder)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_result_does_not_depend_on_workers_or_interruptions(tmp_path: Path) -> None:
