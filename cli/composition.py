@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,10 @@ from cli.arguments import (
 )
 from cli.last_launch import register_resolvers, resolve_recipe, with_last_launch
 from data.errors import DataError
+from parallel.slurm import host_name
+from resilience.config import preflight_seconds
+from resilience.exit_codes import ExitCode
+from resilience.exit_timer import exit_if_late
 from resilience.standard_streams import print_result
 from training.config_validation import ConfigError, field_at, fields_of, shown, takes_text
 from training.tokenizer_choice import DEFAULT_FOLDER, tokenizer_overrides
@@ -60,8 +64,21 @@ def compose_config(program: str, arguments: Sequence[str]) -> "DictConfig":
         print_and_exit(_as_yaml(composed, options))
     typed = explicit_keys(options.words)
     if program == "train" or (program == "plan" and typed & {"run.dir", "run.name"}):
-        composed = with_last_launch(composed, options)
+        with _exit_if_late(composed):
+            composed = with_last_launch(composed, options)
     return composed
+
+
+def _exit_if_late(composed: "DictConfig") -> AbstractContextManager[None]:
+    """Return a context that exits if the run folder does not answer in time."""
+    from omegaconf import OmegaConf
+
+    folder, limit = (
+        OmegaConf.select(composed, key, throw_on_resolution_failure=False)
+        for key in ("run.dir", "watchdog.setup_seconds")
+    )
+    activity = f"reading run.dir={folder} on {host_name()}"
+    return exit_if_late(activity, preflight_seconds(limit), ExitCode.RANK_FAILED_BEFORE_SAVE)
 
 
 def _long_name_errors(options: Options) -> Iterator[str]:

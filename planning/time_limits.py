@@ -12,12 +12,12 @@ from planning.hardware import Hardware, load_hardware
 from planning.host import checkpoint_bytes
 from planning.speed import step_time
 from planning.step_spec import StepSpec
-from resilience.config import TimeLimits, WatchdogConfig
+from resilience.config import LEAST_SETUP_SECONDS, TimeLimits, WatchdogConfig
 
 FACTOR = 10
 MARGIN = 2
 """A configured limit below this many times the plan is reported."""
-LEAST = TimeLimits(setup=1800, step=600, checkpoint=1800)
+LEAST = TimeLimits(setup=LEAST_SETUP_SECONDS, step=600, checkpoint=1800)
 SLOWEST = {"cpu": "cpu", "cuda": "a100"}
 """Hardware files for machines without one, by accelerator."""
 START_SECONDS, COMPILE_SECONDS = 60, 120

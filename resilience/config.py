@@ -3,7 +3,7 @@
 import math
 from dataclasses import astuple, dataclass
 from datetime import timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
@@ -32,6 +32,7 @@ class FaultsConfig(ConfigSection):
     replica_check_interval: PositiveInt | None = 100
 
 
+LEAST_SETUP_SECONDS = 1800.0  # unless it is configured
 TimeLimit = Literal["off"] | Annotated[float, Gt(0)] | None
 
 
@@ -46,6 +47,18 @@ class WatchdogConfig(ConfigSection):
     setup_seconds: TimeLimit = None
     step_seconds: TimeLimit = None
     checkpoint_seconds: TimeLimit = None
+
+
+def preflight_seconds(setup_seconds: Any) -> float:
+    """Return the limit of a check before the launch, which reads small files only.
+
+    Args:
+        setup_seconds: `watchdog.setup_seconds`; may be invalid before the validation.
+    """
+    if setup_seconds == "off":
+        return math.inf
+    is_number = isinstance(setup_seconds, int | float) and setup_seconds > 0
+    return setup_seconds if is_number else LEAST_SETUP_SECONDS
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,16 @@ from a thread of its own.
 """
 
 import ctypes
+import math
+import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+from resilience.blocked_threads import blocked_threads, describe
+
+REPORT_SECONDS = 5.0  # for a message before an exit, whose file may be on the disk that hangs
 _SIGEV_THREAD = 2  # bits/sigevent-consts.h of glibc
 _CLOCK_MONOTONIC = 1
 
@@ -73,3 +79,32 @@ def run_limited(function: Callable[[], None], seconds: float) -> None:
     thread = threading.Thread(target=function, daemon=True)
     thread.start()
     thread.join(seconds)
+
+
+@contextmanager
+def exit_if_late(activity: str, seconds: float, code: int) -> Iterator[None]:
+    """Exit if a block that reads or writes files takes too long, and print what it waits for.
+
+    Args:
+        activity: What the block does, for the message.
+        seconds: Its limit; infinite without one.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        if done.wait(seconds):
+            return
+        waits = describe(f"the process (pid {os.getpid()})", blocked_threads())
+        message = f"Aborting: {activity} takes more than {seconds:,g} s. {waits}".rstrip()
+        run_limited(lambda: print(message, file=sys.stderr, flush=True), REPORT_SECONDS)
+        os._exit(code)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    if seconds < math.inf:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if seconds < math.inf:
+            thread.join()  # a process with one thread can be forked safely

@@ -8,13 +8,17 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.errors import DataError
 from parallel.mesh import is_first_process, resolve_mesh
+from parallel.slurm import host_name
 from resilience.accelerator import resolve_processes
+from resilience.config import preflight_seconds
+from resilience.exit_codes import ExitCode
+from resilience.exit_timer import exit_if_late
 from resilience.lock import RunLock, acquire_lock, check_not_locked
 from resilience.run_folder import RunFolder, RunFolderError
 from resilience.run_identity import check_identity
@@ -38,16 +42,24 @@ def check_folder(config: JobConfig) -> Changes:
         FormatError, ConfigError: The initial weights cannot be read or do not fit the model.
     """
     folder = RunFolder(Path(config.run.dir))
-    if is_first_process():
-        check_not_locked(folder)
-    check_identity(folder, config.run.adopt)
-    changes = check_run_folder(folder, plain(config), lambda old: with_defaults(old, config))
-    if is_first_process():
-        for message in checkpoint_warnings(folder):
-            print(message, file=sys.stderr, flush=True)
-    if config.run.init_from is not None and not folder.committed_steps():
-        check_initial_weights(config.run, config.model)
+    with _limited(config, "reading"):
+        if is_first_process():
+            check_not_locked(folder)
+        check_identity(folder, config.run.adopt)
+        changes = check_run_folder(folder, plain(config), lambda old: with_defaults(old, config))
+        if is_first_process():
+            for message in checkpoint_warnings(folder):
+                print(message, file=sys.stderr, flush=True)
+        if config.run.init_from is not None and not folder.committed_steps():
+            check_initial_weights(config.run, config.model)
     return changes
+
+
+def _limited(config: JobConfig, activity: str) -> AbstractContextManager[None]:
+    """Return a context that exits if the run folder does not answer in time."""
+    seconds = preflight_seconds(config.watchdog.setup_seconds)
+    named = f"{activity} run.dir={config.run.dir} on {host_name()}"
+    return exit_if_late(named, seconds, ExitCode.RANK_FAILED_BEFORE_SAVE)
 
 
 def acquire_run_lock(config: JobConfig) -> RunLock | None:
@@ -59,7 +71,9 @@ def acquire_run_lock(config: JobConfig) -> RunLock | None:
     """
     if not is_first_process():
         return None
-    return acquire_lock(RunFolder(Path(config.run.dir)), lambda message: print(message, flush=True))
+    folder = RunFolder(Path(config.run.dir))
+    with _limited(config, "locking"):
+        return acquire_lock(folder, lambda message: print(message, flush=True))
 
 
 @contextmanager

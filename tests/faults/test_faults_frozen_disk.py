@@ -99,6 +99,26 @@ def test_all_ranks_exit_in_time(
     assert run.main.wait() in (ExitCode.RANK_FAILED, ExitCode.RANK_FAILED_BEFORE_SAVE)
 
 
+def test_launch_with_a_frozen_run_folder_exits_and_names_it(
+    command: Callable[[Path], list[str]], tmp_path: Path
+) -> None:
+    with frozen_mount(tmp_path) as disk:
+        run = disk.path / "run"
+        disk.freeze("")
+        main = subprocess.Popen(
+            [sys.executable, *command(run), "watchdog.setup_seconds=1"],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_for(lambda: _has_exited(main.pid), "the launch to exit")
+        disk.close()
+    _, errors = main.communicate()
+    assert main.returncode == ExitCode.RANK_FAILED_BEFORE_SAVE
+    assert f"Aborting: reading run.dir={run} on {socket.gethostname()} takes more than" in errors
+    assert str(disk.path) in errors.partition("takes more than")[2], errors
+
+
 def _is_blocked(pid: int) -> bool:
     """Return whether a thread of a process waits for the mount."""
     channels = Path(f"/proc/{pid}").glob("task/*/wchan")

@@ -45,3 +45,20 @@ timer.cancel()
 time.sleep(0.3)
 """
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_late_block_exits_with_a_message() -> None:
+    program = """
+import threading, time
+from resilience.exit_timer import exit_if_late
+with exit_if_late("reading", 30, 70):
+    pass
+assert threading.active_count() == 1
+with exit_if_late("writing", float("inf"), 70):
+    pass
+with exit_if_late("locking run.dir=/runs", 0.1, 72):
+    time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 72
+    assert done.stderr.startswith("Aborting: locking run.dir=/runs takes more than 0.1 s.")
