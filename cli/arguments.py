@@ -6,8 +6,10 @@ are literal: characters that mean something to Hydra need no escapes. Everything
 with the argument as it should be. Imports the configuration's schema only when there are keys.
 """
 
+import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -82,7 +84,9 @@ def parse_options(arguments: Sequence[str], program: str) -> Options:
         ConfigError: An option is not supported, or its value is invalid.
     """
     options = Options(program)
-    errors = []
+    errors = list(_encoding_errors(arguments))
+    if errors:
+        raise ConfigError(errors)
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
@@ -104,6 +108,18 @@ def parse_options(arguments: Sequence[str], program: str) -> Options:
     if errors:
         raise ConfigError(errors)
     return options
+
+
+def _encoding_errors(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield an error for each argument that cannot be printed and saved as UTF-8."""
+    for word in arguments:
+        if not any("\udc80" <= char <= "\udcff" for char in word):  # bytes that are not decoded
+            continue
+        raw, encoding = os.fsencode(word), sys.getfilesystemencoding()
+        try:
+            yield f"{raw.decode()} is not {encoding}, as the locale; run: export PYTHONUTF8=1"
+        except UnicodeDecodeError:
+            yield f"{raw.decode(errors='backslashreplace')} is not UTF-8; use another name"
 
 
 def _option_errors(options: Options) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Start of a program: standard streams that cannot fail, and a first line before the slow imports.
+"""Start of a program: streams that cannot fail, signals, and a first line before the slow imports.
 
 Programs call `start_up` under `if __name__ == "__main__"`, before torch is imported. The terminal
 may be missing, closed, full or limited to ASCII, and matplotlib may be set to a notebook's backend;
@@ -14,6 +14,8 @@ from types import TracebackType
 from parallel.mesh import is_first_process
 from resilience.standard_streams import protect_streams
 
+HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
 
 def start_up(loading: str | None = None) -> None:
     """Make the standard streams safe, and print the first line on the first process.
@@ -23,6 +25,7 @@ def start_up(loading: str | None = None) -> None:
             prints a line to standard error if that is a terminal, since output may be data.
     """
     protect_streams(is_run=loading is not None)
+    reset_signals()
     sys.excepthook = _exit_on_interrupt
     # Programs draw image files only; a notebook's backend may not be installed here.
     os.environ["MPLBACKEND"] = "Agg"
@@ -33,6 +36,15 @@ def start_up(loading: str | None = None) -> None:
         print(loading, flush=True)
     elif sys.stderr.isatty():
         print("Loading …", file=sys.stderr, flush=True)
+
+
+def reset_signals() -> None:
+    """Accept signals that the parent of this process has blocked, and the exit codes of children.
+
+    An ignored SIGCHLD hides the exit code of a child that was killed.
+    """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _exit_on_interrupt(

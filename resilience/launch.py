@@ -63,6 +63,10 @@ def launch(
     """
     silence_libraries()
     faulthandler.enable()  # prints the Python stack after a crash outside of Python
+    code = ExitCode.USER_ERROR  # if the processes cannot connect to each other
+    if "MASTER_PORT" not in os.environ and processes.launcher in ("self", "srun"):
+        # A relaunch has another port, and perhaps other nodes.
+        code = ExitCode.RANK_FAILED_BEFORE_SAVE
     if processes.launcher == "self":
         # All processes are here; the address of another program's rank 0 may be left over.
         os.environ["MASTER_ADDR"] = "127.0.0.1"
@@ -70,10 +74,7 @@ def launch(
     elif processes.launcher == "torchrun":
         # Otherwise the processes of a killed torchrun keep training into the run folder.
         _kill_with_parent()
-    code = ExitCode.USER_ERROR  # if the processes cannot connect to each other
     if processes.launcher == "srun":
-        if "MASTER_PORT" not in os.environ:  # a restart has another port, and perhaps other nodes
-            code = ExitCode.RANK_FAILED_BEFORE_SAVE
         os.environ.update(rendezvous(os.environ))
     set_up_process(processes, parallel)
     if processes.accelerator == "cpu":
@@ -147,6 +148,8 @@ def _launch_errors(launcher: str, code: ExitCode, store: Any = None) -> Iterator
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error):
             remedy = PORT_REMEDIES.get(launcher, "start the launcher with another MASTER_PORT")
+            if launcher == "self" and code != ExitCode.USER_ERROR:
+                remedy = "run the same command again, which chooses another port"
             raise LaunchError(
                 f"MASTER_PORT={os.environ.get('MASTER_PORT')} is used by another process of "
                 f"{host_name()}; {remedy}",

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from queue import Empty, Queue
 from typing import Any
 
@@ -158,16 +159,19 @@ def open_store(timeout: float) -> Any:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_server = process_ranks()[0] == 0 and not served_by_agent
-    if not is_server:  # TCPStore would print a trace for each failed attempt
-        _wait(lambda: _accepts_connections(host, port), timeout)
     limit, shared = timedelta(seconds=timeout), not served_by_agent
 
-    def connect() -> Any:
+    def connect(host: str) -> Any:
         return TCPStore(
             host, port, None, is_server, limit, wait_for_workers=False, multi_tenant=shared
         )
 
-    store = _call_within(HANDSHAKE_SECONDS, connect)
+    # TCPStore would print a trace for each failed attempt, also on rank 0 if the address of
+    # another machine is set.
+    server = connect("localhost") if is_server else None
+    _wait(lambda: _accepts_connections(host, port), timeout)
+    store = _call_within(HANDSHAKE_SECONDS, partial(connect, host))
+    del server  # the store shares it
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"llamesh/{attempt}", store)
 

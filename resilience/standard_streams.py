@@ -22,6 +22,7 @@ STDOUT = "standard output"
 STREAMS = {1: "stdout", 2: "stderr"}  # by descriptor
 NAMES = {1: STDOUT, 2: "standard error"}
 MAX_PENDING_BYTES = 2**20  # of output before a run holds its folder; the rest is dropped
+READER_SECONDS = 10.0  # a run waits this long for a reader that has stopped reading
 
 
 class StreamFile(io.RawIOBase):
@@ -103,7 +104,9 @@ class ConsoleFile(StreamFile):
         """Write bytes, and return how many need not be written again."""
         if self._descriptor not in self.log.reasons:
             try:
-                return self.write_or_raise(data)
+                if not select.select([], [self._descriptor], [], READER_SECONDS)[1]:
+                    raise TimeoutError(f"not read for {READER_SECONDS:.0f} s")
+                return self.write_or_raise(data[: select.PIPE_BUF])  # more could block again
             except OSError as error:
                 self.log.replace(self._descriptor, error.strerror or str(error))
         self.log.write(data)

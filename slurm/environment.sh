@@ -14,10 +14,11 @@ own=$PWD/.venv
 pythons=("${VIRTUAL_ENV:-$own}/bin/python" "$own/bin/python" "${CONDA_PREFIX:-$own}/bin/python" python python3)
 [[ -z ${LLAMESH_PYTHON:-} ]] || pythons=("$LLAMESH_PYTHON")
 imports='from importlib.util import find_spec as find; assert all(map(find, ("torch", "lightning_fabric", "hydra")))'
-for python in "${pythons[@]}"; do
-    python=$(type -P "$python") && "$python" -c "$imports" 2>/dev/null && break
-    python=
-done
+python=
+while read -r candidate; do  # each of a name in PATH, where that of a conda base may come first
+    [[ $candidate == /* ]] || candidate=$PWD/$candidate
+    "$candidate" -c "$imports" </dev/null &>/dev/null && python=$candidate && break
+done < <(type -aP "${pythons[@]}")
 if [[ -z $python ]]; then
     echo "Error: no Python with Llamesh's dependencies on $HOSTNAME among ${pythons[*]}; install them into" \
         "$own (see README.md), or add --export=ALL,LLAMESH_PYTHON=/path/to/python to sbatch" >&2

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,8 +30,11 @@ from resilience.errors import is_hardware_fault  # noqa: E402
 from resilience.event_log import EventLog  # noqa: E402
 from resilience.exit_codes import ExitCode  # noqa: E402
 from resilience.run_folder import RunFolder, RunFolderError  # noqa: E402
+from resilience.standard_streams import protect_streams  # noqa: E402
 
 COMMAND_SECONDS = 60.0  # a busy controller may take this long
+PAUSES = (10.0, 30.0, 60.0)  # between attempts, while the controller does not answer
+NO_ANSWER = ("unable to contact", "timed out", "communication", "connection")  # errors of SLURM
 RECENT_LAUNCHES = 10  # with faults
 FAULTS = 2  # launches with a fault of the same host, before it is excluded
 FAULT_CODES = (ExitCode.RANK_FAILED, ExitCode.RANK_FAILED_BEFORE_SAVE, ExitCode.CORRUPTION)
@@ -107,16 +111,17 @@ def main(arguments: Sequence[str]) -> None:
     if code == ExitCode.FINISHED:
         return
     title = f"Exit code {code} ({rule.reason})"
-    job = show_job(job_id) if rule.restarts or code == ExitCode.TERMINATED else {}
+    job = show_job(job_id) if job_id and (rule.restarts or code == ExitCode.TERMINATED) else {}
     preempted = code == ExitCode.TERMINATED and job.get("PreemptTime", "None")[:1].isdecimal()
     if not rule.restarts and not preempted:
         print(f"{title}: not requeued.", flush=True)
         return
-    if int(job.get("Restarts", "0")) > restart_count(os.environ):
+    if count(job.get("Restarts")) > restart_count(os.environ):
         print(f"{title}: SLURM has requeued the job already.", flush=True)
         return
     if job.get("JobState") != "RUNNING":
-        print(f"{title}: not requeued; the job is {job.get('JobState', 'unknown to SLURM')}.")
+        state = job.get("JobState", "unknown to SLURM: submit it again")
+        print(f"{title}: not requeued; the job is {state}.", flush=True)
         return
     more, hosts = "SLURM preempts the job", []
     if not preempted:
@@ -155,19 +160,40 @@ def job_of(environment: Mapping[str, str]) -> str:
 
 def restart_count(environment: Mapping[str, str]) -> int:
     """Return how often SLURM has restarted this job."""
-    return int(environment.get("SLURM_RESTART_COUNT", "0"))
+    return count(environment.get("SLURM_RESTART_COUNT"))
+
+
+def count(text: str | None) -> int:
+    """Return a number that SLURM has set; 0 if it has not."""
+    return int(text) if text and text.isdecimal() else 0
 
 
 def run(*command: str) -> str | None:
-    """Return the output of a command of SLURM, None if it fails."""
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, timeout=COMMAND_SECONDS, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        print(f"Warning: {error}", file=sys.stderr, flush=True)
-        return None
-    return done.stdout
+    """Return the output of a command of SLURM, None if it fails.
+
+    It is repeated while the controller does not answer, as during its restart.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",  # of the name of a job
+                timeout=COMMAND_SECONDS,
+                check=True,
+            )
+        except subprocess.CalledProcessError as error:
+            problem = str(error.stderr or error).strip()
+        except (OSError, subprocess.SubprocessError) as error:
+            problem = str(error)
+        else:
+            return done.stdout
+        if pause is None or not any(text in problem.lower() for text in NO_ANSWER):
+            break
+        time.sleep(pause)
+    print(f"Warning: {' '.join(command)}: {problem}", file=sys.stderr, flush=True)
+    return None
 
 
 def show_job(job_id: str) -> dict[str, str]:
@@ -280,12 +306,12 @@ def count_restart(folder: RunFolder | None, job_id: str, rule: Rule, restarts: i
 
 def read_state(path: Path) -> dict[str, Any]:
     """Return the last recorded restart; {} if there is none, or the file is damaged."""
+    if not path.is_file():
+        return {}
     try:
         state = json.loads(path.read_bytes())
         if not all(type(state[key]) is int for key in ("step", "restarts")):
             raise TypeError
-    except FileNotFoundError:
-        return {}
     except (ValueError, KeyError, TypeError, RecursionError):
         print(f"Warning: {path} is damaged; restarts are counted anew", file=sys.stderr, flush=True)
         return {}
@@ -295,4 +321,5 @@ def read_state(path: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGUSR1):  # SLURM sends SIGTERM to a job that it requeues
         signal.signal(number, signal.SIG_IGN)
+    protect_streams(is_run=True)  # a full disk with the log of the job does not stop the job
     main(sys.argv[1:])

@@ -10,12 +10,14 @@ the run do not depend on it. Imported with several processes.
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from resilience.rank_groups import name_ranks
 
 STEPS = 20  # measured before ranks are compared
 MAX_COST = 0.1  # of the median step
@@ -81,16 +83,27 @@ class StragglerMonitor:
         hosts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(hosts, socket.gethostname())
         new = {rank: cost for rank, cost in slow.items() if hosts[rank] not in self._reported}
-        self._reported |= {hosts[rank] for rank in slow}
-        if not new:
-            return None
-        slowest = max(new, key=lambda rank: new[rank])
-        ranks = ", ".join(str(rank) for rank in new if hosts[rank] == hosts[slowest])
-        return (
-            f"Warning: rank {ranks} on {hosts[slowest]} computes more slowly than the others, "
-            f"which cost {new[slowest]:.0%} of the last {STEPS} steps; check this host for other "
-            "processes, heat and faults"
-        )
+        self._reported |= {hosts[rank] for rank in new}
+        return describe(new, hosts)
+
+
+def describe(costs: Mapping[int, float], hosts: Sequence[str]) -> str | None:
+    """Return a message that names ranks by host, the slowest host first; None without ranks.
+
+    Args:
+        costs: Fraction of a step that each slow rank costs.
+        hosts: Of all ranks.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank in sorted(costs, key=lambda rank: -costs[rank]):
+        ranks.setdefault(hosts[rank], []).append(rank)
+    if not ranks:
+        return None
+    shown = "; ".join(f"{name_ranks(each)} on {host}" for host, each in ranks.items())
+    return (
+        f"Warning: {shown}: slower than the other ranks, which cost {max(costs.values()):.0%} of "
+        f"the last {STEPS} steps; check for other processes, heat and faults"
+    )
 
 
 def find_stragglers(computed: Tensor, steps: Tensor) -> dict[int, float]:

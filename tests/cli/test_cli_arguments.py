@@ -396,6 +396,15 @@ def test_urls_are_rejected_by_the_other_programs() -> None:
 # ---------------------------------------------------------------- help and version
 
 
+def test_names_that_are_not_utf8_are_rejected(monkeypatch: Any) -> None:
+    rejected = r"run.name=\xe9 is not UTF-8; use another name"
+    assert errors_of("train", "run.name=\udce9") == [rejected]
+    monkeypatch.setattr("os.fsencode", lambda word: word.encode("ascii", "surrogateescape"))
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    remedy = "run.name=é is not ascii, as the locale; run: export PYTHONUTF8=1"
+    assert errors_of("train", "run.name=\udcc3\udca9") == [remedy]
+
+
 def test_help_lists_the_keys_of_groups_and_version_is_printed(capsys: Any) -> None:
     text = help_text("train")
     for key in ("shard_tokens", "n_kv_heads", "training_characters", "text_column"):

@@ -1,5 +1,6 @@
 """Programs start and print safely with closed, broken or limited standard streams."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,21 @@ def test_interrupt_before_main_prints_one_line() -> None:
     assert (done.returncode, done.stderr) == (130, "error\nInterrupted.\n")
 
 
+def test_signals_that_the_parent_blocks_or_ignores_are_accepted() -> None:
+    program = """
+import os, signal, subprocess
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+from cli.start_up import start_up
+start_up()
+child = subprocess.Popen(["sh", "-c", "kill -KILL $$"])
+print(child.wait(), flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = shell("", program)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, f"{-signal.SIGKILL}\n")
+
+
 CLOSED = ("closed at start", "closed at start")
 
 
@@ -138,6 +154,27 @@ sys.exit(7)
     assert sorted(lines) == sorted(n_streams * expected + ["Loading"] * (output is not None))
     if error is None:
         assert "The output continues in " in done.stderr
+
+
+def test_run_whose_reader_stops_reading_continues_in_its_console_log(tmp_path: Path) -> None:
+    program = f"""
+import os, sys
+from pathlib import Path
+reading, writing = os.pipe()  # of 64 KiB, which nobody reads
+os.dup2(writing, 1)
+from resilience import standard_streams
+standard_streams.READER_SECONDS = 0.2
+standard_streams.protect_streams(is_run=True)
+standard_streams.continue_in(Path({str(tmp_path)!r}), is_first_process=True)
+for line in range(20_000):
+    print(line)
+sys.exit(7)
+"""
+    done = shell("", program)
+    assert done.returncode == 7
+    heading, *lines = (tmp_path / "console.log").read_text().splitlines()
+    assert "without standard output (not read for 0 s)" in heading
+    assert lines[-1] == "19999" and len(lines) > 5000
 
 
 @pytest.mark.parametrize("program", sorted(path.stem for path in ROOT.glob("*.py")))

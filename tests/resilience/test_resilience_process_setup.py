@@ -258,16 +258,17 @@ def test_ranks_that_fail_to_connect_for_one_reason_print_it_once(
 
 
 @pytest.mark.parametrize(
-    ("launcher", "remedy"),
+    ("launcher", "code", "remedy"),
     [
-        ("self", "unset MASTER_PORT"),
-        ("srun", "export MASTER_PORT="),
-        ("torchrun", "--master-port"),
-        ("another launcher", "start the launcher with another MASTER_PORT"),
+        ("self", 1, "unset MASTER_PORT"),
+        ("self", 72, "run the same command again"),  # the run has chosen it
+        ("srun", 1, "export MASTER_PORT="),
+        ("torchrun", 1, "--master-port"),
+        ("another launcher", 1, "start the launcher with another MASTER_PORT"),
     ],
 )
 def test_port_in_use_is_named_and_leaves_no_process(
-    monkeypatch: pytest.MonkeyPatch, launcher: str, remedy: str
+    monkeypatch: pytest.MonkeyPatch, launcher: str, code: int, remedy: str
 ) -> None:
     monkeypatch.setenv("MASTER_PORT", "29500")
     child = subprocess.Popen(["sleep", "60"])
@@ -275,7 +276,7 @@ def test_port_in_use_is_named_and_leaves_no_process(
     message = rf"MASTER_PORT=29500 is used by another process of .*; .*{remedy}"
     with (
         pytest.raises(LaunchError, match=message),
-        _launch_errors(launcher, ExitCode.USER_ERROR),
+        _launch_errors(launcher, ExitCode(code)),
         _without_children_on_error(watchdog),
     ):
         raise DistNetworkError("failed to listen; code: -98, name: EADDRINUSE")

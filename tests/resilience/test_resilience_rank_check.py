@@ -175,6 +175,19 @@ def test_error_that_rank_0_does_not_read_is_printed_by_its_rank(
     assert rank_check.report_error("no disk")
 
 
+def test_first_rank_that_cannot_reach_its_own_address_prints_no_trace(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    monkeypatch.setenv("MASTER_PORT", port)
+    monkeypatch.setattr(rank_check, "process_ranks", lambda: (0, 0))
+    with pytest.raises(TimeoutError, match="no answer within"):
+        rank_check.open_store(0.2)
+    assert capfd.readouterr().err == ""
+
+
 def test_program_that_accepts_connections_but_is_no_store_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,7 +133,7 @@ def test_job_that_is_cancelled_while_it_saves_is_not_requeued(
 ) -> None:
     (fake / "scontrol-show").write_text(RUNNING.replace("RUNNING", state) if state else "")
     text = requeue(137)
-    assert f"not requeued; the job is {state or 'unknown to SLURM'}" in text
+    assert f"not requeued; the job is {state or 'unknown to SLURM: submit it again'}" in text
     assert "scontrol requeue" not in text
 
 
@@ -194,6 +194,53 @@ def test_damaged_count_of_restarts_starts_anew(
 def test_rejected_requeue_names_the_remedy(requeue: Requeue, fake: Path) -> None:
     (fake / "scontrol-requeue-fails").touch()
     assert "SLURM did not requeue the job; submit it again" in requeue(71)
+
+
+@pytest.mark.parametrize(
+    ("job", "restarts"),
+    [
+        (RUNNING.replace("Restarts=0", "Restarts=(null)"), "0"),
+        (RUNNING, ""),
+        (RUNNING.replace("JobName=a", "JobName=\udcff"), "0"),  # not UTF-8
+    ],
+)
+def test_unexpected_answers_of_slurm_do_not_prevent_a_requeue(
+    requeue: Requeue, fake: Path, job: str, restarts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fake / "scontrol-show").write_bytes(job.encode(errors="surrogateescape"))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    assert "scontrol requeue 7" in requeue(137)
+
+
+def test_controller_that_does_not_answer_is_asked_again(
+    requeue: Requeue, fake: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pauses: list[float] = []
+
+    def recover(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            (fake / "scontrol-show-fails").unlink()
+
+    monkeypatch.setattr(requeue_script, "time", SimpleNamespace(sleep=recover))
+    script = (fake / "scontrol").read_text()
+    (fake / "scontrol").write_text(script + '[[ $? == 0 ]] || ! echo "Socket timed out" >&2\n')
+    (fake / "scontrol-show-fails").touch()
+    assert "scontrol requeue 7" in requeue(71)
+    assert len(pauses) == 2
+
+    (fake / "scontrol").write_text(script + '[[ $? == 0 ]] || ! echo "Access denied" >&2\n')
+    (fake / "scontrol-requeue-fails").touch()
+    assert "Warning: scontrol requeue 7: Access denied" in requeue(71)
+    assert len(pauses) == 2
+
+
+def test_program_outside_of_a_job_requeues_nothing(
+    requeue: Requeue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID")
+    text = requeue(71)
+    assert "the job is unknown to SLURM: submit it again" in text and "requeue 7" not in text
 
 
 # ---------------------------------------------------------------- bad hosts
@@ -331,6 +378,9 @@ def test_job_script_requeues_and_exits_with_the_code_of_the_tasks(
     assert done.returncode == 137 and "requeuing the job" in done.stdout, done.stderr
     assert "scontrol requeue 7" in (fake / "calls").read_text()
     assert (tmp_path / "a run/slurm/requeue.json").exists()
+    (fake / "calls").unlink()
+    done = bash(f"{script} &>/dev/full", tmp_path, **variables, LLAMESH_PYTHON=sys.executable)
+    assert "scontrol requeue 7" in (fake / "calls").read_text()  # the log of the job is full
     done = bash(script, tmp_path, **variables, LLAMESH_PYTHON="/nowhere/python")
     assert done.returncode == 137 and "submit it again" in done.stderr
 
@@ -362,6 +412,10 @@ def test_job_without_the_variables_of_the_submitting_shell_finds_python(tmp_path
     conda = interpreter(tmp_path / "conda/bin")
     done = bash(show, tmp_path, **path, CONDA_PREFIX=str(tmp_path / "conda"))
     assert done.stdout.startswith(f"{conda}\n")
+    done = bash(show, tmp_path, PATH=f"{path['PATH']}:{module.parent}")  # behind a conda base
+    assert done.stdout.startswith(f"{module}\n")
+    done = bash(f"{source}; cd /; type -P python", tmp_path, **path, LLAMESH_PYTHON="module/python")
+    assert done.stdout == f"{module}\n"
     own = interpreter(tmp_path / ".venv/bin")
     done = bash(show, tmp_path, **path, CONDA_PREFIX=str(tmp_path / "conda"))
     assert done.stdout == f"{own}\n{own}\nALL\n"

@@ -13,7 +13,7 @@ from distributed import on_ranks
 from small_run import Case, batch, build, local_batches
 
 from train import train_step
-from training.stragglers import STEPS, StragglerMonitor, find_stragglers
+from training.stragglers import STEPS, StragglerMonitor, describe, find_stragglers
 
 # Stops its parent for half of the time, until that has gone.
 THROTTLE = """
@@ -71,3 +71,12 @@ def test_rank_is_slow_if_most_of_its_steps_are(
     seconds: Sequence[Sequence[float]], expected: list[int]
 ) -> None:
     assert list(find_stragglers(torch.tensor(seconds), torch.full((3,), 3.0))) == expected
+
+
+def test_every_slow_host_is_named_slowest_first() -> None:
+    hosts = ["n1", "n1", "n2", "n2", "n3", "n3"]
+    assert describe({}, hosts) is None
+    text = describe({2: 0.12, 3: 0.2, 4: 0.3}, hosts)
+    assert text is not None
+    assert text.startswith("Warning: rank 4 on n3; ranks 2-3 on n2: slower than the other ranks")
+    assert "cost 30% of" in text
