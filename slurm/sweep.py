@@ -36,6 +36,7 @@ from cli.config import check_for_tasks  # noqa: E402
 from formats.errors import FormatError  # noqa: E402
 from resilience.exit_codes import ExitCode  # noqa: E402
 from resilience.run_folder import RunFolderError  # noqa: E402
+from resilience.standard_streams import protect_streams  # noqa: E402
 from training.config import JobConfig  # noqa: E402
 from training.config_validation import ConfigError, takes_text  # noqa: E402
 from training.preflight import check_folder, needs_preparation  # noqa: E402
@@ -305,4 +306,5 @@ def parameters(run: ValidRun, options: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    protect_streams(is_run=True)  # `| head` must not end the submission halfway
     sys.exit(main(sys.argv[1:]))
