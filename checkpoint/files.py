@@ -18,8 +18,14 @@ import xxhash
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from checkpoint.position import Position
-from data.files import parse_json, write_problem
-from resilience.run_folder import COMMITTED, MANIFEST, is_unreadable, unreadable
+from data.files import parse_json, read_file, write_problem
+from resilience.run_folder import (
+    COMMITTED,
+    MANIFEST,
+    has_name_of_other_step,
+    is_unreadable,
+    unreadable,
+)
 
 FORMAT_VERSION = 2
 ALGORITHM = "xxh3_128"  # of new checkpoints
@@ -105,8 +111,8 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
         RunFolderError: The manifest may be intact, but this process cannot read it.
     """
     try:
-        content = (folder / MANIFEST).read_bytes()
-        committed = (folder / COMMITTED).read_text(encoding="utf-8").strip()
+        content = read_file(folder / MANIFEST)
+        committed = read_file(folder / COMMITTED).decode().strip()
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and is_unreadable(error):
             raise unreadable(Path(error.filename or folder), error) from None
@@ -125,7 +131,9 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
                 f"format version {version}, hash {manifest.get('algorithm')}; this program reads "
                 f"versions 1 to {FORMAT_VERSION} with one of {', '.join(ALGORITHMS)}"
             )
-        Position.from_dict(manifest["position"])
+        step = Position.from_dict(manifest["position"]).step
+        if has_name_of_other_step(folder, step):
+            raise ValueError(f"it is the checkpoint of step {step} under another name")
         for name, entry in manifest["files"].items():
             if Path(name).name != name or not isinstance(entry["bytes"], int):
                 raise ValueError(f"{name!r} is not a file of the checkpoint with its size")

@@ -33,9 +33,14 @@ def remove_old(
     Returns:
         A message for each checkpoint that could not be deleted or belongs to another run.
     """
-    older = folder.committed_steps()[:-keep_last] if keep_last else []
+    if not keep_last:
+        return []
+    steps = folder.committed_steps()
+    n_own = 0
+    while steps and n_own < keep_last:  # a copy or a checkpoint of another run does not count
+        n_own += _is_own(folder.step_folder(steps.pop()), run_id)
     hidden, messages = [], []
-    for step in older:
+    for step in steps:
         path = folder.step_folder(step)
         if keep_every and step % keep_every == 0:
             continue

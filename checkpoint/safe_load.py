@@ -16,6 +16,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, set
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
+from data.files import read_file
+
 FILE_NAME = ".metadata"
 _DCP = "torch.distributed.checkpoint"
 ALLOWED = {
@@ -51,7 +53,7 @@ def read_metadata(folder: Path) -> Metadata:
         ValueError: It is damaged, or contains objects other than those that DCP saves.
     """
     path = folder / FILE_NAME
-    content = path.read_bytes()
+    content = read_file(path)
     try:
         metadata = _MetadataUnpickler(io.BytesIO(content)).load()
         if not isinstance(metadata, Metadata):

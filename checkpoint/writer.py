@@ -113,7 +113,12 @@ def make_folder(
     checkpoints, target = folder.checkpoints, folder.step_folder(step)
     if (target / COMMITTED).exists():
         return None
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    if not folder.path.is_dir():
+        raise FileNotFoundError(
+            f"{folder.path} no longer exists: it was moved or removed during the run; the run can "
+            "be resumed in the moved folder"
+        )
+    checkpoints.mkdir(exist_ok=True)
     for error in retention.remove_leftovers(folder, run_id):
         report(error)
     fresh = retention.hidden_name(target, run_id)

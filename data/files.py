@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -148,6 +149,27 @@ def json_line(value: Any, *, default: Callable[[Any], Any] | None = None) -> str
     return text.translate({ord(each): f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"})
 
 
+def read_file(path: Path) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        OSError: It cannot be read, or is of another kind: a named pipe would block, a device may
+            never end.
+    """
+    check_regular(path)
+    return path.read_bytes()
+
+
+def check_regular(path: Path) -> None:
+    """Check that a path is a regular file, before it is opened.
+
+    Raises:
+        OSError: It is not, or does not exist.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file such that a crash at any time leaves either the old or the new content."""
     temporary = path.with_name(path.name + ".tmp")
@@ -265,6 +287,8 @@ def write_problem(error: BaseException, folder: Path, needed: int | None = None)
         return text
     if not isinstance(error, OSError):
         text = os.strerror(errno.ENOSPC)
+    if free_inodes(folder) == 0:
+        return f"{text}: in {folder} no inodes are free; delete files or raise their limit"
     more = "" if needed is None else f"{format_bytes(needed)} needed, "
     return f"{text}: in {folder} {more}{format_bytes(free_bytes(folder) or 0)} free"
 
@@ -279,10 +303,20 @@ def write_errno(error: BaseException, folder: Path) -> int | None:
 
 def free_bytes(folder: Path) -> int | None:
     """Return the free bytes of a folder's disk, or of the first parent that exists."""
+    disk = _disk(folder)
+    return disk.f_bavail * disk.f_frsize if disk else None
+
+
+def free_inodes(folder: Path) -> int | None:
+    """Return how many files may be added to a folder's disk; None if it has no limit."""
+    disk = _disk(folder)
+    return disk.f_favail if disk and disk.f_files else None
+
+
+def _disk(folder: Path) -> os.statvfs_result | None:
     for path in (folder, *folder.absolute().parents):
         with suppress(OSError):
-            disk = os.statvfs(path)
-            return disk.f_bavail * disk.f_frsize
+            return os.statvfs(path)
     return None
 
 

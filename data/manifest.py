@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from data.errors import DataError
-from data.files import FileEntry, parse_json, write_atomically
+from data.files import FileEntry, parse_json, read_file, write_atomically
 
 FORMAT = "llamesh-shards"
 FORMAT_VERSION = 2
@@ -185,7 +185,7 @@ def read_record(
         DataError: The file is damaged or of another version.
     """
     try:
-        values = parse_json(path.read_bytes())
+        values = parse_json(read_file(path))
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:

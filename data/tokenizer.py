@@ -23,6 +23,7 @@ import tiktoken
 
 from data.config import N_SPECIALS, TokenizerConfig
 from data.errors import DataError
+from data.files import read_file
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -162,7 +163,7 @@ def read_tokenizer(path: Path, name: str) -> Tokenizer:
         DataError: The file is missing or has another format.
     """
     try:
-        content = path.read_bytes()
+        content = read_file(path)
         if content.startswith(SENTENCEPIECE_START) and not content.isascii():
             raise DataError(
                 f"tokenizer.path={path} is a SentencePiece model, as in Llama 1, Llama 2 and "

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from data.config import LLAMA3_VOCAB_SIZE, N_SPECIALS
 from data.errors import DataError
+from data.files import read_file
 from data.tokenizer import (
     BYTE_RANKS,
     N_LLAMA3_SPECIALS,
@@ -108,7 +109,7 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
 
     # Parsed without the library, which aborts the process on some damaged files.
     try:
-        content = path.read_bytes()
+        content = read_file(path)
         reject_git_lfs(content, path)
         file = TypeAdapter(_File).validate_json(content, strict=True)
         reason = next(_differences(file), None)

@@ -10,7 +10,7 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
 from data.errors import DataError
-from data.files import CRC_BLOCK, Checksums, FileEntry
+from data.files import CRC_BLOCK, Checksums, FileEntry, check_regular
 from data.manifest import OFFSET, TOKEN, Manifest, Shard
 from data.packing import PackIndex, packed_lengths
 from data.progress import ProgressReporter
@@ -104,6 +104,7 @@ def _file_errors(folder: Path, entries: Iterable[FileEntry]) -> Iterator[str]:
     for entry in entries:
         path, actual = folder / entry.file, Checksums()
         try:
+            check_regular(path)
             with open(path, "rb") as file:
                 while chunk := file.read(8 * CRC_BLOCK):
                     actual.update(chunk)

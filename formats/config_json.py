@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from data.files import parse_json
+from data.files import parse_json, read_file
 from formats.errors import FormatError
 from model.config import ModelConfig, RopeScaling
 
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
         FormatError: The file cannot be read or is not a JSON object.
     """
     try:
-        values = parse_json(path.read_bytes())  # also with a byte order mark
+        values = parse_json(read_file(path))  # also with a byte order mark
     except (OSError, ValueError) as error:
         raise FormatError(f"{path} cannot be read ({error}); download or copy it again") from None
     if not isinstance(values, dict):

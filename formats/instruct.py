@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from data.files import parse_json
+from data.files import parse_json, read_file
 from data.tokenizer import BOS_TOKEN, EOS_TOKEN, Tokenizer
 from formats.detection import find_checkpoint
 from formats.errors import FormatError
@@ -178,7 +178,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = parse_json(path.read_bytes())
+        values = parse_json(read_file(path))
     except (OSError, ValueError) as error:
         raise FormatError(f"{path} cannot be read ({error}); download or copy it again") from None
     if not isinstance(values, dict):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.files import check_regular
 from formats.errors import FormatError
 
 MAX_READ_BYTES = 2**30  # Linux reads at most 2 GiB minus one page per call
@@ -223,6 +224,7 @@ def reject_lfs_pointer(path: Path) -> None:
         FormatError: It is, or it cannot be read.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError as error:

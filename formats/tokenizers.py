@@ -13,7 +13,7 @@ from typing import Any
 from data import tokenizer_files
 from data.config import TokenizerConfig
 from data.errors import DataError
-from data.files import parse_json
+from data.files import parse_json, read_file
 from data.tokenizer import (
     BOS_TOKEN,
     EOS_TOKEN,
@@ -168,7 +168,7 @@ def resolve_tokenizer(
 def _tokenizer_of_dataset(checkpoint: Path) -> Tokenizer | None:
     """Return the tokenizer of a run's dataset; old checkpoints do not contain the tokenizer."""
     try:
-        config = parse_json((checkpoint / "manifest.json").read_bytes())["config"]
+        config = parse_json(read_file(checkpoint / "manifest.json"))["config"]
         return load_tokenizer(TokenizerConfig(**config["tokenizer"]), config["data"]["folder"])
     except (OSError, ValueError, KeyError, TypeError, DataError):
         return None

@@ -266,7 +266,6 @@ class RetryingWriter:
             OSError: The file still cannot be written; the line stays pending.
         """
         self.pending.append(line)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         while self.pending:
             append_line(self.path, self.pending[0], durable=self.durable)
             self.pending.popleft()

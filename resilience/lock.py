@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from data.files import parse_json
+from data.files import parse_json, read_file
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import RunFolder, RunFolderError, not_writable
 
@@ -78,7 +78,7 @@ class Holder:
     def read(cls, path: Path) -> "Holder | None":
         """Read the holder from a lock file; None if the file is missing, empty or incomplete."""
         try:
-            holder = cls(**parse_json(path.read_bytes()))
+            holder = cls(**parse_json(read_file(path)))
             datetime.fromisoformat(holder.started)
         except (FileNotFoundError, ValueError, TypeError):
             return None
@@ -195,6 +195,8 @@ def _open_locked(path: Path) -> tuple[int, bool]:
     deadline = time.monotonic() + RETRY_SECONDS
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)  # its holder may have abandoned it
+        if os.path.lexists(path) and not path.is_file() and os.path.lexists(path):
+            raise RunFolderError(f"{path} is not a regular file; move it away")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             if lock_descriptor(descriptor, blocking=False):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.files import parse_json, set_aside, write_atomically, write_problem
+from data.files import parse_json, read_file, set_aside, write_atomically, write_problem
 from resilience.event_log import read_json_lines, scan_json_lines
 from resilience.exit_codes import ExitCode
 from resilience.run_folder import (
@@ -245,8 +245,8 @@ def _newest_position(folder: RunFolder) -> dict[str, Any] | None:
     for step in reversed(folder.committed_steps()):
         checkpoint = folder.step_folder(step)
         try:
-            content = (checkpoint / MANIFEST).read_bytes()
-            committed = (checkpoint / COMMITTED).read_bytes()
+            content = read_file(checkpoint / MANIFEST)
+            committed = read_file(checkpoint / COMMITTED)
         except OSError:
             continue
         if committed.strip() == hashlib.sha256(content).hexdigest().encode():

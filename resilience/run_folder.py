@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from data.files import parse_json, set_aside, write_atomically, write_problem
+from data.files import parse_json, read_file, set_aside, write_atomically, write_problem
 from resilience.exit_codes import ExitCode
 from resilience.renamed_keys import rename_keys
 from resilience.safe_yaml import parse_yaml
@@ -78,10 +78,15 @@ class RunFolder:
         """Return each step that has a folder, and whether it is committed."""
         try:
             names = os.listdir(self.checkpoints)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
         except OSError as error:
-            raise unreadable(self.checkpoints, error) from None
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise unreadable(self.checkpoints, error) from None
+            if os.path.lexists(self.checkpoints):
+                raise RunFolderError(
+                    f"{self.checkpoints} is neither a folder nor a link to one that exists; mount "
+                    "or restore the folder, or move the file or link away to start from scratch"
+                ) from None
+            return []
         matches = filter(None, map(_STEP_NAME.fullmatch, names))
         steps = sorted(int(match[1]) for match in matches)
         # `step-000000012` would not be found again by its number.
@@ -129,9 +134,7 @@ class RunFolder:
         if not self.config.exists():
             return None
         try:
-            if not self.config.is_file():  # reading a named pipe would block
-                raise ValueError("it is not a regular file")
-            config = parse_yaml(self.config.read_text(encoding="utf-8"))
+            config = parse_yaml(read_file(self.config).decode())
             if not isinstance(config, dict):
                 raise ValueError("it holds no keys" if config is None else "it is not a mapping")
         except (OSError, ValueError) as error:  # ValueError: also not UTF-8
@@ -231,14 +234,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
         RunFolderError: The file may be intact, but this process cannot read it.
     """
     try:
-        manifest = parse_json((checkpoint / MANIFEST).read_bytes())
+        manifest = parse_json(read_file(checkpoint / MANIFEST))
         position, config = manifest["position"], manifest["config"]
         ranges = [*(position.get("skips") or ()), *(position.get("rewinds") or ())]
         numbers = [position["step"], position["samples"], *chain.from_iterable(ranges)]
         valid = all(type(each) is int for each in numbers) and all(
             len(each) == 2 for each in ranges
         )
-        if not (valid and "data_hash" in position and isinstance(config, dict)):
+        valid = valid and "data_hash" in position and isinstance(config, dict)
+        if not valid or has_name_of_other_step(checkpoint, position["step"]):
             return None
     except OSError as error:
         if is_unreadable(error):
@@ -248,6 +252,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
         return None
     rename_keys(config)
     return manifest
+
+
+def has_name_of_other_step(checkpoint: Path, step: int) -> bool:
+    """Return whether a folder in a run's `checkpoints` has the name of a step other than its own.
+
+    Such a copy, made by hand, would pass for a newer checkpoint.
+    """
+    named = _STEP_NAME.fullmatch(checkpoint.name)
+    return named is not None and checkpoint.parent.name == "checkpoints" and int(named[1]) != step
 
 
 def is_unreadable(error: OSError) -> bool:

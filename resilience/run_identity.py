@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.files import parse_json, write_atomically
+from data.files import parse_json, read_file, write_atomically
 from resilience.run_folder import (
     RunFolder,
     RunFolderError,
@@ -86,12 +86,17 @@ def read_identity(folder: RunFolder) -> RunIdentity | None:
         RunFolderError: The file cannot be read.
     """
     try:
-        values = parse_json(folder.identity.read_bytes())
+        values = parse_json(read_file(folder.identity))
         identity = RunIdentity(uuid.UUID(values["id"]).hex, tuple(values["adopted"]))
         valid = all(isinstance(each, str) for each in identity.adopted)
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
     except OSError as error:
+        if not folder.identity.is_file():
+            raise RunFolderError(
+                f"{folder.identity} is not a regular file; restore it, or move it away to recover "
+                "the UUID from the checkpoints"
+            ) from None
         raise unreadable(folder.identity, error) from None
     return identity if valid else None
 

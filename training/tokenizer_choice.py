@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
-from data.files import parse_json
+from data.files import parse_json, read_file
 from resilience.run_folder import checkpoints_in
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _initial_tokenizer_file(folder: Path, run_dir: str | None = None) -> Path | 
             return file
         # Checkpoints of version 0.1 do not contain the tokenizer.
         try:
-            data = parse_json((each / "manifest.json").read_bytes())["config"]["data"]
+            data = parse_json(read_file(each / "manifest.json"))["config"]["data"]
             file = find_tokenizer_file(Path(data["folder"]))
         except (OSError, ValueError, KeyError, TypeError):
             continue
@@ -138,7 +138,7 @@ def _is_prepared_from(data: DataConfig, tokenizer: TokenizerConfig) -> bool:
             manifest = Manifest.read(folder)
             found, tokens_of = manifest.configuration, manifest.tokenizer.hash
         else:  # interrupted
-            marker = parse_json((folder / "preparing.json").read_bytes())
+            marker = parse_json(read_file(folder / "preparing.json"))
             found, tokens_of = marker["configuration"], marker["tokenizer"]
         paths = [values["tokenizer"].pop("path", None) for values in (found, wanted)]
         if _with_real_paths(found) != _with_real_paths(wanted):

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data.files import set_aside_other_kind
+from data.files import read_file, set_aside_other_kind
 
 MAX_QUEUED = 10_000  # records kept while W&B does not respond
 TIMEOUTS = {"init_timeout": 30, "login_timeout": 30}  # seconds
@@ -79,7 +79,7 @@ class WandbLogger:
         """
         path = self._folder / "wandb" / "run_id"
         with suppress(OSError, ValueError):  # ValueError: not UTF-8
-            saved = path.read_text(encoding="utf-8").strip()
+            saved = read_file(path).decode().strip()
             if self._first_step > 0 and re.fullmatch(r"[\w-]{1,64}", saved, re.ASCII):
                 return saved
         new = secrets.token_hex(4)

@@ -20,7 +20,7 @@ from filelock import lock_descriptor
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.files import parse_json
+from data.files import check_regular, parse_json
 from data.manifest import MANIFEST_FILE
 from data.preparation.part import PartRecord, record_path
 from data.progress import ProgressReporter
@@ -227,9 +227,11 @@ def finish(folder: Path) -> None:
 def finish_interrupted(folder: Path) -> None:
     """Do the work of `finish` for a preparation killed after it wrote the manifest."""
     path = folder / MARKER_FILE
-    with suppress(OSError), open(path, encoding="utf-8") as marker:  # absent, or read-only folder
-        if _try_lock(marker, path):
-            finish(folder)
+    with suppress(OSError):  # absent, or read-only folder
+        check_regular(path)
+        with open(path, encoding="utf-8") as marker:
+            if _try_lock(marker, path):
+                finish(folder)
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.config import SourceConfig
-from data.files import parse_json, write_atomically
+from data.files import parse_json, read_file, write_atomically
 from data.sources.corpora import source_files
 
 SOURCES_FILE = "sources.json"
@@ -131,7 +131,7 @@ def read_sources(folder: Path) -> tuple[dict[str, Fingerprints], int]:
     """
     path = folder / SOURCES_FILE
     try:
-        values = parse_json(path.read_bytes())
+        values = parse_json(read_file(path))
         if (values["format"], values["version"]) != (FORMAT, FORMAT_VERSION):
             return {}, 0
         sources = {

@@ -18,7 +18,7 @@ from typing import Any
 
 from data.config import SourceConfig
 from data.errors import DataError
-from data.files import parse_json
+from data.files import parse_json, read_file
 from data.sources.compression import SUFFIXES as COMPRESSED
 from data.sources.content import (
     NAMES,
@@ -359,7 +359,7 @@ def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or an empty dict if it holds none."""
     with suppress(ValueError):
-        values = parse_json(path.read_bytes())
+        values = parse_json(read_file(path))
         return values if isinstance(values, dict) else {}
     return {}
 

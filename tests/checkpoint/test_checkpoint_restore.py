@@ -200,6 +200,35 @@ def test_damage_of_any_file_is_reported_and_the_older_checkpoint_restored(
     assert restored_folder(folder, "auto", ignore) == newest and renamed.exists()
 
 
+@pytest.mark.parametrize("name", [*FILES, COMMITTED])
+def test_named_pipe_instead_of_a_file_is_damage(folder: RunFolder, name: str) -> None:
+    path = folder.step_folder(12) / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    assert restored_folder(folder, "auto", ignore) == folder.step_folder(3)
+    [renamed] = folder.checkpoints.glob("step-00000012.damaged-*")
+    assert (renamed / name).is_fifo()
+
+
+def test_copy_of_a_checkpoint_under_the_name_of_another_step_is_not_restored(
+    folder: RunFolder,
+) -> None:
+    shutil.copytree(folder.step_folder(3), folder.step_folder(20))
+    messages: list[str] = []
+    assert restored_folder(folder, "auto", messages.append) == folder.step_folder(12)
+    [message] = messages
+    assert "it is the checkpoint of step 3 under another name" in message
+    assert len(list(folder.checkpoints.glob("step-00000020.damaged-*"))) == 1
+
+
+def test_folder_that_was_moved_during_the_run_is_not_created_again(folder: RunFolder) -> None:
+    folder.path.rename(moved := folder.path.with_name("moved"))
+    with pytest.raises(SaveFailed, match="was moved or removed during the run"):
+        save_step(folder, 20)
+    assert not folder.path.exists()
+    save_step(RunFolder(moved), 20)
+
+
 def test_every_byte_of_the_manifest_is_verified(folder: RunFolder) -> None:
     """Another digit in the position is valid JSON too."""
     manifest = folder.step_folder(12) / "manifest.json"

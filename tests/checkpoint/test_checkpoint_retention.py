@@ -1,6 +1,7 @@
 """Only what the run itself created is deleted; everything else is kept and reported."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,13 @@ def test_checkpoint_that_cannot_be_deleted_is_uncommitted_and_reported(
         assert folder.step_folder(step).name in line
     assert all("Permission denied" in line for line in errors)
     assert folder.committed_steps() == [9]
+
+
+def test_copy_under_the_name_of_a_later_step_does_not_count(tmp_path: Path) -> None:
+    folder = committed_folder(tmp_path, 3, 6, 9)
+    shutil.copytree(folder.step_folder(3), folder.step_folder(20))
+    assert retention.remove_old(folder, RUN_ID, 1, None) == []
+    assert folder.committed_steps() == [9, 20]
 
 
 def test_rewind_deletes_later_checkpoints(tmp_path: Path) -> None:

@@ -3,12 +3,20 @@
 import errno
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from data import files
-from data.files import format_bytes, json_line, sync_folder, write_atomically, write_problem
+from data.files import (
+    format_bytes,
+    json_line,
+    read_file,
+    sync_folder,
+    write_atomically,
+    write_problem,
+)
 
 
 def failing_fsync(number: int) -> object:
@@ -39,11 +47,33 @@ def test_other_errors_of_syncing_a_folder_are_raised(
         sync_folder(tmp_path)
 
 
+@pytest.mark.parametrize("target", ["pipe", "socket", "folder", "/dev/zero", "link", "absent"])
+def test_only_regular_files_are_read(target: str, tmp_path: Path) -> None:
+    """Reading a named pipe would block, and a device may never end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "socket"))
+    path = tmp_path / "link"
+    path.symlink_to(target)
+    with pytest.raises(OSError, match=r"not a regular file|Too many levels|No such file"):
+        read_file(path)
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk_is_named_with_folder_needed_and_free_bytes(number: int, tmp_path: Path) -> None:
     text = write_problem(OSError(number, os.strerror(number)), tmp_path / "absent", 2_500_000)
     assert text.startswith(f"{os.strerror(number)}: in {tmp_path / 'absent'} 2.4 MiB needed, ")
     assert text.endswith(" free")
+
+
+def test_disk_without_free_inodes_is_not_called_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = os.statvfs_result((4096, 4096, 1000, 500, 500, 36, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    text = write_problem(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), tmp_path)
+    assert text.startswith(f"No space left on device: in {tmp_path} no inodes are free")
 
 
 def test_library_error_on_a_full_disk_is_explained_by_the_disk(

@@ -16,7 +16,7 @@ from resilience.failed_outputs import FailedOutputs
 
 def test_events_are_read_in_order_with_utc_times(tmp_path: Path) -> None:
     before = datetime.now(UTC)
-    event_log = EventLog(tmp_path / "run" / "ledger.jsonl")
+    event_log = EventLog(tmp_path / "ledger.jsonl")
     event_log.append("start", step=0, mesh="1x2")
     event_log.append("save", step=10, path=Path("checkpoints/step-00000010"))
     events = event_log.read()
@@ -94,6 +94,7 @@ def test_unwritable_folder_warns_once_and_events_are_written_later(tmp_path: Pat
     event_log.append("save")
     assert len(warnings) == 1 and "ledger.jsonl in" in warnings[0]
     blocked.unlink()
+    blocked.mkdir()
     event_log.append("stop")
     assert [e["event"] for e in event_log.read()] == ["start", "save", "stop"]
     assert len(warnings) == 1

@@ -432,6 +432,17 @@ def test_lock_of_a_killed_run_is_taken_over_without_kernel_locks(
     mine.release()
 
 
+@pytest.mark.parametrize("create", [Path.mkdir, os.mkfifo])
+def test_lock_that_is_no_file_is_an_error(
+    folder: RunFolder, create: Callable[[Path], None]
+) -> None:
+    folder.path.mkdir(parents=True)
+    create(folder.path / "lock")
+    for check in (check_not_locked, lambda folder: acquire_lock(folder, print)):
+        with pytest.raises(RunFolderError, match="lock is not a regular file; move it away"):
+            check(folder)
+
+
 def test_folder_that_cannot_be_created_is_an_error_with_the_reason(folder: RunFolder) -> None:
     folder.path.parent.write_text("a file instead of the folder")
     with pytest.raises(RunFolderError, match=r"run\.dir=.*cannot be written .*directory") as error:

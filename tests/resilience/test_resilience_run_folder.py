@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from resilience.run_folder import COMMITTED, RunFolder
+from resilience.run_folder import COMMITTED, RunFolder, RunFolderError, checkpoints_in
 
 
 @pytest.fixture
@@ -42,6 +42,20 @@ def test_committed_steps_ignore_other_names_and_uncommitted_folders(folder: RunF
         if name != "step-00000070":
             (folder.checkpoints / name / COMMITTED).touch()
     assert folder.committed_steps() == [5, 40]
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link", "loop"])
+def test_checkpoints_on_a_volume_that_is_not_mounted_are_not_taken_as_none(
+    tmp_path: Path, kind: str
+) -> None:
+    folder = RunFolder(tmp_path)
+    if kind == "file":
+        folder.checkpoints.touch()
+    else:
+        folder.checkpoints.symlink_to("checkpoints" if kind == "loop" else "/absent/volume")
+    with pytest.raises(RunFolderError, match="checkpoints is neither a folder nor a link to one"):
+        folder.committed_steps()
+    assert checkpoints_in(folder.checkpoints / "step-00000001") == []
 
 
 def test_newest_position_is_read_from_the_newest_readable_manifest(folder: RunFolder) -> None:

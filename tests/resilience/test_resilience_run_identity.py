@@ -1,7 +1,9 @@
 """A checkpoint belongs to its run; one of another run is rejected unless it is adopted."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,8 +95,13 @@ def test_lost_identity_is_recovered_from_the_checkpoints(
     assert read_identity(folder) == RunIdentity(run_id)
 
 
-def test_identity_that_cannot_be_read_is_not_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("create", [Path.mkdir, os.mkfifo])
+def test_identity_that_is_no_file_is_not_replaced(
+    tmp_path: Path, create: Callable[[Path], None]
+) -> None:
     folder = RunFolder(tmp_path)
-    folder.identity.mkdir()
-    with pytest.raises(RunFolderError, match=r"run\.json cannot be read"):
+    create(folder.identity)
+    with pytest.raises(RunFolderError, match=r"run\.json is not a regular file.* move it away"):
         check_identity(folder, adopt=False)
+    folder.identity.rename(tmp_path / "away")  # the remedy
+    check_identity(folder, adopt=False)

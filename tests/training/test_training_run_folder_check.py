@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def test_resume_path_may_be_a_run_folder(folder: RunFolder, tmp_path: Path) -> N
         assert new.resume_source(str(path)) == str(path)
         assert folder.resume_source(str(path)) == "auto"
     new.write_config(resuming(str(folder.path)))
-    shutil.copytree(folder.step_folder(5), new.step_folder(1))
+    commit(new, 1)
     assert new.resume_source(str(folder.path)) == "auto"  # although step 5 of the other is newer
     with pytest.raises(RunFolderError, match="or a run folder with one; use auto, never, or a"):
         check_run_folder(RunFolder(tmp_path / "third"), resuming(str(tmp_path)))
