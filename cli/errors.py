@@ -17,7 +17,7 @@ from evaluation.errors import EvaluationError
 from formats.errors import FormatError
 from parallel.mesh import is_first_process, process_ranks
 from parallel.slurm import host_name
-from resilience.errors import LaunchError, OutOfMemory, is_out_of_memory
+from resilience.errors import LaunchError, OutOfMemory, exceeded_limit, is_out_of_memory
 from resilience.exit_codes import ExitCode
 from resilience.rank_check import report_error
 from resilience.run_folder import RunFolderError
@@ -55,10 +55,13 @@ def exit_on_user_error(
     except RunFolderError as error:
         message, code = f"Error: {error}", error.code
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        limit = exceeded_limit(error)
+        if limit is None and not is_out_of_memory(error):
             raise
-        code = ExitCode.OUT_OF_MEMORY
-        if isinstance(error, OutOfMemory):
+        code = ExitCode.OUT_OF_MEMORY if limit is None else ExitCode.USER_ERROR
+        if limit is not None:
+            message = f"Error: {limit}"
+        elif isinstance(error, OutOfMemory):
             message = f"Error: {error}" if error.is_first else ""
         else:
             message = f"Error: out of memory ({' '.join(str(error).split())}); {smaller}"
@@ -70,11 +73,12 @@ def exit_on_user_error(
         is_stdout = error.filename == STDOUT
         if is_stdout and isinstance(error, BrokenPipeError):
             os._exit(128 + signal.SIGPIPE)
-        if not is_stdout and error.errno not in DISK_ERRORS:
+        limit = exceeded_limit(error)
+        if not is_stdout and limit is None and error.errno not in DISK_ERRORS:
             raise
         path = Path(error.filename or Path.cwd())
         problem = str(error.strerror) if is_stdout else write_problem(error, path.parent)
-        message = f"Error: {path} cannot be written ({problem})"
+        message = f"Error: {limit or f'{path} cannot be written ({problem})'}"
     else:
         return
     _report_and_exit(message, code, known)

@@ -1,5 +1,7 @@
 """Errors that a program reports to the user, and their kinds."""
 
+import errno
+import os
 import re
 
 from resilience.exit_codes import ExitCode
@@ -53,6 +55,36 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_host_out_of_memory(error: BaseException) -> bool:
     """Return whether an error that `is_out_of_memory` means the host, not the device."""
     return isinstance(error, MemoryError) or HOST_OUT_OF_MEMORY in str(error).lower()
+
+
+def exceeded_limit(error: BaseException) -> str | None:
+    """Return a message with the remedy if this process may not open or start more."""
+    text, number = str(error), getattr(error, "errno", None)
+    if number in (errno.EMFILE, errno.ENFILE) or "too many open files" in text.lower():
+        return f"too many open files ({_limit('n', 'NOFILE')}); raise the limit"
+    no_thread = ("can't start new thread", os.strerror(errno.EAGAIN))  # of Python, of std::thread
+    if isinstance(error, BlockingIOError) or (
+        isinstance(error, RuntimeError) and text in no_thread
+    ):
+        return (
+            f"no other thread or process can be started ({_limit('u', 'NPROC')}, "
+            f"{_limit('v', 'AS')}); raise the limit, or that of the container"
+        )
+    return None
+
+
+def _limit(option: str, name: str) -> str:
+    """Return the limit of this process, as the shell shows and sets it."""
+    import resource
+
+    number = getattr(resource, f"RLIMIT_{name}")
+    unit = 1024 if name == "AS" else 1
+    soft, hard = (
+        "unlimited" if value == resource.RLIM_INFINITY else str(value // unit)
+        for value in resource.getrlimit(number)
+    )
+    raised = f", run: ulimit -{option} {hard}" if soft != hard else ""
+    return f"ulimit -{option} is {soft}{raised}"
 
 
 def is_hardware_fault(text: str) -> bool:

@@ -31,7 +31,7 @@ from parallel.mesh import MeshShape, Processes, is_first_process, process_ranks
 from parallel.parallelize import parallelize
 from parallel.slurm import host_name, rendezvous
 from parallel.strategy import MeshStrategy, OwnGpu
-from resilience.errors import LaunchError
+from resilience.errors import LaunchError, exceeded_limit
 from resilience.exit_codes import ExitCode
 from resilience.host_memory import keep_freed_memory
 from resilience.launcher_variables import network_hint
@@ -145,6 +145,8 @@ def _launch_errors(launcher: str, code: ExitCode, store: Any = None) -> Iterator
     except LaunchError:
         raise
     except (DistNetworkError, TimeoutError) as error:
+        if exceeded_limit(error) is not None:
+            raise
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error):
             remedy = PORT_REMEDIES.get(launcher, "start the launcher with another MASTER_PORT")
@@ -169,7 +171,8 @@ def _launch_errors(launcher: str, code: ExitCode, store: Any = None) -> Iterator
                 f"GLOO_SOCKET_IFNAME={name} names a network interface without an address; use "
                 "another one, or run: unset GLOO_SOCKET_IFNAME"
             ) from error
-        if not isinstance(error, DistError) and "gloo" not in text.lower():
+        is_connection = isinstance(error, DistError) or "gloo" in text.lower()
+        if not is_connection or exceeded_limit(error) is not None:
             raise
         message = f"the processes cannot connect to each other: {text}; {network_hint(os.environ)}"
         if not is_first_process() and _is_first_with(text, store):  # rank 0 may be waiting for it

@@ -55,7 +55,7 @@ class Requests:
         save_minutes: float | None = None,
     ) -> None:
         now = time.monotonic()
-        self._stop_reasons: set[ExitCode] = set()
+        self._stop_reason: ExitCode | None = None
         limits = [] if time_limit_minutes is None else [START_TIME + 60 * time_limit_minutes]
         limits += [] if time_left_seconds is None else [now + time_left_seconds]
         self._deadline = min(limits, default=math.inf)
@@ -99,8 +99,8 @@ class Requests:
         self._on_signal = on_signal
 
     def request_stop(self, reason: ExitCode) -> None:
-        """Request that the run stops after this step; repeating it has no effect."""
-        self._stop_reasons.add(reason)
+        """Request that the run stops after this step; the first reason counts."""
+        self._stop_reason = self._stop_reason or reason
 
     def record_save(self, seconds: float) -> None:
         """Record how long a checkpoint took to write and commit, to plan for the next one."""
@@ -123,7 +123,8 @@ class Requests:
         save = now >= self._next_save
         if save:
             self._next_save = now + self._save_seconds
-        return StepRequests(**{code.name.lower(): 1 for code in self._stop_reasons}, save=int(save))
+        reason = {} if self._stop_reason is None else {self._stop_reason.name.lower(): 1}
+        return StepRequests(**reason, save=int(save))
 
     def _listen(self, reading: int) -> None:
         """Read signal numbers from the pipe."""

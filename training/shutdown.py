@@ -19,7 +19,13 @@ from data.errors import DataError
 from formats.errors import FormatError
 from parallel.mesh import is_first_process, process_ranks
 from parallel.slurm import host_name, launch_id
-from resilience.errors import LaunchError, OutOfMemory, is_connection_fault, is_hardware_fault
+from resilience.errors import (
+    LaunchError,
+    OutOfMemory,
+    exceeded_limit,
+    is_connection_fault,
+    is_hardware_fault,
+)
 from resilience.event_log import EventLog
 from resilience.exit_codes import ExitCode
 from resilience.exit_timer import run_limited
@@ -86,6 +92,8 @@ def machine_fault(error: Exception) -> tuple[str, list[str]] | None:
     text = " ".join(str(error).split())
     if is_hardware_fault(text):
         return f"rank {rank} on {host} has a hardware fault: {text}", [host]
+    if (limit := exceeded_limit(error)) is not None:
+        return f"rank {rank} on {host}: {limit}", []
     if is_connection_fault(error):  # the network or any of its ends
         return f"rank {rank} on {host} lost its connection to other ranks: {text}", []
     return None
@@ -142,7 +150,7 @@ def abort(run: Run, error: Exception) -> NoReturn:
             _exit(run, code)  # another rank reports it
     elif (fault := machine_fault(error)) is not None:
         message, hosts = fault
-        if not hosts:
+        if not hosts and exceeded_limit(error) is None:
             run.watchdog.wait_for_abort(error)
             message += "\n" + "".join(traceback.format_exception(error))
         code = run.watchdog.exit_code

@@ -140,6 +140,14 @@ def test_run_stops_while_two_steps_and_two_checkpoints_fit_before_the_limit(cloc
     assert left < needed and agree(requests.current()).stop == ExitCode.STOPPED
 
 
+@pytest.mark.parametrize("first", SIGNALS, ids=lambda number: number.name)
+def test_first_of_two_reasons_to_stop_counts(first: signal.Signals) -> None:
+    requests = Requests()
+    for number in (first, *SIGNALS):
+        requests.request_stop(SIGNALS[number])
+    assert agree(requests.current()).stop == SIGNALS[first]
+
+
 def test_earlier_of_two_limits_counts(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "START_TIME", clock.now - 600)
     own = Requests(time_limit_minutes=15, time_left_seconds=3600)

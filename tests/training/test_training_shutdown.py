@@ -1,5 +1,6 @@
 """The summary at the end of a launch."""
 
+import errno
 import math
 import os
 import signal
@@ -11,15 +12,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch.distributed import DistBackendError
+from torch.distributed import DistBackendError, DistNetworkError
 
+from cli.errors import exit_on_user_error
 from data.errors import DataError
 from parallel.mesh import Processes
 from resilience.config import FaultsConfig
-from resilience.errors import LaunchError, OutOfMemory, is_hardware_fault
+from resilience.errors import LaunchError, OutOfMemory, exceeded_limit, is_hardware_fault
 from resilience.event_log import EventLog
 from resilience.exit_codes import ExitCode
 from resilience.goodput import Goodput
+from resilience.launch import _launch_errors
 from resilience.loss_monitor import LossMonitor, StepStats
 from training import shutdown
 from training.shutdown import goodput_row
@@ -128,6 +131,32 @@ def test_unexpected_error_during_set_up_is_printed_by_the_first_rank_with_it(
     with pytest.raises(DataError), shutdown.published_on_error(watchdog):
         raise DataError("missing shard")  # rank 0 prints it
     assert len(causes) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "command"),
+    [
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/data"), "ulimit -n"),
+        (DistNetworkError("code: -24, name: EMFILE, message: too many open files"), "ulimit -n"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (RuntimeError(os.strerror(errno.EAGAIN)), "ulimit -v"),  # of gloo
+        (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "ulimit -u"),  # of fork
+    ],
+)
+def test_exceeded_limits_name_the_command_that_raises_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, error: Exception, command: str
+) -> None:
+    fault = shutdown.machine_fault(error)
+    assert fault is not None and f"{command} is " in fault[0]
+    with pytest.raises(SystemExit) as raised, exit_on_user_error():
+        raise error
+    assert raised.value.code == ExitCode.USER_ERROR
+    assert f"{command} is " in capsys.readouterr().err
+    monkeypatch.setattr("resource.getrlimit", lambda _: (40 * 1024, 4096 * 1024))
+    hard = 4096 if command == "ulimit -v" else 4096 * 1024
+    assert f", run: {command} {hard}" in str(exceeded_limit(error))
+    with pytest.raises(type(error)), _launch_errors("torchrun", ExitCode.USER_ERROR):
+        raise error
 
 
 ECC = RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might")
