@@ -82,7 +82,7 @@ def restore(
         rows = "".join(f"  {path}: {damage}\n" for path, damage in skipped)
         raise NoCheckpoint(
             f"no valid checkpoint among those present:\n{rows}"
-            "Restore one from a backup, or start over with another run.name."
+            "Restore one from a backup, or start over with another run.dir."
         )
     return None
 

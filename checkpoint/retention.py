@@ -97,8 +97,8 @@ def remove_leftovers(folder: RunFolder, run_id: str) -> list[str]:
     messages = delete(leftovers)
     if others:
         messages.append(
-            f"Kept folders in {folder.checkpoints} that are not checkpoints of this run: "
-            f"{', '.join(sorted(others))}."
+            f"{folder.checkpoints} has folders that are not valid checkpoints of this run and are "
+            f"neither used nor deleted: {', '.join(sorted(others))}."
         )
     return messages
 

@@ -112,12 +112,9 @@ def _check_has_run(text: str, explicit: set[str]) -> None:
         return
     path = Path(text)
     check_path(path)
-    inner, siblings = (
-        [each.parent for each in root.glob("*/config.yaml")] for root in (path, path.parent)
-    )
-    near = get_close_matches(path.name, [each.name for each in siblings], n=1, cutoff=0.7)
-    meant = [*sorted(inner)[:MAX_SHOWN], *(path.parent / name for name in near)]
-    runs = [f"run.dir={each}" for each in meant]
+    siblings = [each.parent.name for each in path.parent.glob("*/config.yaml")]
+    near = get_close_matches(path.name, siblings, n=1, cutoff=0.7)
+    runs = [f"run.dir={path.parent / name}" for name in near]
     remedy = f"did you mean {alternatives(runs)}? F" if runs else "f"
     rule = (
         "has no run to resume" if path.exists() else "does not exist, so there is no run to resume"
@@ -212,7 +209,7 @@ def _group_errors(
             yield (
                 f"{word} is not the {group} of the run in {folder.path} ({there}): "
                 f"{'; '.join(different[:3])}. Omit {word.partition('=')[0]}= to resume the run, or "
-                "use another run.name"
+                "use another run.dir"
             )
 
 

@@ -199,8 +199,8 @@ def replace_lines(path: Path, found: JsonLines, lines: Sequence[bytes]) -> str |
             os.rename(aside, path)
         raise
     return (
-        f"{path} has {found.n_damaged} damaged lines and is kept as {aside.name}. Continuing "
-        f"with {len(lines)} other lines."
+        f"{path} is damaged and is kept as {aside.name} (invalid lines: {found.n_damaged}). "
+        f"Continuing with its valid lines ({len(lines)})."
     )
 
 

@@ -268,7 +268,7 @@ def _is_stale(path: Path, holder: Holder) -> bool:
 def _locked_error(path: Path, holder: Holder | None) -> LockedError:
     return LockedError(
         f"run.dir={path.parent} is in use by {holder or 'a process that is just starting'}; wait "
-        "for that run or stop it, or choose another folder with run.name=…"
+        "for that run or stop it, or choose another folder with run.dir=…"
     )
 
 

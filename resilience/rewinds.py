@@ -88,11 +88,10 @@ def open_rewinds(folder: RunFolder, rebuild: bool) -> tuple[list[BatchRange], st
             aside = set_aside(path)
         except OSError as error:
             raise RunFolderError(f"{path} {not_writable(error, folder.path)}") from None
-        origin += f"; the former file is {aside.name}" if aside else ""
-        lost = ""
+        lost = f"The damaged file is kept as {aside.name}." if aside else ""
     write_rewinds(folder, rewinds)
     batches = [f"{first} to {stop - 1}" for first, stop in rewinds]
-    excluded = f"excluding batches {', '.join(batches)}" if batches else "without rewinds"
+    excluded = f"excluding batches {', '.join(batches)}" if batches else "no rewinds"
     return rewinds, f"Wrote {path} {origin}: {excluded}. {lost}".rstrip()
 
 
@@ -109,8 +108,8 @@ def _damaged_events(folder: RunFolder) -> str:
     if position is None or "rewinds" in position or not n_damaged:
         return ""
     return (
-        f"{folder.event_log} of an earlier version has {n_damaged} damaged lines. If one recorded "
-        "a rewind after the newest checkpoint, its batches are not excluded."
+        f"{folder.event_log} of an earlier version is damaged (invalid lines: {n_damaged}). "
+        "If one recorded a rewind after the newest checkpoint, its batches are not excluded."
     )
 
 
@@ -197,7 +196,7 @@ def _read(path: Path, run_id: str | None) -> list[BatchRange]:
         if None not in (values["run_id"], run_id) and values["run_id"] != run_id:
             raise _error(path, f"belongs to another run ({values['run_id']})")
     except (ValueError, TypeError, KeyError):
-        raise _error(path, "is damaged (not the JSON that a run writes)") from None
+        raise _error(path, "is damaged (not JSON in the format of a run)") from None
     return rewinds
 
 

@@ -119,7 +119,10 @@ class RunFolder:
                 self.read_config()
             except RunFolderError:
                 if (aside := set_aside(self.config)) is not None:
-                    message = f"{self.config} is damaged and is kept as {aside.name}."
+                    message = (
+                        f"{self.config} is damaged and is kept as {aside.name}. The configuration "
+                        "of the newest checkpoint is used."
+                    )
             write_atomically(self.config, yaml.safe_dump(config, sort_keys=False).encode())
         except OSError as error:
             raise RunFolderError(f"{self.config} {not_writable(error, self.path)}") from None
@@ -143,7 +146,7 @@ class RunFolder:
         return config
 
     def _unreadable_config(self, reason: str) -> RunFolderError:
-        remedy = "restore it, or choose another folder with run.name=…"
+        remedy = "restore it, or choose another folder with run.dir=…"
         return RunFolderError(f"{self.config} cannot be read ({reason}); {remedy}")
 
     def last_config(self) -> dict[str, Any] | None:

@@ -272,7 +272,7 @@ def test_changed_configuration_of_existing_run_is_rejected(
         forbidden < lines.index(rows[1]) < override and forbidden < lines.index(rows[2]) < override
     )
     assert override < lines.index(rows[0]) < free < lines.index(rows[3])
-    line_with(message, "run.name=…")  # the remedies
+    line_with(message, "run.dir=…")  # the remedies
     line_with(message, "'run.allow_changes=[optim.weight_decay]'")
 
 

@@ -108,7 +108,7 @@ def prepare_data(config: JobConfig) -> "WindowDataset | StreamDataset":
         origin = f"data.folder={config.data.folder}" if is_prepared else "data.sources"
         raise RunFolderError(
             f"{origin} has other tokens ({dataset.hash[:12]}) than the run in {config.run.dir} "
-            f"was trained on ({trained_on[:12]}); restore them or use another run.name"
+            f"was trained on ({trained_on[:12]}); restore them or use another run.dir"
         )
     return dataset
 
@@ -184,7 +184,7 @@ def _reject_other_corpus(config: JobConfig, trained_on: str) -> None:
     except DataError as error:
         raise RunFolderError(
             f"The run in {config.run.dir} was trained on the data in {folder}, and this is other "
-            f"data. Use data.folder={folder} to resume it, or another run.name.\n{error}"
+            f"data. Use data.folder={folder} to resume it, or another run.dir.\n{error}"
         ) from None
 
 

@@ -114,7 +114,7 @@ def check_changes(
                 "These keys cannot change within a run:",
                 *rows,
                 "Restore the old values to resume that run, or start a new run with another "
-                "run.name=…\n(it may start from a checkpoint of this one, also on other data: "
+                "run.dir=…\n(it may start from a checkpoint of this one, also on other data: "
                 "run.resume=CHECKPOINT).",
                 *stages,
             ]

@@ -59,7 +59,7 @@ def check_run_folder(
     if resume == "never" and steps:
         raise RunFolderError(
             f"run.resume=never, but {folder.checkpoints} has checkpoints, which are never "
-            "overwritten; use run.resume=auto to resume, or another run.name"
+            "overwritten; use run.resume=auto to resume, or another run.dir"
         )
     if resume not in ("auto", "never"):
         start_changes = _check_checkpoint(folder, Path(resume), config, add_defaults)
@@ -68,7 +68,7 @@ def check_run_folder(
         lost = "".join(f"{text}\n" for text in _lost_markers(folder))
         raise RunFolderError(
             f"{lost}{folder.event_log} records saved checkpoints, but {folder.checkpoints} has "
-            "none; restore them to resume, or use another run.name to start from scratch"
+            "none; restore them to resume, or use another run.dir to start from scratch"
         )
     return changes
 
@@ -105,13 +105,13 @@ def _lost_markers(folder: RunFolder) -> Iterator[str]:
             command = f"sha256sum {MANIFEST} | cut -d' ' -f1 > {COMMITTED}"
             yield (
                 f"{path} has no {COMMITTED}, but {folder.event_log} records that it was saved. To "
-                f"use it, restore the file: cd {shlex.quote(str(path))} && {command}. All files "
+                f"use it, restore the file: (cd {shlex.quote(str(path))} && {command}). All files "
                 "are verified before they are used."
             )
 
 
 def check_path(path: Path) -> None:
-    """Check that `run.dir` is neither a file nor a checkpoint of a run.
+    """Check that `run.dir` is no file, no checkpoint of a run and no folder of other runs.
 
     Raises:
         RunFolderError: It is.
@@ -127,6 +127,14 @@ def check_path(path: Path) -> None:
             f"another folder with run.resume={path if path.parent != run else run} to branch from "
             "it"
         )
+    if path.is_dir() and not RunFolder(path).config.exists():
+        runs = [each.parent for each in sorted(path.glob("*/checkpoints")) if checkpoints_in(each)]
+        if runs:
+            names = ", ".join(run.name for run in runs[:5])
+            raise RunFolderError(
+                f"run.dir={path} has run folders in it ({names}); "
+                f"use run.dir={runs[0]} to resume that run, or run.dir={path}/NAME for a new one"
+            )
 
 
 def _check_checkpoint(
@@ -157,7 +165,7 @@ def _check_checkpoint(
         raise RunFolderError(
             f"run.resume={checkpoint} is before step {steps[-1]} of {folder.checkpoints}, and "
             "checkpoints are never overwritten; use run.resume=auto to resume this run, or another "
-            "run.name to branch from the checkpoint"
+            "run.dir to branch from the checkpoint"
         )
     if checkpoint.resolve().parent == folder.checkpoints.resolve():
         return Changes()  # a checkpoint of this run: compared with its previous launch

@@ -78,7 +78,7 @@ def read_prepared(
         ]
         remedy = "Choose another data.folder (or data.name), or delete this one."
         if resumes:
-            remedy = "Restore the values in the folder to resume the run, or use another run.name."
+            remedy = "Restore the values in the folder to resume the run, or use another run.dir."
         raise DataError(
             f"data.folder={data.folder} was prepared from another configuration:\n"
             + "\n".join([*rows, remedy])

@@ -149,7 +149,9 @@ def test_folder_that_the_run_did_not_create_is_kept_and_reported(tmp_path: Path,
     (folder.checkpoints / name / "file").touch()
     (folder.checkpoints / "file").touch()
     (message,) = retention.remove_leftovers(folder, RUN_ID)
-    assert message.endswith(f"not checkpoints of this run: {name}.")
+    assert message.endswith(
+        f"not valid checkpoints of this run and are neither used nor deleted: {name}."
+    )
     assert (folder.checkpoints / name / "file").exists()
     assert (folder.checkpoints / "file").exists()
 

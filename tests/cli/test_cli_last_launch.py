@@ -83,7 +83,7 @@ def test_run_dir_alone_without_a_run_is_not_a_new_run_with_the_default_configura
             ConfigError, match=f"run.dir={path} does not exist.*{hint}.*, add model="
         ):
             load_from(path)
-    with pytest.raises(ConfigError, match=f"has no run to resume; did you mean run.dir={source}"):
+    with pytest.raises(RunFolderError, match=f"has run folders in it .*; use run.dir={source}"):
         load_from(source.parent)
     with pytest.raises(RunFolderError, match=f"use run.dir={source} to resume"):
         load_from(source / "checkpoints" / "step-00000005")

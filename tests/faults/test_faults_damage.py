@@ -198,7 +198,9 @@ def test_damaged_logs_and_failing_outputs_change_no_exit_code(
     launch = fork_server.run(train_arguments(folder, "validation.interval=1"), 1, *bugs, stop)
     assert launch.exit_codes == {0: ExitCode.STOPPED}, launch.output()
     output = " ".join(launch.output().split())
-    assert "ledger.jsonl has 1 damaged lines and is kept as ledger.jsonl.damaged" in output
+    assert (
+        "ledger.jsonl is damaged and is kept as ledger.jsonl.damaged (invalid lines: 1)" in output
+    )
     assert re.search(r"has lost the metrics of steps 1 to 1\d\.", output), output
     named = {name for name in OUTPUTS.values() if output.count(f"Could not write {name} ") == 1}
     assert named == {*OUTPUTS.values()} - {"the summary"}, output

@@ -145,7 +145,7 @@ def test_second_run_is_rejected_with_host_process_and_age(
         acquire(folder)
     pattern = rf"process {held.pid} on {re.escape(socket.gethostname())}, started 0:00:\d\d ago"
     assert re.search(pattern, str(error.value))
-    assert str(folder.path) in str(error.value) and "run.name=" in str(error.value)
+    assert str(folder.path) in str(error.value) and "run.dir=" in str(error.value)
     assert sorted(folder.path.iterdir()) == before
     assert held.poll() is None
 

@@ -147,8 +147,8 @@ def test_repair_reports_damage_and_removes_an_incomplete_line_silently(tmp_path:
         log.repair()
         assert path.read_bytes() == b"".join(lines[:3])
         name = "ledger.jsonl.damaged" + ("-2" if number == 2 else "")
-        assert f"has 2 damaged lines and is kept as {name}" in warnings[number - 1]
-        assert "with 3 other lines" in warnings[number - 1]
+        assert f"is damaged and is kept as {name} (invalid lines: 2)" in warnings[number - 1]
+        assert "with its valid lines (3)" in warnings[number - 1]
     assert len(warnings) == 2
 
 
@@ -203,7 +203,7 @@ def test_line_without_end_is_read_in_bounded_memory(tmp_path: Path) -> None:
     log.repair()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(events) == len(EVENTS) + 1 and "has 1 damaged lines" in warnings[0]
+    assert len(events) == len(EVENTS) + 1 and "invalid lines: 1" in warnings[0]
     assert peak < 2**23
 
 

@@ -230,7 +230,7 @@ def test_damaged_event_log_of_an_earlier_version_is_reported(tmp_path: Path) -> 
         folder.event_log.write_bytes(content)
         save(folder, 2)
         found, message = open_rewinds(folder, rebuild=False)
-        assert found == rewinds and "has 1 damaged lines" in (message or "")
+        assert found == rewinds and "is damaged (invalid lines: 1)" in (message or "")
         save(folder, 4, rewinds=[])  # by this version
         assert open_rewinds(folder, rebuild=False) == (rewinds, None)
 

@@ -49,8 +49,8 @@ def test_damaged_lines_are_kept_aside_and_reported_once(tmp_path: Path) -> None:
     path.write_bytes(damaged + b'{"step": 7, "lo')
     log, warnings = open_log(tmp_path, 6)
     (warning,) = warnings
-    assert "3 damaged lines and is kept as metrics.jsonl.damaged" in warning
-    assert "with 4 other lines" in warning and path.read_bytes() == content(1, 2, 5, 6)
+    assert "is kept as metrics.jsonl.damaged (invalid lines: 3)" in warning
+    assert "with its valid lines (4)" in warning and path.read_bytes() == content(1, 2, 5, 6)
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes().startswith(damaged)
     log.write(record(7))
     assert open_log(tmp_path, 7)[1] == [] and read_records(path)[-1]["step"] == 7

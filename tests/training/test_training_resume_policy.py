@@ -128,7 +128,7 @@ def test_forbidden_key_is_rejected_with_both_values_despite_an_override(
     config = changed(key, other(key))
     found = f"  {key}: {value_at(CONFIG, key)!r} -> {other(key)!r} (determines "
     message = refused(folder, config)
-    assert found in message and "run.name=" in message and "run.allow_changes" not in message
+    assert found in message and "run.dir=" in message and "run.allow_changes" not in message
     message = refused(folder, changed("run.allow_changes", [key], of=config))
     assert f"run.allow_changes lists {key}, which cannot change within a run" in message
 
@@ -166,7 +166,7 @@ def test_all_changes_are_reported_together_by_policy(folder: RunFolder) -> None:
     )
     kept, rest = refused(folder, config).split("These keys change only with an explicit override:")
     asking, may = rest.split("Also changed, which is permitted:")
-    assert "These keys cannot change within a run:" in kept and "run.name=" in kept
+    assert "These keys cannot change within a run:" in kept and "run.dir=" in kept
     found = {
         name: {line.split(":")[0] for line in lines(part)} & set(leaves(CONFIG))
         for name, part in (("kept", kept), ("asking", asking), ("may", may))

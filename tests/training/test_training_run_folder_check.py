@@ -56,7 +56,9 @@ def resuming(resume: str) -> dict[str, Any]:
 
 
 def test_resume_never_is_rejected_if_checkpoints_exist(folder: RunFolder, tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match=r"run\.resume=never"):
+    with pytest.raises(
+        RunFolderError, match=r"use run\.resume=auto to resume, or another run\.dir"
+    ):
         check_run_folder(folder, resuming("never"))
     check_run_folder(RunFolder(tmp_path / "new"), resuming("never"))
 
@@ -107,7 +109,7 @@ def test_missing_checkpoints_that_were_saved_are_an_error(tmp_path: Path) -> Non
     folder.event_log.write_text(
         '{"event": "start", "step": 0}\ntorn{\n{"event": "save", "step": 5}\n'
     )
-    with pytest.raises(RunFolderError, match=r"ledger\.jsonl records saved checkpoints"):
+    with pytest.raises(RunFolderError, match=r"records saved checkpoints.* another run\.dir"):
         check_run_folder(folder, CONFIG)
 
 
@@ -140,7 +142,9 @@ def test_damaged_configuration_is_kept_when_it_is_written_again(
         folder.config.write_text(damage)
     assert folder.last_config() == CONFIG  # of the newest checkpoint
     check_run_folder(folder, CONFIG)
-    assert "is kept as config.yaml.damaged" in (folder.write_config(CONFIG) or "")
+    assert "config.yaml.damaged. The configuration of the newest" in (
+        folder.write_config(CONFIG) or ""
+    )
     assert folder.read_config() == CONFIG and folder.write_config(CONFIG) is None
 
 
@@ -158,7 +162,7 @@ def test_renamed_keys_of_an_older_run_are_not_changes(folder: RunFolder, lost: b
     assert check_run_folder(folder, CONFIG) == Changes()
 
 
-def test_run_folder_that_is_a_file_or_part_of_a_run_is_rejected(
+def test_run_folder_that_is_a_file_part_of_a_run_or_a_folder_of_runs_is_rejected(
     folder: RunFolder, tmp_path: Path
 ) -> None:
     file = tmp_path / "file"
@@ -167,6 +171,7 @@ def test_run_folder_that_is_a_file_or_part_of_a_run_is_rejected(
         (file, "is a file; use a folder"),
         (file / "run", f"is below {file}, a file; use a folder"),
         (folder.checkpoints, f"use run.dir={folder.path} to resume that run"),
+        (tmp_path, f"has run folders in it (run); use run.dir={folder.path} to resume that run"),
         (folder.step_folder(folder.committed_steps()[-1]), f"use run.dir={folder.path} to resume"),
     ):
         with pytest.raises(RunFolderError, match=re.escape(message)):
@@ -194,7 +199,7 @@ def test_newest_checkpoint_without_committed_is_reported_with_the_command_to_res
         check_run_folder(folder, CONFIG)
     (folder.step_folder(5) / COMMITTED).touch()
     (warning,) = checkpoint_warnings(folder)
-    command = re.search(r"restore the file: (.*COMMITTED)\. All", warning)
+    command = re.search(r"restore the file: (\(.*COMMITTED\))\. All", warning)
     assert command is not None
     subprocess.run(["bash", "-c", command[1]], check=True)
     assert folder.committed_steps() == [5, 40]
