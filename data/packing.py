@@ -28,7 +28,7 @@ from data.files import Checksums, FileEntry, wait_for_writer, write_atomically, 
 from data.manifest import OFFSET, TOKEN, Manifest, read_record, write_record
 from data.mappings import Mappings
 from data.progress import ProgressReporter
-from data.shards import TokenStream, map_file
+from data.shards import TokenStream, check_not_truncated, map_file
 
 FORMAT = "llamesh-packing"
 FORMAT_VERSION = 1
@@ -232,6 +232,8 @@ class PackedStream:
         bins = self._mappings.get(
             (id(self), seq_len, shard_index), partial(self._open_bins, packed, shard_index, seq_len)
         )
+        pieces = self._folder / packed.shards[shard_index].pieces.file
+        check_not_truncated(bins.offsets, pieces, repack(pieces, seq_len))
         bin_index = index - (packed.ends[shard_index] - len(bins.offsets) + 1)
         segments = slice(bins.offsets[bin_index], bins.offsets[bin_index + 1])
         tokens = np.full(seq_len + 1, self._padding_id, dtype=TOKEN)

@@ -4,12 +4,13 @@
 as one token sequence through memory maps. The file format is specified in `data.manifest`.
 """
 
+import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from isal import isal_zlib
@@ -154,6 +155,8 @@ class TokenStream:
     def read(self, shard_index: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens [start, end) of a shard and the document starts relative to `start`."""
         shard = self._open(shard_index)
+        check_not_truncated(shard.tokens, self._folder / shard.entry.file)
+        check_not_truncated(shard.starts, self._folder / self._shards[shard_index].offsets.file)
         if self._verify:
             verified = self._verified[shard_index]
             first, last = start // TOKENS_PER_BLOCK, (end - 1) // TOKENS_PER_BLOCK
@@ -207,6 +210,22 @@ def map_file(
     for block in range(entry.n_blocks if verify else 0):
         _verify_block(folder, entry, content, block, remedy)
     return content
+
+
+def check_not_truncated(content: np.ndarray, path: Path, remedy: str = REPAIR) -> None:
+    """Check that a mapped file still has its pages: reading a lost one ends the process (SIGBUS).
+
+    Args:
+        content: Array of `map_file`, or a part of it.
+
+    Raises:
+        DataError: The file was truncated.
+    """
+    mapping: Any = content
+    while not isinstance(mapping, mmap.mmap):
+        mapping = mapping.base
+    if mapping.size() < len(mapping):
+        raise DataError(f"{path} was truncated while it was in use; {remedy}")
 
 
 def _verify_block(

@@ -187,7 +187,9 @@ def read_tokenizer(path: Path, name: str) -> Tokenizer:
     except DataError:
         raise
     except OSError as error:
-        raise DataError(f"tokenizer.path={path} cannot be read ({error.strerror})") from None
+        raise DataError(
+            f"tokenizer.path={path} cannot be read ({error.strerror}); restore the file"
+        ) from None
     except ValueError:
         raise DataError(
             f"tokenizer.path={path} is not a tokenizer.model, whose lines are a base64 token, a "

@@ -314,5 +314,6 @@ class EventLog:
             self.append("progress", step=step, **spent)
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all valid events in the order written."""
-        return read_json_lines(self.path, is_event)
+        """Return all valid events in order, with those that could not be written yet."""
+        pending = map(parse_json, self._file.pending)
+        return [*read_json_lines(self.path, is_event), *pending]

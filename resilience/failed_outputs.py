@@ -5,6 +5,7 @@ continues. A file system that is full or read-only fails all of them, which is o
 """
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +36,8 @@ class FailedOutputs:
             error: The error, or its description.
         """
         number = None if isinstance(error, str) else write_errno(error, self.folder)
-        cause = number if number in _OF_FILE_SYSTEM else None
+        is_gone = number == errno.ENOENT and not os.path.exists(self.folder)  # moved or removed
+        cause = number if number in _OF_FILE_SYSTEM or is_gone else None
         known = output in self._reported or cause in self._reported
         self._reported.add(output)
         if known:

@@ -101,7 +101,12 @@ def _lost_markers(folder: RunFolder) -> Iterator[str]:
     uncommitted = [folder.step_folder(step) for step in folder.uncommitted_steps() if step > last]
     saved = _saved_names(folder) if uncommitted else set()
     for path in uncommitted:
-        if path.name in saved:
+        if path.name in saved and not path.is_dir():
+            yield (
+                f"{path} is a link or file instead of the folder that {folder.event_log} records. "
+                "To use the checkpoint, restore the folder."
+            )
+        elif path.name in saved:
             command = f"sha256sum {MANIFEST} | cut -d' ' -f1 > {COMMITTED}"
             yield (
                 f"{path} has no {COMMITTED}, but {folder.event_log} records that it was saved. To "

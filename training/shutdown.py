@@ -243,7 +243,7 @@ def _record_stop(run: Run, reason: str, code: ExitCode, **more: str) -> list[tup
     rows = []
     with run.optional("the goodput"):
         goodput = compute_goodput(run.event_log.read(), alive_until=datetime.now(UTC))
-        rows = [goodput_row(goodput)]
+        rows = [goodput_row(goodput)] if goodput.starts else []  # else the event log was removed
         fields["goodput"] = goodput.to_dict()
     run.record("stop", **fields)
     return rows

@@ -1,6 +1,7 @@
 """Packed windows contain each target once; an incomplete or damaged packing index is not used."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -226,6 +227,16 @@ def test_index_of_other_shards_is_rejected_and_replaced_by_packing(
         stream(tmp_path / "other").n_windows(SEQ_LEN)
     pack(tmp_path / "other", SEQ_LEN, progress=False)
     assert stream(tmp_path / "other").n_windows(SEQ_LEN) > 0
+
+
+def test_index_truncated_while_it_is_read_is_detected(folder: Path) -> None:
+    pack(folder, SEQ_LEN, progress=False)
+    packed = stream(folder)
+    packed.window(0, SEQ_LEN)
+    for path in index_folder(folder).glob("*.pieces"):
+        os.truncate(path, 0)
+    with pytest.raises(DataError, match=r"was truncated while it was in use; "):
+        packed.window(1, SEQ_LEN)
 
 
 def test_damaged_shard_is_detected_when_packed_windows_are_read(folder: Path) -> None:

@@ -252,6 +252,16 @@ def test_file_removed_or_truncated_before_it_is_opened_is_detected(copy: Path, e
         stream.window(0, 10)
 
 
+@pytest.mark.parametrize("ending", ["tokens", "offsets"])
+def test_file_truncated_after_opening_is_detected(copy: Path, ending: str) -> None:
+    """Reading its lost pages would end the process with SIGBUS."""
+    stream = TokenStream(copy, Manifest.read(copy).shards("train"))
+    stream.window(0, 1000)
+    os.truncate(copy / f"source/train-00000-000.{ending}", 0)
+    with pytest.raises(DataError, match=rf"\.{ending} was truncated while it was in use; list all"):
+        stream.window(598, 1000)
+
+
 def test_file_removed_after_opening_remains_readable(copy: Path) -> None:
     stream = TokenStream(copy, Manifest.read(copy).shards("train"))
     before = stream.window(0, 1000)[0].copy()

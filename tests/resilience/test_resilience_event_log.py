@@ -93,6 +93,7 @@ def test_unwritable_folder_warns_once_and_events_are_written_later(tmp_path: Pat
     event_log.append("start")
     event_log.append("save")
     assert len(warnings) == 1 and "ledger.jsonl in" in warnings[0]
+    assert [e["event"] for e in event_log.read()] == ["start", "save"]  # for the goodput
     blocked.unlink()
     blocked.mkdir()
     event_log.append("stop")

@@ -23,6 +23,14 @@ def test_error_of_the_file_system_is_reported_once_for_all_outputs(tmp_path: Pat
     assert "Could not write loss.png" in warnings[1] and "(Input/output error)" in warnings[1]
 
 
+def test_folder_that_was_moved_is_reported_once_for_all_outputs(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    failed = FailedOutputs(tmp_path / "moved", warnings.append)
+    for output in ("metrics.jsonl", "ledger.jsonl", "TensorBoard"):
+        failed.report(output, system_error(errno.ENOENT))
+    assert len(warnings) == 1 and "(No such file or directory)" in warnings[0]
+
+
 def test_error_of_one_output_does_not_hide_errors_of_others(tmp_path: Path) -> None:
     warnings: list[str] = []
     failed = FailedOutputs(tmp_path, warnings.append)

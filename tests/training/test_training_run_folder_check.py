@@ -209,6 +209,18 @@ def test_newest_checkpoint_without_committed_is_reported_with_the_command_to_res
     assert list(checkpoint_warnings(folder)) == []
 
 
+def test_saved_checkpoint_that_is_a_dangling_link_is_reported(folder: RunFolder) -> None:
+    target = folder.step_folder(40)
+    target.rename(moved := folder.path / "moved")
+    target.symlink_to("/absent/volume")
+    folder.event_log.write_text('{"event": "save", "path": "step-00000040"}\n')
+    expected = f"{target} is a link or file instead of the folder"
+    assert any(expected in message for message in checkpoint_warnings(folder))
+    target.unlink()
+    moved.rename(target)  # the remedy
+    assert not any(expected in message for message in checkpoint_warnings(folder))
+
+
 def test_folder_that_the_event_log_does_not_know_is_not_reported(folder: RunFolder) -> None:
     folder.step_folder(50).mkdir()
     assert not any("COMMITTED" in warning for warning in checkpoint_warnings(folder))
