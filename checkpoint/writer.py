@@ -7,6 +7,7 @@ hidden folder. `checkpoint.saver` runs the protocol in the background.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -226,7 +227,10 @@ def one_line(error: BaseException) -> str:
         return "; ".join(f"{name_ranks(ranks)}: {cause}" for cause, ranks in groups.items())
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename:
-        text = f"{write_problem(error, Path(error.filename).parent)} ({error.filename})"
+        shown = re.sub(
+            r"__\d+_\d+(?=\.distcp$)", "*", str(error.filename)
+        )  # one cause of all ranks
+        text = f"{write_problem(error, Path(error.filename).parent)} ({shown})"
     elif isinstance(error, OSError) and error.strerror:
         text = error.strerror
     return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"

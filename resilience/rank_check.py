@@ -8,10 +8,11 @@ that starts its own processes needs no comparison: they are on one machine, whic
 
 import json
 import os
+import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -207,8 +208,10 @@ def compare(reports: Mapping[int, RankReport], size: int) -> tuple[list[str], li
     values = list(reports.values())
     by_error: dict[str, list[RankReport]] = {}
     for each in sorted(values, key=lambda report: report.order):
-        by_error.setdefault(each.error, []).append(each)
-    failed = [f"{_name(group)}: {error}" for error, group in by_error.items() if error]
+        by_error.setdefault(_cause(each), []).append(each)
+    failed = [
+        f"{_name(group)}: {_shown_error(group)}" for cause, group in by_error.items() if cause
+    ]
     missing = [rank for rank in range(size) if rank not in reports]
     if failed:
         return failed, []
@@ -308,6 +311,18 @@ def _groups(reports: Iterable[RankReport], key: Callable[[RankReport], str]) -> 
         groups.setdefault(key(report), []).append(report)
     ordered = sorted(groups.items(), key=lambda item: len(item[1]))
     return "; ".join(f"{_name(group)}: {value}" for value, group in ordered)
+
+
+def _cause(report: RankReport) -> str:
+    """Return an error without what differs on each rank: hosts, devices, processes, addresses."""
+    return re.sub(r"0x[0-9a-f]+|\d+", "#", report.error.replace(report.host, "#"))
+
+
+def _shown_error(reports: Sequence[RankReport]) -> str:
+    """Return the error of the first rank to fail, which is named if those of others differ."""
+    first = reports[0]
+    differ = any(each.error != first.error for each in reports)
+    return first.error + (f" (on rank {first.rank})" if differ else "")
 
 
 def _name(reports: list[RankReport]) -> str:

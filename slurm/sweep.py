@@ -33,10 +33,11 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 from cli.arguments import parse_options, schema_of  # noqa: E402
 from cli.composition import compose_config, compose_words  # noqa: E402
 from cli.config import check_for_tasks  # noqa: E402
+from cli.errors import exit_on_user_error  # noqa: E402
 from formats.errors import FormatError  # noqa: E402
 from resilience.exit_codes import ExitCode  # noqa: E402
 from resilience.run_folder import RunFolderError  # noqa: E402
-from resilience.standard_streams import protect_streams  # noqa: E402
+from resilience.standard_streams import print_result, protect_streams  # noqa: E402
 from training.config import JobConfig  # noqa: E402
 from training.config_validation import ConfigError, takes_text  # noqa: E402
 from training.preflight import check_folder, needs_preparation  # noqa: E402
@@ -99,9 +100,8 @@ def main(arguments: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return ExitCode.USER_ERROR
     shown = " ".join(f"--{key}={value}" for key, value in sbatch_options(options).items())
-    print(f"{len(runs)} jobs with {shown}:")
-    for run in runs:
-        print(shlex.join(["python", "train.py", *run.overrides]))
+    commands = [shlex.join(["python", "train.py", *run.overrides]) for run in runs]
+    print_result("\n".join([f"{len(runs)} jobs with {shown}:", *commands]))
     return ExitCode.FINISHED
 
 
@@ -307,4 +307,5 @@ def parameters(run: ValidRun, options: argparse.Namespace) -> dict[str, Any]:
 
 if __name__ == "__main__":
     protect_streams(is_run=True)  # `| head` must not end the submission halfway
-    sys.exit(main(sys.argv[1:]))
+    with exit_on_user_error():
+        sys.exit(main(sys.argv[1:]))

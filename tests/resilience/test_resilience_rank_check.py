@@ -175,6 +175,16 @@ def test_error_that_rank_0_does_not_read_is_printed_by_its_rank(
     assert rank_check.report_error("no disk")
 
 
+@pytest.mark.parametrize(
+    "error", ["invalid device cuda:{}", "process {} failed", "no route to <node 0x{}>", "n{} fails"]
+)
+def test_errors_that_differ_in_numbers_and_hosts_are_one_cause(error: str) -> None:
+    reports = {r: RankReport(r, f"n{r}", error=error.format(r), order=9 - r) for r in range(8)}
+    [text] = rank_check.compare(reports, 8)[0]
+    assert text.startswith("ranks 0-7 on n7, n6, n5, n4 and 4 more hosts: ")
+    assert text.endswith(f"{error.format(7)} (on rank 7)")
+
+
 def test_first_rank_that_cannot_reach_its_own_address_prints_no_trace(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

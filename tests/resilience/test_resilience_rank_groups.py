@@ -1,5 +1,8 @@
 """A cause that many ranks have in common is printed once, with the rank that failed first."""
 
+import errno
+import os
+
 from checkpoint.writer import one_line
 from resilience.heartbeat import Heartbeat, group_by_stack
 from resilience.rank_check import RankReport, compare
@@ -48,3 +51,10 @@ def test_failed_save_of_all_ranks_is_one_cause() -> None:
     assert one_line(CheckpointException("save", failures)) == (  # type: ignore[arg-type]
         "ranks 0-511: No space left on device"
     )
+    text = os.strerror(errno.EACCES)
+    failures = {
+        rank: (OSError(errno.EACCES, text, f"/r/.step-4/__{rank}_0.distcp"), None)
+        for rank in range(512)
+    }
+    error = one_line(CheckpointException("save", failures))  # type: ignore[arg-type]
+    assert error.startswith("ranks 0-511: ") and error.endswith("(/r/.step-4/*.distcp)")

@@ -1,6 +1,7 @@
 """sweep.py expands Hydra's grid and rejects it as a unit or submits each run."""
 
 import importlib.util
+import io
 import os
 import re
 import shlex
@@ -15,6 +16,8 @@ from cluster import Cluster, missing_commands, wait_for
 from conftest import ROOT, read_events, reproducible_metrics, start_program
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from resilience.standard_streams import ResultFile
 
 STEPS = 12
 PAUSE_STEP = 5  # the text sample of this step is written to a pipe without a reader
@@ -100,6 +103,16 @@ def test_dry_run_prints_commands_that_train_each_run(
         f"python train.py {' '.join(TINY)} optim.lr={rate} run.name=a-lr_{rate}"
         for rate in ("0.001", "0.002")
     ]
+
+
+def test_commands_that_cannot_be_printed_are_an_error(
+    sweep: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open("/dev/full", "wb", buffering=0) as full:
+        file = io.BufferedWriter(ResultFile(full.fileno()))
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file))
+        with pytest.raises(OSError, match="No space left"):
+            sweep.main(["--dry-run", *TINY, "optim.lr=1e-3", "run.name=a"])
 
 
 def test_sweeps_in_the_documentation_are_valid(
