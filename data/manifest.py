@@ -177,7 +177,8 @@ def read_record(
     """Read a JSON file with the fields of a dataclass.
 
     Args:
-        supported: Values of the fields `format` and `version`, if the record has them.
+        supported: Values of the fields `format` and `version`. None: the record has none, and its
+            hash is required.
         remedy: End of all error messages.
 
     Raises:
@@ -192,8 +193,9 @@ def read_record(
         raise DataError(f"{path}: cannot read ({error}); {remedy}") from None
     if not isinstance(values, dict):
         raise DataError(f"{path} is damaged (not a JSON object); {remedy}")
-    recorded = values.pop("sha256", None)  # None: written by version 0.2 or another program
-    if recorded not in (None, _content_hash(values)):
+    recorded = values.pop("sha256", None)  # version 0.2 and other programs write none
+    is_old = recorded is None and supported is not None
+    if recorded != _content_hash(values) and not is_old:
         raise DataError(f"{path} is damaged (its content differs from its sha256); {remedy}")
     found = values.get("format"), values.get("version")
     if supported is not None and found != supported:

@@ -29,7 +29,7 @@ from data.sources.fingerprints import SOURCES_FILE, Fingerprints
 from data.tokenizer import MODEL_FILE, Tokenizer
 
 MARKER_FILE = "preparing.json"
-FORMAT_VERSION = 3  # of the marker; an unfinished preparation of an older version restarts
+FORMAT_VERSION = 4  # of the marker; an unfinished preparation of an older version restarts
 LOCK_TIMEOUT_SECONDS = 2.0  # for the workers of a preparation killed just before to exit
 _OWN_FILES = re.compile(
     r"((train|validation)-\d{5,}(-\d{3,})?\.(tokens|offsets)|part-\d{5,}\.json)(\.tmp)?"

@@ -213,16 +213,6 @@ def make_preparation(folder: Path) -> None:
         make_dataset(folder)
 
 
-def seal_preparation(folder: Path) -> None:
-    """Remove the hash of the record, as in version 0.2."""
-    path = folder / "shards/source/part-00000.json"
-    with suppress(ValueError, RecursionError):
-        values = json.loads(path.read_bytes())
-        if isinstance(values, dict):
-            values.pop("sha256", None)
-            path.write_text(json.dumps(values))
-
-
 def resume_preparation(folder: Path) -> None:
     prepare(*dataset(folder), progress=False)
 
@@ -471,7 +461,6 @@ PARSERS = {
         {"shards/preparing.json": "json", "shards/source/part-00000.json": "json"},
         resume_preparation,
         (DataError,),
-        seal_preparation,
     ),
     "texts": Parser(
         make_texts,
