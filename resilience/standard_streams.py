@@ -159,10 +159,12 @@ class ConsoleLog:
         """Try to open the file and to write the reasons and what is pending."""
         if self._path is None:
             return
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        # A named pipe without a reader is an error; without O_NONBLOCK it would block the run.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
         with suppress(OSError):
             is_new = not self._path.exists()
             self._file = os.open(self._path, flags, 0o666)
+            os.set_blocking(self._file, True)
             self._redirect(self._file)
             if is_new or self._is_first:  # one of many processes says it
                 os.write(self._file, self._heading().encode())

@@ -8,6 +8,7 @@ unreachable server is reported once.
 """
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -164,7 +165,9 @@ class MetricsLog:
         """Append generated text to `samples.txt` under a line with its step."""
         with (
             self._warn_on_error("samples.txt"),
-            (self.folder / "samples.txt").open("a", encoding="utf-8") as file,
+            open(
+                self.folder / "samples.txt", "a", encoding="utf-8", opener=_open_without_waiting
+            ) as file,
         ):
             file.write(f"--- step {step} ---\n{text}\n\n")
 
@@ -226,6 +229,11 @@ class MetricsLog:
         if self._wandb.failure is not None:
             self.failed.report("W&B", self._wandb.failure)
             self._wandb = None
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file; a named pipe without a reader is an error instead of blocking the run."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def _drop_tensorboard_error(report: Callable[[Any], object], error: Any) -> None:

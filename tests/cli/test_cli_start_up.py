@@ -1,5 +1,6 @@
 """Programs start and print safely with closed, broken or limited standard streams."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -154,6 +155,20 @@ sys.exit(7)
     assert sorted(lines) == sorted(n_streams * expected + ["Loading"] * (output is not None))
     if error is None:
         assert "The output continues in " in done.stderr
+
+
+def test_console_log_that_is_a_named_pipe_without_a_reader_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "console.log")
+    program = f"""
+import sys
+from pathlib import Path
+from resilience import standard_streams
+standard_streams.protect_streams(is_run=True)
+standard_streams.continue_in(Path({str(tmp_path)!r}), is_first_process=True)
+print("lost")
+sys.exit(7)
+"""
+    assert shell(">&-", program).returncode == 7
 
 
 def test_run_whose_reader_stops_reading_continues_in_its_console_log(tmp_path: Path) -> None:

@@ -80,7 +80,14 @@ def test_what_is_no_file_is_kept_under_another_name(tmp_path: Path, name: str, k
 def test_named_pipe_for_samples_is_used(tmp_path: Path) -> None:
     """A program that the user runs reads it."""
     os.mkfifo(tmp_path / "samples.txt")
-    assert open_log(tmp_path, 0)[1] == [] and (tmp_path / "samples.txt").is_fifo()
+    log, warnings = open_log(tmp_path, 0)
+    assert warnings == [] and (tmp_path / "samples.txt").is_fifo()
+    reader = os.open(tmp_path / "samples.txt", os.O_RDONLY | os.O_NONBLOCK)
+    log.write_sample(1, "text")
+    assert os.read(reader, 100) == b"--- step 1 ---\ntext\n\n"
+    os.close(reader)
+    log.write_sample(2, "text")  # does not wait for the next reader
+    assert len(warnings) == 1 and "Could not write samples.txt" in warnings[0]
 
 
 @settings(max_examples=50, deadline=None)
