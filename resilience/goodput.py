@@ -31,8 +31,9 @@ class Goodput:
         productive: Steps that count.
         stalled: Waits for saves, validation and text samples.
         lost: Steps that were repeated, or discarded by a rewind.
-        restart: From the end of one launch (first: from its start) to the end of the first step of
-            the next. Time after the run had finished is not counted.
+        restart: From the start of each launch to the end of its first step.
+        between: From the end of one launch to the start of the next, such as the wait in a queue.
+            Time after the run had finished is not counted.
         rest: Time that no event covers, such as logging.
         starts: Number of launches.
         lost_steps: Number of steps in `lost`.
@@ -42,6 +43,7 @@ class Goodput:
     stalled: float = 0.0
     lost: float = 0.0
     restart: float = 0.0
+    between: float = 0.0
     rest: float = 0.0
     starts: int = 0
     lost_steps: int = 0
@@ -49,7 +51,8 @@ class Goodput:
     @property
     def wall(self) -> float:
         """Sum of all parts."""
-        return self.productive + self.stalled + self.lost + self.restart + self.rest
+        training = self.productive + self.stalled + self.lost
+        return training + self.restart + self.between + self.rest
 
     @property
     def ratio(self) -> float:
@@ -118,7 +121,9 @@ def compute_goodput(events: Iterable[Event], alive_until: datetime | None = None
         if following:
             end = min(end, _start_time(next_start))
         first_step_time = _seconds(points[0]["time"]) if points else end
-        goodput.restart += max(0.0, first_step_time - previous_end)
+        start_time = max(previous_end, min(_start_time(start), first_step_time))
+        goodput.between += start_time - previous_end
+        goodput.restart += max(0.0, first_step_time - start_time)
         work.go_back_to(start.get("step") or 0)
         if points:
             covered = _add_points(points, work, goodput)

@@ -225,6 +225,7 @@ def goodput_row(goodput: Goodput) -> tuple[str, str]:
         (goodput.stalled, "stalled"),
         (goodput.lost, f"lost{steps}"),
         (goodput.restart, f"starting{launches}"),
+        (goodput.between, "between launches"),
         (goodput.rest, "other"),
     )
     shown = [f"{duration(seconds)} {name}" for seconds, name in parts if round(seconds)]

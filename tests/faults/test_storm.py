@@ -180,6 +180,6 @@ def check_events(storm: Storm, steps: int) -> None:
     # The test sees a step when its metrics are written, last of all: each launch may have lost one
     # step more than it saw.
     assert 0 <= goodput["lost_steps"] - storm.lost_steps <= storm.launches
-    parts = ("productive", "stalled", "lost", "restart", "rest")
+    parts = ("productive", "stalled", "lost", "restart", "between", "rest")
     # Each part is rounded to a thousandth.
     assert goodput["wall"] == pytest.approx(sum(goodput[part] for part in parts), abs=5e-3)

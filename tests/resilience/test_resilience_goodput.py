@@ -30,7 +30,9 @@ class SimulatedRun:
     now: float = EPOCH
     events: list[dict[str, Any]] = field(default_factory=list)
     expected: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("stalled", "lost", "restart", "rest"), 0.0)
+        default_factory=lambda: dict.fromkeys(
+            ("stalled", "lost", "restart", "between", "rest"), 0.0
+        )
     )
     steps: list[float] = field(default_factory=list)  # seconds of each step that counts
     committed: list[int] = field(default_factory=list)
@@ -61,7 +63,7 @@ class SimulatedRun:
         if self.events and self.events[-1].get("reason") == "finished":
             self.idle += self.pass_time(0, 1000)
         elif self.events:
-            expected["restart"] += self.pass_time(0, 1000)
+            expected["between"] += self.pass_time(0, 1000)
         launch_time = self.now
         expected["restart"] += self.pass_time(1, 60)
         self.go_back(rng.choice([*self.committed, *self.committed[-1:], 0][-3:]))

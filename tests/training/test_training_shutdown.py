@@ -29,16 +29,16 @@ from training.shutdown import goodput_row
 
 
 def test_goodput_row_shows_the_ratio_and_every_part() -> None:
-    goodput = Goodput(3600.0, 60.0, 120.0, 200.0, 20.0, starts=3, lost_steps=17)
+    goodput = Goodput(3600.0, 60.0, 120.0, 150.0, 50.0, 20.0, starts=3, lost_steps=17)
     assert goodput_row(goodput) == (
         "goodput",
         "90.0% of 1:06:40: 1:00:00 productive, 0:01:00 stalled, 0:02:00 lost (17 steps), "
-        "0:03:20 starting (3 launches), 0:00:20 other",
+        "0:02:30 starting (3 launches), 0:00:50 between launches, 0:00:20 other",
     )
 
 
 def test_goodput_row_omits_parts_that_took_no_time() -> None:
-    row = goodput_row(Goodput(3600.0, 0.0, 0.0, 200.0, 0.4, starts=1, lost_steps=0))
+    row = goodput_row(Goodput(3600.0, 0.0, 0.0, 200.0, 0.0, 0.4, starts=1, lost_steps=0))
     assert row[1].endswith(": 1:00:00 productive, 0:03:20 starting")
 
 
@@ -180,7 +180,9 @@ def test_fault_of_a_machine_or_connection_exits_to_be_relaunched(
         return True
 
     monkeypatch.setattr(shutdown, "_exit", lambda _, code: codes.append(code))
-    monkeypatch.setattr(shutdown, "compute_goodput", lambda *_, **__: Goodput(1, 0, 0, 0, 0, 1, 0))
+    monkeypatch.setattr(
+        shutdown, "compute_goodput", lambda *_, **__: Goodput(1, 0, 0, 0, 0, 0, 1, 0)
+    )
     run = aborted_run(
         EventLog(tmp_path / "ledger.jsonl"),
         publish=publish,
