@@ -112,7 +112,7 @@ def hide(path: Path, run_id: str) -> Path:
 
 
 def move_away(path: Path) -> Path:
-    """Rename what has the name of a checkpoint but is none of this run, and return its new path."""
+    """Rename a folder named like a checkpoint that is none of this run, and return its new path."""
     state = "other-run" if (path / COMMITTED).exists() else "uncommitted"
     moved = path.with_name(f"{path.name}.{state}-{uuid.uuid4().hex[:8]}")
     path.rename(moved)

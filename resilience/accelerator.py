@@ -1,7 +1,7 @@
 """Device type and number of the processes of a run on this machine.
 
 A machine that has a GPU which torch does not see is an error: training would silently run on the
-CPU. With `parallel.accelerator=cpu` nothing asks for GPUs.
+CPU. With `parallel.accelerator=cpu` no GPU is queried.
 """
 
 import os
@@ -79,7 +79,7 @@ def accelerator_warnings(
 def _used_gpus(
     processes: Processes, machine: Machine, environment: Mapping[str, str]
 ) -> tuple[Gpu, ...]:
-    """Return the GPUs of all processes that this run starts, or that of a launched process."""
+    """Return the GPUs of all processes of this run, or the GPU of a launched process."""
     if processes.launcher == "self":
         return machine.gpus[: processes.per_node]
     index = gpu_index(process_ranks(environment)[1], len(machine.gpus))

@@ -68,7 +68,7 @@ def exceeded_limit(error: BaseException) -> str | None:
     ):
         return (
             f"no other thread or process can be started ({_limit('u', 'NPROC')}, "
-            f"{_limit('v', 'AS')}); raise the limit, or that of the container"
+            f"{_limit('v', 'AS')}); raise the limit, or the container's"
         )
     return None
 

@@ -121,7 +121,7 @@ def scan_json_lines(path: Path, is_valid: IsValid = bool) -> JsonLines:
 
 
 def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a file with their newlines; one that is too long is not valid JSON."""
+    """Yield the lines of a file with their newlines; replace those that are too long."""
     while line := file.readline(MAX_LINE_BYTES):
         if len(line) == MAX_LINE_BYTES:
             while not line.endswith(b"\n") and line:

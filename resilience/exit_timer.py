@@ -83,7 +83,7 @@ def run_limited(function: Callable[[], None], seconds: float) -> None:
 
 @contextmanager
 def exit_if_late(activity: str, seconds: float, code: int) -> Iterator[None]:
-    """Exit if a block that reads or writes files takes too long, and print what it waits for.
+    """Exit if a block that reads or writes files takes too long; report where it is blocked.
 
     Args:
         activity: What the block does, for the message.

@@ -1,4 +1,4 @@
-"""GPUs that this process can use, and the reason if torch sees none of those of the machine.
+"""GPUs that this process can use, and the reason if torch sees none of the machine's.
 
 Nothing here creates a CUDA context: `torch.cuda.device_count` asks NVML, `torch.cuda.init` and
 `get_device_properties` initialize the driver and read tables (torch/cuda/__init__.py). Contexts

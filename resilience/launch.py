@@ -108,7 +108,7 @@ def launch(
         _without_children_on_error(watchdog),
     ):
         fabric.launch()
-        del store  # its server is now that of the process group
+        del store  # the process group now owns its server
     if processes.accelerator == "cuda":
         bind_to_gpu()
     watchdog.connect()

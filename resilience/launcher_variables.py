@@ -209,7 +209,7 @@ def _interface_errors(name: str, environment: Mapping[str, str]) -> Iterator[str
 
 
 def network_hint(environment: Mapping[str, str]) -> str:
-    """Return the network interfaces and settings of this process, and what to try."""
+    """Return the network interfaces and settings of this process, and a remedy."""
     found = [(name, _address(name)) for _, name in socket.if_nameindex()]
     interfaces = ", ".join(f"{name} ({address})" for name, address in found if address)
     names = sorted(name for name in environment if name.startswith(("NCCL_", "GLOO_")))

@@ -319,7 +319,7 @@ def _cause(report: RankReport) -> str:
 
 
 def _shown_error(reports: Sequence[RankReport]) -> str:
-    """Return the error of the first rank to fail, which is named if those of others differ."""
+    """Return the error of the first rank to fail, with its rank if the errors of ranks differ."""
     first = reports[0]
     differ = any(each.error != first.error for each in reports)
     return first.error + (f" (on rank {first.rank})" if differ else "")

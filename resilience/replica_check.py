@@ -68,7 +68,7 @@ class Difference(NamedTuple):
         return f"Silent data corruption on {which}: the copies of {tensors} differ."
 
     def advice(self) -> str:
-        """Return why the run stops, and what to do."""
+        """Return the reason for stopping the run, and a remedy."""
         hosts = ", ".join(dict.fromkeys(self.hosts))
         return (
             f"copies of replicated state differ on {hosts}; check its memory and GPUs, and resume "

@@ -49,7 +49,7 @@ UNUSABLE = (
 
 
 class Rule(NamedTuple):
-    """What follows from an exit code.
+    """Consequence of an exit code.
 
     Attributes:
         restarts: Restarts of a job without progress before it ends; 0 never requeues.

@@ -49,7 +49,7 @@ def check_folder(config: JobConfig) -> Changes:
         changes = check_run_folder(folder, plain(config), lambda old: with_defaults(old, config))
         if is_first_process():
             for message in checkpoint_warnings(folder):
-                print(message, file=sys.stderr, flush=True)
+                print(f"Warning: {message}", file=sys.stderr, flush=True)
         if config.run.init_from is not None and not folder.committed_steps():
             check_initial_weights(config.run, config.model)
     return changes
