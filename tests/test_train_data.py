@@ -123,7 +123,7 @@ def assert_reported_and_resumable(
     exit_code, errors = done
     assert exit_code == ExitCode.DATA
     assert "Traceback" not in errors
-    assert "Checkpoint saved at step 10. Resume with: python train.py " in errors
+    assert "Newest checkpoint: step 10. Resume with: python train.py " in errors
     assert str(copy / "email") in errors
     shutil.copytree(shards / "email", copy / "email", dirs_exist_ok=True)
     again = start_program(arguments)

@@ -189,7 +189,7 @@ def assert_saved_and_stopped(folder: Path, number: signal.Signals, output: str) 
     last = output.splitlines()[-3:]
     assert last[0].startswith("Stopped after step 10: ")
     assert last[1].startswith("goodput ")
-    assert last[2].startswith("Checkpoint saved at step 10. Resume with: ")
+    assert last[2].startswith("Newest checkpoint: step 10. Resume with: ")
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert saved == ["step-00000006", "step-00000010"]
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
@@ -255,7 +255,7 @@ def test_second_interrupt_exits_at_once_and_the_first_says_so(
     _, errors = program.main.communicate(timeout=DEADLINE)
     program.wait_for_child()
     assert program.main.returncode == 130
-    assert errors.startswith("Exited without saving the last steps. Checkpoint saved at step 6.")
+    assert errors.startswith("Exited without saving the last steps. Newest checkpoint: step 6.")
     assert not (folder / "lock").exists()
 
 

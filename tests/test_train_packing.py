@@ -40,7 +40,7 @@ def test_damaged_pack_index_stops_run_with_remedy(smoke_run: Run, tmp_path: Path
     damaged = smoke_run(tmp_path / "run", *overrides, "checkpoint.interval=5", succeeds=False)
     assert damaged.returncode == 65
     assert "Traceback" not in damaged.stderr
-    assert "Checkpoint saved at step 10. Resume with: " in damaged.stderr
+    assert "Newest checkpoint: step 10. Resume with: " in damaged.stderr
     (index,) = (tmp_path / "shards").glob("*/pack-128")
     assert f"delete {index}, then run `python prepare.py … pack=128`" in damaged.stderr
     shutil.rmtree(index)

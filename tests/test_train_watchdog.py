@@ -59,7 +59,7 @@ def test_killed_rank_is_reported_with_signal_and_last_phase_and_logged(
         r"was killed by SIGKILL\. Last seen in (set-up|step \d+|checkpoint 6):$", first
     )
     assert any("train.py:" in line for line in rest)
-    assert rest[-1].startswith("Checkpoint saved at step 6. Resume with: python train.py ")
+    assert rest[-1].startswith("Newest checkpoint: step 6. Resume with: python train.py ")
     assert len(errors.splitlines()) < 15
     last = json.loads((folder / "ledger.jsonl").read_text().splitlines()[-1])
     assert (last["event"], last["code"]) == ("fault", ExitCode.RANK_FAILED) and "SIGKILL" in last[

@@ -256,7 +256,7 @@ def _resume_hint(run: Run, overrides: str = "") -> str:
         if not steps:
             return "No checkpoint saved yet."
         command = f"{resume_command(run.config, run.processes)} {overrides}".strip()
-        return f"Checkpoint saved at step {steps[-1]}. Resume with: {command}"
+        return f"Newest checkpoint: step {steps[-1]}. Resume with: {command}"
     return "Resume with the same command."
 
 

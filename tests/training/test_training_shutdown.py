@@ -85,7 +85,7 @@ def test_run_that_was_out_of_memory_resumes_with_the_change_that_fits(
     error = OutOfMemory("rank 0 is out of memory; use a=1 b=2 (plan.py …)", "a=1 b=2")
     shutdown.abort(aborted_run(publish=lambda *_: True, is_first_with=bool), error)
     hint = capsys.readouterr().err.splitlines()[-1]
-    assert hint == "Checkpoint saved at step 4. Resume with: python train.py run.dir=runs/a a=1 b=2"
+    assert hint == "Newest checkpoint: step 4. Resume with: python train.py run.dir=runs/a a=1 b=2"
     # Rank 0 does not add a command without the change if another rank was out of memory.
     shutdown.record_fault(aborted_run(log, exit_code=ExitCode.OUT_OF_MEMORY), str(error))
     assert capsys.readouterr().err == ""
