@@ -260,10 +260,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
 def has_name_of_other_step(checkpoint: Path, step: int) -> bool:
     """Return whether a folder in a run's `checkpoints` has the name of a step other than its own.
 
-    Such a copy, made by hand, would pass for a newer checkpoint.
+    Such a copy, made by hand, would pass for a newer checkpoint. Converted weights, of step 0, may
+    have any name.
     """
     named = _STEP_NAME.fullmatch(checkpoint.name)
-    return named is not None and checkpoint.parent.name == "checkpoints" and int(named[1]) != step
+    if named is None or checkpoint.parent.name != "checkpoints":
+        return False
+    return step not in (0, int(named[1]))
 
 
 def is_unreadable(error: OSError) -> bool:
