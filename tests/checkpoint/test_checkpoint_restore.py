@@ -241,7 +241,7 @@ def test_without_a_valid_checkpoint_restore_raises_and_renames_no_folder(folder:
         flip(folder.step_folder(step) / name)
     with pytest.raises(NoCheckpoint) as error:
         restored_folder(folder, "auto", ignore)
-    for part in ("step-00000003", "step-00000012", FILES[0], FILES[1], "run.name"):
+    for part in ("step-00000003", "step-00000012", FILES[0], FILES[1], "run.dir"):
         assert part in str(error.value)
     assert folder.committed_steps() == [3, 12]
 
