@@ -9,7 +9,6 @@ import ctypes
 import faulthandler
 import logging
 import os
-import re
 import signal
 import sys
 import warnings
@@ -37,6 +36,7 @@ from resilience.host_memory import keep_freed_memory
 from resilience.launcher_variables import network_hint
 from resilience.process_setup import bind_to_gpu, set_up_process
 from resilience.rank_check import check_ranks
+from resilience.rank_groups import without_rank
 from resilience.watchdog import Watchdog
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -183,7 +183,7 @@ def _launch_errors(launcher: str, code: ExitCode, store: Any = None) -> Iterator
 
 def _is_first_with(error: str, store: Any) -> bool:
     """Return whether no other rank above 0 has the same error, except for ports and addresses."""
-    cause = re.sub(r"\d+", "N", error)
+    cause = without_rank(error, host_name())
     with suppress(Exception):  # without a store, or if it disappeared with rank 0
         return bool(store.add(f"cause/{cause}", 1) == 1)
     return True

@@ -8,7 +8,6 @@ that starts its own processes needs no comparison: they are on one machine, whic
 
 import json
 import os
-import re
 import socket
 import threading
 import time
@@ -25,7 +24,7 @@ from parallel.mesh import Processes, launched_processes, process_ranks
 from parallel.slurm import host_name, rendezvous
 from resilience.errors import LaunchError
 from resilience.gpu_probe import own_gpu, visible_devices
-from resilience.rank_groups import name_ranks
+from resilience.rank_groups import name_ranks, without_rank
 from resilience.watchdog import Watchdog
 
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.002, 0.25
@@ -208,7 +207,7 @@ def compare(reports: Mapping[int, RankReport], size: int) -> tuple[list[str], li
     values = list(reports.values())
     by_error: dict[str, list[RankReport]] = {}
     for each in sorted(values, key=lambda report: report.order):
-        by_error.setdefault(_cause(each), []).append(each)
+        by_error.setdefault(without_rank(each.error, each.host), []).append(each)
     failed = [
         f"{_name(group)}: {_shown_error(group)}" for cause, group in by_error.items() if cause
     ]
@@ -311,11 +310,6 @@ def _groups(reports: Iterable[RankReport], key: Callable[[RankReport], str]) -> 
         groups.setdefault(key(report), []).append(report)
     ordered = sorted(groups.items(), key=lambda item: len(item[1]))
     return "; ".join(f"{_name(group)}: {value}" for value, group in ordered)
-
-
-def _cause(report: RankReport) -> str:
-    """Return an error without what differs on each rank: hosts, devices, processes, addresses."""
-    return re.sub(r"0x[0-9a-f]+|\d+", "#", report.error.replace(report.host, "#"))
 
 
 def _shown_error(reports: Sequence[RankReport]) -> str:

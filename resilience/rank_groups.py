@@ -1,5 +1,6 @@
 """Causes that many ranks have in common, in one message."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -25,3 +26,8 @@ def group_causes(causes: Sequence[tuple[int, str]]) -> dict[str, list[int]]:
     for rank, cause in causes:
         groups.setdefault(cause, []).append(rank)
     return groups
+
+
+def without_rank(cause: str, host: str) -> str:
+    """Return a cause without what differs on each rank: host, device, process and addresses."""
+    return re.sub(r"0x[0-9a-f]+|\d+", "#", cause.replace(host, "#"))

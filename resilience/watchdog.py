@@ -32,12 +32,13 @@ from resilience.config import TimeLimits
 from resilience.exit_codes import ExitCode
 from resilience.exit_timer import ExitTimer, run_limited
 from resilience.heartbeat import Heartbeat, Phase, group_by_stack, hosts_at_fault, stack_of
+from resilience.rank_groups import without_rank
 
 HEARTBEAT_SECONDS = 1.0
 RANKS_PER_HEARTBEAT = 256  # above this many ranks the interval grows: rank 0 reads every heartbeat
 SILENT_SECONDS = 60.0  # a process without a heartbeat for this long counts as dead
 GRACE_SECONDS = 5.0  # for processes to exit by themselves when all exit together
-PAUSE_SECONDS = 5.0  # a longer gap in this thread means that the process was suspended
+PAUSE_SECONDS = 5.0  # a longer gap in both threads means that the process was suspended
 BACKSTOP_SECONDS = 8.0  # beyond a limit, for a process whose Python threads no longer run
 ABORT_SECONDS = 8.0  # for an abort, of which
 REPORT_SECONDS = 5.0  # for messages, event log and flight recorder, whose disk may hang, and
@@ -95,6 +96,8 @@ class Watchdog:
         self._since = time.monotonic()
         self._connected = False
         self._last_contact, self._store_lost_at = 0.0, math.inf
+        self._last_tick, self._tick_lock = time.monotonic(), threading.Lock()
+        self._pauses: list[tuple[float, float]] = []  # end and duration
         self._closed = threading.Event()
         self._pause_backstop_on_sigtstp()
         self._arm_backstop()
@@ -177,11 +180,15 @@ class Watchdog:
         return first
 
     def is_first_with(self, cause: str) -> bool:
-        """Return whether no other rank has called this with the same cause, and report it then."""
+        """Return whether no other rank has called this with the same cause, and report it then.
+
+        Causes are the same if they differ in numbers or the host only.
+        """
         if not self._connected:
             return True
         with suppress(Exception):  # the store disappears with rank 0
-            digest = hashlib.sha256(cause.encode(errors="replace")).hexdigest()
+            common = without_rank(cause, self._state.host)
+            digest = hashlib.sha256(common.encode(errors="replace")).hexdigest()
             is_first = bool(self._store.add(f"cause/{digest}", 1) == 1)
             if self._state.rank == 0:
                 time.sleep(3 * HEARTBEAT_SECONDS)  # until the other ranks have asked the store
@@ -209,13 +216,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         """Check what one process can see: its children, contact with rank 0, its own set-up."""
-        last = time.monotonic()
         while not self._closed.wait(HEARTBEAT_SECONDS):
-            now = time.monotonic()
-            if now - last > PAUSE_SECONDS:  # the process was suspended (Ctrl-Z): not a fault
-                self._since += now - last
-                self._last_contact += now - last
-            last = now
+            self._skip_pause()
             self._check_children()
             beat = self._heartbeat(0)
             if not self._connected:
@@ -236,6 +238,7 @@ class Watchdog:
         interval, count, last = self._interval, 0, time.monotonic()
         while not self._closed.wait(interval):
             count += 1
+            self._skip_pause()  # before the heartbeat, which would count it
             if time.monotonic() - last > interval + PAUSE_SECONDS:
                 seen.clear()  # after a suspension every rank counts as just seen
             last = time.monotonic()
@@ -300,6 +303,16 @@ class Watchdog:
             self._abort(f"rank {rank} (pid {child.pid} on {self._state.host}) {cause}")
 
     # ------------------------------------------------------------ helpers
+
+    def _skip_pause(self) -> None:
+        """Exclude the time since the last call from all limits if the process was suspended."""
+        with self._tick_lock:
+            now = time.monotonic()
+            last, self._last_tick = self._last_tick, now
+            if now - last > PAUSE_SECONDS:  # Ctrl-Z, or a job that SLURM suspended: not a fault
+                self._since += now - last
+                self._last_contact += now - last
+                self._pauses.append((now, now - last))
 
     def _follow(self, code: int, reason: str, hosts: Sequence[str] = ()) -> NoReturn:
         """Exit because another rank published an abort and reported it."""
@@ -398,8 +411,9 @@ class Watchdog:
         now = time.monotonic()
         beat = replace(self._state, seconds=now - self._since, count=count)
         thread, save = self._main_thread, self.background_save()
+        paused = sum(gap for end, gap in self._pauses if save is not None and save[1] < end)
         if save is not None and self._limits["checkpoint"] + save[1] < now + self._near_limit:
-            late = replace(beat, phase="checkpoint", step=save[0], seconds=now - save[1])
+            late = replace(beat, phase="checkpoint", step=save[0], seconds=now - save[1] - paused)
             if self._seconds_left(late) < self._seconds_left(beat):
                 beat, thread = late, save[2]
         beat.stack = stack_of(thread)

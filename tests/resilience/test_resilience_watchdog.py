@@ -1,5 +1,6 @@
 """The watchdog's exit waits for no disk and no thread, and its heartbeats read no file."""
 
+import json
 import linecache
 import os
 import subprocess
@@ -96,6 +97,28 @@ def test_rank_that_waits_for_its_loader_is_reported_as_waiting_for_data() -> Non
     assert message.endswith("\nrank 3 … D state …")
 
 
+def test_suspended_process_counts_against_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the thread that sends heartbeats runs first after the suspension."""
+    monkeypatch.setattr(Watchdog, "_watch", lambda self: None)
+    monkeypatch.setattr(watchdog, "HEARTBEAT_SECONDS", 0.01)
+    subject = Watchdog(TimeLimits(step=1000, checkpoint=1000))
+    store: Any = HashStore()
+    subject._store, subject._size, subject._interval = store, 1, 0.01
+    subject.enter("step", 3)
+    started = time.monotonic() - 2000
+    subject.background_save = lambda: (2, started, None)
+    for name in ("_since", "_last_tick", "_last_contact"):
+        setattr(subject, name, getattr(subject, name) - 2000)
+    monkeypatch.setattr(subject, "_abort", lambda reason: store.set("abort", reason))
+    exchange = threading.Thread(target=subject._exchange)
+    exchange.start()
+    wait_for(lambda: store.check(["beat/0"]), "a heartbeat")
+    subject.close()
+    exchange.join()
+    assert json.loads(store.get("beat/0"))["seconds"] < 500
+    assert not store.check(["abort"])
+
+
 def test_exit_by_itself_has_a_time_limit() -> None:
     """Finalization, which joins the threads of the data loader, may never end."""
     program = """
@@ -128,6 +151,8 @@ def test_cause_on_all_ranks_is_reported_by_the_first_rank_only() -> None:
         reported = [subject.is_first_with("file x is missing") for subject in subjects]
         assert reported == [True, False, False]
         assert subjects[2].is_first_with("file y is missing")
+        reported = [each.is_first_with(f"pid {each._state.rank} is lost") for each in subjects]
+        assert reported == [True, False, False]
         published = [subject.publish(ExitCode.OUT_OF_MEMORY, "no memory") for subject in subjects]
         assert published == [True, False, False]
     finally:
