@@ -33,7 +33,11 @@ from resilience.run_folder import (
 )
 
 # Return the result of rank 0 on every rank, or raise its error.
-_from_rank_0 = partial(on_rank_0, wrap=RunFolderError, catch=(OSError, RunFolderError))
+_from_rank_0 = partial(
+    on_rank_0,
+    wrap=lambda error: RunFolderError(str(error)),
+    catch=(OSError, RunFolderError),
+)
 
 
 class NoCheckpoint(RunFolderError):

@@ -303,7 +303,7 @@ def meta_ffn_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:
     """Return the feed-forward width: `FeedForward` in Meta's llama-models, model.py."""
     width = int(2 * (4 * dim) / 3)
     if multiplier is not None:
-        width = int(multiplier * width)
+        width = int(float(multiplier) * width)  # a list would be repeated
     return multiple_of * -(-width // multiple_of)
 
 

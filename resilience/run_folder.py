@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from data.errors import shortened
 from data.files import parse_json, read_file, set_aside, write_atomically, write_problem
 from resilience.exit_codes import ExitCode
 from resilience.renamed_keys import rename_keys
@@ -33,6 +34,9 @@ class RunFolderError(RuntimeError):
     """A run cannot use its folder; the message gives reason and remedy."""
 
     code: ExitCode = ExitCode.USER_ERROR
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
 
 
 class RunFolder:

@@ -17,6 +17,7 @@ from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from data.errors import shortened
 from training.key_suggestions import alternatives, explanation, named_keys, similar_keys
 
 Rule = Callable[..., Iterable[str]]
@@ -36,7 +37,7 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, errors: Sequence[str]) -> None:
-        self.errors = list(errors)
+        self.errors = [shortened(error) for error in errors]
         super().__init__("\n".join(f"  - {error}" for error in self.errors))
 
 

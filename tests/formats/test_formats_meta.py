@@ -217,6 +217,10 @@ INVALID = {
         change_params(multiple_of=64),
         "give a feed-forward width of 128, but the tensors have 96",
     ),
+    "factor": (
+        change_params(dim=2**40, ffn_dim_multiplier=[0.5]),  # a product of 2^40 elements
+        "give a feed-forward width of None",
+    ),
     "heads": (change_params(n_heads=5), "model.n_heads"),
     "text": (change_params(norm_eps="small"), "norm_eps"),
 }
