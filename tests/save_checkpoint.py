@@ -22,6 +22,7 @@ def save(
     config: dict[str, Any],
 ) -> Path:
     """Save a checkpoint on all ranks and return its folder."""
+    folder.path.mkdir(parents=True, exist_ok=True)  # as a launch does
     values, state = dataclasses.asdict(position), tensors_of(model, optimizer)
     write_checkpoint(folder, RUN_ID, state, values, config, dist.group.WORLD, lambda error: None)
     return folder.step_folder(position.step)
