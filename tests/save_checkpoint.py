@@ -20,9 +20,15 @@ def save(
     optimizer: torch.optim.Optimizer,
     position: Position,
     config: dict[str, Any],
+    create: bool = True,
 ) -> Path:
-    """Save a checkpoint on all ranks and return its folder."""
-    folder.path.mkdir(parents=True, exist_ok=True)  # as a launch does
+    """Save a checkpoint on all ranks and return its folder.
+
+    Args:
+        create: Create the run folder, as a launch does.
+    """
+    if create:
+        folder.path.mkdir(parents=True, exist_ok=True)
     values, state = dataclasses.asdict(position), tensors_of(model, optimizer)
     write_checkpoint(folder, RUN_ID, state, values, config, dist.group.WORLD, lambda error: None)
     return folder.step_folder(position.step)

@@ -50,11 +50,12 @@ def build_trained() -> tuple[nn.Module, torch.optim.AdamW]:
     return model, optimizer
 
 
-def save_step(folder: RunFolder, step: int, seed: int = 0) -> nn.Module:
+def save_step(folder: RunFolder, step: int, seed: int = 0, create: bool = True) -> nn.Module:
     """Save a model whose values depend on step and seed only."""
     torch.manual_seed(1000 * seed + step)
     model, optimizer = build_trained()
-    save(folder, model, optimizer, Position(step, 8 * step, 64 * step, "hash"), {"key": "value"})
+    position = Position(step, 8 * step, 64 * step, "hash")
+    save(folder, model, optimizer, position, {"key": "value"}, create)
     return model
 
 
@@ -224,7 +225,7 @@ def test_copy_of_a_checkpoint_under_the_name_of_another_step_is_not_restored(
 def test_folder_that_was_moved_during_the_run_is_not_created_again(folder: RunFolder) -> None:
     folder.path.rename(moved := folder.path.with_name("moved"))
     with pytest.raises(SaveFailed, match="was moved or removed during the run"):
-        save_step(folder, 20)
+        save_step(folder, 20, create=False)
     assert not folder.path.exists()
     save_step(RunFolder(moved), 20)
 
