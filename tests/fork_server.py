@@ -29,6 +29,7 @@ from fault_injection import Fault, inject
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+PAUSE = TESTS / "pause"  # pauses training where it writes a text sample to a named pipe
 OFFLINE = TESTS / "faults" / "offline"  # a stub of W&B whose server is unreachable
 TIMEOUT_SECONDS = 600  # of one launch; reached only by a hang
 # Modules that the programs import at start-up, including those imported inside functions.
@@ -82,7 +83,7 @@ class ForkServer:
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
                 "OPENBLAS_NUM_THREADS": "1",
-                "PYTHONPATH": str(OFFLINE),
+                "PYTHONPATH": f"{OFFLINE}{os.pathsep}{PAUSE}",
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -204,7 +205,7 @@ def shared() -> ForkServer:
 
 def main() -> None:
     """Import the programs, then serve launch requests from standard input until it closes."""
-    libraries = [path for path in sys.path if path not in (str(OFFLINE), str(TESTS))]
+    libraries = [path for path in sys.path if path not in (str(OFFLINE), str(PAUSE), str(TESTS))]
     sys.path.insert(0, str(ROOT))
     for module in PRELOADED:
         importlib.import_module(module)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from fork_server import PAUSE
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="inspects processes through /proc")
 mounts = pytest.mark.skipif(
@@ -50,6 +51,7 @@ class Program:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(PAUSE)},
         )
         listed = Path(f"/proc/{self.main.pid}/task/{self.main.pid}/children")
         wait_for(lambda: listed.read_text() != "", "a child process")
@@ -70,8 +72,8 @@ class Program:
 def paused_training(arguments: list[str], folder: Path) -> Iterator[Program]:
     """Start a short run of two processes that blocks at step 9.
 
-    The text sample of step 9 is written to a named pipe without a reader, so the run blocks at the
-    same point on a machine of any speed.
+    The text sample of step 9 is written to a named pipe without a reader, so with `PAUSE` the run
+    blocks at the same point on a machine of any speed.
     """
     folder.mkdir(exist_ok=True)
     os.mkfifo(folder / "samples.txt")

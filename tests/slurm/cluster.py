@@ -91,6 +91,7 @@ class Cluster:
             "MASTER_ADDR": "127.0.0.1",  # the node names cannot be resolved outside SLURM
             "OMP_NUM_THREADS": "1",
             "LLAMESH_PYTHON": sys.executable,  # there need not be a .venv
+            "PYTHONPATH": str(Path(__file__).parents[1] / "pause"),  # a sample to a pipe waits
         }
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 

@@ -58,7 +58,7 @@ def test_job_resumes_bit_for_bit_after_usr1_a_node_failure_and_a_killed_task(
     job = cluster.submit(
         *("--nodes=2", f"--ntasks-per-node={TASKS_PER_NODE}", f"--output={output}"),
         # No other variable reaches the job, nor by default those of its script the tasks.
-        "--export=MASTER_ADDR,OMP_NUM_THREADS,LLAMESH_PYTHON",
+        "--export=MASTER_ADDR,OMP_NUM_THREADS,LLAMESH_PYTHON,PYTHONPATH",
         *("slurm/train.sbatch", *train_arguments(folder, *MESH, *sampled)),
     )
     wait_for(lambda: steps_of(folder) == PAUSE_INTERVAL, f"step {PAUSE_INTERVAL}")

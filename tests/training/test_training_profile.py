@@ -210,5 +210,5 @@ def test_failed_profile_write_is_reported_and_training_continues(
 ) -> None:
     (tmp_path / "profile").touch()  # at the path of the folder
     done = smoke_run(tmp_path, "log.profile=[1]", "train.max_steps=2", "validation.samples=0")
-    assert "Could not write the profile of step 1 of " in done.stdout
+    assert "Could not write the profile of step 1 in " in done.stdout
     assert (tmp_path / "checkpoints" / "step-00000002" / "COMMITTED").exists()
