@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from annotated_types import Predicate
 from pydantic import Field, TypeAdapter, ValidationError
 
 from data.errors import DataError
@@ -80,12 +81,19 @@ class TokenizerEntry:
     eos_id: int
 
 
+def _is_configuration(values: dict[str, Any]) -> bool:
+    """Return whether sources and tokenizer, if present, have settings."""
+    sources, tokenizer = values.get("data.sources", {}), values.get("tokenizer", {})
+    groups = [tokenizer, sources, *(sources.values() if isinstance(sources, dict) else [])]
+    return all(isinstance(each, dict) for each in groups)
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Contents of a prepared folder; `configuration` holds the keys that determined them."""
 
     tokenizer: TokenizerEntry
-    configuration: dict[str, Any]
+    configuration: Annotated[dict[str, Any], Predicate(_is_configuration)]
     sources: dict[str, SourceEntry]
     format: str = FORMAT
     version: int = FORMAT_VERSION
