@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from annotated_types import Predicate
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from data.errors import DataError
 from data.files import FileEntry, parse_json, read_file, write_atomically
@@ -67,7 +67,7 @@ class SourceEntry:
 
     revision: str
     documents: dict[str, int]
-    shards: Annotated[dict[str, list[Shard]], Field(min_length=len(SPLITS))]
+    shards: Annotated[dict[str, list[Shard]], Predicate(lambda value: {*SPLITS} <= value.keys())]
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+from annotated_types import MinLen
 from filelock import FileLock
 
 from data.best_fit import Bins, pack_documents
@@ -64,7 +65,7 @@ class PackIndex:
 
     seq_len: int
     shards_hash: str
-    shards: list[PackedShard]
+    shards: Annotated[list[PackedShard], MinLen(1)]
     format: str = FORMAT
     version: int = FORMAT_VERSION
 

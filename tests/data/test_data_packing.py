@@ -186,6 +186,11 @@ def replace_text(old: str, new: str) -> Callable[[Path], None]:
         ("index.json", replace_text('"n_bins"', '"bins"'), "is damaged"),
         (
             "index.json",
+            replace_text('"shards": [', '"shards": [], "others": ['),
+            "is damaged (at shards)",
+        ),
+        (
+            "index.json",
             lambda path: path.write_text(path.read_text().replace('"n_cut": ', '"n_cut": 1')),
             "is damaged (its content differs from its sha256)",
         ),

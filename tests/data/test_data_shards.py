@@ -159,8 +159,11 @@ def test_damaged_folder_is_rejected_when_opened(tmp_path: Path) -> None:
     )
     assert_rejected({**valid, "format": "other"}, "format=other, version=2 is not supported")
     assert_rejected({**valid, "sources": {"source": {}}}, "is damaged")
-    for configuration in ({"data.sources": [{}]}, {"data.sources": {"a": 1}}, {"tokenizer": []}):
-        assert_rejected({**valid, "configuration": configuration}, r"damaged \(at configuration\)")
+    only_train = {"documents": {}, "revision": "", "shards": {"train": [], "other": []}}
+    assert_rejected({**valid, "sources": {"source": only_train}}, r"damaged \(at sources\.source")
+    settings: Any
+    for settings in ({"data.sources": [{}]}, {"data.sources": {"a": 1}}, {"tokenizer": []}):
+        assert_rejected({**valid, "configuration": settings}, r"damaged \(at configuration\)")
     small = {**valid["tokenizer"], "vocab_size": 100}
     assert_rejected(
         {**valid, "tokenizer": small},
