@@ -135,6 +135,7 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
         if has_name_of_other_step(folder, step):
             raise ValueError(f"it is the checkpoint of step {step} under another name")
         for name, entry in manifest["files"].items():
+            os.fsencode(name)  # a ValueError for characters that no file name has
             if Path(name).name != name or not isinstance(entry["bytes"], int):
                 raise ValueError(f"{name!r} is not a file of the checkpoint with its size")
             entry["hash"]

@@ -113,6 +113,10 @@ def _stored_tensors(folder: Path, metadata: Metadata) -> dict[str, StoredTensor]
                 _EmbeddedSlice(tuple(chunk.offsets), shape, path, archive.offset, archive.length)
             )
         name, shape = key.removeprefix(PREFIX), tuple(entry.size)
+        if not chunks:
+            raise FormatError(
+                f"{folder / '.metadata'} has no part of {name}; use another checkpoint"
+            )
         stored[name] = StoredTensor(entry.properties.dtype, shape, chunks)
     return stored
 

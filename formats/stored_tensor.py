@@ -88,8 +88,9 @@ class StoredTensor:
             n_read = sum(_read_overlap(each, block, start) for each in self.slices)
             if n_read != block.numel():
                 raise FormatError(
-                    f"a tensor of shape {self.shape} is stored in parts with {n_read} of the "
-                    f"{block.numel()} values that were read; restore the folder of weights"
+                    f"{self.slices[0].path.parent}: a tensor of shape {self.shape} is stored in "
+                    f"parts with {n_read} of the {block.numel()} values that were read; restore "
+                    "the folder of weights"
                 )
         return block.to(self.dtype)
 

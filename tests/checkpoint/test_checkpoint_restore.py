@@ -237,6 +237,16 @@ def test_every_byte_of_the_manifest_is_verified(folder: RunFolder) -> None:
     assert "manifest.json" in (find_damage(folder.step_folder(12)) or "")
 
 
+def test_manifest_with_a_name_that_no_file_has_is_damaged(folder: RunFolder) -> None:
+    manifest = folder.step_folder(12) / "manifest.json"
+    values = json.loads(manifest.read_bytes())
+    values["files"]["\ud800"] = {"bytes": 1, "hash": ""}
+    manifest.write_text(json.dumps(values))
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    (folder.step_folder(12) / "COMMITTED").write_text(digest)
+    assert "manifest.json" in (find_damage(folder.step_folder(12)) or "")
+
+
 def test_without_a_valid_checkpoint_restore_raises_and_renames_no_folder(folder: RunFolder) -> None:
     for step, name in ((3, FILES[0]), (12, FILES[1])):
         flip(folder.step_folder(step) / name)

@@ -18,13 +18,14 @@ import xxhash
 from save_checkpoint import save
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 
 from checkpoint.position import Position
 from checkpoint.restore import NoCheckpoint, restore
 from checkpoint.safe_load import FILE_NAME, read_metadata
 from formats.detection import open_weights
 from formats.errors import FormatError
+from formats.native import _stored_tensors
 from resilience.run_folder import COMMITTED, MANIFEST, RunFolder
 from training.config import OptimConfig
 from training.optimizer import build_optimizer
@@ -136,3 +137,11 @@ def test_metadata_may_not_refer_to_files_outside_the_checkpoint(run: RunFolder) 
     replace(checkpoint, FILE_NAME, pickle.dumps(metadata))
     with pytest.raises(FormatError, match="outside the checkpoint"):
         open_weights(checkpoint)
+
+
+def test_tensor_without_parts_is_rejected(tmp_path: Path) -> None:
+    properties = TensorProperties(dtype=torch.float32)
+    entry = TensorStorageMetadata(properties, torch.Size([2, 2]), [])
+    metadata = Metadata({"model.norm.weight": entry})
+    with pytest.raises(FormatError, match=r"\.metadata has no part of norm\.weight"):
+        _stored_tensors(tmp_path, metadata)
