@@ -92,7 +92,7 @@ def exit_if_late(activity: str, seconds: float, code: int) -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        if done.wait(seconds):
+        if done.wait(min(seconds, threading.TIMEOUT_MAX)):
             return
         waits = describe(f"the process (pid {os.getpid()})", blocked_threads())
         message = f"Aborting: {activity} takes more than {seconds:,g} s. {waits}".rstrip()

@@ -195,6 +195,7 @@ def _open_locked(path: Path) -> tuple[int, bool]:
     deadline = time.monotonic() + RETRY_SECONDS
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)  # its holder may have abandoned it
+        # Checked twice: its holder may remove the file in between.
         if os.path.lexists(path) and not path.is_file() and os.path.lexists(path):
             raise RunFolderError(f"{path} is not a regular file; move it away")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

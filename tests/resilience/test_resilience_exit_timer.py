@@ -54,11 +54,14 @@ from resilience.exit_timer import exit_if_late
 with exit_if_late("reading", 30, 70):
     pass
 assert threading.active_count() == 1
-with exit_if_late("writing", float("inf"), 70):
-    pass
+for seconds in (1e300, float("inf")):
+    with exit_if_late("writing", seconds, 70):
+        time.sleep(0.01)
 with exit_if_late("locking run.dir=/runs", 0.1, 72):
     time.sleep(60)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 72
-    assert done.stderr.startswith("Aborting: locking run.dir=/runs takes more than 0.1 s.")
+    assert done.stderr.startswith("Aborting: locking run.dir=/runs takes more than 0.1 s."), (
+        done.stderr
+    )
