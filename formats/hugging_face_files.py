@@ -49,7 +49,8 @@ def _has_files(folder: Path, name: str) -> bool:
     """Return whether a weight file exists, or any file of an index."""
     if not name.endswith(".index.json"):
         return True
-    return any((folder / file).is_file() for file in _weight_map(folder / name).values())
+    files = _weight_map(folder / name).values()
+    return any(os.path.isfile(folder / file) for file in files)
 
 
 def _lists_files(folder: Path) -> bool:

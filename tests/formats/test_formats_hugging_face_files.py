@@ -20,6 +20,7 @@ from formats.detection import open_weights
 from formats.errors import FormatError
 from formats.file_names import FORMATS
 from formats.hugging_face import hugging_face_name, permuted, to_halves
+from formats.hugging_face_files import read_tensors
 from formats.native import write_native
 from formats.weights import Weights, load_weights
 from model.llama import Llama
@@ -304,3 +305,10 @@ def test_values_that_overflow_the_target_data_type_are_refused(format: Any, tmp_
         FormatError, match=r"up to 3.4e\+38, which dtype=bf16 .*; use dtype=null to"
     ):
         convert(wide, None, tmp_path / "out", format, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800"])
+def test_index_with_a_name_that_no_file_has_is_rejected(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(FormatError, match=r"model\.safetensors\.index\.json"):
+        read_tensors(tmp_path)
