@@ -17,13 +17,17 @@ from cli.config import load_plan_config, print_warnings
 from cli.errors import exit_on_user_error
 from cli.start_up import start_up
 from planning.config import PlanJobConfig
-from planning.plan import memory_limit, plan_run
+from planning.failures import interval_warnings
+from planning.plan import RunPlan, memory_limit, plan_run
 from planning.request import Choice, configured_choice
 from planning.search import remedy
 from planning.search import search as search_choices
 from planning.time_limits import limit_warnings
 
-PLANNER_KEYS = ("hardware", "devices", "tokens", "trace", "search", "calibrate", "output")
+PLANNER_KEYS = (
+    *("hardware", "devices", "tokens", "device_mtbf_days", "restart_seconds"),
+    *("flash_attention_impl", "trace", "search", "calibrate", "output"),
+)
 """Keys that `train.py` does not have."""
 
 
@@ -54,11 +58,12 @@ def plan(config: PlanJobConfig) -> bool:
     console = Console(enabled=True)
     report.print_plan(console, config, run)
     record = report.plan_record(config, run)
-    print_warnings(limit_warnings(config.watchdog, report.phase_seconds(run)))
+    _warn(config, run)
     if not run.fits:
         record["remedy"] = _remedy(config, choice)
         console.note(record["remedy"])
-    report.write(console, config, record, report.memory_bars(run), run.fullest.capacity)
+    bars = report.memory_bars(run)
+    report.write(console, config, record, bars, run.fullest.capacity, choice.mesh)
     return run.fits
 
 
@@ -77,15 +82,26 @@ def search(config: PlanJobConfig, arguments: list[str]) -> bool:
         best = result.best[0][1]
         console.note("Plan of choice 1:\n")
         report.print_plan(console, config, best)
-        print_warnings(limit_warnings(config.watchdog, report.phase_seconds(best)))
+        _warn(config, best)
         record["best_plan"] = report.plan_record(config, best)
         limit = best.fullest.capacity
     else:
         record["remedy"] = _remedy(config)
         console.note(record["remedy"])
-    bars = [(str(rank), run.fullest.memory) for rank, (_, run) in enumerate(result.best, 1)]
+    bars = [
+        (f"{rank}: {choice.mesh}", run.fullest.memory)
+        for rank, (choice, run) in enumerate(result.best, start=1)
+    ]
     report.write(console, config, record, bars, limit)
     return bool(result.best)
+
+
+def _warn(config: PlanJobConfig, run: RunPlan) -> None:
+    """Print warnings about time limits and the interval of checkpoints."""
+    from planning import report
+
+    print_warnings(limit_warnings(config.watchdog, report.phase_seconds(run)))
+    print_warnings(interval_warnings(report.failure_plan(config, run)))
 
 
 def _remedy(config: PlanJobConfig, current: Choice | None = None) -> str:

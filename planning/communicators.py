@@ -13,7 +13,7 @@ the protocols Simple, LL128 and LL (src/include/comm.h and device.h)."""
 
 
 def n_communicators(mesh: MeshShape) -> int:
-    """Return the communicators of a rank with several ranks.
+    """Return the communicators of a rank with several ranks; NCCL creates each at its first use.
 
     One has all ranks. Each axis has one, and FSDP2 one for the flattened `dp_shard` and `cp`; a
     group of all ranks uses the first one (torch/distributed/device_mesh.py,

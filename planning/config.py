@@ -9,7 +9,7 @@ from model.config import ModelConfig
 from model.config_base import PositiveInt
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, resolve_mesh
-from planning.hardware import Hardware
+from planning.hardware import Hardware, Positive
 from planning.request import PlanRequest
 from training.config import JobConfig, TrainConfig
 from training.config_rules import device_errors, mesh_errors
@@ -22,6 +22,8 @@ class PlanJobConfig(JobConfig):
     hardware: Hardware
     devices: PositiveInt | None
     tokens: PositiveInt | None
+    device_mtbf_days: Positive
+    restart_seconds: Positive | None
     flash_attention_impl: Literal["FA2", "FA3", "FA4"]
     trace: bool
     search: bool

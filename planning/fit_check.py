@@ -9,6 +9,7 @@ from pathlib import Path
 
 from parallel.mesh import MeshShape, Processes
 from planning.communicators import communicator_bytes
+from planning.failures import interval_warnings, plan_failures
 from planning.hardware import LOCAL, PROCESS_GIB, Hardware, hardware_of, load_hardware
 from planning.memory import GIB, MemoryBreakdown, size_text
 from planning.plan import host_peak, plan_run
@@ -36,7 +37,8 @@ def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str 
 
     Returns:
         One line with the memory of a step, a remedy if it does not fit, and warnings about the time
-        limits of the watchdog. None with `run.plan_check=off`.
+        limits of the watchdog and, on known hardware, the interval of checkpoints. None with
+        `run.plan_check=off`.
 
     Raises:
         ConfigError: It does not fit and `run.plan_check=refuse`.
@@ -52,14 +54,15 @@ def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str 
     host = max(host_peak(spec, processes.per_node) for spec in specs)
     used = f"Memory plan: {size_text(memory.peak)} of {size_text(available)} per rank"
     parts = largest_parts(memory)
-    warnings = limit_warnings(config.watchdog, planned_seconds(specs, hardware))
+    run = None if hardware is None else plan_run(stages, hardware)
+    warnings = [*limit_warnings(config.watchdog, planned_seconds(specs, hardware))]
+    if run is not None:
+        warnings += interval_warnings(plan_failures(config.checkpoint, run))
     lines = [f"Warning: {warning}" for warning in warnings]
     if host:
         parts += f"; host memory {size_text(host)} of {size_text(host_limit)} per node"
     if memory.peak <= available and host <= host_limit:
-        speed = ""
-        if hardware is not None:
-            speed = f"; about {plan_run(stages, hardware).tokens_per_second:,.0f} tokens/s"
+        speed = "" if run is None else f"; about {run.tokens_per_second:,.0f} tokens/s"
         return "\n".join([f"{used} (fits): {parts}{speed}", *lines])
 
     def limit(spec: StepSpec) -> int:

@@ -28,9 +28,14 @@ def shards(spec: StepSpec) -> Iterator[int]:
 
 
 def checkpoint_bytes(spec: StepSpec) -> int:
-    """Return the size of a checkpoint; replicas save their shards once."""
-    mesh = spec.mesh
-    return 3 * sum(shards(spec)) * mesh.dp_shard * mesh.cp * mesh.tp
+    """Return the size of a checkpoint: replicas save their shards once, without FSDP's padding."""
+    matrices = block_matrices(spec.model, 1) * spec.model.n_layers + root_matrices(spec.model, 1)
+    return 3 * sum(rows * columns for rows, columns in matrices) * FLOAT32
+
+
+def checkpoint_tensors(spec: StepSpec) -> int:
+    """Return the number of tensors in a checkpoint: parameters and two moments of each."""
+    return 3 * sum(1 for _ in shards(spec))
 
 
 def copied_bytes(spec: StepSpec) -> int:
@@ -47,9 +52,16 @@ def converted_bytes(spec: StepSpec) -> int:
 
 
 def read_ahead_bytes(spec: StepSpec) -> int:
-    """Return the size of the tokens, positions and labels of this step and those read ahead."""
+    """Return the size of the tokens, positions and labels of this step and those read ahead.
+
+    On GPUs they are pinned too. Shards of datasets are mapped and do not count: the system frees
+    their pages as needed.
+    """
     steps = 0 if spec.prefetch is None else spec.prefetch + 1
-    return steps * spec.global_batch_size // spec.mesh.dp * spec.seq_len * 3 * INT64
+    tensor = spec.micro_batch_size * spec.seq_len * INT64
+    if spec.accelerator == "cuda":
+        tensor = _power_of_two(tensor)
+    return steps * spec.micro_batches * 3 * tensor
 
 
 def host_bytes(spec: StepSpec) -> int:

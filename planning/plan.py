@@ -5,7 +5,8 @@ length or batch size changes has one plan per stage; the stage that needs the mo
 whether the run fits.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -111,8 +112,7 @@ class Plan:
         if not self.fits:
             part = self.memory.largest_part
             return f"memory (largest part: {part}, {getattr(self.memory, part) / GIB:.1f} GiB)"
-        longest, seconds = max(self.time.by_part().items(), key=lambda part: part[1])
-        return f"{longest} ({seconds / self.time.total:.0%} of a step)"
+        return longest_part(self.time.by_part())
 
     def traffic(self) -> list[tuple[str, str, str, str, int, float]]:
         """Return (axis, link, kind, purpose, count, bytes sent per rank) of a step, largest first.
@@ -125,6 +125,12 @@ class Plan:
             count, sent = sums.get(key, (0, 0.0))
             sums[key] = count + each.count, sent + float(each.sent)
         return sorted((key + row for key, row in sums.items()), key=lambda row: -row[-1])
+
+
+def longest_part(seconds: Mapping[str, float]) -> str:
+    """Return the longest part and its fraction of all of them."""
+    longest, time = max(seconds.items(), key=lambda part: part[1])
+    return f"{longest} ({time / sum(seconds.values()):.0%} of a step)"
 
 
 def link(axis: str, spec: StepSpec, hardware: Hardware) -> str:
@@ -150,11 +156,17 @@ class RunPlan:
 
     @property
     def bottleneck(self) -> str:
-        """The bottleneck of the first stage, or of the fullest one if the run does not fit.
+        """The longest part of all steps, or the bottleneck of the fullest stage if it does not fit.
 
         The fullest stage has the highest peak memory.
         """
-        return (self.stages[0] if self.fits else self.fullest).bottleneck
+        if not self.fits:
+            return self.fullest.bottleneck
+        seconds: dict[str, float] = defaultdict(float)
+        for plan in self.stages:
+            for part, time in plan.time.by_part().items():
+                seconds[part] += time / plan.time.total * plan.seconds
+        return longest_part(seconds)
 
     @property
     def tokens(self) -> int:
@@ -175,10 +187,31 @@ class RunPlan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Throughput of the entire mesh, averaged over all stages."""
+        """Throughput of the entire mesh: all tokens over the duration of all stages."""
         if len(self.stages) == 1:
             return self.stages[0].tokens_per_second
         return self.tokens / self.seconds
+
+    @property
+    def tokens_per_second_per_device(self) -> float:
+        return self.tokens_per_second / self.stages[0].spec.mesh.world_size
+
+    def tflops(self, causal: bool = True) -> float:
+        """Return model TFLOP/s per device: the FLOPs of all stages over their duration."""
+        return self._mean([plan.tflops(causal) for plan in self.stages])
+
+    def mfu(self, causal: bool = True) -> float | None:
+        """Return the model FLOP utilization over all stages; None as in `Plan.mfu`."""
+        utilizations = [plan.mfu(causal) for plan in self.stages]
+        known = [each for each in utilizations if each is not None]
+        return self._mean(known) if len(known) == len(utilizations) else None
+
+    def _mean(self, rates: Sequence[float]) -> float:
+        """Return the mean of a rate per second of each stage."""
+        if len(rates) == 1:
+            return rates[0]
+        stages = zip(rates, self.stages, strict=True)
+        return sum(rate * plan.seconds for rate, plan in stages) / self.seconds
 
 
 def plan_run(

@@ -14,8 +14,10 @@ from typing import Any
 
 from data.files import strict_json, write_atomically, write_problem
 from parallel.config import PrecisionConfig
-from parallel.mesh import AXES
+from parallel.mesh import AXES, MeshShape
+from planning.communicators import communicator_bytes, n_communicators
 from planning.config import PlanJobConfig
+from planning.failures import LEAST, ExpectedGoodput, FailurePlan, plan_failures, time_text
 from planning.memory import GIB, PARTS, MemoryBreakdown, size_text
 from planning.plan import SECONDS_PER_DAY, Plan, RunPlan
 from planning.request import SEARCHED, in_yaml
@@ -23,6 +25,8 @@ from planning.search import SearchResult
 from planning.time_limits import PhaseSeconds, planned_seconds, time_limits
 from training.console import Console, compact, duration
 
+SCHEMA_VERSION = 1
+"""Of plan.json; docs/planning.md lists its keys."""
 MIB = 2**20
 # Of `PARTS`: persistent state in blue, the rest in orange and grey.
 COLORS = ("#08519c", "#3182bd", "#9ecae1", "#d94801", "#fd8d3c", "#fdbe85", "#74c476", "#bdbdbd")
@@ -72,6 +76,7 @@ def print_plan(console: Console, config: PlanJobConfig, run: RunPlan) -> None:
             ["", "seconds", "fraction"],
             [[part, f"{time:.4f}", f"{time / total:.1%}"] for part, time in parts.items()],
         )
+    console.header("Checkpoints and failures", _failure_rows(config, run))
     console.header("Summary", _summary_rows(config, run))
 
 
@@ -81,18 +86,18 @@ def _unit(most: float) -> tuple[str, int]:
 
 
 def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
-    full, first = run.fullest, run.stages[0]
-    causal = first.mfu()
-    mfu = "" if causal is None else f", MFU {causal:.1%} causal, {first.mfu(causal=False):.1%} full"
+    full, causal = run.fullest, run.mfu()
+    mfu = "" if causal is None else f", MFU {causal:.1%} causal, {run.mfu(causal=False):.1%} full"
     source = f"train.max_steps={config.train.max_steps}" if config.tokens is None else "tokens="
     rows = [
         ("fits", "yes" if run.fits else "no"),
         ("peak memory", f"{size_text(full.memory.peak)} of {size_text(full.capacity)} per rank"),
+        *_nccl_rows(run),
         *_host_rows(config, run),
         ("bottleneck", run.bottleneck),
         ("throughput", f"{run.tokens_per_second:,.0f} tokens/s"),
-        ("per device", f"{first.tokens_per_second_per_device:,.0f} tokens/s"),
-        ("", f"{first.tflops():.3g} TFLOP/s{mfu}"),
+        ("per device", f"{run.tokens_per_second_per_device:,.0f} tokens/s"),
+        ("", f"{run.tflops():.3g} TFLOP/s{mfu}"),
         ("tokens", f"{compact(run.tokens)} ({source})"),
         ("duration", duration(run.seconds) if run.seconds >= 1 else "under a second"),
     ]
@@ -116,6 +121,73 @@ def _host_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
     limit = "" if available is None else f" of {available:,.0f}"
     saves = "asynchronous" if config.checkpoint.async_save else "synchronous"
     return [("host memory", f"{peak / GIB:,.0f}{limit} GiB per node, {saves} saves")]
+
+
+def _nccl_rows(run: RunPlan) -> list[tuple[str, str]]:
+    """Return the row about NCCL's buffers, which the available memory excludes."""
+    spec = run.stages[0].spec
+    size, count = communicator_bytes(spec), n_communicators(spec.mesh)
+    return [("NCCL buffers", f"{size_text(size)} per rank, communicators: {count}")] if size else []
+
+
+def failure_plan(config: PlanJobConfig, run: RunPlan) -> FailurePlan:
+    """Return what failures and saves cost a run."""
+    return plan_failures(config.checkpoint, run, config.device_mtbf_days, config.restart_seconds)
+
+
+def _failure_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
+    """Return rows about the size and time of saves, and the goodput with failures."""
+    plan = failure_plan(config, run)
+    times, gigabytes = plan.interruptions, plan.checkpoint_bytes / 1e9
+    saves = "asynchronous" if config.checkpoint.async_save else "synchronous"
+    writing = gigabytes / plan.n_nodes / plan.storage_gb_s
+    restart = "planned" if config.restart_seconds is None else "restart_seconds="
+    planned, best = plan.configured, plan.best
+    expected = duration(plan.expected_seconds) if planned.productive > LEAST else "never finishes"
+    rows = [
+        (
+            "checkpoint",
+            f"{_decimals(gigabytes)} GB, {_decimals(gigabytes / plan.n_nodes)} GB per node: "
+            f"{_decimals(writing)} s at {plan.storage_gb_s:g} GB/s; the interval needs "
+            f"{_decimals(plan.needed_gb_s)} GB/s",
+        ),
+        ("save stall", f"{_decimals(times.stall_seconds)} s, {saves} saves"),
+        ("interval", f"{_interval(config, plan)}; best {plan.best_interval:,} steps"),
+        (
+            "failures",
+            f"one in {time_text(times.mtbf_seconds)} on {plan.n_devices:,} × "
+            f"{config.hardware.name} (device_mtbf_days={config.device_mtbf_days:g})",
+        ),
+        ("restart", f"{times.restart_seconds:,.0f} s ({restart})"),
+        ("goodput", f"{_goodput(planned)}; best {best.productive:.1%}"),
+        ("duration", expected),
+    ]
+    if run.cost_usd is not None:
+        rows.append(("cost", dollars(run.cost_usd * plan.expected_seconds / run.seconds)))
+    return rows
+
+
+def _goodput(goodput: ExpectedGoodput) -> str:
+    """Return the goodput with the fractions of time that are not productive."""
+    return (
+        f"{goodput.productive:.1%} (lost steps {goodput.lost:.1%}, restarts {goodput.restart:.1%}, "
+        f"saves {goodput.stalled:.1%})"
+    )
+
+
+def _interval(config: PlanJobConfig, plan: FailurePlan) -> str:
+    """Return when checkpoints are saved, and the time between saves."""
+    checkpoint = config.checkpoint
+    parts = [] if checkpoint.interval is None else [f"{checkpoint.interval:,} steps"]
+    if checkpoint.interval_minutes is not None:
+        parts.append(f"{checkpoint.interval_minutes:g} minutes")
+    when = " or ".join(parts) or "last step only"
+    return f"{when} ({time_text(plan.interval_seconds)})"
+
+
+def _decimals(value: float) -> str:
+    """Return a number with a decimal below 100."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def print_search(
@@ -195,18 +267,46 @@ def _precision(precision: PrecisionConfig) -> str:
 
 def plan_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
     """Return the plan of a run as JSON values."""
+    spec = run.stages[0].spec
     return {
+        "schema_version": SCHEMA_VERSION,
         "model": config.model.name,
         "hardware": config.hardware.name,
-        "devices": run.stages[0].spec.mesh.world_size,
+        "devices": spec.mesh.world_size,
+        "precision": asdict(spec.precision),
+        "compile": spec.parallel.compile,
+        "price_per_hour": config.hardware.price_per_hour,
         "fits": run.fits,
-        "limit": run.bottleneck,
+        "bottleneck": run.bottleneck,
         "tokens": run.tokens,
         "tokens_per_second": run.tokens_per_second,
+        "tokens_per_second_per_device": run.tokens_per_second_per_device,
+        "tflops_per_device": run.tflops(),
+        "mfu_causal": run.mfu(),
+        "mfu_full": run.mfu(causal=False),
         "days": run.seconds / SECONDS_PER_DAY,
         "cost_usd": run.cost_usd,
         "host_memory": max(plan.host_peak for plan in run.stages),
+        "nccl": {"communicators": n_communicators(spec.mesh), "bytes": communicator_bytes(spec)},
+        "failures": _failure_record(config, run),
         "stages": [_stage_record(stage) for stage in run.stages],
+    }
+
+
+def _failure_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
+    plan, times = failure_plan(config, run), ("mtbf", "restart", "stall", "write")
+    ratio = plan.expected_seconds / run.seconds
+    return {
+        "device_mtbf_days": config.device_mtbf_days,
+        **{f"{name}_seconds": getattr(plan.interruptions, f"{name}_seconds") for name in times},
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "needed_gb_s_per_node": plan.needed_gb_s,
+        "interval_seconds": plan.interval_seconds,
+        "goodput": asdict(plan.configured),
+        "best_interval": plan.best_interval,
+        "best_goodput": asdict(plan.best),
+        "days": plan.expected_seconds / SECONDS_PER_DAY,
+        "cost_usd": None if run.cost_usd is None else run.cost_usd * ratio,
     }
 
 
@@ -221,11 +321,11 @@ def _stage_record(plan: Plan) -> dict[str, Any]:
         **{key: getattr(spec.parallel, key) for key in SEARCHED},
         **{key: getattr(plan, key) for key in results},
         "memory": {
-            tier: {**memory.by_part(), "peak": memory.peak, "moment": memory.phase}
+            tier: {**memory.by_part(), "peak": memory.peak, "phase": memory.phase}
             for tier, memory in plan.tiers.items()
         },
         "traffic": [dict(zip(traffic, row, strict=True)) for row in plan.traffic()],
-        "step_seconds": {**plan.time.by_part(), "all": plan.time.total},
+        "step_seconds": {**plan.time.by_part(), "total": plan.time.total},
         "tflops_per_device": plan.tflops(),
         "mfu_causal": plan.mfu(),
         "mfu_full": plan.mfu(causal=False),
@@ -237,6 +337,7 @@ def search_record(
 ) -> dict[str, Any]:
     """Return the result of a search as JSON values."""
     return {
+        "schema_version": SCHEMA_VERSION,
         "model": config.model.name,
         "hardware": config.hardware.name,
         "devices": config.n_devices,
@@ -249,11 +350,11 @@ def search_record(
                 "tokens_per_second": run.tokens_per_second,
                 "cost_usd": run.cost_usd,
                 "memory_peak": run.fullest.memory.peak,
-                "limit": run.bottleneck,
+                "bottleneck": run.bottleneck,
             }
             for (choice, run), command in zip(result.best, commands, strict=True)
         ],
-        "not": {reason: asdict(each) for reason, each in result.rejections.items()},
+        "rejections": {reason: asdict(each) for reason, each in result.rejections.items()},
     }
 
 
@@ -263,8 +364,15 @@ def write(
     record: dict[str, Any],
     bars: Sequence[tuple[str, MemoryBreakdown]],
     limit: int,
+    mesh: MeshShape | None = None,
 ) -> None:
-    """Write plan.json and the plot of memory next to it, unless `output` is null."""
+    """Write plan.json and the plot of memory next to it, unless `output` is null.
+
+    Args:
+        bars: Name and memory of each stage of a plan, or of each choice of a search.
+        limit: Bytes available to a rank.
+        mesh: The mesh of all bars; None if their names have it.
+    """
     if config.output is None:
         return
     path = Path(config.output)
@@ -273,7 +381,8 @@ def write(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, f"{strict_json(record, indent=1)}\n".encode())
         if bars:
-            plot_memory(bars, limit, image, f"{config.model.name} on {config.hardware.name}")
+            title = f"{config.model.name} on {config.n_devices:,} × {config.hardware.name}"
+            plot_memory(bars, limit, image, f"{title}, {mesh}" if mesh else title)
     except OSError as error:
         problem = write_problem(error, path.parent)
         sys.exit(
@@ -297,7 +406,7 @@ def plot_memory(
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # silence "building the font cache"
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 1.6 + 0.55 * len(bars)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 1.8 + 0.55 * len(bars)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     left = [0.0] * len(bars)
     for part, color in zip(PARTS, COLORS, strict=True):
@@ -306,14 +415,17 @@ def plot_memory(
             axes.barh(range(len(bars)), sizes, left=left, color=color, label=part)
             left = [before + size for before, size in zip(left, sizes, strict=True)]
     for row, size in enumerate(left):
-        axes.annotate(f"{size:.1f}", (size, row), (4, 0), textcoords="offset points", va="center")
+        text = axes.annotate(
+            f"{size:.1f}", (size, row), (4, 0), textcoords="offset points", va="center"
+        )
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # before the line
     limit_gib = limit / GIB
     axes.axvline(limit_gib, color="#252525", linestyle="--", linewidth=1.2)
     top = axes.get_xaxis_transform()
     axes.text(limit_gib, 1.01, f"available: {limit_gib:.1f}", transform=top, ha="center")
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], parse_math=False)
     axes.invert_yaxis()
-    axes.set_title(title, loc="left", fontweight="bold", pad=18, parse_math=False)
+    figure.suptitle(title, x=0.01, fontsize=11, ha="left", fontweight="bold", parse_math=False)
     axes.set(xlabel="peak memory per rank (GiB)", axisbelow=True)
     axes.set_xlim(0, 1.12 * max(*left, limit_gib))
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)

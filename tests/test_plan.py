@@ -17,13 +17,19 @@ import torch
 from conftest import ROOT, start_program
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from torch.distributed.distributed_c10d import _world
 
 from cli.arguments import CONF, hydra_arguments, plan_arguments
 from cli.config import load_plan_config, load_train_config
+from model.config import ModelConfig
+from model.flops import flops_per_token
+from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import AXES, MeshShape, Processes, resolve_mesh
+from plan import PLANNER_KEYS
 from planning import fit_check, report
 from planning.communicators import COMMUNICATOR_BYTES, n_communicators
 from planning.config import PlanJobConfig
+from planning.fake_model import fake_model
 from planning.fit_check import check_plan, machine_memory
 from planning.hardware import load_hardware
 from planning.memory import GIB, PARTS, step_memory
@@ -77,8 +83,12 @@ def problems(*arguments: str) -> list[str]:
 
 def plans_of(config: PlanJobConfig) -> tuple[Plan, ...]:
     """Plan the configured mesh and return one plan per stage."""
-    stages = config.request.stages(configured_choice(config, config.mesh))
-    return plan_run(stages, config.hardware).stages
+    return run_of(config).stages
+
+
+def run_of(config: PlanJobConfig) -> RunPlan:
+    """Plan the configured mesh."""
+    return plan_run(config.request.stages(configured_choice(config, config.mesh)), config.hardware)
 
 
 # ---------------------------------------------------------------- request
@@ -92,7 +102,7 @@ def test_plan_accepts_every_key_and_group_of_train() -> None:
     assert train.pop("hardware") == plan["hardware"]  # of the recipe; train.py ignores it
     added = {field.name for field in fields(PlanJobConfig)} - {f.name for f in fields(JobConfig)}
     assert {key: value for key, value in plan.items() if key not in added} == train
-    assert added == set(plan) - set(train)
+    assert added == set(plan) - set(train) == set(PLANNER_KEYS)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +150,30 @@ def test_run_fits_if_every_stage_does_and_durations_add_up() -> None:
     hours = run.seconds / 3600 if run.seconds else 0
     price = config.hardware.price_per_hour
     assert price is not None and run.cost_usd == pytest.approx(hours * price * 8)
+
+
+def test_rates_of_a_run_are_those_of_all_its_stages() -> None:
+    """A short first stage must not decide: FLOPs and tokens over the duration of all stages."""
+    later = "data.stages=[{from_sample:640,seq_len:8192}]"
+    sizes = ["model=llama3_1_8b", *REAL, "train.seq_len=512", "train.global_batch_size=64", later]
+    config = planned(*sizes, "train.max_steps=300", "parallel.activation_checkpoint=full")
+    run = run_of(config)
+    seconds = 10 * run.stages[0].time.total + 290 * run.stages[1].time.total
+    assert run.tokens_per_second_per_device == pytest.approx(run.tokens / seconds / 8)
+    for causal in (True, False):
+        flops = [
+            stage.tokens * flops_per_token(config.model, stage.spec.seq_len, causal)
+            for stage in run.stages
+        ]
+        assert run.tflops(causal) == pytest.approx(sum(flops) / seconds / 8 / 1e12)
+        assert run.mfu(causal) == pytest.approx(run.tflops(causal) / 989)
+    matrix = 10 * run.stages[0].time.matrix + 290 * run.stages[1].time.matrix
+    assert run.bottleneck == f"matrix products ({matrix / seconds:.0%} of a step)"
+    record = report.plan_record(config, run)
+    assert record["tokens_per_second_per_device"] == run.tokens_per_second_per_device
+    assert dict(report._summary_rows(config, run))["per device"].startswith(
+        f"{run.tokens_per_second_per_device:,.0f} "
+    )
 
 
 # ---------------------------------------------------------------- validation errors
@@ -259,21 +293,20 @@ def test_capacity_excludes_reserved_memory_and_is_shared_by_cpu_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "count"),
+    "sizes",
     [
-        ((1, 1, 1, 1), 0),
-        ((1, 8, 1, 1), 1),
-        ((2, 8, 1, 1), 3),
-        ((1, 8, 1, 2), 3),
-        ((1, 1, 8, 1), 1),
-        ((1, 2, 4, 1), 3),  # the flattened axes have all ranks
-        ((2, 2, 2, 2), 6),
+        *[(1, 1, 1, 1), (1, 8, 1, 1), (2, 4, 1, 1), (1, 4, 1, 2), (1, 1, 8, 1), (1, 2, 4, 1)],
+        *[(2, 1, 2, 1), (1, 1, 4, 2), (2, 2, 2, 2)],
     ],
 )
-def test_communicators_are_those_of_all_ranks_and_of_each_smaller_group(
-    mesh: tuple[int, int, int, int], count: int
-) -> None:
-    assert n_communicators(MeshShape(*mesh)) == count
+def test_communicators_are_the_process_groups_of_a_run(sizes: tuple[int, int, int, int]) -> None:
+    """Each with several ranks; one of all ranks is created once."""
+    shape = MeshShape(*sizes)
+    model = ModelConfig("small", 64, 1, 8, 8, 64, 64, tie_embeddings=False)
+    precision = PrecisionConfig("fp32", "fp32", "fp32")
+    with fake_model(model, shape, ParallelConfig(), precision):
+        groups = [group for group in _world.pg_map if group.size() > 1]
+    assert n_communicators(shape) == len(groups)
 
 
 def test_bottleneck_is_the_largest_part() -> None:
@@ -452,6 +485,51 @@ def test_nearest_fit_changes_as_little_as_possible() -> None:
     assert nearest(1) is None
 
 
+# ---------------------------------------------------------------- plan.json
+
+
+VARIABLE = {"stages[].memory": "TIER", "stages[].memory.TIER": "PART"}
+VARIABLE |= {"stages[].step_seconds": "PART", "rejections": "REASON"}
+FIXED = {"peak", "phase", "total"}
+
+
+def keys_of(value: Any, path: str = "") -> Iterator[str]:
+    """Yield the paths of all leaves of a record as docs/planning.md writes them."""
+    if isinstance(value, list):
+        for each in value:
+            yield from keys_of(each, f"{path}[]")
+    elif isinstance(value, dict) and path != "best_plan":
+        for name, each in value.items():
+            shown = name if name in FIXED else VARIABLE.get(path, name)
+            yield from keys_of(each, f"{path}.{shown}".lstrip("."))
+    else:
+        yield path
+
+
+def documented_keys() -> set[str]:
+    """Return the keys in the tables of the section plan.json; … is the parent of the one before."""
+    text = (ROOT / "docs" / "planning.md").read_text()
+    section = text.partition("\n## plan.json\n")[2].partition("\n## ")[0]
+    found: list[str] = []
+    for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE):
+        for key in re.findall("`(.*?)`", row):
+            parent = found[-1].rpartition(".")[0] if found else ""
+            found.append(key.replace("…", parent))
+    assert len(found) == len(set(found))
+    return set(found)
+
+
+def test_every_key_of_plan_json_is_documented() -> None:
+    several = planned(*LLAMA_8B, "data.stages=[{from_sample:640,seq_len:4096}]")
+    found = set(keys_of(report.plan_record(several, run_of(several))))
+    config = planned("experiment=smoke", "devices=4", "hardware=cpu")
+    result = search(config.request, 4, config.hardware)
+    searched = report.search_record(config, result, [""] * len(result.best))
+    found |= set(keys_of(searched | {"best_plan": {}}))
+    assert searched["best"] and searched["rejections"]
+    assert found | {"remedy"} == documented_keys()
+
+
 # ---------------------------------------------------------------- program
 
 
@@ -467,7 +545,7 @@ def test_program_prints_writes_and_plots(tmp_path: Path) -> None:
     assert sum(memory[part] for part in PARTS) == memory["peak"] > stage["capacity"]
     assert record["fits"] is False and f"{memory['peak'] / GIB:.2f}" in done.stdout
     times = stage["step_seconds"]
-    assert sum(times.values()) == pytest.approx(2 * times["all"])
+    assert sum(times.values()) == pytest.approx(2 * times["total"])
     assert (tmp_path / "plans/p.png").read_bytes().startswith(b"\x89PNG")
     fits = [*overrides, "parallel.activation_checkpoint=full", "train.micro_batch_size=1"]
     done = start_program([str(ROOT / "plan.py"), *fits, "output=null", "search=true"], cwd=tmp_path)
@@ -560,6 +638,10 @@ def test_gpu_memory_is_queried_and_known_devices_have_a_speed(
     assert f"of {80 - reserved:.2f} GiB per rank (fits)" in known
     plan = plans_of(planned(*LLAMA_8B, "parallel.activation_checkpoint=full"))[0]
     assert known.endswith(f"about {plan.tokens_per_second:,.0f} tokens/s")
+    config = replace(config, train=replace(config.train, max_steps=10**7))
+    config = replace(config, checkpoint=replace(config.checkpoint, interval=None))
+    warned = check_on("NVIDIA H100 80GB HBM3", 80)  # one of eight fails in nine months
+    assert "\nWarning: checkpoint.interval=null saves every " in warned
     unknown = check_on("Some Card", 80)
     assert f"of {79.5 - nccl:.2f} GiB per rank (fits)" in unknown and "tokens/s" not in unknown
     with pytest.raises(ConfigError, match=r"\(does not fit\)"):

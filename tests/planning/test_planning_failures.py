@@ -1,0 +1,139 @@
+"""Goodput with failures: closed form against simulation and published runs, and its warning."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from cli.arguments import CONF, plan_arguments
+from cli.config import load_plan_config
+from planning import report
+from planning.config import PlanJobConfig
+from planning.failures import FailurePlan, Interruptions, interval_warnings, time_text
+from planning.plan import RunPlan, plan_run
+from planning.request import configured_choice
+
+PAPER = ("experiment=llama3_405b_paper", "tokenizer=byte")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hydra() -> Iterator[None]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def planned(*arguments: str) -> tuple[PlanJobConfig, RunPlan, FailurePlan]:
+    config = load_plan_config(compose("plan", plan_arguments(list(arguments))))
+    run = plan_run(config.request.stages(configured_choice(config, config.mesh)), config.hardware)
+    return config, run, report.failure_plan(config, run)
+
+
+def test_best_interval_is_youngs_for_short_saves_and_maximizes_the_goodput() -> None:
+    job = Interruptions(mtbf_seconds=40_000, restart_seconds=400, stall_seconds=2, write_seconds=20)
+    best = job.best_interval_seconds
+    assert best == pytest.approx(math.sqrt(2 * 2 * 40_000), rel=0.01)
+    peak = job.expected(best).productive
+    assert all(job.expected(best * factor).productive < peak for factor in (0.5, 0.9, 1.1, 2))
+    slow = replace(job, write_seconds=5000)  # saves must not overtake each other
+    assert slow.best_interval_seconds == 5000
+    assert slow.expected(5000).productive > slow.expected(2500).productive
+
+
+@pytest.mark.parametrize("interval", [1, 400, 10_000, 10**7])
+@pytest.mark.parametrize("write", [0, 300])
+@pytest.mark.parametrize("skips", [False, True])
+def test_expected_parts_of_the_time_add_up(interval: float, write: float, skips: bool) -> None:
+    job = Interruptions(20_000, 500, 3, write, skips)
+    parts = vars(job.expected(interval))
+    assert sum(parts.values()) == pytest.approx(1)
+    assert all(0 <= part <= 1 for part in parts.values())
+    rare = replace(job, mtbf_seconds=1e12).expected(interval)
+    if skips and interval == 1 < write:  # every 300th step saves
+        assert rare.productive == pytest.approx(300 / 303)
+    else:
+        assert rare.productive == pytest.approx(interval / (3 + max(interval, write)), rel=1e-4)
+
+
+def test_goodput_of_the_published_405b_run_is_above_nine_tenths() -> None:
+    """More than 90% effective training time on 16,384 GPUs (arXiv:2407.21783, section 3.3.4)."""
+    sizes = ("parallel.dp_shard=128", "parallel.cp=16", "parallel.tp=8")
+    _, _, plan = planned(*PAPER, *sizes, "devices=16384")
+    assert plan.interruptions.mtbf_seconds == pytest.approx(54 * 86_400 / 419, rel=1e-3)
+    assert 0.9 < plan.best.productive < 0.98
+
+
+def test_paper_recipe_is_warned_about_its_interval_and_the_remedy_works() -> None:
+    _, run, plan = planned(*PAPER, "devices=4096")
+    [warning] = interval_warnings(plan)
+    assert warning.startswith("checkpoint.interval=1000 saves every 7")
+    assert 0.7 < plan.configured.productive < 0.8 and plan.best.productive > 0.95
+    remedies = re.findall(r"checkpoint\.interval\w*=\w+", warning.partition("; use ")[2])
+    config, run, better = planned(*PAPER, "devices=4096", *remedies)
+    assert not list(interval_warnings(better)) and better.best == better.configured
+    assert better.expected_seconds == pytest.approx(run.seconds / better.best.productive)
+    record = report.plan_record(config, run)["failures"]
+    assert record["days"] * 86_400 == pytest.approx(better.expected_seconds)
+    assert run.cost_usd is not None
+    assert record["cost_usd"] == pytest.approx(run.cost_usd / better.best.productive)
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ({"interval": None}, "checkpoint.interval=null"),
+        ({"interval": None, "interval_minutes": 500.0}, "checkpoint.interval_minutes=500"),
+        ({"interval": 1, "async_save": False}, "checkpoint.interval=1"),
+        ({"interval": 14, "interval_minutes": 0.1}, "checkpoint.interval_minutes=0.1"),
+        ({"interval": 1}, "checkpoint.interval=1"),
+        ({"interval": 30}, None),
+        ({"interval_minutes": 20.0}, None),  # and 1,000 steps
+    ],
+)
+def test_every_unfavorable_interval_is_reported(keys: dict[str, Any], name: str | None) -> None:
+    words = [f"checkpoint.{key}={'null' if each is None else each}" for key, each in keys.items()]
+    _, _, plan = planned(*PAPER, "devices=4096", *words)
+    warnings = list(interval_warnings(plan))
+    assert bool(warnings) == (name is not None)
+    if name is not None:
+        assert warnings[0].startswith(f"{name} saves every ")
+        use = warnings[0].partition("; use ")[2].split()
+        assert not list(interval_warnings(planned(*PAPER, "devices=4096", *words, *use)[2]))
+
+
+def test_interval_is_that_of_the_run_if_it_is_short() -> None:
+    _, _, plan = planned("hardware=cpu", "checkpoint.interval=1000")
+    assert plan.best_interval == 160 == plan.interval_seconds / plan.stages[0][0]
+    assert plan.configured == plan.best and plan.best.productive > 0.99
+
+
+def test_restart_and_failure_rate_are_keys() -> None:
+    _, _, plan = planned("experiment=h100x512_405b")
+    words = ("device_mtbf_days=1056", "restart_seconds=3600")
+    _, _, changed = planned("experiment=h100x512_405b", *words)
+    assert changed.interruptions.mtbf_seconds == plan.interruptions.mtbf_seconds / 2
+    assert changed.interruptions.restart_seconds == 3600
+    # Without a key: a requeue, start-up, and loading of the checkpoint by 64 nodes.
+    loading = 2 * plan.checkpoint_bytes / 64 / 0.5e9
+    assert 150 + loading < plan.interruptions.restart_seconds < 150 + loading + 300
+
+
+def test_synchronous_saves_stall_until_the_commit() -> None:
+    stalls = [
+        planned("experiment=h100x8_8b", f"checkpoint.async_save={value}")[2].interruptions
+        for value in ("true", "false")
+    ]
+    size = 8.03e9 * 12
+    # PCIe to the host, or a node's storage.
+    assert stalls[0].stall_seconds == pytest.approx(size / 8 / 20e9, abs=0.5)
+    assert stalls[0].write_seconds == pytest.approx(size / 0.5e9, rel=0.01)
+    assert stalls[1].stall_seconds == pytest.approx(size / 0.5e9, abs=0.5)
+    assert stalls[1].write_seconds == 0
+
+
+def test_time_has_its_usual_unit() -> None:
+    texts = [time_text(seconds) for seconds in (0.1234, 100, 1500, 25_000, 1e6, 2e8)]
+    assert texts == ["0.12 s", "100 s", "25 min", "6.9 h", "12 days", "6.3 years"]
