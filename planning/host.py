@@ -18,13 +18,24 @@ GPU_PROCESS_GIB = 2.0
 """Host memory of a rank on a GPU without tensors: interpreter, libraries, CUDA and NCCL."""
 
 
-def shards(spec: StepSpec) -> Iterator[int]:
-    """Yield the bytes of each parameter's shard on this rank, and of each of its moments."""
+def shards(spec: StepSpec) -> Iterator[tuple[int, int]]:
+    """Yield the bytes of a parameter's shard on this rank, and how many parameters have it.
+
+    Each of their moments has the same size.
+    """
     model, mesh = spec.model, spec.mesh
     ranks = mesh.dp_shard * mesh.cp
-    blocks = block_matrices(model, mesh.tp) * model.n_layers
-    for rows, columns in blocks + root_matrices(model, mesh.tp):
-        yield -(-rows // ranks) * columns * FLOAT32
+    for matrices, count in (
+        (block_matrices(model, mesh.tp), model.n_layers),
+        (root_matrices(model, mesh.tp), 1),
+    ):
+        for rows, columns in matrices:
+            yield -(-rows // ranks) * columns * FLOAT32, count
+
+
+def shard_bytes(spec: StepSpec) -> int:
+    """Return the bytes of all shards of parameters on this rank."""
+    return sum(size * count for size, count in shards(spec))
 
 
 def checkpoint_bytes(spec: StepSpec) -> int:
@@ -35,20 +46,21 @@ def checkpoint_bytes(spec: StepSpec) -> int:
 
 def checkpoint_tensors(spec: StepSpec) -> int:
     """Return the number of tensors in a checkpoint: parameters and two moments of each."""
-    return 3 * sum(1 for _ in shards(spec))
+    return 3 * sum(count for _, count in shards(spec))
 
 
 def copied_bytes(spec: StepSpec) -> int:
     """Return the size of the copy for asynchronous saves, which lives from the first save on."""
     if not spec.async_save:
         return 0
-    exact, pinned = sum(shards(spec)), sum(map(_power_of_two, shards(spec)))
-    return 3 * (exact if spec.accelerator == "cpu" else pinned)
+    if spec.accelerator == "cpu":
+        return 3 * shard_bytes(spec)
+    return 3 * sum(_power_of_two(size) * count for size, count in shards(spec))
 
 
 def converted_bytes(spec: StepSpec) -> int:
     """Return the size of the float32 moments that a load holds in host memory."""
-    return 0 if spec.precision.optimizer_state == "fp32" else 2 * sum(shards(spec))
+    return 0 if spec.precision.optimizer_state == "fp32" else 2 * shard_bytes(spec)
 
 
 def read_ahead_bytes(spec: StepSpec) -> int:
