@@ -13,7 +13,7 @@ from functools import cached_property
 
 from checkpoint.config import CheckpointConfig
 from planning.hardware import Hardware
-from planning.host import checkpoint_bytes, checkpoint_tensors, shards
+from planning.host import checkpoint_bytes, checkpoint_tensors, shard_bytes
 from planning.plan import SECONDS_PER_DAY, RunPlan
 from planning.speed import ranks_per_device
 from planning.step_spec import StepSpec
@@ -244,7 +244,7 @@ def save_stall(spec: StepSpec, hardware: Hardware, write_seconds: float) -> floa
     starting = TENSOR_SECONDS * checkpoint_tensors(spec)
     if not spec.async_save:
         return starting + write_seconds
-    size = 3 * sum(shards(spec))
+    size = 3 * shard_bytes(spec)
     if spec.accelerator == "cpu":
         sharing = ranks_per_device(spec, hardware)
         return starting + 2 * size * sharing / (hardware.bandwidth_gb_s * 1e9)
