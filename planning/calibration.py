@@ -72,22 +72,28 @@ def calibrate(seconds: float = SECONDS) -> Hardware:
     known_link = (known.link_gb_s, known.link_latency_us) if known else DEFAULT_LINK
     link = _link(kind, sizes["payload"], seconds) or known_link
     network = (known.network_gb_s, known.network_latency_us) if known else link
+    bandwidth = _bandwidth(kind, sizes["copy"], seconds)
+    # A rate may be above the peak of the data sheet, or attention above products of that size.
+    peaks = dict(known.peak_tflops if known else matrix)
+    for rates in (matrix, attention):
+        peaks |= {dtype: max(peaks.get(dtype, 0.0), rate) for dtype, rate in rates.items()}
     return Hardware(
         name=name,
         accelerator=kind,
         memory_gib=memory / 2**30,
         reserved_gib=RESERVED_GIB[kind],
-        peak_tflops=known.peak_tflops if known else matrix,
+        peak_tflops=peaks,
         matrix_tflops=matrix,
         attention_tflops=attention,
         flash_attention_tflops=known.flash_attention_tflops if known else {},
-        bandwidth_gb_s=_bandwidth(kind, sizes["copy"], seconds),
-        link_gb_s=link[0],
+        bandwidth_gb_s=bandwidth,
+        link_gb_s=min(link[0], bandwidth),  # a noisy difference of two times may be higher
         link_latency_us=link[1],
-        network_gb_s=network[0],
+        network_gb_s=min(network[0], bandwidth),
         network_latency_us=network[1],
         devices_per_node=devices,
         host_memory_gib=host_memory / 2**30 if kind == "cuda" else None,
+        power_watts=known.power_watts if known else None,
         capability=properties.major + properties.minor / 10 if kind == "cuda" else None,
     )
 

@@ -9,7 +9,7 @@ from model.config import ModelConfig
 from model.config_base import PositiveInt
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, resolve_mesh
-from planning.hardware import Hardware, Positive
+from planning.hardware import Hardware, Positive, contradictions
 from planning.request import PlanRequest
 from training.config import JobConfig, TrainConfig
 from training.config_rules import device_errors, mesh_errors
@@ -76,7 +76,8 @@ def planned_devices(parallel: ParallelConfig, hardware: Hardware, devices: int |
 def hardware_errors(
     parallel: ParallelConfig, precision: PrecisionConfig, hardware: Hardware
 ) -> Iterator[str]:
-    """Yield errors for requirements that the hardware does not meet."""
+    """Yield errors of the hardware, and for requirements that it does not meet."""
+    yield from contradictions(hardware)
     if parallel.accelerator not in ("auto", hardware.accelerator):
         yield (
             f"parallel.accelerator={parallel.accelerator} does not match hardware "

@@ -5,8 +5,10 @@ achieved rates are microbenchmarks of a single operation, never training steps t
 validated against. Calibration writes the same format. Imports no heavy packages.
 """
 
+import inspect
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -55,10 +57,13 @@ class Hardware(ConfigSection):
         host_memory_gib: Memory of a node with GPUs, which their processes share; null if unknown.
         storage_gb_s: Per node, at which checkpoints are written and read. It depends on the file
             system, and only the time limits of the watchdog depend on it.
-        price_per_hour: Per device, in US dollars; null if unknown.
+        price_per_hour: Per device, in `currency`; 0 if it is free, null if unknown.
+        currency: Code of ISO 4217, such as EUR.
+        power_watts: Power limit of a device's board; null if unknown.
         names: Regular expression for the device name in torch.cuda.
         capability: Compute capability of a GPU, as in 9.0. null: 9.0 if it has a rate for fp8, else
             8.0.
+        note: Printed with each plan.
     """
 
     name: str
@@ -76,10 +81,13 @@ class Hardware(ConfigSection):
     devices_per_node: PositiveInt
     host_memory_gib: Positive | None = None
     storage_gb_s: Positive = 0.5
-    price_per_hour: Positive | None = None
+    price_per_hour: NonNegative | None = None
+    currency: str = "USD"
+    power_watts: Positive | None = None
     names: str | None = None
     capability: Positive | None = None
     flash_attention_tflops: dict[str, Positive] = field(default_factory=dict)
+    note: str | None = None
 
     @property
     def compute_capability(self) -> tuple[int, int]:
@@ -89,15 +97,135 @@ class Hardware(ConfigSection):
         major, minor = divmod(round(10 * self.capability), 10)
         return major, minor
 
-    def __post_init__(self) -> None:
-        errors = [
-            f"hardware.{key}={rates} lacks {' and '.join(missing)}; add the rate in TFLOP/s"
-            for key in ("matrix_tflops", "attention_tflops")
-            for rates in [getattr(self, key)]
-            if (missing := [each for each in ("fp32", "bf16") if each not in rates])
-        ]
-        if errors:
-            raise ValueError("\n".join(errors))
+
+# ---------------------------------------------------------------- rules
+
+
+def missing_rate_errors(
+    matrix_tflops: dict[str, float], attention_tflops: dict[str, float]
+) -> Iterator[str]:
+    """Yield an error for each table without a rate that every plan needs."""
+    tables = {"matrix_tflops": matrix_tflops, "attention_tflops": attention_tflops}
+    for key, rates in tables.items():
+        if missing := [each for each in ("fp32", "bf16") if each not in rates]:
+            yield f"hardware.{key}={rates} lacks {' and '.join(missing)}; add the rate in TFLOP/s"
+
+
+def matrix_rate_errors(
+    peak_tflops: dict[str, float], matrix_tflops: dict[str, float]
+) -> Iterator[str]:
+    """Yield errors for rates of matrix products without a peak or above it."""
+    yield from _peak_errors("matrix_tflops", matrix_tflops, peak_tflops)
+
+
+def attention_rate_errors(
+    peak_tflops: dict[str, float], attention_tflops: dict[str, float]
+) -> Iterator[str]:
+    """Yield errors for rates of attention without a peak or above it."""
+    yield from _peak_errors("attention_tflops", attention_tflops, peak_tflops)
+
+
+def _peak_errors(key: str, rates: dict[str, float], peaks: dict[str, float]) -> Iterator[str]:
+    for dtype, rate in rates.items():
+        if dtype not in peaks:
+            yield (
+                f"hardware.{key}.{dtype}={rate:g} has no peak; add {dtype} to "
+                "hardware.peak_tflops, or remove the rate"
+            )
+        elif rate > peaks[dtype]:
+            yield (
+                f"hardware.{key}.{dtype}={rate:g} is above hardware.peak_tflops.{dtype}="
+                f"{peaks[dtype]:g}; use the achieved rate, at most the dense peak"
+            )
+
+
+def flash_attention_rate_errors(
+    peak_tflops: dict[str, float], flash_attention_tflops: dict[str, float]
+) -> Iterator[str]:
+    """Yield errors for rates of FlashAttention above the peak of bf16."""
+    peak = peak_tflops.get("bf16", math.inf)
+    for name, rate in flash_attention_tflops.items():
+        if rate > peak:
+            yield (
+                f"hardware.flash_attention_tflops.{name}={rate:g} is above "
+                f"hardware.peak_tflops.bf16={peak:g}; use the achieved rate, at most the dense peak"
+            )
+
+
+def reserved_memory_errors(memory_gib: float, reserved_gib: float) -> Iterator[str]:
+    """Yield an error if no memory remains."""
+    if reserved_gib >= memory_gib:
+        yield (
+            f"hardware.reserved_gib={reserved_gib:g} is not below hardware.memory_gib="
+            f"{memory_gib:g}; use the memory that tensors cannot have, such as 3"
+        )
+
+
+def link_rate_errors(bandwidth_gb_s: float, link_gb_s: float, network_gb_s: float) -> Iterator[str]:
+    """Yield errors for links faster than the memory that they read."""
+    for key, rate in (("link_gb_s", link_gb_s), ("network_gb_s", network_gb_s)):
+        if rate > bandwidth_gb_s:
+            yield (
+                f"hardware.{key}={rate:g} is above hardware.bandwidth_gb_s={bandwidth_gb_s:g}, the "
+                "memory's; use gigabytes per second, rank and direction (8 Gb/s are 1)"
+            )
+
+
+def device_name_errors(names: str | None) -> Iterator[str]:
+    """Yield an error for a pattern that is invalid, or that matches any name."""
+    if names is None:
+        return
+    try:
+        pattern = re.compile(names)
+    except (re.error, OverflowError, RecursionError) as error:
+        yield (
+            f"hardware.names={names!r} is not a regular expression ({error}); use one such as "
+            r"'\bH100\b', or null"
+        )
+        return
+    if pattern.search(""):
+        yield (
+            f"hardware.names={names!r} matches every device; use a regular expression for the "
+            r"name in torch.cuda, such as '\bH100\b', or null"
+        )
+
+
+def capability_errors(capability: float | None) -> Iterator[str]:
+    """Yield an error for a number that is not MAJOR.MINOR."""
+    if capability is not None and not (
+        1 <= capability < 20 and math.isclose(10 * capability, round(10 * capability))
+    ):
+        yield (
+            f"hardware.capability={capability:g} is not a compute capability MAJOR.MINOR; use a "
+            "number such as 9.0, or null"
+        )
+
+
+def currency_errors(currency: str) -> Iterator[str]:
+    """Yield an error for a currency that is not a code."""
+    if not re.fullmatch("[A-Z]{3}", currency):
+        yield (
+            f"hardware.currency={currency!r} is not a code of ISO 4217; use three capital letters, "
+            "such as USD or EUR"
+        )
+
+
+RULES = (
+    *(missing_rate_errors, matrix_rate_errors, attention_rate_errors, flash_attention_rate_errors),
+    *(reserved_memory_errors, link_rate_errors, device_name_errors, capability_errors),
+    currency_errors,
+)
+
+
+def contradictions(hardware: Hardware) -> Iterator[str]:
+    """Yield the errors of all `RULES`."""
+    for rule in RULES:
+        yield from rule(
+            **{each: getattr(hardware, each) for each in inspect.signature(rule).parameters}
+        )
+
+
+# ---------------------------------------------------------------- files
 
 
 def known_hardware() -> list[str]:
@@ -123,7 +251,7 @@ def load_hardware(name_or_path: str) -> Hardware:
         values = parse_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("expected a mapping of keys to values")
-        return validate(values, Hardware, prefix="hardware.")
+        return validate(values, Hardware, RULES, prefix="hardware.")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"invalid hardware file {path}: {reason}") from None

@@ -177,13 +177,22 @@ class RunPlan:
         return sum(plan.seconds for plan in self.stages)
 
     @property
-    def cost_usd(self) -> float | None:
-        """Cost of all devices for the duration in US dollars; None if the price is unknown."""
+    def device_hours(self) -> float:
+        """Hours of all devices together; on CPU a node is one device."""
         spec, hardware = self.stages[0].spec, self.stages[0].hardware
-        if hardware.price_per_hour is None:
-            return None
-        devices = spec.mesh.world_size / ranks_per_device(spec, hardware)
-        return self.seconds / 3600 * hardware.price_per_hour * devices
+        return self.seconds / 3600 * spec.mesh.world_size / ranks_per_device(spec, hardware)
+
+    @property
+    def cost(self) -> float | None:
+        """Cost of all devices for the duration in `hardware.currency`; None without a price."""
+        price = self.stages[0].hardware.price_per_hour
+        return None if price is None else self.device_hours * price
+
+    @property
+    def energy_kwh(self) -> float | None:
+        """Energy of all devices at their power limit, without hosts; None if it is unknown."""
+        power = self.stages[0].hardware.power_watts
+        return None if power is None else self.device_hours * power / 1000
 
     @property
     def tokens_per_second(self) -> float:

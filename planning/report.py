@@ -101,9 +101,15 @@ def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
         ("tokens", f"{compact(run.tokens)} ({source})"),
         ("duration", duration(run.seconds) if run.seconds >= 1 else "under a second"),
     ]
-    if run.cost_usd is not None:
-        price = f"${config.hardware.price_per_hour:g} per device-hour"
-        rows.append(("cost", f"{dollars(run.cost_usd)} at {price}"))
+    hardware = config.hardware
+    if run.cost is not None and hardware.price_per_hour is not None:
+        price = in_currency(f"{hardware.price_per_hour:g}", hardware.currency)
+        rows.append(("cost", f"{money(run.cost, hardware.currency)} at {price} per device-hour"))
+    if run.energy_kwh is not None:
+        limit = f"at most, {hardware.power_watts:g} W per device without hosts"
+        rows.append(("energy", f"{energy(run.energy_kwh)} {limit}"))
+    if hardware.note is not None:
+        rows.append(("note", hardware.note))
     limits = time_limits(config.watchdog, phase_seconds(run))
     return [*rows, ("time limits", str(limits))]
 
@@ -162,8 +168,9 @@ def _failure_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
         ("goodput", f"{_goodput(planned)}; best {best.productive:.1%}"),
         ("duration", expected),
     ]
-    if run.cost_usd is not None:
-        rows.append(("cost", dollars(run.cost_usd * plan.expected_seconds / run.seconds)))
+    if run.cost is not None:
+        cost = run.cost * plan.expected_seconds / run.seconds
+        rows.append(("cost", money(cost, config.hardware.currency)))
     return rows
 
 
@@ -204,7 +211,7 @@ def print_search(
             f"Fastest {len(result.best)}",
             [
                 *("", *AXES, "micro-batch", "checkpointing", "reshard", "reduce", unit, "tokens/s"),
-                *(["cost"] if config.hardware.price_per_hour else []),
+                *(["cost"] if config.hardware.price_per_hour is not None else []),
             ],
             [
                 [
@@ -212,7 +219,7 @@ def print_search(
                     *(in_yaml(getattr(choice.parallel, key)) for key in SEARCHED),
                     f"{run.fullest.memory.peak / size:.2f}",
                     f"{run.tokens_per_second:,.0f}",
-                    *([] if run.cost_usd is None else [dollars(run.cost_usd)]),
+                    *([] if run.cost is None else [money(run.cost, config.hardware.currency)]),
                 ]
                 for rank, (choice, run) in enumerate(result.best, start=1)
             ],
@@ -226,9 +233,21 @@ def print_search(
         console.header("Rejected candidates", rows)
 
 
-def dollars(cost: float) -> str:
-    """Return a cost in US dollars, with cents below 100 dollars."""
-    return "under $0.01" if cost < 0.01 else f"${cost:,.2f}" if cost < 100 else f"${cost:,.0f}"
+def money(cost: float, currency: str) -> str:
+    """Return an amount, with cents below 100."""
+    if 0 < cost < 0.01:
+        return f"under {in_currency('0.01', currency)}"
+    return in_currency(f"{cost:,.2f}" if cost < 100 else f"{cost:,.0f}", currency)
+
+
+def in_currency(amount: str, currency: str) -> str:
+    """Return an amount with the sign of US dollars, or the code of another currency."""
+    return f"${amount}" if currency == "USD" else f"{amount} {currency}"
+
+
+def energy(kwh: float) -> str:
+    """Return an energy in kWh, or from a thousand on in MWh."""
+    return f"{kwh:,.3g} kWh" if kwh < 1000 else f"{kwh / 1000:,.1f} MWh"
 
 
 def memory_bars(run: RunPlan) -> list[tuple[str, MemoryBreakdown]]:
@@ -285,7 +304,7 @@ def plan_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
         "mfu_causal": run.mfu(),
         "mfu_full": run.mfu(causal=False),
         "days": run.seconds / SECONDS_PER_DAY,
-        "cost_usd": run.cost_usd,
+        **cost_record(config, run),
         "host_memory": max(plan.host_peak for plan in run.stages),
         "nccl": {"communicators": n_communicators(spec.mesh), "bytes": communicator_bytes(spec)},
         "failures": _failure_record(config, run),
@@ -306,7 +325,21 @@ def _failure_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
         "best_interval": plan.best_interval,
         "best_goodput": asdict(plan.best),
         "days": plan.expected_seconds / SECONDS_PER_DAY,
-        "cost_usd": None if run.cost_usd is None else run.cost_usd * ratio,
+        **cost_record(config, run, ratio),
+    }
+
+
+def cost_record(config: PlanJobConfig, run: RunPlan, ratio: float = 1.0) -> dict[str, Any]:
+    """Return the cost and energy of `ratio` durations; `cost_usd` is null in another currency."""
+    currency = config.hardware.currency
+    cost, energy_kwh = (
+        None if each is None else each * ratio for each in (run.cost, run.energy_kwh)
+    )
+    return {
+        "cost": cost,
+        "currency": currency,
+        "cost_usd": cost if currency == "USD" else None,
+        "energy_kwh": energy_kwh,
     }
 
 
@@ -348,7 +381,7 @@ def search_record(
                 "overrides": str(choice),
                 "command": command,
                 "tokens_per_second": run.tokens_per_second,
-                "cost_usd": run.cost_usd,
+                **cost_record(config, run),
                 "memory_peak": run.fullest.memory.peak,
                 "bottleneck": run.bottleneck,
             }

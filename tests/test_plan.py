@@ -149,7 +149,7 @@ def test_run_fits_if_every_stage_does_and_durations_add_up() -> None:
     assert run.seconds == pytest.approx(100 * first.time.total + 200 * second.time.total)
     hours = run.seconds / 3600 if run.seconds else 0
     price = config.hardware.price_per_hour
-    assert price is not None and run.cost_usd == pytest.approx(hours * price * 8)
+    assert price is not None and run.cost == pytest.approx(hours * price * 8)
 
 
 def test_rates_of_a_run_are_those_of_all_its_stages() -> None:
@@ -378,19 +378,71 @@ def test_search_prints_cost_in_dollars_where_the_price_is_known(
     header = next(number for number, line in enumerate(lines) if "micro-batch" in line)
     assert lines[header].endswith(column)
     assert " MiB " in lines[header]  # a small model, whose sizes in GiB would be zero
-    cost = result.best[0][1].cost_usd
-    assert cost is None or lines[header + 1].endswith(f" {report.dollars(cost)}")
+    cost = result.best[0][1].cost
+    assert cost is None or lines[header + 1].endswith(f" {report.money(cost, 'USD')}")
     record = report.search_record(config, result, [""] * len(result.best))
     assert record["best"][0]["cost_usd"] == cost
     assert ("$" in "".join(lines)) == (cost is not None) == (hardware == "h100")
 
 
 @pytest.mark.parametrize(
-    ("cost", "text"),
-    [(0.001, "under $0.01"), (1.234, "$1.23"), (99.99, "$99.99"), (7440.4, "$7,440")],
+    ("cost", "currency", "text"),
+    [
+        *((0.001, "USD", "under $0.01"), (1.234, "USD", "$1.23"), (99.99, "USD", "$99.99")),
+        *((7440.4, "USD", "$7,440"), (0, "USD", "$0.00"), (0, "EUR", "0.00 EUR")),
+        *((7440.4, "EUR", "7,440 EUR"), (0.001, "JPY", "under 0.01 JPY")),
+    ],
 )
-def test_cost_has_its_currency_and_is_never_zero(cost: float, text: str) -> None:
-    assert report.dollars(cost) == text
+def test_cost_has_its_currency_and_is_zero_only_if_devices_are_free(
+    cost: float, currency: str, text: str
+) -> None:
+    assert report.money(cost, currency) == text
+
+
+@pytest.mark.parametrize(
+    ("hardware", "text", "usd"),
+    [
+        (["hardware.currency=EUR"], "EUR at 2.5 EUR per device-hour", False),
+        (["hardware.price_per_hour=0"], "$0.00 at $0 per device-hour", True),
+        (["hardware.price_per_hour=3"], "at $3 per device-hour", True),
+    ],
+)
+def test_plan_reports_cost_in_the_currency_of_the_hardware_and_energy(
+    hardware: list[str], text: str, usd: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = planned("experiment=smoke", "devices=2", "hardware=h100", "tokens=1e12", *hardware)
+    run = plan_run(config.request.stages(configured_choice(config, config.mesh)), config.hardware)
+    report.print_plan(Console(enabled=True), config, run)
+    printed = capsys.readouterr().out
+    record = report.plan_record(config, run)
+    assert text in printed
+    assert record["cost"] == run.cost and record["currency"] == config.hardware.currency
+    assert record["cost_usd"] == (run.cost if usd else None)
+    # 700 W of the data sheet for each of two devices.
+    assert record["energy_kwh"] == pytest.approx(0.7 * 2 * run.seconds / 3600)
+    assert re.search(r"energy +[\d,.]+ kWh at most, 700 W per device without hosts", printed)
+
+
+@pytest.mark.parametrize(
+    ("kwh", "text"), [(0.01234, "0.0123 kWh"), (999, "999 kWh"), (21_500, "21.5 MWh")]
+)
+def test_energy_has_a_unit_of_its_size(kwh: float, text: str) -> None:
+    assert report.energy(kwh) == text
+
+
+def test_plan_of_an_amd_gpu_says_that_it_is_only_planned(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = planned("experiment=smoke", "devices=2", "hardware=mi300x", "precision.fp8=tensorwise")
+    run = plan_run(config.request.stages(configured_choice(config, config.mesh)), config.hardware)
+    report.print_plan(Console(enabled=True), config, run)
+    assert re.search(r"note +planned only; train\.py has not run on AMD", capsys.readouterr().out)
+
+
+def test_contradictions_of_overridden_hardware_are_reported() -> None:
+    found = problems("hardware=h100", "hardware.reserved_gib=100", "hardware.currency=usd")
+    assert any("hardware.reserved_gib=100 is not below" in each for each in found)
+    assert any("hardware.currency='usd' is not a code" in each for each in found)
 
 
 def test_overrides_of_a_search_result_reproduce_its_plan() -> None:

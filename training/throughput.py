@@ -19,10 +19,16 @@ from training.config import JobConfig
 # Dense bf16 peak in TFLOP/s by device name, as torch.cuda.get_device_name returns it.
 _PEAK_TFLOPS = (
     (r"\bA100\b", 312.0),
+    (r"\bL40S\b", 362.0),
+    (r"\bRTX 4090$", 165.2),
+    (r"\bRTX 5090$", 209.5),
+    (r"\bRTX PRO 6000 Blackwell (Server|Workstation) Edition\b", 503.0),
     (r"\bH100\b.*(PCIe|HBM2e)", 756.0),
+    (r"\bH100 NVL\b", 835.0),
     (r"\bH100\b.*(SXM|HBM3\b)", 989.0),
     (r"\bH200\b(?!.*NVL)", 989.0),
-    (r"\bB200\b", 2250.0),
+    (r"\bB[23]00\b", 2250.0),
+    (r"\bGB[23]00\b", 2500.0),
     (r"\bMI300X\b", 1307.0),
 )
 
@@ -31,8 +37,8 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """Return the dense peak of one device in FLOP/s for matrix products, or None if unknown.
 
     The table has bf16 and fp16 peaks of some GPUs. The result is None for CPUs, other dtypes, MIG
-    slices and all other GPUs, since a wrong peak would give a wrong MFU. Source: data sheets of
-    A100, H100, H200, HGX B200 and Instinct MI300X, without structured sparsity.
+    slices and all other GPUs, since a wrong peak would give a wrong MFU. Source: the data sheets,
+    without structured sparsity, with accumulation in fp32.
     """
     if dtype not in (torch.bfloat16, torch.float16) or " MIG " in f"{device_name} ":
         return None

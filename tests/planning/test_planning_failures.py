@@ -77,8 +77,8 @@ def test_paper_recipe_is_warned_about_its_interval_and_the_remedy_works() -> Non
     assert better.expected_seconds == pytest.approx(run.seconds / better.best.productive)
     record = report.plan_record(config, run)["failures"]
     assert record["days"] * 86_400 == pytest.approx(better.expected_seconds)
-    assert run.cost_usd is not None
-    assert record["cost_usd"] == pytest.approx(run.cost_usd / better.best.productive)
+    assert run.cost is not None
+    assert record["cost_usd"] == pytest.approx(run.cost / better.best.productive)
 
 
 @pytest.mark.parametrize(

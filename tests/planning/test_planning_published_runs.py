@@ -10,7 +10,6 @@ from published_runs import CHECKPOINTS, MODELS, REPORTS, SETS, STACKS, Published
 from planning.hardware import known_hardware, load_hardware
 
 RUNS = load_runs()
-WITHOUT_FILE = {"a100_40gb", "gb200", "gb300", "rtx4090", "rtx_pro_6000"}
 
 
 def problems(run: PublishedRun) -> list[str]:
@@ -22,7 +21,7 @@ def problems(run: PublishedRun) -> list[str]:
         "devices are the product of the mesh": run.devices
         == run.dp_replicate * run.dp_shard * run.cp * run.tp * run.pp,
         "numbers are positive": all(value > 0 for value in numbers),
-        "hardware is known": run.hardware in {*known_hardware(), *WITHOUT_FILE},
+        "hardware is known": run.hardware in known_hardware(),
         "checkpointing is known": checkpoint in CHECKPOINTS
         or re.fullmatch(r"layers:\d+|ops:[a-z]+(\+[a-z]+)*", checkpoint) is not None,
         "tp divides the heads": model.n_kv_heads % run.tp == 0,
@@ -56,8 +55,6 @@ def test_enough_usable_runs_are_fitted_and_held_out() -> None:
 def test_model_flops_are_below_the_peak_of_the_device() -> None:
     """At least 4% and at most 90% of the peak: a misread number or shape is usually outside."""
     for run in RUNS:
-        if run.hardware in WITHOUT_FILE:
-            continue
         peaks = load_hardware(run.hardware).peak_tflops
         peak = peaks["fp8"] if run.fp8 != "none" else peaks["bf16"]
         model = MODELS[run.model].config
