@@ -9,7 +9,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,6 +29,9 @@ LOCAL = "local"
 PROCESS_GIB = 0.45
 """Memory of a CPU process and its libraries without tensors, measured by `bench.plan_search`."""
 
+
+PRODUCT_EXPONENT, ATTENTION_EXPONENT = 0.8, 0.5
+"""Rates follow the power limit to this power; sources: `Hardware.with_power_limit`."""
 
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
 NonNegative = Annotated[float, Ge(0), Lt(math.inf)]
@@ -59,7 +62,10 @@ class Hardware(ConfigSection):
             system, and only the time limits of the watchdog depend on it.
         price_per_hour: Per device, in `currency`; 0 if it is free, null if unknown.
         currency: Code of ISO 4217, such as EUR.
-        power_watts: Power limit of a device's board; null if unknown.
+        power_watts: Power limit of a device's board, at which the rates were measured; null if
+            unknown.
+        devices_per_pod: Devices that are connected without oversubscription; null: all.
+        oversubscription: By how much the network between pods is slower than inside of one.
         names: Regular expression for the device name in torch.cuda.
         capability: Compute capability of a GPU, as in 9.0. null: 9.0 if it has a rate for fp8, else
             8.0.
@@ -87,6 +93,8 @@ class Hardware(ConfigSection):
     names: str | None = None
     capability: Positive | None = None
     flash_attention_tflops: dict[str, Positive] = field(default_factory=dict)
+    devices_per_pod: PositiveInt | None = None
+    oversubscription: Annotated[float, Ge(1), Lt(math.inf)] = 1.0
     note: str | None = None
 
     @property
@@ -96,6 +104,35 @@ class Hardware(ConfigSection):
             return HOPPER if "fp8" in self.peak_tflops else BF16_CAPABILITY
         major, minor = divmod(round(10 * self.capability), 10)
         return major, minor
+
+    def with_power_limit(self, watts: float) -> "Hardware":
+        """Return the device with a lower power limit than that of its rates.
+
+        Matrix products are limited by power: at 500 W an H100 multiplies bf16 matrices of 8,192 at
+        585 TFLOP/s (github.com/pytorch/FBGEMM/pull/2546), at 700 W at 765
+        (github.com/NVIDIA/cutlass/issues/1662), a power of 0.8. Attention keeps the tensor cores
+        less busy; a power of 0.5 is assumed. Memory and links are not slower.
+
+        Raises:
+            ValueError: The limit is above `power_watts`, or that is not known.
+        """
+        if self.power_watts is None or watts > self.power_watts:
+            raise ValueError(
+                f"power_limit_watts={watts:g} is above the {self.power_watts} W of hardware "
+                f"{self.name}; use a lower limit, or null for none"
+            )
+        part = watts / self.power_watts
+
+        def scaled(rates: dict[str, float], exponent: float) -> dict[str, float]:
+            return {key: rate * part**exponent for key, rate in rates.items()}
+
+        return replace(
+            self,
+            power_watts=watts,
+            matrix_tflops=scaled(self.matrix_tflops, PRODUCT_EXPONENT),
+            attention_tflops=scaled(self.attention_tflops, ATTENTION_EXPONENT),
+            flash_attention_tflops=scaled(self.flash_attention_tflops, ATTENTION_EXPONENT),
+        )
 
 
 # ---------------------------------------------------------------- rules

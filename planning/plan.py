@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from model.flops import flops_per_token
+from planning.collectives import placement
 from planning.communicators import communicator_bytes
 from planning.hardware import Hardware
 from planning.host import GPU_PROCESS_GIB, host_bytes
 from planning.memory import GIB, MemoryBreakdown, step_memory
-from planning.speed import StepTime, ranks_per_device, span, step_time
+from planning.speed import THROUGHPUT_INTERVAL, StepTime, ranks_per_device, step_time
 from planning.step_spec import StepSpec
 
 SECONDS_PER_DAY = 86_400
@@ -135,8 +136,8 @@ def longest_part(seconds: Mapping[str, float]) -> str:
 
 def link(axis: str, spec: StepSpec, hardware: Hardware) -> str:
     """Return which link the groups of an axis use: inside a node or between nodes."""
-    reach, _ = span(axis, spec.mesh, hardware.devices_per_node)
-    return "inside a node" if reach <= hardware.devices_per_node else "between nodes"
+    where = placement(axis, spec.mesh, hardware.devices_per_node)
+    return "inside a node" if where.inside_node else "between nodes"
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,14 @@ class RunPlan:
             return rates[0]
         stages = zip(rates, self.stages, strict=True)
         return sum(rate * plan.seconds for rate, plan in stages) / self.seconds
+
+    @property
+    def tokens_per_second_interval(self) -> tuple[float, float] | None:
+        """Throughput in eight of ten runs on GPUs; None on CPU, for which none are published."""
+        if self.stages[0].spec.accelerator == "cpu":
+            return None
+        low, high = THROUGHPUT_INTERVAL
+        return low * self.tokens_per_second, high * self.tokens_per_second
 
 
 def plan_run(

@@ -95,7 +95,7 @@ def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
         *_nccl_rows(run),
         *_host_rows(config, run),
         ("bottleneck", run.bottleneck),
-        ("throughput", f"{run.tokens_per_second:,.0f} tokens/s"),
+        ("throughput", f"{run.tokens_per_second:,.0f} tokens/s{_throughput_interval(run)}"),
         ("per device", f"{run.tokens_per_second_per_device:,.0f} tokens/s"),
         ("", f"{run.tflops():.3g} TFLOP/s{mfu}"),
         ("tokens", f"{compact(run.tokens)} ({source})"),
@@ -112,6 +112,14 @@ def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
         rows.append(("note", hardware.note))
     limits = time_limits(config.watchdog, phase_seconds(run))
     return [*rows, ("time limits", str(limits))]
+
+
+def _throughput_interval(run: RunPlan) -> str:
+    """Return the interval of the throughput as text."""
+    interval = run.tokens_per_second_interval
+    if interval is None:
+        return ""
+    return " ({:,.0f} to {:,.0f} in eight of ten published runs)".format(*interval)
 
 
 def phase_seconds(run: RunPlan) -> PhaseSeconds:
@@ -299,6 +307,7 @@ def plan_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
         "bottleneck": run.bottleneck,
         "tokens": run.tokens,
         "tokens_per_second": run.tokens_per_second,
+        "tokens_per_second_interval": run.tokens_per_second_interval,
         "tokens_per_second_per_device": run.tokens_per_second_per_device,
         "tflops_per_device": run.tflops(),
         "mfu_causal": run.mfu(),

@@ -1,28 +1,51 @@
 """Closed forms of the duration of a training step.
 
-A matrix product takes the larger of its FLOPs at the rate of large products and its memory traffic;
-other operations take their memory traffic over the bandwidth of a copy; a collective takes the
-bytes of its ring algorithm (Patarasuk and Yuan 2009) over the slowest link it uses. On GPUs FSDP2
-overlaps communication with computation, and async TP half of that of tensor parallelism (a sixth
-with one sequence per micro-batch); all other communication is exposed. docs/planning.md reports the
-accuracy.
+A matrix product takes its FLOPs at the rate of large products, plus the part of its memory traffic
+that prologue and epilogue do not overlap. Attention takes the rate of its kernel, other operations
+their memory traffic over the bandwidth of a copy, and collectives the time of a ring
+(`planning.collectives`). FSDP2 overlaps with the computation of the same pass, async TP with the
+products next to it; other communication is exposed. Where the host issues kernels more slowly than
+the device runs them, the device waits. docs/planning.md reports the accuracy.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from parallel.mesh import AXES, MeshShape
-from parallel.traffic import Collective, block_matrices, root_matrices
+from parallel.traffic import block_matrices, root_matrices
+from planning.exposed import exposed_communication
+from planning.frameworks import DEFAULT, FRAMEWORKS
 from planning.hardware import Hardware
 from planning.step_spec import DTYPE_BYTES, StepSpec
 
-MATMUL_EFFICIENCY = 0.80
-"""Rate of matrix products inside a step relative to large products alone, due to lower clocks and
-wave quantization. Fitted to published runs that the back-tests exclude."""
+THROUGHPUT_INTERVAL = (0.84, 1.12)
+"""Published tokens/s relative to the plan, of eight in ten runs on GPUs to which no constant was
+fitted (tests/planning/test_planning_back_tests.py)."""
 
-OVERLAP_SLOWDOWN = 0.10
-"""Slowdown of the computation by overlapped communication, as a fraction of the latter's time."""
+LARGE_PRODUCT = 8192
+"""Size of the square products whose rate the hardware files have (`planning.calibration`)."""
+
+EXPOSED_TRAFFIC = 0.5
+"""Part of a product's memory traffic that its tiles do not overlap: the first loads and the writes.
+Narrow products have little to overlap it with. torchao's table of linear layers on an H100
+gives 0.4 to 0.65 (github.com/pytorch/ao/pull/2185: 527 TFLOP/s at a width of 1,280, 585 at
+7,168)."""
+
+ROWWISE_RATE = 0.9
+"""Rate of fp8 products with one scale per row relative to one per tensor: most shapes reach 90% to
+100% (github.com/pytorch/pytorch/issues/147971)."""
+
+HALF_RATE_LENGTH = 350
+"""Sequence length at which attention reaches half its rate: the published rates of FlashAttention-2
+and -3 by length (arXiv:2407.08608, forward and backward) give 230 to 400."""
+
+FORWARD_ATTENTION = 0.26
+"""The forward's part of the time of attention: two of seven products, at a higher rate (same)."""
+
+EAGER_KERNELS, COMPILED_KERNELS = (45, 100), (15, 35)
+"""Kernels of a block's forward and backward."""
+EAGER_US, COMPILED_US, DTENSOR_US = 7.0, 4.0, 40.0
+"""Time of the host per kernel: dispatch and autograd, a compiled launch, and for DTensors."""
+FSDP_HOOKS_US = 400.0
+"""Time of the host per block and pass for FSDP2's gather and reduction."""
 
 FLOAT32 = 4  # bytes
 
@@ -34,6 +57,7 @@ class StepTime:
     Attributes:
         elementwise: All memory-bound operations: norms, RoPE, SiLU, casts, softmax, weight copies.
         exposed: Communication that is not overlapped, by axis.
+        host: Time in which the device waits for the host to launch kernels.
     """
 
     matrix: float
@@ -41,11 +65,12 @@ class StepTime:
     elementwise: float
     optimizer: float
     exposed: dict[str, float]
+    host: float = 0.0
 
     @property
     def total(self) -> float:
         compute = self.matrix + self.attention + self.elementwise
-        return compute + self.optimizer + sum(self.exposed.values())
+        return compute + self.optimizer + self.host + sum(self.exposed.values())
 
     def by_part(self) -> dict[str, float]:
         """Return the seconds of a step by the name of the part in reports."""
@@ -54,6 +79,7 @@ class StepTime:
             "attention": self.attention,
             "elementwise": self.elementwise,
             "optimizer": self.optimizer,
+            "waiting for the host": self.host,
             **{f"exposed communication, {axis}": time for axis, time in self.exposed.items()},
         }
 
@@ -70,8 +96,10 @@ def step_time(spec: StepSpec, hardware: Hardware) -> StepTime:
     micro = spec.micro_batches
     matrix, attention = micro * costs.matrix(), micro * costs.attention()
     elementwise = micro * costs.elementwise()
-    exposed = costs.exposed(spec.traffic(), matrix + attention + elementwise)
-    return StepTime(matrix, attention, elementwise, costs.optimizer(), exposed)
+    exposed = exposed_communication(spec, hardware, costs.sharing, costs.passes(), attention)
+    compute = matrix + attention + elementwise
+    host = max(0.0, micro * costs.host() - compute - sum(exposed.values()))
+    return StepTime(matrix, attention, elementwise, costs.optimizer(), exposed, host)
 
 
 class RankCosts:
@@ -79,6 +107,7 @@ class RankCosts:
 
     def __init__(self, spec: StepSpec, hardware: Hardware) -> None:
         self.spec, self.hardware = spec, hardware
+        self.framework = FRAMEWORKS[spec.framework]
         model, mesh = spec.model, spec.mesh
         tp = mesh.tp
         self.width, self.kv_width = model.dim // tp, model.n_kv_heads * model.head_dim // tp
@@ -87,63 +116,89 @@ class RankCosts:
         self.norm_tokens = self.tokens // tp if spec.parallel.sequence_parallel else self.tokens
         self.shards = mesh.dp_shard * mesh.cp
         self.sharing = ranks_per_device(spec, hardware)
-        self.efficiency = 1.0 if spec.accelerator == "cpu" else MATMUL_EFFICIENCY
+        self.on_gpu = spec.accelerator == "cuda"
+        self.efficiency = self.framework.efficiency if self.on_gpu else 1.0
         self.bandwidth = hardware.bandwidth_gb_s * 1e9 / self.sharing
-        block, root = block_matrices(model, tp), root_matrices(model, tp)
-        self.elements = model.n_layers * _elements(block) + _elements(root)
+        self.block = block_matrices(model, tp)
+        root = root_matrices(model, tp)
+        self.elements = model.n_layers * _elements(self.block) + _elements(root)
         self.fp8_elements = model.n_layers * _elements(spec.fp8_gathered)
 
     # ------------------------------------------------------------ per micro-batch
 
-    def recomputed(self) -> tuple[float, float]:
-        """Return the recomputed fractions of a block's matrix products and elementwise passes."""
+    def recomputed(self) -> tuple[float, float, float]:
+        """Return the recomputed fractions of a block's products, elementwise passes, attention."""
         mode = self.spec.parallel.activation_checkpoint
         if isinstance(mode, float):
-            return 1 - mode, 1 - mode
-        return {"none": (0.0, 0.0), "selective": (0.0, 1.0), "full": (1.0, 1.0)}[mode]
+            return 1 - mode, 1 - mode, 1 - mode
+        if mode == "selective":
+            return *self.framework.selective, 0.0
+        return (1.0, 1.0, 1.0) if mode == "full" else (0.0, 0.0, 0.0)
+
+    def passes(self) -> tuple[float, float]:
+        """Return the seconds of computation in the forward and in the backward."""
+        total = self.matrix() + self.attention() + self.elementwise()
+        products, others, _ = self.recomputed()
+        recomputation = (2 * products + others) / 3  # as a fraction of the forward
+        forward = total / (3 + recomputation)
+        return forward, total - forward
 
     def product(self, m: int, k: int, n: int, dtype: str) -> float:
         """Return the seconds of an (m, k) × (k, n) product.
 
         Hardware without fp8 emulates it in bf16, hardware without a rate of TF32 uses float32.
         """
-        size = 1 if dtype == "fp8" else DTYPE_BYTES[dtype.replace("tf32", "fp32")]
+        kind = "fp8" if dtype.startswith("fp8") else dtype
+        size = 1 if kind == "fp8" else DTYPE_BYTES[kind.replace("tf32", "fp32")]
         rates = self.hardware.matrix_tflops
         other = rates["fp32" if dtype == "tf32" else "bf16"]
-        rate = rates.get(dtype, other) * 1e12 * self.efficiency / self.sharing
-        moved = size * (m * k + k * n) + self.spec.param_bytes * m * n
-        return max(2 * m * k * n / rate, moved / self.bandwidth)
+        rate = rates.get(kind, other) * 1e12 / self.sharing
+        if dtype == "fp8_rowwise" and "fp8" in rates and self.on_gpu:
+            rate *= ROWWISE_RATE
+        moved = (size * (m * k + k * n) + self.spec.param_bytes * m * n) / self.bandwidth
+        flops = 2 * m * k * n
+        if not self.on_gpu:
+            return max(flops / rate, moved)
+        # The rate of large products includes their own exposed traffic.
+        large, own = 2 * LARGE_PRODUCT**3, (2 * size + self.spec.param_bytes) * LARGE_PRODUCT**2
+        per_flop = 1 / rate - EXPOSED_TRAFFIC * own / self.bandwidth / large
+        seconds = flops * max(per_flop, 0.5 / rate) + EXPOSED_TRAFFIC * moved
+        return max(seconds, moved) / self.efficiency
 
     def matrix(self) -> float:
         """Return the seconds of products: forward, two per product in backward, recomputation."""
         model, spec = self.spec.model, self.spec
-        dtype = "fp8" if spec.precision.fp8 is not None else spec.matrix_dtype
-        matrices = block_matrices(model, spec.mesh.tp)[:-2]  # without norms
+        fp8 = spec.precision.fp8
+        dtype = {None: spec.matrix_dtype, "tensorwise": "fp8", "rowwise": "fp8_rowwise"}[fp8]
+        matrices = self.block[:-2]  # without norms
         products = [self.product(self.tokens, k, n, dtype) for n, k in matrices]
         # w2's output is not needed, but a checkpoint recomputes until the last tensor is saved,
         # which torchao's fp8 layer does after its product.
-        repeats_w2 = dtype == "fp8" and not spec.parallel.compile
+        repeats_w2 = fp8 is not None and not spec.parallel.compile
         recomputed = sum(products if repeats_w2 else products[:-1])
         block = 3 * sum(products) + self.recomputed()[0] * recomputed
         head = self.product(self.tokens, model.dim, self.vocab, spec.matrix_dtype)
         return model.n_layers * block + 3 * head
 
     def attention(self) -> float:
-        """Return the seconds of attention; a third is the forward.
+        """Return the seconds of attention.
 
         Kernels that skip masked blocks do half the work; with a dense mask there are none (except
         for our bf16 backward on CPU, which is not counted).
         """
         model, spec = self.spec.model, self.spec
         tflops = self.hardware.attention_tflops[spec.precision.param]
-        if spec.attention == "varlen":
+        if spec.attention == "varlen" or spec.framework != DEFAULT:
             tflops = self.hardware.flash_attention_tflops.get(spec.flash_attention, tflops)
         rate = tflops * 1e12 / self.sharing
         heads = model.n_heads // spec.mesh.tp
         flops = 6 * self.tokens * heads * model.head_dim * spec.seq_len
         if spec.has_dense_mask:
             flops *= 2
-        return model.n_layers * flops / rate * (1 + self.recomputed()[0] / 3)
+        if self.on_gpu:
+            rate *= spec.seq_len / (spec.seq_len + HALF_RATE_LENGTH)
+        again = FORWARD_ATTENTION if self.on_gpu else 1 / 3
+        return model.n_layers * flops / rate * (1 + again * self.recomputed()[2])
 
     def elementwise(self) -> float:
         """Return the seconds of memory traffic outside matrix products."""
@@ -153,24 +208,58 @@ class RankCosts:
         hidden, ffn = self.norm_tokens * dim, self.tokens * self.ffn
         logits = self.tokens * self.vocab
         if spec.parallel.compile:  # fused: each input is read once, each output written once
-            forward = p * (8 * hidden + 2 * rope + 3 * ffn)
-            backward = p * (20 * hidden + 2 * rope + 6 * ffn)
+            forward: float = p * (8 * hidden + 2 * rope + 3 * ffn)
+            backward: float = p * (20 * hidden + 2 * rope + 6 * ffn)
             head = (3 * p + 2) * logits
         else:  # one pass per operation; RoPE is computed in float32 between casts
             rotation = (8 if p == 4 else 16 + 2 * p) * rope
             forward = p * (10 * hidden + 5 * ffn) + rotation
             backward = p * (21 * hidden + 9 * ffn) + rotation
             head = (4 * p + 40) * logits
+            if not self.framework.fused_norms:
+                # Two norms of a block: seven operations in float32 between casts, and their
+                # backward (torch.nn.functional.rms_norm before it was one kernel).
+                forward += 2 * (6 * p + 6 * FLOAT32) * hidden
+                backward += 2 * (10 * p + 12 * FLOAT32) * hidden
         added = spec.expanded_kv_heads - model.n_kv_heads
         if added:  # keys and values are read and written; their gradients are read and summed
             heads = (added + 2 * model.n_kv_heads) // spec.mesh.tp
             expansion = 2 * p * self.tokens * spec.mesh.cp * heads * model.head_dim
             forward, backward = forward + expansion, backward + expansion
-        if spec.precision.fp8 is not None:  # each operand is read for its scale, read and written
-            operands = 3 * (4 * self.tokens * dim + 3 * ffn)
-            backward += operands * (2 * p + 1)
+        if self.framework.merges_eagerly:  # of outputs, then of gradients of queries, keys, values
+            merged = (spec.mesh.cp - 1) * self.tokens * self.width
+            forward += (p + 9 * FLOAT32) * merged
+            backward += 3 * (p + 4 * FLOAT32) * merged
+        fp8_forward, fp8_backward = self.fp8_casts()
+        forward, backward = forward + fp8_forward, backward + fp8_backward
         moved = model.n_layers * (forward * (1 + self.recomputed()[1]) + backward) + head
         return (moved + self.weights()) / self.bandwidth
+
+    def fp8_casts(self) -> tuple[float, float]:
+        """Return the bytes moved to cast a block's operands, in the forward and in the backward.
+
+        Each product has its inputs and output gradients cast, in rows for one product and in
+        columns for the other. Separate kernels read a tensor for its scale and for each cast;
+        `tensorwise` shares the scale. `rowwise` finds the scales of rows in the same kernel, not
+        those of columns, and rescales the outputs of the backward (torchao's float8_ops.py).
+        Weights that are not gathered in fp8 are cast in each micro-batch.
+        """
+        spec, p = self.spec, self.spec.param_bytes
+        if spec.precision.fp8 is None:
+            return 0.0, 0.0
+        dim, tokens = spec.model.dim, self.tokens
+        inputs = tokens * (2 * dim + self.width + self.ffn)
+        gradients = tokens * (self.width + 2 * self.kv_width + 2 * self.ffn + 2 * dim)
+        weights = 0 if spec.fp8_gathered else _elements(self.block[:-2])
+        if self.framework.fused_casts:  # written by the kernel that computes the tensor
+            return inputs + weights * (p + 2), inputs + 2 * gradients
+        if spec.precision.fp8 == "tensorwise":
+            row, both = 2 * p + 1, 3 * p + 2
+            return row * (inputs + weights), (p + 1) * inputs + both * gradients
+        row, column = p + 1, 2 * p + 1  # bytes per element
+        rescaled = 2 * p * (inputs + _elements(self.block[:-2]))
+        forward = row * (inputs + weights)
+        return forward, column * (inputs + weights) + (row + column) * gradients + rescaled
 
     def weights(self) -> float:
         """Return the bytes moved to cast, gather and copy out weights and to sum gradients.
@@ -208,6 +297,22 @@ class RankCosts:
         copied = 0 if single_process else 2 * reduce
         return (cast + copied) * per_step + (p + 2 * reduce) * (1 - per_step)
 
+    def host(self) -> float:
+        """Return the seconds in which the host issues the kernels of a micro-batch on a GPU."""
+        spec = self.spec
+        if not self.on_gpu or self.framework.graphs:
+            return 0.0
+        (forward, backward), each = EAGER_KERNELS, EAGER_US
+        if spec.parallel.compile:
+            (forward, backward), each = COMPILED_KERNELS, COMPILED_US
+        elif spec.mesh.tp > 1:
+            each = DTENSOR_US
+        if not spec.parallel.compile:
+            forward_again = spec.parallel.activation_checkpoint != "none"
+            backward += forward * forward_again
+        hooks = 2 * FSDP_HOOKS_US if spec.mesh.world_size > 1 else 0
+        return spec.model.n_layers * ((forward + backward) * each + hooks) * 1e-6
+
     # ------------------------------------------------------------ per step
 
     def optimizer(self) -> float:
@@ -215,61 +320,6 @@ class RankCosts:
         moments = {"fp32": 16, "bf16": 8 + 24, "int8": 4 + 40}[self.spec.precision.optimizer_state]
         clipping, update = 3 * FLOAT32, 3 * FLOAT32 + moments
         return self.elements / self.shards * (clipping + update) / self.bandwidth
-
-    def exposed(self, traffic: Iterable[Collective], compute: float) -> dict[str, float]:
-        """Return the seconds of communication that is not overlapped, by axis.
-
-        FSDP2 communication overlaps with computation, except for any excess over it, the first
-        gather and the last reduction, and a mutual slowdown.
-        """
-        overlapped: dict[str, float] = defaultdict(float)
-        exposed: dict[str, float] = defaultdict(float)
-        on_cuda = self.spec.accelerator == "cuda"
-        for each in traffic:
-            fsdp = each.part in ("weights", "gradients") and each.axis != "tp"
-            target = overlapped if on_cuda and fsdp else exposed
-            target[each.axis] += self.collective(each)
-        if self.spec.parallel.async_tp and "tp" in exposed:
-            # Overlapped with the products before a scatter or after a gather: of a block's 8
-            # collectives the compiler fuses 6, with one sequence 2 (tests/cuda).
-            exposed["tp"] *= 1 / 2 if self.spec.micro_batch_size > 1 else 5 / 6
-        total = sum(overlapped.values())
-        if total:
-            ends = 1 / (self.spec.model.n_layers * self.spec.micro_batches)
-            remaining = max(total - compute, total * ends) + OVERLAP_SLOWDOWN * min(total, compute)
-            for axis, seconds in overlapped.items():
-                exposed[axis] += remaining * seconds / total
-        return dict(exposed)
-
-    def collective(self, each: Collective) -> float:
-        """Return the seconds of all `count` collectives."""
-        hardware = self.hardware
-        reach, ranks_per_node = span(each.axis, self.spec.mesh, hardware.devices_per_node)
-        speed, latency = hardware.link_gb_s, hardware.link_latency_us
-        if reach > hardware.devices_per_node:
-            # One ring per network adapter of the group's ranks in a node.
-            speed = min(speed, hardware.network_gb_s * ranks_per_node)
-            latency = hardware.network_latency_us
-        sending = float(each.sent) * self.sharing / (speed * 1e9)
-        return sending + each.count * latency * 1e-6
-
-
-def span(axis: str, mesh: MeshShape, devices_per_node: int) -> tuple[int, int]:
-    """Return the distance from first to last rank of a group, and its number of ranks per node.
-
-    Consecutive ranks share a node; tp is the innermost axis.
-
-    Args:
-        axis: Axes of the group, joined by "+".
-    """
-    axes = axis.split("+")
-    stride, reach, ranks_per_node = 1, 1, 1
-    for name, size in zip(reversed(AXES), reversed(mesh.sizes), strict=True):
-        if name in axes:
-            reach = stride * size
-            ranks_per_node *= max(min(size, devices_per_node // stride), 1)
-        stride *= size
-    return reach, ranks_per_node
 
 
 def _elements(matrices: list[tuple[int, int]]) -> int:

@@ -33,6 +33,7 @@ class StepSpec:
         prefetch: Steps that the loader reads ahead; None: batches are not counted.
         capability: Compute capability of a GPU.
         flash_attention: Version of FlashAttention that `varlen` runs: FA2, FA3 or FA4.
+        framework: Training framework, a key of `planning.frameworks.FRAMEWORKS`.
     """
 
     model: ModelConfig
@@ -48,6 +49,7 @@ class StepSpec:
     prefetch: int | None = None
     capability: tuple[int, int] = (9, 0)
     flash_attention: str = "FA2"
+    framework: str = "llamesh"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parallel", self.parallel.resolved(self.accelerator))
