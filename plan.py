@@ -26,7 +26,15 @@ from planning.time_limits import limit_warnings
 
 PLANNER_KEYS = (
     *("hardware", "devices", "tokens", "device_mtbf_days", "restart_seconds"),
-    *("flash_attention_impl", "trace", "search", "calibrate", "output"),
+    *(
+        "flash_attention_impl",
+        "framework",
+        "power_limit_watts",
+        "trace",
+        "search",
+        "calibrate",
+        "output",
+    ),
 )
 """Keys that `train.py` does not have."""
 
@@ -54,7 +62,7 @@ def plan(config: PlanJobConfig) -> bool:
         from planning.tracing import trace_memory
     choice = configured_choice(config, config.mesh)
     stages = config.request.stages(choice)
-    run = plan_run(stages, config.hardware, trace_memory if config.trace else None)
+    run = plan_run(stages, config.device, trace_memory if config.trace else None)
     console = Console(enabled=True)
     report.print_plan(console, config, run)
     record = report.plan_record(config, run)
@@ -72,7 +80,7 @@ def search(config: PlanJobConfig, arguments: list[str]) -> bool:
     from planning import report
     from training.console import Console
 
-    result = search_choices(config.request, config.n_devices, config.hardware)
+    result = search_choices(config.request, config.n_devices, config.device)
     console = Console(enabled=True)
     commands = [train_command(choice, arguments) for choice, _ in result.best]
     report.print_search(console, config, result, commands)
@@ -105,7 +113,7 @@ def _warn(config: PlanJobConfig, run: RunPlan) -> None:
 
 
 def _remedy(config: PlanJobConfig, current: Choice | None = None) -> str:
-    hardware, devices = config.hardware, config.n_devices
+    hardware, devices = config.device, config.n_devices
     limit_of = partial(memory_limit, hardware=hardware)
     found = remedy(config.request, limit_of, devices, hardware.devices_per_node, current)
     return f"Does not fit on {devices} × {hardware.name}: {found}"

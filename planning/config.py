@@ -9,6 +9,7 @@ from model.config import ModelConfig
 from model.config_base import PositiveInt
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, resolve_mesh
+from planning.frameworks import FRAMEWORKS
 from planning.hardware import Hardware, Positive, contradictions
 from planning.request import PlanRequest
 from training.config import JobConfig, TrainConfig
@@ -24,11 +25,19 @@ class PlanJobConfig(JobConfig):
     tokens: PositiveInt | None
     device_mtbf_days: Positive
     restart_seconds: Positive | None
-    flash_attention_impl: Literal["FA2", "FA3", "FA4"]
+    flash_attention_impl: Literal["FA2", "FA3", "FA4", "cuDNN", "Triton"]
+    framework: str
+    power_limit_watts: Positive | None
     trace: bool
     search: bool
     calibrate: bool
     output: str | None
+
+    @property
+    def device(self) -> Hardware:
+        """The hardware with its power limit."""
+        limit = self.power_limit_watts
+        return self.hardware if limit is None else self.hardware.with_power_limit(limit)
 
     @property
     def n_devices(self) -> int:
@@ -50,7 +59,12 @@ class PlanJobConfig(JobConfig):
         hardware = self.hardware
         capability, tokens = hardware.compute_capability, self.token_budget
         return PlanRequest(
-            self, hardware.accelerator, tokens, capability, self.flash_attention_impl
+            self,
+            hardware.accelerator,
+            tokens,
+            capability,
+            self.flash_attention_impl,
+            self.framework,
         )
 
 
@@ -124,4 +138,24 @@ def planned_mesh_errors(
     ]
 
 
-PLAN_RULES = (hardware_errors, flash_attention_errors, planned_mesh_errors)
+def framework_errors(framework: str) -> Iterator[str]:
+    """Yield an error for a framework that is not modelled."""
+    if framework not in FRAMEWORKS:
+        yield f"framework={framework} is not known; use {', '.join(FRAMEWORKS)}"
+
+
+def power_limit_errors(power_limit_watts: float | None, hardware: Hardware) -> Iterator[str]:
+    """Yield an error for a limit that does not lower that of the hardware file."""
+    most = hardware.power_watts
+    if power_limit_watts is not None and (most is None or power_limit_watts > most):
+        known = "has no power_watts" if most is None else f"has {most:g} W"
+        yield (
+            f"power_limit_watts={power_limit_watts:g} needs a higher limit to start from, but "
+            f"hardware {hardware.name} {known}; use a lower limit or power_limit_watts=null"
+        )
+
+
+PLAN_RULES = (
+    *(hardware_errors, flash_attention_errors, framework_errors, power_limit_errors),
+    planned_mesh_errors,
+)

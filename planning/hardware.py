@@ -113,14 +113,10 @@ class Hardware(ConfigSection):
         (github.com/NVIDIA/cutlass/issues/1662), a power of 0.8. Attention keeps the tensor cores
         less busy; a power of 0.5 is assumed. Memory and links are not slower.
 
-        Raises:
-            ValueError: The limit is above `power_watts`, or that is not known.
+        Args:
+            watts: At most `power_watts`, which must be known.
         """
-        if self.power_watts is None or watts > self.power_watts:
-            raise ValueError(
-                f"power_limit_watts={watts:g} is above the {self.power_watts} W of hardware "
-                f"{self.name}; use a lower limit, or null for none"
-            )
+        assert self.power_watts is not None and watts <= self.power_watts
         part = watts / self.power_watts
 
         def scaled(rates: dict[str, float], exponent: float) -> dict[str, float]:
@@ -128,6 +124,7 @@ class Hardware(ConfigSection):
 
         return replace(
             self,
+            name=f"{self.name} at {watts:g} W",
             power_watts=watts,
             matrix_tflops=scaled(self.matrix_tflops, PRODUCT_EXPONENT),
             attention_tflops=scaled(self.attention_tflops, ATTENTION_EXPONENT),

@@ -40,7 +40,7 @@ def print_plan(console: Console, config: PlanJobConfig, run: RunPlan) -> None:
     spec, full = run.stages[0].spec, run.fullest
     stages = list(zip(_stage_names(run), run.stages, strict=True))
     console.header(
-        f"Plan: {config.model.name} on {spec.mesh.world_size} × {config.hardware.name}",
+        f"Plan: {config.model.name} on {spec.mesh.world_size} × {config.device.name}",
         [
             ("mesh", str(spec.mesh)),
             *((name or "batch", _batch(stage)) for name, stage in stages),
@@ -101,7 +101,7 @@ def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
         ("tokens", f"{compact(run.tokens)} ({source})"),
         ("duration", duration(run.seconds) if run.seconds >= 1 else "under a second"),
     ]
-    hardware = config.hardware
+    hardware = config.device
     if run.cost is not None and hardware.price_per_hour is not None:
         price = in_currency(f"{hardware.price_per_hour:g}", hardware.currency)
         rows.append(("cost", f"{money(run.cost, hardware.currency)} at {price} per device-hour"))
@@ -170,7 +170,7 @@ def _failure_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
         (
             "failures",
             f"one in {time_text(times.mtbf_seconds)} on {plan.n_devices:,} × "
-            f"{config.hardware.name} (device_mtbf_days={config.device_mtbf_days:g})",
+            f"{config.device.name} (device_mtbf_days={config.device_mtbf_days:g})",
         ),
         ("restart", f"{times.restart_seconds:,.0f} s ({restart})"),
         ("goodput", f"{_goodput(planned)}; best {best.productive:.1%}"),
@@ -210,7 +210,7 @@ def print_search(
 ) -> None:
     """Print the fastest choices with their commands, and why the rest were rejected."""
     console.header(
-        f"Search: {config.model.name} on {config.n_devices} × {config.hardware.name}",
+        f"Search: {config.model.name} on {config.n_devices} × {config.device.name}",
         [("candidates", f"{result.candidates:,}"), ("fitting", f"{result.fitting:,}")],
     )
     if result.best:
@@ -298,7 +298,9 @@ def plan_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "model": config.model.name,
-        "hardware": config.hardware.name,
+        "hardware": config.device.name,
+        "power_limit_watts": config.power_limit_watts,
+        "framework": config.framework,
         "devices": spec.mesh.world_size,
         "precision": asdict(spec.precision),
         "compile": spec.parallel.compile,
@@ -381,7 +383,7 @@ def search_record(
     return {
         "schema_version": SCHEMA_VERSION,
         "model": config.model.name,
-        "hardware": config.hardware.name,
+        "hardware": config.device.name,
         "devices": config.n_devices,
         "candidates": result.candidates,
         "fitting": result.fitting,
@@ -423,7 +425,7 @@ def write(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, f"{strict_json(record, indent=1)}\n".encode())
         if bars:
-            title = f"{config.model.name} on {config.n_devices:,} × {config.hardware.name}"
+            title = f"{config.model.name} on {config.n_devices:,} × {config.device.name}"
             plot_memory(bars, limit, image, f"{title}, {mesh}" if mesh else title)
     except OSError as error:
         problem = write_problem(error, path.parent)

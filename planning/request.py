@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 
 from parallel.config import ParallelConfig
 from parallel.mesh import AXES, MeshShape
+from planning.frameworks import DEFAULT
 from planning.step_spec import StepSpec, resolved_precision
 from training.config import JobConfig, TrainConfig
 from training.config_rules import (
@@ -66,6 +67,7 @@ class PlanRequest:
         tokens: Number of training tokens.
         capability: Compute capability of the GPUs.
         flash_attention: Version of FlashAttention that is installed where the run runs.
+        framework: Key of `planning.frameworks.FRAMEWORKS`.
     """
 
     def __init__(
@@ -75,9 +77,11 @@ class PlanRequest:
         tokens: int,
         capability: tuple[int, int] = HOPPER,
         flash_attention: str = "FA2",
+        framework: str = DEFAULT,
     ) -> None:
         self.config, self.accelerator, self.tokens = config, accelerator, tokens
         self.capability, self.flash_attention = capability, flash_attention
+        self.framework = framework
         self.precision = resolved_precision(config.precision, accelerator, capability)
 
     def with_synchronous_saves(self) -> tuple["PlanRequest", str] | None:
@@ -135,6 +139,7 @@ class PlanRequest:
                 accelerator="cuda" if self.accelerator == "cuda" else "cpu",
                 capability=self.capability,
                 flash_attention=self.flash_attention,
+                framework=self.framework,
                 seq_len=stage.seq_len,
                 global_batch_size=batch_size,
                 micro_batch_size=stage.micro_batch_size or batch_size // mesh.dp,

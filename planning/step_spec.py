@@ -11,6 +11,7 @@ from model.config import ModelConfig, attention_kernel
 from parallel.config import BF16_CAPABILITY, ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
 from parallel.traffic import Collective, Step, block_matrices, step_traffic
+from planning.frameworks import DEFAULT
 
 HEAD_CHUNK = 2048
 """Tokens per chunk of logits; equals `model.loss.CHUNK`, which importing would load torch."""
@@ -49,7 +50,7 @@ class StepSpec:
     prefetch: int | None = None
     capability: tuple[int, int] = (9, 0)
     flash_attention: str = "FA2"
-    framework: str = "llamesh"
+    framework: str = DEFAULT
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parallel", self.parallel.resolved(self.accelerator))

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from planning.activations import batch_bytes
 from planning.fit_check import plan_request
 from planning.hardware import FOLDER, load_hardware
 from planning.request import configured_choice
-from planning.speed import step_time
+from planning.speed import RankCosts, step_time
 from planning.step_spec import StepSpec
 from training import flash_attention
 
@@ -146,3 +146,83 @@ def test_plan_of_a_run_uses_the_installed_flash_attention(
     mesh, processes = MeshShape(1, 1, 1, 1), Processes("cuda", 1, 1, "self", (9, 0))
     request, choice = plan_request(config, processes, mesh)
     assert {spec.flash_attention for spec, _ in request.stages(choice)} == {installed}
+
+
+def planned_config(*overrides: str) -> Any:
+    words = plan_arguments(["experiment=h100x8_8b", *overrides])
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return load_plan_config(compose("plan", words))
+
+
+def test_power_limit_slows_computation_but_not_memory_and_links() -> None:
+    """As measured for bf16 products: 585 TFLOP/s at 500 W, 765 at 700 W."""
+    full, limited = planned_config().device, planned_config("power_limit_watts=500").device
+    ratio = limited.matrix_tflops["bf16"] / full.matrix_tflops["bf16"]
+    assert ratio == pytest.approx(585 / 765, rel=0.01)
+    assert limited.attention_tflops["bf16"] < full.attention_tflops["bf16"]
+    assert (limited.bandwidth_gb_s, limited.link_gb_s) == (full.bandwidth_gb_s, full.link_gb_s)
+    assert limited.power_watts == 500
+
+
+def test_framework_of_a_plan_changes_its_steps() -> None:
+    config = planned_config("framework=nemo")
+    [(spec, _)] = config.request.stages(configured_choice(config, config.mesh))
+    assert spec.framework == "nemo"
+    assert step_time(spec, config.device) != step_time(
+        replace(spec, framework="llamesh"), config.device
+    )
+
+
+def narrow(model: ModelConfig, tp: int) -> StepSpec:
+    """Return a step on a GPU whose products are `tp` times narrower."""
+    return StepSpec(
+        model=model,
+        mesh=MeshShape(1, 1, 1, tp),
+        parallel=ParallelConfig(compile=True),
+        precision=PrecisionConfig("bf16", "fp32"),
+        accelerator="cuda",
+        seq_len=8192,
+        global_batch_size=2,
+        micro_batch_size=2,
+    )
+
+
+def test_narrow_products_are_slower_than_large_ones() -> None:
+    """A product of an eighth of the width takes more than an eighth of the time."""
+    model = ModelConfig("8b", 4096, 32, 32, 8, 14336, 128256)
+    hardware = load_hardware("h100")
+    seconds = [step_time(narrow(model, tp), hardware).matrix for tp in (1, 8)]
+    assert 1.1 < 8 * seconds[1] / seconds[0] < 1.6
+
+
+def test_large_product_alone_has_the_rate_of_the_hardware_file() -> None:
+    model = ModelConfig("8b", 4096, 32, 32, 8, 14336, 128256)
+    costs = RankCosts(narrow(model, 1), load_hardware("h100"))
+    costs.efficiency = 1.0
+    for dtype in ("bf16", "fp8"):
+        rate = 2 * 8192**3 / costs.product(8192, 8192, 8192, dtype) / 1e12
+        assert rate == pytest.approx(load_hardware("h100").matrix_tflops[dtype], rel=0.01)
+
+
+def test_small_eager_steps_wait_for_the_host() -> None:
+    small = replace(narrow(ModelConfig("1b", 2048, 16, 32, 8, 8192, 128256), 1), seq_len=256)
+    eager = replace(small, parallel=replace(small.parallel, compile=False))
+    hardware = load_hardware("h100")
+    assert step_time(eager, hardware).host > step_time(small, hardware).host
+    large = replace(eager, seq_len=8192)
+    assert step_time(large, hardware).host == 0
+
+
+def test_rowwise_fp8_is_slower_than_tensorwise() -> None:
+    """By 10% in Llama 3 8B on 8 H100 (github.com/pytorch/torchtitan/pull/808: 6,468 and 7,186)."""
+    model = ModelConfig("8b", 4096, 32, 32, 8, 14336, 128256)
+    spec = replace(narrow(model, 1), mesh=MeshShape(1, 8, 1, 1), global_batch_size=8)
+    spec = replace(spec, micro_batch_size=1, framework="torchtitan")
+    hardware = load_hardware("h100").with_power_limit(500)
+    seconds = {}
+    for fp8 in ("tensorwise", "rowwise"):
+        parallel = replace(spec.parallel, activation_checkpoint="selective")
+        precision = PrecisionConfig("bf16", "fp32", fp8=cast(Any, fp8))
+        step = replace(spec, parallel=parallel, precision=precision)
+        seconds[fp8] = step_time(step, hardware).total
+    assert seconds["tensorwise"] / seconds["rowwise"] == pytest.approx(6468 / 7186, abs=0.04)
