@@ -103,7 +103,7 @@ def set_up(
     import torch
 
     from model.llama import Llama
-    from planning.fit_check import watchdog_limits
+    from planning.fit_check import plan_comparison, watchdog_limits
     from resilience.launch import launch
     from resilience.loss_monitor import AsyncStatsReader, LossMonitor
     from training.console import Console
@@ -153,6 +153,7 @@ def set_up(
         monitor=LossMonitor(config.faults, len(position.rewinds), position.monitor_state),
         replica_check=build_replica_check(config, mesh, llama, adamw),
         lock=lock,
+        comparison=plan_comparison(config, processes, mesh) if first else None,
     )
     run.open_logs(changes)
     watchdog.on_abort = partial(record_fault, run)

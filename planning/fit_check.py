@@ -22,6 +22,7 @@ from resilience.gpu_probe import own_gpu
 from training.config import JobConfig
 from training.config_rules import HOPPER
 from training.config_validation import ConfigError
+from training.plan_comparison import PlanComparison, PlannedStep
 
 CONTEXT_GIB = 0.5
 """Memory of the CUDA context on GPUs without a hardware file."""
@@ -80,6 +81,25 @@ def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str 
     if config.run.plan_check == "refuse":
         raise ConfigError([f"{message}, or run.plan_check=warn to start anyway"])
     return "\n".join([message, *lines])
+
+
+def plan_comparison(
+    config: JobConfig, processes: Processes, mesh: MeshShape
+) -> PlanComparison | None:
+    """Return the plan that a run is compared with; None on unknown hardware or without a check."""
+    hardware, _ = this_machine(processes)
+    if hardware is None or config.run.plan_check == "off":
+        return None
+    request, choice = plan_request(config, processes, mesh)
+    run = plan_run(request.stages(choice), hardware)
+    process_gib = PROCESS_GIB if processes.accelerator == "cpu" else 0
+    steps = {
+        (plan.spec.seq_len, plan.spec.global_batch_size): PlannedStep(
+            plan.time.total, plan.tokens_per_second, plan.memory.peak / GIB + process_gib
+        )
+        for plan in run.stages
+    }
+    return PlanComparison(steps, plan_failures(config.checkpoint, run).interruptions.stall_seconds)
 
 
 def watchdog_limits(config: JobConfig, processes: Processes, mesh: MeshShape) -> TimeLimits:

@@ -30,8 +30,8 @@ from planning import fit_check, report
 from planning.communicators import COMMUNICATOR_BYTES, n_communicators
 from planning.config import PlanJobConfig
 from planning.fake_model import fake_model
-from planning.fit_check import check_plan, machine_memory
-from planning.hardware import load_hardware
+from planning.fit_check import check_plan, machine_memory, plan_comparison
+from planning.hardware import PROCESS_GIB, load_hardware
 from planning.memory import GIB, PARTS, step_memory
 from planning.plan import Plan, RunPlan, capacity, link, memory_limit, plan_run
 from planning.request import SEARCHED, Choice, PlanRequest, configured_choice
@@ -698,6 +698,28 @@ def test_gpu_memory_is_queried_and_known_devices_have_a_speed(
     assert f"of {79.5 - nccl:.2f} GiB per rank (fits)" in unknown and "tokens/s" not in unknown
     with pytest.raises(ConfigError, match=r"\(does not fit\)"):
         check_on("Some Card", 12)
+
+
+@pytest.mark.parametrize("hardware", ["cpu", None])
+def test_run_is_compared_with_its_plan_on_known_hardware(
+    hardware: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = None if hardware is None else load_hardware(hardware)
+    monkeypatch.setattr(fit_check, "this_machine", lambda _: (known, 2**34))
+    stages = "data.stages=[{from_sample:64,seq_len:128}]"
+    config = trained("train.seq_len=64", "train.max_steps=100", stages)
+    found = plan_comparison(config, ONE_PROCESS, ONE_RANK)
+    assert plan_comparison(trained("run.plan_check=off"), ONE_PROCESS, ONE_RANK) is None
+    if hardware is None:
+        assert found is None
+        return
+    assert found is not None and found.planned_stall > 0
+    run = run_of(planned("hardware=cpu", "train.seq_len=64", "train.max_steps=100", stages))
+    for plan in run.stages:
+        step = found.steps[plan.spec.seq_len, plan.spec.global_batch_size]
+        assert step.seconds == plan.time.total
+        # The resident set of a process includes its libraries.
+        assert step.peak_memory_gib == pytest.approx(plan.memory.peak / GIB + PROCESS_GIB)
 
 
 def test_train_prints_memory_plan_and_rejects_a_run_that_does_not_fit(

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from training.plan_comparison import MEASURED_STEPS
+
 
 class Clock:
     """Accumulate the seconds spent in steps, waiting for data within them, and in stalls.
@@ -21,9 +23,13 @@ class Clock:
 
     Args:
         device_type: On `cuda`, a wait for data counts only while the device has no work.
+
+    Attributes:
+        newest_steps: Seconds of each of the newest steps, on a GPU with the delay above.
     """
 
     def __init__(self, device_type: str = "cpu") -> None:
+        self.newest_steps: deque[float] = deque(maxlen=MEASURED_STEPS)
         self._steps, self._seconds, self._data_wait_seconds = 0, 0.0, 0.0
         self._data_waits: deque[tuple[Any, Any]] = deque()  # start and end, not yet added up
         self._timestamp = _cuda_event if device_type == "cuda" else time.perf_counter
@@ -34,8 +40,10 @@ class Clock:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Time one step, up to the arrival of the statistics that are due."""
+        before = self._seconds
         with self.drain():
             yield
+        self.newest_steps.append(self._seconds - before)
         self._steps += 1
         # The newest wait may still be in the device's queue.
         self._add_data_waits(len(self._data_waits) - 1)

@@ -17,6 +17,7 @@ from training.clock import Clock
 from training.config import JobConfig
 from training.config_validation import plain
 from training.garbage import GarbageCollector
+from training.plan_comparison import PlanComparison, comparison_text
 from training.resume_policy import Changes
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Run:
         lock, event_log, metrics: On rank 0 only.
         replica_check, stragglers: With several processes.
         throttling: On a GPU, from the first logged step on.
+        comparison: On rank 0, on hardware that the planner knows.
         n_reruns: Bad steps that were recomputed on other ranks.
         first_step_done: Whether this launch has completed a step.
         save_failed: Whether the last save failed.
@@ -78,6 +80,7 @@ class Run:
     event_log: "EventLog | None" = None
     metrics: "MetricsLog | None" = None
     throttling: "Throttling | None" = None
+    comparison: PlanComparison | None = None
     stragglers: "StragglerMonitor | None" = None
     n_reruns: int = 0
     first_step_done: bool = False
@@ -166,6 +169,8 @@ class Run:
         for result in self.saver.poll():
             failed_before, self.save_failed = self.save_failed, result.error is not None
             self.requests.record_save(result.write_seconds)
+            if self.comparison is not None:
+                self.comparison.save_stall_seconds = result.stall_seconds
             seconds, write_seconds = round(result.stall_seconds, 3), round(result.write_seconds, 3)
             fields = {"step": result.step, "seconds": seconds, "write_seconds": write_seconds}
             if result.error is None:
@@ -263,9 +268,15 @@ class Run:
         with self.optional("the throughput"):
             throughput = build_throughput(self.config, self.mesh, self.fabric.device, stage.seq_len)
             metrics |= throughput.metrics(tokens, seconds, data_wait_seconds, steps)
+        compared: dict[str, float] = {}
+        if self.comparison is not None:
+            compared = self.comparison.fields(stage, steps, self.clock.newest_steps)
+            metrics |= compared
         self.last_metrics |= metrics
         with self.optional("metrics on the console"):
             self.console.log(metrics)
+            if compared:
+                self.console.note(comparison_text(metrics, stage))
         if self.metrics is not None:
             with self.optional("metrics"):
                 self.metrics.write(metrics)
