@@ -119,7 +119,7 @@ def _throughput_interval(run: RunPlan) -> str:
     interval = run.tokens_per_second_interval
     if interval is None:
         return ""
-    return " ({:,.0f} to {:,.0f} in eight of ten published runs)".format(*interval)
+    return " (80% interval: {:,.0f} to {:,.0f})".format(*interval)
 
 
 def phase_seconds(run: RunPlan) -> PhaseSeconds:
