@@ -15,8 +15,8 @@ class Framework:
     Attributes:
         efficiency: Rate of computation inside a step relative to single operations, which run at
             higher clocks and without the host's gaps. Fitted.
-        selective: Recomputed fractions of a block's matrix products and elementwise operations
-            under selective checkpointing.
+        selective: Recomputed fractions of a block's matrix products, elementwise operations and
+            attention under selective checkpointing.
         fused_norms: RMSNorm is one kernel each way, also where blocks are not compiled.
         fused_casts: Casts to fp8 are part of the kernels that write their input.
         tp_gathers: All-gathers of the hidden states in a block's forward under tensor parallelism:
@@ -32,7 +32,7 @@ class Framework:
     """
 
     efficiency: float
-    selective: tuple[float, float] = (0.0, 1.0)
+    selective: tuple[float, float, float] = (0.0, 1.0, 0.0)
     fused_norms: bool = True
     fused_casts: bool = False
     tp_gathers: int = 2
@@ -48,7 +48,7 @@ class Framework:
 # fp8 casts before the all-gathers of tensor parallelism (torchao's Float8ColwiseParallel).
 _TORCHTITAN = Framework(
     0.81,
-    selective=(0.5, 1.0),
+    selective=(0.5, 1.0, 0.0),
     fused_norms=False,
     fp8_tp_gather=True,
     ring_attention=True,
@@ -76,6 +76,8 @@ FRAMEWORKS = {
     ),
     "llm-foundry": Framework(0.86, whole_logits=True),
     "internevo": Framework(0.81, whole_logits=True),
+    # XLA with Transformer Engine's attention; saves the projections of attention.
+    "maxtext": Framework(0.86, (0.8, 1.0, 1.0), fused_casts=True, graphs=True, whole_logits=True),
     # C++ and CUDA.
     "llmq": Framework(1.07, fused_casts=True, graphs=True),
 }

@@ -132,7 +132,7 @@ class RankCosts:
         if isinstance(mode, float):
             return 1 - mode, 1 - mode, 1 - mode
         if mode == "selective":
-            return *self.framework.selective, 0.0
+            return self.framework.selective
         return (1.0, 1.0, 1.0) if mode == "full" else (0.0, 0.0, 0.0)
 
     def passes(self) -> tuple[float, float]:
