@@ -78,6 +78,8 @@ FRAMEWORKS = {
     "internevo": Framework(0.81, whole_logits=True),
     # XLA with Transformer Engine's attention; saves the projections of attention.
     "maxtext": Framework(0.86, (0.8, 1.0, 1.0), fused_casts=True, graphs=True, whole_logits=True),
+    # The same compiler.
+    "paxml": Framework(0.81, (0.0, 1.0, 1.0), fused_casts=True, graphs=True, whole_logits=True),
     # C++ and CUDA.
     "llmq": Framework(1.07, fused_casts=True, graphs=True),
 }

@@ -7,6 +7,7 @@ from published_runs import MODELS, REPORTS, PublishedRun
 
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
+from planning.frameworks import FRAMEWORKS
 from planning.hardware import Hardware, known_hardware, load_hardware
 from planning.plan import Plan
 from planning.step_spec import StepSpec
@@ -31,6 +32,24 @@ def checkpoint_of(run: PublishedRun) -> Any:
     if mode == "op" or mode.startswith("ops:"):
         return "selective"
     return {"every_2nd_layer": 0.5}.get(mode, mode)
+
+
+def framework_of(run: PublishedRun) -> str:
+    """Return the framework; a variant that recomputes what the run does is added if needed."""
+    name = REPORTS[run.report].framework
+    mode = run.activation_checkpoint or ""
+    if not mode.startswith("ops:"):
+        return name
+    parts = mode.removeprefix("ops:").split("+")
+    published, model = MODELS[run.model], MODELS[run.model].config
+    square, ffn = model.dim * model.dim, model.dim * model.ffn_dim
+    wi = 3 * ffn * (published.ffn_matrices - 1) / published.ffn_matrices
+    elements = {"wi": wi, "ffn": wi, "wo": square}  # the last product of a block is not needed
+    all_elements = 2 * square + 2 * square * model.n_kv_heads / model.n_heads + 2 * ffn
+    products = sum(elements.get(part, 0) for part in parts) / all_elements
+    selective = (products, 1.0, float("attention" in parts))
+    FRAMEWORKS[f"{name} {mode}"] = replace(FRAMEWORKS[name], selective=selective)
+    return f"{name} {mode}"
 
 
 def step_of(run: PublishedRun) -> StepSpec:
@@ -61,7 +80,7 @@ def step_of(run: PublishedRun) -> StepSpec:
         micro_batch_size=run.micro_batch_size,
         document_mask=False,
         flash_attention=KERNELS[run.attention],
-        framework=REPORTS[run.report].framework,
+        framework=framework_of(run),
     )
 
 
