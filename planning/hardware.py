@@ -116,7 +116,7 @@ class Hardware(ConfigSection):
         Args:
             watts: At most `power_watts`, which must be known.
         """
-        assert self.power_watts is not None and watts <= self.power_watts
+        assert self.power_watts is not None
         part = watts / self.power_watts
 
         def scaled(rates: dict[str, float], exponent: float) -> dict[str, float]:
