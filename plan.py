@@ -7,11 +7,12 @@ and reads no data. Heavy imports are deferred so that `--help` and configuration
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from functools import partial
 
-from cli.arguments import parse_options
+from cli.arguments import explicit_keys, parse_options
 from cli.composition import compose_config
 from cli.config import load_plan_config, print_warnings
 from cli.errors import exit_on_user_error
@@ -19,8 +20,8 @@ from cli.start_up import start_up
 from planning.config import PlanJobConfig
 from planning.failures import interval_warnings
 from planning.plan import RunPlan, memory_limit, plan_run
-from planning.request import Choice, configured_choice
-from planning.search import remedy
+from planning.remedies import fewest_devices, remedy
+from planning.request import Choice, PlanRequest, configured_choice
 from planning.search import search as search_choices
 from planning.time_limits import limit_warnings
 
@@ -32,6 +33,8 @@ PLANNER_KEYS = (
         "power_limit_watts",
         "trace",
         "search",
+        "search_fp8",
+        "smallest",
         "calibrate",
         "output",
     ),
@@ -49,7 +52,8 @@ def main(arguments: list[str]) -> None:
             path, hardware = measure_local_hardware()
             print(f"Wrote {path} ({hardware.name}). Use it with hardware={path.stem}.")
             return
-        fits = search(config, arguments) if config.search else plan(config)
+        searches = config.search or config.smallest
+        fits = search(config, arguments) if searches else plan(config)
     sys.exit(not fits)
 
 
@@ -68,7 +72,7 @@ def plan(config: PlanJobConfig) -> bool:
     record = report.plan_record(config, run)
     _warn(config, run)
     if not run.fits:
-        record["remedy"] = _remedy(config, choice)
+        record["remedy"] = _remedy(config, config.request, choice)
         console.note(record["remedy"])
     bars = report.memory_bars(run)
     report.write(console, config, record, bars, run.fullest.capacity, choice.mesh)
@@ -80,28 +84,40 @@ def search(config: PlanJobConfig, arguments: list[str]) -> bool:
     from planning import report
     from training.console import Console
 
-    result = search_choices(config.request, config.n_devices, config.device)
+    request = config.request.keeping(*explicit_keys(parse_options(arguments, "plan").words))
+    if config.smallest:
+        limit = partial(memory_limit, hardware=config.device)
+        least = fewest_devices(request, limit, config.device.devices_per_node)
+        if least is not None:
+            config = dataclasses.replace(config, devices=least.mesh.world_size)
+    result = search_choices(request, config.n_devices, config.device)
     console = Console(enabled=True)
     commands = [train_command(choice, arguments) for choice, _ in result.best]
-    report.print_search(console, config, result, commands)
-    record = report.search_record(config, result, commands)
-    limit = 0
-    if result.best:
-        best = result.best[0][1]
-        console.note("Plan of choice 1:\n")
+    report.print_search(console, config, request, result, commands)
+    record = report.search_record(config, request, result, commands)
+    fits, capacity = False, 0
+    for rank, (choice, best) in enumerate(result.best, start=1):
+        if config.trace:
+            from planning.tracing import trace_memory
+
+            best = plan_run(request.stages(choice), config.device, trace_memory)
+        console.note(f"Plan of choice {rank}:\n")
         report.print_plan(console, config, best)
-        _warn(config, best)
-        record["best_plan"] = report.plan_record(config, best)
-        limit = best.fullest.capacity
-    else:
-        record["remedy"] = _remedy(config)
+        if best.fits:
+            _warn(config, best)
+            record["best_plan"] = report.plan_record(config, best) | {"choice": rank}
+            fits, capacity = True, best.fullest.capacity
+            break
+        console.note(f"Traced memory of choice {rank} does not fit.")
+    if not result.best:
+        record["remedy"] = _remedy(config, request)
         console.note(record["remedy"])
     bars = [
         (f"{rank}: {choice.mesh}", run.fullest.memory)
         for rank, (choice, run) in enumerate(result.best, start=1)
     ]
-    report.write(console, config, record, bars, limit)
-    return bool(result.best)
+    report.write(console, config, record, bars, capacity)
+    return fits
 
 
 def _warn(config: PlanJobConfig, run: RunPlan) -> None:
@@ -112,10 +128,10 @@ def _warn(config: PlanJobConfig, run: RunPlan) -> None:
     print_warnings(interval_warnings(report.failure_plan(config, run)))
 
 
-def _remedy(config: PlanJobConfig, current: Choice | None = None) -> str:
+def _remedy(config: PlanJobConfig, request: PlanRequest, current: Choice | None = None) -> str:
     hardware, devices = config.device, config.n_devices
-    limit_of = partial(memory_limit, hardware=hardware)
-    found = remedy(config.request, limit_of, devices, hardware.devices_per_node, current)
+    limit = partial(memory_limit, hardware=hardware)
+    found = remedy(request, limit, devices, hardware.devices_per_node, current)
     return f"Does not fit on {devices} × {hardware.name}: {found}"
 
 

@@ -30,6 +30,8 @@ class PlanJobConfig(JobConfig):
     power_limit_watts: Positive | None
     trace: bool
     search: bool
+    search_fp8: bool
+    smallest: bool
     calibrate: bool
     output: str | None
 
@@ -65,6 +67,7 @@ class PlanJobConfig(JobConfig):
             capability,
             self.flash_attention_impl,
             self.framework,
+            search_fp8=self.search_fp8,
         )
 
 
@@ -124,9 +127,10 @@ def planned_mesh_errors(
     hardware: Hardware,
     devices: int | None,
     search: bool,
+    smallest: bool,
 ) -> list[str]:
     """Return the errors of the configured mesh; a search chooses its own."""
-    if search:
+    if search or smallest:
         return []
     mesh, errors = resolve_mesh(parallel, planned_devices(parallel, hardware, devices))
     if errors:
@@ -155,7 +159,20 @@ def power_limit_errors(power_limit_watts: float | None, hardware: Hardware) -> I
         )
 
 
+def search_errors(
+    search: bool, search_fp8: bool, smallest: bool, devices: int | None
+) -> Iterator[str]:
+    """Yield errors for keys of a search without one, and for a number of devices to be found."""
+    if search_fp8 and not (search or smallest):
+        yield "search_fp8=true has no effect without a search; use search=true or search_fp8=false"
+    if smallest and devices is not None:
+        yield (
+            f"smallest=true finds the number of devices, but devices={devices}; use devices=null "
+            "or smallest=false"
+        )
+
+
 PLAN_RULES = (
     *(hardware_errors, flash_attention_errors, framework_errors, power_limit_errors),
-    planned_mesh_errors,
+    *(search_errors, planned_mesh_errors),
 )

@@ -13,8 +13,9 @@ from planning.failures import interval_warnings, plan_failures
 from planning.hardware import LOCAL, PROCESS_GIB, Hardware, hardware_of, load_hardware
 from planning.memory import GIB, MemoryBreakdown, size_text
 from planning.plan import host_peak, plan_run
+from planning.remedies import remedy
 from planning.request import Choice, PlanRequest, configured_choice
-from planning.search import peak_memory, remedy
+from planning.search import peak_memory
 from planning.step_spec import StepSpec
 from planning.time_limits import limit_warnings, planned_seconds, time_limits
 from resilience.config import TimeLimits

@@ -17,7 +17,8 @@ from planning.fit_check import largest_parts, machine_memory, plan_request, this
 from planning.hardware import PROCESS_GIB
 from planning.memory import GIB, size_text
 from planning.plan import host_peak
-from planning.search import Remedy, peak_memory, remedy
+from planning.remedies import Remedy, remedy
+from planning.search import peak_memory
 from planning.step_spec import StepSpec
 from resilience.errors import OutOfMemory, is_host_out_of_memory, is_out_of_memory
 from training.config import JobConfig

@@ -20,14 +20,20 @@ from planning.config import PlanJobConfig
 from planning.failures import LEAST, ExpectedGoodput, FailurePlan, plan_failures, time_text
 from planning.memory import GIB, PARTS, MemoryBreakdown, size_text
 from planning.plan import SECONDS_PER_DAY, Plan, RunPlan
-from planning.request import SEARCHED, in_yaml
-from planning.search import SearchResult
+from planning.request import SEARCHED, PlanRequest
+from planning.search import SearchResult, given_options, options_not_searched
 from planning.time_limits import PhaseSeconds, planned_seconds, time_limits
 from training.console import Console, compact, duration
 
 SCHEMA_VERSION = 1
 """Of plan.json; docs/planning.md lists its keys."""
 MIB = 2**20
+COLUMNS = {
+    "activation_checkpoint": "checkpointing",
+    "reshard_after_forward": "reshard",
+    "reduce_gradients": "reduce",
+}
+"""Headings of the settings that a search varies, if they are not the key."""
 # Of `PARTS`: persistent state in blue, the rest in orange and grey.
 COLORS = ("#08519c", "#3182bd", "#9ecae1", "#d94801", "#fd8d3c", "#fdbe85", "#74c476", "#bdbdbd")
 
@@ -206,25 +212,40 @@ def _decimals(value: float) -> str:
 
 
 def print_search(
-    console: Console, config: PlanJobConfig, result: SearchResult, commands: Sequence[str]
+    console: Console,
+    config: PlanJobConfig,
+    request: PlanRequest,
+    result: SearchResult,
+    commands: Sequence[str],
 ) -> None:
     """Print the fastest choices with their commands, and why the rest were rejected."""
+    settings = [choice.settings() for choice, _ in result.best]
+    differing = [key for key in (settings or [{}])[0] if len({each[key] for each in settings}) > 1]
+    shared = [
+        f"{key}={value}" for key, value in (settings or [{}])[0].items() if key not in differing
+    ]
     console.header(
         f"Search: {config.model.name} on {config.n_devices} × {config.device.name}",
-        [("candidates", f"{result.candidates:,}"), ("fitting", f"{result.fitting:,}")],
+        [
+            ("candidates", f"{result.candidates:,}"),
+            ("given", ", ".join(given_options(request)) or "none"),
+            ("not searched", ", ".join(options_not_searched(request))),
+            *([("in all below", ", ".join(shared))] if shared else []),
+        ],
     )
     if result.best:
         unit, size = _unit(max(run.fullest.memory.peak for _, run in result.best))
+        columns = [COLUMNS.get(key, key) for key in differing]
         console.table(
             f"Fastest {len(result.best)}",
             [
-                *("", *AXES, "micro-batch", "checkpointing", "reshard", "reduce", unit, "tokens/s"),
+                *("", *AXES, "micro-batch", *columns, unit, "tokens/s"),
                 *(["cost"] if config.hardware.price_per_hour is not None else []),
             ],
             [
                 [
                     *(str(value) for value in (rank, *choice.mesh.sizes, choice.micro_batch_size)),
-                    *(in_yaml(getattr(choice.parallel, key)) for key in SEARCHED),
+                    *(choice.settings()[key] for key in differing),
                     f"{run.fullest.memory.peak / size:.2f}",
                     f"{run.tokens_per_second:,.0f}",
                     *([] if run.cost is None else [money(run.cost, config.hardware.currency)]),
@@ -377,7 +398,7 @@ def _stage_record(plan: Plan) -> dict[str, Any]:
 
 
 def search_record(
-    config: PlanJobConfig, result: SearchResult, commands: Sequence[str]
+    config: PlanJobConfig, request: PlanRequest, result: SearchResult, commands: Sequence[str]
 ) -> dict[str, Any]:
     """Return the result of a search as JSON values."""
     return {
@@ -386,7 +407,8 @@ def search_record(
         "hardware": config.device.name,
         "devices": config.n_devices,
         "candidates": result.candidates,
-        "fitting": result.fitting,
+        "given": given_options(request),
+        "not_searched": options_not_searched(request),
         "best": [
             {
                 "overrides": str(choice),

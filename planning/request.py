@@ -6,6 +6,7 @@ it results in. Imports no heavy packages.
 
 from copy import copy
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 from parallel.config import ParallelConfig
 from parallel.mesh import AXES, MeshShape
@@ -17,12 +18,21 @@ from training.config_rules import (
     batch_errors,
     device_errors,
     for_every_stage,
+    fp8_errors,
     fp8_size_errors,
     mesh_errors,
     moment_errors,
+    parallel_errors,
+    precision_errors,
 )
 
-SEARCHED = ("activation_checkpoint", "reshard_after_forward", "reduce_gradients")
+SEARCHED = (
+    "activation_checkpoint",
+    "reshard_after_forward",
+    "reduce_gradients",
+    "compile",
+    "async_tp",
+)
 """Keys of `parallel` that a search varies in addition to the axes."""
 
 
@@ -32,6 +42,7 @@ class Choice:
 
     parallel: ParallelConfig
     micro_batch_size: int | None
+    fp8: Literal["tensorwise", "rowwise"] | None = None
 
     @property
     def mesh(self) -> MeshShape:
@@ -44,7 +55,13 @@ class Choice:
             *(f"parallel.{axis}={getattr(self.parallel, axis)}" for axis in AXES),
             f"train.micro_batch_size={in_yaml(self.micro_batch_size)}",
             *(f"parallel.{key}={in_yaml(getattr(self.parallel, key))}" for key in SEARCHED),
+            f"precision.fp8={in_yaml(self.fp8)}",
         )
+
+    def settings(self) -> dict[str, str]:
+        """Return the settings other than the mesh and the micro-batch, in command-line syntax."""
+        values = {key: getattr(self.parallel, key) for key in SEARCHED} | {"fp8": self.fp8}
+        return {key: in_yaml(value) for key, value in values.items()}
 
     def __str__(self) -> str:
         return " ".join(self.overrides)
@@ -57,7 +74,8 @@ def in_yaml(value: object) -> str:
 
 def configured_choice(config: JobConfig, mesh: MeshShape) -> Choice:
     """Return the choice that a configuration makes itself."""
-    return Choice(replace(config.parallel, **asdict(mesh)), config.train.micro_batch_size)
+    parallel = replace(config.parallel, **asdict(mesh))
+    return Choice(parallel, config.train.micro_batch_size, config.precision.fp8)
 
 
 class PlanRequest:
@@ -68,6 +86,8 @@ class PlanRequest:
         capability: Compute capability of the GPUs.
         flash_attention: Version of FlashAttention that is installed where the run runs.
         framework: Key of `planning.frameworks.FRAMEWORKS`.
+        kept: Keys, such as `parallel.tp`, that a search does not vary.
+        search_fp8: Search `precision.fp8`, which changes results.
     """
 
     def __init__(
@@ -78,11 +98,24 @@ class PlanRequest:
         capability: tuple[int, int] = HOPPER,
         flash_attention: str = "FA2",
         framework: str = DEFAULT,
+        kept: frozenset[str] = frozenset(),
+        search_fp8: bool = False,
     ) -> None:
         self.config, self.accelerator, self.tokens = config, accelerator, tokens
         self.capability, self.flash_attention = capability, flash_attention
         self.framework = framework
         self.precision = resolved_precision(config.precision, accelerator, capability)
+        self.kept, self.search_fp8 = kept, search_fp8
+
+    def keeping(self, *keys: str) -> "PlanRequest":
+        """Return the request with more keys that a search does not vary."""
+        request = copy(self)
+        request.kept = self.kept | set(keys)
+        return request
+
+    @property
+    def searches_fp8(self) -> bool:
+        return self.search_fp8 and "precision.fp8" not in self.kept
 
     def with_synchronous_saves(self) -> tuple["PlanRequest", str] | None:
         """Return the request without copies for asynchronous saves, and the overrides for it.
@@ -135,7 +168,7 @@ class PlanRequest:
                 model=config.model,
                 mesh=mesh,
                 parallel=choice.parallel,
-                precision=self.precision,
+                precision=replace(self.precision, fp8=choice.fp8),
                 accelerator="cuda" if self.accelerator == "cuda" else "cpu",
                 capability=self.capability,
                 flash_attention=self.flash_attention,
@@ -158,6 +191,10 @@ class PlanRequest:
         model, parallel, data = self.config.model, self.config.parallel, self.config.data
         train = replace(self.config.train, micro_batch_size=None)
         accelerator, precision = self.accelerator, self.precision
+        if self.searches_fp8:  # `choice_errors` checks it
+            precision = replace(precision, fp8=None)
+        if "parallel.async_tp" not in self.kept:  # which a search sets where it is supported
+            parallel = replace(parallel, async_tp=False)
         return [
             *device_errors(accelerator, mesh, parallel, precision, model, self.capability),
             *mesh_errors(mesh, parallel, precision, model, train, data),
@@ -166,15 +203,37 @@ class PlanRequest:
     def choice_errors(self, choice: Choice) -> list[str]:
         """Return the remaining validation errors of a choice on a valid mesh.
 
-        Without stages and fp8 there are none, as micro-batch sizes divide the local batch.
+        Without stages, fp8 and a given micro-batch there are none, as sizes divide the local batch.
         """
         config, mesh = self.config, choice.mesh
-        if self.precision.fp8 is None and not config.data.stages:
+        is_given = "train.micro_batch_size" in self.kept
+        if choice.fp8 is None and not config.data.stages and not is_given:
             return []
+        precision = replace(self.precision, fp8=choice.fp8)
 
         def size_errors(sizes: TrainConfig) -> list[str]:
             batch = list(batch_errors(mesh, sizes))
-            return batch or list(fp8_size_errors(mesh, self.precision, config.model, sizes))
+            return batch or list(fp8_size_errors(mesh, precision, config.model, sizes))
 
         train = replace(config.train, micro_batch_size=choice.micro_batch_size)
         return for_every_stage(train, config.data, size_errors)
+
+    def compute_errors(self, choice: Choice) -> list[str]:
+        """Return the errors of `compile`, `async_tp` and a memory budget on the device."""
+        model, parallel, precision = self.config.model, choice.parallel, self.precision
+        device = (self.accelerator, choice.mesh, parallel, precision, model, self.capability)
+        return [*parallel_errors(parallel), *device_errors(*device)]
+
+    def fp8_recipes(self) -> list[Literal["tensorwise", "rowwise"] | None]:
+        """Return the values of `precision.fp8` that a search plans on this device."""
+        if not self.searches_fp8:
+            return [self.config.precision.fp8]
+
+        def is_supported(recipe: Literal["tensorwise", "rowwise"] | None) -> bool:
+            precision = replace(self.precision, fp8=recipe)
+            errors = fp8_errors(self.accelerator, precision, self.capability)
+            return not any(errors) and not any(precision_errors(precision))
+
+        recipes: tuple[Literal["tensorwise", "rowwise"] | None, ...]
+        recipes = (None, "tensorwise", "rowwise")
+        return [recipe for recipe in recipes if is_supported(recipe)]

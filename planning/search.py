@@ -1,46 +1,50 @@
-"""Search for the fastest mesh, micro-batch size, activation checkpointing and resharding.
+"""Search for the fastest mesh and settings: micro-batch, recomputation, resharding, compilation.
 
-Every candidate is planned with the closed forms, a fraction of a second for a thousand.
-Validity is decided by the rules of `train.py` (`PlanRequest`).
+The search is best-first: a node of the tree is a mesh with some settings chosen, and its bound is
+the time of a step with the fastest values of the others. So the candidates are planned in the order
+of their speed, and the search stops at the requested number. Memory is planned before speed where
+it rejects more. Validity is decided by the rules of `train.py` (`PlanRequest`).
 """
 
+import heapq
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, product
-from typing import Literal
+from itertools import count, product
+from typing import Any, Literal
 
-from parallel.mesh import MeshShape
+from parallel.config import ParallelConfig
+from parallel.mesh import AXES, MeshShape
 from planning.hardware import Hardware
 from planning.memory import GIB, MemoryBreakdown, step_memory
-from planning.plan import RunPlan, capacity, host_peak, memory_limit, plan_run
-from planning.request import SEARCHED, Choice, PlanRequest, configured_choice
+from planning.plan import Plan, RunPlan, capacity, host_peak, memory_limit, plan_run
+from planning.request import SEARCHED, Choice, PlanRequest
 from planning.step_spec import StepSpec
 
 CHECKPOINT_MODES = ("none", "selective", "full")
 """Values of `parallel.activation_checkpoint`, fastest first."""
 REDUCE_MODES: tuple[Literal["step"], Literal["micro_batch"]] = ("step", "micro_batch")
 """Values of `parallel.reduce_gradients`, least communication first."""
+NOT_SEARCHED = (
+    "train.global_batch_size",
+    "model.attention",
+    "parallel.sequence_parallel",
+    "parallel.loss_parallel",
+    "precision.param",
+    "precision.reduce",
+    "precision.optimizer_state",
+    "checkpoint.async_save",
+    "memory budgets of parallel.activation_checkpoint",
+)
+"""Options that change speed or memory and are kept."""
+SLOWER = "slower than the fastest"
+EQUAL = "equal in time and memory to a choice with simpler settings"
 
-Limit = Callable[[StepSpec], int]
-"""Return the bytes available to a rank; 0 if the node's host memory is too small."""
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """How a run that does not fit can fit.
-
-    Attributes:
-        text: For a message.
-        overrides: Command-line overrides, if the run can fit on the same devices.
-    """
-
-    text: str
-    overrides: str = ""
-
-    def __str__(self) -> str:
-        return self.text
+Batch = tuple[int, Literal["step", "micro_batch"], Literal["tensorwise", "rowwise"] | None]
+"""Micro-batch size, `reduce_gradients` and fp8 recipe."""
+Compute = tuple[Any, ...]
+"""`compile`, `async_tp` and `activation_checkpoint`."""
 
 
 @dataclass
@@ -56,14 +60,16 @@ class SearchResult:
     """The fastest candidates, in order, and the reasons for rejecting the rest."""
 
     best: list[tuple[Choice, RunPlan]] = field(default_factory=list)
-    fitting: int = 0
     candidates: int = 0
     rejections: dict[str, Rejection] = field(default_factory=dict)
 
-    def reject(self, reason: str, example: str) -> None:
-        """Count a rejected candidate."""
-        self.candidates += 1
-        self.rejections.setdefault(reason, Rejection(0, example)).count += 1
+    def reject(self, reason: str, example: str, number: int = 1) -> None:
+        """Count rejected candidates."""
+        self.candidates += number
+        self.rejections.setdefault(reason, Rejection(0, example)).count += number
+
+
+# ---------------------------------------------------------------- candidates
 
 
 def meshes(devices: int) -> Iterator[MeshShape]:
@@ -80,58 +86,107 @@ def divisors(number: int) -> list[int]:
     return low + [number // n for n in reversed(low) if n * n != number]
 
 
-def choices(mesh: MeshShape, request: PlanRequest) -> Iterator[Choice]:
-    """Yield the candidates on a valid mesh, without settings that have no effect there."""
-    parallel = replace(request.config.parallel, **asdict(mesh))
-    current = parallel.activation_checkpoint
-    modes = CHECKPOINT_MODES if current in CHECKPOINT_MODES else (current, *CHECKPOINT_MODES)
-    reshards = (None, True, False) if mesh.dp_shard * mesh.cp > 1 else (None,)
-    batch_size, reduces = request.local_batch_size(mesh), mesh.dp * mesh.cp > 1
-    for size in divisors(batch_size):
-        reductions = REDUCE_MODES if size < batch_size and reduces else REDUCE_MODES[:1]
-        for settings in product(modes, reshards, reductions):
-            yield Choice(replace(parallel, **dict(zip(SEARCHED, settings, strict=True))), size)
-
-
-def search(request: PlanRequest, devices: int, hardware: Hardware, keep: int = 10) -> SearchResult:
-    """Plan every candidate on `devices` devices and return the `keep` fastest that fit."""
-    result = SearchResult()
-    fitting: list[tuple[Choice, RunPlan]] = []
+def searched_meshes(devices: int, request: PlanRequest) -> Iterator[MeshShape]:
+    """Yield the meshes of `devices` ranks with the axes that the request keeps."""
+    sizes = kept_axes(request)
     for mesh in meshes(devices):
-        if errors := request.mesh_errors(mesh):
-            result.reject(f"invalid: {_rule_of(errors[0])}", f"{mesh}: {errors[0]}")
-            continue
-        for choice in choices(mesh, request):
-            if errors := request.choice_errors(choice):
-                result.reject(f"invalid: {_rule_of(errors[0])}", errors[0])
-                continue
-            stages = request.stages(choice)
-            memory, limit = peak_memory(stages), capacity(stages[0][0], hardware)
-            if memory.peak <= min(memory_limit(spec, hardware) for spec, _ in stages):
-                fitting.append((choice, plan_run(stages, hardware)))
-                continue
-            if memory.peak <= limit:
-                used = max(host_peak(spec, hardware.devices_per_node) for spec, _ in stages)
-                needs = f"{used / GIB:.1f} of {hardware.host_memory_gib} GiB per node"
-                result.reject("out of host memory", f"{choice}: {needs}")
-                continue
-            needs = f"{memory.peak / GIB:.1f} of {limit / GIB:.1f} GiB"
-            result.reject(
-                f"out of memory, largest part {memory.largest_part}", f"{choice}: {needs}"
-            )
+        if all(getattr(mesh, axis) == size for axis, size in sizes.items()):
+            yield mesh
 
-    def order(pair: tuple[Choice, RunPlan]) -> tuple[float, ...]:
-        """Ties: fewer axes first, then lower peak memory."""
-        n_axes = sum(size > 1 for size in pair[0].mesh.sizes)
-        return -pair[1].tokens_per_second, n_axes, pair[1].fullest.memory.peak
 
-    fitting.sort(key=order)
-    result.fitting, result.best = len(fitting), fitting[:keep]
-    for choice, plan in fitting[keep:]:
-        speed = f"{plan.tokens_per_second:,.0f} tokens/s, {plan.fullest.bottleneck}"
-        result.reject("fits, but slower", f"{choice}: {speed}")
-    result.candidates += len(result.best)
-    return result
+def kept_axes(request: PlanRequest) -> dict[str, int]:
+    """Return the sizes of the axes that the request keeps."""
+    given = [axis for axis in AXES if f"parallel.{axis}" in request.kept]
+    configured = {axis: getattr(request.config.parallel, axis) for axis in given}
+    return {axis: size for axis, size in configured.items() if size != -1}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The values of each setting on one mesh, without those that have no effect there.
+
+    Attributes:
+        batches: In any order.
+        compute: The fastest values of each setting first.
+        reshards: Values of `reshard_after_forward`, fastest and largest memory first.
+    """
+
+    parallel: ParallelConfig
+    batches: list[Batch]
+    compute: list[Compute]
+    reshards: tuple[bool | None, ...]
+
+    @property
+    def has_budgets(self) -> bool:
+        """Whether a memory budget of the compiler is among the values."""
+        return any(isinstance(mode, float) for *_, mode in self.compute)
+
+    def choice(self, batch: Batch, compute: Compute, reshard: bool | None) -> Choice:
+        """Return the choice with these values."""
+        size, reduce, fp8 = batch
+        compiled, async_tp, mode = compute
+        parallel = replace(
+            self.parallel,
+            compile=compiled,
+            async_tp=async_tp,
+            activation_checkpoint=mode,
+            reshard_after_forward=reshard,
+            reduce_gradients=reduce,
+        )
+        return Choice(parallel, size, fp8)
+
+
+def settings(mesh: MeshShape, request: PlanRequest) -> Settings:
+    """Return the settings to search on a valid mesh; those that the request keeps have one value.
+
+    Of `compile` and `async_tp` the configured value and the opposite are searched.
+    """
+    config, kept = request.config, request.kept
+    parallel = replace(config.parallel, **asdict(mesh))
+
+    def values(key: str, others: Sequence[Any]) -> list[Any]:
+        return [getattr(parallel, key)] if f"parallel.{key}" in kept else list(others)
+
+    compiled = parallel.resolved(request.accelerator).compile is True
+    both = (parallel.compile, False) if compiled else (True, parallel.compile)
+    modes: tuple[Any, ...] = CHECKPOINT_MODES
+    if parallel.activation_checkpoint not in modes:
+        modes = (parallel.activation_checkpoint, *modes)
+    on_mesh = Settings(parallel, [], [], ())
+    compute = product(
+        values("compile", both),
+        values("async_tp", (True, False)),
+        values("activation_checkpoint", modes),
+    )
+    no_batch: Batch = (1, "step", None)
+    valid = [
+        each for each in compute if not request.compute_errors(on_mesh.choice(no_batch, each, None))
+    ]
+    sharded = mesh.dp_shard * mesh.cp > 1
+    batch_size = request.local_batch_size(mesh)
+    later = [stage.global_batch_size or 0 for stage in config.data.stages or []]
+    largest = max(batch_size, *(size // mesh.dp for size in later), 0)
+    sizes = divisors(batch_size)
+    if "train.micro_batch_size" in kept:
+        sizes = [config.train.micro_batch_size or batch_size]
+    batches = [
+        (size, reduce, fp8)
+        for size in sizes
+        for reduce in values(
+            "reduce_gradients",
+            REDUCE_MODES if size < largest and mesh.dp * mesh.cp > 1 else REDUCE_MODES[:1],
+        )
+        for fp8 in request.fp8_recipes()
+    ]
+    reshards = values("reshard_after_forward", (False, None, True) if sharded else (None,))
+    return Settings(parallel, batches, valid, tuple(reshards))
+
+
+def choices(mesh: MeshShape, request: PlanRequest) -> Iterator[Choice]:
+    """Yield the candidates on a valid mesh."""
+    on_mesh = settings(mesh, request)
+    for each in product(on_mesh.batches, on_mesh.compute, on_mesh.reshards):
+        yield on_mesh.choice(*each)
 
 
 def peak_memory(stages: Sequence[tuple[StepSpec, int]]) -> MemoryBreakdown:
@@ -139,122 +194,246 @@ def peak_memory(stages: Sequence[tuple[StepSpec, int]]) -> MemoryBreakdown:
     return max((step_memory(spec) for spec, _ in stages), key=lambda memory: memory.peak)
 
 
+# ---------------------------------------------------------------- search
+
+
+def search(request: PlanRequest, devices: int, hardware: Hardware, keep: int = 10) -> SearchResult:
+    """Return the `keep` fastest choices on `devices` devices that fit."""
+    return _Search(request, hardware).run(devices, keep)
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A choice, whose settings from `level` on have their fastest values until they are chosen.
+
+    The levels are batch, `compile` with `async_tp`, `activation_checkpoint` and
+    `reshard_after_forward`; all are chosen at level 4.
+    """
+
+    level: int
+    on_mesh: Settings
+    batch: Batch
+    compute: Compute
+    reshard: bool | None
+
+    @property
+    def choice(self) -> Choice:
+        return self.on_mesh.choice(self.batch, self.compute, self.reshard)
+
+    @property
+    def open_compute(self) -> list[Compute]:
+        """The values of the `compute` settings of the candidates below this node."""
+        n_chosen = (0, 0, 2, 3, 3)[self.level]
+        chosen = self.compute[:n_chosen]
+        return [each for each in self.on_mesh.compute if each[:n_chosen] == chosen]
+
+    @property
+    def n_candidates(self) -> int:
+        """Number of candidates below this node."""
+        return len(self.open_compute) * (1 if self.level == 4 else len(self.on_mesh.reshards))
+
+    def children(self) -> list["_Node"]:
+        """Return the nodes with the next setting chosen."""
+        level = self.level + 1
+        if self.level == 3:
+            return [replace(self, level=level, reshard=each) for each in self.on_mesh.reshards]
+        by_value = {each[:level]: each for each in reversed(self.open_compute)}
+        return [replace(self, level=level, compute=each) for each in reversed(by_value.values())]
+
+
+class _Search:
+    """The state of a search: a heap of nodes, and the memory of candidates."""
+
+    def __init__(self, request: PlanRequest, hardware: Hardware) -> None:
+        self.request, self.hardware = request, hardware
+        self.result = SearchResult()
+        self.heap: list[tuple[Any, ...]] = []
+        self.numbers = count()
+        self.known_stages: dict[tuple[Any, ...], list[tuple[StepSpec, int]]] = {}
+        self.memories: dict[tuple[Any, ...], MemoryBreakdown] = {}
+        self.known_seconds: dict[tuple[Any, ...], float] = {}
+        self.limits: dict[tuple[ParallelConfig, int], int] = {}
+
+    def run(self, devices: int, keep: int) -> SearchResult:
+        """Return the result: the nodes that remain are slower than the fastest `keep` choices."""
+        for mesh in searched_meshes(devices, self.request):
+            self.add_mesh(mesh)
+        found = set()
+        while self.heap and len(self.result.best) < keep:
+            seconds, *ties, _, node = heapq.heappop(self.heap)
+            if node.level < 4:
+                self.expand(node)
+                continue
+            key = node.choice.mesh, node.choice.micro_batch_size, f"{seconds:.9g}", ties[-2]
+            if key in found:
+                self.reject(EQUAL, node, "")
+                continue
+            found.add(key)
+            plan = plan_run(self.request.stages(node.choice), self.hardware)
+            self.result.best.append((node.choice, plan))
+            self.result.candidates += 1
+        for seconds, *_, node in sorted(self.heap, key=lambda entry: entry[:-1]):
+            self.reject(SLOWER, node, f": at most {1 / seconds:,.0f} tokens/s")
+        return self.result
+
+    def add_mesh(self, mesh: MeshShape) -> None:
+        """Add the nodes of a mesh, or count its candidates as rejected."""
+        if errors := self.request.mesh_errors(mesh):
+            self.result.reject(f"invalid: {_rule_of(errors[0])}", f"{mesh}: {errors[0]}")
+            return
+        on_mesh = settings(mesh, self.request)
+        if not on_mesh.compute:  # for given settings
+            trial = Choice(on_mesh.parallel, None)
+            error = self.request.compute_errors(trial)[0]
+            self.result.reject(f"invalid: {_rule_of(error)}", f"{mesh}: {error}")
+            return
+        for batch in on_mesh.batches:
+            node = _Node(1, on_mesh, batch, on_mesh.compute[0], on_mesh.reshards[0])
+            if errors := self.request.choice_errors(node.choice):
+                self.reject(f"invalid: {_rule_of(errors[0])}", node, f": {errors[0]}")
+            elif (fastest := self.fastest_that_may_fit(node)) is not None:
+                self.push(fastest)
+
+    def fastest_that_may_fit(self, node: _Node) -> _Node | None:
+        """Return the node with the fastest settings that may fit, or reject the node.
+
+        Of the compiler's memory budgets it is not known whether they are faster than other
+        recomputation.
+        """
+        on_mesh, limit = node.on_mesh, self.limit(node)
+        least = replace(node, reshard=on_mesh.reshards[-1])
+        if self.weights(least).peak > limit:
+            self.reject_memory(node, self.weights(least))
+            return None
+        reshard = next(
+            each
+            for each in on_mesh.reshards
+            if self.weights(replace(node, reshard=each)).peak <= limit
+        )
+        for compute in on_mesh.compute:
+            memory = self.memory(replace(least, compute=compute), limit)
+            if memory.peak <= limit:
+                is_ordered = compute[:2] == node.compute[:2] and not on_mesh.has_budgets
+                return replace(
+                    node, compute=compute if is_ordered else node.compute, reshard=reshard
+                )
+        self.reject_memory(node, memory)
+        return None
+
+    def weights(self, node: _Node) -> MemoryBreakdown:
+        """Return the memory of weights, gradients and moments in one phase of a step.
+
+        It depends neither on recomputation and compilation nor on the size of several
+        micro-batches.
+        """
+        specs, (_, reduce, fp8) = [spec for spec, _ in self.stages(node)], node.batch
+        accumulates = tuple(spec.micro_batches > 1 for spec in specs)
+        key = node.on_mesh.parallel, reduce, fp8, node.reshard, accumulates
+        if key not in self.memories:
+            smallest = replace(node, compute=node.on_mesh.compute[-1])
+            memory = peak_memory(self.stages(smallest))
+            self.memories[key] = replace(memory, activations=0, logits=0, host=0, temporary=0)
+        return self.memories[key]
+
+    def expand(self, node: _Node) -> None:
+        """Replace a node by those with the next setting chosen that may fit."""
+        for child in node.children():
+            if child.level >= 3:  # at level 3 with the least memory of any resharding
+                reshard = child.reshard if child.level == 4 else node.on_mesh.reshards[-1]
+                memory = self.memory(replace(child, reshard=reshard), self.limit(child))
+                if memory.peak > self.limit(child):
+                    self.reject_memory(child, memory)
+                    continue
+            self.push(child)
+
+    def push(self, node: _Node) -> None:
+        """Add a node. Ties: fewer axes first, then lower peak memory, then the defaults."""
+        ties: tuple[int, ...] = (0, 0, 0, 0)
+        if node.level == 4:
+            choice, peak = node.choice, self.memory(node, self.limit(node)).peak
+            n_axes = sum(size > 1 for size in choice.mesh.sizes)
+            ties = 1, n_axes, peak, _n_changes(choice.parallel)
+        heapq.heappush(self.heap, (self.seconds(node), *ties, next(self.numbers), node))
+
+    def stages(self, node: _Node) -> list[tuple[StepSpec, int]]:
+        """Return (step, number of tokens) for each stage."""
+        key = node.on_mesh.parallel, node.batch, node.compute, node.reshard
+        if key not in self.known_stages:
+            self.known_stages[key] = self.request.stages(node.choice)
+        return self.known_stages[key]
+
+    def seconds(self, node: _Node) -> float:
+        """Return the seconds per token, averaged over all stages."""
+        key = node.on_mesh.parallel, node.batch, node.compute, node.reshard
+        if key not in self.known_seconds:
+            plans = [Plan(spec, self.hardware, tokens, {}) for spec, tokens in self.stages(node)]
+            seconds = sum(plan.seconds for plan in plans)
+            self.known_seconds[key] = seconds / sum(plan.tokens for plan in plans)
+        return self.known_seconds[key]
+
+    def memory(self, node: _Node, limit: int) -> MemoryBreakdown:
+        """Return the memory of the fullest stage, or of one that exceeds the limit.
+
+        It does not depend on `async_tp`.
+        """
+        compiled, _, mode = node.compute
+        key = node.on_mesh.parallel, node.batch, compiled, mode, node.reshard
+        if key not in self.memories:
+            longest = sorted(self.stages(node), key=lambda stage: -stage[0].local_tokens)
+            memories = []
+            for spec, _ in longest:
+                memories.append(step_memory(spec))
+                if memories[-1].peak > limit:
+                    break
+            self.memories[key] = max(memories, key=lambda memory: memory.peak)
+        return self.memories[key]
+
+    def limit(self, node: _Node) -> int:
+        """Return the memory available to a rank, which depends on mesh and micro-batch."""
+        key = node.on_mesh.parallel, node.batch[0]
+        if key not in self.limits:
+            specs = [spec for spec, _ in self.stages(node)]
+            self.limits[key] = min(memory_limit(spec, self.hardware) for spec in specs)
+        return self.limits[key]
+
+    def reject(self, reason: str, node: _Node, example: str) -> None:
+        known = reason in self.result.rejections
+        shown = "" if known else f"{node.choice}{example}"
+        self.result.reject(reason, shown, node.n_candidates)
+
+    def reject_memory(self, node: _Node, memory: MemoryBreakdown) -> None:
+        """Count the candidates below a node, which do not fit."""
+        specs = [spec for spec, _ in self.stages(node)]
+        available = capacity(specs[0], self.hardware)
+        if memory.peak <= available:
+            used = max(host_peak(spec, self.hardware.devices_per_node) for spec in specs)
+            needs = f": {used / GIB:.1f} of {self.hardware.host_memory_gib} GiB per node"
+            self.reject("out of host memory", node, needs)
+        else:
+            needs = f": {memory.peak / GIB:.1f} of {available / GIB:.1f} GiB"
+            self.reject(f"out of memory, largest part {memory.largest_part}", node, needs)
+
+
+def _n_changes(parallel: ParallelConfig) -> int:
+    """Return the number of searched settings that differ from their default."""
+    default = ParallelConfig()
+    return sum(getattr(parallel, key) != getattr(default, key) for key in SEARCHED)
+
+
+def given_options(request: PlanRequest) -> list[str]:
+    """Return the options that a search keeps because they are given, as `key=value`."""
+    choice = Choice(request.config.parallel, request.config.train.micro_batch_size)
+    choice = replace(choice, fp8=request.config.precision.fp8)
+    return [word for word in choice.overrides if word.partition("=")[0] in request.kept]
+
+
+def options_not_searched(request: PlanRequest) -> list[str]:
+    """Return the names of other options that a search does not vary."""
+    fp8 = [] if request.searches_fp8 else ["precision.fp8 (search_fp8=true)"]
+    return [*fp8, *NOT_SEARCHED]
+
+
 def _rule_of(error: str) -> str:
     """Return a validation error without values and remedy, to group equal errors."""
     rule = re.split(r"[:;] ", error)[0]
     return re.sub(r" ?\([^)]*\)|=[^\s,]+|\b\d+ ", "", rule)
-
-
-# ---------------------------------------------------------------- remedies if nothing fits
-
-
-def remedy(
-    request: PlanRequest, limit: Limit, devices: int, per_node: int, current: Choice | None = None
-) -> Remedy:
-    """Return overrides that make a run fit on `devices` devices, or else on more.
-
-    Args:
-        current: The choice to change as little as possible. None if no choice fits on `devices`.
-    """
-    requests = [(request, "")]
-    if (synchronous := request.with_synchronous_saves()) is not None:
-        requests.append(synchronous)
-        if current is not None and _first_fit(synchronous[0], [current], limit) is not None:
-            words = synchronous[1]
-            text = f"use {words} (no copy in host memory; training waits for each save)"
-            return Remedy(text, words)
-    if current is not None:
-        finds = "plan.py search=true finds the fastest choice"
-        tried = [(each, extra, finds) for each, extra in requests]
-        if (smaller := request.with_bf16_moments()) is not None:
-            tried.append((*smaller, f"bf16 moments change results slightly; {finds}"))
-        for each, extra, note in tried:
-            if (nearest := nearest_fit(each, current, limit)) is not None:
-                changed = [word for word in nearest.overrides if word not in current.overrides]
-                words = " ".join([*changed, extra]).strip()
-                return Remedy(f"use {words} ({note})", words)
-    for each, extra in requests:
-        if (choice := fewest_devices(each, limit, devices, per_node)) is not None:
-            words = f"{choice} {extra}".strip()
-            return Remedy(f"use at least {choice.mesh.world_size} devices with {words}")
-    return Remedy(
-        "no mesh of any size fits: use a smaller model, shorter sequences, a larger batch "
-        "(which more devices can share) or other hardware"
-    )
-
-
-def _first_fit(request: PlanRequest, candidates: Iterable[Choice], limit: Limit) -> Choice | None:
-    """Return the first candidate that is valid and fits."""
-    for choice in candidates:
-        stages = request.stages(choice)
-        available = min(limit(spec) for spec, _ in stages)
-        if not request.choice_errors(choice) and peak_memory(stages).peak <= available:
-            return choice
-    return None
-
-
-def nearest_fit(request: PlanRequest, current: Choice, limit: Limit) -> Choice | None:
-    """Return the fitting choice on the same number of devices nearest to the current one.
-
-    Tries the same mesh with other micro-batch sizes, more recomputation and resharding first, then
-    other meshes.
-    """
-    now = current.parallel
-
-    def mesh_distance(mesh: MeshShape) -> tuple[int, ...]:
-        """Count the differing axes, then prefer outer axes."""
-        differing = sum(getattr(now, axis) != size for axis, size in asdict(mesh).items())
-        return differing, mesh.tp, mesh.cp, mesh.dp_replicate
-
-    def distance(choice: Choice) -> tuple[float, ...]:
-        new, mode = choice.parallel, choice.parallel.activation_checkpoint
-        # The amount of recomputation is from 0 (`none`) to 2 (`full`).
-        recomputation = CHECKPOINT_MODES.index(mode) if isinstance(mode, str) else 2 - 2 * mode
-        return (
-            mode != now.activation_checkpoint,
-            recomputation,
-            new.reshard_after_forward != now.reshard_after_forward,
-            new.reduce_gradients != now.reduce_gradients,
-            -(choice.micro_batch_size or 0),
-        )
-
-    ordered = sorted(meshes(current.mesh.world_size), key=mesh_distance)
-    valid = (mesh for mesh in ordered if not request.mesh_errors(mesh))
-    on_each = (sorted(choices(mesh, request), key=distance) for mesh in valid)
-    return _first_fit(request, chain.from_iterable(on_each), limit)
-
-
-def fewest_devices(
-    request: PlanRequest, limit: Limit, more_than: int, per_node: int
-) -> Choice | None:
-    """Return a choice that fits on the smallest number of devices.
-
-    Beyond one node, only multiples of a node count. Only the choices with the least memory are
-    tried on each mesh: no replicas, full recomputation, resharding, and either the entire local
-    batch at once or one sequence at a time. Returns None if no number of devices suffices.
-    """
-    one_device = configured_choice(request.config, MeshShape(1, 1, 1, 1))
-    specs = [spec for spec, _ in request.stages(one_device)]
-    axes = (
-        divisors(specs[0].model.n_heads),
-        divisors(math.gcd(*(spec.seq_len for spec in specs))),
-        divisors(math.gcd(*(spec.global_batch_size for spec in specs))),
-    )
-    candidates = [
-        MeshShape(1, shard, cp, tp)
-        for tp, cp, shard in product(*axes)
-        if more_than < (size := shard * cp * tp) and (size % per_node == 0 or per_node % size == 0)
-    ]
-
-    def smallest(mesh: MeshShape) -> Iterator[Choice]:
-        recomputed = replace(request.config.parallel, activation_checkpoint="full")
-        reshard = True if mesh.dp_shard * mesh.cp > 1 else None
-        parallel = replace(recomputed, reshard_after_forward=reshard, **asdict(mesh))
-        step, micro_batch = REDUCE_MODES
-        batch_size = request.local_batch_size(mesh)
-        for size, reduction in ((batch_size, step), (1, step), (1, micro_batch)):
-            yield Choice(replace(parallel, reduce_gradients=reduction), size)
-
-    candidates.sort(key=lambda mesh: (mesh.world_size, mesh.tp, mesh.cp))
-    valid = (mesh for mesh in candidates if not request.mesh_errors(mesh))
-    return _first_fit(request, chain.from_iterable(map(smallest, valid)), limit)

@@ -26,8 +26,8 @@ from planning.hardware import FOLDER, known_hardware, load_hardware
 from planning.host import checkpoint_bytes, converted_bytes, copied_bytes, host_bytes
 from planning.memory import GIB, size_text, step_memory
 from planning.plan import memory_limit, plan_run
+from planning.remedies import nearest_fit, remedy
 from planning.request import PlanRequest, configured_choice
-from planning.search import nearest_fit, remedy
 from planning.step_spec import StepSpec
 from training.config import JobConfig, OptimConfig
 from training.config_validation import ConfigError

@@ -1,0 +1,168 @@
+"""Changes that make a run fit: on the same devices, or else the smallest number of devices.
+
+Validity is decided by the rules of `train.py` (`PlanRequest`), memory by the closed forms.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from itertools import chain, product
+
+from parallel.mesh import AXES, MeshShape
+from planning.request import Choice, PlanRequest, configured_choice
+from planning.search import (
+    CHECKPOINT_MODES,
+    choices,
+    divisors,
+    kept_axes,
+    meshes,
+    peak_memory,
+    settings,
+)
+from planning.step_spec import StepSpec
+
+Limit = Callable[[StepSpec], int]
+"""Return the bytes available to a rank; 0 if the node's host memory is too small."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """How a run that does not fit can fit.
+
+    Attributes:
+        text: For a message.
+        overrides: Command-line overrides, if the run can fit on the same devices.
+    """
+
+    text: str
+    overrides: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def remedy(
+    request: PlanRequest, limit: Limit, devices: int, per_node: int, current: Choice | None = None
+) -> Remedy:
+    """Return overrides that make a run fit on `devices` devices, or else on more.
+
+    Args:
+        current: The choice to change as little as possible. None if no choice fits on `devices`.
+    """
+    requests = [(request, "")]
+    if (synchronous := request.with_synchronous_saves()) is not None:
+        requests.append(synchronous)
+        if current is not None and _first_fit(synchronous[0], [current], limit) is not None:
+            words = synchronous[1]
+            text = f"use {words} (no copy in host memory; training waits for each save)"
+            return Remedy(text, words)
+    if current is not None:
+        finds = "plan.py search=true finds the fastest choice"
+        tried = [(each, extra, finds) for each, extra in requests]
+        if (smaller := request.with_bf16_moments()) is not None:
+            tried.append((*smaller, f"bf16 moments change results slightly; {finds}"))
+        for each, extra, note in tried:
+            if (nearest := nearest_fit(each, current, limit)) is not None:
+                changed = [word for word in nearest.overrides if word not in current.overrides]
+                words = " ".join([*changed, extra]).strip()
+                return Remedy(f"use {words} ({note})", words)
+    for each, extra in requests:
+        if (choice := fewest_devices(each, limit, per_node)) is not None:
+            words, number = f"{choice} {extra}".strip(), choice.mesh.world_size
+            least = "at least " if number > devices else ""
+            return Remedy(f"use {least}{number} devices with {words}")
+    return Remedy(
+        "no mesh of any size fits: use a smaller model, shorter sequences, a larger batch "
+        "(which more devices can share) or other hardware"
+    )
+
+
+def _first_fit(request: PlanRequest, candidates: Iterable[Choice], limit: Limit) -> Choice | None:
+    """Return the first candidate that is valid and fits."""
+    for choice in candidates:
+        stages = request.stages(choice)
+        available = min(limit(spec) for spec, _ in stages)
+        if not request.choice_errors(choice) and peak_memory(stages).peak <= available:
+            return choice
+    return None
+
+
+def nearest_fit(request: PlanRequest, current: Choice, limit: Limit) -> Choice | None:
+    """Return the fitting choice on the same number of devices nearest to the current one.
+
+    Tries the same mesh with other micro-batch sizes, more recomputation and resharding first, then
+    other meshes.
+    """
+    now = current.parallel
+    request = request.keeping("parallel.compile", "parallel.async_tp", "precision.fp8")
+
+    def mesh_distance(mesh: MeshShape) -> tuple[int, ...]:
+        """Count the differing axes, then prefer outer axes."""
+        differing = sum(getattr(now, axis) != size for axis, size in asdict(mesh).items())
+        return differing, mesh.tp, mesh.cp, mesh.dp_replicate
+
+    def distance(choice: Choice) -> tuple[float, ...]:
+        new, mode = choice.parallel, choice.parallel.activation_checkpoint
+        # The amount of recomputation is from 0 (`none`) to 2 (`full`).
+        recomputation = CHECKPOINT_MODES.index(mode) if isinstance(mode, str) else 2 - 2 * mode
+        return (
+            mode != now.activation_checkpoint,
+            recomputation,
+            new.reshard_after_forward != now.reshard_after_forward,
+            new.reduce_gradients != now.reduce_gradients,
+            -(choice.micro_batch_size or 0),
+        )
+
+    ordered = sorted(meshes(current.mesh.world_size), key=mesh_distance)
+    valid = (mesh for mesh in ordered if not request.mesh_errors(mesh))
+    on_each = (sorted(choices(mesh, request), key=distance) for mesh in valid)
+    return _first_fit(request, chain.from_iterable(on_each), limit)
+
+
+def fewest_devices(request: PlanRequest, limit: Limit, per_node: int) -> Choice | None:
+    """Return a choice that fits on the smallest number of devices, or None if none suffices.
+
+    Any number up to a node, and beyond only complete nodes. Axes that the request keeps are kept.
+    Replicas never need fewer devices than shards.
+    """
+    one_device = configured_choice(request.config, MeshShape(1, 1, 1, 1))
+    specs = [spec for spec, _ in request.stages(one_device)]
+    sizes = {
+        "dp_replicate": [1],
+        "dp_shard": divisors(math.gcd(*(spec.global_batch_size for spec in specs))),
+        "cp": divisors(math.gcd(*(spec.seq_len for spec in specs))),
+        "tp": divisors(specs[0].model.n_heads),
+    } | {axis: [size] for axis, size in kept_axes(request).items()}
+    candidates = [MeshShape(*axes) for axes in product(*(sizes[axis] for axis in AXES))]
+    candidates.sort(key=lambda mesh: (mesh.world_size, mesh.tp, mesh.cp))
+    for mesh in candidates:
+        is_on_nodes = mesh.world_size <= per_node or mesh.world_size % per_node == 0
+        if is_on_nodes and (choice := _least_memory_fit(request, mesh, limit)) is not None:
+            return choice
+    return None
+
+
+def _least_memory_fit(request: PlanRequest, mesh: MeshShape, limit: Limit) -> Choice | None:
+    """Return a choice on a mesh that fits, or None if none does.
+
+    Memory is lowest with the entire local batch at once, which accumulates no gradients, or with
+    one sequence at a time.
+    """
+    if request.mesh_errors(mesh):
+        return None
+    on_mesh, batch_size = settings(mesh, request), request.local_batch_size(mesh)
+    if not on_mesh.compute:
+        return None
+    extremes = [each for each in on_mesh.batches if each[0] in (batch_size, 1)]
+    least = on_mesh.reshards[-1]
+    for batch in extremes or on_mesh.batches:
+        first = on_mesh.choice(batch, on_mesh.compute[-1], least)
+        stages = request.stages(first)
+        memory = peak_memory(stages)
+        weights = memory.parameters + memory.gradients + memory.optimizer + memory.gathered
+        if weights > min(limit(spec) for spec, _ in stages):
+            continue  # with any recomputation
+        others = (on_mesh.choice(batch, each, least) for each in reversed(on_mesh.compute))
+        if (choice := _first_fit(request, chain([first], others), limit)) is not None:
+            return choice
+    return None
