@@ -206,6 +206,12 @@ class RunPlan:
     def tokens_per_second_per_device(self) -> float:
         return self.tokens_per_second / self.stages[0].spec.mesh.world_size
 
+    @property
+    def largest_mesh(self) -> int:
+        """Devices at one sequence per data rank of the smallest batch, with the same cp and tp."""
+        mesh = self.stages[0].spec.mesh
+        return min(plan.spec.global_batch_size for plan in self.stages) * mesh.ranks_per_sample
+
     def tflops(self, causal: bool = True) -> float:
         """Return model TFLOP/s per device: the FLOPs of all stages over their duration."""
         return self._mean([plan.tflops(causal) for plan in self.stages])

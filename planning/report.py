@@ -92,7 +92,7 @@ def _unit(most: float) -> tuple[str, int]:
 
 
 def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
-    full, causal = run.fullest, run.mfu()
+    full, mesh, causal = run.fullest, run.stages[0].spec.mesh, run.mfu()
     mfu = "" if causal is None else f", MFU {causal:.1%} causal, {run.mfu(causal=False):.1%} full"
     source = f"train.max_steps={config.train.max_steps}" if config.tokens is None else "tokens="
     rows = [
@@ -104,6 +104,7 @@ def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
         ("throughput", f"{run.tokens_per_second:,.0f} tokens/s{_throughput_interval(run)}"),
         ("per device", f"{run.tokens_per_second_per_device:,.0f} tokens/s"),
         ("", f"{run.tflops():.3g} TFLOP/s{mfu}"),
+        ("largest mesh", f"{run.largest_mesh:,} devices with cp={mesh.cp} and tp={mesh.tp}"),
         ("tokens", f"{compact(run.tokens)} ({source})"),
         ("duration", duration(run.seconds) if run.seconds >= 1 else "under a second"),
     ]
@@ -180,11 +181,11 @@ def _failure_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
         ),
         ("restart", f"{times.restart_seconds:,.0f} s ({restart})"),
         ("goodput", f"{_goodput(planned)}; best {best.productive:.1%}"),
-        ("duration", expected),
+        ("total duration", expected),
     ]
     if run.cost is not None:
         cost = run.cost * plan.expected_seconds / run.seconds
-        rows.append(("cost", money(cost, config.hardware.currency)))
+        rows.append(("total cost", money(cost, config.hardware.currency)))
     return rows
 
 
@@ -328,6 +329,7 @@ def plan_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
         "price_per_hour": config.hardware.price_per_hour,
         "fits": run.fits,
         "bottleneck": run.bottleneck,
+        "largest_mesh": run.largest_mesh,
         "tokens": run.tokens,
         "tokens_per_second": run.tokens_per_second,
         "tokens_per_second_interval": run.tokens_per_second_interval,

@@ -161,6 +161,7 @@ def test_rates_of_a_run_are_those_of_all_its_stages() -> None:
         assert run.mfu(causal) == pytest.approx(run.tflops(causal) / 989)
     matrix = 10 * run.stages[0].time.matrix + 290 * run.stages[1].time.matrix
     assert run.bottleneck == f"matrix products ({matrix / seconds:.0%} of a step)"
+    assert run.largest_mesh == 64  # a sequence per rank
     record = report.plan_record(config, run)
     assert record["tokens_per_second_per_device"] == run.tokens_per_second_per_device
     assert dict(report._summary_rows(config, run))["per device"].startswith(

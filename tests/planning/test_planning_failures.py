@@ -1,14 +1,19 @@
 """Goodput with failures: closed form against simulation and published runs, and its warning."""
 
+import json
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 
+from bench import goodput as bench_goodput
+from bench.goodput import SimulatedJob, Simulation, simulated_job
 from cli.arguments import CONF, plan_arguments
 from cli.config import load_plan_config
 from planning import report
@@ -137,3 +142,60 @@ def test_synchronous_saves_stall_until_the_commit() -> None:
 def test_time_has_its_usual_unit() -> None:
     texts = [time_text(seconds) for seconds in (0.1234, 100, 1500, 25_000, 1e6, 2e8)]
     assert texts == ["0.12 s", "100 s", "25 min", "6.9 h", "12 days", "6.3 years"]
+
+
+# ---------------------------------------------------------------- simulation
+
+
+job_plan = cache(bench_goodput.planned)
+
+
+@pytest.mark.parametrize("devices", [512, 4096, 24_576])
+def test_expected_goodput_is_within_two_points_of_the_simulated_one(devices: int) -> None:
+    """At 40 and 4 times the best interval; the standard error is about one point."""
+    plan = job_plan(devices)
+    [(step_seconds, _)] = plan.stages
+    for interval, failures in ((40 * plan.best_interval, 300), (4 * plan.best_interval, 60)):
+        expected = plan.interruptions.expected(interval * step_seconds)
+        found = Simulation(simulated_job(plan, interval)).run(failures)
+        assert expected.productive == pytest.approx(found.goodput, abs=0.02)
+        for part in ("stalled", "lost", "restart"):
+            fraction = getattr(found, part) / found.wall
+            assert getattr(expected, part) == pytest.approx(fraction, abs=0.02), part
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_slow_writes_are_simulated_as_expected(skips: bool) -> None:
+    """A write takes two and a half intervals: saves wait for it, or every third one is taken."""
+    job = Interruptions(20_000, 500, 3, 250, skips)
+    simulated = SimulatedJob(10, 10, 3, 250, 500, 20_000, skips)
+    found = Simulation(simulated).run(150)
+    assert job.expected(100).productive == pytest.approx(found.goodput, abs=0.02)
+    assert job.expected(100).stalled == pytest.approx(found.stalled / found.wall, abs=0.01)
+
+
+def test_best_interval_is_that_of_the_simulation() -> None:
+    """It loses less than half a point of goodput against the best of seven intervals."""
+    assert bench_goodput.compare(job_plan(24_576), 60)["loss_of_planned_interval"] < 0.005
+
+
+def test_more_nodes_and_faster_restarts_increase_the_simulated_goodput() -> None:
+    changes = bench_goodput.improvements(job_plan(24_576), 60)
+    assert all(each >= changes["as configured"] for each in changes.values())
+    both, faster = changes["best interval, spare nodes"], changes["both, half the restart time"]
+    assert faster > both > 0.9 > changes["best interval"]
+
+
+def test_recorded_run_with_kills_is_simulated_with_its_times() -> None:
+    """`python -m bench.goodput record tests/planning/killed_run.json 6` records it.
+
+    Six kills, two of them during set-up. The simulation resumes from the same checkpoint, its
+    restarts take as long within 5%, and it loses a quarter more time at most: steps are slower
+    while a checkpoint is written than on average, and the log does not have the last partial step.
+    """
+    recorded = json.loads((Path(__file__).parent / "killed_run.json").read_text())
+    found, goodput = bench_goodput.replay(recorded), recorded["goodput"]
+    last = recorded["launches"][-1]["restart_seconds"]  # after the last kill
+    assert found.failures == 6 and found.step == recorded["last_start"]
+    assert found.restart == pytest.approx(goodput["restart"] + goodput["between"] - last, rel=0.05)
+    assert goodput["lost"] <= found.lost <= 1.25 * goodput["lost"]
