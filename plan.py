@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
             path, hardware = measure_local_hardware()
             print(f"Wrote {path} ({hardware.name}). Use it with hardware={path.stem}.")
             return
-        searches = config.search or config.smallest
+        searches = config.search or config.smallest or config.parallel.auto
         fits = search(config, arguments) if searches else plan(config)
     sys.exit(not fits)
 

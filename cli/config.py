@@ -77,6 +77,10 @@ def check_config(composed: DictConfig) -> tuple[JobConfig, Processes, MeshShape]
         ConfigError: as `load_train_config`, with the errors of mesh and machine.
     """
     _check_start(composed)
+    if OmegaConf.select(composed, "parallel.auto") is True:
+        from cli.auto_parallel import with_choice
+
+        composed = with_choice(composed, load_train_config(composed), sys.argv[1:])
     config = load_train_config(composed, rules.launch_rule(), *rules.INSTALLATION_RULES)
     print_warnings(config_warnings(config))
     processes, _ = resolve_processes(config.parallel)

@@ -130,7 +130,7 @@ def planned_mesh_errors(
     smallest: bool,
 ) -> list[str]:
     """Return the errors of the configured mesh; a search chooses its own."""
-    if search or smallest:
+    if search or smallest or parallel.auto:
         return []
     mesh, errors = resolve_mesh(parallel, planned_devices(parallel, hardware, devices))
     if errors:

@@ -101,8 +101,9 @@ def launch(
         plugins=environments.get(processes.launcher, TorchElasticEnvironment)(),
     )
     compared = processes.launcher != "self" and processes.world_size > 1
+    auto_choice = str(parallel) if parallel.auto else ""
     with _launch_errors(processes.launcher, code):
-        store = check_ranks(processes, watchdog) if compared else None
+        store = check_ranks(processes, watchdog, auto_choice) if compared else None
     with (
         _launch_errors(processes.launcher, code, store),
         _without_children_on_error(watchdog),

@@ -44,6 +44,7 @@ class RankReport:
         uuid: Of its GPU or MIG slice; empty without one.
         bus: PCI address of its GPU, which the slices of a GPU share; empty if unknown.
         has_bf16: Whether its GPU has bf16 tensor cores; None without a GPU.
+        choice: What `parallel.auto` has chosen, as settings; empty without it.
         error: Why it cannot start; empty if it can.
         order: Its position among the ranks that cannot start: 1 for the first to fail.
     """
@@ -55,21 +56,25 @@ class RankReport:
     bus: str = ""
     has_bf16: bool | None = None
     torch: str = ""
+    choice: str = ""
     error: str = ""
     order: int = 0
 
 
-def check_ranks(processes: Processes, watchdog: Watchdog) -> Any:
+def check_ranks(processes: Processes, watchdog: Watchdog, choice: str = "") -> Any:
     """Compare the devices of all ranks; return the store, to be kept until the group exists.
 
     Prints warnings about differences on rank 0. The watchdog aborts if ranks are missing at the end
     of its limit for the set-up, and names them.
 
+    Args:
+        choice: Settings that each rank has chosen for itself, which must be equal.
+
     Raises:
         LaunchError: Names the ranks that cannot start or do not match the others.
     """
     timeout = min(watchdog.limits.setup, CHECK_SECONDS)
-    store, own = open_store(timeout), own_report(processes)
+    store, own = open_store(timeout), replace(own_report(processes), choice=choice)
     store.set(f"report/{own.rank}", json.dumps(asdict(own)))
     store.add("arrived", 1)
     if own.rank == 0:
@@ -225,6 +230,12 @@ def compare(reports: Mapping[int, RankReport], size: int) -> tuple[list[str], li
         errors.append(
             f"ranks have different kinds of devices: {_groups(values, _kind)}; repair or exclude "
             "the nodes (sbatch --exclude), or use nodes of one kind"
+        )
+    if len({each.choice for each in values}) > 1:
+        groups = _groups(values, lambda report: report.choice)
+        errors.append(
+            f"parallel.auto=true has chosen differently on ranks with other devices or memory: "
+            f"{groups}; give these keys on the command line, or use nodes of one kind"
         )
     by_gpu: dict[str, list[RankReport]] = {}
     for each in values:

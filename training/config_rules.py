@@ -266,6 +266,15 @@ def stream_errors(
         )
 
 
+def auto_errors(run: RunConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Yield an error if the planner is to choose without its check."""
+    if parallel.auto and run.plan_check == "off":
+        yield (
+            "parallel.auto=true chooses by the memory plan, which run.plan_check=off disables; use "
+            "run.plan_check=refuse or parallel.auto=false"
+        )
+
+
 def moment_errors(precision: PrecisionConfig, optim: OptimConfig) -> Iterator[str]:
     """Yield an error if the second moment cannot decay in its storage format."""
     if precision.optimizer_state == "bf16" and optim.betas[1] > MAX_BETA2_BF16:
@@ -336,8 +345,10 @@ def torchao_errors(precision: PrecisionConfig) -> Iterator[str]:
         yield f"{key} needs the package torchao; {install} or use precision.optimizer_state=bf16"
 
 
-def inference_errors(precision: PrecisionConfig) -> Iterator[str]:
-    """Yield an error for fp8 outside of training."""
+def inference_errors(precision: PrecisionConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Yield errors for settings of training only."""
+    if parallel.auto:
+        yield "parallel.auto=true plans training steps; use parallel.auto=false"
     if precision.fp8 is not None:
         yield f"precision.fp8={precision.fp8} is for training only; use precision.fp8=null"
 
@@ -352,6 +363,7 @@ CONFIG_RULES = (
     stage_errors,
     size_errors,
     stream_errors,
+    auto_errors,
     moment_errors,
 )
 INSTALLATION_RULES = (saving_errors, wandb_errors, torchao_errors, profile_errors)
@@ -659,6 +671,8 @@ def launch_rule(tasks: Processes | None = None) -> Callable[..., Iterator[str]]:
             processes, errors = tasks, world_size_errors(parallel, tasks)
         mesh, unresolved = resolve_mesh(parallel, processes.world_size)
         yield from errors
+        if parallel.auto and tasks is not None:
+            return  # each run chooses on its machines
         if tasks is None:
             accelerator, capability = processes.accelerator, processes.capability
             lowest = capability or HOPPER  # without a GPU, `errors` has the error

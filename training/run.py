@@ -211,7 +211,9 @@ class Run:
         origin = {} if step else {"init_from": config.run.init_from}
         changed = {"changed": changes.free, "allowed": changes.allowed}
         limits = {"time_limits": str(self.watchdog.limits)}
-        self.record("start", step=step, mesh=str(self.mesh), **origin, **changed, **times, **limits)
+        auto = {"auto": config.parallel.auto_record} if config.parallel.auto else {}
+        fields = {**origin, **changed, **times, **limits, **auto}
+        self.record("start", step=step, mesh=str(self.mesh), **fields)
         with self.optional("metrics"):
             self.metrics = MetricsLog(
                 folder.path,

@@ -165,6 +165,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("srun", {"parallel.devices": 8}),
     ("srun", {"parallel.num_nodes": 2}),
     ("srun", {"parallel.dp_shard": 8}),
+    ("train", {"parallel.auto": True, "run.plan_check": "off"}),
+    ("evaluate", {"parallel.auto": True}),
     ("plan", {"search_fp8": True}),
     ("plan", {"smallest": True, "devices": 8}),
     ("plan", {"parallel.accelerator": "cpu"}),
