@@ -141,8 +141,9 @@ class FailurePlan:
 
     @property
     def expected_seconds(self) -> float:
-        """Duration with failures and saves, with the configured interval."""
-        return self.seconds / max(self.configured.productive, LEAST)
+        """Duration with failures and saves with the configured interval; infinite below `LEAST`."""
+        goodput = self.configured.productive
+        return self.seconds / goodput if goodput > LEAST else math.inf
 
     @cached_property
     def configured(self) -> ExpectedGoodput:
@@ -186,7 +187,7 @@ class FailurePlan:
         steps = [self.seconds / step_seconds] + ([] if interval is None else [interval])
         if minutes is not None:
             steps.append(math.ceil(60 * minutes / step_seconds))
-        return min(steps) * step_seconds
+        return max(min(steps), 1) * step_seconds
 
     def _expected(self, interval: int | None, minutes: float | None) -> ExpectedGoodput:
         """Return the expected goodput of all stages, weighted by their wall time."""

@@ -5,6 +5,7 @@ the key names a device.
 """
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from parallel.config import PrecisionConfig
 from parallel.mesh import AXES, MeshShape
 from planning.communicators import communicator_bytes, n_communicators
 from planning.config import PlanJobConfig
-from planning.failures import LEAST, ExpectedGoodput, FailurePlan, plan_failures, time_text
+from planning.failures import ExpectedGoodput, FailurePlan, plan_failures, time_text
 from planning.memory import GIB, PARTS, MemoryBreakdown, size_text
 from planning.plan import SECONDS_PER_DAY, Plan, RunPlan
 from planning.request import SEARCHED, PlanRequest
@@ -164,7 +165,7 @@ def _failure_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
     writing = gigabytes / plan.n_nodes / plan.storage_gb_s
     restart = "planned" if config.restart_seconds is None else "restart_seconds="
     planned, best = plan.configured, plan.best
-    expected = duration(plan.expected_seconds) if planned.productive > LEAST else "never finishes"
+    finishes = math.isfinite(plan.expected_seconds)
     rows = [
         (
             "checkpoint",
@@ -173,7 +174,7 @@ def _failure_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
             f"{_decimals(plan.needed_gb_s)} GB/s",
         ),
         ("save stall", f"{_decimals(times.stall_seconds)} s, {saves} saves"),
-        ("interval", f"{_interval(config, plan)}; best {plan.best_interval:,} steps"),
+        ("interval", f"{_interval(config, plan)}; best {_steps(plan.best_interval)}"),
         (
             "failures",
             f"one in {time_text(times.mtbf_seconds)} on {plan.n_devices:,} × "
@@ -181,9 +182,9 @@ def _failure_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
         ),
         ("restart", f"{times.restart_seconds:,.0f} s ({restart})"),
         ("goodput", f"{_goodput(planned)}; best {best.productive:.1%}"),
-        ("total duration", expected),
+        ("total duration", duration(plan.expected_seconds) if finishes else "never finishes"),
     ]
-    if run.cost is not None:
+    if run.cost is not None and finishes:
         cost = run.cost * plan.expected_seconds / run.seconds
         rows.append(("total cost", money(cost, config.hardware.currency)))
     return rows
@@ -200,11 +201,15 @@ def _goodput(goodput: ExpectedGoodput) -> str:
 def _interval(config: PlanJobConfig, plan: FailurePlan) -> str:
     """Return when checkpoints are saved, and the time between saves."""
     checkpoint = config.checkpoint
-    parts = [] if checkpoint.interval is None else [f"{checkpoint.interval:,} steps"]
+    parts = [] if checkpoint.interval is None else [_steps(checkpoint.interval)]
     if checkpoint.interval_minutes is not None:
         parts.append(f"{checkpoint.interval_minutes:g} minutes")
     when = " or ".join(parts) or "last step only"
     return f"{when} ({time_text(plan.interval_seconds)})"
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count:,} steps"
 
 
 def _decimals(value: float) -> str:

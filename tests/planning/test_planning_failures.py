@@ -16,6 +16,7 @@ from bench import goodput as bench_goodput
 from bench.goodput import SimulatedJob, Simulation, simulated_job
 from cli.arguments import CONF, plan_arguments
 from cli.config import load_plan_config
+from data.files import strict_json
 from planning import report
 from planning.config import PlanJobConfig
 from planning.failures import FailurePlan, Interruptions, interval_warnings, time_text
@@ -113,6 +114,17 @@ def test_interval_is_that_of_the_run_if_it_is_short() -> None:
     _, _, plan = planned("hardware=cpu", "checkpoint.interval=1000")
     assert plan.best_interval == 160 == plan.interval_seconds / plan.stages[0][0]
     assert plan.configured == plan.best and plan.best.productive > 0.99
+    _, _, shortest = planned("hardware=cpu", "tokens=1")
+    assert shortest.best_interval == 1 == shortest.interval_seconds / shortest.stages[0][0]
+
+
+def test_run_that_never_reaches_a_checkpoint_has_no_duration() -> None:
+    config, run, plan = planned(*PAPER, "devices=4096", "checkpoint.interval=null")
+    assert plan.expected_seconds == math.inf
+    rows = dict(report._failure_rows(config, run))
+    assert rows["total duration"] == "never finishes" and "total cost" not in rows
+    record = json.loads(strict_json(report.plan_record(config, run)))["failures"]
+    assert record["days"] is None and record["cost"] is None
 
 
 def test_restart_and_failure_rate_are_keys() -> None:
