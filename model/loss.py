@@ -156,7 +156,8 @@ class _HeadAndLoss(torch.autograd.Function):
             if d_weight is not None:
                 beta = 0 if first == 0 else 1
                 torch.addmm(d_weight, gradient.t(), chunk, beta=beta, out=d_weight)
-        ctx.gradients = d_hidden, d_weight
+            del logits, gradient  # before the next chunk's logits are gathered
+        ctx.gradients, ctx.block = (d_hidden, d_weight), loss.block[hidden.device.type]
         return nll.sum()
 
     @staticmethod
@@ -167,11 +168,11 @@ class _HeadAndLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
             if gradient is not None:
-                _scale_(gradient, grad)
+                _scale_(gradient, grad, ctx.block)
         return (*gradients, None, None, None)
 
 
-def _scale_(gradient: Tensor, factor: Tensor) -> None:
+def _scale_(gradient: Tensor, factor: Tensor, block: int) -> None:
     """Multiply in place by a float32 scalar, without rounding it to the gradient's dtype."""
-    for rows in gradient.split(max(1, BLOCK[gradient.device.type] // gradient.shape[-1])):
+    for rows in gradient.split(max(1, block // gradient.shape[-1])):  # (rows, columns)
         rows.mul_(factor.view(1))

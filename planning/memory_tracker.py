@@ -9,6 +9,7 @@ tracker are not seen.
 
 from collections import Counter
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -30,36 +31,70 @@ class MemoryTracker(TorchDispatchMode):
     Args:
         fake: Count fake tensors instead of real ones.
         collective_namespaces: Operator namespaces whose results form the category `collectives`.
+        gloo: Add what gloo allocates during a collective, which fake processes do not run.
 
     Attributes:
         phase: Current phase, set by the caller.
         model, optimizer: Set by the caller after construction; ownership determines categories.
+        paused: Set by the caller while operators do not count.
         peaks: Bytes by category at the peak of each phase.
     """
 
     def __init__(
-        self, fake: bool = False, collective_namespaces: Sequence[str] = COLLECTIVE_NAMESPACES
+        self,
+        fake: bool = False,
+        collective_namespaces: Sequence[str] = COLLECTIVE_NAMESPACES,
+        gloo: bool = False,
     ) -> None:
         super().__init__()
+        self.gloo, self.paused = gloo, False
         self.fake, self.collective_namespaces = fake, collective_namespaces
         self.phase = "setup"
         self.model: torch.nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.peaks: dict[str, dict[str, int]] = {}
         self._categories: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage: category
+        self._sizes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage: bytes when last seen
+        self._bound = inf  # of the total, which takes longer to compute
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, (DTensor, AsyncCollectiveTensor)) for kind in types):
             return NotImplemented  # redispatched as local operations, which are handled here
+        if self.fake and func is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # as the real operator does; the fake one returns a new tensor
         out = func(*args, **(kwargs or {}))
+        if self.paused:
+            return out
         collective = func.namespace in self.collective_namespaces
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor):
+        tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if not tensors:
+            self._bound = inf  # it may have written to arguments whose storage was just resized
+        for tensor in tensors:
+            if not is_traceable_wrapper_subclass(tensor):
                 self._add(tensor.untyped_storage(), collective)
-        peak = self.peaks.get(self.phase)
-        if peak is None or self.total() > sum(peak.values()):
-            self.peaks[self.phase] = self.held()
+        buffer = self._gloo_buffer(func, args, out) if self.gloo else 0
+        highest = sum(self.peaks.get(self.phase, {}).values())
+        if self._bound + buffer > highest:
+            self._bound = self.total()
+            if self._bound + buffer > highest:
+                self.peaks[self.phase] = self.held() | ({"gloo": buffer} if buffer else {})
         return out
+
+    def _gloo_buffer(self, func: Any, args: Any, out: Any) -> int:
+        """Return the size of the copy that gloo makes in a collective, 0 for other operators.
+
+        An all-gather receives into a flat copy of its outputs; a reduce-scatter is an all-reduce of
+        a copy of its input (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp).
+        """
+        name = str(func)
+        if func.namespace not in COLLECTIVE_NAMESPACES:
+            return 0
+        if "all_gather" in name or "allgather" in name:
+            return _tensor_bytes(out if func.namespace == "_c10d_functional" else args[0])
+        if "reduce_scatter" in name:
+            functional = func.namespace == "_c10d_functional"
+            return _tensor_bytes(args[0] if functional else args[1])
+        return 0
 
     def rename(self, category: str) -> None:
         """Move all live unowned tensors to `category`."""
@@ -86,6 +121,8 @@ class MemoryTracker(TorchDispatchMode):
             self._categories[storage] = "collectives"
         elif storage not in self._categories:
             self._categories[storage] = self.phase
+        before, self._sizes[storage] = self._sizes.get(storage, 0), storage.nbytes()
+        self._bound += max(0, storage.nbytes() - before)
 
     @torch.no_grad()
     def _owned(self) -> dict[int, str]:
@@ -105,6 +142,10 @@ class MemoryTracker(TorchDispatchMode):
             for tensor, category in owned
             if tensor is not None
         }
+
+
+def _tensor_bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -1,16 +1,18 @@
 """Peak memory of a rank, measured tensor by tensor on fake tensors.
 
-Runs two steps of the real `parallelize`, FSDP2 and autograd for rank 0 of a fake process group; the
-second is measured. The model is not compiled: where the run compiles it, or the GPU has a fused
-kernel that CPUs lack, an operation that saves the same tensors replaces it. Deep models are traced
-at two depths and each phase is extrapolated linearly.
+Runs a step of the real `parallelize`, FSDP2 and autograd for rank 0 of a fake process group, with
+the moments of an earlier step. The model is not compiled: where the run compiles it, or the GPU has
+a fused kernel that CPUs lack, an operation that saves the same tensors replaces it. Deep models are
+traced at two depths and each phase is extrapolated linearly.
 """
 
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,53 +28,24 @@ from model.llama import FeedForward, Llama
 from model.loss import BLOCK
 from model.norm import RMSNorm
 from parallel.activation_checkpoint import is_saved
-from parallel.gradients import clip_grad_norm
-from parallel.step_scalars import N_EXTRA_SCALARS
-from planning.activations import (
-    HALF_BUDGET,
-    block_saved_bytes,
-    full_hidden_bytes,
-    uses_sequence_parallel,
-)
+from planning.activations import full_hidden_bytes, uses_sequence_parallel
+from planning.allocations import MOMENT_CHUNK, PARTS, Held, Peaks, fullest_phase, interpolate
 from planning.fake_model import fake_model, materialise
-from planning.memory import MOMENT_CHUNK, PARTS, MemoryBreakdown, with_host_memory
+from planning.memory import MemoryBreakdown, with_host_memory
 from planning.memory_tracker import MemoryTracker, local_tensor
 from planning.step_spec import MOMENT_BLOCK, StepSpec
 
-DEPTHS = (4, 6)  # at least 4: the first two and last two blocks differ from the rest
+DEPTHS = (4, 5)  # at least 4: the first two and last two blocks differ from the rest
 
 # Tracker category: field of `MemoryBreakdown` where the names differ. Others are temporary.
 _GATHERED = ("gathered_weights", "gathered_gradients", "collectives", "unreduced")
-_FIELDS = {part: part for part in PARTS} | dict.fromkeys(("forward", "inputs"), "activations")
+_FIELDS = {part: part for part in PARTS} | {"inputs": "activations"}
 _FIELDS |= dict.fromkeys(_GATHERED, "gathered")
-
-Peaks = dict[str, dict[str, float]]
-"""Bytes by category at the peak of each phase."""
 
 
 def trace_memory(spec: StepSpec) -> MemoryBreakdown:
     """Return the peak memory of rank 0 in a step. Takes seconds."""
-    budget = spec.parallel.activation_checkpoint
-    if not isinstance(budget, float):
-        peaks = _extrapolated_peaks(spec)
-    elif budget >= HALF_BUDGET:  # recomputation behaves as if all matrix products were saved
-        reference = _with_checkpoint(spec, "none" if budget == 1 else "selective")
-        peaks = _extrapolated_peaks(reference)
-        difference = block_saved_bytes(spec) - block_saved_bytes(reference)
-        all_saved = peaks["head"]["forward"]
-        for held in peaks.values():
-            alive = held.get("forward", 0)
-            held["forward"] = alive + spec.model.n_layers * difference * min(alive / all_saved, 1)
-    else:
-        full, none = _with_checkpoint(spec, "full"), _with_checkpoint(spec, "none")
-        least, saved, most = (block_saved_bytes(each) for each in (full, spec, none))
-        weight = (saved - least) / (most - least)
-        peaks = _interpolate(_extrapolated_peaks(full), _extrapolated_peaks(none), weight)
-    return _breakdown(spec, peaks)
-
-
-def _with_checkpoint(spec: StepSpec, mode: Literal["full", "selective", "none"]) -> StepSpec:
-    return replace(spec, parallel=replace(spec.parallel, activation_checkpoint=mode))
+    return _breakdown(spec, *fullest_phase(spec, _extrapolated_peaks))
 
 
 def _extrapolated_peaks(spec: StepSpec) -> Peaks:
@@ -83,26 +56,13 @@ def _extrapolated_peaks(spec: StepSpec) -> Peaks:
     shallow, deep = (
         _peaks(replace(spec, model=replace(spec.model, n_layers=depth))) for depth in DEPTHS
     )
-    return _interpolate(shallow, deep, (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+    return interpolate(shallow, deep, (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
 
 
-def _interpolate(first: Peaks, second: Peaks, weight: float) -> Peaks:
-    """Return first + weight × (second - first), per phase and category."""
-    return {
-        phase: {
-            name: a.get(name, 0) + weight * (second[phase].get(name, 0) - a.get(name, 0))
-            for name in second[phase].keys() | a.keys()
-        }
-        for phase, a in first.items()
-    }
-
-
-def _breakdown(spec: StepSpec, peaks: Peaks) -> MemoryBreakdown:
-    """Return the breakdown of the phase with the highest peak."""
+def _breakdown(spec: StepSpec, phase: str, held: Held) -> MemoryBreakdown:
     rows = min(spec.step.head_chunk, spec.local_tokens)
     vocab = spec.model.vocab_size // (spec.mesh.tp if spec.parallel.loss_parallel else 1)
     logits = rows * vocab * spec.param_bytes
-    phase, held = max(peaks.items(), key=lambda item: sum(item[1].values()))
     in_head = held.get("head", 0)
     held = held | {"logits": min(logits, in_head), "head": max(0, in_head - logits)}
     parts: Counter[str] = Counter()
@@ -112,25 +72,30 @@ def _breakdown(spec: StepSpec, peaks: Peaks) -> MemoryBreakdown:
 
 
 def _peaks(spec: StepSpec) -> Peaks:
-    """Return bytes by category at the peak of each phase of the second step.
+    """Return bytes by category at the peak of each phase of a step.
 
-    Runs the operations of `train_step` on uninitialized tokens, with at most 2 micro-batches.
+    Runs the operations of `train_step` on uninitialized tokens, with at most 2 micro-batches, or 3
+    if each reduces its gradients: the second one adds to those of the first, and keeps weights.
     """
     # FSDP2 uses the namespace c10d; tensors received by tensor and context parallelism use the
     # functional one and count as activations.
-    tracker = MemoryTracker(fake=True, collective_namespaces=("c10d",))
+    on_cpu = spec.accelerator == "cpu"
+    tracker = MemoryTracker(fake=True, collective_namespaces=("c10d",), gloo=on_cpu)
     precision = replace(spec.precision, fp8=None)
     # The compiler recomputes each tensor on demand in selective checkpointing.
     lazy = spec.parallel.compile and spec.parallel.activation_checkpoint == "selective"
-    parallel = (_with_checkpoint(spec, "none") if lazy else spec).parallel
-    micro_batches = min(spec.micro_batches, 2)
+    parallel = replace(spec.parallel, activation_checkpoint="none") if lazy else spec.parallel
+    reduces_each = spec.parallel.reduce_gradients == "micro_batch" and spec.mesh.world_size > 1
+    micro_batches = min(spec.micro_batches, 3 if reduces_each else 2)
     with (
         fake_model(
             spec.model, spec.mesh, parallel, precision, partial(_use_gpu_attention, spec)
         ) as (llama, strategy),
+        _without_shape_propagation(tracker),
         tracker,
     ):
         materialise(llama)
+        _replace_passes_over_logits(llama.loss, spec)
         if spec.accelerator == "cuda" or spec.parallel.compile:
             _replace_fused(llama, spec)
         if lazy:
@@ -139,27 +104,47 @@ def _peaks(spec: StepSpec) -> Peaks:
         _set_phases(llama, tracker)
         optimizer = FakeAdamW(llama, spec.precision.optimizer_state, spec.accelerator)
         tracker.model, tracker.optimizer = llama, cast(Any, optimizer)
-        for _ in range(2):
-            tracker.peaks.clear()
-            for i in range(1, micro_batches + 1):
-                tracker.phase = "inputs"
-                tokens = torch.empty(spec.micro_batch_size, spec.seq_len, dtype=torch.int64)
-                positions = torch.empty_like(tokens) if spec.document_mask else None
-                labels = torch.empty_like(tokens)  # all are (batch, seq)
-                tracker.phase = "forward"
-                with strategy.micro_batch_sync.no_backward_sync(llama, i < micro_batches):
-                    loss = llama(tokens, positions, labels)  # hooks set the phases from here on
-                    loss.backward()
-                del loss
-                if i < micro_batches:
-                    tracker.rename("unreduced")  # only unreduced gradients are still alive
-            tracker.phase = "update"
-            clip_grad_norm(llama, max_norm=1.0, extra_scalars=torch.empty(N_EXTRA_SCALARS))
-            optimizer.step()
-            for parameter in llama.parameters():
-                parameter.grad = None
-            del tokens, positions, labels
+        tracker.peaks.clear()
+        for i in range(1, micro_batches + 1):
+            tracker.phase = "inputs"
+            tokens = torch.empty(spec.micro_batch_size, spec.seq_len, dtype=torch.int64)
+            positions = torch.empty_like(tokens) if spec.document_mask else None
+            labels = torch.empty_like(tokens)  # all are (batch, seq)
+            tracker.phase = "forward"
+            with strategy.micro_batch_sync.no_backward_sync(llama, i < micro_batches):
+                loss = llama(tokens, positions, labels)  # hooks set the phases from here on
+                loss.backward()
+            del loss
+            if i < micro_batches:
+                tracker.rename("unreduced")  # only unreduced gradients are still alive
+        tracker.phase = "update"
+        optimizer.step()
+    for held in tracker.peaks.values():
+        held["activations"] = held.pop("forward", 0)
     return cast(Peaks, dict(tracker.peaks))
+
+
+@contextmanager
+def _without_shape_propagation(tracker: MemoryTracker) -> Iterator[None]:
+    """Pause the tracker while DTensor runs an operator on tensors of global shape for its result's.
+
+    In a real process these are fake tensors.
+    """
+    propagator: Any = DTensor._op_dispatcher.sharding_propagator
+    method = propagator._propagate_tensor_meta_non_cached
+
+    def paused(op_schema: Any) -> Any:
+        tracker.paused = True
+        try:
+            return method(op_schema)
+        finally:
+            tracker.paused = False
+
+    propagator._propagate_tensor_meta_non_cached = paused
+    try:
+        yield
+    finally:
+        propagator._propagate_tensor_meta_non_cached = method
 
 
 def _set_phases(llama: Llama, tracker: MemoryTracker) -> None:
@@ -185,8 +170,8 @@ def _set_phases(llama: Llama, tracker: MemoryTracker) -> None:
 class FakeAdamW:
     """Allocate what AdamW allocates, without computing anything.
 
-    The moments of each parameter's local shard are created by the first step. A test compares the
-    sizes with `training.optimizer`.
+    The moments of each parameter's local shard exist from the start, as after a first step. A test
+    compares the sizes with `training.optimizer`.
 
     Args:
         state: `precision.optimizer_state`; vectors use float32.
@@ -195,26 +180,30 @@ class FakeAdamW:
     def __init__(self, model: nn.Module, state: str, accelerator: str) -> None:
         self.param_groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
         self.format, self.chunk = state, MOMENT_CHUNK[accelerator]
-        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self.state = {each: self._moments(local_tensor(each)) for each in model.parameters()}
+
+    def _moments(self, local: Tensor) -> dict[str, Tensor]:
+        state_format = self._format_of(local)
+        dtype = torch.bfloat16 if state_format == "bf16" else torch.float32
+        sizes = {"": (local.shape, dtype)}
+        if state_format == "int8":
+            blocks = -(-local.numel() // MOMENT_BLOCK)
+            values = torch.Size([blocks, MOMENT_BLOCK])
+            sizes = {"": (values, torch.uint8), " scales": (values[:1], torch.float32)}
+        return {
+            f"{moment}{name}": torch.empty(shape, dtype=dtype)
+            for moment in ("exp_avg", "exp_avg_sq")
+            for name, (shape, dtype) in sizes.items()
+        }
+
+    def _format_of(self, local: Tensor) -> str:
+        return self.format if local.ndim >= 2 else "fp32"
 
     def step(self) -> None:
-        """Allocate the moments, and float32 chunks of low-precision ones."""
+        """Allocate the float32 chunks of low-precision moments."""
         for parameter in self.param_groups[0]["params"]:
             local = local_tensor(parameter)
-            state_format = self.format if local.ndim >= 2 else "fp32"
-            if parameter not in self.state:
-                dtype = torch.bfloat16 if state_format == "bf16" else torch.float32
-                sizes = {"": (local.shape, dtype)}
-                if state_format == "int8":
-                    blocks = -(-local.numel() // MOMENT_BLOCK)
-                    values = torch.Size([blocks, MOMENT_BLOCK])
-                    sizes = {"": (values, torch.uint8), " scales": (values[:1], torch.float32)}
-                self.state[parameter] = {
-                    f"{moment}{name}": torch.empty(shape, dtype=dtype)
-                    for moment in ("exp_avg", "exp_avg_sq")
-                    for name, (shape, dtype) in sizes.items()
-                }
-            if state_format != "fp32":
+            if self._format_of(local) != "fp32":
                 chunk = min(self.chunk, local.numel())
                 for _ in range(2):
                     widened = [torch.empty(chunk) for _ in range(2)]
@@ -249,7 +238,6 @@ class _MasklessKernel(AttentionKernel):
 
 def _replace_fused(llama: Any, spec: StepSpec) -> None:
     """Replace modules that are one kernel on GPUs or when compiled by a single operation."""
-    llama.loss.block = {"cpu": BLOCK[spec.accelerator]}
     for module in llama.modules():
         if isinstance(module, RMSNorm):
             if spec.accelerator == "cuda" or module is not llama.norm:  # the last is not compiled
@@ -260,10 +248,23 @@ def _replace_fused(llama: Any, spec: StepSpec) -> None:
             pending = full_hidden_bytes(spec) if alive else 0
             forward = partial(_feed_forward, module, recompute, pending)
             setattr(module, "forward", forward)  # noqa: B010
-    if spec.parallel.compile:
-        llama.loss.compiled = True
-        llama.loss.sum_exponentials = lambda logits, maximum: maximum.clone()
-        llama.loss.exponentiate_ = lambda logits, maximum, factor: None
+
+
+def _replace_passes_over_logits(loss: Any, spec: StepSpec) -> None:
+    """Replace the passes by blocks, which may be thousands, by one with the memory of a block."""
+    block = BLOCK[spec.accelerator]
+
+    def sum_exponentials(logits: Tensor, maximum: Tensor) -> Tensor:
+        exponentiate_(logits)
+        return maximum.clone()
+
+    def exponentiate_(logits: Tensor, *_: Tensor) -> None:
+        if not spec.parallel.compile:
+            rows = min(max(1, block // logits.shape[-1]), len(logits))
+            torch.empty(rows, logits.shape[-1])  # in float32
+
+    loss.compiled, loss.block = True, {"cpu": sys.maxsize}
+    loss.sum_exponentials, loss.exponentiate_ = sum_exponentials, exponentiate_
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:

@@ -1,0 +1,855 @@
+"""Closed forms of a step's memory: the tensors that a step allocates and frees, in order.
+
+Replays what `parallelize`, FSDP2 and autograd do, with a size instead of each tensor. Blocks in the
+middle of a deep model repeat the change of the block before them, so that a replay takes a fraction
+of a millisecond. `planning.tracing` runs the real operators instead; a test compares both.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Literal
+
+from parallel.traffic import block_matrices, root_matrices
+from planning.activations import (
+    HALF_BUDGET,
+    batch_bytes,
+    block_input_bytes,
+    block_saved_bytes,
+    full_hidden_bytes,
+    norm_is_decomposed,
+    tokens_between_matmuls,
+    uses_sequence_parallel,
+)
+from planning.step_spec import MOMENT_BLOCK, StepSpec
+
+FLOAT32 = 4  # bytes
+HEAD_BLOCK = {"cpu": 2**18, "cuda": 2**23}  # `model.loss.BLOCK`: logits in float32 at a time
+MOMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + FLOAT32 / MOMENT_BLOCK}  # per matrix element
+MOMENT_CHUNK = {"cpu": 2**16, "cuda": 2**25}  # low-precision values converted to float32 at a time
+
+PARTS = (
+    *("parameters", "gradients", "optimizer", "activations"),
+    *("gathered", "logits", "host", "temporary"),
+)
+"""Parts of a memory breakdown, in display order."""
+
+Held = dict[str, float]
+Peaks = dict[str, Held]
+"""Bytes by part at the peak of each phase."""
+
+
+def fullest_phase(spec: StepSpec, peaks_of: Callable[[StepSpec], Peaks]) -> tuple[str, Held]:
+    """Return the phase with the highest peak and its bytes by category.
+
+    Under a memory budget, the compiler saves more than with `full` or `selective` checkpointing and
+    less than with `none`: the peaks are between theirs.
+
+    Args:
+        peaks_of: Returns the peaks of a step without a budget, with the forward's activations in
+            the category `activations`.
+    """
+    budget = spec.parallel.activation_checkpoint
+    if not isinstance(budget, float):
+        peaks = peaks_of(spec)
+    elif budget >= HALF_BUDGET:  # recomputation behaves as if all matrix products were saved
+        reference = _with_checkpoint(spec, "none" if budget == 1 else "selective")
+        peaks = peaks_of(reference)
+        difference = block_saved_bytes(spec) - block_saved_bytes(reference)
+        all_saved = peaks["head"]["activations"]
+        for held in peaks.values():
+            alive = held.get("activations", 0)
+            held["activations"] = alive + spec.model.n_layers * difference * min(
+                alive / all_saved, 1
+            )
+    else:
+        full, none = _with_checkpoint(spec, "full"), _with_checkpoint(spec, "none")
+        least, saved, most = (block_saved_bytes(each) for each in (full, spec, none))
+        weight = (saved - least) / (most - least)
+        peaks = interpolate(peaks_of(full), peaks_of(none), weight)
+    return max(peaks.items(), key=lambda item: sum(item[1].values()))
+
+
+def _with_checkpoint(spec: StepSpec, mode: Literal["full", "selective", "none"]) -> StepSpec:
+    return replace(spec, parallel=replace(spec.parallel, activation_checkpoint=mode))
+
+
+def interpolate(first: Peaks, second: Peaks, weight: float) -> Peaks:
+    """Return first + weight × (second - first), per phase and category."""
+    return {
+        phase: {
+            name: a.get(name, 0) + weight * (second[phase].get(name, 0) - a.get(name, 0))
+            for name in second[phase].keys() | a.keys()
+        }
+        for phase, a in first.items()
+    }
+
+
+def step_peaks(spec: StepSpec) -> Peaks:
+    """Return the peak of each phase of a step without a compiler's memory budget."""
+    step = (_DistributedStep if spec.mesh.world_size > 1 else _SingleProcessStep)(spec)
+    step.run()
+    return step.heap.peaks
+
+
+class _Heap:
+    """Bytes alive by part, and their peak in each phase."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, float] = dict.fromkeys(PARTS, 0)
+        self.peaks: Peaks = {}
+        self.total = self._highest = 0.0
+        self._phase = ""
+
+    def phase(self, name: str) -> None:
+        self._record()
+        self._phase, self._highest = name, sum(self.peaks.get(name, {}).values()) or -1.0
+
+    def add(self, part: str, size: float) -> None:
+        self.held[part] += size
+        self.total += size
+
+    def free(self, part: str, size: float) -> None:
+        self._record()
+        self.held[part] -= size
+        self.total -= size
+
+    def use(self, size: float, part: str = "temporary") -> None:
+        """Allocate and free."""
+        self.add(part, size)
+        self.free(part, size)
+
+    def move(self, part: str, to: str, size: float) -> None:
+        self.held[part] -= size
+        self.held[to] += size
+
+    def repeat(self, before: dict[str, float], times: int) -> None:
+        """Add the change since `before` that many times."""
+        for part, size in before.items():
+            change = times * (self.held[part] - size)
+            self.held[part] += change
+            self.total += change
+
+    def _record(self) -> None:
+        if self.total > self._highest and self._phase:
+            self._highest, self.peaks[self._phase] = self.total, dict(self.held)
+
+
+class _Group:
+    """Sizes of an FSDP2 parameter group: one block, or the root (embedding, head, last norm).
+
+    They count one tensor-parallel rank. The shards of rank 0 are the largest; all are padded to
+    the same size.
+
+    Attributes:
+        elements: Elements of the gathered weights.
+        shard_elements: Elements of a shard.
+        gathered: Bytes of the gathered weights.
+        gradients: Bytes of the unsharded gradients of a micro-batch.
+        to_reduce: Bytes of the unsharded gradients in the reduction's data type.
+    """
+
+    def __init__(self, matrices: list[tuple[int, int]], shards: int, spec: StepSpec) -> None:
+        self.shard_elements = sum(-(-rows // shards) * columns for rows, columns in matrices)
+        self.elements = self.shard_elements * shards
+        self.exact = sum(rows * columns for rows, columns in matrices)
+        self.largest = max(rows * columns for rows, columns in matrices)
+        self.gathered = self.elements * spec.param_bytes
+        self.to_reduce = self.elements * spec.reduce_bytes
+
+
+class _Step:
+    """A step; subclasses define how weights are provided and gradients accumulated."""
+
+    def __init__(self, spec: StepSpec) -> None:
+        self.spec, self.heap = spec, _Heap()
+        model, mesh = spec.model, spec.mesh
+        p, tokens, tp = spec.param_bytes, spec.local_tokens, mesh.tp
+        self.on_cpu, self.wide = spec.accelerator == "cpu", p < FLOAT32
+        self.compiled = bool(spec.parallel.compile)
+        self.mode = spec.parallel.activation_checkpoint
+        self.lazy = self.compiled and self.mode == "selective"
+        self.sp = uses_sequence_parallel(spec)
+        self.layers, self.shards = model.n_layers, mesh.dp_shard * mesh.cp
+        self.block = _Group(block_matrices(model, tp), self.shards, spec)
+        self.root = _Group(root_matrices(model, tp), self.shards, spec)
+        in_fp8 = sum(rows * columns for rows, columns in spec.fp8_gathered)
+        self.block.gathered -= in_fp8 * (p - 1)
+        self.head_elements = model.vocab_size // tp * model.dim
+        names = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
+        sizes = [rows * columns for rows, columns in block_matrices(model, tp)[:-2]]
+        self.weights = dict(zip(names, sizes, strict=True))
+        # Sizes of activations: hidden states, unsharded and between products, in `param` and in
+        # float32; queries; keys; rotated keys that attention reads; hidden states of the FFN.
+        self.h, self.s = full_hidden_bytes(spec), block_input_bytes(spec)
+        self.s32 = tokens_between_matmuls(spec) * model.dim * FLOAT32
+        self.rms = tokens_between_matmuls(spec) * FLOAT32
+        self.q = tokens * model.dim // tp * p
+        self.kv = tokens * (model.n_kv_heads * model.head_dim // tp) * p
+        expanded = 1 if self.compiled else spec.expanded_kv_heads // model.n_kv_heads
+        self.expands = expanded > 1
+        self.keys = self.kv * mesh.cp * expanded
+        self.lse = tokens * (model.n_heads // tp) * FLOAT32
+        self.f = tokens * (model.ffn_dim // tp) * p
+        rows = tokens // (1 if spec.document_mask else spec.micro_batch_size)
+        self.rotations = rows * model.head_dim * FLOAT32
+        self.accumulates = spec.micro_batches > 1
+        each = spec.parallel.reduce_gradients == "micro_batch" and mesh.world_size > 1
+        self.reduces_each = self.accumulates and each
+        # Whether this micro-batch follows another one, and whether another one follows.
+        self.continues = spec.micro_batches > (2 if self.reduces_each else 1)
+        self.holds = False
+
+    def run(self) -> None:
+        """Replay the fullest micro-batches of a step and the update."""
+        heap, layers = self.heap, self.layers
+        elements = self.block.shard_elements * layers + self.root.shard_elements
+        vectors = (2 * layers + 1) * -(-self.spec.model.dim // self.shards)
+        moment = MOMENT_BYTES[self.spec.precision.optimizer_state]
+        heap.add("parameters", elements * FLOAT32)
+        moments = moment * (elements - vectors) + FLOAT32 * vectors
+        heap.add("optimizer", int(2 * moments))
+        self.start()
+        for holds in [True, False] if self.reduces_each else [False]:
+            self.holds = holds
+            self.micro_batch()
+            self.continues = True
+        heap.phase("update")
+        if self.spec.precision.optimizer_state != "fp32":
+            largest = max(self._largest_shard(self.root), self._largest_shard(self.block))
+            chunk = min(MOMENT_CHUNK[self.spec.accelerator], largest)
+            heap.use(4 * chunk * FLOAT32)
+        heap.phase("")
+
+    def micro_batch(self) -> None:
+        """Replay forward and backward, in phases as in `planning.tracing`."""
+        heap, layers = self.heap, self.layers
+        heap.phase("forward")
+        self.enter_root()
+        heap.add("activations", batch_bytes(self.spec))
+        self.embed()
+        for index in self._indices(range(layers)):
+            self.enter_forward(index)
+            self.block_forward(recomputing=False)
+            self.leave_forward(index)
+        self.head()
+        names = {0: "first block", 1: "second block", layers - 2: "last block but one"}
+        names[layers - 1] = "last block"
+        heap.phase(names[layers - 1])
+        self.head_backward()
+        for index in self._indices(range(layers - 1, -1, -1)):
+            heap.phase(names.get(index, "a block"))
+            self.enter_backward(index)
+            self.block_backward()
+            heap.phase("embedding" if index == 0 else names.get(index - 1, "a block"))
+            self.leave_backward(index)
+        self.embed_backward()
+        heap.free("activations", self.rotations)
+        self.leave_root()
+        heap.free("activations", batch_bytes(self.spec) - self.rotations)
+
+    def _largest_shard(self, group: _Group) -> int:
+        return -(-group.largest // self.shards)
+
+    def _indices(self, indices: range) -> Iterator[int]:
+        """Yield the first two and the last two; the others repeat the change of the second."""
+        yield indices[0]
+        before = dict(self.heap.held)
+        yield from indices[1:2]
+        if len(indices) > 4:
+            self.heap.repeat(before, len(indices) - 4)
+        yield from indices[max(2, len(indices) - 2) :]
+
+    # ------------------------------------------------------------ weights and gradients
+
+    def start(self) -> None:
+        """Allocate what earlier micro-batches leave."""
+
+    def enter_root(self) -> None: ...
+    def enter_forward(self, index: int) -> None: ...
+    def leave_forward(self, index: int) -> None: ...
+    def root_backward(self) -> None: ...
+    def enter_backward(self, index: int) -> None: ...
+    def leave_backward(self, index: int) -> None: ...
+    def leave_root(self) -> None: ...
+
+    def accumulate(self, elements: int) -> None:
+        """Accumulate a gradient that was just added to `gathered`."""
+
+    # ------------------------------------------------------------ tensor parallelism
+
+    def communicate(self, kind: str, size: float) -> None:
+        """Add what gloo allocates during a collective: a copy of the complete tensor."""
+        if self.on_cpu and kind != "all_reduce":
+            self.heap.use(size)
+
+    def gather_hidden(self) -> None:
+        """(batch, seq / tp, dim) -> (batch, seq, dim)."""
+        if self.sp:
+            self.heap.add("temporary", self.h)
+            self.communicate("all_gather", self.h)
+
+    def reduce_hidden(self) -> None:
+        """Replace partial sums of hidden states by their sum or its shard."""
+        heap = self.heap
+        if self.sp:
+            heap.add("temporary", self.h)  # a chunk for each rank
+            heap.add("temporary", self.s)
+            self.communicate("reduce_scatter", self.h)
+            heap.free("temporary", 2 * self.h)
+        elif self.spec.mesh.tp > 1:
+            heap.add("temporary", self.h)
+            heap.free("temporary", self.h)
+
+    # ------------------------------------------------------------ embedding and head
+
+    def embed(self) -> None:
+        heap, tp = self.heap, self.spec.mesh.tp
+        if tp > 1:
+            heap.add("temporary", 2 * self.h)
+            heap.free("temporary", self.h)
+        else:
+            heap.add("temporary", self.h)
+        self.reduce_hidden()
+        heap.move("temporary", "activations", self.s)
+
+    def embed_backward(self) -> None:
+        heap, tp = self.heap, self.spec.mesh.tp
+        size = self.head_elements * self.spec.param_bytes
+        tied = self.spec.model.tie_embeddings
+        heap.phase("embedding")
+        if self.sp:
+            self.gather_hidden()
+            heap.free("temporary", self.s)
+        if tp > 1:
+            heap.add("temporary", self.h)
+            heap.free("temporary", self.h)
+        heap.add("gathered", size)
+        heap.free("temporary", self.h)
+        if tied:
+            # Autograd adds it to the gradient of the head.
+            heap.add("gathered", size)
+            heap.free("gathered", 2 * size)
+        self.accumulate(self.head_elements)
+
+    def head(self) -> None:
+        """Last norm, and the loss by chunks with its gradients."""
+        spec, heap = self.spec, self.heap
+        kind = self.norm_kind(last=True)
+        self.norm_forward(kind, True)
+        if self.input_is_widened(kind):
+            heap.free("activations", self.s)
+        heap.phase("head")
+        p, tp = spec.param_bytes, spec.mesh.tp
+        if self.sp:
+            self.gather_hidden()
+        heap.add("activations", self.h)  # gradient of the hidden states
+        heap.add("gathered", self.head_elements * p)
+        heap.add("temporary", spec.local_tokens * FLOAT32)
+        rows = min(spec.step.head_chunk, spec.local_tokens)
+        vocab = spec.model.vocab_size // tp
+        local = complete = rows * vocab * p
+        heap.add("logits", local)
+        if tp > 1 and not spec.parallel.loss_parallel:
+            vocab, complete = spec.model.vocab_size, local * tp
+            heap.add("logits", complete)
+            self.communicate("all_gather", complete)
+            heap.add("logits", complete)
+            heap.free("logits", complete)
+        if not self.compiled:
+            block = min(max(1, HEAD_BLOCK[spec.accelerator] // vocab), rows)
+            heap.use(block * vocab * FLOAT32)
+        heap.use(7 * rows * 4)  # vectors
+        heap.free("logits", local + (complete if complete != local else 0))
+        heap.free("temporary", spec.local_tokens * FLOAT32 + (self.h if self.sp else 0))
+        heap.free("temporary", self.s)  # output of the norm
+
+    def head_backward(self) -> None:
+        heap = self.heap
+        self.root_backward()
+        heap.move("activations", "temporary", self.h)
+        if not self.spec.model.tie_embeddings:
+            self.accumulate(self.head_elements)
+        self.reduce_hidden()
+        self.norm_backward(self.norm_kind(last=True), last=True)
+
+    # ------------------------------------------------------------ norm
+
+    def norm_kind(self, last: bool = False) -> str:
+        """Return how RMSNorm runs: as one kernel, our function, or separate operations."""
+        if not self.on_cpu or (self.compiled and not last):
+            return "kernel"
+        return "decomposed" if norm_is_decomposed(self.spec) else "function"
+
+    def norm_forward(self, kind: str, saves: bool) -> None:
+        """Add the output to `temporary`, and what is saved besides the input to `activations`."""
+        heap, s, wide = self.heap, self.s, self.s32
+        if kind == "function" and self.wide:
+            heap.add("temporary", 2 * wide + s)
+            heap.free("temporary", 2 * wide)
+        elif kind == "decomposed":
+            copy = wide if self.wide else 0  # of the input, in float32
+            heap.add("temporary", copy + wide)
+            heap.free("temporary", wide)
+            heap.add("temporary", wide + wide)
+            if self.wide:
+                heap.add("temporary", s)
+                heap.free("temporary", wide)
+            if saves:
+                heap.move("temporary", "activations", copy + wide)
+            else:
+                heap.free("temporary", copy + wide)
+        else:
+            heap.add("temporary", s)
+        if saves:
+            heap.add("activations", self.rms)
+
+    def norm_backward(self, kind: str, last: bool = False) -> None:
+        """Replace the gradient in `temporary` by that of the input; free what was saved."""
+        heap, s, wide = self.heap, self.s, self.s32
+        if kind == "decomposed":
+            if self.wide:
+                heap.add("temporary", wide)
+                heap.free("temporary", s)
+            heap.add("temporary", 2 * wide)
+            heap.free("temporary", 2 * wide)
+            heap.free("activations", wide)  # the normalized input
+            heap.add("temporary", 4 * wide)
+            heap.free("temporary", 4 * wide)
+            heap.free("activations", wide if self.wide else 0)
+            if self.wide:
+                heap.add("temporary", s)
+                heap.free("temporary", wide)
+        elif kind == "function" and self.wide:
+            heap.add("temporary", 3 * wide)
+            heap.free("temporary", wide)
+            heap.add("temporary", wide + s)
+            heap.free("temporary", 3 * wide + s)
+        else:
+            heap.add("temporary", s)
+            heap.free("temporary", s)
+        heap.free("activations", self.rms + (0 if self.input_is_widened(kind) else s))
+
+    def input_is_widened(self, kind: str) -> bool:
+        """Return whether the norm saves its input in float32 instead of the input itself."""
+        return kind == "decomposed" and self.wide
+
+    # ------------------------------------------------------------ block
+
+    def block_forward(self, recomputing: bool) -> None:
+        """Replay a block whose input is in `activations`, and add its output there.
+
+        A recomputation ends at the input of w2 and adds no output. Under `selective` it takes the
+        results that were kept.
+        """
+        heap = self.heap
+        keeps = self.mode == "selective" and not recomputing
+        takes = self.mode == "selective" and recomputing
+        saves = recomputing or self.mode == "none"
+        kind, s = self.norm_kind(), self.s
+        self.norm_forward(kind, saves)
+        self.gather_hidden()
+        self.attention_forward(keeps, takes, saves)
+        heap.add("temporary", s)  # sum with the input
+        self._result(s, keeps)
+        self._normed(saves)
+        if self.input_is_widened(kind) and self.mode == "none":
+            heap.free("activations", s)  # nothing saves the input
+        self.norm_forward(kind, saves)
+        self.gather_hidden()
+        self.feed_forward_forward(keeps, takes, saves)
+        if not recomputing:
+            heap.add("temporary", s)
+            self._result(s, keeps and not self.lazy)
+        self._normed(saves)
+        if saves and not self.input_is_widened(kind):
+            heap.move("temporary", "activations", s)
+        else:
+            heap.free("temporary", s)
+        if not recomputing:
+            heap.move("temporary", "activations", s)
+
+    def attention_forward(self, keeps: bool, takes: bool, saves: bool) -> None:
+        """Replay attention up to its reduced output, which is in `temporary`."""
+        heap, q, kv = self.heap, self.q, self.kv
+        if not takes:
+            heap.add("temporary", q + 2 * kv)
+        for size in (q, kv):  # rotation, in float32
+            heap.add("temporary", size + 4 * size * self.wide)
+            heap.free("temporary", 4 * size * self.wide)
+        if takes:
+            heap.free("activations", q + kv)
+            heap.move("activations", "temporary", kv)
+        elif keeps:
+            heap.move("temporary", "activations", q + 2 * kv)
+        else:
+            heap.free("temporary", q + kv)
+        keys = kv if keeps else 2 * kv  # of what attention reads, what is in `temporary`
+        replaced = 0.0
+        if self.spec.mesh.cp > 1:
+            full = 2 * kv * self.spec.mesh.cp
+            heap.add("temporary", 2 * kv + full)
+            self.communicate("all_gather", full)
+            heap.add("temporary", full)
+            heap.free("temporary", full + 2 * kv)
+            keys, replaced = full, keys
+        if self.expands:
+            heap.add("temporary", 2 * self.keys)
+            keys, replaced = 2 * self.keys, replaced + keys
+        out = q + self.lse
+        if not takes:
+            heap.add("temporary", out)
+        heap.free("temporary", replaced)
+        if saves:
+            heap.move("temporary", "activations", q + keys + (0 if takes else out))
+            left = 0.0
+        else:
+            left = q + keys + (0 if keeps else out)  # local variables
+            heap.move("temporary", "activations", out if keeps else 0)
+        self.row_wise(keeps, takes)
+        heap.free("temporary", left)
+
+    def row_wise(self, keeps: bool, takes: bool) -> None:
+        """Replay wo or w2 and the reduction of its output, which is in `temporary`."""
+        partial = self.h if self.spec.mesh.tp > 1 and not self.lazy else 0
+        if takes:
+            self.heap.free("activations", partial)
+            self.heap.move("activations", "temporary", self.s)
+            return
+        self.heap.add("temporary", self.h)
+        self.reduce_hidden()
+        if keeps:
+            self.heap.add("activations", partial)
+
+    def feed_forward_forward(self, keeps: bool, takes: bool, saves: bool) -> None:
+        """Replay the feed-forward layer; a recomputation ends before w2."""
+        heap, f = self.heap, self.f
+        recomputing = takes or (saves and self.mode != "none")
+        results = 0 if takes else 2 * f  # of w1 and w3
+        others = f if self.compiled else 2 * f  # silu and the product
+        if saves:
+            heap.add("activations", results + others)
+        elif keeps:
+            heap.add("activations", results)
+            heap.add("temporary", others)
+            heap.free("temporary", others - f)
+        else:
+            heap.add("temporary", 2 * f)
+            heap.free("temporary", 0 if self.compiled else f)
+            heap.add("temporary", f if self.compiled else 2 * f)
+            heap.free("temporary", 2 * f)
+        if recomputing:
+            return
+        self.row_wise(keeps and not self.lazy, False)
+        heap.free("temporary", 0 if saves else f)
+
+    def _result(self, size: float, keeps: bool) -> None:
+        if keeps:
+            self.heap.move("temporary", "activations", size)
+        else:
+            self.heap.free("temporary", size)
+
+    def _normed(self, saves: bool) -> None:
+        """Save or free the output of a norm, and what was gathered from it."""
+        self._result(self.h, saves)
+        if self.sp:
+            self.heap.free("temporary", self.s)
+
+    def product(
+        self, name: str, out: float, frees: float = 0, saved: float = 0, recomputed: float = 0
+    ) -> None:
+        """Replay the backward of a product.
+
+        Args:
+            out: Size of the input's gradient.
+            frees: Size of the output's gradient.
+            saved: Size of the saved input, if this is its last use.
+            recomputed: Size of the input if the compiler recomputes it.
+        """
+        heap, elements = self.heap, self.weights[name]
+        heap.add("temporary", recomputed)
+        heap.add("gathered", elements * self.spec.param_bytes)
+        heap.add("temporary", out)
+        heap.free("temporary", frees + recomputed)
+        heap.free("activations", saved)
+        self.accumulate(elements)
+
+    def block_backward(self) -> None:
+        """Replay the backward of a block, with the gradient of its output in `temporary`."""
+        heap, s = self.heap, self.s
+        if self.mode in ("full", "selective") and not self.lazy:
+            self.block_forward(recomputing=True)
+        self._feed_forward_backward()
+        self._branch_backward(s + self.rms)
+        self._add_residual()
+        self._attention_backward()
+        self._branch_backward(self.rms)
+        if self.lazy:  # what was kept
+            heap.free("activations", 2 * self.q + 2 * self.kv + self.lse + s + 2 * self.f)
+        elif self.mode == "selective":  # the result of w2
+            heap.free("activations", s + (self.h if self.spec.mesh.tp > 1 else 0))
+        if self.input_is_widened(self.norm_kind()) and self.mode != "none":
+            heap.free("activations", s)  # the input, saved by the checkpoint
+        self._add_residual()
+
+    def _branch_backward(self, recomputed: float) -> None:
+        """Replay the backward of a norm and of what gathered its output."""
+        self.heap.add("temporary", self.h)  # the sum of the gradients of several products
+        self.heap.free("temporary", 2 * self.h)
+        self.reduce_hidden()
+        if self.lazy:
+            self.heap.add("activations", recomputed)
+        self.norm_backward(self.norm_kind())
+
+    def _feed_forward_backward(self) -> None:
+        heap, lazy, h, f = self.heap, self.lazy, self.h, self.f
+        gathered, normed = h if self.sp else 0, h if lazy else 0
+        self.gather_hidden()
+        self.product("w2", f, gathered, 0 if lazy else f, f if lazy else 0)
+        if self.compiled:  # silu is recomputed
+            recomputes = self.mode != "none"
+            product = recomputes * (f + gathered)
+            heap.add("temporary", 2 * f + product)
+            heap.free("temporary", f + product)
+            heap.free("activations", 0 if lazy else 2 * f)
+        else:
+            heap.add("temporary", 2 * f)
+            heap.free("temporary", f)
+            heap.free("activations", 2 * f)
+        self.product("w3", h, f, recomputed=normed)
+        if not self.compiled:  # silu
+            heap.add("temporary", f)
+            heap.free("temporary", f)
+            heap.free("activations", f)
+        self.product("w1", h, f, h - normed, normed)
+
+    def _attention_backward(self) -> None:
+        heap, lazy, h, q, kv = self.heap, self.lazy, self.h, self.q, self.kv
+        gathered, normed = h if self.sp else 0, h if lazy else 0
+        self.gather_hidden()
+        self.product("wo", q, gathered)
+        rotated = q + 2 * self.keys if self.keys != kv else q + kv
+        if lazy:
+            heap.add("temporary", rotated)
+        heap.add("temporary", q + 2 * self.keys)
+        heap.free("temporary", q + (rotated if lazy else 0))
+        heap.free("activations", 0 if lazy else 2 * q + 2 * self.keys + self.lse)
+        self._keys_backward()
+        for size in (kv, q):  # rotation, in float32
+            if self.wide:
+                heap.add("temporary", 2 * size)
+                heap.free("temporary", size)
+            rotation = self.rotations + size * (1 + self.wide)
+            heap.add("temporary", rotation)
+            heap.free("temporary", rotation)
+            if self.wide:
+                heap.add("temporary", size)
+                heap.free("temporary", 2 * size)
+        self.product("wv", h, kv, recomputed=normed)
+        self.product("wk", h, kv, recomputed=normed)
+        heap.add("temporary", h)
+        heap.free("temporary", 2 * h)
+        self.product("wq", h, q, h - normed, normed)
+
+    def _keys_backward(self) -> None:
+        """Replay the backward of expanding and gathering keys and values."""
+        heap, kv = self.heap, self.kv
+        full = 2 * kv * self.spec.mesh.cp
+        if self.expands:
+            heap.add("temporary", full)
+            heap.free("temporary", 2 * self.keys)
+        if self.spec.mesh.cp > 1:
+            heap.add("temporary", full)
+            heap.free("temporary", full)
+            heap.add("temporary", 2 * kv)
+            self.communicate("reduce_scatter", full)
+            heap.free("temporary", full)
+
+    def _add_residual(self) -> None:
+        self.heap.add("temporary", self.s)
+        self.heap.free("temporary", 2 * self.s)
+
+
+class _DistributedStep(_Step):
+    """A step under FSDP2."""
+
+    def __init__(self, spec: StepSpec) -> None:
+        super().__init__(spec)
+        reshard = spec.parallel.reshard_after_forward
+        if reshard is None:
+            first_kept = self.layers - 1 if self.shards > 1 else 0
+        else:
+            first_kept = self.layers if reshard else 0
+        self.first_kept = first_kept  # blocks from here on stay gathered until their backward
+        # The input of a reduction lives until the next one.
+        self.reducing = 0.0
+        self.gathering: dict[int, float] = {}  # results of all-gathers by block
+        self.last_gather = 0.0
+        self.same_dtype = spec.param_bytes == spec.reduce_bytes
+        self.sums = self.accumulates and not self.reduces_each  # before the reduction
+
+    def start(self) -> None:
+        heap, layers = self.heap, self.layers
+        if not self.continues:
+            return
+        both = [(self.block, layers), (self.root, 1)]
+        if not self.reduces_each:
+            heap.add("gathered", sum(n * group.to_reduce for group, n in both))
+        elif self.spec.mesh.dp_replicate > 1:
+            # FSDP2's partial reductions, without those over the replicas.
+            heap.add("gathered", sum(n * group.to_reduce / self.shards for group, n in both))
+        else:
+            heap.add("gradients", sum(n * group.shard_elements for group, n in both) * FLOAT32)
+        # They stay gathered between micro-batches.
+        heap.add("gathered", self.root.gathered)
+        heap.add("gathered", self.block.gathered * (layers - self.first_kept))
+
+    def enter_root(self) -> None:
+        if not self.continues:
+            self.unshard(self.root)
+            self.copy_out(self.root, forward=True)
+
+    def unshard(self, group: _Group) -> None:
+        """Start an all-gather."""
+        heap = self.heap
+        if self.shards > 1:
+            shard = group.gathered / self.shards if self.wide else 0  # in the compute dtype
+            heap.add("gathered", shard + group.gathered)
+            self.communicate("all_gather", group.gathered)
+            heap.free("gathered", shard)
+
+    def copy_out(self, group: _Group, forward: bool) -> None:
+        """Copy the result of an all-gather to the weights."""
+        heap = self.heap
+        heap.add("gathered", group.gathered)
+        if self.shards == 1:
+            if self.wide:
+                heap.use(group.largest * self.spec.param_bytes, "gathered")
+        elif forward:  # the previous result lives until here
+            heap.free("gathered", self.last_gather)
+            self.last_gather = group.gathered
+        else:
+            heap.free("gathered", group.gathered)
+
+    def kept_before(self, index: int) -> bool:
+        """Return whether a block's weights are still there from the previous micro-batch."""
+        return self.continues and index >= self.first_kept
+
+    def enter_forward(self, index: int) -> None:
+        following = index + 1
+        if not self.kept_before(index):
+            if index == 0:
+                self.unshard(self.block)
+            self.copy_out(self.block, forward=True)
+        if self.shards > 1 and following < self.layers and not self.kept_before(following):
+            self.unshard(self.block)
+
+    def leave_forward(self, index: int) -> None:
+        if index < self.first_kept:
+            self.heap.free("gathered", self.block.gathered)
+
+    def root_backward(self) -> None:
+        self.heap.free("gathered", self.last_gather)
+        self.last_gather = 0
+        if self.first_kept == self.layers:  # FSDP2 prefetches what ran last
+            self.unshard(self.block)
+
+    def enter_backward(self, index: int) -> None:
+        if index < self.first_kept:
+            self.copy_out(self.block, forward=False)
+        if 0 < index <= self.first_kept and self.shards > 1:
+            self.unshard(self.block)
+
+    def leave_backward(self, index: int) -> None:
+        self.reduce(self.block, kept=index >= self.first_kept)
+
+    def accumulate(self, elements: int) -> None:
+        if self.sums and self.same_dtype:  # added to an existing gradient
+            self.heap.free("gathered", elements * self.spec.param_bytes)
+
+    def reduce(self, group: _Group, kept: bool) -> None:
+        """Replay the reduction of a group's gradients.
+
+        Args:
+            kept: Whether the weights stay gathered if another micro-batch follows.
+        """
+        heap, spec = self.heap, self.spec
+        gradients = group.exact * spec.param_bytes
+        if self.sums:
+            if not self.same_dtype:
+                heap.free("gathered", gradients)
+            gradients = group.to_reduce
+        else:  # those of the norms
+            norms = 2 if group is self.block else 1
+            heap.add("gathered", norms * spec.model.dim * spec.param_bytes)
+        heap.free("gathered", self.reducing + (0 if kept and self.holds else group.gathered))
+        self.reducing = 0.0
+        # A loop variable of FSDP2's `foreach_reduce` holds the last gradient until it returns.
+        last = 0.0
+        if group is self.root and self.shards > 1 and not spec.model.tie_embeddings:
+            last = gradients * self.head_elements / group.exact
+        heap.add("gathered", group.to_reduce)
+        heap.free("gathered", gradients - last)
+        output: float = group.to_reduce
+        if self.shards > 1:
+            output = group.to_reduce / self.shards
+            heap.add("gathered", output)
+            self.communicate("reduce_scatter", group.to_reduce)
+            self.reducing = group.to_reduce
+        self._reduced(group, output)
+        heap.free("gathered", last)
+
+    def _reduced(self, group: _Group, output: float) -> None:
+        """Replay what follows the reduce-scatter, whose result is in `gathered`."""
+        heap, spec = self.heap, self.spec
+        shard = group.shard_elements * FLOAT32
+        replicated = spec.mesh.dp_replicate > 1
+        if self.reduces_each and replicated:
+            if self.holds:  # FSDP2 keeps the sum without the replicas' parts
+                heap.free("gathered", output if self.continues else 0)
+                return
+            heap.free("gathered", output)
+        adds = self.reduces_each and not replicated and self.continues
+        if spec.reduce_bytes == FLOAT32:
+            heap.move("gathered", "gradients", shard)
+        else:
+            heap.add("gradients", shard)
+            if self.shards == 1:
+                self.reducing = output
+            elif not replicated:  # else the buffer lives until the end of the backward
+                heap.free("gathered", output)
+        heap.free("gradients", shard if adds else 0)
+
+    def leave_root(self) -> None:
+        self.reduce(self.root, kept=True)
+        self.heap.free("gathered", self.reducing)
+        self.reducing = 0.0
+        replicated = self.spec.mesh.dp_replicate > 1
+        if self.shards > 1 and replicated and not self.holds and self.spec.reduce_bytes < FLOAT32:
+            elements = self.layers * self.block.shard_elements + self.root.shard_elements
+            self.heap.free("gathered", elements * self.spec.reduce_bytes)
+
+
+class _SingleProcessStep(_Step):
+    """A step in one process: no gathering, each gradient is accumulated directly.
+
+    In mixed precision, low-precision copies of weights live until their gradients are computed.
+    """
+
+    def start(self) -> None:
+        elements = self.block.elements * self.layers + self.root.elements
+        if self.accumulates:
+            self.heap.add("gradients", elements * FLOAT32)
+        if self.wide:
+            self.heap.add("gathered", elements * self.spec.param_bytes)
+
+    def accumulate(self, elements: int) -> None:
+        heap, size = self.heap, elements * self.spec.param_bytes
+        if self.accumulates:
+            heap.free("gathered", size)
+        elif self.wide:
+            heap.add("gradients", elements * FLOAT32)
+            heap.free("gathered", size)
+        else:
+            heap.move("gathered", "gradients", size)
+        if self.wide:
+            heap.free("gathered", size)  # the copy
