@@ -1,22 +1,28 @@
 """Predicted memory of a step compared with the malloc'ed memory of real processes.
 
     python -m bench.planned_memory [case …]
+    python -m bench.planned_memory random [COUNT] [SEED]
 
 Each case runs steps of `train.py` on one, two or four processes: eager and compiled, both data
 types, every axis. The reference is independent of our tracker and formulas: a preloaded malloc
 counts allocated bytes. Claim: both tiers are within 5% of the peak of the third step, on the rank
-with the highest peak. Compiled steps are traced with replacement operations.
+with the highest peak. Compiled steps are traced with replacement operations. Random jobs are drawn
+by `tests.planning.random_jobs`, with sizes at which tensors are most of the memory; claim: 38 of 40
+are within 5%, and none above 8%.
 """
 
 import ctypes
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +31,7 @@ from hydra import compose, initialize_config_dir
 from torch.distributed.tensor import DTensor
 
 from bench.measurement import write
+from bench.planned_memory_random import overrides, random_jobs
 from cli.arguments import CONF
 from cli.config import check_config, load_train_config
 from parallel.mesh import resolve_mesh
@@ -39,15 +46,17 @@ from training.preflight import prepare_data
 from training.resume_policy import Changes
 from training.run import Run
 
-TOLERANCE = 0.05
+Case = tuple[int, tuple[str, ...]]
+"""Number of processes, and overrides."""
+TOLERANCE, WORST = 0.05, 0.08
+PEAKS = "peaks: "
 SMALL = (
     *("tokenizer=byte", "model.dim=256", "model.n_layers=4", "model.n_heads=8"),
     *("model.n_kv_heads=4", "model.ffn_dim=704", "model.vocab_size=2048"),
     *("train.seq_len=256", "train.global_batch_size=16", "validation.samples=0"),
     *("parallel.accelerator=cpu", "log.tensorboard=false", "run.plan_check=off"),
 )
-# name: (number of processes, overrides)
-CASES: dict[str, tuple[int, tuple[str, ...]]] = {
+CASES: dict[str, Case] = {
     "one": (1, ()),
     "deep": (1, ("model.n_layers=9", "train.micro_batch_size=2")),
     "full": (1, ("parallel.activation_checkpoint=full",)),
@@ -112,44 +121,78 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 def main() -> None:
-    """Run the benchmark and write `bench/results/planned_memory.json`.
+    """Run the benchmark and write `bench/results/planned_memory.json`, or `…_real_random.json`.
 
-    With `--rank`, run one process.
+    With `--ranks`, run the processes of all jobs of a file.
     """
-    if sys.argv[1:2] == ["--rank"]:
-        measure(sys.argv[2], Path(sys.argv[3]))
+    if sys.argv[1:2] == ["--ranks"]:
+        run_ranks(Path(sys.argv[2]))
         return
-    names = sys.argv[1:] or list(CASES)
-    results = {name: compare(name) for name in names}
-    errors = [abs(each[tier]) for each in results.values() for tier in ("analytic", "traced")]
-    for name, each in results.items():
+    names = sys.argv[1:]
+    if names[:1] == ["random"]:
+        count, seed = [int(each) for each in [*names[1:], "40", "0"][:2]]
+        jobs = {f"{n}": job for n, job in enumerate(random_cases(count, seed))}
+    else:
+        jobs = {name: CASES[name] for name in names or CASES}
+    results = compare(jobs)
+    errors = sorted(abs(each[tier]) for each in results.values() for tier in ("analytic", "traced"))
+    if names[:1] == ["random"]:
+        record = {"seed": seed, "worst": errors[-1], "cases": results}
+        write("planned_memory_real_random", record)
+        assert sum(error > TOLERANCE for error in errors) <= 2 * count / 20, errors
+        assert errors[-1] <= WORST, errors[-1]
+        return
+    if not names:
+        write(Path(__file__).stem, {"worst": errors[-1], "cases": results})
+    assert errors[-1] <= TOLERANCE, errors[-1]
+
+
+def random_cases(count: int, seed: int) -> Iterator[Case]:
+    """Yield random jobs for two or four processes, with at most some GB each."""
+    jobs = random_jobs(
+        *(count, seed),
+        accelerators=("cpu",),
+        axis_sizes=(1, 1, 2),
+        head_dims=(16, 32, 48, 64),
+        widths=(128, 384),
+        vocabularies=(2048, 8192, 32_000, 65_536, 131_072),
+        depths=(1, 2, 3, 4, 9),
+        sequences=(128, 256, 512),
+        max_tokens=2048,
+        max_processes=2,
+        compiled=0.1,
+        optimizer_states=("fp32", "bf16"),  # the update of int8 is compiled, which takes long
+    )
+    for settings, spec in jobs:
+        yield spec.mesh.world_size, tuple(overrides(settings))
+
+
+def compare(jobs: dict[str, Case]) -> dict[str, dict[str, Any]]:
+    """Print and return the peak of each job's fullest rank, and the error of each tier."""
+    results = {}
+    for name, peaks in run(jobs):
+        allocated, spec = max(peaks), planned_spec(jobs[name])
+        analytic, traced = step_memory(spec), trace_memory(spec)
+        results[name] = {
+            "processes": spec.mesh.world_size,
+            "overrides": " ".join(jobs[name][1]),
+            "allocated_mb": allocated / 1e6,
+            "analytic": analytic.peak / allocated - 1,
+            "traced": traced.peak / allocated - 1,
+            "moment": traced.phase,
+        }
         print(
-            f"{name:<20}{each['allocated_mb']:>9.2f} MB  analytic {each['analytic']:+6.1%}  "
-            f"traced {each['traced']:+6.1%}  {each['moment']}"
+            f"{name:<20}{allocated / 1e6:>9.2f} MB  analytic {results[name]['analytic']:+6.1%}  "
+            f"traced {results[name]['traced']:+6.1%}  {traced.phase}",
+            flush=True,
         )
-    if names == list(CASES):
-        write(Path(__file__).stem, {"worst": max(errors), "cases": results})
-    assert max(errors) <= TOLERANCE, max(errors)
+    return results
 
 
-def compare(name: str) -> dict[str, Any]:
-    """Return the peak of the fullest rank of a case, and the relative error of each tier."""
-    allocated = max(run(name))
-    spec = planned_spec(name)
-    analytic, traced = step_memory(spec), trace_memory(spec)
-    return {
-        "processes": spec.mesh.world_size,
-        "allocated_mb": allocated / 1e6,
-        "analytic": analytic.peak / allocated - 1,
-        "traced": traced.peak / allocated - 1,
-        "moment": traced.phase,
-    }
-
-
-def planned_spec(name: str) -> StepSpec:
+def planned_spec(case: Case) -> StepSpec:
     """Return the step of a case in the planner's terms."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = load_train_config(compose("train", [*SMALL, *CASES[name][1]]), *INSTALLATION_RULES)
+        config = load_train_config(compose("train", [*SMALL, *case[1]]), *INSTALLATION_RULES)
     processes, _ = resolve_processes(config.parallel, {})
     mesh, _ = resolve_mesh(config.parallel, processes.world_size)
     request = PlanRequest(config, "cpu", config.stages().first_token(config.train.max_steps))
@@ -157,27 +200,60 @@ def planned_spec(name: str) -> StepSpec:
     return replace(spec, async_save=False, prefetch=None)  # only the step is measured
 
 
-def run(name: str) -> list[int]:
-    """Run the processes of a case and return the peak of each in bytes."""
-    processes = CASES[name][0]
+def run(jobs: dict[str, Case]) -> Iterator[tuple[str, list[int]]]:
+    """Run the processes of each job and yield its name and the peak of each process in bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={processes}", "-m", "bench.planned_memory"]
-        subprocess.run(
-            [*command, "--rank", name, folder],
+        file = Path(folder) / "jobs.json"
+        file.write_text(json.dumps(jobs))
+        command = [sys.executable, "-m", "bench.planned_memory", "--ranks", str(file)]
+        environment = os.environ | {"LD_PRELOAD": str(compile_counting_malloc(Path(folder)))}
+        ranks = subprocess.Popen(
+            command,
             cwd=Path(__file__).parent.parent,
-            env=os.environ | {"LD_PRELOAD": str(compile_counting_malloc(Path(folder)))},
-            check=True,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        return [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
+        assert ranks.stdout is not None
+        for line in ranks.stdout:
+            if line.startswith(PEAKS):
+                name, peaks = json.loads(line.removeprefix(PEAKS))
+                yield name, peaks
+        assert ranks.wait() == 0
 
 
-def measure(name: str, folder: Path) -> None:
-    """Train in one process of a case and write its peak to `RANK.json`."""
+def run_ranks(file: Path) -> None:
+    """Run the jobs of a file one after the other and print the peaks of each.
+
+    Ranks are forked, so that the imports are only done once.
+    """
     torch.set_num_threads(1)
-    overrides = [*SMALL, *CASES[name][1], f"run.dir={folder}/run"]
+    for name, (size, settings) in json.loads(file.read_text()).items():
+        folder = file.parent / name
+        folder.mkdir()
+        with socket.create_server(("localhost", 0)) as server:
+            port = server.getsockname()[1]
+        ranks = []
+        for rank in range(size):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+            place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            fork = get_context("fork")
+            ranks.append(fork.Process(target=measure, args=(settings, folder, place)))
+            ranks[-1].start()
+        for process in ranks:
+            process.join()
+            assert process.exitcode == 0, (name, settings)
+        peaks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+        print(f"{PEAKS}{json.dumps([name, peaks])}", flush=True)
+        shutil.rmtree(folder)
+
+
+def measure(settings: list[str], folder: Path, place: dict[str, Any]) -> None:
+    """Train in one process of a case and write its peak to `RANK.json`."""
+    os.environ |= {name: str(value) for name, value in place.items()}
+    arguments = [*SMALL, *settings, f"run.dir={folder}/run"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config, processes, mesh = check_config(compose("train", overrides))
+        config, processes, mesh = check_config(compose("train", arguments))
     dataset = prepare_data(config)
 
     def steps() -> Iterator[Run]:

@@ -77,34 +77,36 @@ def draw(
     sequences: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192),
     max_tokens: int = 16_384,
     max_processes: int = 256,
+    compiled: float = 0.4,
+    optimizer_states: tuple[str, ...] = ("fp32", "fp32", "bf16", "int8"),
 ) -> Settings:
     """Return settings of a job, which need not be admissible.
 
     Args:
         widths: Bounds of `model.dim`.
         max_tokens: Most tokens of a micro-batch.
+        compiled: Fraction of jobs with `parallel.compile`.
     """
     accelerator = rng.choice(accelerators)
     sizes = [rng.choice(axis_sizes) for _ in range(4)]
     while MeshShape(*sizes).world_size > max_processes:
         sizes[rng.randrange(4)] = 1
     mesh = MeshShape(*sizes)
-    head_dim, group = rng.choice(head_dims), rng.randint(1, 8)
-    kv_heads = mesh.tp * rng.randint(1, max(1, 8 // mesh.tp))
-    dim = head_dim * kv_heads * group
-    if not widths[0] <= dim <= widths[1]:
-        return draw(rng, accelerators, axis_sizes, head_dims, widths, vocabularies, depths,
-                    sequences, max_tokens, max_processes)  # fmt: skip
+    dim = 0
+    while not widths[0] <= dim <= widths[1]:
+        head_dim, group = rng.choice(head_dims), rng.randint(1, 8)
+        kv_heads = mesh.tp * rng.randint(1, max(1, 8 // mesh.tp))
+        dim = head_dim * kv_heads * group
     seq_len = rng.choice(sequences)
     micro_batch_size = rng.choice([1, 1, 2, 3, 4, 8])
-    while micro_batch_size > 1 and micro_batch_size * seq_len > max_tokens:
-        micro_batch_size -= 1
+    seq_len = min(seq_len, max_tokens)
+    micro_batch_size = min(micro_batch_size, max_tokens // seq_len)
     vocabulary = rng.choice(vocabularies)
     micro_batches = rng.choice([1, 1, 2, 3])
     param = rng.choice(["fp32", "bf16"])
-    compiled = rng.random() < 0.4
+    is_compiled = rng.random() < compiled
     checkpoints: list[Any] = ["none", "none", "selective", "full"]
-    if compiled:
+    if is_compiled:
         checkpoints += [round(rng.random(), 2)]
     ffn_unit = mesh.tp * rng.choice([1, 8, 64])
     model = {
@@ -125,14 +127,14 @@ def draw(
         "sequence_parallel": rng.random() < 0.7,
         "loss_parallel": rng.random() < 0.6,
         "activation_checkpoint": rng.choice(checkpoints),
-        "compile": compiled,
+        "compile": is_compiled,
         "reshard_after_forward": rng.choice([None, None, True, False]),
         "reduce_gradients": rng.choice(["step", "micro_batch"]),
     }
     precision = {
         "param": param,
         "reduce": rng.choice(["fp32", "fp32", "bf16"]),
-        "optimizer_state": rng.choice(["fp32", "fp32", "bf16", "int8"]),
+        "optimizer_state": rng.choice(optimizer_states),
     }
     train = {
         "seq_len": seq_len,

@@ -119,7 +119,7 @@ def check_random_jobs(count: int, seed: int, **bounds: Any) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_closed_forms_match_trace_of_random_jobs(seed: int) -> None:
-    check_random_jobs(20, seed, depths=(1, 1, 2, 2, 3), sequences=(128, 512, 2048))
+    check_random_jobs(20, seed, depths=(1, 1, 2), max_tokens=2048)
 
 
 @pytest.mark.slow
