@@ -13,7 +13,7 @@ from planning.frameworks import FRAMEWORKS
 from planning.hardware import Hardware, Positive, contradictions
 from planning.request import PlanRequest
 from training.config import JobConfig, TrainConfig
-from training.config_rules import device_errors, mesh_errors
+from training.config_rules import device_errors, mesh_errors, other_axes_errors
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,11 @@ def planned_mesh_errors(
     if errors:
         return errors
     capability = hardware.compute_capability
+    others = other_axes_errors(mesh, parallel, precision, model, train, data)
     return [
         *device_errors(hardware.accelerator, mesh, parallel, precision, model, capability),
         *mesh_errors(mesh, parallel, precision, model, train, data),
+        *(others if devices is not None else ()),
     ]
 
 

@@ -125,6 +125,24 @@ def fewest_devices(request: PlanRequest, limit: Limit, per_node: int) -> Choice 
     Any number up to a node, and beyond only complete nodes. Axes that the request keeps are kept.
     Replicas never need fewer devices than shards.
     """
+    candidates = sorted(
+        _unreplicated_meshes(request), key=lambda mesh: (mesh.world_size, mesh.tp, mesh.cp)
+    )
+    for mesh in candidates:
+        is_on_nodes = mesh.world_size <= per_node or mesh.world_size % per_node == 0
+        if is_on_nodes and (choice := _least_memory_fit(request, mesh, limit)) is not None:
+            return choice
+    return None
+
+
+def largest_mesh(request: PlanRequest) -> MeshShape | None:
+    """Return the valid mesh with the most devices that batch, heads and sequence can use."""
+    ordered = sorted(_unreplicated_meshes(request), key=lambda mesh: (-mesh.world_size, mesh.cp))
+    return next((mesh for mesh in ordered if not request.mesh_errors(mesh)), None)
+
+
+def _unreplicated_meshes(request: PlanRequest) -> list[MeshShape]:
+    """Return the meshes without replicas whose axes divide batch, sequence and heads."""
     one_device = configured_choice(request.config, MeshShape(1, 1, 1, 1))
     specs = [spec for spec, _ in request.stages(one_device)]
     sizes = {
@@ -133,13 +151,7 @@ def fewest_devices(request: PlanRequest, limit: Limit, per_node: int) -> Choice 
         "cp": divisors(math.gcd(*(spec.seq_len for spec in specs))),
         "tp": divisors(specs[0].model.n_heads),
     } | {axis: [size] for axis, size in kept_axes(request).items()}
-    candidates = [MeshShape(*axes) for axes in product(*(sizes[axis] for axis in AXES))]
-    candidates.sort(key=lambda mesh: (mesh.world_size, mesh.tp, mesh.cp))
-    for mesh in candidates:
-        is_on_nodes = mesh.world_size <= per_node or mesh.world_size % per_node == 0
-        if is_on_nodes and (choice := _least_memory_fit(request, mesh, limit)) is not None:
-            return choice
-    return None
+    return [MeshShape(*axes) for axes in product(*(sizes[axis] for axis in AXES))]
 
 
 def _least_memory_fit(request: PlanRequest, mesh: MeshShape, limit: Limit) -> Choice | None:

@@ -21,6 +21,7 @@ from planning.config import PlanJobConfig
 from planning.failures import ExpectedGoodput, FailurePlan, plan_failures, time_text
 from planning.memory import GIB, PARTS, MemoryBreakdown, size_text
 from planning.plan import SECONDS_PER_DAY, Plan, RunPlan
+from planning.remedies import largest_mesh
 from planning.request import SEARCHED, PlanRequest
 from planning.search import SearchResult, given_options, options_not_searched
 from planning.time_limits import PhaseSeconds, planned_seconds, time_limits
@@ -93,7 +94,7 @@ def _unit(most: float) -> tuple[str, int]:
 
 
 def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
-    full, mesh, causal = run.fullest, run.stages[0].spec.mesh, run.mfu()
+    full, causal = run.fullest, run.mfu()
     mfu = "" if causal is None else f", MFU {causal:.1%} causal, {run.mfu(causal=False):.1%} full"
     source = f"train.max_steps={config.train.max_steps}" if config.tokens is None else "tokens="
     rows = [
@@ -105,7 +106,7 @@ def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
         ("throughput", f"{run.tokens_per_second:,.0f} tokens/s{_throughput_interval(run)}"),
         ("per device", f"{run.tokens_per_second_per_device:,.0f} tokens/s"),
         ("", f"{run.tflops():.3g} TFLOP/s{mfu}"),
-        ("largest mesh", f"{run.largest_mesh:,} devices with cp={mesh.cp} and tp={mesh.tp}"),
+        ("largest mesh", _largest_mesh(config, run)),
         ("tokens", f"{compact(run.tokens)} ({source})"),
         ("duration", duration(run.seconds) if run.seconds >= 1 else "under a second"),
     ]
@@ -133,6 +134,15 @@ def _throughput_interval(run: RunPlan) -> str:
 def phase_seconds(run: RunPlan) -> PhaseSeconds:
     """Return the planned seconds of the phases with a time limit."""
     return planned_seconds([plan.spec for plan in run.stages], run.stages[0].hardware)
+
+
+def _largest_mesh(config: PlanJobConfig, run: RunPlan) -> str:
+    """Return the most devices that the batch can use with the planned cp and tp, and with any."""
+    mesh, largest = run.stages[0].spec.mesh, largest_mesh(config.request)
+    with_any = ""
+    if largest is not None and largest.world_size > run.largest_mesh:
+        with_any = f", {largest.world_size:,} with cp={largest.cp} and tp={largest.tp}"
+    return f"{run.largest_mesh:,} devices with cp={mesh.cp} and tp={mesh.tp}{with_any}"
 
 
 def _host_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:

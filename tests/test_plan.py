@@ -35,7 +35,7 @@ from planning.fit_check import check_plan, machine_memory, plan_comparison
 from planning.hardware import PROCESS_GIB, load_hardware
 from planning.memory import GIB, PARTS, step_memory
 from planning.plan import Plan, RunPlan, capacity, link, memory_limit, plan_run
-from planning.remedies import fewest_devices, nearest_fit, remedy
+from planning.remedies import fewest_devices, largest_mesh, nearest_fit, remedy
 from planning.request import Choice, PlanRequest, configured_choice
 from planning.search import CHECKPOINT_MODES, REDUCE_MODES, choices, divisors, meshes, search
 from training.config import JobConfig
@@ -194,6 +194,20 @@ def test_mesh_is_validated_by_the_rules_of_train() -> None:
     # Devices that this machine does not have can be planned for.
     planned("parallel.async_tp=true", "parallel.compile=true", "parallel.tp=2")
     planned("precision.fp8=rowwise", "precision.optimizer_state=int8", *LLAMA_8B)
+
+
+def test_rejected_batch_names_meshes_of_the_same_devices_that_fit() -> None:
+    recipe = ("experiment=llama3_405b_paper", "devices=16384")
+    message = problems(*recipe)[-1]
+    assert "4096 data ranks of 16384 processes" in message
+    remedies = message.rpartition("; use ")[2].split(", or ")
+    assert remedies[0] == "parallel.cp=4" and len(remedies) == 3
+    for words in remedies:
+        config = planned(*recipe, *words.split())
+        assert config.mesh.world_size == 16384
+        assert plan_run(
+            config.request.stages(configured_choice(config, config.mesh)), config.hardware
+        ).stages
 
 
 def test_unknown_hardware_lists_known_names(tmp_path: Path) -> None:
@@ -592,6 +606,20 @@ def test_smallest_number_of_devices_is_that_of_a_brute_force_search(name: str, g
     assert (choice.mesh.world_size if choice else None) == next(fitting, None)
     if choice is not None:
         assert plan_run(request.stages(choice), hardware).fits
+
+
+@pytest.mark.parametrize("sizes", [(3, 12), (1, 32), (2, 10)])
+def test_largest_mesh_is_that_of_a_brute_force_search(sizes: tuple[int, int]) -> None:
+    batch, seq_len = sizes
+    config = planned(
+        "experiment=smoke", f"train.global_batch_size={batch}", f"train.seq_len={seq_len}"
+    )
+    request = config.request
+    found = largest_mesh(request)
+    numbers = range(1, batch * seq_len * config.model.n_heads + 1)
+    valid = [n for n in numbers if any(not request.mesh_errors(mesh) for mesh in meshes(n))]
+    assert found is not None and found.world_size == valid[-1]
+    assert largest_mesh(request.keeping("parallel.tp", "parallel.cp")) == MeshShape(1, batch, 1, 1)
 
 
 def test_remedy_names_fewer_devices_if_only_fewer_fit() -> None:

@@ -429,6 +429,53 @@ def batch_errors(mesh: MeshShape, train: TrainConfig) -> Iterator[str]:
         )
 
 
+def other_axes_errors(
+    mesh: MeshShape,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    model: ModelConfig,
+    train: TrainConfig,
+    data: DataConfig,
+) -> Iterator[str]:
+    """Yield an error that names other meshes of these processes if the batch does not divide.
+
+    Of those that divide batch, heads and sequence, the three with the most data ranks, then the
+    fewest changes.
+    """
+    batches = [train.global_batch_size, *(s.global_batch_size for s in data.stages or [])]
+    if all(batch is None or batch % mesh.dp == 0 for batch in batches):
+        return
+    number, found = mesh.world_size, []
+    for tp in _factors(number):
+        for cp in _factors(number // tp):
+            dp, replicas = number // tp // cp, mesh.dp_replicate
+            replicas = replicas if dp % replicas == 0 else 1
+            other = MeshShape(replicas, dp // replicas, cp, tp)
+            if not any(mesh_errors(other, parallel, precision, model, train, data)):
+                found.append(other)
+    if not found:
+        return
+
+    def changes(other: MeshShape) -> list[str]:
+        return [
+            f"parallel.{axis}={size}"
+            for axis, size in vars(other).items()
+            if getattr(parallel, axis) not in (-1, size)
+        ]
+
+    nearest = sorted(found, key=lambda other: (other.ranks_per_sample, len(changes(other))))[:3]
+    words = ", or ".join(" ".join(changes(other)) for other in nearest)
+    yield (
+        f"parallel.dp_shard={parallel.dp_shard} makes {mesh.dp} data ranks of {number} processes, "
+        f"but other meshes divide batch, heads and sequence; use {words}"
+    )
+
+
+def _factors(number: int) -> list[int]:
+    low = [each for each in range(1, math.isqrt(number) + 1) if number % each == 0]
+    return sorted({*low, *(number // each for each in low)})
+
+
 def stream_shard_errors(mesh: MeshShape, train: TrainConfig, data: DataConfig) -> Iterator[str]:
     """Yield errors for stream shards that do not divide over the batch and the data ranks."""
     shards, batch = data.stream_shards, train.global_batch_size
@@ -682,6 +729,9 @@ def launch_rule(tasks: Processes | None = None) -> Callable[..., Iterator[str]]:
                 accelerator, mesh, parallel, precision, model, data.document_mask, lowest
             )
         yield from unresolved or mesh_errors(mesh, parallel, precision, model, train, data)
+        has_fixed_number = processes.launcher != "self" or processes.accelerator == "cuda"
+        if not unresolved and (has_fixed_number or parallel.devices is not None):
+            yield from other_axes_errors(mesh, parallel, precision, model, train, data)
 
     return launch_errors
 

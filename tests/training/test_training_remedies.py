@@ -167,6 +167,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("srun", {"parallel.dp_shard": 8}),
     ("train", {"parallel.auto": True, "run.plan_check": "off"}),
     ("evaluate", {"parallel.auto": True}),
+    ("srun", {"train.global_batch_size": 2}),
     ("plan", {"search_fp8": True}),
     ("plan", {"smallest": True, "devices": 8}),
     ("plan", {"parallel.accelerator": "cpu"}),
