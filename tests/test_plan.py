@@ -471,7 +471,7 @@ def test_plan_reports_cost_in_the_currency_of_the_hardware_and_energy(
     assert record["cost_usd"] == (run.cost if usd else None)
     # 700 W of the data sheet for each of two devices.
     assert record["energy_kwh"] == pytest.approx(0.7 * 2 * run.seconds / 3600)
-    assert re.search(r"energy +[\d,.]+ kWh at most, 700 W per device without hosts", printed)
+    assert re.search(r"energy +[\d,.]+ [kM]Wh at most, 700 W per device without hosts", printed)
 
 
 @pytest.mark.parametrize(
