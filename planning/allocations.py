@@ -20,6 +20,7 @@ from planning.activations import (
     tokens_between_matmuls,
     uses_sequence_parallel,
 )
+from planning.frameworks import FRAMEWORKS, Framework
 from planning.step_spec import MOMENT_BLOCK, StepSpec
 
 FLOAT32 = 4  # bytes
@@ -192,6 +193,10 @@ class _Step:
         self.f = tokens * (model.ffn_dim // tp) * p
         rows = tokens // (1 if spec.document_mask else spec.micro_batch_size)
         self.rotations = rows * model.head_dim * FLOAT32
+        # Products of a block that another framework recomputes under `selective`.
+        framework = FRAMEWORKS[spec.framework]
+        products = self.q + 2 * self.kv + 2 * self.f + self.s
+        self.recomputed = framework.selective[0] * products * (self.mode == "selective")
         self.accumulates = spec.micro_batches > 1
         each = spec.parallel.reduce_gradients == "micro_batch" and mesh.world_size > 1
         self.reduces_each = self.accumulates and each
@@ -230,6 +235,7 @@ class _Step:
         for index in self._indices(range(layers)):
             self.enter_forward(index)
             self.block_forward(recomputing=False)
+            heap.free("activations", self.recomputed)
             self.leave_forward(index)
         self.head()
         names = {0: "first block", 1: "second block", layers - 2: "last block but one"}
@@ -347,6 +353,8 @@ class _Step:
         heap.add("temporary", spec.local_tokens * FLOAT32)
         rows = min(spec.step.head_chunk, spec.local_tokens)
         vocab = spec.model.vocab_size // tp
+        if FRAMEWORKS[spec.framework].whole_logits is not None:
+            self.whole_logits(FRAMEWORKS[spec.framework])
         local = complete = rows * vocab * p
         heap.add("logits", local)
         if tp > 1 and not spec.parallel.loss_parallel:
@@ -362,6 +370,21 @@ class _Step:
         heap.free("logits", local + (complete if complete != local else 0))
         heap.free("temporary", spec.local_tokens * FLOAT32 + (self.h if self.sp else 0))
         heap.free("temporary", self.s)  # output of the norm
+
+    def whole_logits(self, framework: Framework) -> None:
+        """Replay the cross entropy of all logits of a micro-batch, as other frameworks compute it.
+
+        PyTorch holds the logits, their float32 copy, its log-softmax and the gradient of that; one
+        more under loss parallelism (torch.distributed.tensor.parallel.loss). Compiled: the logits,
+        their gradient, and one buffer.
+        """
+        heap, spec = self.heap, self.spec
+        p, tp = spec.param_bytes, spec.mesh.tp
+        each = 3.0 * p
+        if framework.whole_logits == "eager":
+            each = p + FLOAT32 * (4.0 if tp > 1 and spec.parallel.loss_parallel else 3.0)
+        vocab = spec.model.vocab_size // (tp if spec.parallel.loss_parallel else 1)
+        heap.use(spec.local_tokens * vocab * each, "logits")
 
     def head_backward(self) -> None:
         heap = self.heap
@@ -576,6 +599,7 @@ class _Step:
     def block_backward(self) -> None:
         """Replay the backward of a block, with the gradient of its output in `temporary`."""
         heap, s = self.heap, self.s
+        heap.add("activations", self.recomputed)
         if self.mode in ("full", "selective") and not self.lazy:
             self.block_forward(recomputing=True)
         self._feed_forward_backward()

@@ -6,6 +6,7 @@ remains is one constant per framework, `efficiency`, fitted to the published run
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Framework:
         merges_eagerly: The outputs and gradients of its `cp` parts are merged by separate float32
             operations (torch.distributed.tensor.experimental).
         graphs: CUDA graphs launch the kernels, without time of the host.
-        whole_logits: The loss holds the logits of a micro-batch instead of a chunk of tokens.
+        whole_logits: How the loss holds the logits of a micro-batch; None: a chunk of tokens.
     """
 
     efficiency: float
@@ -41,7 +42,7 @@ class Framework:
     ring_attention: bool = False
     merges_eagerly: bool = False
     graphs: bool = False
-    whole_logits: bool = False
+    whole_logits: Literal["eager", "compiled"] | None = None
 
 
 # torchtitan saves every second matrix product; PyTorch's RMSNorm was several kernels; tensorwise
@@ -53,7 +54,7 @@ _TORCHTITAN = Framework(
     fp8_tp_gather=True,
     ring_attention=True,
     merges_eagerly=True,
-    whole_logits=True,
+    whole_logits="compiled",
 )
 DEFAULT = "llamesh"
 FRAMEWORKS = {
@@ -61,9 +62,10 @@ FRAMEWORKS = {
     # FSDP2, compiler and kernels.
     DEFAULT: Framework(_TORCHTITAN.efficiency),
     "torchtitan": _TORCHTITAN,
+    "torchtitan-2024": replace(_TORCHTITAN, whole_logits="eager"),
     # Gathers the hidden states for each product (kempnerforge/distributed/tensor_parallel.py).
     "kempnerforge": replace(_TORCHTITAN, tp_gathers=5, fp8_tp_gather=False),
-    "fms-fsdp": Framework(0.88, fused_norms=False, whole_logits=True),
+    "fms-fsdp": Framework(0.88, fused_norms=False, whole_logits="eager"),
     # NeMo and Megatron-Bridge: Transformer Engine fuses casts into norms and activations, and
     # overlaps tensor parallelism through user buffers.
     "nemo": Framework(
@@ -72,14 +74,16 @@ FRAMEWORKS = {
         fp8_tp_gather=True,
         tp_overlap=True,
         ring_attention=True,
-        whole_logits=True,
+        whole_logits="compiled",
     ),
-    "llm-foundry": Framework(0.86, whole_logits=True),
-    "internevo": Framework(0.81, whole_logits=True),
+    "llm-foundry": Framework(0.86, whole_logits="eager"),
+    "internevo": Framework(0.81, whole_logits="eager"),
     # XLA with Transformer Engine's attention; saves the projections of attention.
-    "maxtext": Framework(0.86, (0.8, 1.0, 1.0), fused_casts=True, graphs=True, whole_logits=True),
+    "maxtext": Framework(
+        0.86, (0.8, 1.0, 1.0), fused_casts=True, graphs=True, whole_logits="eager"
+    ),
     # The same compiler.
-    "paxml": Framework(0.81, (0.0, 1.0, 1.0), fused_casts=True, graphs=True, whole_logits=True),
+    "paxml": Framework(0.81, (0.0, 1.0, 1.0), fused_casts=True, graphs=True, whole_logits="eager"),
     # C++ and CUDA.
     "llmq": Framework(1.07, fused_casts=True, graphs=True),
 }

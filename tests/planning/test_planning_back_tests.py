@@ -66,35 +66,24 @@ def test_constant_of_a_framework_is_fitted_to_its_fitted_runs(name: str) -> None
     assert abs(statistics.median(map(error, runs))) <= 0.01
 
 
-def torchtitan_gib(shards: int) -> float:
-    """Return the memory that torchtitan of 2024-12 reserves for Llama 3 8B, 2 sequences at a time.
+# Rows whose format of weights and optimizer state is known.
+WITH_MEMORY = [run for run in RUNS.values() if run.memory_gib and run.optimizer_state == "fp32"]
+ALLOCATOR_GIB = 2.0
+"""Of `reserved_gib`, for fragmentation: published is what the allocator has reserved."""
 
-    Weights and optimizer state are as ours. It saves every other matrix product of a block (wq, wv,
-    w1, w2) and the output of attention, and computes the loss uncompiled on all logits: the peak
-    holds bf16 logits, their float32 log-softmax and two gradients of that size. It reserves more
-    than is allocated: gradients are created on a separate stream, whose memory is not shared.
+
+@pytest.mark.parametrize("run", WITH_MEMORY, ids=lambda run: run.id)
+def test_planned_memory_of_published_runs_is_within_9_percent(run: PublishedRun) -> None:
+    """With logits, recomputation and precision of the framework. What a run reserves differs by 6%
+    between rows with the same tensors: 71.9 and 67.6 GiB with and without async TP.
     """
-    spec = step_of(RUNS[f"torchtitan-2024-12-8b-{shards}-eager"])
-    model, tokens, memory = spec.model, spec.local_tokens, step_memory(spec)
-    kv = model.n_kv_heads * model.head_dim
-    saved = 2 * model.dim + kv + model.ffn_dim + model.dim  # the block's input, wq, wv, w1, w2
-    block = tokens * (2 * (saved + model.dim) + 4 * model.n_heads)  # attention output, log-sum-exp
-    logits = tokens * model.vocab_size * (2 + 3 * 4)
-    root, layer = 2 * model.vocab_size * model.dim * 2, 218_112_000 * 2  # gathered, in bf16
-    gradients = memory.parameters  # float32, the same size
-    parts = memory.parameters + memory.optimizer + gradients + model.n_layers * block + logits
-    return (parts + root + 2 * layer) / GIB
+    planned = step_memory(step_of(run)).peak / GIB + ALLOCATOR_GIB
+    print(f"\n{run.id}: {run.memory_gib} GiB published, {planned:.1f} planned")
+    assert planned == pytest.approx(run.memory_gib, rel=0.09)
 
 
-@pytest.mark.parametrize(
-    ("shards", "published"),
-    [(8, 82.4), (8, 77.0), (8, 76.8), (128, 67.0), (128, 62.0), (128, 61.8)],
-)
-def test_torchtitan_memory_is_within_10_percent(shards: int, published: float) -> None:
-    """Published values are eager, compiled, and compiled with fp8; they differ by under 10%."""
-    planned = torchtitan_gib(shards)
-    print(f"\n{shards} devices: {published} GiB published, {planned:.1f} planned")
-    assert planned == pytest.approx(published, rel=0.10)
+def test_enough_runs_with_memory() -> None:
+    assert len(WITH_MEMORY) >= 14
 
 
 @pytest.mark.parametrize(("tp", "published"), [(1, 4.04), (2, 2.03), (4, 1.02), (8, 0.60)])
