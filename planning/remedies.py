@@ -165,7 +165,7 @@ def _least_memory_fit(request: PlanRequest, mesh: MeshShape, limit: Limit) -> Ch
     on_mesh, batch_size = settings(mesh, request), request.local_batch_size(mesh)
     if not on_mesh.compute:
         return None
-    extremes = [each for each in on_mesh.batches if each[0] in (batch_size, 1)]
+    extremes = [each for each in on_mesh.batches if each[0] in (batch_size, 1, None)]
     least = on_mesh.reshards[-1]
     for batch in extremes or on_mesh.batches:
         first = on_mesh.choice(batch, on_mesh.compute[-1], least)

@@ -22,7 +22,7 @@ from planning.failures import ExpectedGoodput, FailurePlan, plan_failures, time_
 from planning.memory import GIB, PARTS, MemoryBreakdown, size_text
 from planning.plan import SECONDS_PER_DAY, Plan, RunPlan
 from planning.remedies import largest_mesh
-from planning.request import SEARCHED, PlanRequest
+from planning.request import SEARCHED, PlanRequest, in_yaml
 from planning.search import SearchResult, given_options, options_not_searched
 from planning.time_limits import PhaseSeconds, planned_seconds, time_limits
 from training.console import Console, compact, duration
@@ -260,7 +260,10 @@ def print_search(
             ],
             [
                 [
-                    *(str(value) for value in (rank, *choice.mesh.sizes, choice.micro_batch_size)),
+                    *(
+                        in_yaml(each)
+                        for each in (rank, *choice.mesh.sizes, choice.micro_batch_size)
+                    ),
                     *(choice.settings()[key] for key in differing),
                     f"{run.fullest.memory.peak / size:.2f}",
                     f"{run.tokens_per_second:,.0f}",

@@ -41,7 +41,7 @@ NOT_SEARCHED = (
 SLOWER = "slower than the fastest"
 EQUAL = "equal in time and memory to a choice with simpler settings"
 
-Batch = tuple[int, Literal["step", "micro_batch"], Literal["tensorwise", "rowwise"] | None]
+Batch = tuple[int | None, Literal["step", "micro_batch"], Literal["tensorwise", "rowwise"] | None]
 """Micro-batch size, `reduce_gradients` and fp8 recipe."""
 Compute = tuple[Any, ...]
 """`compile`, `async_tp` and `activation_checkpoint`."""
@@ -166,7 +166,9 @@ def settings(mesh: MeshShape, request: PlanRequest) -> Settings:
     batch_size = request.local_batch_size(mesh)
     later = [stage.global_batch_size or 0 for stage in config.data.stages or []]
     largest = max(batch_size, *(size // mesh.dp for size in later), 0)
-    sizes = divisors(batch_size)
+    sizes: list[int | None] = [*divisors(batch_size)]
+    if largest > batch_size:  # null is another size in each stage
+        sizes.append(None)
     if "train.micro_batch_size" in kept:
         sizes = [config.train.micro_batch_size or batch_size]
     batches = [
@@ -174,7 +176,9 @@ def settings(mesh: MeshShape, request: PlanRequest) -> Settings:
         for size in sizes
         for reduce in values(
             "reduce_gradients",
-            REDUCE_MODES if size < largest and mesh.dp * mesh.cp > 1 else REDUCE_MODES[:1],
+            REDUCE_MODES
+            if size is not None and size < largest and mesh.dp * mesh.cp > 1
+            else REDUCE_MODES[:1],
         )
         for fp8 in request.fp8_recipes()
     ]
@@ -252,7 +256,7 @@ class _Search:
         self.known_stages: dict[tuple[Any, ...], list[tuple[StepSpec, int]]] = {}
         self.memories: dict[tuple[Any, ...], MemoryBreakdown] = {}
         self.known_seconds: dict[tuple[Any, ...], float] = {}
-        self.limits: dict[tuple[ParallelConfig, int], int] = {}
+        self.limits: dict[tuple[ParallelConfig, int | None], int] = {}
 
     def run(self, devices: int, keep: int) -> SearchResult:
         """Return the result: the nodes that remain are slower than the fastest `keep` choices."""

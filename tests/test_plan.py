@@ -354,7 +354,8 @@ def brute_force(config: PlanJobConfig, devices: int) -> dict[Choice, tuple[float
             continue
         if parallel.reshard_after_forward is not None and mesh.dp_shard * mesh.cp == 1:
             continue
-        for size in divisors(max(config.train.global_batch_size // mesh.dp, 1)):
+        sizes_of_mesh = [*divisors(max(config.train.global_batch_size // mesh.dp, 1))]
+        for size in [*sizes_of_mesh, *([None] if config.data.stages else [])]:
             train = replace(config.train, micro_batch_size=size)
             sizes = (mesh, parallel, precision, config.model, train, config.data)
             if any(mesh_errors(*sizes)):

@@ -13,6 +13,7 @@ from parallel.mesh import resolve_mesh
 from planning.hardware import Hardware, load_hardware
 from planning.plan import RunPlan, plan_run
 from planning.request import PlanRequest, configured_choice
+from planning.search import search
 from training.config import JobConfig
 
 # recipe: devices per node, nodes, hardware
@@ -134,6 +135,29 @@ def test_recipe_does_not_fit_without_its_memory_saving_settings(recipe: str, ove
 )
 def test_tensor_parallel_size_8_is_slower(recipe: str, overrides: tuple[str, ...]) -> None:
     assert planned(recipe, *overrides).tokens_per_second < planned(recipe).tokens_per_second
+
+
+# Recipes that are not compared with the search, and why.
+NOT_SEARCHED = {
+    "llama3_8b_paper": "for any number of devices, of which only the nodes are given",
+    "llama3_70b_paper": "for any number of devices, of which only the nodes are given",
+    "llama3_405b_paper": "for any number of devices, of which only the nodes are given",
+}
+SLOWEST = 0.98
+"""Of the throughput of the search's first choice, which may need more memory."""
+
+
+@pytest.mark.parametrize("recipe", [name for name in MACHINES if name not in NOT_SEARCHED])
+def test_recipe_is_within_2_percent_of_the_best_mesh(recipe: str) -> None:
+    """With the recipe's precision, compilation and global batch."""
+    per_node, nodes, name = MACHINES[recipe]
+    config, hardware = load(recipe), load_hardware(name)
+    tokens = config.stages().first_token(config.train.max_steps)
+    request = PlanRequest(config, hardware.accelerator, tokens)
+    request = request.keeping("parallel.compile", "parallel.async_tp", "precision.fp8")
+    [(choice, best)] = search(request, per_node * nodes, hardware, keep=1).best
+    speed = planned(recipe).tokens_per_second / best.tokens_per_second
+    assert speed >= SLOWEST, f"{speed:.3f} of {choice}"
 
 
 @pytest.mark.parametrize("recipe", RATES)
