@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
 
 def plan(config: PlanJobConfig) -> bool:
     """Report the plan of the configured mesh and return whether it fits."""
-    from planning import report
+    from planning import plan_json, report
     from training.console import Console
 
     if config.trace:
@@ -69,19 +69,19 @@ def plan(config: PlanJobConfig) -> bool:
     run = plan_run(stages, config.device, trace_memory if config.trace else None)
     console = Console(enabled=True)
     report.print_plan(console, config, run)
-    record = report.plan_record(config, run)
+    record = plan_json.plan_record(config, run)
     _warn(config, run)
     if not run.fits:
         record["remedy"] = _remedy(config, config.request, choice)
         console.note(record["remedy"])
     bars = report.memory_bars(run)
-    report.write(console, config, record, bars, run.fullest.capacity, choice.mesh)
+    plan_json.write(console, config, record, bars, run.fullest.capacity, choice.mesh)
     return run.fits
 
 
 def search(config: PlanJobConfig, arguments: list[str]) -> bool:
     """Report the fastest choices for the number of devices and return whether any fits."""
-    from planning import report
+    from planning import plan_json, report
     from training.console import Console
 
     request = config.request.keeping(*explicit_keys(parse_options(arguments, "plan").words))
@@ -94,7 +94,7 @@ def search(config: PlanJobConfig, arguments: list[str]) -> bool:
     console = Console(enabled=True)
     commands = [train_command(choice, arguments) for choice, _ in result.best]
     report.print_search(console, config, request, result, commands)
-    record = report.search_record(config, request, result, commands)
+    record = plan_json.search_record(config, request, result, commands)
     fits, capacity = False, 0
     for rank, (choice, best) in enumerate(result.best, start=1):
         if config.trace:
@@ -105,7 +105,7 @@ def search(config: PlanJobConfig, arguments: list[str]) -> bool:
         report.print_plan(console, config, best)
         if best.fits:
             _warn(config, best)
-            record["best_plan"] = report.plan_record(config, best) | {"choice": rank}
+            record["best_plan"] = plan_json.plan_record(config, best) | {"choice": rank}
             fits, capacity = True, best.fullest.capacity
             break
         console.note(f"Traced memory of choice {rank} does not fit.")
@@ -116,7 +116,7 @@ def search(config: PlanJobConfig, arguments: list[str]) -> bool:
         (f"{rank}: {choice.mesh}", run.fullest.memory)
         for rank, (choice, run) in enumerate(result.best, start=1)
     ]
-    report.write(console, config, record, bars, capacity)
+    plan_json.write(console, config, record, bars, capacity)
     return fits
 
 

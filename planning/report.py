@@ -1,34 +1,21 @@
-"""Reports of a plan or a search: console tables, plan.json and a plot of memory.
+"""Reports of a plan or a search on the console."""
 
-In JSON, memory is in bytes per rank, times are in seconds, and rates cover the entire mesh unless
-the key names a device.
-"""
-
-import logging
 import math
-import os
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
-from data.files import strict_json, write_atomically, write_problem
 from parallel.config import PrecisionConfig
-from parallel.mesh import AXES, MeshShape
+from parallel.mesh import AXES
 from planning.communicators import communicator_bytes, n_communicators
 from planning.config import PlanJobConfig
 from planning.failures import ExpectedGoodput, FailurePlan, plan_failures, time_text
 from planning.memory import GIB, PARTS, MemoryBreakdown, size_text
-from planning.plan import SECONDS_PER_DAY, Plan, RunPlan
+from planning.plan import Plan, RunPlan
 from planning.remedies import largest_mesh
-from planning.request import SEARCHED, PlanRequest, in_yaml
+from planning.request import PlanRequest, in_yaml
 from planning.search import SearchResult, given_options, options_not_searched
 from planning.time_limits import PhaseSeconds, planned_seconds, time_limits
 from training.console import Console, compact, duration
 
-SCHEMA_VERSION = 1
-"""Of plan.json; docs/planning.md lists its keys."""
 MIB = 2**20
 COLUMNS = {
     "activation_checkpoint": "checkpointing",
@@ -36,8 +23,6 @@ COLUMNS = {
     "reduce_gradients": "reduce",
 }
 """Headings of the settings that a search varies, if they are not the key."""
-# Of `PARTS`: persistent state in blue, the rest in orange and grey.
-COLORS = ("#08519c", "#3182bd", "#9ecae1", "#d94801", "#fd8d3c", "#fdbe85", "#74c476", "#bdbdbd")
 
 
 # ---------------------------------------------------------------- tables
@@ -327,196 +312,3 @@ def _precision(precision: PrecisionConfig) -> str:
         f"{precision.param}{fp8}, gradient reduction in {precision.reduce}, optimizer state in "
         f"{precision.optimizer_state}"
     )
-
-
-# ---------------------------------------------------------------- plan.json
-
-
-def plan_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
-    """Return the plan of a run as JSON values."""
-    spec = run.stages[0].spec
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "model": config.model.name,
-        "hardware": config.device.name,
-        "power_limit_watts": config.power_limit_watts,
-        "framework": config.framework,
-        "devices": spec.mesh.world_size,
-        "precision": asdict(spec.precision),
-        "compile": spec.parallel.compile,
-        "price_per_hour": config.hardware.price_per_hour,
-        "fits": run.fits,
-        "bottleneck": run.bottleneck,
-        "largest_mesh": run.largest_mesh,
-        "tokens": run.tokens,
-        "tokens_per_second": run.tokens_per_second,
-        "tokens_per_second_interval": run.tokens_per_second_interval,
-        "tokens_per_second_per_device": run.tokens_per_second_per_device,
-        "tflops_per_device": run.tflops(),
-        "mfu_causal": run.mfu(),
-        "mfu_full": run.mfu(causal=False),
-        "days": run.seconds / SECONDS_PER_DAY,
-        **cost_record(config, run),
-        "host_memory": max(plan.host_peak for plan in run.stages),
-        "nccl": {"communicators": n_communicators(spec.mesh), "bytes": communicator_bytes(spec)},
-        "failures": _failure_record(config, run),
-        "stages": [_stage_record(stage) for stage in run.stages],
-    }
-
-
-def _failure_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
-    plan, times = failure_plan(config, run), ("mtbf", "restart", "stall", "write")
-    ratio = plan.expected_seconds / run.seconds
-    return {
-        "device_mtbf_days": config.device_mtbf_days,
-        **{f"{name}_seconds": getattr(plan.interruptions, f"{name}_seconds") for name in times},
-        "checkpoint_bytes": plan.checkpoint_bytes,
-        "needed_gb_s_per_node": plan.needed_gb_s,
-        "interval_seconds": plan.interval_seconds,
-        "goodput": asdict(plan.configured),
-        "best_interval": plan.best_interval,
-        "best_goodput": asdict(plan.best),
-        "days": plan.expected_seconds / SECONDS_PER_DAY,
-        **cost_record(config, run, ratio),
-    }
-
-
-def cost_record(config: PlanJobConfig, run: RunPlan, ratio: float = 1.0) -> dict[str, Any]:
-    """Return the cost and energy of `ratio` durations; `cost_usd` is null in another currency."""
-    currency = config.hardware.currency
-    cost, energy_kwh = (
-        None if each is None else each * ratio for each in (run.cost, run.energy_kwh)
-    )
-    return {
-        "cost": cost,
-        "currency": currency,
-        "cost_usd": cost if currency == "USD" else None,
-        "energy_kwh": energy_kwh,
-    }
-
-
-def _stage_record(plan: Plan) -> dict[str, Any]:
-    spec = plan.spec
-    sizes = ("seq_len", "global_batch_size", "micro_batch_size", "micro_batches")
-    results = ("tokens", "fits", "capacity", "tokens_per_second", "tokens_per_second_per_device")
-    traffic = ("axis", "link", "kind", "part", "count", "bytes_sent")
-    return {
-        "mesh": asdict(spec.mesh),
-        **{key: getattr(spec, key) for key in sizes},
-        **{key: getattr(spec.parallel, key) for key in SEARCHED},
-        **{key: getattr(plan, key) for key in results},
-        "memory": {
-            tier: {**memory.by_part(), "peak": memory.peak, "phase": memory.phase}
-            for tier, memory in plan.tiers.items()
-        },
-        "traffic": [dict(zip(traffic, row, strict=True)) for row in plan.traffic()],
-        "step_seconds": {**plan.time.by_part(), "total": plan.time.total},
-        "tflops_per_device": plan.tflops(),
-        "mfu_causal": plan.mfu(),
-        "mfu_full": plan.mfu(causal=False),
-    }
-
-
-def search_record(
-    config: PlanJobConfig, request: PlanRequest, result: SearchResult, commands: Sequence[str]
-) -> dict[str, Any]:
-    """Return the result of a search as JSON values."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "model": config.model.name,
-        "hardware": config.device.name,
-        "devices": config.n_devices,
-        "candidates": result.candidates,
-        "given": given_options(request),
-        "not_searched": options_not_searched(request),
-        "best": [
-            {
-                "overrides": str(choice),
-                "command": command,
-                "tokens_per_second": run.tokens_per_second,
-                **cost_record(config, run),
-                "memory_peak": run.fullest.memory.peak,
-                "bottleneck": run.bottleneck,
-            }
-            for (choice, run), command in zip(result.best, commands, strict=True)
-        ],
-        "rejections": {reason: asdict(each) for reason, each in result.rejections.items()},
-    }
-
-
-def write(
-    console: Console,
-    config: PlanJobConfig,
-    record: dict[str, Any],
-    bars: Sequence[tuple[str, MemoryBreakdown]],
-    limit: int,
-    mesh: MeshShape | None = None,
-) -> None:
-    """Write plan.json and the plot of memory next to it, unless `output` is null.
-
-    Args:
-        bars: Name and memory of each stage of a plan, or of each choice of a search.
-        limit: Bytes available to a rank.
-        mesh: The mesh of all bars; None if their names have it.
-    """
-    if config.output is None:
-        return
-    path = Path(config.output)
-    image = path.with_suffix(".png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, f"{strict_json(record, indent=1)}\n".encode())
-        if bars:
-            title = f"{config.model.name} on {config.n_devices:,} × {config.device.name}"
-            plot_memory(bars, limit, image, f"{title}, {mesh}" if mesh else title)
-    except OSError as error:
-        problem = write_problem(error, path.parent)
-        sys.exit(
-            f"Error: output={config.output} cannot be written ({problem}); use another path, or "
-            "null for no output"
-        )
-    console.note(f"Wrote {path} and {image}." if bars else f"Wrote {path}.")
-
-
-# ---------------------------------------------------------------- plot
-
-
-def plot_memory(
-    bars: Sequence[tuple[str, MemoryBreakdown]], limit: int, image: Path, title: str
-) -> None:
-    """Plot memory by part as stacked bars, with the available memory as a line.
-
-    Raises:
-        OSError: The image cannot be written.
-    """
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # silence "building the font cache"
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 1.8 + 0.55 * len(bars)), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    left = [0.0] * len(bars)
-    for part, color in zip(PARTS, COLORS, strict=True):
-        sizes = [getattr(memory, part) / GIB for _, memory in bars]
-        if any(sizes):
-            axes.barh(range(len(bars)), sizes, left=left, color=color, label=part)
-            left = [before + size for before, size in zip(left, sizes, strict=True)]
-    for row, size in enumerate(left):
-        text = axes.annotate(
-            f"{size:.1f}", (size, row), (4, 0), textcoords="offset points", va="center"
-        )
-        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # before the line
-    limit_gib = limit / GIB
-    axes.axvline(limit_gib, color="#252525", linestyle="--", linewidth=1.2)
-    top = axes.get_xaxis_transform()
-    axes.text(limit_gib, 1.01, f"available: {limit_gib:.1f}", transform=top, ha="center")
-    axes.set_yticks(range(len(bars)), [name for name, _ in bars], parse_math=False)
-    axes.invert_yaxis()
-    figure.suptitle(title, x=0.01, fontsize=11, ha="left", fontweight="bold", parse_math=False)
-    axes.set(xlabel="peak memory per rank (GiB)", axisbelow=True)
-    axes.set_xlim(0, 1.12 * max(*left, limit_gib))
-    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, loc="outside lower center", ncols=4)
-    temporary = image.with_name(image.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, image)

@@ -78,7 +78,7 @@ OPTIONAL = (
     *("parallel.tensor_parallel", "parallel.context_parallel", "parallel.float8"),
     "parallel.activation_checkpoint",
     *("formats.hugging_face", "formats.meta", "formats.native", "formats.weights"),
-    *("planning.report", "planning.calibration", "planning.tracing"),
+    *("planning.memory_plot", "planning.report", "planning.calibration", "planning.tracing"),
     *("wandb", "lm_eval", "torchao", "datasets", "pyarrow", "safetensors", "llama_models"),
     *("submitit", "litgpt", "transformers", "torchmetrics", "scipy", "pandas"),
 )

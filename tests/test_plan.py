@@ -27,7 +27,7 @@ from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, resolve_mesh
 from plan import PLANNER_KEYS
 from plan import search as plan_search
-from planning import fit_check, report
+from planning import fit_check, plan_json, report
 from planning.communicators import COMMUNICATOR_BYTES, n_communicators
 from planning.config import PlanJobConfig
 from planning.fake_model import fake_model
@@ -162,7 +162,7 @@ def test_rates_of_a_run_are_those_of_all_its_stages() -> None:
     matrix = 10 * run.stages[0].time.matrix + 290 * run.stages[1].time.matrix
     assert run.bottleneck == f"matrix products ({matrix / seconds:.0%} of a step)"
     assert run.largest_mesh == 64  # a sequence per rank
-    record = report.plan_record(config, run)
+    record = plan_json.plan_record(config, run)
     assert record["tokens_per_second_per_device"] == run.tokens_per_second_per_device
     assert dict(report._summary_rows(config, run))["per device"].startswith(
         f"{run.tokens_per_second_per_device:,.0f} "
@@ -432,7 +432,7 @@ def test_search_prints_cost_in_dollars_where_the_price_is_known(
     assert " MiB " in lines[header]  # a small model, whose sizes in GiB would be zero
     cost = result.best[0][1].cost
     assert cost is None or lines[header + 1].endswith(f" {report.money(cost, 'USD')}")
-    record = report.search_record(config, config.request, result, [""] * len(result.best))
+    record = plan_json.search_record(config, config.request, result, [""] * len(result.best))
     assert record["best"][0]["cost_usd"] == cost
     assert ("$" in "".join(lines)) == (cost is not None) == (hardware == "h100")
 
@@ -466,7 +466,7 @@ def test_plan_reports_cost_in_the_currency_of_the_hardware_and_energy(
     run = plan_run(config.request.stages(configured_choice(config, config.mesh)), config.hardware)
     report.print_plan(Console(enabled=True), config, run)
     printed = capsys.readouterr().out
-    record = report.plan_record(config, run)
+    record = plan_json.plan_record(config, run)
     assert text in printed
     assert record["cost"] == run.cost and record["currency"] == config.hardware.currency
     assert record["cost_usd"] == (run.cost if usd else None)
@@ -707,11 +707,11 @@ def documented_keys() -> set[str]:
 
 def test_every_key_of_plan_json_is_documented() -> None:
     several = planned(*LLAMA_8B, "data.stages=[{from_sample:640,seq_len:4096}]")
-    found = set(keys_of(report.plan_record(several, run_of(several))))
+    found = set(keys_of(plan_json.plan_record(several, run_of(several))))
     config = planned("experiment=smoke", "devices=4", "hardware=cpu")
     request = config.request.keeping("parallel.tp")
     result = search(request, 4, config.hardware)
-    searched = report.search_record(config, request, result, [""] * len(result.best))
+    searched = plan_json.search_record(config, request, result, [""] * len(result.best))
     found |= set(keys_of(searched | {"best_plan": {}}))
     assert searched["best"] and searched["rejections"]
     assert found | {"remedy"} == documented_keys()

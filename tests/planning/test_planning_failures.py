@@ -17,7 +17,7 @@ from bench.goodput import SimulatedJob, Simulation, simulated_job
 from cli.arguments import CONF, plan_arguments
 from cli.config import load_plan_config
 from data.files import strict_json
-from planning import report
+from planning import plan_json, report
 from planning.config import PlanJobConfig
 from planning.failures import FailurePlan, Interruptions, interval_warnings, time_text
 from planning.plan import RunPlan, plan_run
@@ -81,7 +81,7 @@ def test_paper_recipe_is_warned_about_its_interval_and_the_remedy_works() -> Non
     config, run, better = planned(*PAPER, "devices=4096", *remedies)
     assert not list(interval_warnings(better)) and better.best == better.configured
     assert better.expected_seconds == pytest.approx(run.seconds / better.best.productive)
-    record = report.plan_record(config, run)["failures"]
+    record = plan_json.plan_record(config, run)["failures"]
     assert record["days"] * 86_400 == pytest.approx(better.expected_seconds)
     assert run.cost is not None
     assert record["cost_usd"] == pytest.approx(run.cost / better.best.productive)
@@ -123,7 +123,7 @@ def test_run_that_never_reaches_a_checkpoint_has_no_duration() -> None:
     assert plan.expected_seconds == math.inf
     rows = dict(report._failure_rows(config, run))
     assert rows["total duration"] == "never finishes" and "total cost" not in rows
-    record = json.loads(strict_json(report.plan_record(config, run)))["failures"]
+    record = json.loads(strict_json(plan_json.plan_record(config, run)))["failures"]
     assert record["days"] is None and record["cost"] is None
 
 
