@@ -331,10 +331,9 @@ class _Step:
             heap.free("temporary", self.h)
         heap.add("gathered", size)
         heap.free("temporary", self.h)
-        if tied:
-            # Autograd adds it to the gradient of the head.
-            heap.add("gathered", size)
-            heap.free("gathered", 2 * size)
+        if tied:  # autograd adds it to the gradient of the head, in place unless DTensors
+            heap.add("gathered", size if tp > 1 else 0)
+            heap.free("gathered", (2 if tp > 1 else 1) * size)
         self.accumulate(self.head_elements)
 
     def head(self) -> None:
@@ -617,8 +616,7 @@ class _Step:
 
     def _branch_backward(self, recomputed: float) -> None:
         """Replay the backward of a norm and of what gathered its output."""
-        self.heap.add("temporary", self.h)  # the sum of the gradients of several products
-        self.heap.free("temporary", 2 * self.h)
+        self.add_gradients()
         self.reduce_hidden()
         if self.lazy:
             self.heap.add("activations", recomputed)
@@ -670,8 +668,7 @@ class _Step:
                 heap.free("temporary", 2 * size)
         self.product("wv", h, kv, recomputed=normed)
         self.product("wk", h, kv, recomputed=normed)
-        heap.add("temporary", h)
-        heap.free("temporary", 2 * h)
+        self.add_gradients()
         self.product("wq", h, q, h - normed, normed)
 
     def _keys_backward(self) -> None:
@@ -689,8 +686,12 @@ class _Step:
             heap.free("temporary", full)
 
     def _add_residual(self) -> None:
-        self.heap.add("temporary", self.s)
-        self.heap.free("temporary", 2 * self.s)
+        self.heap.free("temporary", self.s)  # autograd adds in place
+
+    def add_gradients(self) -> None:
+        """Replay the sum of two gradients of hidden states, which is in place unless DTensors."""
+        self.heap.add("temporary", self.h if self.spec.mesh.tp > 1 else 0)
+        self.heap.free("temporary", (2 if self.spec.mesh.tp > 1 else 1) * self.h)
 
 
 class _DistributedStep(_Step):

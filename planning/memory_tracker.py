@@ -47,7 +47,7 @@ class MemoryTracker(TorchDispatchMode):
         gloo: bool = False,
     ) -> None:
         super().__init__()
-        self.gloo, self.paused = gloo, False
+        self.gloo, self.paused, self._is_dtensor_sum = gloo, False, False
         self.fake, self.collective_namespaces = fake, collective_namespaces
         self.phase = "setup"
         self.model: torch.nn.Module | None = None
@@ -59,7 +59,10 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, (DTensor, AsyncCollectiveTensor)) for kind in types):
+            self._is_dtensor_sum = func is torch.ops.aten.add.Tensor
             return NotImplemented  # redispatched as local operations, which are handled here
+        if self.fake and self._sums_gradients(func, args):
+            return args[0].add_(args[1])
         if self.fake and func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]  # as the real operator does; the fake one returns a new tensor
         out = func(*args, **(kwargs or {}))
@@ -79,6 +82,19 @@ class MemoryTracker(TorchDispatchMode):
             if self._bound + buffer > highest:
                 self.peaks[self.phase] = self.held() | ({"gloo": buffer} if buffer else {})
         return out
+
+    def _sums_gradients(self, func: Any, args: Any) -> bool:
+        """Return whether autograd adds the gradients of a tensor with several uses.
+
+        It does so in place, but not for subclasses such as fake tensors and DTensors
+        (torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace).
+        """
+        if func is not torch.ops.aten.add.Tensor or self.paused:
+            return False
+        is_dtensor, self._is_dtensor_sum = self._is_dtensor_sum, False
+        in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+        tensors = all(isinstance(each, Tensor) for each in args) and args[0].shape == args[1].shape
+        return in_backward and tensors and not is_dtensor
 
     def _gloo_buffer(self, func: Any, args: Any, out: Any) -> int:
         """Return the size of the copy that gloo makes in a collective, 0 for other operators.

@@ -117,13 +117,12 @@ def check_random_jobs(count: int, seed: int, **bounds: Any) -> None:
     assert not errors
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_closed_forms_match_trace_of_random_jobs(seed: int) -> None:
-    check_random_jobs(20, seed, depths=(1, 1, 2), max_tokens=2048)
+def test_closed_forms_match_trace_of_random_jobs() -> None:
+    check_random_jobs(20, seed=0, depths=(1, 1, 2), max_tokens=2048)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 103))
+@pytest.mark.parametrize("seed", range(100, 104))
 def test_closed_forms_match_trace_of_more_random_jobs(seed: int) -> None:
     check_random_jobs(50, seed)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -94,3 +95,24 @@ def test_dtensor_counts_local_shard_and_shape_propagation_counts_nothing() -> No
         held = {"parameters": FLOAT * 12 * 8, "setup": FLOAT * (2 * 12 + 2 * 8)}
         assert tracker.held() == held
     assert sum(tracker.peaks["setup"].values()) == sum(held.values())  # no earlier peak was higher
+
+
+def test_sum_of_gradients_takes_no_memory_on_fake_tensors() -> None:
+    """As on real ones, without a dispatch mode: autograd adds in place."""
+    with FakeTensorMode(), MemoryTracker(fake=True) as tracker:
+        x = torch.empty(100, requires_grad=True) * 1
+        loss = (x * 2 + x * 3).sum()
+        tracker.phase = "backward"
+        loss.backward()
+    # Both `x`, the loss and its gradient, and two gradients of `x`.
+    assert sum(tracker.peaks["backward"].values()) == FLOAT * (2 * 100 + 2 + 2 * 100)
+
+
+@pytest.mark.usefixtures("four_ranks")
+def test_collectives_count_the_copies_of_gloo() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker(fake=True, gloo=True) as tracker:
+        shard, complete = torch.empty(10), torch.empty(40)
+        dist.all_gather_into_tensor(complete, shard)
+        tracker.phase = "reduction"
+        dist.reduce_scatter_tensor(shard, complete)
+    assert tracker.peaks["setup"]["gloo"] == tracker.peaks["reduction"]["gloo"] == FLOAT * 40
