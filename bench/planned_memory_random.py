@@ -8,16 +8,17 @@ the closed forms are within 3% of the trace, 5% under a memory budget of the com
 
 import statistics
 import sys
+from importlib import import_module
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "planning")]
+from bench.measurement import write
+from planning.memory import step_memory
+from planning.tracing import trace_memory
 
-from random_jobs import overrides, random_jobs  # noqa: E402
-
-from bench.measurement import write  # noqa: E402
-from planning.memory import step_memory  # noqa: E402
-from planning.tracing import trace_memory  # noqa: E402
+TESTS = Path(__file__).parent.parent / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "planning")]
+_jobs = import_module("random_jobs")  # of tests/planning
+overrides, random_jobs = _jobs.overrides, _jobs.random_jobs
 
 TOLERANCE, TOLERANCE_OF_BUDGET = 0.03, 0.05
 
