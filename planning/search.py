@@ -38,6 +38,7 @@ NOT_SEARCHED = (
     "memory budgets of parallel.activation_checkpoint",
 )
 """Options that change speed or memory and are kept."""
+FLOAT32 = 4  # bytes
 SLOWER = "slower than the fastest"
 EQUAL = "equal in time and memory to a choice with simpler settings"
 
@@ -256,6 +257,7 @@ class _Search:
         self.known_stages: dict[tuple[Any, ...], list[tuple[StepSpec, int]]] = {}
         self.memories: dict[tuple[Any, ...], MemoryBreakdown] = {}
         self.known_seconds: dict[tuple[Any, ...], float] = {}
+        self.shards: dict[ParallelConfig, MemoryBreakdown] = {}
         self.limits: dict[tuple[ParallelConfig, int | None], int] = {}
 
     def run(self, devices: int, keep: int) -> SearchResult:
@@ -306,14 +308,22 @@ class _Search:
         """
         on_mesh, limit = node.on_mesh, self.limit(node)
         least = replace(node, reshard=on_mesh.reshards[-1])
-        if self.weights(least).peak > limit:
-            self.reject_memory(node, self.weights(least))
+        # All candidates of a mesh have the same shards of weights and moments.
+        known = self.shards.get(on_mesh.parallel)
+        memory = known if known and known.peak > limit else self.weights(least)
+        self.shards[on_mesh.parallel] = replace(memory, gradients=0, gathered=0)
+        if memory.peak > limit:
+            self.reject_memory(node, memory)
             return None
-        reshard = next(
-            each
-            for each in on_mesh.reshards
-            if self.weights(replace(node, reshard=each)).peak <= limit
-        )
+        # The fastest resharding keeps all weights gathered, the next one hardly any.
+        reshard = on_mesh.reshards[0]
+        if len(on_mesh.reshards) > 1:
+            spec = self.stages(node)[0][0]
+            element = spec.param_bytes if node.batch[2] is None else 1
+            n_shards = spec.mesh.dp_shard * spec.mesh.cp
+            exceeds = memory.parameters * n_shards * element // FLOAT32 > limit
+            if exceeds or self.weights(replace(node, reshard=reshard)).peak > limit:
+                reshard = on_mesh.reshards[1]
         for compute in on_mesh.compute:
             memory = self.memory(replace(least, compute=compute), limit)
             if memory.peak <= limit:
@@ -331,11 +341,15 @@ class _Search:
         micro-batches.
         """
         specs, (_, reduce, fp8) = [spec for spec, _ in self.stages(node)], node.batch
-        accumulates = tuple(spec.micro_batches > 1 for spec in specs)
-        key = node.on_mesh.parallel, reduce, fp8, node.reshard, accumulates
+        shortest = sorted(specs, key=lambda spec: -spec.local_tokens)
+        different = {spec.micro_batches > 1: spec for spec in shortest}
+        key = node.on_mesh.parallel, reduce, fp8, node.reshard, tuple(sorted(different))
         if key not in self.memories:
-            smallest = replace(node, compute=node.on_mesh.compute[-1])
-            memory = peak_memory(self.stages(smallest))
+            smallest = replace(node, compute=node.on_mesh.compute[-1]).choice.parallel
+            memories = (
+                step_memory(replace(spec, parallel=smallest)) for spec in different.values()
+            )
+            memory = max(memories, key=lambda memory: memory.peak)
             self.memories[key] = replace(memory, activations=0, logits=0, host=0, temporary=0)
         return self.memories[key]
 
