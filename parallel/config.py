@@ -21,9 +21,6 @@ class ParallelConfig(ConfigSection):
     """Sizes of the mesh axes, how processes are launched, and how a step is computed.
 
     Attributes:
-        auto: Let the planner's search choose axes, micro-batch, recomputation, resharding and
-            reduction that the command does not set.
-        auto_record: Set by `train.py`: the devices of that choice, and the keys that were given.
         dp_shard: -1 uses the processes that the other axes do not need.
         devices, num_nodes: Processes per node and nodes. None: on CPU as many as the mesh needs,
             on GPUs all visible devices, under `srun` or `torchrun` the launched ones.
@@ -38,10 +35,11 @@ class ParallelConfig(ConfigSection):
             where weights are sharded, except for the last block.
         reduce_gradients: Reduce gradients over the data ranks once per `step`, with full gradients
             held in between, or per `micro_batch`, with sharded gradients.
+        auto: Let the planner's search choose axes, micro-batch, recomputation, resharding and
+            reduction that the command does not set.
+        auto_record: Set by `train.py`: the devices of that choice, and the keys that were given.
     """
 
-    auto: bool = False
-    auto_record: str | None = None
     dp_replicate: PositiveInt = 1
     dp_shard: Literal[-1] | PositiveInt = -1
     cp: PositiveInt = 1
@@ -58,6 +56,8 @@ class ParallelConfig(ConfigSection):
     compile: Literal["auto"] | bool = "auto"
     reshard_after_forward: bool | None = None
     reduce_gradients: Literal["step", "micro_batch"] = "step"
+    auto: bool = False
+    auto_record: str | None = None
 
     def resolved(self, accelerator: str) -> "ParallelConfig":
         """Return the configuration with `compile` resolved for a device type."""

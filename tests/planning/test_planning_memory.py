@@ -34,23 +34,14 @@ PARALLEL = {key for key in ParallelConfig.__dataclass_fields__}
 GRID: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ("cpu", (1, 1, 1, 1), {}),
     ("cpu", (1, 1, 1, 1), {"activation_checkpoint": "selective", "document_mask": False}),
-    ("cpu", (1, 1, 1, 1), {"param": "bf16", "seq_len": 16}),
     ("cpu", (1, 1, 1, 1), {"seq_len": 16, "tie_embeddings": True}),
     ("cpu", (1, 2, 1, 1), {"param": "bf16"}),
     ("cpu", (1, 2, 1, 2), {"loss_parallel": False, "tie_embeddings": True}),
-    ("cpu", (1, 1, 1, 1), {"activation_checkpoint": "full"}),
-    ("cpu", (1, 1, 1, 1), {"activation_checkpoint": "full", "param": "bf16"}),
     ("cpu", (1, 1, 1, 2), {"activation_checkpoint": "full", "param": "bf16"}),
-    ("cpu", (1, 1, 1, 1), {"activation_checkpoint": "full", "compile": True}),
     ("cpu", (1, 1, 1, 1), {"activation_checkpoint": "selective", "compile": True}),
-    ("cpu", (1, 1, 2, 1), {"activation_checkpoint": "full", "compile": True}),
     ("cuda", (1, 4, 1, 1), {"activation_checkpoint": 0.5, "compile": True}),
     ("cuda", (1, 2, 1, 2), {"activation_checkpoint": 0.25, "compile": True}),
-    ("cuda", (1, 2, 1, 1), {"activation_checkpoint": 0.75, "compile": True, "param": "bf16"}),
     ("cuda", (1, 1, 2, 1), {"activation_checkpoint": "selective", "compile": True}),
-    ("cuda", (1, 1, 1, 2), {"activation_checkpoint": "selective", "compile": True}),
-    ("cuda", (1, 1, 2, 2), {"activation_checkpoint": 0.5, "compile": True}),
-    ("cuda", (1, 8, 1, 1), {"activation_checkpoint": "selective"}),
     ("cuda", (1, 64, 1, 4), {"compile": True}),
     ("cuda", (2, 2, 1, 2), {"activation_checkpoint": "full", "micro_batches": 3, "seq_len": 64}),
     (
@@ -60,17 +51,12 @@ GRID: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ),
     ("cuda", (1, 2, 2, 2), {"sequence_parallel": False, "reshard_after_forward": True}),
     ("cuda", (1, 1, 1, 1), {"optimizer_state": "int8", "compile": True, "seq_len": 32}),
-    ("cuda", (1, 1, 1, 1), {"seq_len": 32}),
     ("cuda", (1, 1, 1, 1), {"seq_len": 32, "micro_batches": 3, "tie_embeddings": True}),
-    ("cuda", (1, 1, 1, 1), {"activation_checkpoint": "full", "compile": True}),
-    ("cuda", (2, 1, 1, 1), {"micro_batches": 3, "seq_len": 32}),
     ("cuda", (1, 4, 1, 1), {"reshard_after_forward": False, "n_layers": 5, "seq_len": 128}),
     # Kernels that take no grouped heads, without and with a dense mask.
     ("cuda", (1, 1, 1, 1), {"param": "fp32", "document_mask": False}),
     ("cuda", (1, 2, 1, 1), {"attention": "sdpa", "param": "fp32"}),
-    ("cuda", (1, 1, 1, 2), {"attention": "sdpa"}),
     ("cuda", (1, 1, 2, 1), {"attention": "sdpa", "activation_checkpoint": "full"}),
-    ("cuda", (1, 2, 1, 1), {"attention": "sdpa", "activation_checkpoint": "selective"}),
 ]
 
 
@@ -117,14 +103,15 @@ def check_random_jobs(count: int, seed: int, **bounds: Any) -> None:
     assert not errors
 
 
-def test_closed_forms_match_trace_of_random_jobs() -> None:
-    check_random_jobs(20, seed=0, depths=(1, 1, 2), max_tokens=2048)
+@pytest.mark.parametrize("seed", range(3))
+def test_closed_forms_match_trace_of_random_jobs(seed: int) -> None:
+    check_random_jobs(20, seed, depths=(1, 1, 2), max_tokens=2048)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 104))
 def test_closed_forms_match_trace_of_more_random_jobs(seed: int) -> None:
-    check_random_jobs(50, seed)
+    check_random_jobs(20, seed)
 
 
 def test_deep_model_extrapolates_linearly_from_two_depths(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,5 +107,5 @@ def test_fp8_rejects_fp32_parameters() -> None:
 
 
 def test_inference_rejects_fp8() -> None:
-    [error] = inference_errors(PrecisionConfig(fp8="rowwise"))
+    [error] = inference_errors(PrecisionConfig(fp8="rowwise"), ParallelConfig())
     assert error == "precision.fp8=rowwise is for training only; use precision.fp8=null"
