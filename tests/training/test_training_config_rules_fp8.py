@@ -34,7 +34,7 @@ def errors(
 def test_without_fp8_there_are_no_errors() -> None:
     odd = replace(TRAIN, seq_len=7)
     assert errors(None, train=odd, accelerator="cpu") == []
-    assert not list(inference_errors(PrecisionConfig()))
+    assert not list(inference_errors(PrecisionConfig(), ParallelConfig()))
 
 
 @pytest.mark.parametrize(
