@@ -838,9 +838,11 @@ class _DistributedStep(_Step):
             heap.move("gathered", "gradients", shard)
         else:
             heap.add("gradients", shard)
-            if self.shards == 1:
+            if replicated:  # the buffer lives until the end of the backward
+                pass
+            elif self.shards == 1:
                 self.reducing = output
-            elif not replicated:  # else the buffer lives until the end of the backward
+            else:
                 heap.free("gathered", output)
         heap.free("gradients", shard if adds else 0)
 
@@ -849,7 +851,7 @@ class _DistributedStep(_Step):
         self.heap.free("gathered", self.reducing)
         self.reducing = 0.0
         replicated = self.spec.mesh.dp_replicate > 1
-        if self.shards > 1 and replicated and not self.holds and self.spec.reduce_bytes < FLOAT32:
+        if replicated and not self.holds and self.spec.reduce_bytes < FLOAT32:
             elements = self.layers * self.block.shard_elements + self.root.shard_elements
             self.heap.free("gathered", elements * self.spec.reduce_bytes)
 
