@@ -1,26 +1,24 @@
 """Closed forms of a step's memory: the tensors that a step allocates and frees, in order.
 
-Replays what `parallelize`, FSDP2 and autograd do, with a size instead of each tensor. Blocks in the
-middle of a deep model repeat the change of the block before them, so that a replay takes a fraction
-of a millisecond. `planning.tracing` runs the real operators instead; a test compares both.
+Replays what `parallelize` and autograd do, with a size instead of each tensor. Blocks in the middle
+of a deep model repeat the change of the block before them, so that a replay takes a fraction of a
+millisecond. Weights and gradients are those of `planning.sharded_step`. `planning.tracing` runs the
+real operators instead; a test compares both.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Literal
+from collections.abc import Iterator
 
 from parallel.traffic import block_matrices, root_matrices
 from planning.activations import (
-    HALF_BUDGET,
     batch_bytes,
     block_input_bytes,
-    block_saved_bytes,
     full_hidden_bytes,
     norm_is_decomposed,
     tokens_between_matmuls,
     uses_sequence_parallel,
 )
 from planning.frameworks import FRAMEWORKS, Framework
+from planning.phases import Heap
 from planning.step_spec import MOMENT_BLOCK, StepSpec
 
 FLOAT32 = 4  # bytes
@@ -28,114 +26,8 @@ HEAD_BLOCK = {"cpu": 2**18, "cuda": 2**23}  # `model.loss.BLOCK`: logits in floa
 MOMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + FLOAT32 / MOMENT_BLOCK}  # per matrix element
 MOMENT_CHUNK = {"cpu": 2**16, "cuda": 2**25}  # low-precision values converted to float32 at a time
 
-PARTS = (
-    *("parameters", "gradients", "optimizer", "activations"),
-    *("gathered", "logits", "host", "temporary"),
-)
-"""Parts of a memory breakdown, in display order."""
 
-Held = dict[str, float]
-Peaks = dict[str, Held]
-"""Bytes by part at the peak of each phase."""
-
-
-def fullest_phase(spec: StepSpec, peaks_of: Callable[[StepSpec], Peaks]) -> tuple[str, Held]:
-    """Return the phase with the highest peak and its bytes by category.
-
-    Under a memory budget, the compiler saves more than with `full` or `selective` checkpointing and
-    less than with `none`: the peaks are between theirs.
-
-    Args:
-        peaks_of: Returns the peaks of a step without a budget, with the forward's activations in
-            the category `activations`.
-    """
-    budget = spec.parallel.activation_checkpoint
-    if not isinstance(budget, float):
-        peaks = peaks_of(spec)
-    elif budget >= HALF_BUDGET:  # recomputation behaves as if all matrix products were saved
-        reference = _with_checkpoint(spec, "none" if budget == 1 else "selective")
-        peaks = peaks_of(reference)
-        difference = block_saved_bytes(spec) - block_saved_bytes(reference)
-        all_saved = peaks["head"]["activations"]
-        for held in peaks.values():
-            alive = held.get("activations", 0)
-            held["activations"] = alive + spec.model.n_layers * difference * min(
-                alive / all_saved, 1
-            )
-    else:
-        full, none = _with_checkpoint(spec, "full"), _with_checkpoint(spec, "none")
-        least, saved, most = (block_saved_bytes(each) for each in (full, spec, none))
-        weight = (saved - least) / (most - least)
-        peaks = interpolate(peaks_of(full), peaks_of(none), weight)
-    return max(peaks.items(), key=lambda item: sum(item[1].values()))
-
-
-def _with_checkpoint(spec: StepSpec, mode: Literal["full", "selective", "none"]) -> StepSpec:
-    return replace(spec, parallel=replace(spec.parallel, activation_checkpoint=mode))
-
-
-def interpolate(first: Peaks, second: Peaks, weight: float) -> Peaks:
-    """Return first + weight × (second - first), per phase and category."""
-    return {
-        phase: {
-            name: a.get(name, 0) + weight * (second[phase].get(name, 0) - a.get(name, 0))
-            for name in second[phase].keys() | a.keys()
-        }
-        for phase, a in first.items()
-    }
-
-
-def step_peaks(spec: StepSpec) -> Peaks:
-    """Return the peak of each phase of a step without a compiler's memory budget."""
-    step = (_DistributedStep if spec.mesh.world_size > 1 else _SingleProcessStep)(spec)
-    step.run()
-    return step.heap.peaks
-
-
-class _Heap:
-    """Bytes alive by part, and their peak in each phase."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, float] = dict.fromkeys(PARTS, 0)
-        self.peaks: Peaks = {}
-        self.total = self._highest = 0.0
-        self._phase = ""
-
-    def phase(self, name: str) -> None:
-        self._record()
-        self._phase, self._highest = name, sum(self.peaks.get(name, {}).values()) or -1.0
-
-    def add(self, part: str, size: float) -> None:
-        self.held[part] += size
-        self.total += size
-
-    def free(self, part: str, size: float) -> None:
-        self._record()
-        self.held[part] -= size
-        self.total -= size
-
-    def use(self, size: float, part: str = "temporary") -> None:
-        """Allocate and free."""
-        self.add(part, size)
-        self.free(part, size)
-
-    def move(self, part: str, to: str, size: float) -> None:
-        self.held[part] -= size
-        self.held[to] += size
-
-    def repeat(self, before: dict[str, float], times: int) -> None:
-        """Add the change since `before` that many times."""
-        for part, size in before.items():
-            change = times * (self.held[part] - size)
-            self.held[part] += change
-            self.total += change
-
-    def _record(self) -> None:
-        if self.total > self._highest and self._phase:
-            self._highest, self.peaks[self._phase] = self.total, dict(self.held)
-
-
-class _Group:
+class Group:
     """Sizes of an FSDP2 parameter group: one block, or the root (embedding, head, last norm).
 
     They count one tensor-parallel rank. The shards of rank 0 are the largest; all are padded to
@@ -158,11 +50,11 @@ class _Group:
         self.to_reduce = self.elements * spec.reduce_bytes
 
 
-class _Step:
+class Step:
     """A step; subclasses define how weights are provided and gradients accumulated."""
 
     def __init__(self, spec: StepSpec) -> None:
-        self.spec, self.heap = spec, _Heap()
+        self.spec, self.heap = spec, Heap()
         model, mesh = spec.model, spec.mesh
         p, tokens, tp = spec.param_bytes, spec.local_tokens, mesh.tp
         self.on_cpu, self.wide = spec.accelerator == "cpu", p < FLOAT32
@@ -171,8 +63,8 @@ class _Step:
         self.lazy = self.compiled and self.mode == "selective"
         self.sp = uses_sequence_parallel(spec)
         self.layers, self.shards = model.n_layers, mesh.dp_shard * mesh.cp
-        self.block = _Group(block_matrices(model, tp), self.shards, spec)
-        self.root = _Group(root_matrices(model, tp), self.shards, spec)
+        self.block = Group(block_matrices(model, tp), self.shards, spec)
+        self.root = Group(root_matrices(model, tp), self.shards, spec)
         in_fp8 = sum(rows * columns for rows, columns in spec.fp8_gathered)
         self.block.gathered -= in_fp8 * (p - 1)
         self.head_elements = model.vocab_size // tp * model.dim
@@ -253,7 +145,7 @@ class _Step:
         self.leave_root()
         heap.free("activations", batch_bytes(self.spec) - self.rotations)
 
-    def _largest_shard(self, group: _Group) -> int:
+    def _largest_shard(self, group: Group) -> int:
         return -(-group.largest // self.shards)
 
     def _indices(self, indices: range) -> Iterator[int]:
@@ -692,191 +584,3 @@ class _Step:
         """Replay the sum of two gradients of hidden states, which is in place unless DTensors."""
         self.heap.add("temporary", self.h if self.spec.mesh.tp > 1 else 0)
         self.heap.free("temporary", (2 if self.spec.mesh.tp > 1 else 1) * self.h)
-
-
-class _DistributedStep(_Step):
-    """A step under FSDP2."""
-
-    def __init__(self, spec: StepSpec) -> None:
-        super().__init__(spec)
-        reshard = spec.parallel.reshard_after_forward
-        if reshard is None:
-            first_kept = self.layers - 1 if self.shards > 1 else 0
-        else:
-            first_kept = self.layers if reshard else 0
-        self.first_kept = first_kept  # blocks from here on stay gathered until their backward
-        # The input of a reduction lives until the next one.
-        self.reducing = 0.0
-        self.gathering: dict[int, float] = {}  # results of all-gathers by block
-        self.last_gather = 0.0
-        self.same_dtype = spec.param_bytes == spec.reduce_bytes
-        self.sums = self.accumulates and not self.reduces_each  # before the reduction
-
-    def start(self) -> None:
-        heap, layers = self.heap, self.layers
-        if not self.continues:
-            return
-        both = [(self.block, layers), (self.root, 1)]
-        if not self.reduces_each:
-            heap.add("gathered", sum(n * group.to_reduce for group, n in both))
-        elif self.spec.mesh.dp_replicate > 1:
-            # FSDP2's partial reductions, without those over the replicas.
-            heap.add("gathered", sum(n * group.to_reduce / self.shards for group, n in both))
-        else:
-            heap.add("gradients", sum(n * group.shard_elements for group, n in both) * FLOAT32)
-        # They stay gathered between micro-batches.
-        heap.add("gathered", self.root.gathered)
-        heap.add("gathered", self.block.gathered * (layers - self.first_kept))
-
-    def enter_root(self) -> None:
-        if not self.continues:
-            self.unshard(self.root)
-            self.copy_out(self.root, forward=True)
-
-    def unshard(self, group: _Group) -> None:
-        """Start an all-gather."""
-        heap = self.heap
-        if self.shards > 1:
-            shard = group.gathered / self.shards if self.wide else 0  # in the compute dtype
-            heap.add("gathered", shard + group.gathered)
-            self.communicate("all_gather", group.gathered)
-            heap.free("gathered", shard)
-
-    def copy_out(self, group: _Group, forward: bool) -> None:
-        """Copy the result of an all-gather to the weights."""
-        heap = self.heap
-        heap.add("gathered", group.gathered)
-        if self.shards == 1:
-            if self.wide:
-                heap.use(group.largest * self.spec.param_bytes, "gathered")
-        elif forward:  # the previous result lives until here
-            heap.free("gathered", self.last_gather)
-            self.last_gather = group.gathered
-        else:
-            heap.free("gathered", group.gathered)
-
-    def kept_before(self, index: int) -> bool:
-        """Return whether a block's weights are still there from the previous micro-batch."""
-        return self.continues and index >= self.first_kept
-
-    def enter_forward(self, index: int) -> None:
-        following = index + 1
-        if not self.kept_before(index):
-            if index == 0:
-                self.unshard(self.block)
-            self.copy_out(self.block, forward=True)
-        if self.shards > 1 and following < self.layers and not self.kept_before(following):
-            self.unshard(self.block)
-
-    def leave_forward(self, index: int) -> None:
-        if index < self.first_kept:
-            self.heap.free("gathered", self.block.gathered)
-
-    def root_backward(self) -> None:
-        self.heap.free("gathered", self.last_gather)
-        self.last_gather = 0
-        if self.first_kept == self.layers:  # FSDP2 prefetches what ran last
-            self.unshard(self.block)
-
-    def enter_backward(self, index: int) -> None:
-        if index < self.first_kept:
-            self.copy_out(self.block, forward=False)
-        if 0 < index <= self.first_kept and self.shards > 1:
-            self.unshard(self.block)
-
-    def leave_backward(self, index: int) -> None:
-        self.reduce(self.block, kept=index >= self.first_kept)
-
-    def accumulate(self, elements: int) -> None:
-        if self.sums and self.same_dtype:  # added to an existing gradient
-            self.heap.free("gathered", elements * self.spec.param_bytes)
-
-    def reduce(self, group: _Group, kept: bool) -> None:
-        """Replay the reduction of a group's gradients.
-
-        Args:
-            kept: Whether the weights stay gathered if another micro-batch follows.
-        """
-        heap, spec = self.heap, self.spec
-        gradients = group.exact * spec.param_bytes
-        if self.sums:
-            if not self.same_dtype:
-                heap.free("gathered", gradients)
-            gradients = group.to_reduce
-        else:  # those of the norms
-            norms = 2 if group is self.block else 1
-            heap.add("gathered", norms * spec.model.dim * spec.param_bytes)
-        heap.free("gathered", self.reducing + (0 if kept and self.holds else group.gathered))
-        self.reducing = 0.0
-        # A loop variable of FSDP2's `foreach_reduce` holds the last gradient until it returns.
-        last = 0.0
-        if group is self.root and self.shards > 1 and not spec.model.tie_embeddings:
-            last = gradients * self.head_elements / group.exact
-        heap.add("gathered", group.to_reduce)
-        heap.free("gathered", gradients - last)
-        output: float = group.to_reduce
-        if self.shards > 1:
-            output = group.to_reduce / self.shards
-            heap.add("gathered", output)
-            self.communicate("reduce_scatter", group.to_reduce)
-            self.reducing = group.to_reduce
-        self._reduced(group, output)
-        heap.free("gathered", last)
-
-    def _reduced(self, group: _Group, output: float) -> None:
-        """Replay what follows the reduce-scatter, whose result is in `gathered`."""
-        heap, spec = self.heap, self.spec
-        shard = group.shard_elements * FLOAT32
-        replicated = spec.mesh.dp_replicate > 1
-        if self.reduces_each and replicated:
-            if self.holds:  # FSDP2 keeps the sum without the replicas' parts
-                heap.free("gathered", output if self.continues else 0)
-                return
-            heap.free("gathered", output)
-        adds = self.reduces_each and not replicated and self.continues
-        if spec.reduce_bytes == FLOAT32:
-            heap.move("gathered", "gradients", shard)
-        else:
-            heap.add("gradients", shard)
-            if replicated:  # the buffer lives until the end of the backward
-                pass
-            elif self.shards == 1:
-                self.reducing = output
-            else:
-                heap.free("gathered", output)
-        heap.free("gradients", shard if adds else 0)
-
-    def leave_root(self) -> None:
-        self.reduce(self.root, kept=True)
-        self.heap.free("gathered", self.reducing)
-        self.reducing = 0.0
-        replicated = self.spec.mesh.dp_replicate > 1
-        if replicated and not self.holds and self.spec.reduce_bytes < FLOAT32:
-            elements = self.layers * self.block.shard_elements + self.root.shard_elements
-            self.heap.free("gathered", elements * self.spec.reduce_bytes)
-
-
-class _SingleProcessStep(_Step):
-    """A step in one process: no gathering, each gradient is accumulated directly.
-
-    In mixed precision, low-precision copies of weights live until their gradients are computed.
-    """
-
-    def start(self) -> None:
-        elements = self.block.elements * self.layers + self.root.elements
-        if self.accumulates:
-            self.heap.add("gradients", elements * FLOAT32)
-        if self.wide:
-            self.heap.add("gathered", elements * self.spec.param_bytes)
-
-    def accumulate(self, elements: int) -> None:
-        heap, size = self.heap, elements * self.spec.param_bytes
-        if self.accumulates:
-            heap.free("gathered", size)
-        elif self.wide:
-            heap.add("gradients", elements * FLOAT32)
-            heap.free("gathered", size)
-        else:
-            heap.move("gathered", "gradients", size)
-        if self.wide:
-            heap.free("gathered", size)  # the copy

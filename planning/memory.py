@@ -7,8 +7,9 @@ step (`planning.tracing`).
 
 from dataclasses import dataclass, replace
 
-from planning.allocations import PARTS, fullest_phase, step_peaks
 from planning.host import converted_bytes, copied_bytes, read_ahead_bytes
+from planning.phases import PARTS, fullest_phase
+from planning.sharded_step import step_peaks
 from planning.step_spec import StepSpec
 
 GIB = 2**30

@@ -29,10 +29,11 @@ from model.loss import BLOCK
 from model.norm import RMSNorm
 from parallel.activation_checkpoint import is_saved
 from planning.activations import full_hidden_bytes, uses_sequence_parallel
-from planning.allocations import MOMENT_CHUNK, PARTS, Held, Peaks, fullest_phase, interpolate
+from planning.allocations import MOMENT_CHUNK
 from planning.fake_model import fake_model, materialise
 from planning.memory import MemoryBreakdown, with_host_memory
 from planning.memory_tracker import MemoryTracker, local_tensor
+from planning.phases import PARTS, Held, Peaks, fullest_phase, interpolate
 from planning.step_spec import MOMENT_BLOCK, StepSpec
 
 DEPTHS = (4, 5)  # at least 4: the first two and last two blocks differ from the rest

@@ -1,0 +1,111 @@
+"""Bytes alive by part during a step, and their peaks by phase.
+
+Both tiers of the memory plan record phases: the replay of `planning.allocations` and the trace of
+`planning.tracing`.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+from planning.activations import HALF_BUDGET, block_saved_bytes
+from planning.step_spec import StepSpec
+
+PARTS = (
+    *("parameters", "gradients", "optimizer", "activations"),
+    *("gathered", "logits", "host", "temporary"),
+)
+"""Parts of a memory breakdown, in display order."""
+
+Held = dict[str, float]
+Peaks = dict[str, Held]
+"""Bytes by part at the peak of each phase."""
+
+
+def fullest_phase(spec: StepSpec, peaks_of: Callable[[StepSpec], Peaks]) -> tuple[str, Held]:
+    """Return the phase with the highest peak and its bytes by category.
+
+    Under a memory budget, the compiler saves more than with `full` or `selective` checkpointing and
+    less than with `none`: the peaks are between theirs.
+
+    Args:
+        peaks_of: Returns the peaks of a step without a budget, with the forward's activations in
+            the category `activations`.
+    """
+    budget = spec.parallel.activation_checkpoint
+    if not isinstance(budget, float):
+        peaks = peaks_of(spec)
+    elif budget >= HALF_BUDGET:  # recomputation behaves as if all matrix products were saved
+        reference = _with_checkpoint(spec, "none" if budget == 1 else "selective")
+        peaks = peaks_of(reference)
+        difference = block_saved_bytes(spec) - block_saved_bytes(reference)
+        all_saved = peaks["head"]["activations"]
+        for held in peaks.values():
+            alive = held.get("activations", 0)
+            held["activations"] = alive + spec.model.n_layers * difference * min(
+                alive / all_saved, 1
+            )
+    else:
+        full, none = _with_checkpoint(spec, "full"), _with_checkpoint(spec, "none")
+        least, saved, most = (block_saved_bytes(each) for each in (full, spec, none))
+        weight = (saved - least) / (most - least)
+        peaks = interpolate(peaks_of(full), peaks_of(none), weight)
+    return max(peaks.items(), key=lambda item: sum(item[1].values()))
+
+
+def _with_checkpoint(spec: StepSpec, mode: Literal["full", "selective", "none"]) -> StepSpec:
+    return replace(spec, parallel=replace(spec.parallel, activation_checkpoint=mode))
+
+
+def interpolate(first: Peaks, second: Peaks, weight: float) -> Peaks:
+    """Return first + weight × (second - first), per phase and category."""
+    return {
+        phase: {
+            name: a.get(name, 0) + weight * (second[phase].get(name, 0) - a.get(name, 0))
+            for name in second[phase].keys() | a.keys()
+        }
+        for phase, a in first.items()
+    }
+
+
+class Heap:
+    """Bytes alive by part, and their peak in each phase."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, float] = dict.fromkeys(PARTS, 0)
+        self.peaks: Peaks = {}
+        self.total = self._highest = 0.0
+        self._phase = ""
+
+    def phase(self, name: str) -> None:
+        self._record()
+        self._phase, self._highest = name, sum(self.peaks.get(name, {}).values()) or -1.0
+
+    def add(self, part: str, size: float) -> None:
+        self.held[part] += size
+        self.total += size
+
+    def free(self, part: str, size: float) -> None:
+        self._record()
+        self.held[part] -= size
+        self.total -= size
+
+    def use(self, size: float, part: str = "temporary") -> None:
+        """Allocate and free."""
+        self.add(part, size)
+        self.free(part, size)
+
+    def move(self, part: str, to: str, size: float) -> None:
+        self.held[part] -= size
+        self.held[to] += size
+
+    def repeat(self, before: dict[str, float], times: int) -> None:
+        """Add the change since `before` that many times."""
+        for part, size in before.items():
+            change = times * (self.held[part] - size)
+            self.held[part] += change
+            self.total += change
+
+    def _record(self) -> None:
+        if self.total > self._highest and self._phase:
+            self._highest, self.peaks[self._phase] = self.total, dict(self.held)

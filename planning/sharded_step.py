@@ -1,0 +1,200 @@
+"""Weights and gradients in the replay of a step: under FSDP2, and in one process."""
+
+from planning.allocations import FLOAT32, Group, Step
+from planning.phases import Peaks
+from planning.step_spec import StepSpec
+
+
+def step_peaks(spec: StepSpec) -> Peaks:
+    """Return the peak of each phase of a step without a compiler's memory budget."""
+    step = (DistributedStep if spec.mesh.world_size > 1 else SingleProcessStep)(spec)
+    step.run()
+    return step.heap.peaks
+
+
+class DistributedStep(Step):
+    """A step under FSDP2."""
+
+    def __init__(self, spec: StepSpec) -> None:
+        super().__init__(spec)
+        reshard = spec.parallel.reshard_after_forward
+        if reshard is None:
+            first_kept = self.layers - 1 if self.shards > 1 else 0
+        else:
+            first_kept = self.layers if reshard else 0
+        self.first_kept = first_kept  # blocks from here on stay gathered until their backward
+        # The input of a reduction lives until the next one.
+        self.reducing = 0.0
+        self.gathering: dict[int, float] = {}  # results of all-gathers by block
+        self.last_gather = 0.0
+        self.same_dtype = spec.param_bytes == spec.reduce_bytes
+        self.sums = self.accumulates and not self.reduces_each  # before the reduction
+
+    def start(self) -> None:
+        heap, layers = self.heap, self.layers
+        if not self.continues:
+            return
+        both = [(self.block, layers), (self.root, 1)]
+        if not self.reduces_each:
+            heap.add("gathered", sum(n * group.to_reduce for group, n in both))
+        elif self.spec.mesh.dp_replicate > 1:
+            # FSDP2's partial reductions, without those over the replicas.
+            heap.add("gathered", sum(n * group.to_reduce / self.shards for group, n in both))
+        else:
+            heap.add("gradients", sum(n * group.shard_elements for group, n in both) * FLOAT32)
+        # They stay gathered between micro-batches.
+        heap.add("gathered", self.root.gathered)
+        heap.add("gathered", self.block.gathered * (layers - self.first_kept))
+
+    def enter_root(self) -> None:
+        if not self.continues:
+            self.unshard(self.root)
+            self.copy_out(self.root, forward=True)
+
+    def unshard(self, group: Group) -> None:
+        """Start an all-gather."""
+        heap = self.heap
+        if self.shards > 1:
+            shard = group.gathered / self.shards if self.wide else 0  # in the compute dtype
+            heap.add("gathered", shard + group.gathered)
+            self.communicate("all_gather", group.gathered)
+            heap.free("gathered", shard)
+
+    def copy_out(self, group: Group, forward: bool) -> None:
+        """Copy the result of an all-gather to the weights."""
+        heap = self.heap
+        heap.add("gathered", group.gathered)
+        if self.shards == 1:
+            if self.wide:
+                heap.use(group.largest * self.spec.param_bytes, "gathered")
+        elif forward:  # the previous result lives until here
+            heap.free("gathered", self.last_gather)
+            self.last_gather = group.gathered
+        else:
+            heap.free("gathered", group.gathered)
+
+    def kept_before(self, index: int) -> bool:
+        """Return whether a block's weights are still there from the previous micro-batch."""
+        return self.continues and index >= self.first_kept
+
+    def enter_forward(self, index: int) -> None:
+        following = index + 1
+        if not self.kept_before(index):
+            if index == 0:
+                self.unshard(self.block)
+            self.copy_out(self.block, forward=True)
+        if self.shards > 1 and following < self.layers and not self.kept_before(following):
+            self.unshard(self.block)
+
+    def leave_forward(self, index: int) -> None:
+        if index < self.first_kept:
+            self.heap.free("gathered", self.block.gathered)
+
+    def root_backward(self) -> None:
+        self.heap.free("gathered", self.last_gather)
+        self.last_gather = 0
+        if self.first_kept == self.layers:  # FSDP2 prefetches what ran last
+            self.unshard(self.block)
+
+    def enter_backward(self, index: int) -> None:
+        if index < self.first_kept:
+            self.copy_out(self.block, forward=False)
+        if 0 < index <= self.first_kept and self.shards > 1:
+            self.unshard(self.block)
+
+    def leave_backward(self, index: int) -> None:
+        self.reduce(self.block, kept=index >= self.first_kept)
+
+    def accumulate(self, elements: int) -> None:
+        if self.sums and self.same_dtype:  # added to an existing gradient
+            self.heap.free("gathered", elements * self.spec.param_bytes)
+
+    def reduce(self, group: Group, kept: bool) -> None:
+        """Replay the reduction of a group's gradients.
+
+        Args:
+            kept: Whether the weights stay gathered if another micro-batch follows.
+        """
+        heap, spec = self.heap, self.spec
+        gradients = group.exact * spec.param_bytes
+        if self.sums:
+            if not self.same_dtype:
+                heap.free("gathered", gradients)
+            gradients = group.to_reduce
+        else:  # those of the norms
+            norms = 2 if group is self.block else 1
+            heap.add("gathered", norms * spec.model.dim * spec.param_bytes)
+        heap.free("gathered", self.reducing + (0 if kept and self.holds else group.gathered))
+        self.reducing = 0.0
+        # A loop variable of FSDP2's `foreach_reduce` holds the last gradient until it returns.
+        last = 0.0
+        if group is self.root and self.shards > 1 and not spec.model.tie_embeddings:
+            last = gradients * self.head_elements / group.exact
+        heap.add("gathered", group.to_reduce)
+        heap.free("gathered", gradients - last)
+        output: float = group.to_reduce
+        if self.shards > 1:
+            output = group.to_reduce / self.shards
+            heap.add("gathered", output)
+            self.communicate("reduce_scatter", group.to_reduce)
+            self.reducing = group.to_reduce
+        self._reduced(group, output)
+        heap.free("gathered", last)
+
+    def _reduced(self, group: Group, output: float) -> None:
+        """Replay what follows the reduce-scatter, whose result is in `gathered`."""
+        heap, spec = self.heap, self.spec
+        shard = group.shard_elements * FLOAT32
+        replicated = spec.mesh.dp_replicate > 1
+        if self.reduces_each and replicated:
+            if self.holds:  # FSDP2 keeps the sum without the replicas' parts
+                heap.free("gathered", output if self.continues else 0)
+                return
+            heap.free("gathered", output)
+        adds = self.reduces_each and not replicated and self.continues
+        if spec.reduce_bytes == FLOAT32:
+            heap.move("gathered", "gradients", shard)
+        else:
+            heap.add("gradients", shard)
+            if replicated:  # the buffer lives until the end of the backward
+                pass
+            elif self.shards == 1:
+                self.reducing = output
+            else:
+                heap.free("gathered", output)
+        heap.free("gradients", shard if adds else 0)
+
+    def leave_root(self) -> None:
+        self.reduce(self.root, kept=True)
+        self.heap.free("gathered", self.reducing)
+        self.reducing = 0.0
+        replicated = self.spec.mesh.dp_replicate > 1
+        if replicated and not self.holds and self.spec.reduce_bytes < FLOAT32:
+            elements = self.layers * self.block.shard_elements + self.root.shard_elements
+            self.heap.free("gathered", elements * self.spec.reduce_bytes)
+
+
+class SingleProcessStep(Step):
+    """A step in one process: no gathering, each gradient is accumulated directly.
+
+    In mixed precision, low-precision copies of weights live until their gradients are computed.
+    """
+
+    def start(self) -> None:
+        elements = self.block.elements * self.layers + self.root.elements
+        if self.accumulates:
+            self.heap.add("gradients", elements * FLOAT32)
+        if self.wide:
+            self.heap.add("gathered", elements * self.spec.param_bytes)
+
+    def accumulate(self, elements: int) -> None:
+        heap, size = self.heap, elements * self.spec.param_bytes
+        if self.accumulates:
+            heap.free("gathered", size)
+        elif self.wide:
+            heap.add("gradients", elements * FLOAT32)
+            heap.free("gathered", size)
+        else:
+            heap.move("gathered", "gradients", size)
+        if self.wide:
+            heap.free("gathered", size)  # the copy
