@@ -152,6 +152,9 @@ class DistributedStep(Step):
                 return
             heap.free("gathered", output)
         adds = self.reduces_each and not replicated and self.continues
+        if spec.reduce_bytes == FLOAT32 and adds and self.shards == 1:
+            self.reducing = output  # the buffer is the new gradient
+            return
         if spec.reduce_bytes == FLOAT32:
             heap.move("gathered", "gradients", shard)
         else:
