@@ -35,6 +35,8 @@ LEAST = 1e-9
 """Goodput of a run that practically never reaches its next checkpoint."""
 MAX_LOSS = 0.02
 """Goodput that a configured interval may lose against the best one without a warning."""
+LEAST_SECONDS = 3600.0
+"""Shortest run with that warning: others lose at most minutes."""
 
 
 @dataclass(frozen=True)
@@ -253,9 +255,9 @@ def save_stall(spec: StepSpec, hardware: Hardware, write_seconds: float) -> floa
 
 
 def interval_warnings(plan: FailurePlan) -> Iterator[str]:
-    """Yield a warning if the configured interval is far from the best one."""
+    """Yield a warning if the configured interval is far from the best one in a run of an hour."""
     lost = plan.best.productive - plan.configured.productive
-    if lost <= MAX_LOSS:
+    if lost <= MAX_LOSS or plan.seconds < LEAST_SECONDS:
         return
     interval, minutes = _interval_keys(plan.config)
     longest = max(step for step, _ in plan.stages)

@@ -77,6 +77,8 @@ def test_paper_recipe_is_warned_about_its_interval_and_the_remedy_works() -> Non
     [warning] = interval_warnings(plan)
     assert warning.startswith("checkpoint.interval=1000 saves every 7")
     assert 0.7 < plan.configured.productive < 0.8 and plan.best.productive > 0.95
+    short = replace(plan, stages=tuple((step, 100.0) for step, _ in plan.stages))
+    assert not list(interval_warnings(short))
     remedies = re.findall(r"checkpoint\.interval\w*=\w+", warning.partition("; use ")[2])
     config, run, better = planned(*PAPER, "devices=4096", *remedies)
     assert not list(interval_warnings(better)) and better.best == better.configured
