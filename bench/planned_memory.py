@@ -235,10 +235,15 @@ def run_ranks(file: Path) -> None:
             port = server.getsockname()[1]
         ranks = []
         for rank in range(size):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-            place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            variables = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": size,
+                "LOCAL_WORLD_SIZE": size,
+            }
+            variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
             fork = get_context("fork")
-            ranks.append(fork.Process(target=measure, args=(settings, folder, place)))
+            ranks.append(fork.Process(target=measure, args=(settings, folder, variables)))
             ranks[-1].start()
         for process in ranks:
             process.join()
@@ -248,9 +253,9 @@ def run_ranks(file: Path) -> None:
         shutil.rmtree(folder)
 
 
-def measure(settings: list[str], folder: Path, place: dict[str, Any]) -> None:
+def measure(settings: list[str], folder: Path, variables: dict[str, Any]) -> None:
     """Train in one process of a case and write its peak to `RANK.json`."""
-    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {name: str(value) for name, value in variables.items()}
     arguments = [*SMALL, *settings, f"run.dir={folder}/run"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config, processes, mesh = check_config(compose("train", arguments))

@@ -151,13 +151,20 @@ def framework_errors(framework: str) -> Iterator[str]:
 
 
 def power_limit_errors(power_limit_watts: float | None, hardware: Hardware) -> Iterator[str]:
-    """Yield an error for a limit that does not lower that of the hardware file."""
+    """Yield an error for a limit above that of the hardware file."""
     most = hardware.power_watts
-    if power_limit_watts is not None and (most is None or power_limit_watts > most):
-        known = "has no power_watts" if most is None else f"has {most:g} W"
+    if power_limit_watts is None or (most is not None and power_limit_watts <= most):
+        return
+    key = f"power_limit_watts={power_limit_watts:g}"
+    if most is None:
         yield (
-            f"power_limit_watts={power_limit_watts:g} needs a higher limit to start from, but "
-            f"hardware {hardware.name} {known}; use a lower limit or power_limit_watts=null"
+            f"{key} scales the rates of hardware {hardware.name}, whose limit is unknown; add "
+            "power_watts to its file, or use power_limit_watts=null"
+        )
+    else:
+        yield (
+            f"{key} is above power_watts={most:g} of hardware {hardware.name}; use at most "
+            f"{most:g}, or power_limit_watts=null"
         )
 
 

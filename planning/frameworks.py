@@ -67,7 +67,7 @@ FRAMEWORKS = {
     "kempnerforge": replace(_TORCHTITAN, tp_gathers=5, fp8_tp_gather=False),
     "fms-fsdp": Framework(0.88, fused_norms=False, whole_logits="eager"),
     # NeMo and Megatron-Bridge: Transformer Engine fuses casts into norms and activations, and
-    # overlaps tensor parallelism through user buffers.
+    # overlaps tensor parallelism through user buffers. The buffers of its loss are assumed.
     "nemo": Framework(
         0.76,
         fused_casts=True,

@@ -43,7 +43,8 @@ FORWARD_ATTENTION = 0.26
 EAGER_KERNELS, COMPILED_KERNELS = (45, 100), (15, 35)
 """Kernels of a block's forward and backward."""
 EAGER_US, COMPILED_US, DTENSOR_US = 7.0, 4.0, 40.0
-"""Time of the host per kernel: dispatch and autograd, a compiled launch, and for DTensors."""
+"""Time of the host per kernel: dispatch and autograd, a compiled launch, and for DTensors. Usual
+values on servers; not fitted, and not measured for this table."""
 FSDP_HOOKS_US = 400.0
 """Time of the host per block and pass for FSDP2's gather and reduction."""
 
