@@ -185,6 +185,8 @@ class Step:
         if self.sp:
             self.heap.add("temporary", self.h)
             self.communicate("all_gather", self.h)
+            if self.spec.micro_batch_size > 1:  # copied into the order of the sequence
+                self.heap.use(self.h)
 
     def reduce_hidden(self) -> None:
         """Replace partial sums of hidden states by their sum or its shard."""
@@ -426,6 +428,7 @@ class Step:
         """Replay wo or w2 and the reduction of its output, which is in `temporary`."""
         partial = self.h if self.spec.mesh.tp > 1 and not self.lazy else 0
         if takes:
+            self.heap.use(self.h if self.sp else 0)  # the chunks for each rank are copied again
             self.heap.free("activations", partial)
             self.heap.move("activations", "temporary", self.s)
             return
@@ -491,7 +494,8 @@ class Step:
         """Replay the backward of a block, with the gradient of its output in `temporary`."""
         heap, s = self.heap, self.s
         heap.add("activations", self.recomputed)
-        if self.mode in ("full", "selective") and not self.lazy:
+        self.gather_hidden()
+        if self.mode in ("full", "selective") and not self.lazy:  # w2 asks for its saved input
             self.block_forward(recomputing=True)
         self._feed_forward_backward()
         self._branch_backward(s + self.rms)
@@ -517,7 +521,6 @@ class Step:
     def _feed_forward_backward(self) -> None:
         heap, lazy, h, f = self.heap, self.lazy, self.h, self.f
         gathered, normed = h if self.sp else 0, h if lazy else 0
-        self.gather_hidden()
         self.product("w2", f, gathered, 0 if lazy else f, f if lazy else 0)
         if self.compiled:  # silu is recomputed
             recomputes = self.mode != "none"
