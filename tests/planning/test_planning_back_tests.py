@@ -68,18 +68,19 @@ def test_constant_of_a_framework_is_fitted_to_its_fitted_runs(name: str) -> None
 
 # Rows whose format of weights and optimizer state is known.
 WITH_MEMORY = [run for run in RUNS.values() if run.memory_gib and run.optimizer_state == "fp32"]
-ALLOCATOR_GIB = 2.0
-"""Of `reserved_gib`, for fragmentation: published is what the allocator has reserved."""
+CACHED = 0.05
+"""Published is what the allocator has reserved: tensors and, in addition, free blocks that it
+keeps, as a fraction of the peak of the tensors."""
 
 
 @pytest.mark.parametrize("run", WITH_MEMORY, ids=lambda run: run.id)
-def test_planned_memory_of_published_runs_is_within_9_percent(run: PublishedRun) -> None:
+def test_planned_memory_of_published_runs_is_within_8_percent(run: PublishedRun) -> None:
     """With logits, recomputation and precision of the framework. What a run reserves differs by 6%
     between rows with the same tensors: 71.9 and 67.6 GiB with and without async TP.
     """
-    planned = step_memory(step_of(run)).peak / GIB + ALLOCATOR_GIB
+    planned = step_memory(step_of(run)).peak / GIB * (1 + CACHED)
     print(f"\n{run.id}: {run.memory_gib} GiB published, {planned:.1f} planned")
-    assert planned == pytest.approx(run.memory_gib, rel=0.09)
+    assert planned == pytest.approx(run.memory_gib, rel=0.08)
 
 
 def test_enough_runs_with_memory() -> None:
