@@ -39,8 +39,13 @@ def batch_bytes(spec: StepSpec) -> int:
     # (batch, local seq) if positions differ by sample (documents), else (1, local seq)
     rows = spec.local_tokens // (1 if spec.document_mask else spec.micro_batch_size)
     rotations = rows * spec.model.head_dim * FLOAT32
-    mask = rows * spec.seq_len * spec.param_bytes if spec.has_dense_mask else 0
-    return integers + rotations + mask
+    return integers + rotations + mask_bytes(spec)
+
+
+def mask_bytes(spec: StepSpec) -> int:
+    """Return the size of a dense attention mask, 0 for kernels without one."""
+    rows = spec.local_tokens // (1 if spec.document_mask else spec.micro_batch_size)
+    return rows * spec.seq_len * spec.param_bytes if spec.has_dense_mask else 0
 
 
 def norm_is_decomposed(spec: StepSpec) -> bool:

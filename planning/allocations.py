@@ -13,6 +13,7 @@ from planning.activations import (
     batch_bytes,
     block_input_bytes,
     full_hidden_bytes,
+    mask_bytes,
     norm_is_decomposed,
     tokens_between_matmuls,
     uses_sequence_parallel,
@@ -140,10 +141,12 @@ class Step:
             self.block_backward()
             heap.phase("embedding" if index == 0 else names.get(index - 1, "a block"))
             self.leave_backward(index)
+        mask = mask_bytes(self.spec)
+        heap.free("activations", mask)
         self.embed_backward()
         heap.free("activations", self.rotations)
         self.leave_root()
-        heap.free("activations", batch_bytes(self.spec) - self.rotations)
+        heap.free("activations", batch_bytes(self.spec) - mask - self.rotations)
 
     def _largest_shard(self, group: Group) -> int:
         return -(-group.largest // self.shards)

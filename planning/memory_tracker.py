@@ -31,7 +31,8 @@ class MemoryTracker(TorchDispatchMode):
     Args:
         fake: Count fake tensors instead of real ones.
         collective_namespaces: Operator namespaces whose results form the category `collectives`.
-        gloo: Add what gloo allocates during a collective, which fake processes do not run.
+        on_cpu: Add what an operator allocates and frees on CPU: the copies that gloo makes in a
+            collective, and conversions of data types, which are part of the kernels on GPUs.
 
     Attributes:
         phase: Current phase, set by the caller.
@@ -44,10 +45,10 @@ class MemoryTracker(TorchDispatchMode):
         self,
         fake: bool = False,
         collective_namespaces: Sequence[str] = COLLECTIVE_NAMESPACES,
-        gloo: bool = False,
+        on_cpu: bool = False,
     ) -> None:
         super().__init__()
-        self.gloo, self.paused, self._is_dtensor_sum = gloo, False, False
+        self.on_cpu, self.paused, self._is_dtensor_sum = on_cpu, False, False
         self.fake, self.collective_namespaces = fake, collective_namespaces
         self.phase = "setup"
         self.model: torch.nn.Module | None = None
@@ -75,12 +76,12 @@ class MemoryTracker(TorchDispatchMode):
         for tensor in tensors:
             if not is_traceable_wrapper_subclass(tensor):
                 self._add(tensor.untyped_storage(), collective)
-        buffer = self._gloo_buffer(func, args, out) if self.gloo else 0
+        buffer = self._buffer(func, args, kwargs or {}, out) if self.on_cpu else 0
         highest = sum(self.peaks.get(self.phase, {}).values())
         if self._bound + buffer > highest:
             self._bound = self.total()
             if self._bound + buffer > highest:
-                self.peaks[self.phase] = self.held() | ({"gloo": buffer} if buffer else {})
+                self.peaks[self.phase] = self.held() | ({"buffer": buffer} if buffer else {})
         return out
 
     def _sums_gradients(self, func: Any, args: Any) -> bool:
@@ -96,13 +97,19 @@ class MemoryTracker(TorchDispatchMode):
         tensors = all(isinstance(each, Tensor) for each in args) and args[0].shape == args[1].shape
         return in_backward and tensors and not is_dtensor
 
-    def _gloo_buffer(self, func: Any, args: Any, out: Any) -> int:
-        """Return the size of the copy that gloo makes in a collective, 0 for other operators.
+    def _buffer(self, func: Any, args: Any, kwargs: Any, out: Any) -> int:
+        """Return the largest buffer of an operator on CPU, 0 for operators without one.
 
         An all-gather receives into a flat copy of its outputs; a reduce-scatter is an all-reduce of
-        a copy of its input (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp).
+        a copy of its input (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp). A sum of two data
+        types converts each tensor of the narrower one, the result as well (TensorIterator), and a
+        concatenation its largest input.
         """
         name = str(func)
+        if func is torch.ops.aten.add_.Tensor:
+            return _conversion_bytes(*args[:2])
+        if name == "fsdp.chunk_cat.default" and args[0][0].dtype != kwargs["out"].dtype:
+            return max(each.nbytes for each in args[0])
         if func.namespace not in COLLECTIVE_NAMESPACES:
             return 0
         if "all_gather" in name or "allgather" in name:
@@ -158,6 +165,15 @@ class MemoryTracker(TorchDispatchMode):
             for tensor, category in owned
             if tensor is not None
         }
+
+
+def _conversion_bytes(total: Tensor, term: Any) -> int:
+    """Return the size of the converted tensors in `total += term`."""
+    if not isinstance(term, Tensor):
+        return 0
+    itemsize = max(total.itemsize, term.itemsize)
+    converted = (total.itemsize < itemsize) * 2 + (term.itemsize < itemsize)
+    return converted * total.numel() * itemsize
 
 
 def _tensor_bytes(tree: Any) -> int:

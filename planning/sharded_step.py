@@ -45,6 +45,30 @@ class DistributedStep(Step):
         # They stay gathered between micro-batches.
         heap.add("gathered", self.root.gathered)
         heap.add("gathered", self.block.gathered * (layers - self.first_kept))
+        if self.sums:
+            self.end_of_previous()
+
+    def end_of_previous(self) -> None:
+        """Replay the end of the previous backward, where no gradient is reduced yet."""
+        heap, first = self.heap, self.spec.micro_batches == 2
+        before = dict(heap.held), heap.total
+        heap.phase("embedding")
+        size = self.head_elements * self.spec.param_bytes
+        if not self.same_dtype:  # gradients of the root in the data type of the weights
+            heap.add("gathered", size)
+            heap.free("gathered", self.root.to_reduce if first else 0)
+        elif first and not self.spec.model.tie_embeddings:
+            heap.free("gathered", size)
+        heap.add("temporary", self.s)
+        self.embed_backward()
+        if not self.same_dtype and not first:
+            self.convert_sum(self.root)
+        heap.held, heap.total = before
+
+    def convert_sum(self, group: Group) -> None:
+        """Add a gradient to a sum in another data type, which CPUs do in float32."""
+        if self.on_cpu:
+            self.heap.use((1 if self.wide else 2) * group.largest * FLOAT32)
 
     def enter_root(self) -> None:
         if not self.continues:
@@ -119,6 +143,7 @@ class DistributedStep(Step):
         gradients = group.exact * spec.param_bytes
         if self.sums:
             if not self.same_dtype:
+                self.convert_sum(group)
                 heap.free("gathered", gradients)
             gradients = group.to_reduce
         else:  # those of the norms
@@ -131,6 +156,8 @@ class DistributedStep(Step):
         if group is self.root and self.shards > 1 and not spec.model.tie_embeddings:
             last = gradients * self.head_elements / group.exact
         heap.add("gathered", group.to_reduce)
+        if self.on_cpu and not self.same_dtype and not self.sums:
+            heap.use(group.largest * spec.param_bytes)
         heap.free("gathered", gradients - last)
         output: float = group.to_reduce
         if self.shards > 1:
@@ -138,6 +165,8 @@ class DistributedStep(Step):
             heap.add("gathered", output)
             self.communicate("reduce_scatter", group.to_reduce)
             self.reducing = group.to_reduce
+        elif spec.mesh.dp_replicate > 1:  # FSDP2 divides by 1, into a new tensor
+            heap.use(group.to_reduce, "gathered")
         self._reduced(group, output)
         heap.free("gathered", last)
 
@@ -146,11 +175,12 @@ class DistributedStep(Step):
         heap, spec = self.heap, self.spec
         shard = group.shard_elements * FLOAT32
         replicated = spec.mesh.dp_replicate > 1
+        partial = 0.0  # sum of earlier micro-batches without the replicas' parts
         if self.reduces_each and replicated:
-            if self.holds:  # FSDP2 keeps the sum without the replicas' parts
+            if self.holds:
                 heap.free("gathered", output if self.continues else 0)
                 return
-            heap.free("gathered", output)
+            partial = output
         adds = self.reduces_each and not replicated and self.continues
         if spec.reduce_bytes == FLOAT32 and adds and self.shards == 1:
             self.reducing = output  # the buffer is the new gradient
@@ -166,6 +196,7 @@ class DistributedStep(Step):
             else:
                 heap.free("gathered", output)
         heap.free("gradients", shard if adds else 0)
+        heap.free("gathered", partial)
 
     def leave_root(self) -> None:
         self.reduce(self.root, kept=True)

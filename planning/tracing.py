@@ -46,11 +46,11 @@ _FIELDS |= dict.fromkeys(_GATHERED, "gathered")
 
 def trace_memory(spec: StepSpec) -> MemoryBreakdown:
     """Return the peak memory of rank 0 in a step. Takes seconds."""
-    return _breakdown(spec, *fullest_phase(spec, _extrapolated_peaks))
+    return _breakdown(spec, *fullest_phase(spec, traced_peaks))
 
 
-def _extrapolated_peaks(spec: StepSpec) -> Peaks:
-    """Return `_peaks`, extrapolated from two depths if the model is deeper."""
+def traced_peaks(spec: StepSpec) -> Peaks:
+    """Return the peaks by phase, extrapolated from two depths if the model is deeper."""
     layers = spec.model.n_layers
     if layers <= DEPTHS[-1]:
         return _peaks(spec)
@@ -81,7 +81,7 @@ def _peaks(spec: StepSpec) -> Peaks:
     # FSDP2 uses the namespace c10d; tensors received by tensor and context parallelism use the
     # functional one and count as activations.
     on_cpu = spec.accelerator == "cpu"
-    tracker = MemoryTracker(fake=True, collective_namespaces=("c10d",), gloo=on_cpu)
+    tracker = MemoryTracker(fake=True, collective_namespaces=("c10d",), on_cpu=on_cpu)
     precision = replace(spec.precision, fp8=None)
     # The compiler recomputes each tensor on demand in selective checkpointing.
     lazy = spec.parallel.compile and spec.parallel.activation_checkpoint == "selective"

@@ -110,7 +110,10 @@ def test_sum_of_gradients_takes_no_memory_on_fake_tensors() -> None:
 
 @pytest.mark.usefixtures("four_ranks")
 def test_collectives_count_the_copies_of_gloo() -> None:
-    with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker(fake=True, gloo=True) as tracker:
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        MemoryTracker(fake=True, on_cpu=True) as tracker,
+    ):
         shard, complete = torch.empty(10), torch.empty(40)
         dist.all_gather_into_tensor(complete, shard)
         tracker.phase = "reduction"
