@@ -5,7 +5,7 @@ Validity is decided by the rules of `train.py` (`PlanRequest`), memory by the cl
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, product
 
 from parallel.mesh import AXES, MeshShape
@@ -90,11 +90,16 @@ def _first_fit(request: PlanRequest, candidates: Iterable[Choice], limit: Limit)
 def nearest_fit(request: PlanRequest, current: Choice, limit: Limit) -> Choice | None:
     """Return the fitting choice on the same number of devices nearest to the current one.
 
-    Tries the same mesh with other micro-batch sizes, more recomputation and resharding first, then
-    other meshes.
+    Tries the same mesh with smaller micro-batches, more recomputation and resharding first, then
+    other meshes, and larger micro-batches last.
     """
     now = current.parallel
     request = request.keeping("parallel.compile", "parallel.async_tp", "precision.fp8")
+
+    def size_of(choice: Choice) -> int:
+        return choice.micro_batch_size or request.local_batch_size(choice.mesh)
+
+    size_now = size_of(current)
 
     def mesh_distance(mesh: MeshShape) -> tuple[int, ...]:
         """Count the differing axes, then prefer outer axes."""
@@ -103,6 +108,7 @@ def nearest_fit(request: PlanRequest, current: Choice, limit: Limit) -> Choice |
 
     def distance(choice: Choice) -> tuple[float, ...]:
         new, mode = choice.parallel, choice.parallel.activation_checkpoint
+        size = size_of(choice)
         # The amount of recomputation is from 0 (`none`) to 2 (`full`).
         recomputation = CHECKPOINT_MODES.index(mode) if isinstance(mode, str) else 2 - 2 * mode
         return (
@@ -110,13 +116,25 @@ def nearest_fit(request: PlanRequest, current: Choice, limit: Limit) -> Choice |
             recomputation,
             new.reshard_after_forward != now.reshard_after_forward,
             new.reduce_gradients != now.reduce_gradients,
-            -(choice.micro_batch_size or 0),
+            abs(size - size_now),
+            choice.micro_batch_size != current.micro_batch_size,
         )
 
     ordered = sorted(meshes(current.mesh.world_size), key=mesh_distance)
-    valid = (mesh for mesh in ordered if not request.mesh_errors(mesh))
-    on_each = (sorted(choices(mesh, request), key=distance) for mesh in valid)
-    return _first_fit(request, chain.from_iterable(on_each), limit)
+    valid = [mesh for mesh in ordered if not request.mesh_errors(mesh)]
+    candidates = (
+        choice
+        for is_larger in (False, True)
+        for mesh in valid
+        for choice in sorted(choices(mesh, request), key=distance)
+        if (size_of(choice) > size_now) == is_larger
+    )
+    found = _first_fit(request, candidates, limit)
+    if found is not None:  # without a change of the micro-batch from null to the same size
+        same = replace(found, micro_batch_size=current.micro_batch_size)
+        if request.stages(same) == request.stages(found):
+            return same
+    return found
 
 
 def fewest_devices(request: PlanRequest, limit: Limit, per_node: int) -> Choice | None:

@@ -671,6 +671,35 @@ def test_nearest_fit_changes_as_little_as_possible() -> None:
     assert nearest(1) is None
 
 
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        (("train.micro_batch_size=2",), {"parallel.activation_checkpoint=full"}),
+        (("train.micro_batch_size=null",), None),
+        (("train.micro_batch_size=1",), None),
+    ],
+)
+def test_nearest_fit_keeps_the_micro_batch_or_makes_it_smaller(
+    words: tuple[str, ...], changed: set[str] | None
+) -> None:
+    config = planned("experiment=h100x8_8b", "hardware=l40s", *words)
+    request, current = config.request, configured_choice(config, config.mesh)
+    limit = partial(memory_limit, hardware=config.hardware)
+    assert not run_of(config).fits
+    nearest = nearest_fit(request, current, limit)
+    assert nearest is not None
+    if changed is not None:
+        assert {*nearest.overrides} - {*current.overrides} == changed
+    sizes = [request.stages(each)[0][0].micro_batch_size for each in (nearest, current)]
+    assert sizes[0] <= sizes[1]
+    same = replace(nearest, micro_batch_size=current.micro_batch_size)
+    if sizes[0] == sizes[1]:  # null stays null
+        assert nearest == same
+    found = remedy(request, limit, 8, 8, current)
+    fixed = planned("experiment=h100x8_8b", "hardware=l40s", *words, *found.overrides.split())
+    assert run_of(fixed).fits
+
+
 # ---------------------------------------------------------------- plan.json
 
 
