@@ -224,6 +224,8 @@ class SingleProcessStep(Step):
     def accumulate(self, elements: int) -> None:
         heap, size = self.heap, elements * self.spec.param_bytes
         if self.accumulates:
+            if self.on_cpu and self.wide:  # converted for the sum
+                heap.use(elements * FLOAT32)
             heap.free("gathered", size)
         elif self.wide:
             heap.add("gradients", elements * FLOAT32)

@@ -118,4 +118,36 @@ def test_collectives_count_the_copies_of_gloo() -> None:
         dist.all_gather_into_tensor(complete, shard)
         tracker.phase = "reduction"
         dist.reduce_scatter_tensor(shard, complete)
-    assert tracker.peaks["setup"]["gloo"] == tracker.peaks["reduction"]["gloo"] == FLOAT * 40
+    assert tracker.peaks["setup"]["buffer"] == tracker.peaks["reduction"]["buffer"] == FLOAT * 40
+
+
+@pytest.mark.parametrize(
+    ("total", "term", "converted"),
+    [("float32", "float32", 0), ("float32", "bfloat16", 1), ("bfloat16", "float32", 2)],
+)
+def test_sums_of_two_data_types_count_their_conversions(
+    total: str, term: str, converted: int
+) -> None:
+    """Bytes that a preloaded malloc counted on CPU: 4 or 8 per element."""
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        MemoryTracker(fake=True, on_cpu=True) as tracker,
+    ):
+        sums, terms = (torch.empty(40, dtype=getattr(torch, each)) for each in (total, term))
+        tracker.phase = "sum"
+        sums += terms
+    assert tracker.peaks["sum"].get("buffer", 0) == converted * FLOAT * 40
+
+
+@pytest.mark.parametrize("reduced", ["float32", "bfloat16"])
+def test_copy_in_of_fsdp_counts_the_conversion_of_its_largest_input(reduced: str) -> None:
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        MemoryTracker(fake=True, on_cpu=True) as tracker,
+    ):
+        gradients = [torch.empty(4, 10), torch.empty(2, 10)]
+        output = torch.empty(2, 30, dtype=getattr(torch, reduced))
+        tracker.phase = "copy-in"
+        torch.ops.fsdp.chunk_cat(gradients, dim=0, num_chunks=2, out=output)
+    expected = 0 if reduced == "float32" else FLOAT * 40
+    assert tracker.peaks["copy-in"].get("buffer", 0) == expected
