@@ -17,7 +17,7 @@ from cli.composition import compose_config
 from cli.config import load_plan_config, print_warnings
 from cli.errors import exit_on_user_error
 from cli.start_up import start_up
-from planning.config import PlanJobConfig
+from planning.config import PlanJobConfig, flash_attention_warnings
 from planning.failures import interval_warnings
 from planning.plan import RunPlan, memory_limit, plan_run
 from planning.remedies import fewest_devices, remedy
@@ -121,9 +121,10 @@ def search(config: PlanJobConfig, arguments: list[str]) -> bool:
 
 
 def _warn(config: PlanJobConfig, run: RunPlan) -> None:
-    """Print warnings about time limits and the interval of checkpoints."""
+    """Print warnings about attention, time limits and the interval of checkpoints."""
     from planning import report
 
+    print_warnings(flash_attention_warnings(run.stages[0].spec))
     print_warnings(limit_warnings(config.watchdog, report.phase_seconds(run)))
     print_warnings(interval_warnings(report.failure_plan(config, run)))
 

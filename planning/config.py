@@ -9,9 +9,10 @@ from model.config import ModelConfig
 from model.config_base import PositiveInt
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, resolve_mesh
-from planning.frameworks import FRAMEWORKS
+from planning.frameworks import DEFAULT, FRAMEWORKS
 from planning.hardware import Hardware, Positive, contradictions
 from planning.request import PlanRequest
+from planning.step_spec import StepSpec
 from training.config import JobConfig, TrainConfig
 from training.config_rules import device_errors, mesh_errors, other_axes_errors
 
@@ -116,6 +117,30 @@ def flash_attention_errors(flash_attention_impl: str, hardware: Hardware) -> Ite
             f"flash_attention_impl={flash_attention_impl} has no rate for hardware "
             f"{hardware.name}; use flash_attention_impl={' or '.join(known)}"
         )
+
+
+def flash_attention_warnings(spec: StepSpec) -> Iterator[str]:
+    """Yield a warning if a step does not run the FlashAttention that is given."""
+    name, model, cp = spec.flash_attention, spec.model, spec.mesh.cp
+    if name == "FA2" or spec.runs_flash_attention:
+        return
+    given = f"flash_attention_impl={name} has no effect"
+    if spec.framework == DEFAULT and not name.startswith("FA"):
+        yield (
+            f"{given}, because train.py does not run it; use flash_attention_impl=FA2, or the "
+            "framework that does, such as framework=nemo"
+        )
+        return
+    causes = {
+        f"parallel.{cp=}": cp > 1 and "parallel.cp=1",
+        f"model.attention={model.attention}": model.attention != "auto" and "model.attention=auto",
+        "data.document_mask=false": not spec.document_mask and "data.document_mask=true",
+        "precision.param=fp32": spec.precision.param == "fp32" and "precision.param=bf16",
+    }
+    remedies = {cause: change for cause, change in causes.items() if change}
+    given_with = " and ".join(remedies) or f"heads of {model.head_dim} elements"
+    use = " or ".join(filter(None, [" ".join(remedies.values()), "flash_attention_impl=FA2"]))
+    yield f"{given} with {given_with}: attention is planned as {spec.attention_name}; use {use}"
 
 
 def planned_mesh_errors(

@@ -38,6 +38,7 @@ def plan_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
         "devices": spec.mesh.world_size,
         "precision": asdict(spec.precision),
         "compile": spec.parallel.compile,
+        "attention": spec.attention_name,
         "price_per_hour": config.hardware.price_per_hour,
         "fits": run.fits,
         "bottleneck": run.bottleneck,

@@ -38,6 +38,7 @@ def print_plan(console: Console, config: PlanJobConfig, run: RunPlan) -> None:
             ("mesh", str(spec.mesh)),
             *((name or "batch", _batch(stage)) for name, stage in stages),
             ("precision", _precision(spec.precision)),
+            ("attention", spec.attention_name),
             ("checkpointing", str(spec.parallel.activation_checkpoint)),
         ],
     )

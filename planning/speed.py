@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from parallel.traffic import block_matrices, root_matrices
 from planning.exposed import exposed_communication
-from planning.frameworks import DEFAULT, FRAMEWORKS
+from planning.frameworks import FRAMEWORKS
 from planning.hardware import Hardware
 from planning.step_spec import DTYPE_BYTES, StepSpec
 
@@ -189,7 +189,7 @@ class RankCosts:
         """
         model, spec = self.spec.model, self.spec
         tflops = self.hardware.attention_tflops[spec.precision.param]
-        if spec.attention == "varlen" or spec.framework != DEFAULT:
+        if spec.runs_flash_attention:
             tflops = self.hardware.flash_attention_tflops.get(spec.flash_attention, tflops)
         rate = tflops * 1e12 / self.sharing
         heads = model.n_heads // spec.mesh.tp

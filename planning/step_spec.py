@@ -33,7 +33,8 @@ class StepSpec:
         async_save: Checkpoints are copied to host memory and written in the background.
         prefetch: Steps that the loader reads ahead; None: batches are not counted.
         capability: Compute capability of a GPU.
-        flash_attention: Version of FlashAttention that `varlen` runs: FA2, FA3 or FA4.
+        flash_attention: Kernel that `varlen` runs: FA2, FA3 or FA4; other frameworks than ours also
+            cuDNN or Triton.
         framework: Training framework, a key of `planning.frameworks.FRAMEWORKS`.
     """
 
@@ -90,6 +91,22 @@ class StepSpec:
         model, is_16_bit = self.model, self.precision.param == "bf16"
         complete = self.mesh.cp == 1
         return attention_kernel(model.attention, model.head_dim, capability, is_16_bit, complete)
+
+    @property
+    def runs_flash_attention(self) -> bool:
+        """Whether attention is computed by the kernel `flash_attention`."""
+        on_gpu = self.accelerator == "cuda" and self.precision.param == "bf16"
+        if self.framework != DEFAULT:
+            return on_gpu
+        return on_gpu and self.attention == "varlen" and self.flash_attention.startswith("FA")
+
+    @property
+    def attention_name(self) -> str:
+        """The attention kernel in reports."""
+        if self.runs_flash_attention:
+            return self.flash_attention.replace("FA", "FlashAttention-")
+        names = {"varlen": "FlashAttention-2", "flex": "FlexAttention", "sdpa": "SDPA"}
+        return names[self.attention] + (", dense mask" if self.has_dense_mask else "")
 
     @property
     def has_dense_mask(self) -> bool:

@@ -713,7 +713,7 @@ def keys_of(value: Any, path: str = "") -> Iterator[str]:
     if isinstance(value, list):
         for each in value:
             yield from keys_of(each, f"{path}[]")
-    elif isinstance(value, dict) and path != "best_plan":
+    elif isinstance(value, dict):
         for name, each in value.items():
             shown = name if name in FIXED else VARIABLE.get(path, name)
             yield from keys_of(each, f"{path}.{shown}".lstrip("."))
@@ -734,16 +734,23 @@ def documented_keys() -> set[str]:
     return set(found)
 
 
-def test_every_key_of_plan_json_is_documented() -> None:
+def test_every_key_of_plan_json_is_documented(tmp_path: Path) -> None:
     several = planned(*LLAMA_8B, "data.stages=[{from_sample:640,seq_len:4096}]")
     found = set(keys_of(plan_json.plan_record(several, run_of(several))))
-    config = planned("experiment=smoke", "devices=4", "hardware=cpu")
-    request = config.request.keeping("parallel.tp")
-    result = search(request, 4, config.hardware)
-    searched = plan_json.search_record(config, request, result, [""] * len(result.best))
-    found |= set(keys_of(searched | {"best_plan": {}}))
+    words = ["experiment=smoke", "devices=4", "hardware=cpu", "search=true", "parallel.tp=1"]
+    words.append(f"output={tmp_path / 'plan.json'}")
+    assert plan_search(planned(*words), words)
+    searched = json.loads((tmp_path / "plan.json").read_text())
     assert searched["best"] and searched["rejections"]
+    plan_of_best = {f"best_plan.{key}" for key in found}  # documented for a plan
+    found |= {"best_plan" if key in plan_of_best else key for key in keys_of(searched)}
     assert found | {"remedy"} == documented_keys()
+
+
+def test_every_key_of_the_planner_is_in_a_table() -> None:
+    text = (ROOT / "docs" / "planning.md").read_text()
+    rows = "\n".join(re.findall(r"^\|.*", text, re.MULTILINE))
+    assert [key for key in PLANNER_KEYS if not re.search(f"`{key}[`=]", rows)] == []
 
 
 # ---------------------------------------------------------------- program

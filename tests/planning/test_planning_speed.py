@@ -1,5 +1,6 @@
 """Closed forms of step time against operations that are counted in a real step."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,13 +20,17 @@ from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.float8 import apply_float8
 from parallel.mesh import MeshShape, Processes
+from planning import plan_json, report
 from planning.activations import batch_bytes
+from planning.config import PlanJobConfig, flash_attention_warnings
 from planning.fit_check import plan_request
 from planning.hardware import FOLDER, load_hardware
+from planning.plan import RunPlan, plan_run
 from planning.request import configured_choice
 from planning.speed import RankCosts, step_time
 from planning.step_spec import StepSpec
 from training import flash_attention
+from training.console import Console
 
 MODEL = ModelConfig("small", 64, 2, 4, 2, 96, 80)
 BATCH, SEQ = 2, 32
@@ -152,6 +157,49 @@ def planned_config(*overrides: str) -> Any:
     words = plan_arguments(["experiment=h100x8_8b", *overrides])
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return load_plan_config(compose("plan", words))
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "use"),
+    [
+        ("flash_attention_impl=FA3", "FlashAttention-3", None),
+        ("parallel.dp_shard=4 parallel.cp=2", "FlexAttention", None),
+        ("flash_attention_impl=FA3 parallel.dp_shard=4 parallel.cp=2", "FlexAttention", "cp=1"),
+        ("flash_attention_impl=FA3 model.attention=sdpa", "SDPA, dense mask", "attention=auto"),
+        ("flash_attention_impl=FA3 data.document_mask=false", "SDPA", "document_mask=true"),
+        ("flash_attention_impl=FA3 precision.param=fp32", "FlexAttention", "param=bf16"),
+        (
+            "flash_attention_impl=FA3 model.attention=flex data.document_mask=false "
+            "parallel.dp_shard=4 parallel.cp=2",
+            "FlexAttention",
+            "parallel.cp=1 model.attention=auto data.document_mask=true",
+        ),
+        ("flash_attention_impl=FA3 model.dim=8320", "SDPA, dense mask", "impl=FA2"),
+        ("flash_attention_impl=cuDNN", "FlashAttention-2", "flash_attention_impl=FA2"),
+        ("flash_attention_impl=cuDNN framework=nemo", "cuDNN", None),
+        ("hardware=cpu precision.fp8=null", "SDPA, dense mask", None),
+    ],
+)
+def test_plan_names_attention_and_warns_if_the_given_kernel_does_not_run(
+    words: str, name: str, use: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(words: str) -> tuple[PlanJobConfig, RunPlan]:
+        config = planned_config(*words.split(), "parallel.devices=null")
+        choice = configured_choice(config, config.mesh)
+        return config, plan_run(config.request.stages(choice), config.device)
+
+    config, run = plan(words)
+    assert plan_json.plan_record(config, run)["attention"] == name
+    report.print_plan(Console(enabled=True), config, run)
+    assert re.search(rf"^  attention +{name}$", capsys.readouterr().out, re.MULTILINE)
+    warnings = list(flash_attention_warnings(run.stages[0].spec))
+    assert bool(warnings) == (use is not None)
+    if use is not None:
+        assert warnings[0].startswith("flash_attention_impl=") and use in warnings[0]
+        remedies = warnings[0].rpartition("; use ")[2].partition(",")[0]
+        for change in remedies.split(" or "):
+            change += " parallel.dp_shard=8" if "cp=1" in change else ""
+            assert not list(flash_attention_warnings(plan(f"{words} {change}")[1].stages[0].spec))
 
 
 def test_power_limit_slows_computation_but_not_memory_and_links() -> None:
