@@ -715,7 +715,8 @@ def keys_of(value: Any, path: str = "") -> Iterator[str]:
             yield from keys_of(each, f"{path}[]")
     elif isinstance(value, dict):
         for name, each in value.items():
-            shown = name if name in FIXED else VARIABLE.get(path, name)
+            known = VARIABLE.get(path.removeprefix("best_plan."), name)
+            shown = name if name in FIXED else known
             yield from keys_of(each, f"{path}.{shown}".lstrip("."))
     else:
         yield path
