@@ -349,6 +349,8 @@ def _hardware_overrides(name: str) -> list[str]:
 
     try:
         hardware = load_hardware(name)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError([str(error)]) from None
     return [f"++hardware.{key}={hydra_value(one)}" for key, one in asdict(hardware).items()]

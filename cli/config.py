@@ -36,6 +36,7 @@ from training.config import JobConfig
 from training.config_validation import (
     ConfigError,
     Rule,
+    broken_rules,
     field_at,
     known_keys,
     takes_text,
@@ -164,14 +165,20 @@ def load_plan_config(composed: DictConfig) -> "PlanJobConfig":
     A search chooses the mesh, so the configured one need not be valid.
     """
     from planning.config import PLAN_RULES, PlanJobConfig
-    from planning.hardware import DEFAULT, load_hardware
+    from planning.hardware import DEFAULT, Hardware, load_hardware
+    from planning.hardware import RULES as HARDWARE_RULES
 
     given = composed.get("hardware")
     if given is None or "name" not in given:  # neither a recipe nor the command names it
         default = OmegaConf.create({"hardware": asdict(load_hardware(DEFAULT))})
         composed = cast(DictConfig, OmegaConf.merge(default, composed))
     _check_start(composed)
-    applied = (*rules.CONFIG_RULES, rules.saving_errors, *PLAN_RULES)
+
+    def hardware_errors() -> list[str]:
+        values = cast(dict[str, Any], OmegaConf.to_container(composed.hardware, resolve=True))
+        return broken_rules(values, Hardware, HARDWARE_RULES)
+
+    applied = (*rules.CONFIG_RULES, rules.saving_errors, hardware_errors, *PLAN_RULES)
     config = _load(composed, PlanJobConfig, applied)
     if config.run.init_from is not None and not RunFolder(Path(config.run.dir)).committed_steps():
         check_initial_weights(config.run, config.model)  # they may have selected the model

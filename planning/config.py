@@ -10,7 +10,7 @@ from model.config_base import PositiveInt
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, resolve_mesh
 from planning.frameworks import DEFAULT, FRAMEWORKS
-from planning.hardware import Hardware, Positive, contradictions
+from planning.hardware import Hardware, Positive
 from planning.request import PlanRequest
 from planning.step_spec import StepSpec
 from training.config import JobConfig, TrainConfig
@@ -94,8 +94,7 @@ def planned_devices(parallel: ParallelConfig, hardware: Hardware, devices: int |
 def hardware_errors(
     parallel: ParallelConfig, precision: PrecisionConfig, hardware: Hardware
 ) -> Iterator[str]:
-    """Yield errors of the hardware, and for requirements that it does not meet."""
-    yield from contradictions(hardware)
+    """Yield errors for requirements that the hardware does not meet."""
     if parallel.accelerator not in ("auto", hardware.accelerator):
         yield (
             f"parallel.accelerator={parallel.accelerator} does not match hardware "

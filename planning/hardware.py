@@ -5,7 +5,6 @@ achieved rates are microbenchmarks of a single operation, never training steps t
 validated against. Calibration writes the same format. Imports no heavy packages.
 """
 
-import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from model.config_base import ConfigSection, PositiveInt
 from parallel.config import BF16_CAPABILITY
 from resilience.safe_yaml import parse_yaml
 from training.config_rules import HOPPER
-from training.config_validation import validate
+from training.config_validation import ConfigError, validate
 
 FOLDER = Path(__file__).parent.parent / "conf" / "hardware"
 DEFAULT = "h100"
@@ -191,7 +190,8 @@ def reserved_memory_errors(memory_gib: float, reserved_gib: float) -> Iterator[s
     if reserved_gib >= memory_gib:
         yield (
             f"hardware.reserved_gib={reserved_gib:g} is not below hardware.memory_gib="
-            f"{memory_gib:g}; use the memory that tensors cannot have, such as 3"
+            f"{memory_gib:g}; use the memory that tensors cannot have, such as "
+            f"{min(3, memory_gib / 10):g}"
         )
 
 
@@ -251,14 +251,6 @@ RULES = (
 )
 
 
-def contradictions(hardware: Hardware) -> Iterator[str]:
-    """Yield the errors of all `RULES`."""
-    for rule in RULES:
-        yield from rule(
-            **{each: getattr(hardware, each) for each in inspect.signature(rule).parameters}
-        )
-
-
 # ---------------------------------------------------------------- files
 
 
@@ -271,7 +263,8 @@ def load_hardware(name_or_path: str) -> Hardware:
     """Load a hardware description by name or path.
 
     Raises:
-        ValueError: The file does not exist or is invalid.
+        ConfigError: The file is invalid, with all errors.
+        ValueError: The file does not exist or is not YAML.
     """
     path = FOLDER / f"{name_or_path}.yaml"
     if not path.exists():
@@ -285,7 +278,10 @@ def load_hardware(name_or_path: str) -> Hardware:
         values = parse_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("expected a mapping of keys to values")
-        return validate(values, Hardware, RULES, prefix="hardware.")
+        return validate(values, Hardware, RULES, prefix="hardware.", in_file=True)
+    except ConfigError as error:
+        errors = [f"hardware file {path}: {each}" for each in error.errors]
+        raise ConfigError(errors) from None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"invalid hardware file {path}: {reason}") from None

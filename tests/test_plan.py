@@ -495,6 +495,17 @@ def test_contradictions_of_overridden_hardware_are_reported() -> None:
     found = problems("hardware=h100", "hardware.reserved_gib=100", "hardware.currency=usd")
     assert any("hardware.reserved_gib=100 is not below" in each for each in found)
     assert any("hardware.currency='usd' is not a code" in each for each in found)
+    # Also if other keys of the hardware are invalid.
+    words = ("price_per_hour=-3", "memory_gib=10", "reserved_gib=20", "foo=3", "currency=usd")
+    found = problems("hardware=h100", *(f"hardware.{word}" for word in words))
+    for text in (
+        "price_per_hour=-3",
+        "reserved_gib=20 is not below",
+        "foo. Known",
+        "currency='usd'",
+    ):
+        assert sum(f"hardware.{text}" in each for each in found) == 1
+    assert len(found) == 4
 
 
 def test_overrides_of_a_search_result_reproduce_its_plan() -> None:

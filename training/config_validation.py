@@ -47,13 +47,18 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def validate(
-    values: dict[str, Any], schema: type[Config], rules: Sequence[Rule] = (), prefix: str = ""
+    values: dict[str, Any],
+    schema: type[Config],
+    rules: Sequence[Rule] = (),
+    prefix: str = "",
+    in_file: bool = False,
 ) -> Config:
     """Return `values` as an instance of the dataclass `schema`.
 
     Args:
         rules: Applied when every section that a rule names is valid on its own.
         prefix: Written before each key in messages, such as `hardware.`.
+        in_file: A file has all values, to which the user adds a missing key.
 
     Raises:
         ConfigError: unknown keys, wrong types, broken bounds and broken rules, all together.
@@ -71,13 +76,32 @@ def validate(
         line
         for key, items in by_key.items()
         if not any(other.startswith(f"{key}[") for other in by_key)  # an item of this list
-        for line in _message(prefix, key, items, schema, values).split("\n")
+        for line in _message(prefix, key, items, schema, values, in_file).split("\n")
     ]
+    sections, wrong = _valid_sections(values, schema, prefix)
+    errors += [*wrong, *_rule_errors(rules, sections)]
+    if errors or config is None:
+        raise ConfigError(errors)
+    return config
+
+
+def broken_rules(values: dict[str, Any], schema: Any, rules: Sequence[Rule]) -> list[str]:
+    """Return the errors of the rules whose sections are valid on their own."""
+    return _rule_errors(rules, _valid_sections(values, schema)[0])
+
+
+def _valid_sections(
+    values: dict[str, Any], schema: Any, prefix: str = ""
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the valid sections, and the errors of numbers that pydantic accepts."""
+    from pydantic import ValidationError
+
     sections: dict[str, Any] = {}
+    errors: list[str] = []
     for name, annotation in fields_of(schema).items():
         if name not in values:
             continue
-        with suppress(ValidationError):  # reported above; unknown keys do not disable the rules
+        with suppress(ValidationError):  # reported by `validate`; unknown keys keep the rules
             section = _adapter(annotation).validate_python(values[name], extra="ignore")
             if wrong := [
                 *_booleans_as_numbers(prefix + name, values[name], section),
@@ -86,13 +110,16 @@ def validate(
                 errors += wrong
             else:
                 sections[name] = section
+    return sections, errors
+
+
+def _rule_errors(rules: Sequence[Rule], sections: dict[str, Any]) -> list[str]:
+    errors: list[str] = []
     for rule in rules:
         names = inspect.signature(rule).parameters
         if names.keys() <= sections.keys():
             errors += rule(**{name: sections[name] for name in names})
-    if errors or config is None:
-        raise ConfigError(errors)
-    return config
+    return errors
 
 
 @cache
@@ -181,7 +208,9 @@ def _dotted(item: Any, values: Any) -> str:
     return key.removeprefix(".")
 
 
-def _message(prefix: str, key: str, items: list[Any], schema: Any, values: Any) -> str:
+def _message(
+    prefix: str, key: str, items: list[Any], schema: Any, values: Any, in_file: bool
+) -> str:
     """Return the message of one key from pydantic's errors."""
     item, name = items[0], prefix + key
     kind, value = item["type"], item["input"]
@@ -202,8 +231,8 @@ def _message(prefix: str, key: str, items: list[Any], schema: Any, values: Any) 
         return f"{name}={shown(value)} is not a section; set its keys: {inner}"
     if kind == "missing":
         above, inside, _ = name.partition("[")
-        add = f"it to the list {above}" if inside else f"{name}=… to the command"
-        return f"{name} has no value; add {add}"
+        where = f"{key} to the file" if in_file else f"{name}=… to the command"
+        return f"{name} has no value; add {f'it to the list {above}' if inside else where}"
     if isinstance(value, bool) and any(each["type"] != "literal_error" for each in items):
         return f"{name}={shown(value)} {NOT_A_NUMBER}"
     if [each["type"] for each in items] == ["list_type"] and (value is None or value == ""):
