@@ -123,8 +123,13 @@ class Step:
         heap, layers = self.heap, self.layers
         heap.phase("forward")
         self.enter_root()
-        heap.add("activations", batch_bytes(self.spec))
+        mask = mask_bytes(self.spec)
+        heap.add("activations", batch_bytes(self.spec) - mask)
         self.embed()
+        if mask:  # built from two bool tensors and their conjunction
+            each = mask // self.spec.param_bytes
+            heap.use(each * max(3, 1 + self.spec.param_bytes))
+            heap.add("activations", mask)
         for index in self._indices(range(layers)):
             self.enter_forward(index)
             self.block_forward(recomputing=False)
@@ -141,7 +146,6 @@ class Step:
             self.block_backward()
             heap.phase("embedding" if index == 0 else names.get(index - 1, "a block"))
             self.leave_backward(index)
-        mask = mask_bytes(self.spec)
         heap.free("activations", mask)
         self.embed_backward()
         heap.free("activations", self.rotations)
