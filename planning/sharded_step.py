@@ -12,17 +12,20 @@ def step_peaks(spec: StepSpec) -> Peaks:
     return step.heap.peaks
 
 
+def first_kept_block(spec: StepSpec) -> int:
+    """Return the first block whose weights stay gathered from its forward to its backward."""
+    layers, reshard = spec.model.n_layers, spec.parallel.reshard_after_forward
+    if reshard is None:
+        return layers - 1 if spec.mesh.dp_shard * spec.mesh.cp > 1 else 0
+    return layers if reshard else 0
+
+
 class DistributedStep(Step):
     """A step under FSDP2."""
 
     def __init__(self, spec: StepSpec) -> None:
         super().__init__(spec)
-        reshard = spec.parallel.reshard_after_forward
-        if reshard is None:
-            first_kept = self.layers - 1 if self.shards > 1 else 0
-        else:
-            first_kept = self.layers if reshard else 0
-        self.first_kept = first_kept  # blocks from here on stay gathered until their backward
+        self.first_kept = first_kept_block(spec)
         # The input of a reduction lives until the next one.
         self.reducing = 0.0
         self.gathering: dict[int, float] = {}  # results of all-gathers by block

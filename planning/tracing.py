@@ -34,6 +34,7 @@ from planning.fake_model import fake_model, materialise
 from planning.memory import MemoryBreakdown, with_host_memory
 from planning.memory_tracker import MemoryTracker, local_tensor
 from planning.phases import PARTS, Held, Peaks, fullest_phase, interpolate
+from planning.sharded_step import first_kept_block
 from planning.step_spec import MOMENT_BLOCK, StepSpec
 
 DEPTHS = (4, 5)  # at least 4: the first two and last two blocks differ from the rest
@@ -53,11 +54,30 @@ def traced_peaks(spec: StepSpec) -> Peaks:
     """Return the peaks by phase, extrapolated from two depths if the model is deeper."""
     layers = spec.model.n_layers
     if layers <= DEPTHS[-1]:
-        return _peaks(spec)
+        return _with_fp8_gathers(spec, _peaks(spec))
     shallow, deep = (
         _peaks(replace(spec, model=replace(spec.model, n_layers=depth))) for depth in DEPTHS
     )
-    return interpolate(shallow, deep, (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+    peaks = interpolate(shallow, deep, (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+    return _with_fp8_gathers(spec, peaks)
+
+
+def _with_fp8_gathers(spec: StepSpec, peaks: Peaks) -> Peaks:
+    """Return the peaks with one byte per weight in the blocks that stay gathered, under fp8.
+
+    They were traced in `precision.param`, like the one or two blocks gathered for their products.
+    """
+    matrices = sum(rows * columns for rows, columns in spec.fp8_gathered)
+    layers = spec.model.n_layers
+    kept = layers - first_kept_block(spec)
+    at_end = {"last block but one": 1, "second block": layers - 2, "first block": layers - 1}
+    for phase, held in peaks.items():
+        # Between micro-batches they stay gathered.
+        freed = 0 if spec.micro_batches > 1 else at_end.get(phase, 0)
+        if phase not in ("update", "inputs") and (spec.micro_batches > 1 or phase != "embedding"):
+            saved = max(0, kept - freed) * matrices * (spec.param_bytes - 1)
+            held["gathered"] = held.get("gathered", 0) - saved
+    return peaks
 
 
 def _breakdown(spec: StepSpec, phase: str, held: Held) -> MemoryBreakdown:

@@ -27,8 +27,11 @@ from training.moments import BLOCK
 
 TOLERANCE, TOLERANCE_OF_BUDGET = 0.03, 0.05
 MODEL = ModelConfig("small", 128, 4, 8, 4, 352, 1024)
-SHAPES = ("n_layers", "tie_embeddings", "attention")
+SHAPES = ("n_layers", "n_kv_heads", "vocab_size", "tie_embeddings", "attention")
 PARALLEL = {key for key in ParallelConfig.__dataclass_fields__}
+
+LARGE_VOCABULARY = {"vocab_size": 65_536, "n_layers": 1, "seq_len": 32}
+EACH_REDUCED = {"reduce_gradients": "micro_batch", "micro_batches": 3}
 
 # accelerator, (dp_replicate, dp_shard, cp, tp), other settings
 GRID: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
@@ -57,6 +60,24 @@ GRID: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ("cuda", (1, 1, 1, 1), {"param": "fp32", "document_mask": False}),
     ("cuda", (1, 2, 1, 1), {"attention": "sdpa", "param": "fp32"}),
     ("cuda", (1, 1, 2, 1), {"attention": "sdpa", "activation_checkpoint": "full"}),
+    ("cpu", (1, 1, 1, 1), {"attention": "sdpa", "seq_len": 4096, "n_layers": 1}),
+    # Conversions between the data types of weights and reductions.
+    ("cuda", (2, 1, 1, 1), {**LARGE_VOCABULARY, "param": "bf16"}),
+    ("cpu", (2, 1, 1, 1), {**LARGE_VOCABULARY, "reduce": "bf16", "micro_batches": 3}),
+    ("cpu", (1, 2, 1, 1), {**LARGE_VOCABULARY, "reduce": "bf16", **EACH_REDUCED}),
+    ("cpu", (2, 1, 1, 1), {**LARGE_VOCABULARY, "param": "bf16", "reduce": "bf16", **EACH_REDUCED}),
+    ("cpu", (1, 1, 1, 1), {**LARGE_VOCABULARY, "param": "bf16", "micro_batches": 3}),
+    # The end of a micro-batch whose gradients are not reduced.
+    ("cpu", (1, 2, 1, 2), {**LARGE_VOCABULARY, "tie_embeddings": True, "micro_batches": 2}),
+    # Gathers of sequence parallelism around a recomputation.
+    ("cuda", (1, 1, 1, 8), {"n_kv_heads": 8, "activation_checkpoint": "selective"}),
+    ("cpu", (1, 1, 1, 8), {"n_kv_heads": 8, "activation_checkpoint": "full", "param": "bf16"}),
+    ("cuda", (1, 2, 1, 1), {"fp8": "tensorwise", "reshard_after_forward": False, "seq_len": 32}),
+    (
+        "cuda",
+        (1, 2, 1, 1),
+        {"fp8": "tensorwise", "reshard_after_forward": False, "seq_len": 32, "micro_batches": 3},
+    ),
 ]
 
 
@@ -73,7 +94,9 @@ def make_spec(
         parallel=ParallelConfig(
             **{"compile": False} | {key: settings[key] for key in settings.keys() & PARALLEL}
         ),
-        precision=PrecisionConfig(param, "fp32", state),
+        precision=PrecisionConfig(
+            param, settings.get("reduce", "fp32"), state, fp8=settings.get("fp8")
+        ),
         accelerator="cuda" if accelerator == "cuda" else "cpu",
         seq_len=settings.get("seq_len", 512),
         global_batch_size=2 * mesh.dp * settings.get("micro_batches", 1),
