@@ -24,6 +24,7 @@ from planning.remedies import fewest_devices, remedy
 from planning.request import Choice, PlanRequest, configured_choice
 from planning.search import search as search_choices
 from planning.time_limits import limit_warnings
+from planning.valid_meshes import no_valid_mesh
 
 PLANNER_KEYS = (
     *("hardware", "devices", "tokens", "device_mtbf_days", "restart_seconds"),
@@ -131,6 +132,9 @@ def _warn(config: PlanJobConfig, run: RunPlan) -> None:
 
 def _remedy(config: PlanJobConfig, request: PlanRequest, current: Choice | None = None) -> str:
     hardware, devices = config.device, config.n_devices
+    is_given = config.devices is not None
+    if current is None and (invalid := no_valid_mesh(request, devices, is_given)) is not None:
+        return f"Invalid configuration: {invalid}"
     limit = partial(memory_limit, hardware=hardware)
     found = remedy(request, limit, devices, hardware.devices_per_node, current)
     return f"Does not fit on {devices} × {hardware.name}: {found}"

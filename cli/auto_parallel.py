@@ -25,6 +25,7 @@ from planning.remedies import fewest_devices
 from planning.request import Choice, PlanRequest
 from planning.search import search
 from planning.time_limits import SLOWEST
+from planning.valid_meshes import device_count, no_valid_mesh
 from resilience.accelerator import resolve_processes
 from resilience.gpu_probe import own_gpu
 from resilience.run_folder import RunFolder
@@ -109,6 +110,9 @@ def _search(
 def _nothing_fits(
     request: PlanRequest, hardware: Hardware, processes: Processes, devices: str
 ) -> str:
+    if (invalid := no_valid_mesh(request, processes.world_size)) is not None:
+        return f"parallel.auto=true: {invalid}"
+
     def limit(spec: Any) -> int:
         return memory_limit(spec, hardware)
 
@@ -116,7 +120,7 @@ def _nothing_fits(
     remedy = "use a smaller model, shorter sequences, a larger batch or other hardware"
     if least is not None:
         number = least.mesh.world_size
-        remedy = f"use {'at least ' if number > processes.world_size else ''}{number} devices"
+        remedy = f"use {'at least ' if number > processes.world_size else ''}{device_count(number)}"
     kept = [key for key in sorted(request.kept) if key in CHOSEN]
     omitted = f", or omit {', '.join(kept)}" if kept else ""
     return f"parallel.auto=true finds no mesh that fits on {devices}; {remedy}{omitted}"

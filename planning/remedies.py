@@ -3,23 +3,21 @@
 Validity is decided by the rules of `train.py` (`PlanRequest`), memory by the closed forms.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, product
+from itertools import chain
 
-from parallel.mesh import AXES, MeshShape
-from planning.request import Choice, PlanRequest, configured_choice
+from parallel.mesh import MeshShape
+from planning.request import Choice, PlanRequest
 from planning.search import (
     CHECKPOINT_MODES,
     choices,
-    divisors,
-    kept_axes,
     meshes,
     peak_memory,
     settings,
 )
 from planning.step_spec import StepSpec
+from planning.valid_meshes import axis_meshes, device_count
 
 Limit = Callable[[StepSpec], int]
 """Return the bytes available to a rank; 0 if the node's host memory is too small."""
@@ -70,7 +68,7 @@ def remedy(
         if (choice := fewest_devices(each, limit, per_node)) is not None:
             words, number = f"{choice} {extra}".strip(), choice.mesh.world_size
             least = "at least " if number > devices else ""
-            return Remedy(f"use {least}{number} devices with {words}")
+            return Remedy(f"use {least}{device_count(number)} with {words}")
     return Remedy(
         "no mesh of any size fits: use a smaller model, shorter sequences, a larger batch "
         "(which more devices can share) or other hardware"
@@ -143,9 +141,7 @@ def fewest_devices(request: PlanRequest, limit: Limit, per_node: int) -> Choice 
     Any number up to a node, and beyond only complete nodes. Axes that the request keeps are kept.
     Replicas never need fewer devices than shards.
     """
-    candidates = sorted(
-        _unreplicated_meshes(request), key=lambda mesh: (mesh.world_size, mesh.tp, mesh.cp)
-    )
+    candidates = sorted(axis_meshes(request), key=lambda mesh: (mesh.world_size, mesh.tp, mesh.cp))
     for mesh in candidates:
         is_on_nodes = mesh.world_size <= per_node or mesh.world_size % per_node == 0
         if is_on_nodes and (choice := _least_memory_fit(request, mesh, limit)) is not None:
@@ -155,21 +151,8 @@ def fewest_devices(request: PlanRequest, limit: Limit, per_node: int) -> Choice 
 
 def largest_mesh(request: PlanRequest) -> MeshShape | None:
     """Return the valid mesh with the most devices that batch, heads and sequence can use."""
-    ordered = sorted(_unreplicated_meshes(request), key=lambda mesh: (-mesh.world_size, mesh.cp))
+    ordered = sorted(axis_meshes(request), key=lambda mesh: (-mesh.world_size, mesh.cp))
     return next((mesh for mesh in ordered if not request.mesh_errors(mesh)), None)
-
-
-def _unreplicated_meshes(request: PlanRequest) -> list[MeshShape]:
-    """Return the meshes without replicas whose axes divide batch, sequence and heads."""
-    one_device = configured_choice(request.config, MeshShape(1, 1, 1, 1))
-    specs = [spec for spec, _ in request.stages(one_device)]
-    sizes = {
-        "dp_replicate": [1],
-        "dp_shard": divisors(math.gcd(*(spec.global_batch_size for spec in specs))),
-        "cp": divisors(math.gcd(*(spec.seq_len for spec in specs))),
-        "tp": divisors(specs[0].model.n_heads),
-    } | {axis: [size] for axis, size in kept_axes(request).items()}
-    return [MeshShape(*axes) for axes in product(*(sizes[axis] for axis in AXES))]
 
 
 def _least_memory_fit(request: PlanRequest, mesh: MeshShape, limit: Limit) -> Choice | None:

@@ -113,6 +113,12 @@ class PlanRequest:
         request.kept = self.kept | set(keys)
         return request
 
+    def without(self, *keys: str) -> "PlanRequest":
+        """Return the request with fewer keys that a search does not vary."""
+        request = copy(self)
+        request.kept = self.kept - set(keys)
+        return request
+
     @property
     def searches_fp8(self) -> bool:
         return self.search_fp8 and "precision.fp8" not in self.kept

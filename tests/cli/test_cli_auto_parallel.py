@@ -93,6 +93,36 @@ def test_error_if_nothing_fits_names_the_smallest_number(
     assert "omit parallel.tp" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "error", "remedies"),
+    [
+        (
+            ("parallel.devices=3",),
+            "parallel.auto=true: no valid mesh of 3 devices: train.global_batch_size=8 is not a "
+            "multiple of the 3 data ranks (dp_replicate × dp_shard); use 2 or 4 devices",
+            [("parallel.devices=2",), ("parallel.devices=4",)],
+        ),
+        (
+            ("parallel.devices=3", "parallel.tp=3"),
+            "parallel.auto=true: parallel.tp=3 does not divide model.n_kv_heads=2; use 1 or 2 on "
+            "2 or 4 devices",
+            [("parallel.devices=2", "parallel.tp=2"), ("parallel.devices=4", "parallel.tp=1")],
+        ),
+    ],
+)
+def test_error_if_no_mesh_is_valid_names_the_rule_and_valid_meshes(
+    checked: Callable[..., JobConfig],
+    words: tuple[str, ...],
+    error: str,
+    remedies: list[tuple[str, ...]],
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        checked(*CPU, *words)
+    assert raised.value.errors == [error]
+    for each in remedies:
+        assert checked(*CPU, *each).parallel.auto
+
+
 def test_batch_job_leaves_the_choice_to_its_machines(
     checked: Callable[..., JobConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
