@@ -2,28 +2,27 @@
 
 Every process decides for itself, from the configuration, its device and the number of processes,
 which are equal on all ranks; launched ranks compare their choices (`resilience.rank_check`). A
-resumed run keeps its choice while the devices and the given keys are the same. Imported by
-`cli.config` only if the key is set.
+resumed run keeps its choice while the devices and the given keys are the same and it is valid and
+fits. Imported by `cli.config` only if the key is set.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from cli.arguments import explicit_keys
-from cli.last_launch import MESH
-from parallel.mesh import AXES, Processes, is_first_process
+from parallel.mesh import AXES, Processes, is_first_process, resolve_mesh
 from planning.fit_check import CONTEXT_GIB, machine_memory, this_machine
 from planning.hardware import PROCESS_GIB, Hardware, load_hardware
 from planning.memory import GIB, size_text
 from planning.plan import RunPlan, memory_limit
 from planning.remedies import fewest_devices
-from planning.request import Choice, PlanRequest
-from planning.search import search
+from planning.request import Choice, PlanRequest, configured_choice, in_yaml, is_open
+from planning.search import peak_memory, search
 from planning.time_limits import SLOWEST
 from planning.valid_meshes import device_count, no_valid_mesh
 from resilience.accelerator import resolve_processes
@@ -46,55 +45,68 @@ KEPT = ("parallel.compile", "parallel.async_tp", "precision.fp8")
 SHOWN = 3
 
 
-def with_choice(composed: DictConfig, config: JobConfig, words: Sequence[str]) -> DictConfig:
+@dataclass(frozen=True)
+class _LastChoice:
+    """The choice of the launch that this one continues.
+
+    Attributes:
+        values: All of `CHOSEN`.
+        devices: Number and kind of its devices.
+        given: Keys that a command has set.
+        has_checkpoint: Whether the run has a committed checkpoint.
+    """
+
+    values: dict[str, Any]
+    devices: str
+    given: frozenset[str]
+    has_checkpoint: bool
+
+
+def with_choice(
+    composed: DictConfig, load: Callable[[DictConfig], JobConfig], words: Sequence[str]
+) -> DictConfig:
     """Return the composed configuration with the chosen mesh and settings.
 
     Args:
-        config: The same configuration, validated except for its mesh.
-        words: The command line, whose keys are kept.
+        load: Validates a configuration except for its mesh.
+        words: The command line, whose keys are kept by this launch and those that continue it.
 
     Raises:
         ConfigError: Nothing fits on these devices.
     """
+    config = load(composed)
     processes, errors = resolve_processes(config.parallel)
     if errors:
         return composed  # the validation of the mesh reports them
     devices = f"{processes.world_size} × {_device(processes)}"
-    last = RunFolder(Path(config.run.dir)).last_config() or {}
-    record = str((last.get("parallel") or {}).get("auto_record") or "")
-    before, recorded_keys = record.partition("; ")[0], record.partition("; given ")[2].split()
-    explicit = explicit_keys(words)
-    typed = sorted(explicit & {*CHOSEN})
-    if explicit & {*MESH}:  # then all of these keys come from this launch
-        recorded_keys = [key for key in recorded_keys if key not in MESH]
-    given = sorted({*typed, *recorded_keys} & {*CHOSEN})
-    values = {key: OmegaConf.select(composed, key) for key in typed}
-    if before == devices and all(_value(last, key) == value for key, value in values.items()):
-        chosen = {key: _value(last, key) for key in CHOSEN}
-        _print(f"parallel.auto keeps the choice of the last launch on {devices}: {_words(chosen)}")
-    else:
-        if before and before != devices:
-            _print(f"parallel.auto searches again: {before} in the last launch, now {devices}")
-        chosen = _search(config, processes, devices, given)
-    size = f"train.micro_batch_size={chosen['train.micro_batch_size']}"
-    chosen["parallel.auto_record"] = f"{devices}; {size}; given {' '.join(given)}"
-    updated = composed.copy()
-    for key, value in chosen.items():
-        OmegaConf.update(updated, key, value, force_add=True)
-    return updated
-
-
-def _search(
-    config: JobConfig, processes: Processes, devices: str, given: list[str]
-) -> dict[str, Any]:
-    """Return the values of the first choice, and print the first three."""
+    typed = {key: OmegaConf.select(composed, key) for key in explicit_keys(words) & {*CHOSEN}}
+    given = {key: value for key, value in typed.items() if not is_open(key, value)}
     hardware, known = _hardware(processes)
-    tokens = config.stages().first_token(config.train.max_steps)
-    capability = processes.capability or HOPPER
-    request = PlanRequest(config, processes.accelerator, tokens, capability).keeping(*given, *KEPT)
-    result = search(request, processes.world_size, hardware, keep=SHOWN)
+
+    def request(values: dict[str, Any]) -> PlanRequest:
+        asked = load(_updated(composed, values))
+        tokens = asked.stages().first_token(asked.train.max_steps)
+        capability = processes.capability or HOPPER
+        request = PlanRequest(asked, processes.accelerator, tokens, capability)
+        return request.keeping(*values, *KEPT)
+
+    last, earlier = _last_choice(composed, config), {}
+    if last is not None:
+        earlier = {key: last.values[key] for key in sorted(last.given - {*typed})}
+        reason = _difference(last, devices, typed) or _problem(last, request, processes, hardware)
+        if reason is None:
+            kept = f"keeps the choice of the last launch on {devices}"
+            _print(f"parallel.auto {kept}: {_words(last.values)}")
+            return _updated(composed, last.values | _record(last.values, devices, given | earlier))
+        _print(f"parallel.auto searches again: {reason}")
+    asked = request(given | earlier)
+    result = search(asked, processes.world_size, hardware, keep=SHOWN)
+    if earlier and not result.best:
+        _print(f"parallel.auto drops {_words(earlier)} of an earlier launch: no mesh fits with it")
+        earlier, asked = {}, request(given)
+        result = search(asked, processes.world_size, hardware, keep=SHOWN)
     if not result.best:
-        raise ConfigError([_nothing_fits(request, hardware, processes, devices)])
+        raise ConfigError([_nothing_fits(asked, hardware, processes, devices)])
     rates = (
         "" if known else f", with the rates of {hardware.name}: calibrate for those of this machine"
     )
@@ -104,7 +116,62 @@ def _search(
     choice = result.best[0][0]
     values = {f"parallel.{key}": value for key, value in asdict(choice.parallel).items()}
     values["train.micro_batch_size"] = choice.micro_batch_size
-    return {key: values[key] for key in CHOSEN}
+    chosen = {key: values[key] for key in CHOSEN}
+    return _updated(composed, chosen | _record(chosen, devices, given | earlier))
+
+
+# ---------------------------------------------------------------- the last launch
+
+
+def _last_choice(composed: DictConfig, config: JobConfig) -> _LastChoice | None:
+    """Return the choice of the launch that the configuration continues, if it made one.
+
+    A complete command for a run without a checkpoint continues none (`cli.last_launch`).
+    """
+    record = OmegaConf.select(composed, "parallel.auto_record")
+    folder = RunFolder(Path(config.run.dir))
+    last = (folder.last_config() or {}) if record else {}
+    if not _value(last, "parallel.auto"):
+        return None
+    values = {key: _value(last, key) for key in CHOSEN}
+    before, _, keys = str(record).partition("; ")
+    given = frozenset(keys.partition("given ")[2].split()) & {*CHOSEN}
+    return _LastChoice(values, before, given, bool(folder.committed_steps()))
+
+
+def _difference(last: _LastChoice, devices: str, typed: dict[str, Any]) -> str | None:
+    """Return how this launch differs from the last one, if the choice depends on it."""
+    if last.devices != devices:
+        return f"{last.devices} in the last launch, now {devices}"
+    for key, value in sorted(typed.items()):
+        before = last.values[key]
+        if key in last.given if is_open(key, value) else before != value:
+            return f"{key}={in_yaml(before)} in the last launch, now {in_yaml(value)}"
+    return None if last.has_checkpoint else "the last launch has saved no checkpoint"
+
+
+def _problem(
+    last: _LastChoice,
+    request: Callable[[dict[str, Any]], PlanRequest],
+    processes: Processes,
+    hardware: Hardware,
+) -> str | None:
+    """Return why the last choice cannot be used with this configuration."""
+    try:
+        asked = request(last.values)
+        mesh, errors = resolve_mesh(asked.config.parallel, processes.world_size)
+        choice = configured_choice(asked.config, mesh)
+        errors = errors or [*asked.mesh_errors(mesh), *asked.compute_errors(choice)]
+        errors = errors or asked.choice_errors(choice)
+    except ConfigError as error:
+        errors = error.errors
+    if errors:
+        return f"{errors[0].partition('; ')[0]} with the last choice"
+    stages = asked.stages(choice)
+    limit, peak = min(memory_limit(spec, hardware) for spec, _ in stages), peak_memory(stages).peak
+    if peak <= limit:
+        return None
+    return f"the last choice needs {size_text(peak)} of {size_text(limit)} per rank"
 
 
 def _nothing_fits(
@@ -150,7 +217,7 @@ def _hardware(processes: Processes) -> tuple[Hardware, bool]:
 def _row(choice: Choice, run: RunPlan) -> str:
     size, settings = choice.micro_batch_size, choice.settings()
     shown = {
-        "micro-batch": size,
+        "micro-batch": in_yaml(size),
         "checkpointing": settings["activation_checkpoint"],
         "reshard": settings["reshard_after_forward"],
         "reduce": settings["reduce_gradients"],
@@ -160,13 +227,27 @@ def _row(choice: Choice, run: RunPlan) -> str:
     return f"{choice.mesh}, {named}: {run.tokens_per_second:,.0f} tokens/s, {memory} per rank"
 
 
+def _updated(composed: DictConfig, values: dict[str, Any]) -> DictConfig:
+    updated = composed.copy()
+    for key, value in values.items():
+        OmegaConf.update(updated, key, value, force_add=True)
+    return updated
+
+
+def _record(chosen: dict[str, Any], devices: str, given: Iterable[str]) -> dict[str, str]:
+    """Return what a later launch needs to know about this choice."""
+    size = f"train.micro_batch_size={in_yaml(chosen['train.micro_batch_size'])}"
+    parts = [devices, size, *([f"given {' '.join(sorted(given))}"] if given else [])]
+    return {"parallel.auto_record": "; ".join(parts)}
+
+
 def _value(config: dict[str, Any], key: str) -> Any:
     section, _, name = key.partition(".")
     return (config.get(section) or {}).get(name)
 
 
 def _words(values: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in values.items())
+    return " ".join(f"{key}={in_yaml(value)}" for key, value in values.items())
 
 
 def _print(line: str) -> None:

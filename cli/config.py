@@ -81,7 +81,9 @@ def check_config(composed: DictConfig) -> tuple[JobConfig, Processes, MeshShape]
     if OmegaConf.select(composed, "parallel.auto") is True:
         from cli.auto_parallel import with_choice
 
-        composed = with_choice(composed, load_train_config(composed), sys.argv[1:])
+        composed = with_choice(composed, load_train_config, sys.argv[1:])
+    elif OmegaConf.select(composed, "parallel.auto_record") is not None:  # of an earlier launch
+        OmegaConf.update(composed, "parallel.auto_record", None)
     config = load_train_config(composed, rules.launch_rule(), *rules.INSTALLATION_RULES)
     print_warnings(config_warnings(config))
     processes, _ = resolve_processes(config.parallel)

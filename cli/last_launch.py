@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MAX_SHOWN = 6
 NEW_RUN = "or a new run with the default configuration, add model=llama3_tiny"
 OF_THIS_LAUNCH = ("run.dir", "run.allow_changes", "run.adopt")  # never taken from the last one
+RECORDS = ("parallel.auto_record",)  # set by the program
 GROUPS = ("model", "data", "tokenizer")
 MESH = tuple(
     f"parallel.{name}"
@@ -355,9 +356,9 @@ def _print_kept(composed: "DictConfig", result: "DictConfig", folder: RunFolder)
     except OmegaConfBaseException:  # reported by validation
         return
     kept = [
-        f"{key}={_get(after, key)}"
+        f"{key}={'null' if _get(after, key) is None else _get(after, key)}"
         for key in _leaves(after)
-        if _get(before, key) not in (_get(after, key), MISSING)
+        if _get(before, key) not in (_get(after, key), MISSING) and key not in RECORDS
     ]
     if kept:
         # Without a checkpoint, a value that made the launch fail must be among those shown.

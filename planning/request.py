@@ -72,6 +72,11 @@ def in_yaml(value: object) -> str:
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
+def is_open(key: str, value: object) -> bool:
+    """Return whether a value leaves a key that a search varies to the search."""
+    return (key, value) in (("parallel.dp_shard", -1), ("train.micro_batch_size", None))
+
+
 def configured_choice(config: JobConfig, mesh: MeshShape) -> Choice:
     """Return the choice that a configuration makes itself."""
     parallel = replace(config.parallel, **asdict(mesh))
@@ -108,9 +113,14 @@ class PlanRequest:
         self.kept, self.search_fp8 = kept, search_fp8
 
     def keeping(self, *keys: str) -> "PlanRequest":
-        """Return the request with more keys that a search does not vary."""
+        """Return the request with more keys that a search does not vary, unless left open."""
+        parallel, train = self.config.parallel, self.config.train
+        values = {
+            "parallel.dp_shard": parallel.dp_shard,
+            "train.micro_batch_size": train.micro_batch_size,
+        }
         request = copy(self)
-        request.kept = self.kept | set(keys)
+        request.kept = self.kept | {key for key in keys if not is_open(key, values.get(key))}
         return request
 
     def without(self, *keys: str) -> "PlanRequest":
