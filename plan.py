@@ -122,12 +122,13 @@ def search(config: PlanJobConfig, arguments: list[str]) -> bool:
 
 
 def _warn(config: PlanJobConfig, run: RunPlan) -> None:
-    """Print warnings about attention, time limits and the interval of checkpoints."""
+    """Print warnings about attention, time limits, and the interval of checkpoints if it fits."""
     from planning import report
 
     print_warnings(flash_attention_warnings(run.stages[0].spec))
     print_warnings(limit_warnings(config.watchdog, report.phase_seconds(run)))
-    print_warnings(interval_warnings(report.failure_plan(config, run)))
+    if run.fits:
+        print_warnings(interval_warnings(report.failure_plan(config, run)))
 
 
 def _remedy(config: PlanJobConfig, request: PlanRequest, current: Choice | None = None) -> str:

@@ -134,10 +134,15 @@ def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:
     return process_ranks(environment)[0] == 0
 
 
-def resolve_mesh(config: ParallelConfig, world_size: int) -> tuple[MeshShape, list[str]]:
+def resolve_mesh(
+    config: ParallelConfig, world_size: int, size_key: str | None = None
+) -> tuple[MeshShape, list[str]]:
     """Return the mesh of `world_size` processes with `dp_shard` resolved, and all errors.
 
     Without a number of processes (0), `dp_shard` is at least what the configuration needs.
+
+    Args:
+        size_key: Key that sets the number of processes; None: it is that of the started ones.
     """
     others = config.dp_replicate * config.cp * config.tp
     fixed = config.dp_shard != -1
@@ -156,7 +161,11 @@ def resolve_mesh(config: ParallelConfig, world_size: int) -> tuple[MeshShape, li
     named = ", ".join(f"parallel.{axis}={size}" for axis, size in vars(shape).items())
     count = shape.world_size if fixed else f"a multiple of {others}"
     per_node = shape.world_size // (config.num_nodes or 1)
+    start = f"start {count} processes (parallel.devices={per_node} if the run starts its own)"
+    if size_key is not None:
+        start = f"use {size_key}={shape.world_size if fixed else -(-world_size // others) * others}"
+        change = change.removeprefix("use ")
     return shape, [
-        f"the mesh ({named}) needs {shape.world_size} processes, not {world_size}; start {count} "
-        f"processes (parallel.devices={per_node} if the run starts its own), or {change}"
+        f"the mesh ({named}) needs {shape.world_size} processes, not {world_size}; {start}, or "
+        f"{change}"
     ]

@@ -48,6 +48,18 @@ class PlanJobConfig(JobConfig):
         return planned_devices(self.parallel, self.hardware, self.devices)
 
     @property
+    def devices_text(self) -> str:
+        """The number of devices, and that a node is planned where none is given."""
+        parallel, number = self.parallel, self.n_devices
+        given = (self.devices, parallel.devices, parallel.num_nodes)
+        fixed = parallel.dp_shard != -1 and not (self.search or self.smallest or parallel.auto)
+        if fixed or any(given) or self.hardware.accelerator == "cpu":
+            return f"{number:,}"
+        nodes = -(-number // self.hardware.devices_per_node)
+        planned = "one node is" if nodes == 1 else f"{nodes} nodes are"
+        return f"{number:,}: devices is not given, so {planned} planned"
+
+    @property
     def mesh(self) -> MeshShape:
         """The mesh of the configuration."""
         return resolve_mesh(self.parallel, self.n_devices)[0]
@@ -142,6 +154,22 @@ def flash_attention_warnings(spec: StepSpec) -> Iterator[str]:
     yield f"{given} with {given_with}: attention is planned as {spec.attention_name}; use {use}"
 
 
+def node_errors(parallel: ParallelConfig, hardware: Hardware, devices: int | None) -> Iterator[str]:
+    """Yield an error for a number of devices that is not that of the nodes."""
+    nodes = parallel.num_nodes
+    if devices is None or nodes is None:
+        return
+    per_node = parallel.devices or hardware.devices_per_node
+    if parallel.devices is None and hardware.accelerator == "cpu":
+        per_node = max(devices // nodes, 1)
+    if devices != nodes * per_node:
+        needed = "null" if devices % per_node else f"{devices // per_node}"
+        yield (
+            f"devices={devices} does not match parallel.num_nodes={nodes} with {per_node} devices "
+            f"each; use devices={nodes * per_node}, or parallel.num_nodes={needed}"
+        )
+
+
 def planned_mesh_errors(
     parallel: ParallelConfig,
     precision: PrecisionConfig,
@@ -156,7 +184,7 @@ def planned_mesh_errors(
     """Return the errors of the configured mesh; a search chooses its own."""
     if search or smallest or parallel.auto:
         return []
-    mesh, errors = resolve_mesh(parallel, planned_devices(parallel, hardware, devices))
+    mesh, errors = resolve_mesh(parallel, planned_devices(parallel, hardware, devices), "devices")
     if errors:
         return errors
     capability = hardware.compute_capability
@@ -207,5 +235,5 @@ def search_errors(
 
 PLAN_RULES = (
     *(hardware_errors, flash_attention_errors, framework_errors, power_limit_errors),
-    *(search_errors, planned_mesh_errors),
+    *(search_errors, node_errors, planned_mesh_errors),
 )

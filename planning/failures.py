@@ -255,9 +255,20 @@ def save_stall(spec: StepSpec, hardware: Hardware, write_seconds: float) -> floa
 
 
 def interval_warnings(plan: FailurePlan) -> Iterator[str]:
-    """Yield a warning if the configured interval is far from the best one in a run of an hour."""
-    lost = plan.best.productive - plan.configured.productive
-    if lost <= MAX_LOSS or plan.seconds < LEAST_SECONDS:
+    """Yield a warning if an interval is far from the best one, or none suffices, in a long run."""
+    configured, best, times = plan.configured, plan.best, plan.interruptions
+    if plan.seconds < LEAST_SECONDS:
+        return
+    failures = f"a failure every {time_text(times.mtbf_seconds)} on {plan.n_devices:,} devices"
+    if plan.n_devices == 1:
+        failures = failures.removesuffix("s")
+    if best.productive - configured.productive <= MAX_LOSS:
+        if math.isinf(plan.expected_seconds):
+            days = times.mtbf_seconds * plan.n_devices / SECONDS_PER_DAY
+            yield (
+                f"device_mtbf_days={days:g} means {failures}, which restarts and saves do not "
+                "outpace: the run never finishes; use fewer devices, or a higher device_mtbf_days"
+            )
         return
     interval, minutes = _interval_keys(plan.config)
     longest = max(step for step, _ in plan.stages)
@@ -267,11 +278,13 @@ def interval_warnings(plan: FailurePlan) -> Iterator[str]:
     use = f"checkpoint.interval={plan.best_interval}"
     if minutes is not None:
         use += " checkpoint.interval_minutes=null"
+    cause = f"waiting for them takes {configured.stalled:.1%} of the time"
+    if configured.lost > configured.stalled:
+        cause = f"steps repeated after {failures} take {configured.lost:.1%} of the time"
     yield (
-        f"checkpoint.{key}={given} saves every {time_text(plan.interval_seconds)}, and one of "
-        f"{plan.n_devices:,} devices fails every {time_text(plan.interruptions.mtbf_seconds)}: "
-        f"{plan.configured.productive:.0%} of the time goes into steps that count, and "
-        f"{plan.best.productive:.0%} with the best interval; use {use}"
+        f"checkpoint.{key}={given} saves every {time_text(plan.interval_seconds)}, and {cause}: "
+        f"the goodput is {configured.productive:.1%}, and {best.productive:.1%} with the best "
+        f"interval; use {use}"
     )
 
 

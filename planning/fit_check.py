@@ -58,12 +58,13 @@ def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str 
     parts = largest_parts(memory)
     run = None if hardware is None else plan_run(stages, hardware)
     warnings = [*limit_warnings(config.watchdog, planned_seconds(specs, hardware))]
-    if run is not None:
+    fits = memory.peak <= available and host <= host_limit
+    if run is not None and fits:
         warnings += interval_warnings(plan_failures(config.checkpoint, run))
     lines = [f"Warning: {warning}" for warning in warnings]
     if host:
         parts += f"; host memory {size_text(host)} of {size_text(host_limit)} per node"
-    if memory.peak <= available and host <= host_limit:
+    if fits:
         speed = "" if run is None else f"; about {run.tokens_per_second:,.0f} tokens/s"
         return "\n".join([f"{used} (fits): {parts}{speed}", *lines])
 

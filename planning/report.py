@@ -35,6 +35,7 @@ def print_plan(console: Console, config: PlanJobConfig, run: RunPlan) -> None:
     console.header(
         f"Plan: {config.model.name} on {spec.mesh.world_size} × {config.device.name}",
         [
+            ("devices", config.devices_text),
             ("mesh", str(spec.mesh)),
             *((name or "batch", _batch(stage)) for name, stage in stages),
             ("precision", _precision(spec.precision)),
@@ -229,6 +230,7 @@ def print_search(
     console.header(
         f"Search: {config.model.name} on {config.n_devices} × {config.device.name}",
         [
+            ("devices", config.devices_text),
             ("candidates", f"{result.candidates:,}"),
             ("given", ", ".join(given_options(request)) or "none"),
             ("not searched", ", ".join(options_not_searched(request))),

@@ -117,6 +117,50 @@ def test_number_of_devices_is_configured_or_one_node(
     assert config.n_devices == config.mesh.world_size == devices
 
 
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("experiment=llama3_405b_paper", "8: devices is not given, so one node is planned"),
+        ("parallel.dp_replicate=16", "16: devices is not given, so 2 nodes are planned"),
+        ("experiment=h100x8_8b parallel.devices=null parallel.num_nodes=null", "8"),
+        ("experiment=llama3_405b_paper devices=4096", "4,096"),
+        ("parallel.devices=8", "8"),
+        ("parallel.num_nodes=2", "16"),
+        ("hardware=cpu", "1"),
+        ("search=true parallel.dp_shard=8", "8: devices is not given, so one node is planned"),
+    ],
+)
+def test_plan_prints_whether_its_devices_are_given(
+    words: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = planned(*words.split())
+    run = run_of(config)
+    report.print_plan(Console(enabled=True), config, run)
+    assert re.search(rf"^  devices +{text}$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_devices_must_be_those_of_the_nodes() -> None:
+    [error] = problems("parallel.num_nodes=2", "devices=8")
+    assert error.startswith("devices=8 does not match parallel.num_nodes=2 with 8 devices each")
+    for words in (("parallel.num_nodes=2", "devices=16"), ("parallel.num_nodes=1", "devices=8")):
+        assert planned(*words).n_devices == int(words[1].partition("=")[2])
+        assert words[0] in error or words[1] in error
+    planned("parallel.num_nodes=2", "parallel.devices=4", "devices=8")
+    planned("hardware=cpu", "parallel.num_nodes=2", "devices=4")
+    assert problems("hardware=cpu", "parallel.num_nodes=2", "devices=3")
+
+
+def test_size_of_the_mesh_is_changed_by_keys_of_the_planner() -> None:
+    recipe = ("experiment=h100x8_8b", "parallel.num_nodes=null")
+    [error] = problems(*recipe, "devices=16")
+    assert error.endswith("; use devices=8, or parallel.dp_shard=-1, which resolves to 16")
+    for words in (("devices=8",), ("devices=16", "parallel.dp_shard=-1")):
+        planned(*recipe, *words)
+    [error] = problems("parallel.tp=2", "devices=3")
+    assert "; use devices=4, or let" in error
+    planned("parallel.tp=2", "devices=4")
+
+
 def test_token_budget_is_configured_or_that_of_max_steps_over_all_stages() -> None:
     stages = "data.stages=[{from_sample:32,seq_len:128},{from_sample:64,global_batch_size:32}]"
     sizes = ["train.seq_len=64", "train.global_batch_size=16", "train.max_steps=6", stages]

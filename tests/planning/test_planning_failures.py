@@ -17,6 +17,7 @@ from bench.goodput import SimulatedJob, Simulation, simulated_job
 from cli.arguments import CONF, plan_arguments
 from cli.config import load_plan_config
 from data.files import strict_json
+from plan import _warn as warn
 from planning import plan_json, report
 from planning.config import PlanJobConfig
 from planning.failures import FailurePlan, Interruptions, interval_warnings, time_text
@@ -87,6 +88,37 @@ def test_paper_recipe_is_warned_about_its_interval_and_the_remedy_works() -> Non
     assert record["days"] * 86_400 == pytest.approx(better.expected_seconds)
     assert run.cost is not None
     assert record["cost_usd"] == pytest.approx(run.cost / better.best.productive)
+
+
+def test_warning_about_the_interval_names_the_larger_part_of_the_loss() -> None:
+    _, _, often = planned("experiment=h100x8_8b", "checkpoint.async_save=false")
+    assert often.configured.stalled > 0.02 > often.configured.lost
+    [warning] = interval_warnings(often)
+    assert "waiting for them takes 2.6% of the time: the goodput is 97.4%" in warning
+    assert "fail" not in warning
+    _, _, rarely = planned(*PAPER, "devices=4096")
+    [warning] = interval_warnings(rarely)
+    assert re.search(r"repeated after a failure every 12 h on 4,096 devices take 2\d", warning)
+    [warning] = interval_warnings(replace(rarely, n_devices=1))
+    assert " on 1 device take " in warning
+
+
+def test_failures_before_any_save_are_reported() -> None:
+    words = (*PAPER, "devices=4096")
+    _, _, plan = planned(*words, "device_mtbf_days=1")
+    [warning] = interval_warnings(plan)
+    assert warning.startswith("device_mtbf_days=1 means a failure every 21 s on 4,096 devices")
+    assert not any("device_mtbf" in each for each in interval_warnings(planned(*words)[2]))
+
+
+@pytest.mark.parametrize("devices", [8, 4096])
+def test_plan_warns_about_the_interval_only_if_the_run_fits(
+    devices: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run, plan = planned(*PAPER, f"devices={devices}")
+    assert run.fits == (devices == 4096) and list(interval_warnings(plan))
+    warn(config, run)
+    assert ("checkpoint.interval" in capsys.readouterr().err) == run.fits
 
 
 @pytest.mark.parametrize(
