@@ -20,7 +20,7 @@ from planning.fit_check import CONTEXT_GIB, machine_memory, this_machine
 from planning.hardware import PROCESS_GIB, Hardware, load_hardware
 from planning.memory import GIB, size_text
 from planning.plan import RunPlan, memory_limit
-from planning.remedies import fewest_devices
+from planning.remedies import change_that_fits, fewest_devices
 from planning.request import Choice, PlanRequest, configured_choice, in_yaml, is_open
 from planning.search import peak_memory, search
 from planning.time_limits import SLOWEST
@@ -183,14 +183,20 @@ def _nothing_fits(
     def limit(spec: Any) -> int:
         return memory_limit(spec, hardware)
 
+    omitted = _omitted(request)
+    if (change := change_that_fits(request, limit, processes.world_size)) is not None:
+        return f"parallel.auto=true finds no mesh that fits on {devices}; {change}{omitted}"
     least = fewest_devices(request, limit, hardware.devices_per_node)
     remedy = "use a smaller model, shorter sequences, a larger batch or other hardware"
     if least is not None:
         number = least.mesh.world_size
         remedy = f"use {'at least ' if number > processes.world_size else ''}{device_count(number)}"
-    kept = [key for key in sorted(request.kept) if key in CHOSEN]
-    omitted = f", or omit {', '.join(kept)}" if kept else ""
     return f"parallel.auto=true finds no mesh that fits on {devices}; {remedy}{omitted}"
+
+
+def _omitted(request: PlanRequest) -> str:
+    kept = [key for key in sorted(request.kept) if key in CHOSEN]
+    return f", or omit {', '.join(kept)}" if kept else ""
 
 
 def _device(processes: Processes) -> str:

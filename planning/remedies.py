@@ -14,6 +14,7 @@ from planning.search import (
     choices,
     meshes,
     peak_memory,
+    searched_meshes,
     settings,
 )
 from planning.step_spec import StepSpec
@@ -21,6 +22,10 @@ from planning.valid_meshes import axis_meshes, device_count
 
 Limit = Callable[[StepSpec], int]
 """Return the bytes available to a rank; 0 if the node's host memory is too small."""
+
+WAITS = "no copy in host memory; training waits for each save"
+ROUNDED = "bf16 moments change results slightly"
+FASTEST = "plan.py smallest=true finds the fastest choice on the fewest devices"
 
 
 @dataclass(frozen=True)
@@ -51,28 +56,41 @@ def remedy(
     if (synchronous := request.with_synchronous_saves()) is not None:
         requests.append(synchronous)
         if current is not None and _first_fit(synchronous[0], [current], limit) is not None:
-            words = synchronous[1]
-            text = f"use {words} (no copy in host memory; training waits for each save)"
-            return Remedy(text, words)
+            return Remedy(f"use {synchronous[1]} ({WAITS})", synchronous[1])
     if current is not None:
         finds = "plan.py search=true finds the fastest choice"
         tried = [(each, extra, finds) for each, extra in requests]
         if (smaller := request.with_bf16_moments()) is not None:
-            tried.append((*smaller, f"bf16 moments change results slightly; {finds}"))
+            tried.append((*smaller, f"{ROUNDED}; {finds}"))
         for each, extra, note in tried:
             if (nearest := nearest_fit(each, current, limit)) is not None:
                 changed = [word for word in nearest.overrides if word not in current.overrides]
                 words = " ".join([*changed, extra]).strip()
                 return Remedy(f"use {words} ({note})", words)
+    elif (change := change_that_fits(request, limit, devices)) is not None:
+        return change
     for each, extra in requests:
         if (choice := fewest_devices(each, limit, per_node)) is not None:
             words, number = f"{choice} {extra}".strip(), choice.mesh.world_size
             least = "at least " if number > devices else ""
-            return Remedy(f"use {least}{device_count(number)} with {words}")
+            return Remedy(f"use {least}{device_count(number)}, such as with {words} ({FASTEST})")
     return Remedy(
         "no mesh of any size fits: use a smaller model, shorter sequences, a larger batch "
         "(which more devices can share) or other hardware"
     )
+
+
+def change_that_fits(request: PlanRequest, limit: Limit, devices: int) -> Remedy | None:
+    """Return a change of saves or moments with which a mesh of `devices` devices fits, or None."""
+    changes = ((request.with_synchronous_saves(), WAITS), (request.with_bf16_moments(), ROUNDED))
+    for change, note in changes:
+        if change is None:
+            continue
+        changed, words = change
+        on_devices = searched_meshes(devices, changed)
+        if any(_least_memory_fit(changed, mesh, limit) is not None for mesh in on_devices):
+            return Remedy(f"use {words} ({note})", words)
+    return None
 
 
 def _first_fit(request: PlanRequest, candidates: Iterable[Choice], limit: Limit) -> Choice | None:

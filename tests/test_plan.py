@@ -690,6 +690,23 @@ def test_remedy_names_fewer_devices_if_only_fewer_fit() -> None:
     assert choice is not None and choice.mesh.world_size == int(number)
 
 
+def test_remedy_with_more_devices_refers_to_the_search_for_the_fastest_choice() -> None:
+    config = planned(*LLAMA_70B, "devices=8")
+    limit = partial(memory_limit, hardware=config.hardware)
+    found = remedy(config.request, limit, 8, 8, configured_choice(config, config.mesh)).text
+    number, words = re.fullmatch(
+        r"use at least (\d+) devices, such as with (.*) \(plan\.py smallest=true finds the fastest "
+        r"choice on the fewest devices\)",
+        found,
+    ).groups()  # type: ignore[union-attr]
+    example = run_of(planned(*LLAMA_70B, f"devices={number}", *words.split()))
+    smallest = planned(*LLAMA_70B, "smallest=true")
+    least = fewest_devices(smallest.request, limit, 8)
+    assert least is not None and least.mesh.world_size == int(number) and example.fits
+    [(_, fastest)] = search(smallest.request, int(number), smallest.hardware, keep=1).best
+    assert fastest.tokens_per_second > example.tokens_per_second
+
+
 def test_fewest_devices_is_none_if_no_number_suffices() -> None:
     small = planned(*LLAMA_70B, "devices=8", "train.global_batch_size=1", "search=true").request
     assert fewest_devices(small, lambda spec: GIB // 4, 8) is None

@@ -198,6 +198,17 @@ def test_error_if_nothing_fits_names_the_smallest_number(
     assert "omit parallel.tp" in str(error.value)
 
 
+def test_error_if_nothing_fits_names_saves_without_a_copy(
+    checked: Callable[..., JobConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.auto_parallel.machine_memory", lambda: 5 * 2**30)
+    sizes = ("model.dim=1024", "model.n_heads=16", "model.n_layers=8", "model.ffn_dim=8192")
+    words = (*CPU, "parallel.devices=2", *sizes)
+    with pytest.raises(ConfigError, match=r"; use checkpoint\.async_save=false \(no copy"):
+        checked(*words)
+    assert checked(*words, "checkpoint.async_save=false").parallel.auto
+
+
 @pytest.mark.parametrize(
     ("words", "error", "remedies"),
     [

@@ -28,6 +28,7 @@ from planning.memory import GIB, size_text, step_memory
 from planning.plan import memory_limit, plan_run
 from planning.remedies import nearest_fit, remedy
 from planning.request import PlanRequest, configured_choice
+from planning.search import search
 from planning.step_spec import StepSpec
 from training.config import JobConfig, OptimConfig
 from training.config_validation import ConfigError
@@ -166,6 +167,30 @@ def test_train_names_a_remedy_that_works(
     report = check_plan(trained(*words, *remedy_words), processes, mesh)
     assert report is not None and "(fits)" in report
     assert ("host memory" in report) == (accelerator == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        (("experiment=h100x8_8b", "hardware.host_memory_gib=100"), "checkpoint.async_save=false"),
+        (
+            ("experiment=h200_8b", "precision.optimizer_state=fp32", "tokenizer=byte"),
+            "precision.optimizer_state=bf16",
+        ),
+    ],
+)
+def test_search_that_finds_nothing_names_a_change_before_more_devices(
+    words: tuple[str, ...], change: str
+) -> None:
+    def search_with(*more: str) -> tuple[Any, Any]:
+        config = load_plan_config(compose("plan", plan_arguments([*words, *more, "search=true"])))
+        result = search(config.request, config.n_devices, config.hardware, keep=1)
+        limit = partial(memory_limit, hardware=config.hardware)
+        return result.best, remedy(config.request, limit, config.n_devices, 8)
+
+    best, found = search_with()
+    assert not best and found.overrides == change and f"use {change} (" in found.text
+    assert search_with(change)[0]
 
 
 def test_remedy_combines_synchronous_saves_with_other_changes_only_if_necessary() -> None:
