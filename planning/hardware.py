@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Le
 
 from model.config_base import ConfigSection, PositiveInt
 from parallel.config import BF16_CAPABILITY
@@ -32,8 +32,11 @@ PROCESS_GIB = 0.45
 PRODUCT_EXPONENT, ATTENTION_EXPONENT = 0.8, 0.5
 """Rates follow the power limit to this power; sources: `Hardware.with_power_limit`."""
 
-Positive = Annotated[float, Gt(0), Lt(math.inf)]
-NonNegative = Annotated[float, Ge(0), Lt(math.inf)]
+LEAST, MOST = 1e-6, 1e9
+"""Bounds of sizes, rates, times and prices. A kilobyte per second, a millisecond per million
+operations and 32 years are beyond any device, and the plan's products of them are finite."""
+Positive = Annotated[float, Ge(LEAST), Le(MOST)]
+NonNegative = Annotated[float, Ge(0), Le(MOST)]
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Hardware(ConfigSection):
     capability: Positive | None = None
     flash_attention_tflops: dict[str, Positive] = field(default_factory=dict)
     devices_per_pod: PositiveInt | None = None
-    oversubscription: Annotated[float, Ge(1), Lt(math.inf)] = 1.0
+    oversubscription: Annotated[float, Ge(1), Le(MOST)] = 1.0
     note: str | None = None
 
     @property

@@ -160,7 +160,8 @@ def _failure_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
     times, gigabytes = plan.interruptions, plan.checkpoint_bytes / 1e9
     saves = "asynchronous" if config.checkpoint.async_save else "synchronous"
     writing = gigabytes / plan.n_nodes / plan.storage_gb_s
-    restart = "planned" if config.restart_seconds is None else "restart_seconds="
+    given = config.restart_seconds
+    restart = "planned" if given is None else f"restart_seconds={given:g}"
     planned, best = plan.configured, plan.best
     finishes = math.isfinite(plan.expected_seconds)
     rows = [

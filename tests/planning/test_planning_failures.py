@@ -2,12 +2,13 @@
 
 import json
 import math
+import random
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -21,8 +22,11 @@ from plan import _warn as warn
 from planning import plan_json, report
 from planning.config import PlanJobConfig
 from planning.failures import FailurePlan, Interruptions, interval_warnings, time_text
+from planning.hardware import LEAST, MOST, Hardware
 from planning.plan import RunPlan, plan_run
 from planning.request import configured_choice
+from training.config_validation import ConfigError
+from training.console import Console
 
 PAPER = ("experiment=llama3_405b_paper", "tokenizer=byte")
 
@@ -33,8 +37,12 @@ def _hydra() -> Iterator[None]:
         yield
 
 
+def _config(*arguments: str) -> PlanJobConfig:
+    return load_plan_config(compose("plan", plan_arguments(list(arguments))))
+
+
 def planned(*arguments: str) -> tuple[PlanJobConfig, RunPlan, FailurePlan]:
-    config = load_plan_config(compose("plan", plan_arguments(list(arguments))))
+    config = _config(*arguments)
     run = plan_run(config.request.stages(configured_choice(config, config.mesh)), config.hardware)
     return config, run, report.failure_plan(config, run)
 
@@ -167,9 +175,54 @@ def test_restart_and_failure_rate_are_keys() -> None:
     _, _, changed = planned("experiment=h100x512_405b", *words)
     assert changed.interruptions.mtbf_seconds == plan.interruptions.mtbf_seconds / 2
     assert changed.interruptions.restart_seconds == 3600
+    config, run, _ = planned("experiment=h100x512_405b", *words)
+    assert dict(report._failure_rows(config, run))["restart"] == "3,600 s (restart_seconds=3600)"
     # Without a key: a requeue, start-up, and loading of the checkpoint by 64 nodes.
     loading = 2 * plan.checkpoint_bytes / 64 / 0.5e9
     assert 150 + loading < plan.interruptions.restart_seconds < 150 + loading + 300
+
+
+@pytest.mark.parametrize("value", ["1e306", "1e-300"])
+@pytest.mark.parametrize("key", ["device_mtbf_days", "restart_seconds"])
+def test_failure_rate_and_restart_that_no_run_has_are_rejected(key: str, value: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        planned("experiment=h100x8_8b", f"{key}={value}")
+    assert f"{key}={float(value)} is " in str(raised.value)
+    limit = re.search(r"use at (?:most|least) ([\de.-]+)", str(raised.value))
+    assert limit
+    planned("experiment=h100x8_8b", f"{key}={limit[1]}")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_plan_is_finite_at_the_bounds_of_its_keys(seed: int) -> None:
+    config = _config("model=llama3_8b", "tokenizer=llama3", "data=mock", "devices=16")
+    choose = random.Random(seed).choice
+
+    def extreme(value: Any) -> Any:
+        if isinstance(value, dict):
+            each = extreme(1.0)
+            return {key: each or rate for key, rate in value.items()}
+        return choose([None, LEAST, MOST])
+
+    values = {
+        name: new
+        for name, annotation in get_type_hints(Hardware).items()
+        if "float" in str(annotation) and name != "capability"
+        if (new := extreme(getattr(config.hardware, name))) is not None
+    }
+    values["oversubscription"], values["devices_per_pod"] = choose([1.0, MOST]), 8
+    config = replace(
+        config,
+        hardware=replace(config.hardware, **values),
+        device_mtbf_days=choose([LEAST, 2112, MOST]),
+        restart_seconds=choose([None, LEAST, MOST]),
+    )
+    run = plan_run(config.request.stages(configured_choice(config, config.mesh)), config.hardware)
+    assert math.isfinite(run.tokens_per_second) and run.tokens_per_second > 0
+    assert run.cost is None or math.isfinite(run.cost)
+    report.print_plan(Console(enabled=True), config, run)
+    json.loads(strict_json(plan_json.plan_record(config, run)))
+    list(interval_warnings(report.failure_plan(config, run)))
 
 
 def test_synchronous_saves_stall_until_the_commit() -> None:

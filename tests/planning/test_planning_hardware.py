@@ -141,11 +141,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"power_watts": 0},
-        "hardware.power_watts=0 is not above 0; use a number above 0 or null",
+        "hardware.power_watts=0 is below 1e-06; use at least 1e-06 or null",
     ),
     (
         {"link_gb_s": 0},
-        "hardware.link_gb_s=0 is not above 0; use a number above 0",
+        "hardware.link_gb_s=0 is below 1e-06; use at least 1e-06",
+    ),
+    (
+        {"bandwidth_gb_s": 1e-300},
+        "hardware.bandwidth_gb_s=1e-300 is below 1e-06; use at least 1e-06",
+    ),
+    (
+        {"price_per_hour": 1e308},
+        "hardware.price_per_hour=1e+308 is above 1000000000; use at most 1000000000 or null",
     ),
     (
         {"network_gb_s": 3200},
