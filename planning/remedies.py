@@ -167,12 +167,6 @@ def fewest_devices(request: PlanRequest, limit: Limit, per_node: int) -> Choice 
     return None
 
 
-def largest_mesh(request: PlanRequest) -> MeshShape | None:
-    """Return the valid mesh with the most devices that batch, heads and sequence can use."""
-    ordered = sorted(axis_meshes(request), key=lambda mesh: (-mesh.world_size, mesh.cp))
-    return next((mesh for mesh in ordered if not request.mesh_errors(mesh)), None)
-
-
 def _least_memory_fit(request: PlanRequest, mesh: MeshShape, limit: Limit) -> Choice | None:
     """Return a choice on a mesh that fits, or None if none does.
 

@@ -10,7 +10,6 @@ from planning.config import PlanJobConfig
 from planning.failures import ExpectedGoodput, FailurePlan, plan_failures, time_text
 from planning.memory import GIB, PARTS, MemoryBreakdown, size_text
 from planning.plan import Plan, RunPlan
-from planning.remedies import largest_mesh
 from planning.request import PlanRequest, in_yaml
 from planning.search import SearchResult, given_options, options_not_searched
 from planning.time_limits import PhaseSeconds, planned_seconds, time_limits
@@ -58,8 +57,9 @@ def print_plan(console: Console, config: PlanJobConfig, run: RunPlan) -> None:
     )
     if traffic := full.traffic():
         unit, size = _unit(traffic[0][-1])
+        name = next(name for name, stage in stages if stage is full)
         console.table(
-            "Communication per rank and step",
+            f"Communication per rank and step{name and ', '}{name}",
             ["axis", "link", "collective", "purpose", "count", f"{unit} sent"],
             [[*names, f"{count:,}", f"{sent / size:,.3f}"] for *names, count, sent in traffic],
         )
@@ -81,7 +81,7 @@ def _unit(most: float) -> tuple[str, int]:
 
 
 def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
-    full, causal = run.fullest, run.mfu()
+    full, causal, mesh = run.fullest, run.mfu(), run.stages[0].spec.mesh
     mfu = "" if causal is None else f", MFU {causal:.1%} causal, {run.mfu(causal=False):.1%} full"
     source = f"train.max_steps={config.train.max_steps}" if config.tokens is None else "tokens="
     rows = [
@@ -90,10 +90,10 @@ def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
         *_nccl_rows(run),
         *_host_rows(config, run),
         ("bottleneck", run.bottleneck),
-        ("throughput", f"{run.tokens_per_second:,.0f} tokens/s{_throughput_interval(run)}"),
-        ("per device", f"{run.tokens_per_second_per_device:,.0f} tokens/s"),
+        ("throughput", f"{_decimals(run.tokens_per_second)} tokens/s{_throughput_interval(run)}"),
+        ("per device", f"{_decimals(run.tokens_per_second_per_device)} tokens/s"),
         ("", f"{run.tflops():.3g} TFLOP/s{mfu}"),
-        ("largest mesh", _largest_mesh(config, run)),
+        ("largest mesh", f"{run.largest_mesh:,} devices with cp={mesh.cp} and tp={mesh.tp}"),
         ("tokens", f"{compact(run.tokens)} ({source})"),
         ("duration", duration(run.seconds) if run.seconds >= 1 else "under a second"),
     ]
@@ -121,15 +121,6 @@ def _throughput_interval(run: RunPlan) -> str:
 def phase_seconds(run: RunPlan) -> PhaseSeconds:
     """Return the planned seconds of the phases with a time limit."""
     return planned_seconds([plan.spec for plan in run.stages], run.stages[0].hardware)
-
-
-def _largest_mesh(config: PlanJobConfig, run: RunPlan) -> str:
-    """Return the most devices that the batch can use with the planned cp and tp, and with any."""
-    mesh, largest = run.stages[0].spec.mesh, largest_mesh(config.request)
-    with_any = ""
-    if largest is not None and largest.world_size > run.largest_mesh:
-        with_any = f", {largest.world_size:,} with cp={largest.cp} and tp={largest.tp}"
-    return f"{run.largest_mesh:,} devices with cp={mesh.cp} and tp={mesh.tp}{with_any}"
 
 
 def _host_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
@@ -168,8 +159,8 @@ def _failure_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
         (
             "checkpoint",
             f"{_decimals(gigabytes)} GB, {_decimals(gigabytes / plan.n_nodes)} GB per node: "
-            f"{_decimals(writing)} s at {plan.storage_gb_s:g} GB/s; the interval needs "
-            f"{_decimals(plan.needed_gb_s)} GB/s",
+            f"{_decimals(writing)} s at {plan.storage_gb_s:g} GB/s; for the interval, storage must "
+            f"sustain {_decimals(plan.needed_gb_s)} GB/s per node",
         ),
         ("save stall", f"{_decimals(times.stall_seconds)} s, {saves} saves"),
         ("interval", f"{_interval(config, plan)}; best {_steps(plan.best_interval)}"),
@@ -179,7 +170,7 @@ def _failure_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
             f"{config.device.name} (device_mtbf_days={config.device_mtbf_days:g})",
         ),
         ("restart", f"{times.restart_seconds:,.0f} s ({restart})"),
-        ("goodput", f"{_goodput(planned)}; best {best.productive:.1%}"),
+        ("goodput", goodput_text(planned, best)),
         ("total duration", duration(plan.expected_seconds) if finishes else "never finishes"),
     ]
     if run.cost is not None and finishes:
@@ -188,12 +179,15 @@ def _failure_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
     return rows
 
 
-def _goodput(goodput: ExpectedGoodput) -> str:
-    """Return the goodput with the fractions of time that are not productive."""
-    return (
-        f"{goodput.productive:.1%} (lost steps {goodput.lost:.1%}, restarts {goodput.restart:.1%}, "
-        f"saves {goodput.stalled:.1%})"
+def goodput_text(planned: ExpectedGoodput, best: ExpectedGoodput) -> str:
+    """Return the goodput with its losses, and the best, with decimals that tell them apart."""
+    pair = (planned.productive, best.productive)
+    digits = next((each for each in (1, 2, 3) if len({f"{one:.{each}%}" for one in pair}) > 1), 2)
+    productive, lost, restart, stalled, most = (
+        f"{each:.{digits}%}"
+        for each in (*pair[:1], planned.lost, planned.restart, planned.stalled, *pair[1:])
     )
+    return f"{productive} (lost steps {lost}, restarts {restart}, saves {stalled}); best {most}"
 
 
 def _interval(config: PlanJobConfig, plan: FailurePlan) -> str:
@@ -261,9 +255,8 @@ def print_search(
                 for rank, (choice, run) in enumerate(result.best, start=1)
             ],
         )
-        numbered = [(str(rank), command) for rank, command in enumerate(commands, start=1)]
-        console.summary("Commands:", [], numbered)
-        console.note("")
+        numbered = [f"  {rank}:\n    {command}" for rank, command in enumerate(commands, start=1)]
+        console.note("\n\n".join(["Commands:", *numbered, ""]).removesuffix("\n"))
     if result.rejections:
         ordered = sorted(result.rejections.items(), key=lambda item: -item[1].count)
         rows = [(f"{each.count:,}", f"{why}; e.g. {each.example}") for why, each in ordered]
@@ -304,9 +297,10 @@ def _stage_names(run: RunPlan) -> list[str]:
 
 def _batch(plan: Plan) -> str:
     spec = plan.spec
+    batches = "micro-batch" if spec.micro_batches == 1 else "micro-batches"
     return (
         f"{spec.global_batch_size} sequences of {spec.seq_len} tokens per step; "
-        f"{spec.micro_batches} micro-batches of {spec.micro_batch_size} per data-parallel rank"
+        f"{spec.micro_batches} {batches} of {spec.micro_batch_size} per data-parallel rank"
     )
 
 

@@ -77,6 +77,11 @@ class TimeLimits:
     def __str__(self) -> str:
         phases = {"set-up": self.setup, "step": self.step, "checkpoint": self.checkpoint}
         return ", ".join(
-            f"{phase} {'off' if seconds == math.inf else f'{seconds:,g} s'}"
+            f"{phase} {'off' if seconds == math.inf else f'{_plain(seconds)} s'}"
             for phase, seconds in phases.items()
         )
+
+
+def _plain(seconds: float) -> str:
+    """Return a number without an exponent."""
+    return f"{seconds:,.0f}" if seconds >= 1000 else f"{seconds:g}"

@@ -30,12 +30,13 @@ from plan import search as plan_search
 from planning import fit_check, plan_json, report
 from planning.communicators import COMMUNICATOR_BYTES, n_communicators
 from planning.config import PlanJobConfig
+from planning.failures import ExpectedGoodput
 from planning.fake_model import fake_model
 from planning.fit_check import check_plan, machine_memory, plan_comparison
 from planning.hardware import PROCESS_GIB, load_hardware
 from planning.memory import GIB, PARTS, step_memory
 from planning.plan import Plan, RunPlan, capacity, link, memory_limit, plan_run
-from planning.remedies import fewest_devices, largest_mesh, nearest_fit, remedy
+from planning.remedies import fewest_devices, nearest_fit, remedy
 from planning.request import Choice, PlanRequest, configured_choice
 from planning.search import CHECKPOINT_MODES, REDUCE_MODES, choices, divisors, meshes, search
 from training.config import JobConfig
@@ -519,6 +520,47 @@ def test_plan_reports_cost_in_the_currency_of_the_hardware_and_energy(
     assert re.search(r"energy +[\d,.]+ [kM]Wh at most, 700 W per device without hosts", printed)
 
 
+def test_tables_of_a_run_with_stages_name_their_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("train.seq_len=64", "train.global_batch_size=16", "train.max_steps=9")
+    for stages, name in (("[{from_sample:64,seq_len:128}]", ", stage 2"), ("[]", "")):
+        config = planned(*words, f"data.stages={stages}", "parallel.dp_shard=2")
+        run = run_of(config)
+        report.print_plan(Console(enabled=True), config, run)
+        printed = capsys.readouterr().out
+        assert f"\nCommunication per rank and step{name}\n" in printed
+        assert f"\nStep time{name}\n" in printed
+        mesh = dict(report._summary_rows(config, run))["largest mesh"]
+        assert mesh == "16 devices with cp=1 and tp=1"
+
+
+def test_slow_runs_and_long_limits_are_printed_as_plain_numbers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = planned("experiment=h100x8_8b", "hardware=cpu")
+    report.print_plan(Console(enabled=True), config, run_of(config))
+    printed = capsys.readouterr().out
+    assert re.search(r"per device +0\.\d+ tokens/s", printed)
+    assert re.search(r"time limits +set-up \d,\d{3},\d{3} s", printed)
+    assert "; 1 micro-batch of" in report._batch(run_of(planned("parallel.dp_shard=2")).stages[0])
+
+
+@pytest.mark.parametrize(
+    ("planned_part", "best_part", "text"),
+    [
+        (0.974, 0.996, "97.4% (lost steps 1.3%, restarts 0.0%, saves 1.3%); best 99.6%"),
+        (0.9996, 0.9999, "99.96% (lost steps 0.02%, restarts 0.00%, saves 0.02%); best 99.99%"),
+        (0.9998, 0.9998, "99.98% (lost steps 0.01%, restarts 0.00%, saves 0.01%); best 99.98%"),
+    ],
+)
+def test_goodput_has_the_decimals_that_differ(
+    planned_part: float, best_part: float, text: str
+) -> None:
+    lost = (1 - planned_part) / 2
+    goodput = ExpectedGoodput(planned_part, lost, lost, 0.0)
+    best = ExpectedGoodput(best_part, 1 - best_part, 0.0, 0.0)
+    assert report.goodput_text(goodput, best) == text
+
+
 @pytest.mark.parametrize(
     ("kwh", "text"), [(0.01234, "0.0123 kWh"), (999, "999 kWh"), (21_500, "21.5 MWh")]
 )
@@ -602,9 +644,12 @@ def test_search_keeps_given_options_and_lists_those_not_searched(
         assert choice.mesh.tp == 2 and choice.parallel.compile is False
     assert not any(choice.parallel.async_tp for choice, _ in result.best)  # needs compilation
     report.print_search(Console(enabled=True), config, request, result, [""] * len(result.best))
-    printed = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out
+    assert "\n\n\n" not in lines
+    printed = " ".join(lines.split())
     assert "given parallel.tp=2, parallel.compile=false" in printed
     assert "not searched precision.fp8 (search_fp8=true), train.global_batch_size" in printed
+    assert "Commands: 1: " in printed
     on_all = search(request.keeping("parallel.dp_shard"), 8, config.hardware)  # -1 is no choice
     assert on_all.best == result.best
 
@@ -662,20 +707,6 @@ def test_smallest_number_of_devices_is_that_of_a_brute_force_search(name: str, g
     assert (choice.mesh.world_size if choice else None) == next(fitting, None)
     if choice is not None:
         assert plan_run(request.stages(choice), hardware).fits
-
-
-@pytest.mark.parametrize("sizes", [(3, 12), (1, 32), (2, 10)])
-def test_largest_mesh_is_that_of_a_brute_force_search(sizes: tuple[int, int]) -> None:
-    batch, seq_len = sizes
-    config = planned(
-        "experiment=smoke", f"train.global_batch_size={batch}", f"train.seq_len={seq_len}"
-    )
-    request = config.request
-    found = largest_mesh(request)
-    numbers = range(1, batch * seq_len * config.model.n_heads + 1)
-    valid = [n for n in numbers if any(not request.mesh_errors(mesh) for mesh in meshes(n))]
-    assert found is not None and found.world_size == valid[-1]
-    assert largest_mesh(request.keeping("parallel.tp", "parallel.cp")) == MeshShape(1, batch, 1, 1)
 
 
 def test_remedy_names_fewer_devices_if_only_fewer_fit() -> None:
