@@ -74,9 +74,10 @@ def check_plan(config: JobConfig, processes: Processes, mesh: MeshShape) -> str 
 
     more = remedy(request, limit, mesh.world_size, processes.per_node, choice)
     advice = str(more)
-    cpu_only = processes.accelerator == "cpu" and config.parallel.accelerator == "auto"
-    if cpu_only and not more.overrides:
-        advice = ON_GPUS
+    on_cpu = processes.accelerator == "cpu"
+    cpu_only = on_cpu and config.parallel.accelerator == "auto"
+    if on_cpu and not more.overrides:  # more processes of this machine share its memory
+        advice = ON_GPUS if cpu_only else f"use parallel.accelerator=auto and {ON_GPUS}"
     message = f"{used} (does not fit): {parts}; {advice}"
     if cpu_only:
         message = f"torch finds no GPU here, so the run is planned on the CPU. {message}"
@@ -101,7 +102,8 @@ def plan_comparison(
         )
         for plan in run.stages
     }
-    return PlanComparison(steps, plan_failures(config.checkpoint, run).interruptions.stall_seconds)
+    stall = plan_failures(config.checkpoint, run).interruptions.stall_seconds
+    return PlanComparison(steps, stall, process_gib)
 
 
 def watchdog_limits(config: JobConfig, processes: Processes, mesh: MeshShape) -> TimeLimits:

@@ -35,12 +35,17 @@ class PlanComparison:
     Args:
         steps: Plan of each stage by sequence length and global batch size.
         save_stall_seconds: Planned wait of the training for a save.
+        process_gib: Part of the planned memory that is the process without tensors, on CPU.
     """
 
     def __init__(
-        self, steps: Mapping[tuple[int, int], PlannedStep], save_stall_seconds: float
+        self,
+        steps: Mapping[tuple[int, int], PlannedStep],
+        save_stall_seconds: float,
+        process_gib: float = 0.0,
     ) -> None:
         self.steps, self.planned_stall = steps, save_stall_seconds
+        self.process_gib = process_gib
         self.save_stall_seconds: float | None = None  # of the latest save
         self._stage: Stage | None = None
         self._n_steps = 0
@@ -79,15 +84,20 @@ class PlanComparison:
         return fields
 
 
-def comparison_text(metrics: Mapping[str, Any], stage: Stage) -> str:
-    """Return the measured and planned values in metrics that have `PlanComparison.fields`."""
+def comparison_text(metrics: Mapping[str, Any], stage: Stage, process_gib: float) -> str:
+    """Return the measured and planned values in metrics that have `PlanComparison.fields`.
+
+    Args:
+        process_gib: As in `PlanComparison`; the memory plan at launch does not contain it.
+    """
+    process = f", {process_gib:g} of it without tensors" if process_gib else ""
     seconds, planned = metrics["median_step_seconds"], metrics["planned_step_seconds"]
     tokens_per_second = stage.global_batch_size * stage.seq_len / seconds
     text = (
         f"Measured next to the plan: {tokens_per_second:,.0f} tokens/s (planned "
         f"{metrics['planned_tokens_per_second']:,.0f}, {planned / seconds - 1:+.0%}), "
         f"{seconds:.3g} s per step ({planned:.3g}), memory {metrics['peak_memory_gib']:.2f} GiB "
-        f"({metrics['planned_peak_memory_gib']:.2f})"
+        f"({metrics['planned_peak_memory_gib']:.2f}{process})"
     )
     if "save_stall_seconds" in metrics:
         stall, planned = metrics["save_stall_seconds"], metrics["planned_save_stall_seconds"]

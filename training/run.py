@@ -277,8 +277,8 @@ class Run:
         self.last_metrics |= metrics
         with self.optional("metrics on the console"):
             self.console.log(metrics)
-            if compared:
-                self.console.note(comparison_text(metrics, stage))
+            if compared and self.comparison is not None:
+                self.console.note(comparison_text(metrics, stage, self.comparison.process_gib))
         if self.metrics is not None:
             with self.optional("metrics"):
                 self.metrics.write(metrics)

@@ -78,7 +78,7 @@ def test_console_and_metrics_have_the_comparison_once() -> None:
     """At a logged step of a run on a known device, with the stall of a save that has ended."""
     lines: list[dict[str, Any]] = []
     notes: list[str] = []
-    comparison = PlanComparison(PLANNED, 0.1)
+    comparison = PlanComparison(PLANNED, 0.1, 0.45)
     comparison.save_stall_seconds = 0.25
     model = ModelConfig("small", 64, 1, 8, 8, 64, 64, tie_embeddings=False)
     run: Any = SimpleNamespace(
@@ -104,4 +104,4 @@ def test_console_and_metrics_have_the_comparison_once() -> None:
     assert note.startswith(
         "Measured next to the plan: 640 tokens/s (planned 512, +25%), 0.4 s per step (0.5), memory "
     )
-    assert note.endswith(" GiB (2.00), save stall 0.25 s (0.1)")
+    assert note.endswith(" GiB (2.00, 0.45 of it without tensors), save stall 0.25 s (0.1)")
