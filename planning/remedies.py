@@ -73,7 +73,10 @@ def remedy(
         if (choice := fewest_devices(each, limit, per_node)) is not None:
             words, number = f"{choice} {extra}".strip(), choice.mesh.world_size
             least = "at least " if number > devices else ""
-            return Remedy(f"use {least}{device_count(number)}, such as with {words} ({FASTEST})")
+            count, nodes = device_count(number), -(-number // per_node)
+            if request.accelerator == "cpu" and nodes > 1:  # whose processes share its memory
+                count += f" on {nodes} nodes"
+            return Remedy(f"use {least}{count}, such as with {words} ({FASTEST})")
     return Remedy(
         "no mesh of any size fits: use a smaller model, shorter sequences, a larger batch "
         "(which more devices can share) or other hardware"

@@ -721,6 +721,19 @@ def test_remedy_names_fewer_devices_if_only_fewer_fit() -> None:
     assert choice is not None and choice.mesh.world_size == int(number)
 
 
+def test_remedy_with_more_processes_on_cpu_names_their_nodes() -> None:
+    config = planned("experiment=h100x8_8b", "hardware=cpu", "hardware.memory_gib=128")
+    limit = partial(memory_limit, hardware=config.hardware)
+    found = remedy(config.request, limit, 8, 8, configured_choice(config, config.mesh)).text
+    devices, nodes, words = re.findall(
+        r"(\d+) devices on (\d+) nodes, such as with (.*?) \(", found
+    )[0]
+    assert int(nodes) == int(devices) / 8 > 1
+    recipe = ("experiment=h100x8_8b", "parallel.num_nodes=null", "hardware=cpu")
+    fits = planned(*recipe, "hardware.memory_gib=128", f"devices={devices}", *words.split())
+    assert run_of(fits).fits
+
+
 def test_remedy_with_more_devices_refers_to_the_search_for_the_fastest_choice() -> None:
     config = planned(*LLAMA_70B, "devices=8")
     limit = partial(memory_limit, hardware=config.hardware)
