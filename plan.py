@@ -12,7 +12,7 @@ import shlex
 import sys
 from functools import partial
 
-from cli.arguments import explicit_keys, parse_options
+from cli.arguments import explicit_keys, parse_options, typed_files
 from cli.composition import compose_config
 from cli.config import load_plan_config, print_warnings
 from cli.errors import exit_on_user_error
@@ -25,6 +25,7 @@ from planning.request import Choice, PlanRequest, configured_choice
 from planning.search import search as search_choices
 from planning.time_limits import limit_warnings
 from planning.valid_meshes import no_valid_mesh
+from training.config_warnings import async_tp_warnings
 
 PLANNER_KEYS = (
     *("hardware", "devices", "tokens", "device_mtbf_days", "restart_seconds"),
@@ -41,6 +42,7 @@ PLANNER_KEYS = (
     ),
 )
 """Keys that `train.py` does not have."""
+LAUNCH_KEYS = ("parallel.devices", "parallel.num_nodes")
 
 
 def main(arguments: list[str]) -> None:
@@ -53,8 +55,7 @@ def main(arguments: list[str]) -> None:
             path, hardware = measure_local_hardware()
             print(f"Wrote {path} ({hardware.name}). Use it with hardware={path.stem}.")
             return
-        searches = config.search or config.smallest or config.parallel.auto
-        fits = search(config, arguments) if searches else plan(config)
+        fits = search(config, arguments) if config.searches else plan(config)
     sys.exit(not fits)
 
 
@@ -93,7 +94,7 @@ def search(config: PlanJobConfig, arguments: list[str]) -> bool:
             config = dataclasses.replace(config, devices=least.mesh.world_size)
     result = search_choices(request, config.n_devices, config.device)
     console = Console(enabled=True)
-    commands = [train_command(choice, arguments) for choice, _ in result.best]
+    commands = [train_command(choice, config, arguments) for choice, _ in result.best]
     report.print_search(console, config, request, result, commands)
     record = plan_json.search_record(config, request, result, commands)
     fits, capacity = False, 0
@@ -105,6 +106,8 @@ def search(config: PlanJobConfig, arguments: list[str]) -> bool:
         console.note(f"Plan of choice {rank}:\n")
         report.print_plan(console, config, best)
         if best.fits:
+            train = dataclasses.replace(config.train, micro_batch_size=choice.micro_batch_size)
+            print_warnings(async_tp_warnings(choice.parallel, train))
             _warn(config, best)
             record["best_plan"] = plan_json.plan_record(config, best) | {"choice": rank}
             fits, capacity = True, best.fullest.capacity
@@ -141,15 +144,26 @@ def _remedy(config: PlanJobConfig, request: PlanRequest, current: Choice | None 
     return f"Does not fit on {devices} × {hardware.name}: {found}"
 
 
-def train_command(choice: Choice, arguments: list[str]) -> str:
-    """Return the `train.py` command for a choice: this command without the planner's own keys."""
-    chosen = {word.partition("=")[0] for word in choice.overrides}
-    kept = []
-    for word in parse_options(arguments, "plan").words:
+def train_command(choice: Choice, config: PlanJobConfig, arguments: list[str]) -> str:
+    """Return the `train.py` command for a choice: this command without the planner's own keys.
+
+    The mesh gives the number of processes; that of an experiment is removed if it is another one.
+    """
+    options, parallel, kept = parse_options(arguments, "plan"), config.parallel, []
+    omitted = {word.partition("=")[0] for word in choice.overrides}.union(LAUNCH_KEYS)
+    for word in options.words:
         plain_word = word.lstrip("+-")
         key = plain_word.lstrip("~").partition("=")[0]
-        if key.partition(".")[0] not in PLANNER_KEYS and key not in chosen:
+        if key.partition(".")[0] not in PLANNER_KEYS and key not in omitted:
             kept.append(plain_word)
+    per_node = parallel.devices or config.hardware.devices_per_node
+    is_other = per_node * (parallel.num_nodes or 1) != choice.mesh.world_size
+    if typed_files(options, "experiment"):
+        values = {key: getattr(parallel, key.partition(".")[2]) for key in LAUNCH_KEYS}
+        unset = explicit_keys(options.words).intersection(LAUNCH_KEYS)
+        if is_other or unset:
+            unset |= {key for key, value in values.items() if value is not None}
+        kept += [f"{key}=null" for key in sorted(unset)]
     return " ".join(["python train.py", *map(shlex.quote, kept), *choice.overrides])
 
 

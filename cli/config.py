@@ -184,7 +184,11 @@ def load_plan_config(composed: DictConfig) -> "PlanJobConfig":
     config = _load(composed, PlanJobConfig, applied)
     if config.run.init_from is not None and not RunFolder(Path(config.run.dir)).committed_steps():
         check_initial_weights(config.run, config.model)  # they may have selected the model
-    print_warnings(config_warnings(config))
+    warned = config
+    if config.searches:  # `plan.py` warns about the combination that it finds
+        parallel = dataclasses.replace(config.parallel, async_tp=False)
+        warned = dataclasses.replace(config, parallel=parallel)
+    print_warnings(config_warnings(warned))
     return config
 
 

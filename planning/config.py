@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from data.config import DataConfig
@@ -41,6 +42,11 @@ class PlanJobConfig(JobConfig):
         """The hardware with its power limit."""
         limit = self.power_limit_watts
         return self.hardware if limit is None else self.hardware.with_power_limit(limit)
+
+    @property
+    def searches(self) -> bool:
+        """Whether mesh and settings are searched."""
+        return self.search or self.smallest or self.parallel.auto
 
     @property
     def n_devices(self) -> int:
@@ -221,10 +227,14 @@ def power_limit_errors(power_limit_watts: float | None, hardware: Hardware) -> I
 
 
 def search_errors(
-    search: bool, search_fp8: bool, smallest: bool, devices: int | None
+    search: bool,
+    search_fp8: bool,
+    smallest: bool,
+    devices: int | None,
+    parallel: ParallelConfig,
 ) -> Iterator[str]:
     """Yield errors for keys of a search without one, and for a number of devices to be found."""
-    if search_fp8 and not (search or smallest):
+    if search_fp8 and not (search or smallest or parallel.auto):
         yield "search_fp8=true has no effect without a search; use search=true or search_fp8=false"
     if smallest and devices is not None:
         yield (
@@ -233,7 +243,17 @@ def search_errors(
         )
 
 
+def output_errors(output: str | None) -> Iterator[str]:
+    """Yield an error for a file that the plot would replace."""
+    if output is not None and Path(output).suffix.lower() == ".png":
+        json = Path(output).with_suffix(".json")
+        yield (
+            f"output={output} is the name of the plot next to the plan; use output={json}, whose "
+            "plot has this name"
+        )
+
+
 PLAN_RULES = (
     *(hardware_errors, flash_attention_errors, framework_errors, power_limit_errors),
-    *(search_errors, node_errors, planned_mesh_errors),
+    *(search_errors, output_errors, node_errors, planned_mesh_errors),
 )

@@ -247,10 +247,20 @@ def currency_errors(currency: str) -> Iterator[str]:
         )
 
 
+def oversubscription_errors(oversubscription: float, devices_per_pod: int | None) -> Iterator[str]:
+    """Yield an error for a slower network between pods whose size is unknown."""
+    if oversubscription > 1 and devices_per_pod is None:
+        yield (
+            f"hardware.oversubscription={oversubscription:g} applies between pods, but "
+            "hardware.devices_per_pod=null; use hardware.devices_per_pod=1024 or the size of a "
+            "pod, or hardware.oversubscription=1"
+        )
+
+
 RULES = (
     *(missing_rate_errors, matrix_rate_errors, attention_rate_errors, flash_attention_rate_errors),
     *(reserved_memory_errors, link_rate_errors, device_name_errors, capability_errors),
-    currency_errors,
+    *(currency_errors, oversubscription_errors),
 )
 
 

@@ -446,8 +446,9 @@ def given_options(request: PlanRequest) -> list[str]:
 
 
 def options_not_searched(request: PlanRequest) -> list[str]:
-    """Return the names of other options that a search does not vary."""
-    fp8 = [] if request.searches_fp8 else ["precision.fp8 (search_fp8=true)"]
+    """Return the names of options that a search does not vary, other than given ones."""
+    is_known = request.searches_fp8 or "precision.fp8" in request.kept
+    fp8 = [] if is_known else ["precision.fp8 (search_fp8=true)"]
     return [*fp8, *NOT_SEARCHED]
 
 

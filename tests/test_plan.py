@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
@@ -38,7 +39,15 @@ from planning.memory import GIB, PARTS, step_memory
 from planning.plan import Plan, RunPlan, capacity, link, memory_limit, plan_run
 from planning.remedies import fewest_devices, nearest_fit, remedy
 from planning.request import Choice, PlanRequest, configured_choice
-from planning.search import CHECKPOINT_MODES, REDUCE_MODES, choices, divisors, meshes, search
+from planning.search import (
+    CHECKPOINT_MODES,
+    REDUCE_MODES,
+    choices,
+    divisors,
+    meshes,
+    options_not_searched,
+    search,
+)
 from training.config import JobConfig
 from training.config_rules import device_errors, fp8_errors, mesh_errors
 from training.config_validation import ConfigError
@@ -223,6 +232,20 @@ def test_all_errors_are_reported_together_with_remedies() -> None:
     assert any(each.startswith("devices=0 is below 1; use at least 1") for each in found)
     assert any(each.startswith("tokens=0 is below 1; use") for each in found)
     assert any("parallel.accelerator=cpu does not match hardware h100" in each for each in found)
+
+
+def test_keys_of_the_planner_without_effect_are_rejected(tmp_path: Path) -> None:
+    [error] = problems("search_fp8=true")
+    assert error.startswith("search_fp8=true has no effect without a search")
+    for words in (("search=true",), ("smallest=true",), ("parallel.auto=true",)):
+        planned("search_fp8=true", *words)
+    [error] = problems("output=plans/x.png")
+    assert "is the name of the plot next to the plan; use output=plans/x.json, " in error
+    planned("output=plans/x.json")
+    [error] = problems("hardware=h100", "hardware.oversubscription=8")
+    assert error.startswith("hardware.oversubscription=8 applies between pods, but ")
+    for word in re.findall(r"use (\S+)|, or (\S+)$", error):
+        planned("hardware=h100", "hardware.oversubscription=8", *filter(None, word))
 
 
 def test_mesh_is_validated_by_the_rules_of_train() -> None:
@@ -611,6 +634,45 @@ def test_overrides_of_a_search_result_reproduce_its_plan() -> None:
         assert plans_of(again)[0].tokens_per_second == plan.tokens_per_second
 
 
+@pytest.mark.parametrize(
+    ("words", "is_recipe_size"),
+    [
+        ((*LLAMA_8B, "devices=16", "parallel.devices=8", "parallel.num_nodes=2"), False),
+        (("experiment=h100x8_8b",), True),
+        (("experiment=h100x8_8b", "devices=16", "parallel.num_nodes=2"), False),
+        (("experiment=h100x8_8b", "smallest=true"), False),
+    ],
+)
+def test_command_of_a_search_starts_the_processes_of_its_mesh(
+    words: tuple[str, ...], is_recipe_size: bool, tmp_path: Path
+) -> None:
+    """Neither typed numbers of processes nor those of an experiment contradict the mesh."""
+    overrides = [*words, "search=true", f"output={tmp_path / 'plan.json'}"]
+    assert plan_search(planned(*overrides), overrides)
+    for best in json.loads((tmp_path / "plan.json").read_text())["best"]:
+        parallel = trained(*shlex.split(best["command"])[2:]).parallel
+        launched = parallel.devices, parallel.num_nodes
+        assert launched == ((8, 1) if is_recipe_size else (None, None))
+        n_processes = math.prod(getattr(parallel, axis) for axis in MeshShape.__annotations__)
+        assert (n_processes == 8) == is_recipe_size
+
+
+def test_search_warns_about_the_micro_batch_that_it_chooses(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = [*LLAMA_8B, "devices=8", "parallel.tp=8", "parallel.async_tp=true", "output=null"]
+    words += ["parallel.compile=true", "train.micro_batch_size=1"]
+    planned(*words)
+    assert "parallel.async_tp=true overlaps 2 of the 8" in capsys.readouterr().err
+    config = planned(*words, "search=true")
+    assert capsys.readouterr().err == ""
+    plan_search(config, [*words, "search=true"])
+    assert "parallel.async_tp=true overlaps 2 of the 8" in capsys.readouterr().err
+    searched = [word for word in words if not word.startswith("train.micro")]
+    plan_search(config, [*searched, "search=true"])
+    assert capsys.readouterr().err == ""
+
+
 def test_search_gives_a_reason_for_every_rejected_candidate() -> None:
     config = planned(
         "model=llama3_1_70b", *REAL, "train.global_batch_size=24", "devices=64", "search=true"
@@ -650,6 +712,8 @@ def test_search_keeps_given_options_and_lists_those_not_searched(
     assert "given parallel.tp=2, parallel.compile=false" in printed
     assert "not searched precision.fp8 (search_fp8=true), train.global_batch_size" in printed
     assert "Commands: 1: " in printed
+    given = planned(*LLAMA_8B, "precision.fp8=rowwise", "search=true", "search_fp8=true").request
+    assert not any("fp8" in each for each in options_not_searched(given.keeping("precision.fp8")))
     on_all = search(request.keeping("parallel.dp_shard"), 8, config.hardware)  # -1 is no choice
     assert on_all.best == result.best
 

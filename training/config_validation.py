@@ -98,8 +98,11 @@ def _valid_sections(
 
     sections: dict[str, Any] = {}
     errors: list[str] = []
+    defaults = _defaults(schema)
     for name, annotation in fields_of(schema).items():
         if name not in values:
+            if name in defaults:
+                sections[name] = defaults[name]
             continue
         with suppress(ValidationError):  # reported by `validate`; unknown keys keep the rules
             section = _adapter(annotation).validate_python(values[name], extra="ignore")
@@ -111,6 +114,16 @@ def _valid_sections(
             else:
                 sections[name] = section
     return sections, errors
+
+
+def _defaults(schema: Any) -> dict[str, Any]:
+    """Return the values of omitted fields, without those that must be given."""
+    missing = dataclasses.MISSING
+    made = {
+        each.name: each.default if each.default_factory is missing else each.default_factory()
+        for each in dataclasses.fields(schema)
+    }
+    return {name: value for name, value in made.items() if value is not missing}
 
 
 def _rule_errors(rules: Sequence[Rule], sections: dict[str, Any]) -> list[str]:
