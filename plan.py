@@ -76,8 +76,8 @@ def plan(config: PlanJobConfig) -> bool:
     if not run.fits:
         record["remedy"] = _remedy(config, config.request, choice)
         console.note(record["remedy"])
-    bars = report.memory_bars(run)
-    plan_json.write(console, config, record, bars, run.fullest.capacity, choice.mesh)
+    bars, limits = report.memory_bars(run), report.bar_limits(run)
+    plan_json.write(console, config, record, bars, limits, choice.mesh)
     return run.fits
 
 
@@ -97,7 +97,7 @@ def search(config: PlanJobConfig, arguments: list[str]) -> bool:
     commands = [train_command(choice, config, arguments) for choice, _ in result.best]
     report.print_search(console, config, request, result, commands)
     record = plan_json.search_record(config, request, result, commands)
-    fits, capacity = False, 0
+    fits = False
     for rank, (choice, best) in enumerate(result.best, start=1):
         if config.trace:
             from planning.tracing import trace_memory
@@ -110,17 +110,16 @@ def search(config: PlanJobConfig, arguments: list[str]) -> bool:
             print_warnings(async_tp_warnings(choice.parallel, train))
             _warn(config, best)
             record["best_plan"] = plan_json.plan_record(config, best) | {"choice": rank}
-            fits, capacity = True, best.fullest.capacity
+            fits = True
             break
         console.note(f"Traced memory of choice {rank} does not fit.")
     if not result.best:
         record["remedy"] = _remedy(config, request)
         console.note(record["remedy"])
-    bars = [
-        (f"{rank}: {choice.mesh}", run.fullest.memory)
-        for rank, (choice, run) in enumerate(result.best, start=1)
-    ]
-    plan_json.write(console, config, record, bars, capacity)
+    names = report.choice_names([choice for choice, _ in result.best])
+    plans = [run.fullest for _, run in result.best]
+    bars = [(name, each.memory) for name, each in zip(names, plans, strict=True)]
+    plan_json.write(console, config, record, bars, [each.capacity for each in plans])
     return fits
 
 

@@ -55,6 +55,11 @@ class MemoryBreakdown:
         return max(PARTS, key=lambda part: getattr(self, part))
 
 
+def size_unit(most: float) -> tuple[str, int]:
+    """Return the unit for sizes up to `most` bytes, and its bytes."""
+    return ("GiB", GIB) if most >= GIB else ("MiB", 2**20)
+
+
 def size_text(size: int) -> str:
     """Return a size for messages, in MiB where GiB would show zeros."""
     return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB"

@@ -144,14 +144,14 @@ def write(
     config: PlanJobConfig,
     record: dict[str, Any],
     bars: Sequence[tuple[str, MemoryBreakdown]],
-    limit: int,
+    limits: Sequence[int],
     mesh: MeshShape | None = None,
 ) -> None:
     """Write plan.json and the plot of memory next to it, unless `output` is null.
 
     Args:
         bars: Name and memory of each stage of a plan, or of each choice of a search.
-        limit: Bytes available to a rank.
+        limits: Bytes available to a rank, of each bar.
         mesh: The mesh of all bars; None if their names have it.
     """
     if config.output is None:
@@ -163,7 +163,7 @@ def write(
         write_atomically(path, f"{strict_json(record, indent=1)}\n".encode())
         if bars:
             title = f"{config.model.name} on {config.n_devices:,} × {config.device.name}"
-            plot_memory(bars, limit, image, f"{title}, {mesh}" if mesh else title)
+            plot_memory(bars, limits, image, f"{title}, {mesh}" if mesh else title)
     except OSError as error:
         problem = write_problem(error, path.parent)
         sys.exit(

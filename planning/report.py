@@ -8,14 +8,13 @@ from parallel.mesh import AXES
 from planning.communicators import communicator_bytes, n_communicators
 from planning.config import PlanJobConfig
 from planning.failures import ExpectedGoodput, FailurePlan, plan_failures, time_text
-from planning.memory import GIB, PARTS, MemoryBreakdown, size_text
+from planning.memory import GIB, PARTS, MemoryBreakdown, size_text, size_unit
 from planning.plan import Plan, RunPlan
-from planning.request import PlanRequest, in_yaml
+from planning.request import Choice, PlanRequest, in_yaml
 from planning.search import SearchResult, given_options, options_not_searched
 from planning.time_limits import PhaseSeconds, planned_seconds, time_limits
 from training.console import Console, compact, duration
 
-MIB = 2**20
 COLUMNS = {
     "activation_checkpoint": "checkpointing",
     "reshard_after_forward": "reshard",
@@ -42,9 +41,8 @@ def print_plan(console: Console, config: PlanJobConfig, run: RunPlan) -> None:
             ("checkpointing", str(spec.parallel.activation_checkpoint)),
         ],
     )
-    bars = memory_bars(run)
-    capacities = [stage.capacity for stage in run.stages for _ in stage.tiers]
-    unit, size = _unit(max(memory.peak for _, memory in bars))
+    bars, capacities = memory_bars(run), bar_limits(run)
+    unit, size = size_unit(max(memory.peak for _, memory in bars))
     sizes = {part: [memory.by_part()[part] for _, memory in bars] for part in PARTS}
     sizes |= {"peak": [memory.peak for _, memory in bars], "available": capacities}
     console.table(
@@ -56,7 +54,7 @@ def print_plan(console: Console, config: PlanJobConfig, run: RunPlan) -> None:
         ],
     )
     if traffic := full.traffic():
-        unit, size = _unit(traffic[0][-1])
+        unit, size = size_unit(traffic[0][-1])
         name = next(name for name, stage in stages if stage is full)
         console.table(
             f"Communication per rank and step{name and ', '}{name}",
@@ -73,11 +71,6 @@ def print_plan(console: Console, config: PlanJobConfig, run: RunPlan) -> None:
         )
     console.header("Checkpoints and failures", _failure_rows(config, run))
     console.header("Summary", _summary_rows(config, run))
-
-
-def _unit(most: float) -> tuple[str, int]:
-    """Return the unit for sizes up to `most` bytes, and its bytes."""
-    return ("GiB", GIB) if most >= GIB else ("MiB", MIB)
 
 
 def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
@@ -233,7 +226,7 @@ def print_search(
         ],
     )
     if result.best:
-        unit, size = _unit(max(run.fullest.memory.peak for _, run in result.best))
+        unit, size = size_unit(max(run.fullest.memory.peak for _, run in result.best))
         columns = [COLUMNS.get(key, key) for key in differing]
         console.table(
             f"Fastest {len(result.best)}",
@@ -287,6 +280,27 @@ def memory_bars(run: RunPlan) -> list[tuple[str, MemoryBreakdown]]:
         for name, stage in zip(_stage_names(run), run.stages, strict=True)
         for tier, memory in stage.tiers.items()
     ]
+
+
+def bar_limits(run: RunPlan) -> list[int]:
+    """Return the bytes available to a rank for each of `memory_bars`."""
+    return [stage.capacity for stage in run.stages for _ in stage.tiers]
+
+
+def choice_names(choices: Sequence[Choice]) -> list[str]:
+    """Return rank and mesh of each choice, and the settings by which those of a mesh differ."""
+    values = [
+        {"micro-batch": in_yaml(choice.micro_batch_size), **choice.settings()} for choice in choices
+    ]
+    names = []
+    for rank, choice in enumerate(choices, start=1):
+        same = [
+            each for each, other in zip(values, choices, strict=True) if other.mesh == choice.mesh
+        ]
+        differing = [key for key in same[0] if len({each[key] for each in same}) > 1]
+        words = [f"{COLUMNS.get(key, key)} {values[rank - 1][key]}" for key in differing]
+        names.append(f"{rank}: {choice.mesh}\n{', '.join(words)}".strip())
+    return names
 
 
 def _stage_names(run: RunPlan) -> list[str]:

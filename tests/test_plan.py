@@ -35,7 +35,8 @@ from planning.failures import ExpectedGoodput
 from planning.fake_model import fake_model
 from planning.fit_check import check_plan, machine_memory, plan_comparison
 from planning.hardware import PROCESS_GIB, load_hardware
-from planning.memory import GIB, PARTS, step_memory
+from planning.memory import GIB, PARTS, MemoryBreakdown, step_memory
+from planning.memory_plot import memory_figure
 from planning.plan import Plan, RunPlan, capacity, link, memory_limit, plan_run
 from planning.remedies import fewest_devices, nearest_fit, remedy
 from planning.request import Choice, PlanRequest, configured_choice
@@ -932,6 +933,34 @@ def test_every_key_of_the_planner_is_in_a_table() -> None:
     text = (ROOT / "docs" / "planning.md").read_text()
     rows = "\n".join(re.findall(r"^\|.*", text, re.MULTILINE))
     assert [key for key in PLANNER_KEYS if not re.search(f"`{key}[`=]", rows)] == []
+
+
+# ---------------------------------------------------------------- plot
+
+
+def test_bars_of_a_search_have_different_names() -> None:
+    config = planned(*LLAMA_8B, "devices=8", "search=true")
+    best = [choice for choice, _ in search(config.request, 8, config.hardware).best]
+    names = [name.partition(": ")[2] for name in report.choice_names(best)]
+    assert len(set(names)) == len(best) > len({choice.mesh for choice in best})
+    for choice, name in zip(best, names, strict=True):
+        assert name.partition("\n")[0] == str(choice.mesh)
+
+
+def test_plot_has_the_unit_of_its_sizes_and_the_available_memory_of_each_bar() -> None:
+    def axes_of(sizes: list[int], limits: list[int]) -> Any:
+        bars = [(f"bar {size}", MemoryBreakdown(activations=size)) for size in sizes]
+        return memory_figure(bars, limits, "title").axes[0]
+
+    large = axes_of([60 * GIB, 70 * GIB], [75 * GIB, 76 * GIB])
+    assert large.get_xlabel() == "peak memory per rank (GiB)"
+    assert [line.get_xdata()[0] for line in large.get_lines()] == [75, 76]
+    assert large.get_title(loc="right") == "available: 75.00 to 76.00"
+    small = axes_of([3 * 2**20], [15 * GIB])  # whose bar the axis would hide
+    assert small.get_xlabel() == "peak memory per rank (MiB)"
+    assert [text.get_text() for text in small.texts] == ["3.0"]
+    assert not small.get_lines() and 3 < small.get_xlim()[1] < 4
+    assert small.get_title(loc="right") == "available: 15.00 GiB"
 
 
 # ---------------------------------------------------------------- program
