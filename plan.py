@@ -17,7 +17,7 @@ from cli.composition import compose_config
 from cli.config import load_plan_config, print_warnings
 from cli.errors import exit_on_user_error
 from cli.start_up import start_up
-from planning.config import PlanJobConfig, flash_attention_warnings
+from planning.config import PlanJobConfig, currency_warnings, flash_attention_warnings
 from planning.failures import interval_warnings
 from planning.plan import RunPlan, memory_limit, plan_run
 from planning.remedies import fewest_devices, remedy
@@ -55,6 +55,8 @@ def main(arguments: list[str]) -> None:
             path, hardware = measure_local_hardware()
             print(f"Wrote {path} ({hardware.name}). Use it with hardware={path.stem}.")
             return
+        given = explicit_keys(parse_options(arguments, "plan").words)
+        print_warnings(currency_warnings(config.hardware, given))
         fits = search(config, arguments) if config.searches else plan(config)
     sys.exit(not fits)
 

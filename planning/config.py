@@ -1,6 +1,6 @@
 """Configuration of `plan.py`: the one of `train.py`, the hardware, and what to plan."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,7 +58,7 @@ class PlanJobConfig(JobConfig):
         """The number of devices, and that a node is planned where none is given."""
         parallel, number = self.parallel, self.n_devices
         given = (self.devices, parallel.devices, parallel.num_nodes)
-        fixed = parallel.dp_shard != -1 and not (self.search or self.smallest or parallel.auto)
+        fixed = parallel.dp_shard != -1 and not self.searches
         if fixed or any(given) or self.hardware.accelerator == "cpu":
             return f"{number:,}"
         nodes = -(-number // self.hardware.devices_per_node)
@@ -133,6 +133,16 @@ def flash_attention_errors(flash_attention_impl: str, hardware: Hardware) -> Ite
         yield (
             f"flash_attention_impl={flash_attention_impl} has no rate for hardware "
             f"{hardware.name}; use flash_attention_impl={' or '.join(known)}"
+        )
+
+
+def currency_warnings(hardware: Hardware, given: Collection[str]) -> Iterator[str]:
+    """Yield a warning if only the currency of a price is given on the command line."""
+    price, currency = hardware.price_per_hour, hardware.currency
+    if price and "hardware.currency" in given and "hardware.price_per_hour" not in given:
+        yield (
+            f"hardware.currency={currency} does not convert hardware.price_per_hour={price:g} of "
+            f"the hardware file; add hardware.price_per_hour=… in {currency}"
         )
 
 

@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.distributed.distributed_c10d import _world
 
-from cli.arguments import CONF, hydra_arguments, plan_arguments
+from cli.arguments import CONF, explicit_keys, hydra_arguments, plan_arguments
 from cli.config import load_plan_config, load_train_config
 from model.config import ModelConfig
 from model.flops import flops_per_token
@@ -30,7 +30,7 @@ from plan import PLANNER_KEYS
 from plan import search as plan_search
 from planning import fit_check, plan_json, report
 from planning.communicators import COMMUNICATOR_BYTES, n_communicators
-from planning.config import PlanJobConfig
+from planning.config import PlanJobConfig, currency_warnings
 from planning.failures import ExpectedGoodput
 from planning.fake_model import fake_model
 from planning.fit_check import check_plan, machine_memory, plan_comparison
@@ -518,6 +518,25 @@ def test_cost_has_its_currency_and_is_zero_only_if_devices_are_free(
     cost: float, currency: str, text: str
 ) -> None:
     assert report.money(cost, currency) == text
+
+
+@pytest.mark.parametrize(
+    ("words", "warns"),
+    [
+        ("hardware.currency=EUR", True),
+        ("hardware.currency=EUR hardware.price_per_hour=2.1", False),
+        ("hardware.currency=EUR hardware.price_per_hour=0", False),
+        ("hardware=cpu hardware.currency=EUR", False),  # without a price
+        ("hardware=h100", False),
+    ],
+)
+def test_currency_without_a_price_is_reported(words: str, warns: bool) -> None:
+    given = explicit_keys(words.split())
+    warnings = list(currency_warnings(planned(*words.split()).hardware, given))
+    assert bool(warnings) == warns
+    if warns:
+        assert warnings[0].startswith("hardware.currency=EUR does not convert ")
+        assert warnings[0].endswith("add hardware.price_per_hour=… in EUR")
 
 
 @pytest.mark.parametrize(
