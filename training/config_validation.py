@@ -26,6 +26,7 @@ Rule = Callable[..., Iterable[str]]
 Config = TypeVar("Config")
 
 NOT_A_NUMBER = "is not a number; use a number or a named choice"
+NOT_A_TEXT = "is not a text; quote it in YAML, which reads no, off, yes and on as false and true"
 UNKNOWN = "unexpected_keyword_argument"  # pydantic's name for an unknown key of a dataclass
 
 
@@ -246,6 +247,8 @@ def _message(
         above, inside, _ = name.partition("[")
         where = f"{key} to the file" if in_file else f"{name}=… to the command"
         return f"{name} has no value; add {f'it to the list {above}' if inside else where}"
+    if isinstance(value, bool) and takes_text(schema, ".".join(path)):
+        return f"{name}={shown(value)} {NOT_A_TEXT}"
     if isinstance(value, bool) and any(each["type"] != "literal_error" for each in items):
         return f"{name}={shown(value)} {NOT_A_NUMBER}"
     if [each["type"] for each in items] == ["list_type"] and (value is None or value == ""):

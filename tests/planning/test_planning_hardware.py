@@ -176,6 +176,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "or null",
     ),
     (
+        {"currency": False},
+        "hardware.currency=false is not a text; quote it in YAML, which reads no, off, yes and on "
+        "as false and true",
+    ),
+    (
+        {"note": True},
+        "hardware.note=true is not a text; quote it in YAML, which reads no, off, yes and on as "
+        "false and true",
+    ),
+    (
         {"currency": "euro"},
         "hardware.currency='euro' is not a code of ISO 4217; use three capital letters, such as "
         "USD or EUR",
@@ -217,6 +227,18 @@ def test_errors_of_a_hardware_file_are_printed_on_lines_of_their_own(tmp_path: P
         plan_arguments([f"hardware={path}"])
     assert len(raised.value.errors) == 2
     assert str(raised.value).count(f"\n  - hardware file {path}: ") == 1
+
+
+def test_key_that_a_hardware_file_repeats_is_rejected_with_both_lines(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    lines = (FOLDER / "h100.yaml").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines, 1) if line.startswith("link_gb_s:"))
+    path.write_text("\n".join([*lines, "link_gb_s: 450"]))
+    rule = f"link_gb_s is given twice (lines {first} and {len(lines) + 1}); remove one of them"
+    with pytest.raises(ValueError, match=f"{re.escape(rule)}$"):
+        load_hardware(str(path))
+    path.write_text("\n".join([*lines[: first - 1], *lines[first:], "link_gb_s: 450"]))
+    assert load_hardware(str(path)).link_gb_s == 450
 
 
 def test_key_that_a_hardware_file_lacks_is_added_to_the_file(tmp_path: Path) -> None:

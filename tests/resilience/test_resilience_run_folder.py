@@ -36,6 +36,19 @@ def test_configuration_is_read_back_unchanged_and_leaves_no_temporary_file(
     assert sorted(path.name for path in folder.path.iterdir()) == ["checkpoints", "config.yaml"]
 
 
+def test_configuration_with_a_repeated_key_is_rejected(tmp_path: Path) -> None:
+    """Keys in another mapping, and those that a merge brings, are not repeated."""
+    folder = RunFolder(tmp_path)
+    folder.config.write_text("a: &a {x: 1}\nb: {<<: *a, x: 2}\nc: {<<: *a}\n")
+    assert folder.read_config() == {"a": {"x": 1}, "b": {"x": 2}, "c": {"x": 1}}
+    for text in ("train: {tp: 1}\nrun: {dir: x}\ntrain: {tp: 2}\n", "train: {tp: 1, tp: 2}\n"):
+        folder.config.write_text(text)
+        with pytest.raises(
+            RunFolderError, match=r"is given twice \(lines 1 and [13]\); remove one"
+        ):
+            folder.read_config()
+
+
 def test_committed_steps_ignore_other_names_and_uncommitted_folders(folder: RunFolder) -> None:
     for name in ("step-00000050.damaged-1", "step-abc", ".step-00000060-1", "step-00000070"):
         (folder.checkpoints / name).mkdir()
