@@ -57,11 +57,12 @@ class DistributedStep(Step):
         before = dict(heap.held), heap.total
         heap.phase("embedding")
         size = self.head_elements * self.spec.param_bytes
-        if not self.same_dtype:  # gradients of the root in the data type of the weights
+        tied = self.spec.model.tie_embeddings
+        if not self.same_dtype or (tied and not first):  # of the head; added to the sum later
             heap.add("gathered", size)
-            heap.free("gathered", self.root.to_reduce if first else 0)
-        elif first and not self.spec.model.tie_embeddings:
-            heap.free("gathered", size)
+        if first:
+            heap.free("gathered", 0 if self.same_dtype else self.root.to_reduce)
+            heap.free("gathered", 0 if tied or not self.same_dtype else size)
         heap.add("temporary", self.s)
         self.embed_backward()
         if not self.same_dtype and not first:

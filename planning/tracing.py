@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -54,12 +55,22 @@ def traced_peaks(spec: StepSpec) -> Peaks:
     """Return the peaks by phase, extrapolated from two depths if the model is deeper."""
     layers = spec.model.n_layers
     if layers <= DEPTHS[-1]:
-        return _with_fp8_gathers(spec, _peaks(spec))
+        return _with_fp8_gathers(spec, _fullest_micro_batches(_peaks(spec)))
     shallow, deep = (
         _peaks(replace(spec, model=replace(spec.model, n_layers=depth))) for depth in DEPTHS
     )
-    peaks = interpolate(shallow, deep, (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
-    return _with_fp8_gathers(spec, peaks)
+    weight = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+    peaks = [interpolate(*each, weight) for each in zip(shallow, deep, strict=True)]
+    return _with_fp8_gathers(spec, _fullest_micro_batches(peaks))
+
+
+def _fullest_micro_batches(peaks: list[Peaks]) -> Peaks:
+    """Return the highest peak of each phase over the micro-batches."""
+    phases = {phase: None for each in peaks for phase in each}
+    return {
+        phase: max((each.get(phase, {}) for each in peaks), key=lambda held: sum(held.values()))
+        for phase in phases
+    }
 
 
 def _with_fp8_gathers(spec: StepSpec, peaks: Peaks) -> Peaks:
@@ -92,11 +103,11 @@ def _breakdown(spec: StepSpec, phase: str, held: Held) -> MemoryBreakdown:
     return with_host_memory(spec, MemoryBreakdown(**parts, phase=phase))
 
 
-def _peaks(spec: StepSpec) -> Peaks:
-    """Return bytes by category at the peak of each phase of a step.
+def _peaks(spec: StepSpec) -> list[Peaks]:
+    """Return bytes by category at the peak of each phase of each micro-batch of a step.
 
-    Runs the operations of `train_step` on uninitialized tokens, with at most 2 micro-batches, or 3
-    if each reduces its gradients: the second one adds to those of the first, and keeps weights.
+    Runs the operations of `train_step` on uninitialized tokens, with at most 3 micro-batches: the
+    second one adds to the gradients of the first and keeps weights, the third one reduces.
     """
     # FSDP2 uses the namespace c10d; tensors received by tensor and context parallelism use the
     # functional one and count as activations.
@@ -106,8 +117,7 @@ def _peaks(spec: StepSpec) -> Peaks:
     # The compiler recomputes each tensor on demand in selective checkpointing.
     lazy = spec.parallel.compile and spec.parallel.activation_checkpoint == "selective"
     parallel = replace(spec.parallel, activation_checkpoint="none") if lazy else spec.parallel
-    reduces_each = spec.parallel.reduce_gradients == "micro_batch" and spec.mesh.world_size > 1
-    micro_batches = min(spec.micro_batches, 3 if reduces_each else 2)
+    micro_batches = min(spec.micro_batches, 3)
     with (
         fake_model(
             spec.model, spec.mesh, parallel, precision, partial(_use_gpu_attention, spec)
@@ -126,6 +136,7 @@ def _peaks(spec: StepSpec) -> Peaks:
         optimizer = FakeAdamW(llama, spec.precision.optimizer_state, spec.accelerator)
         tracker.model, tracker.optimizer = llama, cast(Any, optimizer)
         tracker.peaks.clear()
+        peaks = []
         for i in range(1, micro_batches + 1):
             tracker.phase = "inputs"
             tokens = torch.empty(spec.micro_batch_size, spec.seq_len, dtype=torch.int64)
@@ -138,11 +149,14 @@ def _peaks(spec: StepSpec) -> Peaks:
             del loss
             if i < micro_batches:
                 tracker.rename("unreduced")  # only unreduced gradients are still alive
-        tracker.phase = "update"
-        optimizer.step()
-    for held in tracker.peaks.values():
+            else:
+                tracker.phase = "update"
+                optimizer.step()
+            peaks.append(cast(Peaks, dict(tracker.peaks)))
+            tracker.peaks.clear()
+    for held in chain.from_iterable(each.values() for each in peaks):
         held["activations"] = held.pop("forward", 0)
-    return cast(Peaks, dict(tracker.peaks))
+    return peaks
 
 
 @contextmanager

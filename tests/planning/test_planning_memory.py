@@ -67,6 +67,12 @@ GRID: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ("cpu", (1, 2, 1, 1), {**LARGE_VOCABULARY, "reduce": "bf16", **EACH_REDUCED}),
     ("cpu", (2, 1, 1, 1), {**LARGE_VOCABULARY, "param": "bf16", "reduce": "bf16", **EACH_REDUCED}),
     ("cpu", (1, 1, 1, 1), {**LARGE_VOCABULARY, "param": "bf16", "micro_batches": 3}),
+    # Of a deep model, another micro-batch is the fullest than of a shallow one.
+    (
+        "cuda",
+        (4, 2, 1, 1),
+        {"n_layers": 24, "reduce": "bf16", "param": "fp32", "seq_len": 32, **EACH_REDUCED},
+    ),
     # The end of a micro-batch whose gradients are not reduced.
     ("cpu", (1, 2, 1, 2), {**LARGE_VOCABULARY, "tie_embeddings": True, "micro_batches": 2}),
     # Gathers of sequence parallelism around a recomputation.
