@@ -19,6 +19,7 @@ from cli.errors import exit_on_user_error
 from cli.start_up import start_up
 from planning.config import PlanJobConfig, currency_warnings, flash_attention_warnings
 from planning.failures import interval_warnings
+from planning.frameworks import DEFAULT
 from planning.plan import RunPlan, memory_limit, plan_run
 from planning.remedies import fewest_devices, remedy
 from planning.request import Choice, PlanRequest, configured_choice
@@ -97,9 +98,11 @@ def search(config: PlanJobConfig, arguments: list[str]) -> bool:
     result = search_choices(request, config.n_devices, config.device)
     console = Console(enabled=True)
     commands = [train_command(choice, config, arguments) for choice, _ in result.best]
+    if config.framework != DEFAULT:
+        commands = []
     report.print_search(console, config, request, result, commands)
     record = plan_json.search_record(config, request, result, commands)
-    fits = False
+    recommended = ""
     for rank, (choice, best) in enumerate(result.best, start=1):
         if config.trace:
             from planning.tracing import trace_memory
@@ -112,17 +115,19 @@ def search(config: PlanJobConfig, arguments: list[str]) -> bool:
             print_warnings(async_tp_warnings(choice.parallel, train))
             _warn(config, best)
             record["best_plan"] = plan_json.plan_record(config, best) | {"choice": rank}
-            fits = True
+            recommended = report.recommendation(result, rank, best, commands)
             break
         console.note(f"Traced memory of choice {rank} does not fit.")
     if not result.best:
         record["remedy"] = _remedy(config, request)
         console.note(record["remedy"])
+    if recommended:
+        console.note(recommended)
     names = report.choice_names([choice for choice, _ in result.best])
     plans = [run.fullest for _, run in result.best]
     bars = [(name, each.memory) for name, each in zip(names, plans, strict=True)]
     plan_json.write(console, config, record, bars, [each.capacity for each in plans])
-    return fits
+    return bool(recommended)
 
 
 def _warn(config: PlanJobConfig, run: RunPlan) -> None:
@@ -151,7 +156,9 @@ def train_command(choice: Choice, config: PlanJobConfig, arguments: list[str]) -
     The mesh gives the number of processes; that of an experiment is removed if it is another one.
     """
     options, parallel, kept = parse_options(arguments, "plan"), config.parallel, []
-    omitted = {word.partition("=")[0] for word in choice.overrides}.union(LAUNCH_KEYS)
+    omitted = {word.partition("=")[0] for word in choice.overrides}.union(
+        LAUNCH_KEYS, {"parallel.auto"}
+    )
     for word in options.words:
         plain_word = word.lstrip("+-")
         key = plain_word.lstrip("~").partition("=")[0]

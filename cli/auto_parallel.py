@@ -228,9 +228,11 @@ def _row(choice: Choice, run: RunPlan) -> str:
         "reshard": settings["reshard_after_forward"],
         "reduce": settings["reduce_gradients"],
     }
-    memory = size_text(run.fullest.memory.peak)
+    memory, tight = size_text(run.fullest.memory.peak), " (tight)" if run.is_tight else ""
     named = ", ".join(f"{name} {value}" for name, value in shown.items())
-    return f"{choice.mesh}, {named}: {run.tokens_per_second:,.0f} tokens/s, {memory} per rank"
+    return (
+        f"{choice.mesh}, {named}: {run.tokens_per_second:,.0f} tokens/s, {memory} per rank{tight}"
+    )
 
 
 def _updated(composed: DictConfig, values: dict[str, Any]) -> DictConfig:

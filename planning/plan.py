@@ -20,6 +20,7 @@ from planning.speed import THROUGHPUT_INTERVAL, StepTime, ranks_per_device, step
 from planning.step_spec import StepSpec
 
 SECONDS_PER_DAY = 86_400
+TIGHT = 0.95  # of the available memory, above which the error of a plan may exceed the rest
 
 
 def capacity(spec: StepSpec, hardware: Hardware) -> int:
@@ -154,6 +155,11 @@ class RunPlan:
     @property
     def fits(self) -> bool:
         return self.fullest.fits
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether a stage uses so much of the available memory that it may not fit in practice."""
+        return any(plan.memory.peak > TIGHT * plan.capacity for plan in self.stages)
 
     @property
     def bottleneck(self) -> str:

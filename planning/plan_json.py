@@ -14,6 +14,7 @@ from data.files import strict_json, write_atomically, write_problem
 from parallel.mesh import MeshShape
 from planning.communicators import communicator_bytes, n_communicators
 from planning.config import PlanJobConfig
+from planning.failures import FailurePlan
 from planning.memory import MemoryBreakdown
 from planning.memory_plot import plot_memory
 from planning.plan import SECONDS_PER_DAY, Plan, RunPlan
@@ -61,7 +62,6 @@ def plan_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
 
 def _failure_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
     plan, times = failure_plan(config, run), ("mtbf", "restart", "stall", "write")
-    ratio = plan.expected_seconds / run.seconds
     return {
         "device_mtbf_days": config.device_mtbf_days,
         **{f"{name}_seconds": getattr(plan.interruptions, f"{name}_seconds") for name in times},
@@ -71,9 +71,14 @@ def _failure_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
         "goodput": asdict(plan.configured),
         "best_interval": plan.best_interval,
         "best_goodput": asdict(plan.best),
-        "days": plan.expected_seconds / SECONDS_PER_DAY,
-        **cost_record(config, run, ratio),
+        **_failure_totals(config, run, plan),
     }
+
+
+def _failure_totals(config: PlanJobConfig, run: RunPlan, plan: FailurePlan) -> dict[str, Any]:
+    """Return duration, cost and energy with saves and failures."""
+    ratio = plan.expected_seconds / run.seconds
+    return {"days": plan.expected_seconds / SECONDS_PER_DAY, **cost_record(config, run, ratio)}
 
 
 def cost_record(config: PlanJobConfig, run: RunPlan, ratio: float = 1.0) -> dict[str, Any]:
@@ -115,7 +120,12 @@ def _stage_record(plan: Plan) -> dict[str, Any]:
 def search_record(
     config: PlanJobConfig, request: PlanRequest, result: SearchResult, commands: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the result of a search as JSON values."""
+    """Return the result of a search as JSON values.
+
+    Args:
+        commands: Of `train.py`; empty for another framework.
+    """
+    named: Sequence[str | None] = commands or [None] * len(result.best)
     return {
         "schema_version": SCHEMA_VERSION,
         "model": config.model.name,
@@ -129,11 +139,14 @@ def search_record(
                 "overrides": str(choice),
                 "command": command,
                 "tokens_per_second": run.tokens_per_second,
+                "days": run.seconds / SECONDS_PER_DAY,
                 **cost_record(config, run),
+                "failures": _failure_totals(config, run, failure_plan(config, run)),
                 "memory_peak": run.fullest.memory.peak,
+                "capacity": run.fullest.capacity,
                 "bottleneck": run.bottleneck,
             }
-            for (choice, run), command in zip(result.best, commands, strict=True)
+            for (choice, run), command in zip(result.best, named, strict=True)
         ],
         "rejections": {reason: asdict(each) for reason, each in result.rejections.items()},
     }

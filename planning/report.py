@@ -9,7 +9,7 @@ from planning.communicators import communicator_bytes, n_communicators
 from planning.config import PlanJobConfig
 from planning.failures import ExpectedGoodput, FailurePlan, plan_failures, time_text
 from planning.memory import GIB, PARTS, MemoryBreakdown, size_text, size_unit
-from planning.plan import Plan, RunPlan
+from planning.plan import TIGHT, Plan, RunPlan
 from planning.request import Choice, PlanRequest, in_yaml
 from planning.search import SearchResult, given_options, options_not_searched
 from planning.time_limits import PhaseSeconds, planned_seconds, time_limits
@@ -209,7 +209,7 @@ def print_search(
     result: SearchResult,
     commands: Sequence[str],
 ) -> None:
-    """Print the fastest choices with their commands, and why the rest were rejected."""
+    """Print the fastest choices, their commands if there are any, and why others were rejected."""
     settings = [choice.settings() for choice, _ in result.best]
     differing = [key for key in (settings or [{}])[0] if len({each[key] for each in settings}) > 1]
     shared = [
@@ -228,10 +228,13 @@ def print_search(
     if result.best:
         unit, size = size_unit(max(run.fullest.memory.peak for _, run in result.best))
         columns = [COLUMNS.get(key, key) for key in differing]
+        has_tight = any(run.is_tight for _, run in result.best)
         console.table(
             f"Fastest {len(result.best)}",
             [
-                *("", *AXES, "micro-batch", *columns, unit, "tokens/s"),
+                *("", *AXES, "micro-batch", *columns, unit),
+                *([""] if has_tight else []),
+                "tokens/s",
                 *(["cost"] if config.hardware.price_per_hour is not None else []),
             ],
             [
@@ -242,18 +245,46 @@ def print_search(
                     ),
                     *(choice.settings()[key] for key in differing),
                     f"{run.fullest.memory.peak / size:.2f}",
+                    *(["tight" if run.is_tight else ""] if has_tight else []),
                     f"{run.tokens_per_second:,.0f}",
                     *([] if run.cost is None else [money(run.cost, config.hardware.currency)]),
                 ]
                 for rank, (choice, run) in enumerate(result.best, start=1)
             ],
         )
-        numbered = [f"  {rank}:\n    {command}" for rank, command in enumerate(commands, start=1)]
-        console.note("\n\n".join(["Commands:", *numbered, ""]).removesuffix("\n"))
+        if has_tight:
+            console.note(f"tight: uses more than {TIGHT:.0%} of the available memory\n")
+        if commands:
+            numbered = [
+                f"  {rank}:\n    {command}" for rank, command in enumerate(commands, start=1)
+            ]
+            console.note("\n\n".join(["Commands:", *numbered, ""]).removesuffix("\n"))
     if result.rejections:
         ordered = sorted(result.rejections.items(), key=lambda item: -item[1].count)
         rows = [(f"{each.count:,}", f"{why}; e.g. {each.example}") for why, each in ordered]
         console.header("Rejected candidates", rows)
+
+
+def recommendation(result: SearchResult, rank: int, run: RunPlan, commands: Sequence[str]) -> str:
+    """Return the recommended choice with its advantage, free memory and command.
+
+    Args:
+        rank: Of the choice, from 1.
+        run: Its plan, with traced memory if that is known.
+    """
+    speed, full = run.tokens_per_second, run.fullest
+    parts = [f"Recommended: choice {rank} ({result.best[rank - 1][0].mesh})"]
+    for _, other in result.best[rank : rank + 1]:
+        ratio = speed / other.tokens_per_second - 1
+        percent = f"{abs(ratio):.1%}"
+        faster = f"{percent} {'faster' if ratio >= 0 else 'slower'} than"
+        parts.append(f"{'as fast as' if percent == '0.0%' else faster} the next")
+        if other.is_tight and not run.is_tight:
+            parts[-1] += ", which is tight"
+    free = full.capacity - full.memory.peak
+    parts.append(f"{size_text(free)} of {size_text(full.capacity)} free")
+    command = f": {commands[rank - 1]}" if commands else ""
+    return f"{', '.join(parts)}{command}"
 
 
 def money(cost: float, currency: str) -> str:

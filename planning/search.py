@@ -39,8 +39,13 @@ NOT_SEARCHED = (
 )
 """Options that change speed or memory and are kept."""
 FLOAT32 = 4  # bytes
-SLOWER = "slower than the fastest"
+SLOWER = "slower than the choices listed"
 EQUAL = "equal in time and memory to a choice with simpler settings"
+FULLER = "at most 0.1% faster than another resharding with less memory, or slower with the same"
+SAME_SPEED = 1.001
+"""Ratio of times below which the resharding with less memory is kept."""
+LITTLE_SLOWER = 1.01
+"""Ratio of times below which a choice with free memory is preferred to a tight one."""
 
 Batch = tuple[int | None, Literal["step", "micro_batch"], Literal["tensorwise", "rowwise"] | None]
 """Micro-batch size, `reduce_gradients` and fp8 recipe."""
@@ -261,26 +266,48 @@ class _Search:
         self.limits: dict[tuple[ParallelConfig, int | None], int] = {}
 
     def run(self, devices: int, keep: int) -> SearchResult:
-        """Return the result: the nodes that remain are slower than the fastest `keep` choices."""
+        """Return the result: the nodes that remain are slower than the fastest `keep` choices.
+
+        The first choice is the fastest that is not tight, if it is hardly slower than the fastest.
+        """
         for mesh in searched_meshes(devices, self.request):
             self.add_mesh(mesh)
+        leaves: list[tuple[_Node, RunPlan]] = []
+        preferred = None
+        for node, plan in self.fastest_first():
+            leaves.append((node, plan))
+            is_close = self.seconds(node) <= LITTLE_SLOWER * self.seconds(leaves[0][0])
+            if preferred is None and is_close and not plan.is_tight:
+                preferred = leaves[-1]
+            if len(leaves) >= keep and (preferred is not None or not is_close):
+                break
+        if preferred is not None:
+            leaves.remove(preferred)
+            leaves.insert(0, preferred)
+        self.result.best = [(node.choice, plan) for node, plan in leaves[:keep]]
+        self.result.candidates += len(self.result.best)
+        for node, _ in leaves[keep:]:
+            self.reject(SLOWER, node, f": {1 / self.seconds(node):,.0f} tokens/s")
+        for seconds, *_, node in sorted(self.heap, key=lambda entry: entry[:-1]):
+            self.reject(SLOWER, node, f": at most {1 / seconds:,.0f} tokens/s")
+        return self.result
+
+    def fastest_first(self) -> Iterator[tuple["_Node", RunPlan]]:
+        """Yield the choices that fit in the order of their speed, without equal ones."""
         found = set()
-        while self.heap and len(self.result.best) < keep:
+        while self.heap:
             seconds, *ties, _, node = heapq.heappop(self.heap)
             if node.level < 4:
                 self.expand(node)
                 continue
-            key = node.choice.mesh, node.choice.micro_batch_size, f"{seconds:.9g}", ties[-2]
+            stages = self.stages(node)
+            sizes = tuple(spec.micro_batch_size for spec, _ in stages)  # null is resolved
+            key = node.choice.mesh, sizes, f"{seconds:.9g}", ties[-2]
             if key in found:
                 self.reject(EQUAL, node, "")
                 continue
             found.add(key)
-            plan = plan_run(self.request.stages(node.choice), self.hardware)
-            self.result.best.append((node.choice, plan))
-            self.result.candidates += 1
-        for seconds, *_, node in sorted(self.heap, key=lambda entry: entry[:-1]):
-            self.reject(SLOWER, node, f": at most {1 / seconds:,.0f} tokens/s")
-        return self.result
+            yield node, plan_run(stages, self.hardware)
 
     def add_mesh(self, mesh: MeshShape) -> None:
         """Add the nodes of a mesh, or count its candidates as rejected."""
@@ -355,6 +382,7 @@ class _Search:
 
     def expand(self, node: _Node) -> None:
         """Replace a node by those with the next setting chosen that may fit."""
+        children = []
         for child in node.children():
             if child.level >= 3:  # at level 3 with the least memory of any resharding
                 reshard = child.reshard if child.level == 4 else node.on_mesh.reshards[-1]
@@ -362,7 +390,21 @@ class _Search:
                 if memory.peak > self.limit(child):
                     self.reject_memory(child, memory)
                     continue
-            self.push(child)
+            children.append(child)
+        for child in children:
+            if child.level == 4 and any(self.is_fuller(child, other) for other in children):
+                self.reject(FULLER, child, "")
+            else:
+                self.push(child)
+
+    def is_fuller(self, node: _Node, other: _Node) -> bool:
+        """Return whether another resharding has no more memory at practically the same speed."""
+        (peak, seconds), (other_peak, other_seconds) = (
+            (self.memory(each, self.limit(each)).peak, self.seconds(each)) for each in (node, other)
+        )
+        if other_peak == peak:
+            return f"{other_seconds:.9g}" != f"{seconds:.9g}" and other_seconds < seconds
+        return other_peak < peak and other_seconds <= SAME_SPEED * seconds
 
     def push(self, node: _Node) -> None:
         """Add a node. Ties: fewer axes first, then lower peak memory, then the defaults."""

@@ -453,6 +453,10 @@ SEARCHES = {
         *("model=llama3_8b", *REAL, "hardware=a100", "devices=8", "train.global_batch_size=8"),
         "hardware.memory_gib=60",
     ),
+    "tight": (
+        *("model=llama3_8b", *REAL, "hardware=h100", "devices=8", "train.global_batch_size=16"),
+        *("parallel.tp=1", "parallel.cp=1"),
+    ),
     "one layer": (*TINY, "hardware=h100", "devices=2", "model.n_layers=1"),
     "stages": (
         *(*TINY, "hardware=h100", "devices=2", "train.max_steps=9"),
@@ -467,23 +471,50 @@ def test_search_finds_what_a_brute_force_enumeration_finds(name: str) -> None:
     request, devices, hardware = config.request, config.n_devices, config.hardware
     everything = brute_force(config, devices)
     complete = search(request, devices, hardware, keep=10**9).best
+
+    def sizes(choice: Choice) -> tuple[int, ...]:
+        return tuple(spec.micro_batch_size for spec, _ in request.stages(choice))
+
+    def is_fuller(choice: Choice) -> bool:
+        """Return whether another resharding has no more memory at a speed within 0.1%."""
+        speed, peak = everything[choice]
+        for reshard in (None, True, False):
+            parallel = replace(choice.parallel, reshard_after_forward=reshard)
+            other = everything.get(replace(choice, parallel=parallel), (0.0, 0))
+            if other[1] < peak and speed <= 1.001 * other[0]:
+                return True
+            if other[1] == peak and speed < other[0] * (1 - 1e-9):
+                return True
+        return False
+
     # Choices of one mesh and micro-batch with equal time and memory are one row.
     distinct = {
-        (choice.mesh, choice.micro_batch_size, f"{speed:.9g}", peak)
+        (choice.mesh, sizes(choice), f"{speed:.9g}", peak)
         for choice, (speed, peak) in everything.items()
+        if not is_fuller(choice)
     }
     found = {
-        (*(choice.mesh, choice.micro_batch_size), f"{run.tokens_per_second:.9g}", peak)
+        (choice.mesh, sizes(choice), f"{run.tokens_per_second:.9g}", run.fullest.memory.peak)
         for choice, run in complete
-        for peak in [run.fullest.memory.peak]
     }
     assert found == distinct and len(complete) == len(found)
-    speeds = [run.tokens_per_second for _, run in complete]
+    # The first is the fastest, or the fastest within 1% of it that leaves 5% of memory free.
+    (_, first), *rest = complete
+    speeds = [run.tokens_per_second for _, run in rest]
     assert speeds == pytest.approx(sorted(speeds, reverse=True), rel=1e-12)  # ties
-    assert all(everything[choice][0] == run.tokens_per_second for choice, run in complete)
-    assert [choice for choice, _ in search(request, devices, hardware).best] == [
-        choice for choice, _ in complete[:10]
+    fastest = max(run.tokens_per_second for _, run in complete)
+    roomy = [
+        run.tokens_per_second
+        for _, run in complete
+        if all(plan.memory.peak <= 0.95 * plan.capacity for plan in run.stages)
+        and 1.01 * run.tokens_per_second >= fastest
     ]
+    assert first.tokens_per_second == pytest.approx(max(roomy, default=fastest), rel=1e-12)
+    assert all(everything[choice][0] == run.tokens_per_second for choice, run in complete)
+    assert name != "tight" or (first.tokens_per_second < fastest and not first.is_tight)
+    for keep in (1, 10):
+        best = search(request, devices, hardware, keep=keep).best
+        assert [choice for choice, _ in best] == [choice for choice, _ in complete[:keep]]
 
 
 @pytest.mark.parametrize(("hardware", "column"), [("h100", "cost"), ("cpu", "tokens/s")])
@@ -704,7 +735,61 @@ def test_search_gives_a_reason_for_every_rejected_candidate() -> None:
     assert "invalid: train.global_batch_size is not a multiple of the data ranks" in reasons
     assert "invalid: parallel.tp does not divide model.n_kv_heads" in reasons
     assert "out of memory, largest part activations: parallel." in reasons
-    assert re.search(r": [\d.]+ of [\d.]+ GiB", reasons) and "slower than" in reasons
+    assert re.search(r": [\d.]+ of [\d.]+ GiB", reasons)
+    assert "slower than the choices listed: parallel." in reasons
+
+
+def test_search_marks_tight_choices_and_recommends_one_that_is_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["model=llama3_8b", *REAL, "hardware=h100", "devices=8", "train.global_batch_size=16"]
+    words += ["search=true", "output=null"]
+    config = planned(*words)
+    assert plan_search(config, [*words, "parallel.auto=true"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if re.match(r"  \d+  ", line)][:10]
+    best = search(config.request, 8, config.hardware).best
+    assert ["tight" in row for row in rows] == [
+        run.fullest.memory.peak > 0.95 * run.fullest.capacity for _, run in best
+    ]
+    assert "tight" not in rows[0] and "tight" in rows[1]
+    (choice, first), (_, second) = best[:2]
+    slower = 1 - first.tokens_per_second / second.tokens_per_second
+    free = (first.fullest.capacity - first.fullest.memory.peak) / GIB
+    recommended, command = lines[-1].split(": python train.py ")
+    assert recommended == (
+        f"Recommended: choice 1 ({choice.mesh}), {slower:.1%} slower than the next, which is "
+        f"tight, {free:.2f} GiB of {first.fullest.capacity / GIB:.2f} GiB free"
+    )
+    pasted = trained(*command.split())
+    assert not pasted.parallel.auto and "parallel.auto" not in command
+    assert configured_choice(pasted, resolve_mesh(pasted.parallel, 8)[0]) == choice
+
+
+def test_search_for_another_framework_prints_no_commands(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "plan.json"
+    words = ["experiment=smoke", "hardware=h100", "devices=2", "search=true", f"output={output}"]
+    for framework in ("torchtitan", "llamesh"):
+        arguments = [*words, f"framework={framework}"]
+        assert plan_search(planned(*arguments), arguments)
+        printed = capsys.readouterr().out
+        best = json.loads(output.read_text())["best"]
+        has_commands = framework == "llamesh"
+        assert ("train.py" in printed) == ("Commands:" in printed) == has_commands
+        assert all((each["command"] is not None) == has_commands for each in best)
+        assert "Recommended: choice 1" in printed
+
+
+def test_search_reports_duration_and_cost_with_failures() -> None:
+    config = planned(*LLAMA_8B, "devices=8", "search=true")
+    result = search(config.request, 8, config.hardware, keep=1)
+    [record] = plan_json.search_record(config, config.request, result, [""])["best"]
+    complete = plan_json.plan_record(config, result.best[0][1])
+    assert record["days"] == complete["days"] < record["failures"]["days"]
+    for key, value in record["failures"].items():
+        assert value == complete["failures"][key]
 
 
 def test_search_of_405b_on_16384_devices_takes_under_10_seconds() -> None:
