@@ -282,7 +282,8 @@ def recommendation(result: SearchResult, rank: int, run: RunPlan, commands: Sequ
         if other.is_tight and not run.is_tight:
             parts[-1] += ", which is tight"
     free = full.capacity - full.memory.peak
-    parts.append(f"{size_text(free)} of {size_text(full.capacity)} free")
+    tight = " (tight)" if run.is_tight else ""
+    parts.append(f"{size_text(free)} of {size_text(full.capacity)} free{tight}")
     command = f": {commands[rank - 1]}" if commands else ""
     return f"{', '.join(parts)}{command}"
 

@@ -12,6 +12,7 @@ from parallel.mesh import AXES, MeshShape
 from planning.request import Choice, PlanRequest, configured_choice
 from planning.search import divisors, kept_axes, searched_meshes, settings
 
+SIZE = "train.micro_batch_size"
 MOST_NAMED = 1024  # larger sizes of an axis are not named, as in `training.config_rules`
 
 
@@ -23,11 +24,13 @@ def no_valid_mesh(request: PlanRequest, devices: int, is_given: bool = True) -> 
     """
     if _is_valid(request, devices):
         return None
-    on_devices = devices if is_given else None
+    on_devices, keeps_size = devices if is_given else None, SIZE in request.kept
     numbers = {mesh.world_size for mesh in axis_meshes(request)}
     nearest = _nearest(numbers, devices, partial(_is_valid, request))
     if not nearest:
-        return _invalid_axes(request, on_devices) or _first_error(request, devices)
+        # Together with a micro-batch that divides no batch, the axes are reported first.
+        of_axes = no_valid_mesh(request.without(SIZE), devices, is_given) if keeps_size else None
+        return of_axes or _invalid_axes(request, on_devices) or _first_error(request, devices)
     rule = _first_error(request, devices).partition("; ")[0]
     omitted = ""
     if (axes := kept_axes(request)) and _is_valid(request.without(*_keys(axes)), devices):

@@ -763,6 +763,10 @@ def test_search_marks_tight_choices_and_recommends_one_that_is_not(
     )
     pasted = trained(*command.split())
     assert not pasted.parallel.auto and "parallel.auto" not in command
+    only_tight = planned(*LLAMA_70B, "devices=16", "search=true")
+    result = search(only_tight.request, 16, only_tight.hardware, keep=1)
+    line = report.recommendation(result, 1, result.best[0][1], [])
+    assert result.best[0][1].is_tight and line.endswith(" GiB free (tight)")
     assert configured_choice(pasted, resolve_mesh(pasted.parallel, 8)[0]) == choice
 
 

@@ -133,6 +133,13 @@ def test_micro_batch_that_divides_no_batch_is_reported_with_its_own_remedy() -> 
     assert found is not None and found.startswith("train.micro_batch_size=3 does not divide")
 
 
+def test_micro_batch_that_divides_no_batch_does_not_hide_an_invalid_axis() -> None:
+    words = ("experiment=smoke", "hardware=h100", "devices=4", "train.micro_batch_size=5")
+    found = invalid(*words, "parallel.dp_replicate=3")
+    assert found is not None and found.startswith("train.global_batch_size=8 is not a multiple of")
+    assert found.endswith("; use parallel.dp_replicate=1, 2 or 4")
+
+
 @pytest.mark.parametrize("devices", [3, 5, 8, 12])
 def test_mesh_is_invalid_where_the_search_rejects_every_candidate_as_invalid(devices: int) -> None:
     words = ("experiment=smoke", "hardware=cpu", f"devices={devices}")
