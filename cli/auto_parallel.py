@@ -80,7 +80,8 @@ def with_choice(
         return composed  # the validation of the mesh reports them
     devices = f"{processes.world_size} × {_device(processes)}"
     typed = {key: OmegaConf.select(composed, key) for key in explicit_keys(words) & {*CHOSEN}}
-    given = {key: value for key, value in typed.items() if not is_open(key, value)}
+    left_open = {key for key, value in typed.items() if f"~{key}" in words or is_open(key, value)}
+    given = {key: value for key, value in typed.items() if key not in left_open}
     hardware, known = _hardware(processes)
 
     def request(values: dict[str, Any]) -> PlanRequest:
@@ -93,7 +94,8 @@ def with_choice(
     last, earlier = _last_choice(composed, config), {}
     if last is not None:
         earlier = {key: last.values[key] for key in sorted(last.given - {*typed})}
-        reason = _difference(last, devices, typed) or _problem(last, request, processes, hardware)
+        reason = _difference(last, devices, given, left_open)
+        reason = reason or _problem(last, request, processes, hardware)
         if reason is None:
             kept = f"keeps the choice of the last launch on {devices}"
             _print(f"parallel.auto {kept}: {_words(last.values)}")
@@ -139,14 +141,19 @@ def _last_choice(composed: DictConfig, config: JobConfig) -> _LastChoice | None:
     return _LastChoice(values, before, given, bool(folder.committed_steps()))
 
 
-def _difference(last: _LastChoice, devices: str, typed: dict[str, Any]) -> str | None:
+def _difference(
+    last: _LastChoice, devices: str, given: dict[str, Any], left_open: set[str]
+) -> str | None:
     """Return how this launch differs from the last one, if the choice depends on it."""
     if last.devices != devices:
         return f"{last.devices} in the last launch, now {devices}"
-    for key, value in sorted(typed.items()):
-        before = last.values[key]
-        if key in last.given if is_open(key, value) else before != value:
-            return f"{key}={in_yaml(before)} in the last launch, now {in_yaml(value)}"
+    for key, value in sorted(given.items()):
+        if value != last.values[key]:
+            before = in_yaml(last.values[key])
+            return f"{key}={before} in the last launch, now {in_yaml(value)}"
+    if released := left_open & last.given:
+        before = _words({key: last.values[key] for key in sorted(released)})
+        return f"{before} was given to the last launch, and is not now"
     return None if last.has_checkpoint else "the last launch has saved no checkpoint"
 
 

@@ -154,10 +154,19 @@ def test_open_value_releases_a_key_given_before(
     save(checked(*CPU, "parallel.devices=1", "train.micro_batch_size=1"))
     released = checked("train.micro_batch_size=null")
     assert released.train.micro_batch_size == 8
-    assert "train.micro_batch_size=1 in the last launch, now null" in capsys.readouterr().out
+    assert "train.micro_batch_size=1 was given to the last launch" in capsys.readouterr().out
     save(released)
     assert values(checked("train.micro_batch_size=null")) == values(released)
     assert "keeps the choice" in capsys.readouterr().out
+
+
+def test_deleted_key_is_left_to_the_search(checked: Callable[..., JobConfig]) -> None:
+    save(checked(*CPU, "parallel.devices=2", "parallel.tp=2"))
+    for _ in range(2):
+        released = checked(*CPU, "parallel.devices=2", "~parallel.tp")
+        assert values(released) == values(checked(*CPU, "parallel.devices=2", "run.dir=other"))
+        assert "given" not in str(released.parallel.auto_record)
+        save(released)
 
 
 def test_given_axes_are_kept_by_later_launches(
