@@ -17,7 +17,8 @@ from cli.composition import compose_config
 from cli.config import load_plan_config, print_warnings
 from cli.errors import exit_on_user_error
 from cli.start_up import start_up
-from planning.config import PlanJobConfig, currency_warnings, flash_attention_warnings
+from planning.config import PlanJobConfig
+from planning.config_warnings import currency_warnings, flash_attention_warnings
 from planning.failures import interval_warnings
 from planning.frameworks import DEFAULT
 from planning.plan import RunPlan, memory_limit, plan_run

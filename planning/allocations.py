@@ -93,8 +93,10 @@ class Step:
         self.accumulates = spec.micro_batches > 1
         each = spec.parallel.reduce_gradients == "micro_batch" and mesh.world_size > 1
         self.reduces_each = self.accumulates and each
-        # Whether this micro-batch follows another one, and whether another one follows.
-        self.continues = spec.micro_batches > (2 if self.reduces_each else 1)
+        # Whether an earlier micro-batch is replayed before the last one, whether this micro-batch
+        # follows another one, and whether another one follows.
+        self.replays_earlier = self.reduces_each
+        self.continues = spec.micro_batches > 2
         self.holds = False
 
     def run(self) -> None:
@@ -107,7 +109,7 @@ class Step:
         moments = moment * (elements - vectors) + FLOAT32 * vectors
         heap.add("optimizer", int(2 * moments))
         self.start()
-        for holds in [True, False] if self.reduces_each else [False]:
+        for holds in [True, False] if self.replays_earlier else [False]:
             self.holds = holds
             self.micro_batch()
             self.continues = True

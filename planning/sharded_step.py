@@ -32,6 +32,7 @@ class DistributedStep(Step):
         self.last_gather = 0.0
         self.same_dtype = spec.param_bytes == spec.reduce_bytes
         self.sums = self.accumulates and not self.reduces_each  # before the reduction
+        self.replays_earlier = self.accumulates
 
     def start(self) -> None:
         heap, layers = self.heap, self.layers
@@ -48,26 +49,6 @@ class DistributedStep(Step):
         # They stay gathered between micro-batches.
         heap.add("gathered", self.root.gathered)
         heap.add("gathered", self.block.gathered * (layers - self.first_kept))
-        if self.sums:
-            self.end_of_previous()
-
-    def end_of_previous(self) -> None:
-        """Replay the end of the previous backward, where no gradient is reduced yet."""
-        heap, first = self.heap, self.spec.micro_batches == 2
-        before = dict(heap.held), heap.total
-        heap.phase("embedding")
-        size = self.head_elements * self.spec.param_bytes
-        tied = self.spec.model.tie_embeddings
-        if not self.same_dtype or (tied and not first):  # of the head; added to the sum later
-            heap.add("gathered", size)
-        if first:
-            heap.free("gathered", 0 if self.same_dtype else self.root.to_reduce)
-            heap.free("gathered", 0 if tied or not self.same_dtype else size)
-        heap.add("temporary", self.s)
-        self.embed_backward()
-        if not self.same_dtype and not first:
-            self.convert_sum(self.root)
-        heap.held, heap.total = before
 
     def convert_sum(self, group: Group) -> None:
         """Add a gradient to a sum in another data type, which CPUs do in float32."""
@@ -131,18 +112,31 @@ class DistributedStep(Step):
             self.unshard(self.block)
 
     def leave_backward(self, index: int) -> None:
-        self.reduce(self.block, kept=index >= self.first_kept)
+        self.finish_backward(self.block, kept=index >= self.first_kept)
 
     def accumulate(self, elements: int) -> None:
-        if self.sums and self.same_dtype:  # added to an existing gradient
+        if self.sums and self.same_dtype and self.continues:  # added to an existing gradient
             self.heap.free("gathered", elements * self.spec.param_bytes)
 
-    def reduce(self, group: Group, kept: bool) -> None:
-        """Replay the reduction of a group's gradients.
+    def finish_backward(self, group: Group, kept: bool) -> None:
+        """Replay what follows a group's backward: its gradients are summed or reduced.
 
         Args:
             kept: Whether the weights stay gathered if another micro-batch follows.
         """
+        if not (self.sums and self.holds):
+            self.reduce(group, kept)
+            return
+        gradients = group.exact * self.spec.param_bytes
+        if not self.same_dtype and self.continues:
+            self.convert_sum(group)
+            self.heap.free("gathered", gradients)
+        elif not self.same_dtype:  # converted one by one
+            self.heap.add("gathered", group.to_reduce - gradients)
+        self.heap.free("gathered", 0 if kept else group.gathered)
+
+    def reduce(self, group: Group, kept: bool) -> None:
+        """Replay the reduction of a group's gradients, with `kept` as in `finish_backward`."""
         heap, spec = self.heap, self.spec
         gradients = group.exact * spec.param_bytes
         if self.sums:
@@ -203,7 +197,7 @@ class DistributedStep(Step):
         heap.free("gathered", partial)
 
     def leave_root(self) -> None:
-        self.reduce(self.root, kept=True)
+        self.finish_backward(self.root, kept=True)
         self.heap.free("gathered", self.reducing)
         self.reducing = 0.0
         replicated = self.spec.mesh.dp_replicate > 1

@@ -34,7 +34,7 @@ def parse_yaml(text: str) -> Any:
             values.
     """
     try:
-        value = yaml.load(text, _UniqueKeyLoader)
+        value = _UniqueKeyLoader(text).get_single_data()
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
     # The other errors are of scalars with an explicit tag, such as `!!int ""`.

@@ -30,7 +30,8 @@ from plan import PLANNER_KEYS
 from plan import search as plan_search
 from planning import fit_check, plan_json, report
 from planning.communicators import COMMUNICATOR_BYTES, n_communicators
-from planning.config import PlanJobConfig, currency_warnings
+from planning.config import PlanJobConfig
+from planning.config_warnings import currency_warnings
 from planning.failures import ExpectedGoodput
 from planning.fake_model import fake_model
 from planning.fit_check import check_plan, machine_memory, plan_comparison

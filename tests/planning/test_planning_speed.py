@@ -22,7 +22,8 @@ from parallel.float8 import apply_float8
 from parallel.mesh import MeshShape, Processes
 from planning import plan_json, report
 from planning.activations import batch_bytes
-from planning.config import PlanJobConfig, flash_attention_warnings
+from planning.config import PlanJobConfig
+from planning.config_warnings import flash_attention_warnings
 from planning.fit_check import plan_request
 from planning.hardware import FOLDER, load_hardware
 from planning.plan import RunPlan, plan_run

@@ -169,6 +169,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("evaluate", {"parallel.auto": True}),
     ("srun", {"train.global_batch_size": 2}),
     ("plan", {"search_fp8": True}),
+    ("plan", {"devices": 16, "parallel.num_nodes": 4}),
+    ("plan", {"output": "plan.png"}),
     ("plan", {"smallest": True, "devices": 8}),
     ("plan", {"parallel.accelerator": "cpu"}),
     ("plan", {**FP8, "hardware": "a100"}),
