@@ -37,16 +37,16 @@ class Group:
     Attributes:
         elements: Elements of the gathered weights.
         shard_elements: Elements of a shard.
+        sizes, exact, largest: Elements of each matrix, of all and of the largest one.
         gathered: Bytes of the gathered weights.
-        gradients: Bytes of the unsharded gradients of a micro-batch.
         to_reduce: Bytes of the unsharded gradients in the reduction's data type.
     """
 
     def __init__(self, matrices: list[tuple[int, int]], shards: int, spec: StepSpec) -> None:
         self.shard_elements = sum(-(-rows // shards) * columns for rows, columns in matrices)
         self.elements = self.shard_elements * shards
-        self.exact = sum(rows * columns for rows, columns in matrices)
-        self.largest = max(rows * columns for rows, columns in matrices)
+        self.sizes = [rows * columns for rows, columns in matrices]
+        self.exact, self.largest = sum(self.sizes), max(self.sizes)
         self.gathered = self.elements * spec.param_bytes
         self.to_reduce = self.elements * spec.reduce_bytes
 

@@ -50,10 +50,12 @@ class DistributedStep(Step):
         heap.add("gathered", self.root.gathered)
         heap.add("gathered", self.block.gathered * (layers - self.first_kept))
 
-    def convert_sum(self, group: Group) -> None:
-        """Add a gradient to a sum in another data type, which CPUs do in float32."""
-        if self.on_cpu:
-            self.heap.use((1 if self.wide else 2) * group.largest * FLOAT32)
+    def add_to_sums(self, group: Group) -> None:
+        """Add gradients to sums in another data type, which CPUs do in float32."""
+        for size in group.sizes:
+            if self.on_cpu:
+                self.heap.use((1 if self.wide else 2) * size * FLOAT32)
+            self.heap.free("gathered", size * self.spec.param_bytes)
 
     def enter_root(self) -> None:
         if not self.continues:
@@ -129,8 +131,7 @@ class DistributedStep(Step):
             return
         gradients = group.exact * self.spec.param_bytes
         if not self.same_dtype and self.continues:
-            self.convert_sum(group)
-            self.heap.free("gathered", gradients)
+            self.add_to_sums(group)
         elif not self.same_dtype:  # converted one by one
             self.heap.add("gathered", group.to_reduce - gradients)
         self.heap.free("gathered", 0 if kept else group.gathered)
@@ -141,8 +142,7 @@ class DistributedStep(Step):
         gradients = group.exact * spec.param_bytes
         if self.sums:
             if not self.same_dtype:
-                self.convert_sum(group)
-                heap.free("gathered", gradients)
+                self.add_to_sums(group)
             gradients = group.to_reduce
         else:  # those of the norms
             norms = 2 if group is self.block else 1
