@@ -4,7 +4,7 @@ Imports nothing heavy: every program reads it before it knows whether it needs t
 """
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Ge, Gt
 
@@ -56,6 +56,14 @@ def attention_kernel(
         return "varlen"
     smallest, largest = flex_head_dims(capability)
     return "flex" if smallest <= head_dim <= largest else "sdpa"
+
+
+class ModelPart(NamedTuple):
+    """Consecutive layers of a model, with the embedding before and the head after them or not."""
+
+    layers: range
+    has_embedding: bool
+    has_head: bool
 
 
 @dataclasses.dataclass(frozen=True)
