@@ -32,6 +32,8 @@ PARALLEL = {key for key in ParallelConfig.__dataclass_fields__}
 
 LARGE_VOCABULARY = {"vocab_size": 65_536, "n_layers": 1, "seq_len": 32}
 EACH_REDUCED = {"reduce_gradients": "micro_batch", "micro_batches": 3}
+DEEP: dict[str, Any] = {"n_layers": 32, "seq_len": 64, "activation_checkpoint": "full"}
+DEEP |= {"param": "fp32", "reduce": "bf16", **EACH_REDUCED}
 
 # accelerator, (dp_replicate, dp_shard, cp, tp), other settings
 GRID: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
@@ -68,11 +70,7 @@ GRID: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [
     ("cpu", (2, 1, 1, 1), {**LARGE_VOCABULARY, "param": "bf16", "reduce": "bf16", **EACH_REDUCED}),
     ("cpu", (1, 1, 1, 1), {**LARGE_VOCABULARY, "param": "bf16", "micro_batches": 3}),
     # Of a deep model, another micro-batch is the fullest than of a shallow one.
-    (
-        "cuda",
-        (4, 2, 1, 1),
-        {"n_layers": 24, "reduce": "bf16", "param": "fp32", "seq_len": 32, **EACH_REDUCED},
-    ),
+    ("cuda", (4, 2, 2, 1), DEEP),
     # The end of a micro-batch whose gradients are not reduced.
     ("cpu", (1, 2, 1, 2), {**LARGE_VOCABULARY, "tie_embeddings": True, "micro_batches": 2}),
     # Gathers of sequence parallelism around a recomputation.
