@@ -280,7 +280,7 @@ def measure(settings: list[str], folder: Path, variables: dict[str, Any]) -> Non
 def peak_bytes(steps: Iterator[Run]) -> tuple[Run, int]:
     """Return the peak of malloc'ed bytes in a step, the lowest of steps 3 to 5.
 
-    Tensors are the same in each of them; other threads and the garbage of Python are not. Excludes
+    Each step allocates the same tensors, but other threads and Python's objects vary. Excludes
     memory other than tensors: allocations between two steps beyond weights and optimizer state.
     """
     library = ctypes.CDLL(None)

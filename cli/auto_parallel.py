@@ -85,10 +85,10 @@ def with_choice(
     hardware, known = _hardware(processes)
 
     def request(values: dict[str, Any]) -> PlanRequest:
-        asked = load(_updated(composed, values))
-        tokens = asked.stages().first_token(asked.train.max_steps)
+        loaded = load(_updated(composed, values))
+        tokens = loaded.stages().first_token(loaded.train.max_steps)
         capability = processes.capability or HOPPER
-        request = PlanRequest(asked, processes.accelerator, tokens, capability)
+        request = PlanRequest(loaded, processes.accelerator, tokens, capability)
         return request.keeping(*values, *KEPT)
 
     last, earlier = _last_choice(composed, config), {}
@@ -101,14 +101,14 @@ def with_choice(
             _print(f"parallel.auto {kept}: {_words(last.values)}")
             return _updated(composed, last.values | _record(last.values, devices, given | earlier))
         _print(f"parallel.auto searches again: {reason}")
-    asked = request(given | earlier)
-    result = search(asked, processes.world_size, hardware, keep=SHOWN)
+    plan_request = request(given | earlier)
+    result = search(plan_request, processes.world_size, hardware, keep=SHOWN)
     if earlier and not result.best:
         _print(f"parallel.auto drops {_words(earlier)} of an earlier launch: no mesh fits with it")
-        earlier, asked = {}, request(given)
-        result = search(asked, processes.world_size, hardware, keep=SHOWN)
+        earlier, plan_request = {}, request(given)
+        result = search(plan_request, processes.world_size, hardware, keep=SHOWN)
     if not result.best:
-        raise ConfigError([_nothing_fits(asked, hardware, processes, devices)])
+        raise ConfigError([_nothing_fits(plan_request, hardware, processes, devices)])
     rates = (
         "" if known else f", with the rates of {hardware.name}: calibrate for those of this machine"
     )
@@ -165,16 +165,16 @@ def _problem(
 ) -> str | None:
     """Return why the last choice cannot be used with this configuration."""
     try:
-        asked = request(last.values)
-        mesh, errors = resolve_mesh(asked.config.parallel, processes.world_size)
-        choice = configured_choice(asked.config, mesh)
-        errors = errors or [*asked.mesh_errors(mesh), *asked.compute_errors(choice)]
-        errors = errors or asked.choice_errors(choice)
+        plan_request = request(last.values)
+        mesh, errors = resolve_mesh(plan_request.config.parallel, processes.world_size)
+        choice = configured_choice(plan_request.config, mesh)
+        errors = errors or [*plan_request.mesh_errors(mesh), *plan_request.compute_errors(choice)]
+        errors = errors or plan_request.choice_errors(choice)
     except ConfigError as error:
         errors = error.errors
     if errors:
         return f"{errors[0].partition('; ')[0]} with the last choice"
-    stages = asked.stages(choice)
+    stages = plan_request.stages(choice)
     limit, peak = min(memory_limit(spec, hardware) for spec, _ in stages), peak_memory(stages).peak
     if peak <= limit:
         return None
