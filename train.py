@@ -244,20 +244,15 @@ def train_step(
 
     fabric, model, optimizer = run.fabric, run.model, run.optimizer
     n_targets, batch_hash = run.strategy.sum_over_data(fabric.to_device(batches.counts))
-    losses = []
-    micro_batches = zip(batches.micro_batches, batches.n_documents, strict=True)
-    for index, (micro_batch, n_documents) in enumerate(micro_batches, start=1):
-        tokens, positions, labels = fabric.to_device(micro_batch)
-        with fabric.no_backward_sync(model, enabled=index < len(batches.micro_batches)):
-            loss = model(tokens, positions, labels, n_documents=n_documents) / n_targets
-            fabric.backward(loss)
-        losses.append(loss.detach())
+    micro_batches = list(zip(batches.micro_batches, batches.n_documents, strict=True))
+    losses = run.strategy.accumulate(model, micro_batches, fabric.to_device, n_targets)
     # Ranks that read the same samples have the same loss; each adds its fraction of it to the sum.
-    local_loss = torch.stack(losses).sum(dtype=torch.float64)
-    local_loss = local_loss / run.strategy.shape.ranks_per_sample
+    local_loss = losses.sum(dtype=torch.float64) / run.strategy.ranks_per_loss
     extra_scalars = torch.cat([local_loss.view(1), requests.to_tensor(fabric.device)])
     max_norm = run.config.train.max_grad_norm or math.inf
-    grad_norm, (loss, *summed_requests) = clip_grad_norm(model, max_norm, extra_scalars)
+    grad_norm, (loss, *summed_requests) = clip_grad_norm(
+        model, max_norm, extra_scalars, run.strategy.tied_weight
+    )
     scalars = torch.stack([loss, grad_norm, *summed_requests])  # (2 + n_requests)
     optimizer.optimizer.skip_if(not_finite(scalars))
     for group in optimizer.param_groups:

@@ -104,6 +104,8 @@ def tensors_of(
         context = optimizer.deferred_moments()
     with context:
         model_state, optimizer_state = get_state_dict(model, optimizer)
+    if (pipeline := vars(model).get("pipeline")) is not None:
+        pipeline.gather_names(optimizer_state["param_groups"])
     return {"model": dict(model_state), "optimizer": dict(optimizer_state)}
 
 

@@ -32,7 +32,10 @@ RECORDS = ("parallel.auto_record",)  # set by the program
 GROUPS = ("model", "data", "tokenizer")
 MESH = tuple(
     f"parallel.{name}"
-    for name in ("dp_replicate", "dp_shard", "cp", "tp", "devices", "num_nodes", "accelerator")
+    for name in (
+        *("dp_replicate", "pp", "dp_shard", "cp", "tp", "pp_parts", "pp_layers"),
+        *("devices", "num_nodes", "accelerator"),
+    )
 )
 """Devices and mesh. If one of these keys is typed, all come from this launch."""
 

@@ -37,13 +37,16 @@ def kv_cache(llama: Llama, lengths: Sequence[int], capacity: int) -> Iterator[No
     state = _CacheState(lengths, capacity)
     for attention in attentions:
         attention.kernel = _CachedAttention(kernel.choice, state)
-    llama.kernel = attentions[0].kernel
-    # Before the hooks of tensor parallelism, which convert the input to a DTensor.
-    handle = llama.norm.register_forward_pre_hook(state.keep_last_columns, prepend=True)
+    llama.kernel = _CachedAttention(kernel.choice, state)  # for its masks
+    hooks = []
+    if hasattr(llama, "norm"):  # not in the first stages of a pipeline
+        # Before the hooks of tensor parallelism, which convert the input to a DTensor.
+        hooks.append(llama.norm.register_forward_pre_hook(state.keep_last_columns, prepend=True))
     try:
         yield
     finally:
-        handle.remove()
+        for hook in hooks:
+            hook.remove()
         llama.kernel = kernel
         for attention in attentions:
             attention.kernel = kernel

@@ -8,6 +8,8 @@ or wraps parts of it, in the order of `parallel.parallelize`:
 - `tensor_parallel` (`parallel.tp` > 1): parameters become sharded DTensors, the forward of
   `tok_embeddings` and `loss` are replaced, `RMSNorm.function` becomes `F.rms_norm`; inside
   `Attention`, q, k and v have local heads.
+- `pipeline_parallel` (`parallel.pp` > 1): layers, embedding and head of other stages are removed;
+  `forward` is called with a `part`, and without one passes the hidden states through all stages.
 - `context_parallel` (`parallel.cp` > 1): `kernel` is replaced, and hooks on `Llama` cut the
   sequence and combine the result.
 - `activation_checkpoint` (`parallel.activation_checkpoint`), `compilation` (`parallel.compile`):
@@ -26,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import AttentionKernel, Mask
-from model.config import ModelConfig
+from model.config import ModelConfig, ModelPart
 from model.loss import CrossEntropySum
 from model.norm import RMSNorm
 from model.rope import apply_rope, rope_frequencies, rope_rotations
@@ -109,6 +111,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.loss = CrossEntropySum()
+        self.parts = [ModelPart(range(config.n_layers), has_embedding=True, has_head=True)]
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -116,7 +119,7 @@ class Llama(nn.Module):
 
         Call it again after replacing the parameters of both modules, as sharding does.
         """
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and hasattr(self, "output"):
             self.output.weight = self.tok_embeddings.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama":
@@ -132,6 +135,8 @@ class Llama(nn.Module):
         labels: Tensor | None = None,
         token_indices: Tensor | None = None,
         n_documents: int | None = None,
+        hidden: Tensor | None = None,
+        part: ModelPart | None = None,
     ) -> Tensor:
         """Compute logits or the loss.
 
@@ -144,20 +149,28 @@ class Llama(nn.Module):
                 parallelism. None: the tokens are the full sequence, in order.
             n_documents: Upper bound of the number of documents in these rows. None: kernels that
                 need the number read it from the device, which synchronizes.
+            hidden: (batch, seq, dim), output of the previous part, for one without embedding.
+            part: The part to compute; None: the only one.
 
         Returns:
-            Without labels the logits (batch, seq, vocab); with labels the float32 scalar sum of
+            Of a part without head its hidden states (batch, seq, dim), otherwise
+            without labels the logits (batch, seq, vocab); with labels the float32 scalar sum of
             the negative log-likelihoods of all targets, in nats.
         """
-        x = self.tok_embeddings(tokens)  # (batch, seq, dim)
+        part = part or self.parts[0]
+        x = self.tok_embeddings(tokens) if part.has_embedding else hidden  # (batch, seq, dim)
+        assert x is not None
         mask = self.kernel.mask(positions, token_indices, like=x, n_documents=n_documents)
         if positions is None:
             if token_indices is None:
                 token_indices = torch.arange(tokens.shape[1], device=tokens.device)
             positions = token_indices.unsqueeze(0)  # (1, seq)
         rotations = rope_rotations(positions, rope_frequencies(self.config, tokens.device))
-        for block in self.layers:
-            x = block(x, rotations, mask)  # (batch, seq, dim)
+        for name, block in self.layers.named_children():
+            if int(name) in part.layers:
+                x = block(x, rotations, mask)  # (batch, seq, dim)
+        if not part.has_head:
+            return x
         x = self.norm(x)  # (batch, seq, dim)
         if labels is None:
             return self.output(x)  # (batch, seq, vocab)

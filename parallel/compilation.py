@@ -30,7 +30,8 @@ def apply_compile(model: Llama, memory_budget: float = 1.0) -> None:
     if hasattr(config, "unsafe_treat_script_objects_as_zero_size"):  # PyTorch 2.13 and later
         # The script objects are process groups of tensor parallelism, which hold no activations.
         config.unsafe_treat_script_objects_as_zero_size = True
-    model.tok_embeddings.register_forward_hook(_wait_for_collective)
+    if hasattr(model, "tok_embeddings"):
+        model.tok_embeddings.register_forward_hook(_wait_for_collective)
     for block in model.layers:
         block.forward = compile_for_any_shape(block.forward)
     model.loss.compile_stages()

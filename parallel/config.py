@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from annotated_types import Interval
+from annotated_types import Ge, Interval
 
 from model.config_base import FREE, ConfigSection, PositiveInt, ResumePolicy
 
@@ -22,6 +22,10 @@ class ParallelConfig(ConfigSection):
 
     Attributes:
         dp_shard: -1 uses the processes that the other axes do not need.
+        pp: Pipeline stages: consecutive layers on different ranks.
+        pp_parts: Parts of the model on each pipeline rank. More than one interleave: the bubble is
+            shorter by their number, and hidden states are sent as many times as often.
+        pp_layers: Layers of each of the `pp` × `pp_parts` stages. None: balanced.
         devices, num_nodes: Processes per node and nodes. None: on CPU as many as the mesh needs,
             on GPUs all visible devices, under `srun` or `torchrun` the launched ones.
         sequence_parallel: Shard activations along the sequence between tensor-parallel layers.
@@ -44,6 +48,9 @@ class ParallelConfig(ConfigSection):
     dp_shard: Literal[-1] | PositiveInt = -1
     cp: PositiveInt = 1
     tp: PositiveInt = 1
+    pp: PositiveInt = 1
+    pp_parts: PositiveInt = 1
+    pp_layers: tuple[Annotated[int, Ge(0)], ...] | None = None
     devices: PositiveInt | None = None
     num_nodes: PositiveInt | None = None
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"

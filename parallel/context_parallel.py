@@ -37,7 +37,7 @@ def apply_context_parallel(model: Llama, mesh: DeviceMesh) -> None:
         if isinstance(module, Attention):
             module.kernel = model.kernel
     model.register_forward_pre_hook(context.shard, with_kwargs=True)
-    model.register_forward_hook(context.combine)
+    model.register_forward_hook(context.combine, with_kwargs=True)
 
 
 class _Context:
@@ -57,16 +57,20 @@ class _Context:
         """Replace the arguments of `Llama.forward` by the local columns."""
         inputs = dict(zip(("tokens", "positions", "labels"), args, strict=False)) | kwargs
         inputs.pop("n_documents", None)  # only needed by varlen, which needs complete documents
+        # The output of another pipeline stage is local already.
+        others = {name: inputs.pop(name) for name in ("hidden", "part") if name in inputs}
         tokens = inputs["tokens"]
         columns = self.token_indices(tokens.shape[1], tokens.device)[self.rank]  # (local seq,)
         local = {
             name: value if value is None else value[:, columns]  # (batch, local seq)
             for name, value in inputs.items()
         }
-        return (), local | {"token_indices": columns}
+        return (), local | others | {"token_indices": columns}
 
-    def combine(self, _: Any, __: Any, out: Tensor) -> Tensor:
+    def combine(self, _: Any, __: Any, kwargs: dict[str, Any], out: Tensor) -> Tensor:
         """Sum the local losses, or gather the local logits."""
+        if (part := kwargs.get("part")) is not None and not part.has_head:
+            return out
         if out.ndim == 0:
             return _SumOverContext.apply(out, self.group)
         # Only sampling needs logits; it needs no gradient.

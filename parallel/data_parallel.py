@@ -33,10 +33,10 @@ def apply_data_parallel(
     """Shard each block, and the other parameters as one group, in place.
 
     Args:
-        mesh: Mesh with the axes `dp_replicate`, `dp_shard` and `cp`.
+        mesh: All axes.
         reshard_after_forward: Whether a block's gathered weights are freed between its forward and
             its backward. None: if they are sharded, except for the last block, whose backward
-            follows its forward.
+            follows its forward, and in a pipeline, where other micro-batches come in between.
     """
     shards = mesh["dp_shard"]
     if mesh["cp"].size() > 1:
@@ -45,17 +45,18 @@ def apply_data_parallel(
     if replicated:
         shards = DeviceMesh._concatenate([mesh["dp_replicate"], shards])
     shard = partial(fully_shard, mesh=shards, mp_policy=precision)
-    blocks = []
-    for number, layer in enumerate(model.layers, start=1):
-        reshard = reshard_after_forward
+    blocks = {}
+    for name, layer in model.layers.named_children():
+        reshard, number = reshard_after_forward, int(name)
         if reshard is None:
-            reshard = n_shards > 1 and number < len(model.layers)
-        blocks.append(shard(layer, reshard_after_forward=reshard))
+            is_last = number + 1 == model.config.n_layers
+            reshard = n_shards > 1 and not is_last and mesh["pp"].size() == 1
+        blocks[number] = shard(layer, reshard_after_forward=reshard)
         vars(layer)[_STAYS_GATHERED] = not reshard
     # The backward starts with the root's weights, so they stay gathered.
     root = shard(model, reshard_after_forward=False)
     vars(model)[_STAYS_GATHERED] = True
-    for module in [*blocks, root]:
+    for module in [*blocks.values(), root]:
         if n_shards == 1:
             # It matches PyTorch's protocol, which is private.
             module.set_custom_reduce_scatter(_OneBuffer())  # type: ignore[arg-type]
@@ -64,9 +65,13 @@ def apply_data_parallel(
             # Otherwise the factor would be applied by a premultiplied sum, which gloo lacks.
             module.set_force_sum_reduction_for_comms(True)
     if n_shards > 1:
-        for block, following in pairwise(blocks):  # gather weights before they are needed
-            block.set_modules_to_forward_prefetch([following])
-            following.set_modules_to_backward_prefetch([block])
+        for part in model.parts:  # gather weights before they are needed
+            own = [blocks[number] for number in part.layers]
+            for block, following in pairwise(own):
+                block.set_modules_to_forward_prefetch([following])
+                following.set_modules_to_backward_prefetch([block])
+            if len(model.parts) > 1 and own:  # otherwise FSDP2 gathers what ran before it
+                own[0].set_modules_to_backward_prefetch([own[0]])
 
 
 def hold_gradients(model: nn.Module, hold: bool, replicas_only: bool) -> None:

@@ -16,7 +16,10 @@ NORM_ROW = 4096
 
 @torch.no_grad()
 def clip_grad_norm(
-    model: torch.nn.Module, max_norm: float, extra_scalars: Tensor
+    model: torch.nn.Module,
+    max_norm: float,
+    extra_scalars: Tensor,
+    tied_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale the gradients so that their global 2-norm is at most `max_norm`, with one all-reduce.
 
@@ -27,13 +30,16 @@ def clip_grad_norm(
         model: Parameters are all DTensors or all plain; those without a gradient are ignored.
         max_norm: Infinity disables clipping.
         extra_scalars: (n), this rank's terms of other sums.
+        tied_weight: A parameter that is on two pipeline stages, with the same gradient.
 
     Returns:
         The norm before clipping, a float32 scalar, and `extra_scalars` (n) summed over all
         processes, in float64 on CPU and float32 on CUDA; both equal on all ranks. If the norm is
         not finite, the gradients are not either, and the caller must skip the step.
     """
-    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    weights = [weight for weight in model.parameters() if weight.grad is not None]
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    stages = [2 if weight is tied_weight else 1 for weight in weights]
     local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
     if local[0].device.type == "cpu":
         precise = torch.float64
@@ -41,7 +47,8 @@ def clip_grad_norm(
     else:  # CUDA sums in a tree, which is precise enough
         precise = torch.float32
         norms = list(torch._foreach_norm(local, 2, dtype=torch.float32))
-    torch._foreach_div_(norms, [_n_replicas(gradient) ** 0.5 for gradient in gradients])
+    copies = [n * _n_replicas(grad) for n, grad in zip(stages, gradients, strict=True)]
+    torch._foreach_div_(norms, [n**0.5 for n in copies])
     squares = torch.stack(norms).square().sum()
     sums = torch.cat([squares.view(1), extra_scalars.to(precise)])  # (1 + n)
     torch.distributed.all_reduce(sums)

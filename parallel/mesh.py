@@ -1,10 +1,11 @@
 """Shape of the device mesh, and number and launcher of its processes.
 
-The axes, outermost first, are dp_replicate, dp_shard, cp and tp: neighboring ranks are
+The axes, outermost first, are dp_replicate, pp, dp_shard, cp and tp: neighboring ranks are
 tensor-parallel, because that axis communicates most. The process count depends on the launcher:
 this program, `torchrun`, `srun` or one that sets the same variables as torchrun.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from parallel.config import ParallelConfig
 from parallel.slurm import started_by_srun, tasks_per_node
 
-AXES = ("dp_replicate", "dp_shard", "cp", "tp")
+AXES = ("dp_replicate", "pp", "dp_shard", "cp", "tp")
 # The axes whose ranks read different samples of a batch.
 DATA_AXES = ("dp_replicate", "dp_shard")
 OTHER = "another launcher"
@@ -30,16 +31,17 @@ class MeshShape:
     dp_shard: int
     cp: int
     tp: int
+    pp: int = 1
 
     @property
-    def sizes(self) -> tuple[int, int, int, int]:
+    def sizes(self) -> tuple[int, ...]:
         """Axis sizes in the order of `AXES`."""
-        return self.dp_replicate, self.dp_shard, self.cp, self.tp
+        return tuple(getattr(self, axis) for axis in AXES)
 
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return self.dp_replicate * self.dp_shard * self.cp * self.tp
+        return math.prod(self.sizes)
 
     @property
     def dp(self) -> int:
@@ -49,7 +51,7 @@ class MeshShape:
     @property
     def ranks_per_sample(self) -> int:
         """Number of ranks that read the same samples and compute one loss together."""
-        return self.cp * self.tp
+        return self.pp * self.cp * self.tp
 
     @property
     def seq_multiple(self) -> int:
@@ -58,10 +60,12 @@ class MeshShape:
 
     def data_rank(self, rank: int) -> int:
         """Return the data-parallel group of a global rank, from 0 to `dp` - 1."""
-        return rank // (self.cp * self.tp)
+        stage = self.dp_shard * self.cp * self.tp  # ranks of a stage of one replica
+        replica = rank // (self.pp * stage)
+        return replica * self.dp_shard + rank % stage // (self.cp * self.tp)
 
     def __str__(self) -> str:
-        named = [f"{axis}={size}" for axis, size in vars(self).items() if size > 1]
+        named = [f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1]
         return " × ".join(named) or "one process"
 
 
@@ -144,10 +148,10 @@ def resolve_mesh(
     Args:
         size_key: Key that sets the number of processes; None: it is that of the started ones.
     """
-    others = config.dp_replicate * config.cp * config.tp
+    others = config.dp_replicate * config.cp * config.tp * config.pp
     fixed = config.dp_shard != -1
     dp_shard = config.dp_shard if fixed else max(world_size // max(others, 1), 1)
-    shape = MeshShape(config.dp_replicate, dp_shard, config.cp, config.tp)
+    shape = MeshShape(config.dp_replicate, dp_shard, config.cp, config.tp, config.pp)
     if world_size == shape.world_size or min(*shape.sizes, world_size) < 1:
         # Field constraints report sizes below 1, `resilience.accelerator` a missing GPU.
         return shape, []
@@ -157,7 +161,7 @@ def resolve_mesh(
         divisors = [str(size) for size in range(1, world_size + 1) if world_size % size == 0]
         product = f"one of {', '.join(divisors)}" if len(divisors) > 1 else "1"
         free = "use parallel.dp_shard=-1 and " if fixed else ""
-        change = f"{free}let dp_replicate × cp × tp be {product}"
+        change = f"{free}let dp_replicate × cp × tp × pp be {product}"
     named = ", ".join(f"parallel.{axis}={size}" for axis, size in vars(shape).items())
     count = shape.world_size if fixed else f"a multiple of {others}"
     per_node = shape.world_size // (config.num_nodes or 1)

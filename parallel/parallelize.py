@@ -1,10 +1,10 @@
 """All transforms of a model on a mesh, in one fixed order.
 
-fp8 or oneDNN replaces the products of complete matrices; tensor parallelism shards the matrices,
-context parallelism the sequences; then come activation checkpointing and compilation of each
-block, and FSDP2 shards the remaining matrices. Each transform has its own file. The docstring
-of `model.llama` lists which part of the model each one replaces. A transform is imported only if it
-is applied.
+Pipeline parallelism removes the layers of other stages. fp8 or oneDNN replaces the products of
+complete matrices; tensor parallelism shards the matrices, context parallelism the sequences; then
+come activation checkpointing and compilation of each block, and FSDP2 shards the remaining
+matrices. Each transform has its own file. The docstring of `model.llama` lists which part of the
+model each one replaces. A transform is imported only if it is applied.
 """
 
 import torch
@@ -35,6 +35,10 @@ def parallelize(
         torch.set_float32_matmul_precision(precision.float32_matmul)
     parallel = parallel.resolved(mesh.device_type)
     dtypes = mixed_precision_policy(precision, mesh.device_type)
+    if mesh["pp"].size() > 1:
+        from parallel.pipeline_parallel import Pipeline, apply_pipeline_parallel
+
+        apply_pipeline_parallel(model, mesh["pp"], parallel)
     param_dtype = dtypes.param_dtype or torch.float32
     checkpoint = parallel.activation_checkpoint
     if parallel.compile and checkpoint == "full":
@@ -79,6 +83,8 @@ def parallelize(
         from parallel.float8 import gather_in_float8
 
         gather_in_float8(model, param_dtype, mesh.size() // mesh["dp_replicate"].size())
+    if mesh["pp"].size() > 1:
+        vars(model)["pipeline"] = Pipeline(model, mesh, parallel, param_dtype)
     return model
 
 

@@ -6,7 +6,7 @@ defines gradient synchronization on them. The transforms of the model are in
 `parallel.parallelize`; checkpoints are written by the package `checkpoint`, not by Fabric.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from subprocess import Popen
@@ -30,7 +30,7 @@ OnChildren = Callable[[list[Popen[Any]]], None]
 
 
 class MeshStrategy(ModelParallelStrategy):
-    """One model on a mesh of `dp_replicate × dp_shard × cp × tp` processes.
+    """One model on a mesh of `dp_replicate × pp × dp_shard × cp × tp` processes.
 
     Args:
         shape: Size of each axis; their product is the number of processes.
@@ -51,6 +51,8 @@ class MeshStrategy(ModelParallelStrategy):
     ) -> None:
         super().__init__(parallelize_fn=parallelize, timeout=timeout)
         self.shape, self.on_children, self.timeout = shape, on_children, timeout
+        self.llama: Any = None
+        self.pipeline: Any = None  # `parallel.pipeline_parallel.Pipeline` of the model
         self.micro_batch_sync = MicroBatchSync(every=reduce_gradients == "micro_batch")
         self._backward_sync_control = self.micro_batch_sync
 
@@ -80,7 +82,58 @@ class MeshStrategy(ModelParallelStrategy):
             _set_pg_timeout(self.timeout, group)
         module.to_empty(device=self.root_device)
         module.tie_weights()  # `to_empty` separates tied weights
+        self.use(module)
         return module
+
+    def use(self, module: Any) -> None:
+        """Run steps of a model that `parallelize` has transformed."""
+        self.llama, self.pipeline = module, vars(module).get("pipeline")
+
+    def accumulate(
+        self,
+        module: Any,
+        micro_batches: Sequence[tuple[Any, int]],
+        to_device: Callable[[Any], Any],
+        n_targets: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run forward and backward of all micro-batches of a step.
+
+        Args:
+            module: The model as returned by Fabric.
+            micro_batches: Tokens, positions and labels of each, and its number of documents.
+            n_targets: In the global batch.
+
+        Returns:
+            The loss of each micro-batch, divided by `n_targets`; on pipeline stages without the
+            head one zero.
+        """
+        if self.pipeline is not None:
+            return self.pipeline.accumulate(module, micro_batches, to_device, n_targets)
+        losses = []
+        for index, (micro_batch, n_documents) in enumerate(micro_batches, start=1):
+            tokens, positions, labels = to_device(micro_batch)
+            with self.micro_batch_sync.no_backward_sync(self.llama, index < len(micro_batches)):
+                loss = module(tokens, positions, labels, n_documents=n_documents) / n_targets
+                self.backward(loss, module)
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    @property
+    def ranks_per_loss(self) -> int:
+        """Number of ranks to which `accumulate` returns the same losses."""
+        return self.shape.cp * self.shape.tp
+
+    @property
+    def tied_weight(self) -> torch.Tensor | None:
+        """A weight of this rank that another pipeline stage has too, with the same gradient."""
+        return None if self.pipeline is None else self.pipeline.tied_weight
+
+    def sum_losses(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum values of the last pipeline stage over the data ranks, in place, for all stages."""
+        self.sum_over_data(values)
+        if self.pipeline is not None:
+            self.pipeline.broadcast_from_last(values)
+        return values
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over the ranks that read different samples, in place, and return it."""

@@ -67,7 +67,9 @@ def apply_tensor_parallel(
             use_local_output=not loss_parallel,
         ),
     }
-    parallelize_module(model, mesh, plan)
+    # A pipeline stage may lack the modules around the blocks.
+    here = {name: style for name, style in plan.items() if hasattr(model, name.split(".")[0])}
+    parallelize_module(model, mesh, here)
     model.tie_weights()
     vocabulary: Vocabulary = GatheredVocabulary(mesh)
     if loss_parallel:

@@ -14,15 +14,17 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from math import prod
 from typing import Literal
 
-from model.config import ModelConfig
+from model.config import ModelConfig, ModelPart
 from parallel.config import ParallelConfig
 from parallel.mesh import AXES, DATA_AXES, MeshShape
+from parallel.pipeline_schedule import model_parts, split_layers
 from parallel.step_scalars import N_EXTRA_SCALARS
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "send"]
 
 FLOAT32, INT64 = 4, 8  # bytes
 
@@ -46,7 +48,12 @@ class Collective:
 
     @property
     def sent(self) -> Fraction:
-        """Bytes sent per rank: S·(n-1)/n for payload S over n ranks, twice that for all-reduce."""
+        """Bytes sent per rank: S·(n-1)/n for payload S over n ranks, twice that for all-reduce.
+
+        A send goes to one other rank.
+        """
+        if self.kind == "send":
+            return Fraction(self.payload)
         times = 2 if self.kind == "all_reduce" else 1
         return Fraction(times * self.payload * (self.ranks - 1), self.ranks)
 
@@ -82,6 +89,26 @@ class _Plan:
     mesh: MeshShape
     parallel: ParallelConfig
     step: Step
+    stage: int
+
+    @cached_property
+    def parts(self) -> list[ModelPart]:
+        """What the pipeline rank has of the model."""
+        stages = self.mesh.pp * self.parallel.pp_parts
+        layers = self.parallel.pp_layers or split_layers(self.model, stages)
+        return model_parts(list(layers), self.stage, self.mesh.pp)
+
+    @property
+    def layers(self) -> int:
+        return sum(len(part.layers) for part in self.parts)
+
+    @property
+    def has_embedding(self) -> bool:
+        return self.parts[0].has_embedding
+
+    @property
+    def has_head(self) -> bool:
+        return self.parts[-1].has_head
 
     @property
     def tokens(self) -> int:
@@ -108,14 +135,17 @@ class _Plan:
 
 
 def step_traffic(
-    model: ModelConfig, mesh: MeshShape, parallel: ParallelConfig, step: Step
+    model: ModelConfig, mesh: MeshShape, parallel: ParallelConfig, step: Step, stage: int = 0
 ) -> list[Collective]:
-    """Return the collectives of one step on one rank, which are the same on all ranks.
+    """Return the collectives of one step on one rank, which are the same on all ranks of a stage.
 
     Groups of one process are omitted.
+
+    Args:
+        stage: Index of the pipeline rank.
     """
-    plan = _Plan(model, mesh, parallel, step)
-    parts = [_weights, _activations, _norm_gradients, _head, _context, _scalars]
+    plan = _Plan(model, mesh, parallel, step, stage)
+    parts = [_weights, _activations, _norm_gradients, _head, _context, _pipeline, _scalars]
     collectives = [each for part in parts for each in part(plan)]
     return [each for each in collectives if each.ranks > 1 and each.count]
 
@@ -145,12 +175,22 @@ def root_matrices(model: ModelConfig, tp: int) -> list[tuple[int, int]]:
     return [(model.vocab_size // tp, model.dim)] * embeddings + [(model.dim, 1)]
 
 
+def _root_of(plan: _Plan) -> list[tuple[int, int]]:
+    """Return the local shapes of the root's parameters on a pipeline rank."""
+    both = plan.has_embedding + plan.has_head
+    if both == 2:
+        return root_matrices(plan.model, plan.mesh.tp)
+    vocabulary = [(plan.model.vocab_size // plan.mesh.tp, plan.model.dim)] * both
+    return [*vocabulary, (plan.model.dim, 1)] if plan.has_head else vocabulary
+
+
 def _weights(plan: _Plan) -> list[Collective]:
     """Return the weight gathers and gradient reductions of FSDP2.
 
     Each block and the root are one flat tensor each, padded to equal shards. Blocks that are
     resharded after forward, by default all but the last, are gathered in the forward and in the
-    backward of each micro-batch, others once per step. Gradients are reduce-scattered in the last
+    backward of each micro-batch, others once per step. In a pipeline no block is by default.
+    Gradients are reduce-scattered in the last
     or in every micro-batch, and with replicas their shards are all-reduced in the last one.
     """
     mesh, step = plan.mesh, plan.step
@@ -160,13 +200,14 @@ def _weights(plan: _Plan) -> list[Collective]:
     def elements(matrices: list[tuple[int, int]]) -> int:
         return sum(-(-rows // ranks) * ranks * columns for rows, columns in matrices)
 
-    layers, reshard = plan.model.n_layers, plan.parallel.reshard_after_forward
-    resharded = layers - 1 if reshard is None else layers * reshard
+    layers, reshard = plan.layers, plan.parallel.reshard_after_forward
+    resharded = (layers - 1) * (mesh.pp == 1) if reshard is None else layers * reshard
     block = block_matrices(plan.model, mesh.tp)
     in_fp8 = [each for each in block[:-2] if step.fp8_gather and each[0] % ranks == 0]
+    root = _root_of(plan)
     groups = [  # (count, elements of each, elements in fp8, count of resharded ones)
         (layers, elements(block), elements(in_fp8), resharded),
-        (1, elements(root_matrices(plan.model, mesh.tp)), 0, 0),
+        (bool(root), elements(root), 0, 0),
     ]
     found = []
     for count, size, narrow, freed in groups:
@@ -192,7 +233,8 @@ def _norm_gradients(plan: _Plan) -> list[Collective]:
     """
     step = plan.step
     element = step.reduce_bytes if step.micro_batches > plan.reductions else step.param_bytes
-    norms = (2 * plan.model.n_layers + plan.parallel.sequence_parallel) * plan.reductions
+    last = plan.has_head and plan.parallel.sequence_parallel
+    norms = (2 * plan.layers + last) * plan.reductions
     return [plan.over(["tp"], "all_reduce", norms, norms * plan.model.dim * element, "gradients")]
 
 
@@ -215,7 +257,7 @@ def _activations(plan: _Plan) -> list[Collective]:
     summed = 1 if checkpoint == "full" else 0
 
     def collectives(kind: Kind, recomputed: int) -> Collective:
-        count = plan.step.micro_batches * (plan.model.n_layers * (4 + recomputed) + 1)
+        count = plan.step.micro_batches * (plan.layers * (4 + recomputed) + plan.has_embedding)
         return plan.over(["tp"], kind, count, count * plan.hidden, "activations")
 
     if not plan.parallel.sequence_parallel:
@@ -229,6 +271,8 @@ def _head(plan: _Plan) -> list[Collective]:
     Loss parallelism all-reduces, per chunk of tokens in float32, the maximum, and together the sum
     of exponentials and the target's logit. Without it the logits of each chunk are gathered.
     """
+    if not plan.has_head:
+        return []
     step = plan.step
     n_micro = step.micro_batches
     kinds: tuple[Kind, ...] = ("all_gather", "reduce_scatter")
@@ -253,14 +297,32 @@ def _context(plan: _Plan) -> list[Collective]:
     model, step = plan.model, plan.step
     width = 2 * model.n_kv_heads // plan.mesh.tp * model.head_dim
     keys_values = step.micro_batch_size * step.seq_len * width * step.param_bytes
-    n_reductions = model.n_layers * step.micro_batches
+    n_reductions, losses = plan.layers * step.micro_batches, plan.has_head * step.micro_batches
     recomputes = plan.parallel.activation_checkpoint in ("full", "selective")
     gathers = n_reductions * (2 if recomputes else 1)
     return [
         plan.over(["cp"], "all_gather", gathers, gathers * keys_values, "context"),
         plan.over(["cp"], "reduce_scatter", n_reductions, n_reductions * keys_values, "context"),
-        plan.over(["cp"], "all_reduce", step.micro_batches, step.micro_batches * FLOAT32, "loss"),
+        plan.over(["cp"], "all_reduce", losses, losses * FLOAT32, "loss"),
     ]
+
+
+def _pipeline(plan: _Plan) -> list[Collective]:
+    """Return the sends of hidden states to the next stage and of their gradients back.
+
+    They are as between two blocks. The first and the last rank sum the gradient of a tied weight.
+    """
+    if plan.mesh.pp == 1:
+        return []
+    shards = plan.mesh.tp if plan.parallel.sequence_parallel else 1
+    sends = sum((not part.has_embedding) + (not part.has_head) for part in plan.parts)
+    sends *= plan.step.micro_batches
+    found = [plan.over(["pp"], "send", sends, sends * plan.hidden // shards, "pipeline")]
+    if plan.model.tie_embeddings and (plan.has_embedding or plan.has_head):
+        rows = -(-plan.model.vocab_size // plan.mesh.tp // (plan.mesh.dp_shard * plan.mesh.cp))
+        gradient = rows * plan.model.dim * FLOAT32
+        found.append(Collective("pp", 2, "all_reduce", 1, gradient, "gradients"))
+    return found
 
 
 # ---------------------------------------------------------------- once per step

@@ -25,9 +25,9 @@ from parallel.strategy import MeshStrategy
 
 
 @contextmanager
-def fake_processes(world_size: int) -> Iterator[None]:
-    """Create a fake process group of `world_size` in which this process is rank 0."""
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+def fake_processes(world_size: int, rank: int = 0) -> Iterator[None]:
+    """Create a fake process group of `world_size` processes, of which this is one."""
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         yield
     finally:
@@ -43,6 +43,7 @@ def fake_model(
     parallel: ParallelConfig,
     precision: PrecisionConfig,
     prepare: Callable[[Llama], None] = lambda llama: None,
+    stage: int = 0,
 ) -> Iterator[tuple[Any, MeshStrategy]]:
     """Build the parallelized model, not compiled, on the meta device, and enter fake mode.
 
@@ -50,11 +51,13 @@ def fake_model(
 
     Args:
         prepare: Called with the model before it is parallelized.
+        stage: Index of the pipeline rank whose first process this is.
     """
     eager = replace(parallel, compile=False, async_tp=False)
     if isinstance(eager.activation_checkpoint, float):  # a memory budget needs the compiler
         eager = replace(eager, activation_checkpoint="none")
-    with fake_processes(shape.world_size):
+    rank = stage * shape.dp_shard * shape.cp * shape.tp
+    with fake_processes(shape.world_size, rank):
         mesh = init_device_mesh("cpu", shape.sizes, mesh_dim_names=AXES)
         transform = partial(parallelize, parallel=eager, precision=precision)
         strategy = MeshStrategy(shape, transform, parallel.reduce_gradients)
@@ -64,6 +67,7 @@ def fake_model(
         prepare(llama)
         # Outside of fake mode, in which a mesh cannot be sliced.
         transform(llama, mesh)
+        strategy.use(llama)
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield llama, strategy
 

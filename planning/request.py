@@ -46,7 +46,7 @@ class Choice:
 
     @property
     def mesh(self) -> MeshShape:
-        return MeshShape(*(getattr(self.parallel, axis) for axis in AXES))
+        return MeshShape(**{axis: getattr(self.parallel, axis) for axis in AXES})
 
     @property
     def overrides(self) -> tuple[str, ...]:

@@ -4,12 +4,13 @@ A machine that has a GPU which torch does not see is an error: training would si
 CPU. With `parallel.accelerator=cpu` no GPU is queried.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from parallel.config import BF16_CAPABILITY, ParallelConfig
-from parallel.mesh import Processes, launched_processes, process_ranks
+from parallel.mesh import AXES, Processes, launched_processes, process_ranks
 from resilience.gpu_probe import (
     TO_CPU,
     Gpu,
@@ -51,7 +52,7 @@ def resolve_processes(
         processes = Processes(accelerator, started.per_node, started.num_nodes, started.launcher)
         errors += world_size_errors(config, started)
     else:
-        mesh_size = config.dp_replicate * max(config.dp_shard, 1) * config.cp * config.tp
+        mesh_size = math.prod(max(getattr(config, axis), 1) for axis in AXES)
         num_nodes = config.num_nodes or 1
         on_this_machine = len(machine.gpus) if on_gpus else max(mesh_size // num_nodes, 1)
         processes = Processes(accelerator, config.devices or on_this_machine, num_nodes, "self")

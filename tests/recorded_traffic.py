@@ -31,8 +31,12 @@ _COLLECTIVES: dict[str, tuple[Kind, int | None]] = {
     "_c10d_functional::all_gather_into_tensor": ("all_gather", None),
     "_c10d_functional::reduce_scatter_tensor": ("reduce_scatter", 0),
     "_c10d_functional::all_reduce": ("all_reduce", 0),
+    "c10d::send": ("send", 0),
 }
-_NO_COMMUNICATION = {"_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd"}
+_NO_COMMUNICATION = {
+    *("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd"),
+    *("c10d::recv_", "c10d::barrier"),
+}
 
 
 class Recorder(TorchDispatchMode):
@@ -93,15 +97,16 @@ def traced_step(
     parallel: ParallelConfig,
     precision: PrecisionConfig,
     step: Step,
+    stage: int = 0,
 ) -> list[Collective]:
-    """Return the collectives of rank 0 in one step, in order.
+    """Return the collectives of the first rank of a pipeline stage in one step, in order.
 
     `step` defines number and size of the micro-batches; dtypes follow `precision`. The step
     excludes the optimizer, which does not communicate. It is not compiled, because the compiler
     does not run under a dispatch mode.
     """
     with (
-        fake_model(config, shape, parallel, precision) as (llama, strategy),
+        fake_model(config, shape, parallel, precision, stage=stage) as (llama, strategy),
         Recorder(shape) as recorder,
     ):
         materialise(llama)
@@ -113,7 +118,7 @@ def _run(llama: Any, strategy: MeshStrategy, step: Step) -> None:
     """Run the communicating parts of `train_step` on fake tokens."""
     n_targets, _ = strategy.sum_over_data(torch.empty(2, dtype=torch.int64))
     tokens = torch.empty(step.micro_batch_size, step.seq_len, dtype=torch.int64)  # (batch, seq)
-    for number in range(1, step.micro_batches + 1):
-        with strategy.micro_batch_sync.no_backward_sync(llama, number < step.micro_batches):
-            (llama(tokens, tokens, tokens) / n_targets).backward()
-    clip_grad_norm(llama, max_norm=1.0, extra_scalars=torch.empty(N_EXTRA_SCALARS))
+    micro_batches = [((tokens, tokens, tokens), 0)] * step.micro_batches
+    strategy.accumulate(llama, micro_batches, lambda batch: batch, n_targets)
+    extra_scalars, tied_weight = torch.empty(N_EXTRA_SCALARS), strategy.tied_weight
+    clip_grad_norm(llama, 1.0, extra_scalars, tied_weight)

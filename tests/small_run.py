@@ -52,10 +52,12 @@ class Case:
     compile: bool = False
     reshard_after_forward: bool | None = None
     reduce_gradients: Any = "step"
+    pp: int = 1
+    pp_parts: int = 1
 
     @property
     def mesh(self) -> MeshShape:
-        return MeshShape(self.dp_replicate, self.dp, self.cp, self.tp)
+        return MeshShape(self.dp_replicate, self.dp, self.cp, self.tp, self.pp)
 
     @property
     def world(self) -> int:
@@ -68,6 +70,8 @@ class Case:
             dp_shard=self.dp,
             cp=self.cp,
             tp=self.tp,
+            pp=self.pp,
+            pp_parts=self.pp_parts,
             sequence_parallel=self.sequence_parallel,
             loss_parallel=self.loss_parallel,
             activation_checkpoint=self.activation_checkpoint,

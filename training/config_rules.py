@@ -28,6 +28,7 @@ from data.config import (
 from model.config import ModelConfig, attention_kernel, flex_head_dims, varlen_supports
 from parallel.config import BF16_CAPABILITY, FP8_MULTIPLE, ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape, Processes, resolve_mesh
+from parallel.pipeline_schedule import split_layers
 from resilience.accelerator import resolve_processes, world_size_errors
 from resilience.config import FaultsConfig
 from resilience.launcher_variables import launcher_errors
@@ -385,8 +386,10 @@ def mesh_errors(
     def stage_size_errors(sizes: TrainConfig) -> Iterator[str]:
         yield from model_errors(mesh, parallel, model, sizes.seq_len)
         yield from batch_errors(mesh, sizes)
+        yield from interleaving_errors(mesh, parallel, sizes)
         yield from fp8_size_errors(mesh, precision, model, sizes)
 
+    yield from pipeline_errors(mesh, parallel, model)
     yield from stream_shard_errors(mesh, train, data)
     yield from for_every_stage(train, data, stage_size_errors)
 
@@ -414,6 +417,54 @@ def model_errors(
             f"parallel.tp={tp} does not divide {length}; use {_divisors(local_len)}, or "
             "parallel.sequence_parallel=false"
         )
+
+
+def pipeline_errors(mesh: MeshShape, parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+    """Yield errors for layers that cannot be distributed over the pipeline stages."""
+    parts, n_layers, given = parallel.pp_parts, model.n_layers, parallel.pp_layers
+    stages = mesh.pp * parts
+    key = f"parallel.pp={mesh.pp}" + (f" × parallel.pp_parts={parts}" if parts > 1 else "")
+    if mesh.pp == 1 and parts > 1:
+        yield (
+            f"parallel.pp_parts={parts} divides the model of each pipeline rank, but "
+            "parallel.pp=1; use parallel.pp_parts=1 or parallel.pp=2"
+        )
+    elif mesh.pp == 1 and given is not None:
+        yield f"parallel.pp_layers={list(given)} does not apply to parallel.pp=1; use null"
+    elif stages > n_layers + 1:  # the last one may be the head alone
+        most = max((n_layers + 1) // parts, 1)
+        yield (
+            f"{key} are {stages} stages, but the model has {n_layers} layers and the head; use at "
+            f"most parallel.pp={most}" + (" or parallel.pp_parts=1" if parts > 1 else "")
+        )
+    elif given is not None and (len(given) != stages or sum(given) != n_layers or 0 in given[:-1]):
+        yield (
+            f"parallel.pp_layers={list(given)} must list the layers of the {stages} stages of "
+            f"{key}, {n_layers} together, and none but the last may be 0; use "
+            f"{split_layers(model, stages)} or null"
+        )
+
+
+def interleaving_errors(
+    mesh: MeshShape, parallel: ParallelConfig, train: TrainConfig
+) -> Iterator[str]:
+    """Yield an error if the interleaved schedule cannot distribute the micro-batches."""
+    local, remainder = divmod(train.global_batch_size, mesh.dp)
+    size = train.micro_batch_size or local
+    if parallel.pp_parts == 1 or mesh.pp == 1 or remainder or local % size:
+        return
+    count = local // size
+    if count % mesh.pp:
+        sizes = [each for each in _factors(local) if local // each % mesh.pp == 0]
+        words = f"train.micro_batch_size={_nearest(size, sizes)} or " if sizes else ""
+        yield (
+            f"parallel.pp_parts={parallel.pp_parts} interleaves groups of parallel.pp={mesh.pp} "
+            f"micro-batches, but each rank has {count} per step; use {words}parallel.pp_parts=1"
+        )
+
+
+def _nearest(number: int, choices: list[int]) -> int:
+    return min(choices, key=lambda each: (abs(each - number), each))
 
 
 def batch_errors(mesh: MeshShape, train: TrainConfig) -> Iterator[str]:

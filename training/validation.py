@@ -35,7 +35,7 @@ def validate(run: Run) -> float:
         size=run.mesh.dp,
     )
     watched = {name: _watched(run, of_source) for name, of_source in batches.items()}
-    measured = evaluate_loss(run.model, watched, run.fabric.device, run.strategy.sum_over_data)
+    measured = evaluate_loss(run.model, watched, run.fabric.device, run.strategy.sum_losses)
     return sum(measured.values(), LossTotals()).loss
 
 

@@ -1,0 +1,302 @@
+"""Pipeline parallelism: consecutive layers on each rank; micro-batches pass from rank to rank.
+
+`apply_pipeline_parallel` removes the layers of other stages from the model; what stays keeps its
+global names. `Pipeline` runs the operations of `parallel.pipeline_schedule`. Every stage reads its
+own tokens, positions and labels; hidden states travel as they are between two blocks, local to cp
+and tp. PyTorch's own runtime (torch.distributed.pipelining) keeps two receive buffers per
+micro-batch and the output of every stage, and reduces gradients only after the last backward.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from model.llama import Llama
+from parallel.config import ParallelConfig
+from parallel.data_parallel import hold_gradients
+from parallel.pipeline_schedule import (
+    Action,
+    Transfer,
+    model_parts,
+    operations,
+    split_layers,
+)
+
+Status = Callable[[str], None]
+"""Receives what the rank waits for, as a text for the watchdog; an empty one when it continues."""
+
+
+def apply_pipeline_parallel(model: Llama, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
+    """Remove the other stages from `model` on the meta device, in place.
+
+    With tied embeddings the last stage keeps the weight as `tok_embeddings`, its only name.
+
+    Args:
+        mesh: The `pp` axis.
+    """
+    stages = mesh.size() * parallel.pp_parts
+    layers = list(parallel.pp_layers or split_layers(model.config, stages))
+    model.parts = model_parts(layers, mesh.get_local_rank(), mesh.size())
+    here = {layer for part in model.parts for layer in part.layers}
+    for layer in set(range(model.config.n_layers)) - here:
+        delattr(model.layers, str(layer))  # the others keep their numbers
+    has_head = model.parts[-1].has_head
+    if not has_head:
+        del model.norm, model.output
+    if not (model.parts[0].has_embedding or (has_head and model.config.tie_embeddings)):
+        del model.tok_embeddings
+
+
+class _Saved(NamedTuple):
+    """What a backward needs of its forward: the input, and the edge of the output's graph."""
+
+    hidden: Tensor | None
+    output: Tensor | GradientEdge
+
+
+class Pipeline:
+    """Passes micro-batches through the stages of this rank.
+
+    Args:
+        model: This rank's parts, parallelized.
+        mesh: All axes.
+        dtype: Of hidden states.
+    """
+
+    def __init__(
+        self, model: Llama, mesh: DeviceMesh, parallel: ParallelConfig, dtype: torch.dtype
+    ) -> None:
+        self.model, self.dtype, self.device = model, dtype, torch.device(mesh.device_type)
+        # Ranks that shard a sequence between two blocks.
+        self.tp = mesh["tp"].size() if parallel.sequence_parallel else 1
+        self.cp = mesh["cp"].size()
+        self.replicas_only = parallel.reduce_gradients == "micro_batch"
+        self.group = mesh["pp"].get_group()
+        self.ranks, self.rank = mesh["pp"].size(), mesh["pp"].get_local_rank()
+        self.status: Status = lambda text: None
+        self._links = _create_links(mesh["pp"], len(model.parts))
+        self._tied_group = _tied_group(mesh["pp"]) if model.config.tie_embeddings else None
+        self._sent: dict[bool, tuple[dist.Work, Tensor]] = {}  # by direction
+        model.forward = partial(self._all_stages, model.forward)  # type: ignore[method-assign]
+
+    # ------------------------------------------------------------ training
+
+    def accumulate(
+        self,
+        module: Any,
+        micro_batches: Sequence[tuple[Any, int]],
+        to_device: Callable[[Any], Any],
+        n_targets: Tensor,
+    ) -> Tensor:
+        """Run forward and backward of all micro-batches of a step, as `MeshStrategy.accumulate`."""
+        n_parts = len(self.model.parts)
+        order = list(operations(self.rank, self.ranks, n_parts, len(micro_batches)))
+        actions = [each.action for each in order if each.action is not None]
+        seq_ranks = self.cp * self.tp
+        shapes = [self._hidden_shape(batch[0], seq_ranks) for batch, _ in micro_batches]
+        receiving: dict[Transfer, tuple[dist.Work, Tensor]] = {}
+        saved: dict[tuple[int, int], _Saved] = {}
+        received: Tensor | None = None
+        losses = [] if self.model.parts[-1].has_head else [torch.zeros((), device=self.device)]
+        hold_gradients(self.model, True, self.replicas_only)
+        for kind, transfer, action in order:
+            if action is None:
+                assert transfer is not None
+                if kind == "receive":
+                    receiving[transfer] = self._receive(transfer, shapes[transfer.micro_batch])
+                elif kind == "wait":
+                    received = self._wait(transfer, *receiving.pop(transfer))
+                else:
+                    assert received is not None
+                    self._send(transfer, received)
+                    received = None
+                continue
+            part, index = self.model.parts[action.part], action.micro_batch
+            if action.forward:
+                batch, n_documents = micro_batches[index]
+                if received is not None:
+                    received.requires_grad_()
+                out = module(*to_device(batch), n_documents=n_documents, hidden=received, part=part)
+                if part.has_head:
+                    output = out / n_targets
+                    losses.append(output.detach())
+                    saved[action.part, index] = _Saved(received, output)
+                    received = None
+                else:  # the graph without the values, which are freed once sent
+                    saved[action.part, index] = _Saved(received, get_gradient_edge(out))
+                    received = out.detach()
+            else:
+                hidden, output = saved.pop((action.part, index))
+                self._prepare_backward(actions)
+                torch.autograd.backward(output, received)
+                received = None if hidden is None else hidden.grad
+            actions.pop(0)
+            out = output = hidden = None
+        self._finish_sends()
+        self._sum_tied_gradients()
+        return torch.stack(losses)
+
+    def _prepare_backward(self, actions: Sequence[Action]) -> None:
+        """Let the backward that is first in `actions` reduce what no later one adds to.
+
+        The root's gradients wait for the last backward: another forward would gather its weights
+        again. FSDP2 itself would gather the block that ran last, which may be of another part.
+        """
+        own = self.model.parts[actions[0].part]
+        blocks = [self.model.layers.get_submodule(str(layer)) for layer in own.layers]
+        root: Any = self.model
+        root.set_modules_to_backward_prefetch(blocks[-1:] or [root])
+        if len(actions) == 1:
+            hold_gradients(self.model, False, self.replicas_only)
+        elif all(later.part != actions[0].part for later in actions[1:]):
+            for block in blocks:
+                hold_gradients(block, False, self.replicas_only)
+
+    @property
+    def tied_weight(self) -> Tensor | None:
+        """The weight that is the embedding of the first stage and the head of the last one."""
+        if self._tied_group is None or self.rank not in (0, self.ranks - 1):
+            return None
+        return self.model.tok_embeddings.weight
+
+    def _sum_tied_gradients(self) -> None:
+        """Sum the gradients of the tied weight over the two stages that have it."""
+        if (weight := self.tied_weight) is not None:
+            gradient = weight.grad
+            assert isinstance(gradient, DTensor)
+            dist.all_reduce(gradient.to_local(), group=self._tied_group)
+
+    # ------------------------------------------------------------ without gradients
+
+    def _all_stages(self, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Run `Llama.forward` of a part; without one, of all stages.
+
+        All stages return the logits. The loss is returned by the last stage, and 0 by the others,
+        which do not wait: `MeshStrategy.sum_losses` sends it to all.
+        """
+        if kwargs.get("part") is not None:
+            return forward(*args, **kwargs)
+        assert not torch.is_grad_enabled(), "gradients need `Pipeline.accumulate`"
+        inputs = dict(zip(("tokens", "positions", "labels"), args, strict=False)) | kwargs
+        # Inside of the hooks of context parallelism, tokens are local to cp.
+        shape = self._hidden_shape(inputs["tokens"], self.tp)
+        out = None
+        for index, part in enumerate(self.model.parts):
+            stage = index * self.ranks + self.rank
+            hidden = None
+            if not part.has_embedding:
+                transfer = Transfer(stage - 1, stage, 0)
+                hidden = self._wait(transfer, *self._receive(transfer, shape))
+            out = forward(**inputs, hidden=hidden, part=part)
+            if not part.has_head:
+                self._send(Transfer(stage, stage + 1, 0), out)
+        self._finish_sends()
+        assert out is not None
+        has_head = self.model.parts[-1].has_head
+        if inputs.get("labels") is not None:
+            return out if has_head else torch.zeros((), device=self.device)
+        logits = out.full_tensor() if isinstance(out, DTensor) else out
+        return self._broadcast_logits(logits if has_head else None)
+
+    def broadcast_from_last(self, values: Tensor) -> None:
+        """Replace a tensor on all stages by that of the last stage."""
+        dist.broadcast(values, group=self.group, group_src=self.ranks - 1)
+
+    def _broadcast_logits(self, logits: Tensor | None) -> Tensor:
+        """Send the logits (batch, seq, vocab) of the last stage to all; a cache may cut `seq`."""
+        shape = torch.tensor([0] * 3 if logits is None else logits.shape, device=self.device)
+        self.broadcast_from_last(shape)
+        if logits is None:
+            logits = torch.empty(shape.tolist(), dtype=self.dtype, device=self.device)
+        logits = logits.contiguous()
+        self.broadcast_from_last(logits)
+        return logits
+
+    def gather_names(self, groups: list[dict[str, Any]]) -> None:
+        """Add the other stages' parameters to the groups of an optimizer's state dict, in place."""
+        names: list[list[list[str]]] = [[] for _ in range(self.ranks)]
+        dist.all_gather_object(names, [group["params"] for group in groups], group=self.group)
+        for group, of_ranks in zip(groups, zip(*names, strict=True), strict=True):
+            group["params"] = list(dict.fromkeys(name for each in of_ranks for name in each))
+
+    # ------------------------------------------------------------ transfers
+
+    def _hidden_shape(self, tokens: Tensor, seq_ranks: int) -> tuple[int, int, int]:
+        batch, seq = tokens.shape
+        return batch, seq // seq_ranks, self.model.config.dim
+
+    def _receive(self, transfer: Transfer, shape: Sequence[int]) -> tuple[dist.Work, Tensor]:
+        """Start to receive."""
+        source = transfer.source % self.ranks
+        values = torch.empty(shape, dtype=self.dtype, device=self.device)
+        link = self._links[source, self.rank, transfer.forward]
+        work = dist.irecv(values, group=link, group_src=0 if source < self.rank else 1)
+        assert work is not None
+        return work, values
+
+    def _wait(self, transfer: Transfer, work: dist.Work, values: Tensor) -> Tensor:
+        self.status(
+            f"stage {transfer.target} waits for micro-batch {transfer.micro_batch} from stage "
+            f"{transfer.source}"
+        )
+        work.wait()
+        self.status("")
+        return values
+
+    def _send(self, transfer: Transfer, values: Tensor) -> None:
+        """Start to send, after the previous send in this direction, whose memory is free then."""
+        target = transfer.target % self.ranks
+        if transfer.forward in self._sent:
+            self.status(
+                f"stage {transfer.source} waits for stage {transfer.target} to receive the "
+                f"micro-batch before {transfer.micro_batch}"
+            )
+            self._sent.pop(transfer.forward)[0].wait()
+            self.status("")
+        values = values.contiguous()
+        link = self._links[self.rank, target, transfer.forward]
+        work = dist.isend(values, group=link, group_dst=0 if target < self.rank else 1)
+        assert work is not None
+        self._sent[transfer.forward] = work, values
+
+    def _finish_sends(self) -> None:
+        while self._sent:
+            self._sent.popitem()[1][0].wait()
+
+
+def _create_links(mesh: DeviceMesh, parts: int) -> dict[tuple[int, int, bool], dist.ProcessGroup]:
+    """Create this rank's links: process groups of two, by source, target and `forward`.
+
+    Each link carries one kind in one direction, so that two ranks never wait for each other's
+    transfers on one communicator. A first barrier sets up the communicators of NCCL.
+
+    Only the members of a group create it, and its name depends on how many groups each has: all
+    ranks create equally many, those without a neighbor groups of their own.
+    """
+    global_ranks = dist.get_process_group_ranks(mesh.get_group())
+    ranks, own = mesh.size(), mesh.get_local_rank()
+    even, odd = ([(each, each + 1) for each in range(start, ranks - 1, 2)] for start in (0, 1))
+    around = [(ranks - 1, 0)] if parts > 1 else []
+    links = {}
+    for pairs in (even, odd, around):
+        source, target = next((pair for pair in pairs if own in pair), (own, own))
+        members = sorted({global_ranks[source], global_ranks[target]})
+        for key in ((source, target, True), (target, source, False)):
+            links[key] = dist.new_group(members, use_local_synchronization=True)
+            dist.barrier(links[key])
+    return links
+
+
+def _tied_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """Return the group of the first and the last rank; in other ranks their own."""
+    global_ranks = dist.get_process_group_ranks(mesh.get_group())
+    ends = [global_ranks[0], global_ranks[-1]]
+    members = ends if dist.get_rank() in ends else [dist.get_rank()]
+    return dist.new_group(members, use_local_synchronization=True)
