@@ -21,13 +21,7 @@ from torch.distributed.tensor import DTensor
 from model.llama import Llama
 from parallel.config import ParallelConfig
 from parallel.data_parallel import hold_gradients
-from parallel.pipeline_schedule import (
-    Action,
-    Transfer,
-    model_parts,
-    operations,
-    split_layers,
-)
+from parallel.pipeline_schedule import Action, Transfer, operations, parts_of_rank
 
 Status = Callable[[str], None]
 """Receives what the rank waits for, as a text for the watchdog; an empty one when it continues."""
@@ -41,9 +35,7 @@ def apply_pipeline_parallel(model: Llama, mesh: DeviceMesh, parallel: ParallelCo
     Args:
         mesh: The `pp` axis.
     """
-    stages = mesh.size() * parallel.pp_parts
-    layers = list(parallel.pp_layers or split_layers(model.config, stages))
-    model.parts = model_parts(layers, mesh.get_local_rank(), mesh.size())
+    model.parts = parts_of_rank(model.config, parallel, mesh.size(), mesh.get_local_rank())
     here = {layer for part in model.parts for layer in part.layers}
     for layer in set(range(model.config.n_layers)) - here:
         delattr(model.layers, str(layer))  # the others keep their numbers

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from model.config import ModelConfig, ModelPart
+from parallel.config import ParallelConfig
 
 
 class Action(NamedTuple):
@@ -89,6 +90,14 @@ def model_parts(layers: list[int], rank: int, ranks: int) -> list[ModelPart]:
         ModelPart(range(sum(layers[:stage]), sum(layers[: stage + 1])), stage == 0, stage == last)
         for stage in range(rank, len(layers), ranks)
     ]
+
+
+def parts_of_rank(
+    model: ModelConfig, parallel: ParallelConfig, ranks: int, rank: int
+) -> list[ModelPart]:
+    """Return the parts of a rank of the `pp` axis, which has `ranks` ranks."""
+    layers = parallel.pp_layers or split_layers(model, ranks * parallel.pp_parts)
+    return model_parts(list(layers), rank, ranks)
 
 
 # ---------------------------------------------------------------- the order

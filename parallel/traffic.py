@@ -21,7 +21,7 @@ from typing import Literal
 from model.config import ModelConfig, ModelPart
 from parallel.config import ParallelConfig
 from parallel.mesh import AXES, DATA_AXES, MeshShape
-from parallel.pipeline_schedule import model_parts, split_layers
+from parallel.pipeline_schedule import parts_of_rank
 from parallel.step_scalars import N_EXTRA_SCALARS
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "send"]
@@ -94,9 +94,7 @@ class _Plan:
     @cached_property
     def parts(self) -> list[ModelPart]:
         """What the pipeline rank has of the model."""
-        stages = self.mesh.pp * self.parallel.pp_parts
-        layers = self.parallel.pp_layers or split_layers(self.model, stages)
-        return model_parts(list(layers), self.stage, self.mesh.pp)
+        return parts_of_rank(self.model, self.parallel, self.mesh.pp, self.stage)
 
     @property
     def layers(self) -> int:

@@ -5,11 +5,13 @@ heavy packages.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
-from model.config import ModelConfig, attention_kernel
+from model.config import ModelConfig, ModelPart, attention_kernel
 from parallel.config import BF16_CAPABILITY, ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
+from parallel.pipeline_schedule import parts_of_rank
 from parallel.traffic import Collective, Step, block_matrices, step_traffic
 from planning.frameworks import DEFAULT
 
@@ -36,6 +38,7 @@ class StepSpec:
         flash_attention: Kernel that `varlen` runs: FA2, FA3 or FA4; other frameworks than ours also
             cuDNN or Triton.
         framework: Training framework, a key of `planning.frameworks.FRAMEWORKS`.
+        stage: Pipeline rank whose memory, traffic and computation is meant.
     """
 
     model: ModelConfig
@@ -52,9 +55,33 @@ class StepSpec:
     capability: tuple[int, int] = (9, 0)
     flash_attention: str = "FA2"
     framework: str = DEFAULT
+    stage: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parallel", self.parallel.resolved(self.accelerator))
+
+    @property
+    def stages(self) -> list["StepSpec"]:
+        """The step on each pipeline rank."""
+        return [replace(self, stage=stage) for stage in range(self.mesh.pp)]
+
+    @cached_property
+    def parts(self) -> list[ModelPart]:
+        """The parts of the model on this pipeline rank."""
+        return parts_of_rank(self.model, self.parallel, self.mesh.pp, self.stage)
+
+    @property
+    def n_layers(self) -> int:
+        """Layers on this pipeline rank."""
+        return sum(len(part.layers) for part in self.parts)
+
+    @property
+    def has_embedding(self) -> bool:
+        return self.parts[0].has_embedding
+
+    @property
+    def has_head(self) -> bool:
+        return self.parts[-1].has_head
 
     @property
     def micro_batches(self) -> int:
@@ -152,8 +179,8 @@ class StepSpec:
         return [each for each in matrices if each[0] % shards == 0]
 
     def traffic(self) -> list[Collective]:
-        """Return the collectives of each rank in one step."""
-        return step_traffic(self.model, self.mesh, self.parallel, self.step)
+        """Return the collectives of a rank of the pipeline rank `stage` in one step."""
+        return step_traffic(self.model, self.mesh, self.parallel, self.step, self.stage)
 
 
 def resolved_precision(
