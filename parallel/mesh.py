@@ -161,8 +161,10 @@ def resolve_mesh(
         divisors = [str(size) for size in range(1, world_size + 1) if world_size % size == 0]
         product = f"one of {', '.join(divisors)}" if len(divisors) > 1 else "1"
         free = "use parallel.dp_shard=-1 and " if fixed else ""
-        change = f"{free}let dp_replicate × cp × tp × pp be {product}"
-    named = ", ".join(f"parallel.{axis}={size}" for axis, size in vars(shape).items())
+        change = f"{free}let dp_replicate × pp × cp × tp be {product}"
+    named = ", ".join(
+        f"parallel.{axis}={size}" for axis, size in zip(AXES, shape.sizes, strict=True)
+    )
     count = shape.world_size if fixed else f"a multiple of {others}"
     per_node = shape.world_size // (config.num_nodes or 1)
     start = f"start {count} processes (parallel.devices={per_node} if the run starts its own)"

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from checkpoint.config import CheckpointConfig
@@ -430,19 +430,25 @@ def pipeline_errors(mesh: MeshShape, parallel: ParallelConfig, model: ModelConfi
             "parallel.pp=1; use parallel.pp_parts=1 or parallel.pp=2"
         )
     elif mesh.pp == 1 and given is not None:
-        yield f"parallel.pp_layers={list(given)} does not apply to parallel.pp=1; use null"
+        yield f"parallel.pp_layers={_in_brackets(given)} does not apply to parallel.pp=1; use null"
     elif stages > n_layers + 1:  # the last one may be the head alone
-        most = max((n_layers + 1) // parts, 1)
+        sizes = [each for each in _factors(mesh.world_size) if each * parts <= n_layers + 1]
+        words = f"parallel.pp={max(sizes)}" if sizes else "parallel.pp=1"
         yield (
-            f"{key} are {stages} stages, but the model has {n_layers} layers and the head; use at "
-            f"most parallel.pp={most}" + (" or parallel.pp_parts=1" if parts > 1 else "")
+            f"{key} are {stages} stages, but the model has {n_layers} layers and the head; use "
+            f"{words}" + (" or parallel.pp_parts=1" if parts > 1 else "")
         )
     elif given is not None and (len(given) != stages or sum(given) != n_layers or 0 in given[:-1]):
         yield (
-            f"parallel.pp_layers={list(given)} must list the layers of the {stages} stages of "
-            f"{key}, {n_layers} together, and none but the last may be 0; use "
-            f"{split_layers(model, stages)} or null"
+            f"parallel.pp_layers={_in_brackets(given)} must list the layers of the {stages} stages "
+            f"of {key}, {n_layers} together, and none but the last may be 0; use "
+            f"{_in_brackets(split_layers(model, stages))} or null"
         )
+
+
+def _in_brackets(layers: Sequence[int]) -> str:
+    """Return a list in command-line syntax."""
+    return str(list(layers)).replace(" ", "")
 
 
 def interleaving_errors(
@@ -497,11 +503,12 @@ def other_axes_errors(
     if all(batch is None or batch % mesh.dp == 0 for batch in batches):
         return
     number, found = mesh.world_size, []
-    for tp in _factors(number):
-        for cp in _factors(number // tp):
-            dp, replicas = number // tp // cp, mesh.dp_replicate
+    per_stage = number // mesh.pp
+    for tp in _factors(per_stage):
+        for cp in _factors(per_stage // tp):
+            dp, replicas = per_stage // tp // cp, mesh.dp_replicate
             replicas = replicas if dp % replicas == 0 else 1
-            other = MeshShape(replicas, dp // replicas, cp, tp)
+            other = MeshShape(replicas, dp // replicas, cp, tp, mesh.pp)
             if not any(mesh_errors(other, parallel, precision, model, train, data)):
                 found.append(other)
     if not found:

@@ -66,6 +66,11 @@ OTHER_NAMES = {  # key: its names elsewhere; only keys of the program are sugges
     "parallel.tp": "tp_size tensor_parallel tensor_parallel_size tensor_parallel_degree "
     "tensor_model_parallel_size",
     "parallel.cp": "cp_size context_parallel context_parallel_size context_parallel_degree",
+    "parallel.pp": "pp_size pipeline_parallel pipeline_parallel_size pipeline_parallel_degree "
+    "pipeline_model_parallel_size",
+    "parallel.pp_parts": "virtual_pipeline_model_parallel_size virtual_pipeline_parallel_size",
+    "parallel.pp_layers": "pipeline_model_parallel_layout pipeline_parallel_split_points "
+    "module_fqns_per_model_part",
     "parallel.dp_shard": "dp dp_size data_parallel_size data_parallel_shard_degree fsdp_size",
     "parallel.dp_replicate": "dp dp_size data_parallel_size data_parallel_replicate_degree",
     "parallel.compile": "torch_compile",
@@ -145,9 +150,10 @@ EXPLANATIONS = {  # names without a key: the reason and the remedy
     "ddp use_ddp strategy sharding_strategy": "FSDP2 shards weights, gradients and optimizer "
     "state over parallel.dp_shard; use parallel.dp_shard=-1 for all processes, and "
     "parallel.dp_replicate=N for replicas",
-    "pp pp_size pipeline_parallel pipeline_parallel_size pipeline_parallel_degree "
-    "pipeline_model_parallel_size ep expert_parallel_size expert_parallel_degree": "pipeline and "
-    "expert parallelism are not supported; use parallel.dp_shard, parallel.tp or parallel.cp",
+    "pp_schedule pipeline_parallel_schedule pipeline_schedule": "the schedule is 1F1B, or "
+    "interleaved 1F1B with several parts; use parallel.pp_parts=2",
+    "ep expert_parallel_size expert_parallel_degree": "expert parallelism is not supported; use "
+    "parallel.dp_shard, parallel.tp, parallel.cp or parallel.pp",
     "sp sequence_parallel_size": "sequence parallelism uses the processes of parallel.tp; use "
     "parallel.sequence_parallel=true",
     "dropout attn_dropout attention_dropout resid_pdrop bias attention_bias mlp_bias hidden_act "

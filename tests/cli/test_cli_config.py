@@ -257,6 +257,8 @@ BOUNDS: dict[str, list[tuple[float, float]]] = {
     "parallel.dp_shard": [(1, 0)],
     "parallel.cp": [(1, 0)],
     "parallel.tp": [(1, 0)],
+    "parallel.pp": [(1, 0)],
+    "parallel.pp_parts": [(1, 0)],
     "parallel.devices": [(1, 0)],
     "parallel.num_nodes": [(1, 0)],
     "model.dim": [(1, 0)],

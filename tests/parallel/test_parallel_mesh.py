@@ -55,9 +55,9 @@ def test_first_process_is_determined_by_the_variables_of_its_launcher() -> None:
 
 def test_data_rank_is_the_index_on_the_data_axes() -> None:
     """The reference is the coordinates of a rank, outermost axis first."""
-    shape = MeshShape(2, 3, 1, 2)
+    shape = MeshShape(2, 3, 1, 2, pp=3)
     coordinates = itertools.product(*(range(size) for size in shape.sizes))
-    for rank, (replicate, shard, _, _) in enumerate(coordinates):
+    for rank, (replicate, _, shard, _, _) in enumerate(coordinates):
         assert shape.data_rank(rank) == replicate * shape.dp_shard + shard
     assert {shape.data_rank(rank) for rank in range(shape.world_size)} == set(range(shape.dp))
     assert len(AXES) == len(shape.sizes)
@@ -66,6 +66,7 @@ def test_data_rank_is_the_index_on_the_data_axes() -> None:
 def test_mesh_is_formatted_with_its_axes_larger_than_one() -> None:
     assert str(MeshShape(1, 1, 1, 1)) == "one process"
     assert str(MeshShape(1, 2, 1, 4)) == "dp_shard=2 × tp=4"
+    assert str(MeshShape(1, 2, 1, 4, pp=2)) == "pp=2 × dp_shard=2 × tp=4"
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
@@ -95,7 +96,7 @@ def test_mesh_that_does_not_match_the_processes_is_rejected_with_a_valid_remedy(
         assert all(resolve_mesh(config, size)[1] == [] for size in sizes)
         if world_size == 1:
             assert problem.endswith(
-                "or use parallel.dp_shard=-1 and let dp_replicate × cp × tp be 1"
+                "or use parallel.dp_shard=-1 and let dp_replicate × pp × cp × tp be 1"
             )
     else:
         assert resolve_mesh(ParallelConfig(tp=config.tp), world_size)[1] == []

@@ -182,6 +182,15 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("plan", {"model.attention": "varlen", "parallel.cp": 2}),
     ("plan", {"model.attention": "varlen", "model.n_heads": 512}),
     ("plan", {"model.attention": "flex", "model.n_heads": 256}),
+    ("train", {"parallel.pp_parts": 2}),
+    ("train", {"parallel.pp_layers": [8, 8]}),
+    ("train", {"parallel.pp": 2, "parallel.pp_layers": [8, 7]}),
+    ("train", {"parallel.pp": 2, "parallel.pp_layers": [0, 16]}),
+    ("train", {"parallel.pp": 2, "parallel.pp_layers": [8, 4, 4]}),
+    ("plan", {"model.n_layers": 6, "parallel.pp": 8}),
+    ("plan", {"model.n_layers": 6, "parallel.pp": 4, "parallel.pp_parts": 2}),
+    ("plan", {"parallel.pp": 4, "parallel.pp_parts": 2, "train.micro_batch_size": 32}),
+    ("plan", {"parallel.pp": 4, "parallel.pp_parts": 2, "train.global_batch_size": 6}),
     ("plan", {**ASYNC_TP, "parallel.tp": 1}),
     ("plan", {**ASYNC_TP, "parallel.compile": False}),
     ("plan", {**ASYNC_TP, "parallel.sequence_parallel": False}),
@@ -343,7 +352,7 @@ def remedies(message: str) -> Iterator[dict[str, Any]]:
         elif multiple := re.search(r"multiple of (\d+) for (\S+)", clause):
             key, clause = multiple[2], multiple[1]
         clause = clause.partition("use ")[2] or clause
-        for item in re.split(r", | or ", clause):
+        for item in re.split(r", | or ", clause):  # lists have no spaces
             if changes := re.findall(r"([\w.\[\]-]+)=(\S+)", item):
                 key = changes[0][0]
                 yield {name: yaml.safe_load(value) for name, value in changes}
