@@ -157,7 +157,7 @@ def set_up(
     )
     run.open_logs(changes)
     watchdog.on_abort = partial(record_fault, run)
-    watchdog.background_save = run.saver.running
+    watchdog.background_save, watchdog.waits_for = run.saver.running, strategy.waits_for
     with run.optional("the header"):
         console.header(*header(run, changes))
     return run

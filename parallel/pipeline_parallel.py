@@ -21,10 +21,9 @@ from torch.distributed.tensor import DTensor
 from model.llama import Llama
 from parallel.config import ParallelConfig
 from parallel.data_parallel import hold_gradients
+from parallel.pipeline_links import Links, Wait
 from parallel.pipeline_schedule import Action, Transfer, operations, parts_of_rank
-
-Status = Callable[[str], None]
-"""Receives what the rank waits for, as a text for the watchdog; an empty one when it continues."""
+from parallel.timestamps import seconds_between, timestamp
 
 
 def apply_pipeline_parallel(model: Llama, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
@@ -72,10 +71,13 @@ class Pipeline:
         self.replicas_only = parallel.reduce_gradients == "micro_batch"
         self.group = mesh["pp"].get_group()
         self.ranks, self.rank = mesh["pp"].size(), mesh["pp"].get_local_rank()
-        self.status: Status = lambda text: None
-        self._links = _create_links(mesh["pp"], len(model.parts))
+        self.links = Links(mesh["pp"], len(model.parts), dtype)
+        self._measured: tuple[Any, Any, list[Wait]] = (
+            0.0,
+            0.0,
+            [],
+        )  # start, end and waits of a step
         self._tied_group = _tied_group(mesh["pp"]) if model.config.tie_embeddings else None
-        self._sent: dict[bool, tuple[dist.Work, Tensor]] = {}  # by direction
         model.forward = partial(self._all_stages, model.forward)  # type: ignore[method-assign]
 
     # ------------------------------------------------------------ training
@@ -93,7 +95,7 @@ class Pipeline:
         actions = [each.action for each in order if each.action is not None]
         seq_ranks = self.cp * self.tp
         shapes = [self._hidden_shape(batch[0], seq_ranks) for batch, _ in micro_batches]
-        receiving: dict[Transfer, tuple[dist.Work, Tensor]] = {}
+        started, waits = timestamp(self.device.type), self.links.record_waits()
         saved: dict[tuple[int, int], _Saved] = {}
         received: Tensor | None = None
         losses = [] if self.model.parts[-1].has_head else [torch.zeros((), device=self.device)]
@@ -102,12 +104,12 @@ class Pipeline:
             if action is None:
                 assert transfer is not None
                 if kind == "receive":
-                    receiving[transfer] = self._receive(transfer, shapes[transfer.micro_batch])
+                    self.links.receive(transfer, shapes[transfer.micro_batch])
                 elif kind == "wait":
-                    received = self._wait(transfer, *receiving.pop(transfer))
+                    received = self.links.received(transfer)
                 else:
                     assert received is not None
-                    self._send(transfer, received)
+                    self.links.send(transfer, received)
                     received = None
                 continue
             part, index = self.model.parts[action.part], action.micro_batch
@@ -131,9 +133,20 @@ class Pipeline:
                 received = None if hidden is None else hidden.grad
             actions.pop(0)
             out = output = hidden = None
-        self._finish_sends()
+        self.links.finish_sends()
         self._sum_tied_gradients()
+        self._measured = started, timestamp(self.device.type), waits
         return torch.stack(losses)
+
+    def step_seconds(self) -> tuple[float, float]:
+        """Return how long this rank computed in the last step, and how long it was in the pipeline.
+
+        The difference is the time in which it waited for other stages. The collectives of a stage
+        count as computation. The device must have completed the step.
+        """
+        start, end, waits = self._measured
+        seconds = seconds_between(start, end)
+        return seconds - sum(wait.seconds for wait in waits), seconds
 
     def _prepare_backward(self, actions: Sequence[Action]) -> None:
         """Let the backward that is first in `actions` reduce what no later one adds to.
@@ -177,6 +190,7 @@ class Pipeline:
             return forward(*args, **kwargs)
         assert not torch.is_grad_enabled(), "gradients need `Pipeline.accumulate`"
         inputs = dict(zip(("tokens", "positions", "labels"), args, strict=False)) | kwargs
+        self.links.record_waits()
         # Inside of the hooks of context parallelism, tokens are local to cp.
         shape = self._hidden_shape(inputs["tokens"], self.tp)
         out = None
@@ -185,11 +199,12 @@ class Pipeline:
             hidden = None
             if not part.has_embedding:
                 transfer = Transfer(stage - 1, stage, 0)
-                hidden = self._wait(transfer, *self._receive(transfer, shape))
+                self.links.receive(transfer, shape)
+                hidden = self.links.received(transfer)
             out = forward(**inputs, hidden=hidden, part=part)
             if not part.has_head:
-                self._send(Transfer(stage, stage + 1, 0), out)
-        self._finish_sends()
+                self.links.send(Transfer(stage, stage + 1, 0), out)
+        self.links.finish_sends()
         assert out is not None
         has_head = self.model.parts[-1].has_head
         if inputs.get("labels") is not None:
@@ -211,79 +226,16 @@ class Pipeline:
         self.broadcast_from_last(logits)
         return logits
 
+    def _hidden_shape(self, tokens: Tensor, seq_ranks: int) -> tuple[int, int, int]:
+        batch, seq = tokens.shape
+        return batch, seq // seq_ranks, self.model.config.dim
+
     def gather_names(self, groups: list[dict[str, Any]]) -> None:
         """Add the other stages' parameters to the groups of an optimizer's state dict, in place."""
         names: list[list[list[str]]] = [[] for _ in range(self.ranks)]
         dist.all_gather_object(names, [group["params"] for group in groups], group=self.group)
         for group, of_ranks in zip(groups, zip(*names, strict=True), strict=True):
             group["params"] = list(dict.fromkeys(name for each in of_ranks for name in each))
-
-    # ------------------------------------------------------------ transfers
-
-    def _hidden_shape(self, tokens: Tensor, seq_ranks: int) -> tuple[int, int, int]:
-        batch, seq = tokens.shape
-        return batch, seq // seq_ranks, self.model.config.dim
-
-    def _receive(self, transfer: Transfer, shape: Sequence[int]) -> tuple[dist.Work, Tensor]:
-        """Start to receive."""
-        source = transfer.source % self.ranks
-        values = torch.empty(shape, dtype=self.dtype, device=self.device)
-        link = self._links[source, self.rank, transfer.forward]
-        work = dist.irecv(values, group=link, group_src=0 if source < self.rank else 1)
-        assert work is not None
-        return work, values
-
-    def _wait(self, transfer: Transfer, work: dist.Work, values: Tensor) -> Tensor:
-        self.status(
-            f"stage {transfer.target} waits for micro-batch {transfer.micro_batch} from stage "
-            f"{transfer.source}"
-        )
-        work.wait()
-        self.status("")
-        return values
-
-    def _send(self, transfer: Transfer, values: Tensor) -> None:
-        """Start to send, after the previous send in this direction, whose memory is free then."""
-        target = transfer.target % self.ranks
-        if transfer.forward in self._sent:
-            self.status(
-                f"stage {transfer.source} waits for stage {transfer.target} to receive the "
-                f"micro-batch before {transfer.micro_batch}"
-            )
-            self._sent.pop(transfer.forward)[0].wait()
-            self.status("")
-        values = values.contiguous()
-        link = self._links[self.rank, target, transfer.forward]
-        work = dist.isend(values, group=link, group_dst=0 if target < self.rank else 1)
-        assert work is not None
-        self._sent[transfer.forward] = work, values
-
-    def _finish_sends(self) -> None:
-        while self._sent:
-            self._sent.popitem()[1][0].wait()
-
-
-def _create_links(mesh: DeviceMesh, parts: int) -> dict[tuple[int, int, bool], dist.ProcessGroup]:
-    """Create this rank's links: process groups of two, by source, target and `forward`.
-
-    Each link carries one kind in one direction, so that two ranks never wait for each other's
-    transfers on one communicator. A first barrier sets up the communicators of NCCL.
-
-    Only the members of a group create it, and its name depends on how many groups each has: all
-    ranks create equally many, those without a neighbor groups of their own.
-    """
-    global_ranks = dist.get_process_group_ranks(mesh.get_group())
-    ranks, own = mesh.size(), mesh.get_local_rank()
-    even, odd = ([(each, each + 1) for each in range(start, ranks - 1, 2)] for start in (0, 1))
-    around = [(ranks - 1, 0)] if parts > 1 else []
-    links = {}
-    for pairs in (even, odd, around):
-        source, target = next((pair for pair in pairs if own in pair), (own, own))
-        members = sorted({global_ranks[source], global_ranks[target]})
-        for key in ((source, target, True), (target, source, False)):
-            links[key] = dist.new_group(members, use_local_synchronization=True)
-            dist.barrier(links[key])
-    return links
 
 
 def _tied_group(mesh: DeviceMesh) -> dist.ProcessGroup:

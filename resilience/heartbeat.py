@@ -32,6 +32,7 @@ class Heartbeat:
         lost_peer: Whether the process has lost its connection to another rank.
         stack: Stack of the main thread, innermost frame last.
         blocked: The threads that wait for a file system, in one line, if it may exceed a limit.
+        waits_for: What a pipeline rank waits for, as `stage 2 waits for … from stage 1`.
     """
 
     rank: int
@@ -44,6 +45,7 @@ class Heartbeat:
     lost_peer: bool = False
     stack: Sequence[str] = ()
     blocked: str = ""
+    waits_for: str = ""
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
@@ -96,6 +98,23 @@ def group_by_stack(beats: Sequence[Heartbeat]) -> list[list[Heartbeat]]:
     for beat in beats:
         by_stack.setdefault(tuple(beat.stack), []).append(beat)
     return [*by_stack.values()]
+
+
+def stage_waits(beats: Sequence[Heartbeat]) -> str:
+    """Return a line for each wait for another pipeline stage: `rank 5 (stage 2) waits for …`.
+
+    Each line starts with a line break; empty without waits.
+    """
+    ranks: dict[str, list[int]] = {}
+    for beat in beats:
+        if beat.waits_for:
+            ranks.setdefault(beat.waits_for, []).append(beat.rank)
+    lines = []
+    for wait, waiting in sorted(ranks.items(), key=lambda each: each[1]):
+        stage, verb, what = wait.partition(" waits ")
+        verb = verb if len(waiting) == 1 else " wait "
+        lines.append(f"\n{name_ranks(waiting)} ({stage}){verb}{what}")
+    return "".join(lines)
 
 
 def hosts_at_fault(suspects: Sequence[Heartbeat], beats: Sequence[Heartbeat]) -> list[str]:

@@ -31,7 +31,14 @@ from resilience.blocked_threads import blocked_threads, describe
 from resilience.config import TimeLimits
 from resilience.exit_codes import ExitCode
 from resilience.exit_timer import ExitTimer, run_limited
-from resilience.heartbeat import Heartbeat, Phase, group_by_stack, hosts_at_fault, stack_of
+from resilience.heartbeat import (
+    Heartbeat,
+    Phase,
+    group_by_stack,
+    hosts_at_fault,
+    stack_of,
+    stage_waits,
+)
 from resilience.rank_groups import without_rank
 
 HEARTBEAT_SECONDS = 1.0
@@ -67,6 +74,7 @@ class Watchdog:
         on_abort: Called with the reason before the process exits; runs in a thread of its own.
         background_save: Returns step, start (`time.monotonic`) and thread of a save that runs while
             training continues.
+        waits_for: Returns what this pipeline rank waits for from another stage, empty if nothing.
     """
 
     def __init__(self, limits: TimeLimits) -> None:
@@ -90,6 +98,7 @@ class Watchdog:
         self.setup_hint: Callable[[], str] = lambda: "Did every node start its processes?"
         self.on_abort: Callable[[str], None] = lambda reason: None
         self.background_save: Callable[[], tuple[int, float, int | None] | None] = lambda: None
+        self.waits_for: Callable[[], str] = lambda: ""
         self._main_thread = threading.main_thread().ident
         rank = process_ranks()[0]
         self._state = Heartbeat(rank, host_name(), os.getpid())
@@ -225,11 +234,12 @@ class Watchdog:
                     self._abort(f"{beat.late_message()}\n{self.setup_hint()}")
             elif time.monotonic() - self._store_lost_at > GRACE_SECONDS:
                 self.fault_hosts = [self._first_host]
-                self._abort("rank 0, which hosts the store, exited", self._reports_rank_0())
+                reason = f"rank 0, which hosts the store, exited{stage_waits([beat])}"
+                self._abort(reason, self._reports_rank_0())
             elif beat.rank and time.monotonic() - self._last_contact > self.silent_seconds:
                 self.fault_hosts = [self._first_host]
                 reason = f"no heartbeat from rank 0 for {self.silent_seconds:.0f} s"
-                stack = f"stack of rank {beat.rank}:\n{beat.indented_stack}"
+                stack = f"stack of rank {beat.rank}:\n{beat.indented_stack}{stage_waits([beat])}"
                 self._abort(f"{reason}; {stack}", self._reports_rank_0())
 
     def _exchange(self) -> None:
@@ -260,9 +270,7 @@ class Watchdog:
         Args:
             seen: Count of the newest heartbeat of each rank and when it arrived; updated.
         """
-        now = time.monotonic()
-        values = self._store.multi_get([f"beat/{rank}" for rank in range(self._size)])
-        beats = [Heartbeat(**json.loads(value)) for value in values]
+        now, beats = time.monotonic(), self._read_heartbeats()
         for beat in beats:
             if seen.get(beat.rank, (-1, 0.0))[0] != beat.count:
                 seen[beat.rank] = beat.count, now
@@ -277,6 +285,7 @@ class Watchdog:
                     first.silent_message(now - seen[first.rank][1], others)
                     for first, *others in group_by_stack(silent)
                 )
+                + stage_waits([beat for beat in beats if beat not in silent])
             )
         if any(self._is_late(beat) for beat in beats):
             self.fault_hosts = hosts_at_fault([b for b in beats if not b.is_waiting], beats)
@@ -284,7 +293,8 @@ class Watchdog:
             # then small groups of equal stacks.
             groups = group_by_stack(beats)
             groups.sort(key=lambda group: (group[0].is_waiting, len(group)))
-            self._abort("\n".join(group[0].late_message(group[1:]) for group in groups))
+            messages = (group[0].late_message(group[1:]) for group in groups)
+            self._abort("\n".join(messages) + stage_waits(beats))
 
     def _check_children(self) -> None:
         """Abort if a process started by this one has exited with an error."""
@@ -299,7 +309,7 @@ class Watchdog:
                 self._code = ExitCode(code)
             killed = f"was killed by {signal.Signals(-code).name}" if code < 0 else ""
             self.fault_hosts = [self._state.host]
-            cause = (killed or f"exited with code {code}") + self._last_position(rank)
+            cause = (killed or f"exited with code {code}") + self._last_positions(rank)
             self._abort(f"rank {rank} (pid {child.pid} on {self._state.host}) {cause}")
 
     # ------------------------------------------------------------ helpers
@@ -417,6 +427,8 @@ class Watchdog:
             if self._seconds_left(late) < self._seconds_left(beat):
                 beat, thread = late, save[2]
         beat.stack = stack_of(thread)
+        with suppress(Exception):  # of the device, which training reports
+            beat.waits_for = self.waits_for()
         if self._seconds_left(beat) < self._near_limit:
             beat.blocked = describe(str(beat), blocked_threads())
         return beat
@@ -434,14 +446,24 @@ class Watchdog:
     def _near_limit(self) -> float:
         return NEAR_LIMIT_SECONDS * self._interval
 
-    def _last_position(self, rank: int) -> str:
-        """Return the last reported position of a rank, up to one heartbeat old, for a message."""
+    def _last_positions(self, rank: int) -> str:
+        """Return the last reported position of a rank, up to one heartbeat old, for a message.
+
+        Ranks of other pipeline stages follow with what they wait for.
+        """
         if not self._connected:
             return " in set-up"
         try:
-            return f". {Heartbeat(**json.loads(self._store.get(f'beat/{rank}'))).last_seen}"
+            beats = self._read_heartbeats()
+            beats[self._state.rank] = self._heartbeat(0)
+            return f". {beats.pop(rank).last_seen}{stage_waits(beats)}"
         except Exception:
             return ""
+
+    def _read_heartbeats(self) -> list[Heartbeat]:
+        """Return the newest heartbeat of each rank from the store."""
+        values = self._store.multi_get([f"beat/{rank}" for rank in range(self._size)])
+        return [Heartbeat(**json.loads(value)) for value in values]
 
     def _reports_rank_0(self) -> bool:
         """Return whether this rank reports the loss of rank 0: one process per node does."""

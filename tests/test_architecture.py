@@ -76,7 +76,7 @@ OPTIONAL = (
     "evaluation.kv_cache",
     *("training.wandb_logger", "data.stream"),
     *("parallel.tensor_parallel", "parallel.context_parallel", "parallel.float8"),
-    "parallel.activation_checkpoint",
+    *("parallel.activation_checkpoint", "parallel.pipeline_parallel", "parallel.pipeline_links"),
     *("formats.hugging_face", "formats.meta", "formats.native", "formats.weights"),
     *("planning.memory_plot", "planning.report", "planning.calibration", "planning.tracing"),
     *("wandb", "lm_eval", "torchao", "datasets", "pyarrow", "safetensors", "llama_models"),

@@ -10,8 +10,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
+from parallel.timestamps import seconds_between, timestamp
 from training.plan_comparison import MEASURED_STEPS
 
 
@@ -32,7 +34,7 @@ class Clock:
         self.newest_steps: deque[float] = deque(maxlen=MEASURED_STEPS)
         self._steps, self._seconds, self._data_wait_seconds = 0, 0.0, 0.0
         self._data_waits: deque[tuple[Any, Any]] = deque()  # start and end, not yet added up
-        self._timestamp = _cuda_event if device_type == "cuda" else time.perf_counter
+        self._timestamp = partial(timestamp, device_type)
         self._launched = time.perf_counter()
         self._productive = self._stalled = 0.0
         self.around_data: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -92,15 +94,4 @@ class Clock:
 
     def _add_data_waits(self, count: int) -> None:
         for _ in range(count):
-            start, end = self._data_waits.popleft()
-            on_host = isinstance(start, float)
-            self._data_wait_seconds += end - start if on_host else start.elapsed_time(end) / 1e3
-
-
-def _cuda_event() -> Any:
-    """Record an event, whose time is the later of now and the end of the queued work."""
-    import torch
-
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+            self._data_wait_seconds += seconds_between(*self._data_waits.popleft())

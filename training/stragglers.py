@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.timestamps import seconds_between, timestamp
 from resilience.rank_groups import name_ranks
 
 STEPS = 20  # measured before ranks are compared
@@ -45,18 +46,11 @@ class StragglerMonitor:
 
     def _before(self, *_: Any) -> None:
         if torch.is_grad_enabled():
-            self._start = self._now()
+            self._start = timestamp(self._device.type)
 
     def _after(self, *_: Any) -> None:
         if torch.is_grad_enabled():
-            self._spans.append((self._start, self._now()))
-
-    def _now(self) -> Any:
-        if self._device.type == "cpu":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+            self._spans.append((self._start, timestamp(self._device.type)))
 
     def end_step(self) -> None:
         """Keep the measurements of a step."""
@@ -121,7 +115,6 @@ def find_stragglers(computed: Tensor, steps: Tensor) -> dict[int, float]:
 
 def _seconds(spans: Sequence[tuple[Any, Any]]) -> float:
     """Return the sum of the spans of a step."""
-    on_host = not spans or isinstance(spans[0][0], float)
-    if not on_host:
+    if spans and not isinstance(spans[-1][1], float):
         spans[-1][1].synchronize()
-    return sum(end - start if on_host else start.elapsed_time(end) / 1e3 for start, end in spans)
+    return sum(seconds_between(*span) for span in spans)

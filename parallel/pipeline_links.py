@@ -1,0 +1,141 @@
+"""Transfers between neighboring ranks of a pipeline, and the waits for them.
+
+Each link carries hidden states or gradients in one direction, so that two ranks never wait for each
+other's transfers on one communicator. The waits of a step are kept: hang reports name the current
+one (`Links.waits_for`), metrics contain their duration.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from parallel.pipeline_schedule import Transfer
+from parallel.timestamps import seconds_between, timestamp
+
+
+@dataclass
+class Wait:
+    """A wait for a transfer; `start` and `end` are timestamps of the device."""
+
+    transfer: Transfer
+    start: Any
+    end: Any = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the device has got past it; does not wait."""
+        return self.end is not None and (isinstance(self.end, float) or self.end.query())
+
+    @property
+    def seconds(self) -> float:
+        """Duration of a wait that is over."""
+        return seconds_between(self.start, self.end)
+
+
+class Links:
+    """The transfers of one rank.
+
+    Args:
+        mesh: The `pp` axis.
+        parts: Parts of the model on each rank.
+        dtype: Of hidden states.
+    """
+
+    def __init__(self, mesh: DeviceMesh, parts: int, dtype: torch.dtype) -> None:
+        self.dtype, self.device_type = dtype, mesh.device_type
+        self.ranks, self.rank = mesh.size(), mesh.get_local_rank()
+        self._groups = _create_groups(mesh, parts)
+        self._receiving: dict[Transfer, tuple[dist.Work, Tensor]] = {}
+        self._sending: dict[bool, tuple[Transfer, dist.Work, Tensor]] = {}  # by direction
+        self._waits: list[Wait] = []
+        cuda = self.device_type == "cuda"
+        self._device = torch.cuda.device(torch.cuda.current_device()) if cuda else nullcontext()
+
+    def record_waits(self) -> list[Wait]:
+        """Return the list to which the following waits are added."""
+        self._waits = []
+        return self._waits
+
+    def receive(self, transfer: Transfer, shape: Sequence[int]) -> None:
+        """Start to receive a tensor of a shape."""
+        source = transfer.source % self.ranks
+        values = torch.empty(shape, dtype=self.dtype, device=self.device_type)
+        group = self._groups[source, self.rank, transfer.forward]
+        work = dist.irecv(values, group=group, group_src=0 if source < self.rank else 1)
+        assert work is not None
+        self._receiving[transfer] = work, values
+
+    def received(self, transfer: Transfer) -> Tensor:
+        """Wait for a receive that has been started, and return its tensor."""
+        work, values = self._receiving.pop(transfer)
+        self._wait(transfer, work)
+        return values
+
+    def send(self, transfer: Transfer, values: Tensor) -> None:
+        """Start to send, after the previous send in this direction, whose memory is free then."""
+        self._finish_send(transfer.forward)
+        target, values = transfer.target % self.ranks, values.contiguous()
+        group = self._groups[self.rank, target, transfer.forward]
+        work = dist.isend(values, group=group, group_dst=0 if target < self.rank else 1)
+        assert work is not None
+        self._sending[transfer.forward] = transfer, work, values
+
+    def finish_sends(self) -> None:
+        """Wait for the last send in each direction."""
+        for forward in (True, False):
+            self._finish_send(forward)
+
+    def waits_for(self) -> str:
+        """Return what this rank waits for from another stage, empty if nothing.
+
+        Called by another thread. On a GPU it names the transfer that the device waits for.
+        """
+        with self._device:  # in a new thread CUDA would use the first device
+            current = next((wait.transfer for wait in self._waits if not wait.is_over), None)
+        if current is None:
+            return ""
+        source, target, index = current
+        what = "hidden states" if current.forward else "gradients"
+        if target % self.ranks == self.rank:
+            return f"stage {target} waits for micro-batch {index} from stage {source} ({what})"
+        return f"stage {source} waits to send micro-batch {index} to stage {target} ({what})"
+
+    def _finish_send(self, forward: bool) -> None:
+        if forward in self._sending:
+            self._wait(*self._sending[forward][:2])
+            del self._sending[forward]
+
+    def _wait(self, transfer: Transfer, work: dist.Work) -> None:
+        """Let the stream of the device, or on CPU this thread, wait for a transfer."""
+        wait = Wait(transfer, timestamp(self.device_type))
+        self._waits.append(wait)
+        work.wait()
+        wait.end = timestamp(self.device_type)
+
+
+def _create_groups(mesh: DeviceMesh, parts: int) -> dict[tuple[int, int, bool], dist.ProcessGroup]:
+    """Create this rank's process groups of two, by source, target and `forward`.
+
+    A first barrier sets up the communicators of NCCL.
+
+    Only the members of a group create it, and its name depends on how many groups each has: all
+    ranks create equally many, those without a neighbor groups of their own.
+    """
+    global_ranks = dist.get_process_group_ranks(mesh.get_group())
+    ranks, own = mesh.size(), mesh.get_local_rank()
+    even, odd = ([(each, each + 1) for each in range(start, ranks - 1, 2)] for start in (0, 1))
+    around = [(ranks - 1, 0)] if parts > 1 else []
+    groups = {}
+    for pairs in (even, odd, around):
+        source, target = next((pair for pair in pairs if own in pair), (own, own))
+        members = sorted({global_ranks[source], global_ranks[target]})
+        for key in ((source, target, True), (target, source, False)):
+            groups[key] = dist.new_group(members, use_local_synchronization=True)
+            dist.barrier(groups[key])
+    return groups
