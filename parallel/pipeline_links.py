@@ -122,7 +122,9 @@ class Links:
 def _create_groups(mesh: DeviceMesh, parts: int) -> dict[tuple[int, int, bool], dist.ProcessGroup]:
     """Create this rank's process groups of two, by source, target and `forward`.
 
-    A first barrier sets up the communicators of NCCL.
+    A first message sets up each communicator: NCCL creates that of two ranks when both first send
+    or receive, and blocks until then (getKeySendRecv in ProcessGroupNCCL.cpp); in a step, a rank
+    would block in a receive before it has sent.
 
     Only the members of a group create it, and its name depends on how many groups each has: all
     ranks create equally many, those without a neighbor groups of their own.
@@ -137,5 +139,14 @@ def _create_groups(mesh: DeviceMesh, parts: int) -> dict[tuple[int, int, bool], 
         members = sorted({global_ranks[source], global_ranks[target]})
         for key in ((source, target, True), (target, source, False)):
             groups[key] = dist.new_group(members, use_local_synchronization=True)
-            dist.barrier(groups[key])
+            if source != target:
+                _exchange_first_message(groups[key], own == key[0], mesh.device_type)
     return groups
+
+
+def _exchange_first_message(group: dist.ProcessGroup, is_source: bool, device: str) -> None:
+    message, other = torch.zeros(1, device=device), 1 - dist.get_rank(group)
+    if is_source:
+        dist.send(message, group=group, group_dst=other)
+    else:
+        dist.recv(message, group=group, group_src=other)
