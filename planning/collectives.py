@@ -1,4 +1,4 @@
-"""Duration of NCCL's collectives in closed form.
+"""Duration of NCCL's collectives and sends in closed form.
 
 A ring of n ranks transfers the bytes of the ring algorithm (Patarasuk and Yuan 2009) over its
 slowest link, and each rank waits for n - 1 steps. Their latencies are those by which NCCL selects
@@ -71,15 +71,16 @@ def collective_seconds(
         sharing: Ranks that share the links (on CPU those of a node).
     """
     where = placement(each.axis, mesh, hardware.devices_per_node)
+    is_send = each.kind == "send"  # between neighbors of a group, of which two may span nodes
     speed, latency = hardware.link_gb_s, hardware.link_latency_us
     if not where.inside_node:
-        # One ring per network adapter of the group's ranks in a node.
-        network = hardware.network_gb_s * where.ranks_per_node
+        # One ring per network adapter of the group's ranks in a node; a send uses its rank's.
+        network = hardware.network_gb_s * (1 if is_send else where.ranks_per_node)
         if hardware.devices_per_pod is not None and where.reach > hardware.devices_per_pod:
             network /= hardware.oversubscription
         speed, latency = min(speed, network), hardware.network_latency_us
     # The latencies of the hardware files are measured within one node and between two.
-    times = 2 if each.kind == "all_reduce" else 1
+    times = 0 if is_send else 2 if each.kind == "all_reduce" else 1
     network_steps = max(where.nodes - 2, 0)
     link_steps = max(where.ranks - hardware.devices_per_node, 0) - network_steps
     latency += times * (network_steps * NETWORK_STEP_US + max(link_steps, 0) * LINK_STEP_US)

@@ -2,10 +2,12 @@
 
 On GPUs, FSDP2 gathers the weights of the next block and reduces the gradients of the last one
 during computation; async TP and some frameworks overlap tensor parallelism with the products next
-to it. On CPU, all communication is exposed.
+to it. On CPU, all communication is exposed, except for the sends of a pipeline
+(`planning.pipeline_time`).
 """
 
 from collections import defaultdict
+from typing import NamedTuple
 
 from parallel.traffic import Collective
 from planning.collectives import collective_seconds
@@ -25,14 +27,28 @@ Seconds = defaultdict[str, float]
 """By axis."""
 
 
+class Exposed(NamedTuple):
+    """Exposed communication of a step.
+
+    Attributes:
+        by_axis: All of it, in seconds by axis.
+        once: Seconds of FSDP2 that only one micro-batch has.
+        at_end: Seconds after the last backward.
+    """
+
+    by_axis: dict[str, float]
+    once: float
+    at_end: float
+
+
 def exposed_communication(
     spec: StepSpec,
     hardware: Hardware,
     sharing: int,
     passes: tuple[float, float],
     attention: float,
-) -> dict[str, float]:
-    """Return the exposed seconds of a step by axis.
+) -> Exposed:
+    """Return the exposed communication of a step, without sends between pipeline stages.
 
     Args:
         sharing: Ranks that share the links.
@@ -40,15 +56,36 @@ def exposed_communication(
         attention: Seconds of attention of a step.
     """
     exposed, weights, gradients = (Seconds(float) for _ in range(3))
-    by_part = {"weights": weights, "gradients": gradients} if spec.accelerator == "cuda" else {}
+    by_part, at_end = {"weights": weights, "gradients": gradients}, 0.0
     for each in spec.traffic():
-        target = exposed if each.axis == "tp" else by_part.get(each.part, exposed)
+        if each.kind == "send":
+            continue
+        # Gradients on other axes: of norms (tp), and of a tied weight after the last backward (pp).
+        target = exposed if each.axis in ("tp", "pp") else by_part.get(each.part, exposed)
         seconds = collective_seconds(each, spec.mesh, hardware, sharing)
-        target[each.axis] += seconds * _relative_bytes(each, spec)
+        seconds *= _relative_bytes(each, spec)
+        target[each.axis] += seconds
+        at_end += seconds if each.part == "scalars" or each.axis == "pp" else 0.0
     _overlap_within_block(exposed, spec, attention)
-    for axis, seconds in _exposed_fsdp(spec, weights, gradients, passes).items():
-        exposed[axis] += seconds
-    return dict(exposed)
+    once = _exposed_fsdp(spec, weights, gradients, passes, exposed)
+    return Exposed(dict(exposed), once, at_end)
+
+
+def hop_seconds(spec: StepSpec, hardware: Hardware, sharing: int) -> float:
+    """Return the seconds of one send of hidden states to the next stage."""
+    sends = [each for each in spec.traffic() if each.kind == "send"]
+    return sum(
+        collective_seconds(each, spec.mesh, hardware, sharing) / each.count for each in sends
+    )
+
+
+def reshards(spec: StepSpec) -> bool:
+    """Return whether blocks free their gathered weights after forward.
+
+    By default not in a pipeline, whose micro-batches would gather them twice each.
+    """
+    given = spec.parallel.reshard_after_forward
+    return spec.mesh.pp == 1 if given is None else given
 
 
 def _overlap_within_block(exposed: Seconds, spec: StepSpec, attention: float) -> None:
@@ -65,18 +102,24 @@ def _overlap_within_block(exposed: Seconds, spec: StepSpec, attention: float) ->
 
 
 def _exposed_fsdp(
-    spec: StepSpec, weights: Seconds, gradients: Seconds, passes: tuple[float, float]
-) -> Seconds:
-    """Return the exposed seconds of gathers of weights and reductions of gradients.
+    spec: StepSpec,
+    weights: Seconds,
+    gradients: Seconds,
+    passes: tuple[float, float],
+    exposed: Seconds,
+) -> float:
+    """Add the exposed seconds of gathers of weights and reductions of gradients to `exposed`.
 
-    Each pass overlaps its own: what exceeds its computation is exposed, but at least the first
-    gather or the last reduction. Overlapped communication slows the computation down.
+    On GPUs each pass overlaps its own: what exceeds its computation is exposed, but at least the
+    first gather or the last reduction. Overlapped communication slows the computation down.
+
+    Returns:
+        The seconds that only one micro-batch has.
     """
-    micro, n_layers = spec.micro_batches, spec.model.n_layers
-    resharded = spec.parallel.reshard_after_forward is not False
-    resharded = resharded and spec.mesh.dp_shard * spec.mesh.cp > 1
+    micro, n_layers = spec.micro_batches, max(spec.n_layers, 1)
+    resharded = reshards(spec) and spec.mesh.dp_shard * spec.mesh.cp > 1
     often = spec.parallel.reduce_gradients == "micro_batch"
-    exposed = Seconds(float)
+    once = 0.0
     # The last micro-batch, and the others.
     for is_last, repeats in ((True, 1), (False, micro - 1)):
         for is_backward, compute in enumerate(passes):
@@ -90,9 +133,13 @@ def _exposed_fsdp(
             total = sum(sent.values())
             excess = max(total - compute, total / n_layers)
             remaining = excess + OVERLAP_SLOWDOWN * min(total, compute)
+            if spec.accelerator == "cpu":
+                remaining = total
             for axis, seconds in sent.items():
-                exposed[axis] += repeats * remaining * seconds / total if total else 0.0
-    return exposed
+                each = remaining * seconds / total if total else 0.0
+                exposed[axis] += repeats * each
+                once += each if is_last else -each
+    return once
 
 
 def _relative_bytes(each: Collective, spec: StepSpec) -> float:

@@ -5,15 +5,19 @@ that prologue and epilogue do not overlap. Attention takes the rate of its kerne
 their memory traffic over the bandwidth of a copy, and collectives the time of a ring
 (`planning.collectives`). FSDP2 overlaps with the computation of the same pass, async TP with the
 products next to it; other communication is exposed. Where the host issues kernels more slowly than
-the device runs them, the device waits. docs/planning.md reports the accuracy.
+the device runs them, the device waits. In a pipeline, the times of all stages are replayed in the
+order of the schedule (`planning.pipeline_time`). docs/planning.md reports the accuracy.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from parallel.traffic import block_matrices, root_matrices
-from planning.exposed import exposed_communication
+from model.config import ModelPart
+from parallel.traffic import block_matrices
+from planning.exposed import exposed_communication, hop_seconds, reshards
 from planning.frameworks import FRAMEWORKS
 from planning.hardware import Hardware
+from planning.pipeline_time import pipeline_seconds
 from planning.step_spec import DTYPE_BYTES, StepSpec
 
 THROUGHPUT_INTERVAL = (0.84, 1.12)
@@ -53,12 +57,14 @@ FLOAT32 = 4  # bytes
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, by part.
+    """Seconds of a step, by part; in a pipeline on the rank of the slowest stage.
 
     Attributes:
         elementwise: All memory-bound operations: norms, RoPE, SiLU, casts, softmax, weight copies.
         exposed: Communication that is not overlapped, by axis.
         host: Time in which the device waits for the host to launch kernels.
+        bubble: Time in which the slowest stage waits for micro-batches of the others.
+        stage_seconds: Of the micro-batches of a step, by pipeline rank; empty without a pipeline.
     """
 
     matrix: float
@@ -67,11 +73,19 @@ class StepTime:
     optimizer: float
     exposed: dict[str, float]
     host: float = 0.0
+    bubble: float = 0.0
+    stage_seconds: tuple[float, ...] = ()
 
     @property
     def total(self) -> float:
         compute = self.matrix + self.attention + self.elementwise
-        return compute + self.optimizer + self.host + sum(self.exposed.values())
+        waiting = self.host + self.bubble
+        return compute + self.optimizer + waiting + sum(self.exposed.values())
+
+    @property
+    def slowest_stage(self) -> int:
+        """The pipeline rank whose micro-batches take longest."""
+        return max(range(len(self.stage_seconds)), key=self.stage_seconds.__getitem__, default=0)
 
     def by_part(self) -> dict[str, float]:
         """Return the seconds of a step by the name of the part in reports."""
@@ -81,6 +95,7 @@ class StepTime:
             "elementwise": self.elementwise,
             "optimizer": self.optimizer,
             "waiting for the host": self.host,
+            **({"pipeline bubble": self.bubble} if self.stage_seconds else {}),
             **{f"exposed communication, {axis}": time for axis, time in self.exposed.items()},
         }
 
@@ -93,20 +108,87 @@ def ranks_per_device(spec: StepSpec, hardware: Hardware) -> int:
 
 def step_time(spec: StepSpec, hardware: Hardware) -> StepTime:
     """Return the duration of a step by part."""
+    return _pipeline_time(spec, hardware) if spec.mesh.pp > 1 else _rank_time(spec, hardware).step
+
+
+@dataclass(frozen=True)
+class _RankTime:
+    """Times of one pipeline rank.
+
+    Attributes:
+        step: Seconds of a step without waiting for other ranks.
+        once: Of these, exposed communication of FSDP2 with the first forward and the last backward.
+        passes: Seconds of a micro-batch, forward and backward, with its communication, by part.
+    """
+
+    step: StepTime
+    once: float
+    passes: list[tuple[float, float]]
+
+
+def _rank_time(spec: StepSpec, hardware: Hardware) -> _RankTime:
+    """Return the times of the pipeline rank `spec.stage`."""
     costs = RankCosts(spec, hardware)
     micro = spec.micro_batches
     matrix, attention = micro * costs.matrix(), micro * costs.attention()
     elementwise = micro * costs.elementwise()
     exposed = exposed_communication(spec, hardware, costs.sharing, costs.passes(), attention)
     compute = matrix + attention + elementwise
-    host = max(0.0, micro * costs.host() - compute - sum(exposed.values()))
-    return StepTime(matrix, attention, elementwise, costs.optimizer(), exposed, host)
+    communication = sum(exposed.by_axis.values())
+    host = max(0.0, micro * costs.host() - compute - communication)
+    step = StepTime(matrix, attention, elementwise, costs.optimizer(), exposed.by_axis, host)
+    # Communication and waiting of a micro-batch are distributed over the parts like computation.
+    repeated = compute + host + communication - exposed.once - exposed.at_end
+    parts = (
+        [costs] if len(spec.parts) == 1 else [RankCosts(spec, hardware, [p]) for p in spec.parts]
+    )
+    passes = [each.passes() for each in parts]
+    ratio = repeated / micro / sum(map(sum, passes))
+    return _RankTime(step, exposed.once, [(ratio * f, ratio * b) for f, b in passes])
+
+
+def _pipeline_time(spec: StepSpec, hardware: Hardware) -> StepTime:
+    """Return the duration of a step in a pipeline, with the parts of its slowest stage.
+
+    A rank gathers its weights once its first hidden states have arrived, and sends its last
+    gradient once its own gradients are reduced: what is exposed of these adds up over the ranks.
+    """
+    known: dict[object, _RankTime] = {}
+    ranks = []
+    for stage in spec.stages:
+        key = tuple((len(layers), *ends) for layers, *ends in stage.parts)
+        if key not in known:
+            known[key] = _rank_time(stage, hardware)
+        ranks.append(known[key])
+    n_ranks, micro = len(ranks), spec.micro_batches
+    passes = [each.passes[part] for part in range(len(spec.parts)) for each in ranks]
+    forward, backward = zip(*passes, strict=True)
+    hop = hop_seconds(spec, hardware, ranks_per_device(spec, hardware))
+    seconds = [micro * sum(map(sum, each.passes)) for each in ranks]
+    slowest = ranks[seconds.index(max(seconds))]
+    total = pipeline_seconds(forward, backward, hop, n_ranks, micro)
+    idle = total - max(seconds) + sum(each.once for each in ranks) - slowest.once
+    hops = min(2 * (n_ranks - 1) * hop, idle)
+    exposed = slowest.step.exposed
+    return replace(
+        slowest.step,
+        exposed=exposed | {"pp": exposed.get("pp", 0.0) + hops},
+        optimizer=max(each.step.optimizer for each in ranks),
+        bubble=idle - hops,
+        stage_seconds=tuple(seconds),
+    )
 
 
 class RankCosts:
-    """Times of one rank's operations; the methods from `matrix` to `sums` are per micro-batch."""
+    """Times of one rank's operations; the methods from `matrix` to `sums` are per micro-batch.
 
-    def __init__(self, spec: StepSpec, hardware: Hardware) -> None:
+    Args:
+        parts: Of the rank, whose operations are meant; None: all.
+    """
+
+    def __init__(
+        self, spec: StepSpec, hardware: Hardware, parts: Sequence[ModelPart] | None = None
+    ) -> None:
         self.spec, self.hardware = spec, hardware
         self.framework = FRAMEWORKS[spec.framework]
         model, mesh = spec.model, spec.mesh
@@ -120,10 +202,13 @@ class RankCosts:
         self.on_gpu = spec.accelerator == "cuda"
         self.efficiency = self.framework.efficiency if self.on_gpu else 1.0
         self.bandwidth = hardware.bandwidth_gb_s * 1e9 / self.sharing
+        parts = spec.parts if parts is None else parts
+        self.n_layers = sum(len(part.layers) for part in parts)
+        self.n_heads = sum(part.has_head for part in parts)
         self.block = block_matrices(model, tp)
-        root = root_matrices(model, tp)
-        self.elements = model.n_layers * _elements(self.block) + _elements(root)
-        self.fp8_elements = model.n_layers * _elements(spec.fp8_gathered)
+        root = _root_elements(spec, parts)
+        self.elements = self.n_layers * _elements(self.block) + root
+        self.fp8_elements = self.n_layers * _elements(spec.fp8_gathered)
 
     # ------------------------------------------------------------ per micro-batch
 
@@ -179,7 +264,7 @@ class RankCosts:
         recomputed = sum(products if repeats_w2 else products[:-1])
         block = 3 * sum(products) + self.recomputed()[0] * recomputed
         head = self.product(self.tokens, model.dim, self.vocab, spec.matrix_dtype)
-        return model.n_layers * block + 3 * head
+        return self.n_layers * block + 3 * self.n_heads * head
 
     def attention(self) -> float:
         """Return the seconds of attention.
@@ -199,7 +284,7 @@ class RankCosts:
         if self.on_gpu:
             rate *= spec.seq_len / (spec.seq_len + HALF_RATE_LENGTH)
         again = FORWARD_ATTENTION if self.on_gpu else 1 / 3
-        return model.n_layers * flops / rate * (1 + again * self.recomputed()[2])
+        return self.n_layers * flops / rate * (1 + again * self.recomputed()[2])
 
     def elementwise(self) -> float:
         """Return the seconds of memory traffic outside matrix products."""
@@ -233,7 +318,8 @@ class RankCosts:
             backward += 3 * (p + 4 * FLOAT32) * merged
         fp8_forward, fp8_backward = self.fp8_casts()
         forward, backward = forward + fp8_forward, backward + fp8_backward
-        moved = model.n_layers * (forward * (1 + self.recomputed()[1]) + backward) + head
+        moved = self.n_layers * (forward * (1 + self.recomputed()[1]) + backward)
+        moved += self.n_heads * head
         return (moved + self.weights()) / self.bandwidth
 
     def fp8_casts(self) -> tuple[float, float]:
@@ -276,7 +362,7 @@ class RankCosts:
         casts = (FLOAT32 + p) * self.elements + (p + 6 * FLOAT32 + 1) * self.fp8_elements
         gathered = p * self.elements - (p - 1) * self.fp8_elements
         gathers = casts / self.shards + (4 if self.shards > 1 else 2) * gathered
-        if self.shards == 1 or self.spec.parallel.reshard_after_forward is False:
+        if self.shards == 1 or not reshards(self.spec):
             gathers *= per_step
         return gathers + self.elements * self.sums()
 
@@ -312,7 +398,7 @@ class RankCosts:
             forward_again = spec.parallel.activation_checkpoint != "none"
             backward += forward * forward_again
         hooks = 2 * FSDP_HOOKS_US if spec.mesh.world_size > 1 else 0
-        return spec.model.n_layers * ((forward + backward) * each + hooks) * 1e-6
+        return self.n_layers * ((forward + backward) * each + hooks) * 1e-6
 
     # ------------------------------------------------------------ per step
 
@@ -321,6 +407,15 @@ class RankCosts:
         moments = {"fp32": 16, "bf16": 8 + 24, "int8": 4 + 40}[self.spec.precision.optimizer_state]
         clipping, update = 3 * FLOAT32, 3 * FLOAT32 + moments
         return self.elements / self.shards * (clipping + update) / self.bandwidth
+
+
+def _root_elements(spec: StepSpec, parts: Sequence[ModelPart]) -> int:
+    """Return the elements of embedding, head and last norm on a rank with these parts."""
+    has_embedding, has_head = (any(part[end] for part in parts) for end in (1, 2))
+    shared = has_embedding and has_head and spec.model.tie_embeddings
+    embeddings = has_embedding + has_head - shared
+    vocabulary, dim = spec.model.vocab_size // spec.mesh.tp, spec.model.dim
+    return embeddings * vocabulary * dim + has_head * dim
 
 
 def _elements(matrices: list[tuple[int, int]]) -> int:
