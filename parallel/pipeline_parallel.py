@@ -163,6 +163,9 @@ class Pipeline:
         elif all(later.part != actions[0].part for later in actions[1:]):
             for block in blocks:
                 hold_gradients(block, False, self.replicas_only)
+            if own.has_head and self.replicas_only:
+                # FSDP2 all-reduces only in a backward that adds to these gradients.
+                root.set_requires_all_reduce(True, recurse=False)
 
     @property
     def tied_weight(self) -> Tensor | None:

@@ -82,6 +82,54 @@ CASES: list[tuple[MeshShape, dict[str, Any]]] = [
     (MeshShape(1, 2, 16, 8), {"seq_len": 131_072, "activation_checkpoint": "full"}),
 ]
 
+PIPELINE_OPTIONS: list[dict[str, Any]] = [
+    {"reshard_after_forward": True},
+    {"reshard_after_forward": False},
+    {"reduce_gradients": "micro_batch"},
+    {"reduce_gradients": "micro_batch", "reshard_after_forward": True, "pp_parts": 2},
+    {"activation_checkpoint": "full"},
+    {"activation_checkpoint": "selective", "pp_parts": 2},
+    {"sequence_parallel": False},
+    {"loss_parallel": False, "tie_embeddings": True},
+    {"param": "fp32"},
+    {"seq_len": 4608},
+]
+ALL_AXES = MeshShape(2, 3, 2, 2, pp=2)
+PIPELINES: list[tuple[MeshShape, dict[str, Any]]] = [
+    (MeshShape(1, 1, 1, 1, pp=3), {"n_layers": 2, "micro_batches": 1}),
+    (MeshShape(1, 1, 1, 1, pp=4), {"n_layers": 4, "micro_batches": 3, "tie_embeddings": True}),
+    (MeshShape(1, 1, 1, 1, pp=3), {"n_layers": 6, "micro_batches": 3, "pp_parts": 2}),
+    (ALL_AXES, {"n_layers": 3, "micro_batches": 2, "tie_embeddings": True}),
+    *((ALL_AXES, {"n_layers": 4, "micro_batches": 2} | PIPELINE_OPTIONS[n]) for n in (2, 3, 5)),
+]
+MORE_PIPELINES: list[tuple[MeshShape, dict[str, Any]]] = [
+    *(
+        (MeshShape(1, 1, 1, 1, pp), {"n_layers": 9, "micro_batches": 12, **change})
+        for pp in (2, 3, 4)
+        for change in ({}, {"tie_embeddings": True}, {"tie_embeddings": True, "pp_parts": 2})
+    ),
+    *(
+        (mesh, {"n_layers": 6, "micro_batches": 2 * mesh.pp, **change})
+        for mesh in [
+            *(
+                MeshShape(*s, pp=2)
+                for s in [(2, 1, 1, 1), (1, 3, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)]
+            ),
+            *(ALL_AXES, MeshShape(2, 3, 2, 2, pp=3)),
+        ]
+        for change in (*PIPELINE_OPTIONS, {"pp_parts": 2, "tie_embeddings": True})
+    ),
+    (MeshShape(1, 8, 1, 8, pp=16), {"n_layers": 30, "micro_batches": 20, "reduce": "bf16"}),
+]
+
+
+def stages_of(pipelines: list[tuple[MeshShape, dict[str, Any]]], *marks: Any) -> list[Any]:
+    return [
+        pytest.param(mesh, change, stage, marks=marks)
+        for mesh, change in pipelines
+        for stage in range(mesh.pp)
+    ]
+
 
 def traced_and_closed_form(
     mesh: MeshShape,
@@ -93,15 +141,17 @@ def traced_and_closed_form(
     tie_embeddings: bool = False,
     param: Any = "bf16",
     reduce: Any = "fp32",
+    n_layers: int = 2,
+    stage: int = 0,
     **parallel: Any,
 ) -> tuple[Any, Any]:
     """Return count and payload by axis and kind, from a traced step and from the closed forms."""
-    model = replace(model, tie_embeddings=tie_embeddings)
-    config = ParallelConfig(*mesh.sizes, **parallel)
+    model = replace(model, tie_embeddings=tie_embeddings, n_layers=n_layers)
+    config = ParallelConfig(**vars(mesh), **parallel)
     step = Step(micro_batches, 2, seq_len, BYTES[param], BYTES[reduce], CHUNK, norm_bytes=8)
     step = replace(step, fp8_gather=fp8 == "tensorwise" and mesh.tp == 1)
-    traced = traced_step(model, mesh, config, PrecisionConfig(param, reduce, fp8=fp8), step)
-    return totals(traced), totals(step_traffic(model, mesh, config, step))
+    traced = traced_step(model, mesh, config, PrecisionConfig(param, reduce, fp8=fp8), step, stage)
+    return totals(traced), totals(step_traffic(model, mesh, config, step, stage))
 
 
 @pytest.mark.parametrize(("mesh", "change"), CASES, ids=str)
@@ -111,6 +161,19 @@ def test_closed_forms_equal_the_traffic_of_a_traced_step(
     traced, closed_form = traced_and_closed_form(mesh, **change)
     assert traced == closed_form
     assert bool(traced) == (mesh.world_size > 1)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "change", "stage"),
+    [*stages_of(PIPELINES), *stages_of(MORE_PIPELINES, pytest.mark.slow)],
+    ids=str,
+)
+def test_closed_forms_equal_the_traffic_of_every_pipeline_stage(
+    mesh: MeshShape, change: dict[str, Any], stage: int
+) -> None:
+    traced, closed_form = traced_and_closed_form(mesh, stage=stage, **change)
+    assert traced == closed_form
+    assert ("pp", "send") in traced
 
 
 @pytest.mark.parametrize("mesh", FP8_MESHES, ids=str)
@@ -150,6 +213,9 @@ REAL = [
     Case(dp=2, tp=2, n_layers=2, param="bf16", activation_checkpoint="full"),
     Case(dp_replicate=2, cp=2, n_layers=2, tied=True, activation_checkpoint="selective"),
     Case(cp=2, tp=2, n_layers=2, n_micro=1, sequence_parallel=False, loss_parallel=False),
+    Case(pp=4, tied=True, n_layers=3, n_micro=6),
+    Case(pp=2, tp=2, n_layers=2, n_micro=2, param="bf16", activation_checkpoint="full"),
+    Case(pp=2, dp=2, tied=True, n_layers=4, n_micro=2, pp_parts=2, reshard_after_forward=True),
 ]
 
 
@@ -170,22 +236,21 @@ def real_traffic() -> list[list[list[Collective]]]:
     return on_ranks(4, real_steps)
 
 
-@pytest.mark.parametrize("case", REAL, ids=lambda case: str(case.mesh))
+@pytest.mark.parametrize("case", REAL, ids=lambda case: f"{case.mesh}-{case.n_layers}-{case.tied}")
 def test_traced_step_issues_the_collectives_of_four_real_processes_in_order(
     real_traffic: Any, case: Case
 ) -> None:
     sequences = BATCH // case.mesh.dp // case.n_micro
     step = Step(case.n_micro, sequences, SEQ, BYTES[case.param], 4, CHUNK, norm_bytes=8)
-    traced = traced_step(
-        model_config(case.tied, case.n_layers),
-        case.mesh,
-        case.parallel,
-        PrecisionConfig(param=case.param),
-        step,
-    )
-    assert traced
-    for by_case in real_traffic:
-        assert by_case[REAL.index(case)] == traced
+    model, precision = model_config(case.tied, case.n_layers), PrecisionConfig(param=case.param)
+    traced = [
+        traced_step(model, case.mesh, case.parallel, precision, step, stage)
+        for stage in range(case.pp)
+    ]
+    assert all(traced)
+    for rank, by_case in enumerate(real_traffic):
+        stage = rank // (case.dp * case.cp * case.tp) % case.pp
+        assert by_case[REAL.index(case)] == traced[stage]
 
 
 def test_recorder_rejects_unknown_collectives() -> None:
@@ -205,7 +270,7 @@ def gathers_before_the_first_block(mesh: MeshShape) -> int:
         device_mesh = init_device_mesh("cpu", mesh.sizes, mesh_dim_names=AXES)
         with torch.device("meta"):
             llama = Llama(MODEL)
-        parallelize(llama, device_mesh, ParallelConfig(*mesh.sizes), PrecisionConfig())
+        parallelize(llama, device_mesh, ParallelConfig(**vars(mesh)), PrecisionConfig())
         with FakeTensorMode(allow_non_fake_inputs=True), Recorder(mesh) as recorder:
             llama.to_empty(device="cpu")
             n_gathers: list[int] = []

@@ -61,6 +61,7 @@ CASES = [
     Case(pp=2, cp=2, n_layers=2, tied=True, n_micro=3, activation_checkpoint="full"),
     Case(pp=2, dp_replicate=2, n_layers=2, n_micro=3, reduce_gradients="micro_batch"),
     Case(pp=2, pp_parts=2, dp=2, n_layers=4, n_micro=2, reshard_after_forward=True),
+    Case(pp=2, pp_parts=2, dp_replicate=2, n_layers=4, n_micro=2, reduce_gradients="micro_batch"),
 ]
 
 
@@ -166,6 +167,7 @@ def results() -> dict[Case, list[dict[str, Any]]]:
 
 def name_of(case: Case) -> str:
     names = [f"mesh{''.join(map(str, case.mesh.sizes))}", f"micro{case.n_micro}"]
+    names += [f"parts{case.pp_parts}"] * (case.pp > 1)
     names += [name for name in ("tied", "sequence_parallel", "loss_parallel") if vars(case)[name]]
     return "-".join([*names, f"clip{case.max_norm:g}"])
 
@@ -206,12 +208,16 @@ def test_clipped_gradients_match_one_process(results: Any, case: Case) -> None:
 
 @every_case
 def test_weights_after_adamw_steps_match_one_process(results: Any, case: Case) -> None:
-    """A step changes weights by 5e-5 and more, matrices by 1e-3; missing weight decay is 1e-4."""
+    """A step changes matrices by 5e-4 and more, vectors of norms by 5e-5.
+
+    Missing weight decay alone, which matrices have, would be 1e-4.
+    """
     expected = reference(case.tied, case.n_layers, case.max_norm)
     for result in results[case]:
         for name, weight in expected["final"].items():
             torch.testing.assert_close(result["final"][name], weight, rtol=0, atol=1e-6)
-            assert (weight - expected["initial"][name]).abs().max() > 5e-5
+            change = (weight - expected["initial"][name]).abs().max()
+            assert change > (5e-4 if weight.ndim == 2 else 5e-5)
 
 
 @every_case
