@@ -105,8 +105,16 @@ def tensors_of(
     with context:
         model_state, optimizer_state = get_state_dict(model, optimizer)
     if (pipeline := vars(model).get("pipeline")) is not None:
-        pipeline.gather_names(optimizer_state["param_groups"])
+        _gather_names(optimizer_state["param_groups"], pipeline.group)
     return {"model": dict(model_state), "optimizer": dict(optimizer_state)}
+
+
+def _gather_names(groups: Any, stages: Any) -> None:
+    """Add the other pipeline stages' parameters to the groups of an optimizer, in place."""
+    names: list[Any] = [None] * dist.get_world_size(stages)
+    dist.all_gather_object(names, [group["params"] for group in groups], group=stages)
+    for group, of_ranks in zip(groups, zip(*names, strict=True), strict=True):
+        group["params"] = list(dict.fromkeys(name for each in of_ranks for name in each))
 
 
 def make_folder(

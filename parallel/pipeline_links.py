@@ -16,51 +16,34 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.pipeline_schedule import Transfer
-from parallel.timestamps import seconds_between, timestamp
+from parallel.timestamps import has_passed, timestamp
 
 
 @dataclass
 class Wait:
-    """A wait for a transfer; `start` and `end` are timestamps of the device."""
+    """A wait for a transfer, with timestamps of the device."""
 
     transfer: Transfer
     start: Any
     end: Any = None
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the device has got past it; does not wait."""
-        return self.end is not None and (isinstance(self.end, float) or self.end.query())
-
-    @property
-    def seconds(self) -> float:
-        """Duration of a wait that is over."""
-        return seconds_between(self.start, self.end)
-
 
 class Links:
-    """The transfers of one rank.
+    """The transfers of one rank of the `pp` axis.
 
-    Args:
-        mesh: The `pp` axis.
-        parts: Parts of the model on each rank.
-        dtype: Of hidden states.
+    Attributes:
+        waits: The waits so far; the user clears them.
     """
 
     def __init__(self, mesh: DeviceMesh, parts: int, dtype: torch.dtype) -> None:
         self.dtype, self.device_type = dtype, mesh.device_type
         self.ranks, self.rank = mesh.size(), mesh.get_local_rank()
         self._groups = _create_groups(mesh, parts)
-        self._receiving: dict[Transfer, tuple[dist.Work, Tensor]] = {}
-        self._sending: dict[bool, tuple[Transfer, dist.Work, Tensor]] = {}  # by direction
-        self._waits: list[Wait] = []
+        self._receiving: dict[Transfer, tuple[Any, Tensor]] = {}
+        self._sending: dict[bool, tuple[Transfer, Any, Tensor]] = {}  # by direction
+        self.waits: list[Wait] = []
         cuda = self.device_type == "cuda"
         self._device = torch.cuda.device(torch.cuda.current_device()) if cuda else nullcontext()
-
-    def record_waits(self) -> list[Wait]:
-        """Return the list to which the following waits are added."""
-        self._waits = []
-        return self._waits
 
     def receive(self, transfer: Transfer, shape: Sequence[int]) -> None:
         """Start to receive a tensor of a shape."""
@@ -68,7 +51,6 @@ class Links:
         values = torch.empty(shape, dtype=self.dtype, device=self.device_type)
         group = self._groups[source, self.rank, transfer.forward]
         work = dist.irecv(values, group=group, group_src=0 if source < self.rank else 1)
-        assert work is not None
         self._receiving[transfer] = work, values
 
     def received(self, transfer: Transfer) -> Tensor:
@@ -79,42 +61,36 @@ class Links:
 
     def send(self, transfer: Transfer, values: Tensor) -> None:
         """Start to send, after the previous send in this direction, whose memory is free then."""
-        self._finish_send(transfer.forward)
+        self.finish_sends((transfer.forward,))
         target, values = transfer.target % self.ranks, values.contiguous()
         group = self._groups[self.rank, target, transfer.forward]
         work = dist.isend(values, group=group, group_dst=0 if target < self.rank else 1)
-        assert work is not None
         self._sending[transfer.forward] = transfer, work, values
 
-    def finish_sends(self) -> None:
-        """Wait for the last send in each direction."""
-        for forward in (True, False):
-            self._finish_send(forward)
+    def finish_sends(self, directions: Sequence[bool] = (True, False)) -> None:
+        """Wait for the last send in each direction: forward, backward."""
+        for sending in filter(None, [self._sending.pop(each, None) for each in directions]):
+            self._wait(*sending[:2])
 
     def waits_for(self) -> str:
         """Return what this rank waits for from another stage, empty if nothing.
 
-        Called by another thread. On a GPU it names the transfer that the device waits for.
+        Called by other threads. On a GPU it is what the device waits for, not the host.
         """
-        with self._device:  # in a new thread CUDA would use the first device
-            current = next((wait.transfer for wait in self._waits if not wait.is_over), None)
-        if current is None:
-            return ""
-        source, target, index = current
-        what = "hidden states" if current.forward else "gradients"
+        with self._device:  # otherwise CUDA would use the first device
+            waiting = (each for each in self.waits if not (each.end and has_passed(each.end)))
+            if (wait := next(waiting, None)) is None:
+                return ""
+        source, target, index = wait.transfer
+        what = "hidden states" if wait.transfer.forward else "gradients"
         if target % self.ranks == self.rank:
             return f"stage {target} waits for micro-batch {index} from stage {source} ({what})"
         return f"stage {source} waits to send micro-batch {index} to stage {target} ({what})"
 
-    def _finish_send(self, forward: bool) -> None:
-        if forward in self._sending:
-            self._wait(*self._sending[forward][:2])
-            del self._sending[forward]
-
-    def _wait(self, transfer: Transfer, work: dist.Work) -> None:
+    def _wait(self, transfer: Transfer, work: Any) -> None:
         """Let the stream of the device, or on CPU this thread, wait for a transfer."""
         wait = Wait(transfer, timestamp(self.device_type))
-        self._waits.append(wait)
+        self.waits.append(wait)
         work.wait()
         wait.end = timestamp(self.device_type)
 
@@ -140,13 +116,7 @@ def _create_groups(mesh: DeviceMesh, parts: int) -> dict[tuple[int, int, bool], 
         for key in ((source, target, True), (target, source, False)):
             groups[key] = dist.new_group(members, use_local_synchronization=True)
             if source != target:
-                _exchange_first_message(groups[key], own == key[0], mesh.device_type)
+                exchange: Any = dist.send if own == key[0] else dist.recv
+                other = global_ranks[target if own == source else source]
+                exchange(torch.zeros(1, device=mesh.device_type), other, groups[key])
     return groups
-
-
-def _exchange_first_message(group: dist.ProcessGroup, is_source: bool, device: str) -> None:
-    message, other = torch.zeros(1, device=device), 1 - dist.get_rank(group)
-    if is_source:
-        dist.send(message, group=group, group_dst=other)
-    else:
-        dist.recv(message, group=group, group_src=other)

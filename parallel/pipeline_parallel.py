@@ -9,7 +9,7 @@ micro-batch and the output of every stage, and reduces gradients only after the 
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,13 +45,6 @@ def apply_pipeline_parallel(model: Llama, mesh: DeviceMesh, parallel: ParallelCo
         del model.tok_embeddings
 
 
-class _Saved(NamedTuple):
-    """What a backward needs of its forward: the input, and the edge of the output's graph."""
-
-    hidden: Tensor | None
-    output: Tensor | GradientEdge
-
-
 class Pipeline:
     """Passes micro-batches through the stages of this rank.
 
@@ -72,11 +65,7 @@ class Pipeline:
         self.group = mesh["pp"].get_group()
         self.ranks, self.rank = mesh["pp"].size(), mesh["pp"].get_local_rank()
         self.links = Links(mesh["pp"], len(model.parts), dtype)
-        self._measured: tuple[Any, Any, list[Wait]] = (
-            0.0,
-            0.0,
-            [],
-        )  # start, end and waits of a step
+        self._measured: tuple[Any, Any, list[Wait]]  # start, end and waits of the last step
         self._tied_group = _tied_group(mesh["pp"]) if model.config.tie_embeddings else None
         model.forward = partial(self._all_stages, model.forward)  # type: ignore[method-assign]
 
@@ -90,14 +79,13 @@ class Pipeline:
         n_targets: Tensor,
     ) -> Tensor:
         """Run forward and backward of all micro-batches of a step, as `MeshStrategy.accumulate`."""
-        n_parts = len(self.model.parts)
-        order = list(operations(self.rank, self.ranks, n_parts, len(micro_batches)))
+        order = list(operations(self.rank, self.ranks, len(self.model.parts), len(micro_batches)))
         actions = [each.action for each in order if each.action is not None]
-        seq_ranks = self.cp * self.tp
-        shapes = [self._hidden_shape(batch[0], seq_ranks) for batch, _ in micro_batches]
-        started, waits = timestamp(self.device.type), self.links.record_waits()
-        saved: dict[tuple[int, int], _Saved] = {}
-        received: Tensor | None = None
+        shapes = [self._hidden_shape(batch[0], self.cp * self.tp) for batch, _ in micro_batches]
+        started, self.links.waits = timestamp(self.device.type), []
+        # What a backward needs of its forward: the input, and the edge of the output's graph.
+        saved: dict[tuple[int, int], tuple[Tensor | None, Tensor | GradientEdge]] = {}
+        values: Tensor | None = None  # received, or to be sent
         losses = [] if self.model.parts[-1].has_head else [torch.zeros((), device=self.device)]
         hold_gradients(self.model, True, self.replicas_only)
         for kind, transfer, action in order:
@@ -106,36 +94,32 @@ class Pipeline:
                 if kind == "receive":
                     self.links.receive(transfer, shapes[transfer.micro_batch])
                 elif kind == "wait":
-                    received = self.links.received(transfer)
-                else:
-                    assert received is not None
-                    self.links.send(transfer, received)
-                    received = None
+                    values = self.links.received(transfer)
+                elif values is not None:
+                    self.links.send(transfer, values)
+                    values = None
                 continue
             part, index = self.model.parts[action.part], action.micro_batch
             if action.forward:
                 batch, n_documents = micro_batches[index]
-                if received is not None:
-                    received.requires_grad_()
-                out = module(*to_device(batch), n_documents=n_documents, hidden=received, part=part)
+                hidden = None if values is None else values.requires_grad_()
+                out = module(*to_device(batch), n_documents=n_documents, hidden=hidden, part=part)
                 if part.has_head:
-                    output = out / n_targets
+                    output, values = out / n_targets, None
                     losses.append(output.detach())
-                    saved[action.part, index] = _Saved(received, output)
-                    received = None
                 else:  # the graph without the values, which are freed once sent
-                    saved[action.part, index] = _Saved(received, get_gradient_edge(out))
-                    received = out.detach()
+                    output, values = get_gradient_edge(out), out.detach()
+                saved[action.part, index] = hidden, output
             else:
                 hidden, output = saved.pop((action.part, index))
                 self._prepare_backward(actions)
-                torch.autograd.backward(output, received)
-                received = None if hidden is None else hidden.grad
+                torch.autograd.backward(output, values)
+                values = None if hidden is None else hidden.grad
             actions.pop(0)
             out = output = hidden = None
         self.links.finish_sends()
         self._sum_tied_gradients()
-        self._measured = started, timestamp(self.device.type), waits
+        self._measured = started, timestamp(self.device.type), self.links.waits
         return torch.stack(losses)
 
     def step_seconds(self) -> tuple[float, float]:
@@ -146,7 +130,7 @@ class Pipeline:
         """
         start, end, waits = self._measured
         seconds = seconds_between(start, end)
-        return seconds - sum(wait.seconds for wait in waits), seconds
+        return seconds - sum(seconds_between(wait.start, wait.end) for wait in waits), seconds
 
     def _prepare_backward(self, actions: Sequence[Action]) -> None:
         """Let the backward that is first in `actions` reduce what no later one adds to.
@@ -177,8 +161,7 @@ class Pipeline:
     def _sum_tied_gradients(self) -> None:
         """Sum the gradients of the tied weight over the two stages that have it."""
         if (weight := self.tied_weight) is not None:
-            gradient = weight.grad
-            assert isinstance(gradient, DTensor)
+            gradient: Any = weight.grad
             dist.all_reduce(gradient.to_local(), group=self._tied_group)
 
     # ------------------------------------------------------------ without gradients
@@ -191,9 +174,10 @@ class Pipeline:
         """
         if kwargs.get("part") is not None:
             return forward(*args, **kwargs)
-        assert not torch.is_grad_enabled(), "gradients need `Pipeline.accumulate`"
+        if torch.is_grad_enabled():
+            raise ValueError("gradients need `Pipeline.accumulate`")
         inputs = dict(zip(("tokens", "positions", "labels"), args, strict=False)) | kwargs
-        self.links.record_waits()
+        self.links.waits = []
         # Inside of the hooks of context parallelism, tokens are local to cp.
         shape = self._hidden_shape(inputs["tokens"], self.tp)
         out = None
@@ -232,13 +216,6 @@ class Pipeline:
     def _hidden_shape(self, tokens: Tensor, seq_ranks: int) -> tuple[int, int, int]:
         batch, seq = tokens.shape
         return batch, seq // seq_ranks, self.model.config.dim
-
-    def gather_names(self, groups: list[dict[str, Any]]) -> None:
-        """Add the other stages' parameters to the groups of an optimizer's state dict, in place."""
-        names: list[list[list[str]]] = [[] for _ in range(self.ranks)]
-        dist.all_gather_object(names, [group["params"] for group in groups], group=self.group)
-        for group, of_ranks in zip(groups, zip(*names, strict=True), strict=True):
-            group["params"] = list(dict.fromkeys(name for each in of_ranks for name in each))
 
 
 def _tied_group(mesh: DeviceMesh) -> dist.ProcessGroup:

@@ -8,6 +8,7 @@ nothing heavy.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from model.config import ModelConfig, ModelPart
@@ -138,33 +139,30 @@ def operations(rank: int, ranks: int, parts: int, micro_batches: int) -> Iterato
     stages = ranks * parts
     inputs: dict[bool, list[Transfer]] = {True: [], False: []}
     for action in order:
-        if transfer := _input(action, rank, ranks, stages):
+        if transfer := _transfers(action, rank, ranks, stages)[0]:
             inputs[action.forward].append(transfer)
     for waiting in inputs.values():
         yield from (Operation("receive", each) for each in waiting[:1])
     for action in order:
         waiting = inputs[action.forward]
-        if _input(action, rank, ranks, stages):
+        received, sent = _transfers(action, rank, ranks, stages)
+        if received:
             current = waiting.pop(0)
             yield from (Operation("receive", each) for each in waiting[:1])
             yield Operation("wait", current)
         yield Operation("compute", action=action)
-        if output := _output(action, rank, ranks, stages):
-            yield Operation("send", output)
+        if sent:
+            yield Operation("send", sent)
 
 
-def _input(action: Action, rank: int, ranks: int, stages: int) -> Transfer | None:
-    """Return what a computation receives from another rank."""
-    stage = action.part * ranks + rank
-    source = stage + (-1 if action.forward else 1)
-    return Transfer(source, stage, action.micro_batch) if 0 <= source < stages else None
-
-
-def _output(action: Action, rank: int, ranks: int, stages: int) -> Transfer | None:
-    """Return what a computation sends to another rank."""
-    stage = action.part * ranks + rank
-    target = stage + (1 if action.forward else -1)
-    return Transfer(stage, target, action.micro_batch) if 0 <= target < stages else None
+def _transfers(action: Action, rank: int, ranks: int, stages: int) -> list[Transfer | None]:
+    """Return what a computation receives from another rank, and what it sends to one."""
+    stage, step = action.part * ranks + rank, 1 if action.forward else -1
+    path = [each if 0 <= each < stages else None for each in (stage - step, stage, stage + step)]
+    return [
+        None if source is None or target is None else Transfer(source, target, action.micro_batch)
+        for source, target in pairwise(path)
+    ]
 
 
 def max_in_flight(rank: int, ranks: int, parts: int, micro_batches: int) -> int:

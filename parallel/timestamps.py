@@ -1,14 +1,11 @@
-"""Points in time on the device that computes: CUDA events, or the host's clock on CPU.
-
-Taking one does not wait for the device. Imports torch only inside functions.
-"""
+"""Points in time on the device that computes, taken without waiting for it."""
 
 import time
 from typing import Any
 
 
 def timestamp(device_type: str) -> Any:
-    """Return the time now; on `cuda` an event at the end of the work queued so far."""
+    """Return the host's time; on `cuda` an event at the end of the work queued so far."""
     if device_type != "cuda":
         return time.perf_counter()
     import torch
@@ -18,6 +15,11 @@ def timestamp(device_type: str) -> Any:
     return event
 
 
+def has_passed(moment: Any) -> bool:
+    """Return whether the device has reached a timestamp, without waiting for it."""
+    return isinstance(moment, float) or bool(moment.query())
+
+
 def seconds_between(start: Any, end: Any) -> float:
-    """Return the seconds between two timestamps, which the device must have reached."""
+    """Return the seconds between two timestamps that the device has reached."""
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
