@@ -4,13 +4,14 @@ Shards are uneven: neither 3 nor 6 divides the dims. Batches are uneven too: pac
 masked labels and a rank with few targets.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning_fabric import Fabric
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,7 +23,7 @@ from model.llama import Llama
 from model.loss import IGNORE
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
-from parallel.parallelize import initialize_weights, parallelize
+from parallel.parallelize import initialize_weights, local_block, parallelize
 from parallel.strategy import MeshStrategy
 from training.config import OptimConfig
 from training.optimizer import build_optimizer
@@ -155,3 +156,24 @@ def full_tensor(tensor: Any) -> Tensor:
     """Return a copy of the unsharded tensor on every rank."""
     result: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return result.detach().clone()
+
+
+def of_all_stages(tensors: Iterable[tuple[str, Any]]) -> dict[str, Tensor]:
+    """Return full tensors by name; stages of a pipeline exchange theirs, which must be equal."""
+    own = {name: full_tensor(tensor) for name, tensor in tensors}
+    everyone: list[Any] = [own]
+    if dist.is_initialized():
+        everyone *= dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+    found: dict[str, Tensor] = {}
+    for name, tensor in (item for each in everyone for item in each.items()):
+        assert torch.equal(found.setdefault(name, tensor), tensor), name
+    return found
+
+
+def equals_local_shard(tensor: Any, expected: Tensor) -> bool:
+    """Return whether the local shard of a tensor equals that slice of the full tensor exactly."""
+    local, offsets = local_block(tensor.detach())
+    for dim, (offset, size) in enumerate(zip(offsets, local.shape, strict=True)):
+        expected = expected.narrow(dim, offset, size)
+    return torch.equal(local, expected)

@@ -16,8 +16,7 @@ import pytest
 import torch
 from distributed import on_ranks
 from save_checkpoint import save
-from small_run import OPTIM, Case, batch, build, full_tensor, local_batches
-from torch import Tensor
+from small_run import OPTIM, Case, batch, build, equals_local_shard, full_tensor, local_batches
 from torch._dynamo.utils import counters
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -121,14 +120,6 @@ def load_and_resume(folder: Path, cases: dict[str, Case]) -> dict[str, Any]:
             ]
         results[name] = differing, train(run, case, range(MIDDLE, STEPS))
     return results
-
-
-def equals_local_shard(tensor: Any, expected: Tensor) -> bool:
-    """Return whether the local shard of a tensor equals that slice of the full tensor exactly."""
-    local, offsets = local_block(tensor.detach())
-    for dim, (offset, size) in enumerate(zip(offsets, local.shape, strict=True)):
-        expected = expected.narrow(dim, offset, size)
-    return torch.equal(local, expected)
 
 
 def train_compiled(folder: Path, cases: dict[str, Case]) -> dict[str, Any]:

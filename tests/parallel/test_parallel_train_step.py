@@ -4,13 +4,11 @@
 plain loop on the unsharded model with PyTorch's gradient clipping.
 """
 
-from collections.abc import Iterable
 from functools import cache
 from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 from distributed import on_ranks
 from small_run import (
     BATCH,
@@ -20,9 +18,9 @@ from small_run import (
     Case,
     batch,
     build,
-    full_tensor,
     local_batches,
     model_config,
+    of_all_stages,
 )
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -94,19 +92,6 @@ def run_case(case: Case) -> dict[str, Any]:
         record["tied"] = run.llama.output.weight is run.llama.tok_embeddings.weight
     record |= without_gradients(run.model, run.strategy.pipeline)
     return record
-
-
-def of_all_stages(tensors: Iterable[tuple[str, Any]]) -> dict[str, Tensor]:
-    """Return full tensors by name; stages of a pipeline exchange theirs, which must be equal."""
-    own = {name: full_tensor(tensor) for name, tensor in tensors}
-    everyone: list[Any] = [own]
-    if dist.is_initialized():
-        everyone *= dist.get_world_size()
-        dist.all_gather_object(everyone, own)
-    found: dict[str, Tensor] = {}
-    for name, tensor in (item for each in everyone for item in each.items()):
-        assert torch.equal(found.setdefault(name, tensor), tensor), name
-    return found
 
 
 @torch.no_grad()
