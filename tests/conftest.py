@@ -14,6 +14,8 @@ import fork_server as fork_servers
 import pytest
 from fork_server import ForkServer
 
+from parallel.mesh import AXES
+
 ROOT = Path(__file__).parent.parent
 STEPS = 16  # of the run of `command`
 FAULT_STEPS = 24  # of the run of `train_arguments`
@@ -154,7 +156,7 @@ def start_python(
 def world_size_of(overrides: Sequence[str]) -> int:
     """Return the number of ranks of the mesh that a list of overrides describes."""
     pairs = [override.split("=") for override in overrides if override.startswith("parallel.")]
-    axes = ("parallel.dp_replicate", "parallel.dp_shard", "parallel.cp", "parallel.tp")
+    axes = [f"parallel.{axis}" for axis in AXES]
     return math.prod(int(value) for key, value in pairs if key in axes)
 
 

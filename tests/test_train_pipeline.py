@@ -1,5 +1,6 @@
 """Runs of `train.py` on a pipeline: hang reports, outputs, and programs that use its results."""
 
+import json
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import read_events, read_metrics
 from fork_server import Fault, ForkServer, read
 from processes import linux, paused_training, wait_for, wait_until_blocked
 
@@ -69,3 +71,98 @@ def test_stage_reports_what_it_waits_for_from_a_suspended_main_process(
     assert program.main.returncode == -signal.SIGKILL
     assert errors.startswith("Aborting: no heartbeat from rank 0")
     assert report in errors.splitlines()
+
+
+# ---------------------------------------------------------------- outputs
+
+
+@pytest.fixture(scope="module")
+def runs(
+    fork_server: ForkServer, train_arguments: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Path]:
+    """Folders of the same ten steps on one process and on two stages.
+
+    Steps 5 and 10 have validation and a text sample, and step 7 a profile.
+    """
+    folders = {size: tmp_path_factory.mktemp("runs") / f"pp{size}" for size in (1, 2)}
+    options = ["train.max_steps=10", "train.micro_batch_size=2", "log.profile=[7]"]
+    options += ["validation.interval=5", "validation.sample_tokens=16"]
+    for size, folder in folders.items():
+        launch = fork_server.run(train_arguments(folder, f"parallel.pp={size}", *options), size)
+        assert set(launch.exit_codes.values()) == {0}, launch.output()
+        assert "Profile of step 7" in launch.output()
+    return folders
+
+
+def test_validation_and_text_samples_of_a_pipeline_equal_those_of_one_process(
+    runs: dict[int, Path],
+) -> None:
+    lines = {size: read_metrics(folder) for size, folder in runs.items()}
+    for one, two in zip(lines[1], lines[2], strict=True):
+        assert one["batch_hash"] == two["batch_hash"]
+        # Micro-batches are summed in the same order; the optimizer's norm is not.
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
+        assert two.get("val_loss", 0) == pytest.approx(one.get("val_loss", 0), rel=1e-6)
+    samples = {(folder / "samples.txt").read_bytes() for folder in runs.values()}
+    assert len(samples) == 1 and b"--- step 10 ---" in samples.pop()
+
+
+def test_profile_of_a_pipeline_shows_the_waits_of_the_first_stage_as_communication(
+    runs: dict[int, Path],
+) -> None:
+    tables = [(runs[size] / "profile/step-00000007/time.txt").read_text() for size in (1, 2)]
+    for table in tables:
+        assert "matrix products" in table and "data wait" in table
+    exposed = [re.search(r"exposed communication +([\d.]+) ms", table) for table in tables]
+    assert exposed[1] is not None and float(exposed[1][1]) > 0
+
+
+def test_checkpoint_of_a_pipeline_is_evaluated_and_generated_from_like_that_of_one_process(
+    runs: dict[int, Path], fork_server: ForkServer
+) -> None:
+    losses, texts = [], []
+    for folder in runs.values():
+        checkpoint = folder / "checkpoints/step-00000010"
+        named = [f"checkpoint={checkpoint}", "parallel.accelerator=cpu", "parallel.tp=2"]
+        launch = fork_server.run(named, 2, program="evaluate.py")
+        assert launch.exit_codes == {0: 0, 1: 0}, launch.output()
+        losses.append(json.loads((checkpoint / "evaluation.json").read_text())["loss"])
+        named += ["prompt=def", "temperature=0", "max_new_tokens=12"]
+        launch = fork_server.run(named, 2, program="generate.py")
+        assert launch.exit_codes == {0: 0, 1: 0}, launch.output()
+        texts.append(read(launch.stdout[0]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # of trained weights, as above
+    assert texts[0] == texts[1] != ""
+
+
+@pytest.mark.parametrize("program", ["evaluate.py", "generate.py"])
+def test_other_programs_reject_pipeline_stages(
+    runs: dict[int, Path], fork_server: ForkServer, program: str
+) -> None:
+    named = [f"checkpoint={runs[2]}", "parallel.accelerator=cpu", PP2]
+    launch = fork_server.run(named, 2, program=program)
+    assert launch.exit_codes == {0: ExitCode.USER_ERROR, 1: ExitCode.USER_ERROR}
+    assert "parallel.pp=2 is for training only" in launch.output()
+
+
+def test_non_finite_hidden_states_of_a_stage_are_skipped_and_rewound_as_on_one_process(
+    fork_server: ForkServer, train_arguments: Any, tmp_path: Path
+) -> None:
+    """Two micro-batches a step: step 6 is skipped, steps 10 to 12 are rewound to step 8."""
+    forward = "model.llama.Llama.forward"
+    bad = [Fault(0, 11, "nan", forward), Fault(0, 19, "nan", forward, last_call=24)]
+    found, events = [], []
+    for size in (1, 2):
+        folder = tmp_path / f"pp{size}"
+        options = (f"parallel.pp={size}", "train.micro_batch_size=4")
+        launch = fork_server.run(train_arguments(folder, *options), size, *bad)
+        assert set(launch.exit_codes.values()) == {0}, launch.output()
+        found.append(read_metrics(folder))
+        kinds = ("skip", "rewind", "rewound")
+        events.append([(e["event"], e["step"]) for e in read_events(folder) if e["event"] in kinds])
+    assert events[0] == events[1]
+    assert events[1][0] == ("skip", 6) and ("rewound", 12) in events[1]
+    for one, two in zip(*found, strict=True):
+        assert (one["step"], one["batch_hash"]) == (two["step"], two["batch_hash"])
+        # Rounding of the norm, as above; the skipped step has no loss.
+        assert (two["loss"] or 0) == pytest.approx(one["loss"] or 0, rel=1e-6)

@@ -350,6 +350,11 @@ def inference_errors(precision: PrecisionConfig, parallel: ParallelConfig) -> It
     """Yield errors for settings of training only."""
     if parallel.auto:
         yield "parallel.auto=true plans training steps; use parallel.auto=false"
+    if parallel.pp > 1:
+        yield (
+            f"parallel.pp={parallel.pp} is for training only, and its checkpoints load on any "
+            "mesh; use parallel.pp=1"
+        )
     if precision.fp8 is not None:
         yield f"precision.fp8={precision.fp8} is for training only; use precision.fp8=null"
 

@@ -167,6 +167,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("srun", {"parallel.dp_shard": 8}),
     ("train", {"parallel.auto": True, "run.plan_check": "off"}),
     ("evaluate", {"parallel.auto": True}),
+    ("evaluate", {"parallel.pp": 2}),
+    ("generate", {"parallel.pp": 2}),
     ("srun", {"train.global_batch_size": 2}),
     ("plan", {"search_fp8": True}),
     ("plan", {"devices": 16, "parallel.num_nodes": 4}),
