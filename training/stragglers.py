@@ -3,8 +3,9 @@
 Under FSDP all ranks take equally long for a step, because each block waits for the weights of all.
 So the time inside the forward of the blocks is measured, after their weights are gathered: with
 CUDA events on a GPU, with a clock on the CPU. Collectives of tensor and context parallelism are
-inside of it; ranks of such a group therefore take equally long, and are named together. Results of
-the run do not depend on it. Imported with several processes.
+inside of it; ranks of such a group therefore take equally long, and are named together. Waits for
+other pipeline stages are not; stages are compared by layer, because their numbers of layers differ.
+Results of the run do not depend on it. Imported with several processes.
 """
 
 import socket
@@ -29,12 +30,13 @@ class StragglerMonitor:
     """The time that this rank computes in each step, and its comparison with the other ranks.
 
     Args:
-        blocks: Modules whose forward is measured, after FSDP has been applied to them.
+        blocks: Modules whose forward is measured, after FSDP has been applied to them; none on a
+            pipeline stage that is the head alone.
         device: Where they compute.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
-        self._device = device
+        self._device, self._n_blocks = device, len(blocks)
         self._spans: list[tuple[Any, Any]] = []  # of this step: start and end of each forward
         self._steps: deque[tuple[list[tuple[Any, Any]], float]] = deque(maxlen=STEPS)
         self._start: Any = None
@@ -65,13 +67,13 @@ class StragglerMonitor:
         """
         if len(self._steps) < STEPS:
             return None
-        measured = [(_seconds(spans), duration) for spans, duration in self._steps]
-        local = torch.tensor(measured, device=self._device)  # (STEPS, 2)
+        measured = [(_seconds(spans), self._n_blocks, duration) for spans, duration in self._steps]
+        local = torch.tensor(measured, device=self._device)  # (STEPS, 3)
         self._steps.clear()
         gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, local)
-        computed, steps = torch.stack(gathered).unbind(-1)  # each (ranks, STEPS)
-        slow = find_stragglers(computed, steps.median(dim=0).values)
+        computed, layers, steps = torch.stack(gathered).unbind(-1)  # each (ranks, STEPS)
+        slow = find_stragglers(computed, layers[:, 0], steps.median(dim=0).values)
         if not slow:
             return None
         hosts: list[Any] = [None] * dist.get_world_size()
@@ -100,14 +102,17 @@ def describe(costs: Mapping[int, float], hosts: Sequence[str]) -> str | None:
     )
 
 
-def find_stragglers(computed: Tensor, steps: Tensor) -> dict[int, float]:
+def find_stragglers(computed: Tensor, layers: Tensor, steps: Tensor) -> dict[int, float]:
     """Return the ranks that are slow in most steps, with the fraction of a step that this costs.
 
     Args:
         computed: (ranks, steps) seconds that each rank computed in the forward.
+        layers: (ranks) number of layers of each rank; one without layers is not compared.
         steps: (steps) seconds of each step.
     """
-    usual = computed.median(dim=0).values  # (steps); of two ranks, the faster one
+    layers = layers.unsqueeze(1)  # (ranks, 1)
+    by_layer = (computed / layers)[layers[:, 0] > 0]  # (ranks with layers, steps)
+    usual = layers * by_layer.median(dim=0).values  # (ranks, steps); of two ranks, the faster one
     costs = STEP_TO_FORWARD * (computed - usual) / steps  # (ranks, steps)
     medians = costs.median(dim=1).values.tolist()  # (ranks)
     return {rank: cost for rank, cost in enumerate(medians) if cost > MAX_COST}

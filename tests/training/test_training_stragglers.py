@@ -39,15 +39,24 @@ def warnings(case: Case, slow_rank: int) -> list[Any]:
             slow(block)
     found = []
     for step in range(1, 2 * STEPS + 1):
-        train_step(run, local_batches(batch(step), run.data_rank, case.mesh.dp, 1), lr=1e-3)
+        batches = local_batches(batch(step), run.data_rank, case.mesh.dp, case.n_micro)
+        train_step(run, batches, lr=1e-3)
         monitor.end_step()
         if step % 10 == 0:
             found.append(monitor.warning())
     return found
 
 
-def test_slow_rank_is_named_once() -> None:
-    case = Case(dp=2, n_layers=2)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(dp=2, n_layers=2, n_micro=1),
+        Case(pp=2, n_layers=5),  # unequal numbers of layers
+        Case(pp=2, pp_parts=2, n_layers=4),
+    ],
+    ids=str,
+)
+def test_slow_rank_is_named_once(case: Case) -> None:
     found = on_ranks(2, warnings, case, 1)
     assert found[0] == found[1]
     first, second, *later = found[0]
@@ -69,7 +78,18 @@ def test_slow_rank_is_named_once() -> None:
 def test_rank_is_slow_if_most_of_its_steps_are(
     seconds: Sequence[Sequence[float]], expected: list[int]
 ) -> None:
-    assert list(find_stragglers(torch.tensor(seconds), torch.full((3,), 3.0))) == expected
+    layers = torch.ones(len(seconds))
+    assert list(find_stragglers(torch.tensor(seconds), layers, torch.full((3,), 3.0))) == expected
+
+
+def test_pipeline_stages_are_compared_by_layer_and_the_head_alone_is_not() -> None:
+    layers = torch.tensor([2.0, 3.0, 3.0, 0.0])
+    equal = 0.1 * layers.unsqueeze(1).expand(-1, 3)
+    steps = torch.full((3,), 2.0)
+    assert find_stragglers(equal, layers, steps) == {}
+    slowed = equal * torch.tensor([[1.5], [1.0], [1.0], [1.0]])  # as long as stages 1 and 2
+    # 0.1 s more forward, and twice that in the backward, of a step of 2 s.
+    assert find_stragglers(slowed, layers, steps) == {0: pytest.approx(0.15)}
 
 
 def test_every_slow_host_is_named_slowest_first() -> None:
