@@ -29,7 +29,8 @@ from training.metrics import METRICS, Metric
 
 PLAIN_WIDTH = 80
 HEADING_INTERVAL = 20  # logged lines between two lines of column headings
-DROPPED = ("lr", "grad norm", "tokens/s", "time left")  # in this order on a narrow terminal
+# In this order on a narrow terminal.
+DROPPED = ("slowest", "lr", "bubble", "grad norm", "tokens/s", "time left")
 
 
 def compact(value: float | None) -> str:
@@ -210,6 +211,7 @@ class Console:
                 (_format(record.get(metric.key), metric), metric.column, 8)
                 for metric in METRICS
                 if metric.column is not None and metric.optional == optional
+                if metric.key in record or not metric.of_pipeline
             ]
             if not optional:
                 cells.append((duration(left), "time left", 8))

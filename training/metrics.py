@@ -39,12 +39,14 @@ class Metric:
         column: Console heading, or None to omit the metric from the console.
         spec: Format specification on the console; "compact" gives 12.3k.
         optional: Whether the console leaves a missing value blank instead of printing "-".
+        of_pipeline: Whether only runs with pipeline stages have it; others have no column.
     """
 
     key: str
     column: str | None = None
     spec: str = ""
     optional: bool = False
+    of_pipeline: bool = False
 
 
 METRICS = (
@@ -62,6 +64,9 @@ METRICS = (
     Metric("step_seconds"),
     Metric("data_wait_seconds"),
     Metric("batch_hash"),
+    Metric("bubble_share", "bubble", ".1%", of_pipeline=True),
+    Metric("slowest_stage", "slowest", "d", of_pipeline=True),
+    Metric("peak_memory_gib_by_stage", of_pipeline=True),
     Metric("val_loss", "val loss", ".4f", optional=True),
 )
 

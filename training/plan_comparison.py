@@ -91,13 +91,15 @@ def comparison_text(metrics: Mapping[str, Any], stage: Stage, process_gib: float
         process_gib: As in `PlanComparison`; the memory plan at launch does not contain it.
     """
     process = f", {process_gib:g} of it without tensors" if process_gib else ""
+    stages = ", ".join(f"{gib:.2f}" for gib in metrics.get("peak_memory_gib_by_stage", ()))
+    by_stage = f", by stage {stages}" if stages else ""
     seconds, planned = metrics["median_step_seconds"], metrics["planned_step_seconds"]
     tokens_per_second = stage.global_batch_size * stage.seq_len / seconds
     text = (
         f"Measured next to the plan: {tokens_per_second:,.0f} tokens/s (planned "
         f"{metrics['planned_tokens_per_second']:,.0f}, {planned / seconds - 1:+.0%}), "
         f"{seconds:.3g} s per step ({planned:.3g}), memory {metrics['peak_memory_gib']:.2f} GiB "
-        f"({metrics['planned_peak_memory_gib']:.2f}{process})"
+        f"({metrics['planned_peak_memory_gib']:.2f}{process}){by_stage}"
     )
     if "save_stall_seconds" in metrics:
         stall, planned = metrics["save_stall_seconds"], metrics["planned_save_stall_seconds"]

@@ -262,14 +262,19 @@ class Run:
             self.metrics.plot()
 
     def log_metrics(self, metrics: dict[str, Any], stage: Stage) -> None:
-        """Add the throughput since the last logged step; write to console, files and trackers."""
-        from training.throughput import build_throughput
+        """Add the throughput since the last logged step; write to console, files and trackers.
+
+        All ranks call it.
+        """
+        from training.throughput import build_throughput, pipeline_metrics
 
         steps, seconds, data_wait_seconds = self.clock.read()
         tokens = steps * stage.global_batch_size * stage.seq_len
         with self.optional("the throughput"):
             throughput = build_throughput(self.config, self.mesh, self.fabric.device, stage.seq_len)
             metrics |= throughput.metrics(tokens, seconds, data_wait_seconds, steps)
+        if self.strategy.pipeline is not None:
+            metrics |= pipeline_metrics(self.strategy.pipeline, self.fabric.device)
         compared: dict[str, float] = {}
         if self.comparison is not None:
             compared = self.comparison.fields(stage, steps, self.clock.newest_steps)

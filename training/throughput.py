@@ -8,13 +8,18 @@ import re
 import resource
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from model.flops import flops_per_token
 from parallel.data_parallel import mixed_precision_policy
 from parallel.mesh import MeshShape
 from training.config import JobConfig
+
+if TYPE_CHECKING:
+    from parallel.pipeline_parallel import Pipeline
 
 # Dense bf16 peak in TFLOP/s by device name, as torch.cuda.get_device_name returns it.
 _PEAK_TFLOPS = (
@@ -112,3 +117,30 @@ def build_throughput(
     # With fp8 products, a fraction of the bf16 peak would be meaningless.
     peak = None if config.precision.fp8 else peak_flops(name, dtype)
     return Throughput(causal, full, mesh.world_size, peak, device)
+
+
+def pipeline_metrics(
+    pipeline: "Pipeline", device: torch.device
+) -> dict[str, float | int | list[float]]:
+    """Return how the pipeline ranks shared the last step, equal on all ranks; a collective call.
+
+    Each value of a pipeline rank is the largest of its processes. The device must have completed
+    the step.
+
+    - `bubble_share`: fraction of the forwards and backwards of a step in which a pipeline rank
+      waits for others, averaged over the pipeline ranks; `parallel.pipeline_schedule.bubble` if
+      stages and micro-batches take equally long.
+    - `slowest_stage`: the pipeline rank that computes longest.
+    - `peak_memory_gib_by_stage`: peak memory by pipeline rank, and `peak_memory_gib` the largest.
+    """
+    ranks, rank = pipeline.ranks, pipeline.rank
+    values = torch.zeros(ranks, 3, device=device)  # seconds computed, seconds in total, memory
+    values[rank] = torch.tensor([*pipeline.step_seconds(), peak_memory_gib(device)])
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    computed, total, memory = values.unbind(1)  # each (pipeline ranks)
+    return {
+        "bubble_share": 1 - (computed.mean() / total.max()).item(),
+        "slowest_stage": int(computed.argmax()),
+        "peak_memory_gib": memory.max().item(),
+        "peak_memory_gib_by_stage": memory.tolist(),
+    }

@@ -29,6 +29,7 @@ def record(step: int, **changes: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {"batch_hash": f"{step:08x}", "mfu_causal": None, "mfu_full": None}
     fields |= {"tflops": 0.5, "tokens_per_second": 1000.0, "lr": 3e-4, "peak_memory_gib": 1.0}
     fields |= {"step_seconds": 0.5, "data_wait_seconds": 0.1, "grad_norm": 2.0, "loss": 8.0 / step}
+    fields |= {"bubble_share": 0.2, "slowest_stage": 1, "peak_memory_gib_by_stage": [1.0, 0.5]}
     return fields | {"tokens": 512 * step, "samples": step, "step": step} | changes
 
 
@@ -134,7 +135,8 @@ def test_tensorboard_equals_metrics_jsonl_after_resume(tmp_path: Path) -> None:
     events = accumulators.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     lines = read_json_lines(resumed.path)
-    numeric = [key for key in KEYS if key not in ("step", "batch_hash", "mfu_causal", "mfu_full")]
+    others = ("step", "batch_hash", "mfu_causal", "mfu_full", "peak_memory_gib_by_stage")
+    numeric = [key for key in KEYS if key not in others]
     assert set(events.Tags()["scalars"]) == set(numeric)
     for key in numeric:
         shown = {event.step: event.value for event in events.Scalars(key)}

@@ -88,6 +88,7 @@ def test_console_and_metrics_have_the_comparison_once() -> None:
         console=SimpleNamespace(log=lines.append, note=notes.append),
         metrics=SimpleNamespace(write=lines.append),
         **{"mesh": SimpleNamespace(world_size=1), "last_metrics": {}, "stragglers": None},
+        strategy=SimpleNamespace(pipeline=None),
         fabric=SimpleNamespace(device=torch.device("cpu")),
         optional=lambda output: Run.optional(run, output),
         failed_outputs=SimpleNamespace(report=lambda output, error: pytest.fail(str(error))),
