@@ -35,10 +35,9 @@ from bench.planned_memory_random import overrides, random_jobs
 from cli.arguments import CONF
 from cli.config import check_config, load_train_config
 from parallel.mesh import resolve_mesh
-from planning.memory import step_memory
+from planning.memory import step_memory, step_peaks
 from planning.phases import fullest_phase
 from planning.request import PlanRequest, configured_choice
-from planning.sharded_step import step_peaks
 from planning.step_spec import StepSpec
 from planning.tracing import traced_peaks
 from resilience.accelerator import resolve_processes

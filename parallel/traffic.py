@@ -167,19 +167,14 @@ def block_matrices(model: ModelConfig, tp: int) -> list[tuple[int, int]]:
     return [*attention, (ffn, dim), (ffn, dim), (dim, ffn), (dim, 1), (dim, 1)]
 
 
-def root_matrices(model: ModelConfig, tp: int) -> list[tuple[int, int]]:
-    """Return the local shapes of embedding, head unless tied, and last norm."""
-    embeddings = 1 if model.tie_embeddings else 2
-    return [(model.vocab_size // tp, model.dim)] * embeddings + [(model.dim, 1)]
-
-
-def _root_of(plan: _Plan) -> list[tuple[int, int]]:
-    """Return the local shapes of the root's parameters on a pipeline rank."""
-    both = plan.has_embedding + plan.has_head
-    if both == 2:
-        return root_matrices(plan.model, plan.mesh.tp)
-    vocabulary = [(plan.model.vocab_size // plan.mesh.tp, plan.model.dim)] * both
-    return [*vocabulary, (plan.model.dim, 1)] if plan.has_head else vocabulary
+def root_matrices(
+    model: ModelConfig, tp: int, has_embedding: bool = True, has_head: bool = True
+) -> list[tuple[int, int]]:
+    """Return the local shapes of embedding, head unless it is the same weight, and last norm."""
+    weights = has_embedding + has_head
+    if model.tie_embeddings:
+        weights = min(weights, 1)
+    return [(model.vocab_size // tp, model.dim)] * weights + [(model.dim, 1)] * has_head
 
 
 def _weights(plan: _Plan) -> list[Collective]:
@@ -202,7 +197,7 @@ def _weights(plan: _Plan) -> list[Collective]:
     resharded = (layers - 1) * (mesh.pp == 1) if reshard is None else layers * reshard
     block = block_matrices(plan.model, mesh.tp)
     in_fp8 = [each for each in block[:-2] if step.fp8_gather and each[0] % ranks == 0]
-    root = _root_of(plan)
+    root = root_matrices(plan.model, mesh.tp, plan.has_embedding, plan.has_head)
     groups = [  # (count, elements of each, elements in fp8, count of resharded ones)
         (layers, elements(block), elements(in_fp8), resharded),
         (bool(root), elements(root), 0, 0),

@@ -8,6 +8,7 @@ real operators instead; a test compares both.
 
 from collections.abc import Iterator
 
+from model.config import ModelPart
 from parallel.traffic import block_matrices, root_matrices
 from planning.activations import (
     batch_bytes,
@@ -46,7 +47,7 @@ class Group:
         self.shard_elements = sum(-(-rows // shards) * columns for rows, columns in matrices)
         self.elements = self.shard_elements * shards
         self.sizes = [rows * columns for rows, columns in matrices]
-        self.exact, self.largest = sum(self.sizes), max(self.sizes)
+        self.exact, self.largest = sum(self.sizes), max(self.sizes, default=0)
         self.gathered = self.elements * spec.param_bytes
         self.to_reduce = self.elements * spec.reduce_bytes
 
@@ -63,9 +64,12 @@ class Step:
         self.mode = spec.parallel.activation_checkpoint
         self.lazy = self.compiled and self.mode == "selective"
         self.sp = uses_sequence_parallel(spec)
-        self.layers, self.shards = model.n_layers, mesh.dp_shard * mesh.cp
+        self.layers, self.shards = spec.n_layers, mesh.dp_shard * mesh.cp
+        self.depth = self.layers  # of the part of the model that is replayed
+        self.keeps_input = False  # whether something else than autograd holds a block's input
         self.block = Group(block_matrices(model, tp), self.shards, spec)
-        self.root = Group(root_matrices(model, tp), self.shards, spec)
+        root = root_matrices(model, tp, spec.has_embedding, spec.has_head)
+        self.root = Group(root, self.shards, spec)
         in_fp8 = sum(rows * columns for rows, columns in spec.fp8_gathered)
         self.block.gathered -= in_fp8 * (p - 1)
         self.head_elements = model.vocab_size // tp * model.dim
@@ -86,6 +90,7 @@ class Step:
         self.f = tokens * (model.ffn_dim // tp) * p
         rows = tokens // (1 if spec.document_mask else spec.micro_batch_size)
         self.rotations = rows * model.head_dim * FLOAT32
+        self.integers = batch_bytes(spec) - mask_bytes(spec) - self.rotations
         # Products of a block that another framework recomputes under `selective`.
         framework = FRAMEWORKS[spec.framework]
         products = self.q + 2 * self.kv + 2 * self.f + self.s
@@ -101,33 +106,51 @@ class Step:
 
     def run(self) -> None:
         """Replay the fullest micro-batches of a step and the update."""
-        heap, layers = self.heap, self.layers
-        elements = self.block.shard_elements * layers + self.root.shard_elements
-        vectors = (2 * layers + 1) * -(-self.spec.model.dim // self.shards)
-        moment = MOMENT_BYTES[self.spec.precision.optimizer_state]
-        heap.add("parameters", elements * FLOAT32)
-        moments = moment * (elements - vectors) + FLOAT32 * vectors
-        heap.add("optimizer", int(2 * moments))
+        heap = self.heap
+        self.allocate_state()
         self.start()
         for holds in [True, False] if self.replays_earlier else [False]:
             self.holds = holds
             self.micro_batch()
             self.continues = True
+        self.update()
+        heap.phase("")
+
+    def allocate_state(self) -> None:
+        """Allocate parameters and moments."""
+        heap, layers = self.heap, self.layers
+        elements = self.block.shard_elements * layers + self.root.shard_elements
+        vectors = (2 * layers + self.spec.has_head) * -(-self.spec.model.dim // self.shards)
+        moment = MOMENT_BYTES[self.spec.precision.optimizer_state]
+        heap.add("parameters", elements * FLOAT32)
+        moments = moment * (elements - vectors) + FLOAT32 * vectors
+        heap.add("optimizer", int(2 * moments))
+
+    def update(self) -> None:
+        """Replay the optimizer's step."""
+        heap = self.heap
         heap.phase("update")
         if self.spec.precision.optimizer_state != "fp32":
             largest = max(self._largest_shard(self.root), self._largest_shard(self.block))
             chunk = min(MOMENT_CHUNK[self.spec.accelerator], largest)
             heap.use(4 * chunk * FLOAT32)
-        heap.phase("")
 
     def micro_batch(self) -> None:
         """Replay forward and backward, in phases as in `planning.tracing`."""
-        heap, layers = self.heap, self.layers
+        (part,) = self.spec.parts
+        self.forward(part)
+        self.backward(part)
+        self.heap.free("activations", self.integers)
+
+    def forward(self, part: ModelPart) -> None:
+        """Replay the forward of a part; its output is in `activations`, unless it has the head."""
+        heap, layers = self.heap, self.depth
         heap.phase("forward")
         self.enter_root()
         mask = mask_bytes(self.spec)
         heap.add("activations", batch_bytes(self.spec) - mask)
-        self.embed()
+        if part.has_embedding:
+            self.embed()
         if mask:  # built from two bool tensors and their conjunction
             each = mask // self.spec.param_bytes
             heap.use(each * max(3, 1 + self.spec.param_bytes))
@@ -137,29 +160,40 @@ class Step:
             self.block_forward(recomputing=False)
             heap.free("activations", self.recomputed)
             self.leave_forward(index)
-        self.head()
+        if part.has_head:
+            self.head()
+
+    def backward(self, part: ModelPart) -> None:
+        """Replay the backward of a part.
+
+        Without the head, the gradient of its output is in `temporary`; without the embedding, the
+        gradient of its input is left there.
+        """
+        heap, layers = self.heap, self.depth
         names = {0: "first block", 1: "second block", layers - 2: "last block but one"}
         names[layers - 1] = "last block"
         heap.phase(names[layers - 1])
-        self.head_backward()
+        self.root_backward()
+        if part.has_head:
+            self.head_backward()
         for index in self._indices(range(layers - 1, -1, -1)):
             heap.phase(names.get(index, "a block"))
             self.enter_backward(index)
             self.block_backward()
             heap.phase("embedding" if index == 0 else names.get(index - 1, "a block"))
             self.leave_backward(index)
-        heap.free("activations", mask)
-        self.embed_backward()
+        heap.free("activations", mask_bytes(self.spec))
+        if part.has_embedding:
+            self.embed_backward()
         heap.free("activations", self.rotations)
         self.leave_root()
-        heap.free("activations", batch_bytes(self.spec) - mask - self.rotations)
 
     def _largest_shard(self, group: Group) -> int:
         return -(-group.largest // self.shards)
 
     def _indices(self, indices: range) -> Iterator[int]:
         """Yield the first two and the last two; the others repeat the change of the second."""
-        yield indices[0]
+        yield from indices[:1]
         before = dict(self.heap.held)
         yield from indices[1:2]
         if len(indices) > 4:
@@ -224,7 +258,6 @@ class Step:
     def embed_backward(self) -> None:
         heap, tp = self.heap, self.spec.mesh.tp
         size = self.head_elements * self.spec.param_bytes
-        tied = self.spec.model.tie_embeddings
         heap.phase("embedding")
         if self.sp:
             self.gather_hidden()
@@ -234,7 +267,7 @@ class Step:
             heap.free("temporary", self.h)
         heap.add("gathered", size)
         heap.free("temporary", self.h)
-        if tied:  # autograd adds it to the gradient of the head, in place unless DTensors
+        if self.spec.ties_on_rank:  # autograd adds it to that of the head, in place unless DTensors
             heap.add("gathered", size if tp > 1 else 0)
             heap.free("gathered", (2 if tp > 1 else 1) * size)
         self.accumulate(self.head_elements)
@@ -244,7 +277,7 @@ class Step:
         spec, heap = self.spec, self.heap
         kind = self.norm_kind(last=True)
         self.norm_forward(kind, True)
-        if self.input_is_widened(kind):
+        if self.input_is_widened(kind) and not self.keeps_input:
             heap.free("activations", self.s)
         heap.phase("head")
         p, tp = spec.param_bytes, spec.mesh.tp
@@ -290,9 +323,8 @@ class Step:
 
     def head_backward(self) -> None:
         heap = self.heap
-        self.root_backward()
         heap.move("activations", "temporary", self.h)
-        if not self.spec.model.tie_embeddings:
+        if not self.spec.ties_on_rank:
             self.accumulate(self.head_elements)
         self.reduce_hidden()
         self.norm_backward(self.norm_kind(last=True), last=True)
@@ -377,7 +409,7 @@ class Step:
         heap.add("temporary", s)  # sum with the input
         self._result(s, keeps)
         self._normed(saves)
-        if self.input_is_widened(kind) and self.mode == "none":
+        if self.input_is_widened(kind) and self.mode == "none" and not self.keeps_input:
             heap.free("activations", s)  # nothing saves the input
         self.norm_forward(kind, saves)
         self.gather_hidden()
@@ -508,7 +540,7 @@ class Step:
             self.block_forward(recomputing=True)
         self._feed_forward_backward()
         self._branch_backward(s + self.rms)
-        self._add_residual()
+        self.add_residual()
         self._attention_backward()
         self._branch_backward(self.rms)
         if self.lazy:  # what was kept
@@ -517,7 +549,7 @@ class Step:
             heap.free("activations", s + (self.h if self.spec.mesh.tp > 1 else 0))
         if self.input_is_widened(self.norm_kind()) and self.mode != "none":
             heap.free("activations", s)  # the input, saved by the checkpoint
-        self._add_residual()
+        self.add_residual()
 
     def _branch_backward(self, recomputed: float) -> None:
         """Replay the backward of a norm and of what gathered its output."""
@@ -589,7 +621,7 @@ class Step:
             self.communicate("reduce_scatter", full)
             heap.free("temporary", full)
 
-    def _add_residual(self) -> None:
+    def add_residual(self) -> None:
         self.heap.free("temporary", self.s)  # autograd adds in place
 
     def add_gradients(self) -> None:

@@ -26,8 +26,8 @@ def shards(spec: StepSpec) -> Iterator[tuple[int, int]]:
     model, mesh = spec.model, spec.mesh
     ranks = mesh.dp_shard * mesh.cp
     for matrices, count in (
-        (block_matrices(model, mesh.tp), model.n_layers),
-        (root_matrices(model, mesh.tp), 1),
+        (block_matrices(model, mesh.tp), spec.n_layers),
+        (root_matrices(model, mesh.tp, spec.has_embedding, spec.has_head), 1),
     ):
         for rows, columns in matrices:
             yield -(-rows // ranks) * columns * FLOAT32, count
@@ -40,13 +40,17 @@ def shard_bytes(spec: StepSpec) -> int:
 
 def checkpoint_bytes(spec: StepSpec) -> int:
     """Return the size of a checkpoint: replicas save their shards once, without FSDP's padding."""
-    matrices = block_matrices(spec.model, 1) * spec.model.n_layers + root_matrices(spec.model, 1)
-    return 3 * sum(rows * columns for rows, columns in matrices) * FLOAT32
+    return 3 * sum(rows * columns for rows, columns in _all_matrices(spec)) * FLOAT32
 
 
 def checkpoint_tensors(spec: StepSpec) -> int:
     """Return the number of tensors in a checkpoint: parameters and two moments of each."""
-    return 3 * sum(count for _, count in shards(spec))
+    return 3 * len(_all_matrices(spec))
+
+
+def _all_matrices(spec: StepSpec) -> list[tuple[int, int]]:
+    """Return the shapes of all parameters of the model."""
+    return block_matrices(spec.model, 1) * spec.model.n_layers + root_matrices(spec.model, 1)
 
 
 def copied_bytes(spec: StepSpec) -> int:

@@ -7,9 +7,11 @@ step (`planning.tracing`).
 
 from dataclasses import dataclass, replace
 
+from planning.allocations import Step
 from planning.host import converted_bytes, copied_bytes, read_ahead_bytes
-from planning.phases import PARTS, fullest_phase
-from planning.sharded_step import step_peaks
+from planning.phases import PARTS, Peaks, fullest_phase
+from planning.pipeline_step import PipelineStep
+from planning.sharded_step import DistributedStep, SingleProcessStep
 from planning.step_spec import StepSpec
 
 GIB = 2**30
@@ -29,6 +31,7 @@ class MemoryBreakdown:
             that are read ahead.
         temporary: Everything else.
         phase: Name of that phase.
+        stage: Pipeline rank.
     """
 
     parameters: int = 0
@@ -40,6 +43,7 @@ class MemoryBreakdown:
     host: int = 0
     temporary: int = 0
     phase: str = ""
+    stage: int = 0
 
     @property
     def peak(self) -> int:
@@ -66,13 +70,38 @@ def size_text(size: int) -> str:
 
 
 def step_memory(spec: StepSpec) -> MemoryBreakdown:
-    """Return the peak memory of a rank over the phases of a step.
+    """Return the peak memory of the pipeline rank that needs the most."""
+    return max(map(stage_memory, different_stages(spec)), key=lambda memory: memory.peak)
+
+
+def stage_memory(spec: StepSpec) -> MemoryBreakdown:
+    """Return the peak memory of the pipeline rank `spec.stage` over the phases of a step.
 
     With gradient accumulation, the last micro-batch is the fullest.
     """
     phase, held = fullest_phase(spec, step_peaks)
     parts = {part: round(size) for part, size in held.items()}
-    return with_host_memory(spec, MemoryBreakdown(**parts, phase=phase))
+    return with_host_memory(spec, MemoryBreakdown(**parts, phase=phase, stage=spec.stage))
+
+
+def different_stages(spec: StepSpec) -> list[StepSpec]:
+    """Return the pipeline ranks of which none needs as much memory as an earlier one for sure.
+
+    Of ranks with the same parts of the model, the first has the most micro-batches in flight.
+    """
+    different = {}
+    for each in reversed(spec.stages):
+        shape = [(len(part.layers), part.has_embedding, part.has_head) for part in each.parts]
+        different[*shape] = each
+    return [*different.values()]
+
+
+def step_peaks(spec: StepSpec) -> Peaks:
+    """Return the peak of each phase of a step without a compiler's memory budget."""
+    kind: type[Step] = DistributedStep if spec.mesh.world_size > 1 else SingleProcessStep
+    step = (PipelineStep if spec.mesh.pp > 1 else kind)(spec)
+    step.run()
+    return step.heap.peaks
 
 
 def with_host_memory(spec: StepSpec, memory: MemoryBreakdown) -> MemoryBreakdown:
@@ -89,5 +118,6 @@ def with_host_memory(spec: StepSpec, memory: MemoryBreakdown) -> MemoryBreakdown
         optimizer=memory.optimizer,
         host=held + converted_bytes(spec),
         phase="save",
+        stage=memory.stage,
     )
     return max(step, save, key=lambda each: each.peak)

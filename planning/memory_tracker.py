@@ -8,7 +8,7 @@ tracker are not seen.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from math import inf
 from typing import Any
 
@@ -38,6 +38,7 @@ class MemoryTracker(TorchDispatchMode):
         phase: Current phase, set by the caller.
         model, optimizer: Set by the caller after construction; ownership determines categories.
         paused: Set by the caller while operators do not count.
+        shared: Set by the caller: storages that others hold too, to which autograd does not add.
         peaks: Bytes by category at the peak of each phase.
     """
 
@@ -53,6 +54,7 @@ class MemoryTracker(TorchDispatchMode):
         self.phase = "setup"
         self.model: torch.nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
+        self.shared: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.peaks: dict[str, dict[str, int]] = {}
         self._categories: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage: category
         self._sizes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage: bytes when last seen
@@ -94,8 +96,9 @@ class MemoryTracker(TorchDispatchMode):
             return False
         is_dtensor, self._is_dtensor_sum = self._is_dtensor_sum, False
         in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
-        tensors = all(isinstance(each, Tensor) for each in args) and args[0].shape == args[1].shape
-        return in_backward and tensors and not is_dtensor
+        if not in_backward or is_dtensor or not all(isinstance(each, Tensor) for each in args):
+            return False
+        return args[0].shape == args[1].shape and args[0].untyped_storage() not in self.shared
 
     def _buffer(self, func: Any, args: Any, kwargs: Any, out: Any) -> int:
         """Return the largest buffer of an operator on CPU, 0 for operators without one.
@@ -119,10 +122,11 @@ class MemoryTracker(TorchDispatchMode):
             return _tensor_bytes(args[0] if functional else args[1])
         return 0
 
-    def rename(self, category: str) -> None:
-        """Move all live unowned tensors to `category`."""
-        for storage in self._categories:
-            self._categories[storage] = category
+    def rename(self, category: str, previous: Container[str] | None = None) -> None:
+        """Move live unowned tensors, all or those of `previous` categories, to `category`."""
+        for storage, present in self._categories.items():
+            if previous is None or present in previous:
+                self._categories[storage] = category
 
     def total(self) -> int:
         """Return the bytes held now."""

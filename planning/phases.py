@@ -6,6 +6,7 @@ Both tiers of the memory plan record phases: the replay of `planning.allocations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from typing import Literal
 
 from planning.activations import HALF_BUDGET, block_saved_bytes
@@ -75,12 +76,13 @@ class Heap:
     def __init__(self) -> None:
         self.held: dict[str, float] = dict.fromkeys(PARTS, 0)
         self.peaks: Peaks = {}
-        self.total = self._highest = 0.0
+        self.total, self._highest = 0.0, -inf
         self._phase = ""
 
     def phase(self, name: str) -> None:
         self._record()
-        self._phase, self._highest = name, sum(self.peaks.get(name, {}).values()) or -1.0
+        self._phase = name
+        self._highest = sum(self.peaks[name].values()) if name in self.peaks else -inf
 
     def add(self, part: str, size: float) -> None:
         self.held[part] += size

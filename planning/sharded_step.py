@@ -1,22 +1,17 @@
 """Weights and gradients in the replay of a step: under FSDP2, and in one process."""
 
 from planning.allocations import FLOAT32, Group, Step
-from planning.phases import Peaks
 from planning.step_spec import StepSpec
 
 
-def step_peaks(spec: StepSpec) -> Peaks:
-    """Return the peak of each phase of a step without a compiler's memory budget."""
-    step = (DistributedStep if spec.mesh.world_size > 1 else SingleProcessStep)(spec)
-    step.run()
-    return step.heap.peaks
-
-
 def first_kept_block(spec: StepSpec) -> int:
-    """Return the first block whose weights stay gathered from its forward to its backward."""
-    layers, reshard = spec.model.n_layers, spec.parallel.reshard_after_forward
+    """Return the first block whose weights stay gathered from its forward to its backward.
+
+    In a pipeline it is the first of the rank or, if there is none, its number of layers.
+    """
+    layers, reshard = spec.n_layers, spec.parallel.reshard_after_forward
     if reshard is None:
-        return layers - 1 if spec.mesh.dp_shard * spec.mesh.cp > 1 else 0
+        return layers - 1 if spec.mesh.dp_shard * spec.mesh.cp > 1 and spec.mesh.pp == 1 else 0
     return layers if reshard else 0
 
 
@@ -94,7 +89,7 @@ class DistributedStep(Step):
             if index == 0:
                 self.unshard(self.block)
             self.copy_out(self.block, forward=True)
-        if self.shards > 1 and following < self.layers and not self.kept_before(following):
+        if self.shards > 1 and following < self.depth and not self.kept_before(following):
             self.unshard(self.block)
 
     def leave_forward(self, index: int) -> None:
@@ -104,7 +99,7 @@ class DistributedStep(Step):
     def root_backward(self) -> None:
         self.heap.free("gathered", self.last_gather)
         self.last_gather = 0
-        if self.first_kept == self.layers:  # FSDP2 prefetches what ran last
+        if self.depth and self.first_kept >= self.depth:  # FSDP2 prefetches what ran last
             self.unshard(self.block)
 
     def enter_backward(self, index: int) -> None:
@@ -136,22 +131,27 @@ class DistributedStep(Step):
             self.heap.add("gathered", group.to_reduce - gradients)
         self.heap.free("gathered", 0 if kept else group.gathered)
 
-    def reduce(self, group: Group, kept: bool) -> None:
-        """Replay the reduction of a group's gradients, with `kept` as in `finish_backward`."""
+    def reduce(self, group: Group, kept: bool, adds: bool = True) -> None:
+        """Replay the reduction of a group's gradients, with `kept` as in `finish_backward`.
+
+        Args:
+            adds: Whether this backward has added gradients of its own.
+        """
         heap, spec = self.heap, self.spec
         gradients = group.exact * spec.param_bytes
         if self.sums:
-            if not self.same_dtype:
+            if adds and not self.same_dtype:
                 self.add_to_sums(group)
             gradients = group.to_reduce
         else:  # those of the norms
-            norms = 2 if group is self.block else 1
+            norms = 2 if group is self.block else spec.has_head
             heap.add("gathered", norms * spec.model.dim * spec.param_bytes)
         heap.free("gathered", self.reducing + (0 if kept and self.holds else group.gathered))
         self.reducing = 0.0
         # A loop variable of FSDP2's `foreach_reduce` holds the last gradient until it returns.
         last = 0.0
-        if group is self.root and self.shards > 1 and not spec.model.tie_embeddings:
+        norm_is_last = spec.model.tie_embeddings and spec.has_head
+        if group is self.root and self.shards > 1 and not norm_is_last:
             last = gradients * self.head_elements / group.exact
         heap.add("gathered", group.to_reduce)
         if self.on_cpu and not self.same_dtype and not self.sums:
@@ -198,11 +198,19 @@ class DistributedStep(Step):
 
     def leave_root(self) -> None:
         self.finish_backward(self.root, kept=True)
+        self.finish_reductions(0 if self.holds else self.depth, not self.holds)
+
+    def finish_reductions(self, blocks: int, root: bool) -> None:
+        """Free the buffers of reductions over all data ranks that ended with a backward.
+
+        Args:
+            blocks: Number of blocks that were reduced.
+            root: Whether the root was reduced.
+        """
         self.heap.free("gathered", self.reducing)
         self.reducing = 0.0
-        replicated = self.spec.mesh.dp_replicate > 1
-        if replicated and not self.holds and self.spec.reduce_bytes < FLOAT32:
-            elements = self.layers * self.block.shard_elements + self.root.shard_elements
+        if self.spec.mesh.dp_replicate > 1 and self.spec.reduce_bytes < FLOAT32:
+            elements = blocks * self.block.shard_elements + root * self.root.shard_elements
             self.heap.free("gathered", elements * self.spec.reduce_bytes)
 
 

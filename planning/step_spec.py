@@ -84,6 +84,11 @@ class StepSpec:
         return self.parts[-1].has_head
 
     @property
+    def ties_on_rank(self) -> bool:
+        """Whether embedding and head are one weight on this pipeline rank."""
+        return self.model.tie_embeddings and self.has_embedding and self.has_head
+
+    @property
     def micro_batches(self) -> int:
         """Micro-batches per rank and step (gradient accumulation steps)."""
         return self.global_batch_size // self.mesh.dp // self.micro_batch_size

@@ -8,7 +8,7 @@ traced at two depths and each phase is extrapolated linearly.
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,16 +29,22 @@ from model.llama import FeedForward, Llama
 from model.loss import BLOCK
 from model.norm import RMSNorm
 from parallel.activation_checkpoint import is_saved
+from parallel.pipeline_schedule import Action, Transfer, max_in_flight
+from parallel.strategy import MeshStrategy
 from planning.activations import full_hidden_bytes, uses_sequence_parallel
 from planning.allocations import MOMENT_CHUNK
 from planning.fake_model import fake_model, materialise
-from planning.memory import MemoryBreakdown, with_host_memory
+from planning.memory import MemoryBreakdown, different_stages, with_host_memory
 from planning.memory_tracker import MemoryTracker, local_tensor
 from planning.phases import PARTS, Held, Peaks, fullest_phase, interpolate
+from planning.pipeline_step import replayed_micro_batches
 from planning.sharded_step import first_kept_block
 from planning.step_spec import MOMENT_BLOCK, StepSpec
 
 DEPTHS = (4, 5)  # at least 4: the first two and last two blocks differ from the rest
+IN_FLIGHT = (3, 4)  # at least 3: the first and the last micro-batch differ from the rest
+EMBEDDING, MIDDLE = "embedding", "a block"  # phases of the backward
+ENDS = ("first block", "second block", "last block but one", "last block")
 
 # Tracker category: field of `MemoryBreakdown` where the names differ. Others are temporary.
 _GATHERED = ("gathered_weights", "gathered_gradients", "collectives", "unreduced")
@@ -47,21 +53,90 @@ _FIELDS |= dict.fromkeys(_GATHERED, "gathered")
 
 
 def trace_memory(spec: StepSpec) -> MemoryBreakdown:
-    """Return the peak memory of rank 0 in a step. Takes seconds."""
+    """Return the peak memory of rank 0 in a step, or in a pipeline that of the fullest rank.
+
+    Takes seconds; with interleaved parts on many pipeline ranks, minutes.
+    """
+    return max(map(trace_stage_memory, different_stages(spec)), key=lambda memory: memory.peak)
+
+
+def trace_stage_memory(spec: StepSpec) -> MemoryBreakdown:
+    """Return the peak memory of the first process of the pipeline rank `spec.stage` in a step."""
     return _breakdown(spec, *fullest_phase(spec, traced_peaks))
 
 
 def traced_peaks(spec: StepSpec) -> Peaks:
     """Return the peaks by phase, extrapolated from two depths if the model is deeper."""
-    layers = spec.model.n_layers
-    if layers <= DEPTHS[-1]:
-        return _with_fp8_gathers(spec, _fullest_micro_batches(_peaks(spec)))
-    shallow, deep = (
-        _peaks(replace(spec, model=replace(spec.model, n_layers=depth))) for depth in DEPTHS
-    )
-    weight = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-    peaks = [interpolate(*each, weight) for each in zip(shallow, deep, strict=True)]
+    if spec.mesh.pp > 1:
+        peaks = _extrapolated_pipeline(spec)
+    elif spec.model.n_layers <= DEPTHS[-1]:
+        peaks = _peaks(spec)
+    else:
+        shallow, deep = (
+            _peaks(replace(spec, model=replace(spec.model, n_layers=depth))) for depth in DEPTHS
+        )
+        weight = (spec.model.n_layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+        peaks = _extrapolated(shallow, deep, weight)
     return _with_fp8_gathers(spec, _fullest_micro_batches(peaks))
+
+
+def _extrapolated(shallow: list[Peaks], deep: list[Peaks], weight: float) -> list[Peaks]:
+    return [interpolate(*each, weight) for each in zip(shallow, deep, strict=True)]
+
+
+def _extrapolated_pipeline(spec: StepSpec) -> list[Peaks]:
+    """Return the peaks of each computation, extrapolated from two depths of each part.
+
+    Without interleaving also from two numbers of micro-batches in flight.
+    """
+    depths = [len(part.layers) for part in spec.parts]
+    ahead = max_in_flight(spec.stage, spec.mesh.pp, len(depths), spec.micro_batches)
+    return _extrapolated_depths(spec, depths, ahead)
+
+
+def _extrapolated_depths(spec: StepSpec, depths: list[int], in_flight: int) -> list[Peaks]:
+    """Extrapolate one of the numbers that is too large to trace, and the others recursively."""
+    for depth in depths:
+        if depth > DEPTHS[1]:
+            shallow, deep = (
+                _extrapolated_depths(
+                    spec, [less if each == depth else each for each in depths], in_flight
+                )
+                for less in DEPTHS
+            )
+            return _extrapolated(shallow, deep, (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+    if len(depths) == 1 and in_flight > IN_FLIGHT[1]:
+        few, more = (_extrapolated_depths(spec, depths, number) for number in IN_FLIGHT)
+        # Of the forwards before the first backward, and of the backwards after the last forward,
+        # the first and the last are the fullest; the others have no counterpart.
+        del more[IN_FLIGHT[0]], more[-IN_FLIGHT[0]]
+        weight = (in_flight - IN_FLIGHT[0]) / (IN_FLIGHT[1] - IN_FLIGHT[0])
+        return _extrapolated(few, more, weight)
+    return _peaks(_like_stage(spec, depths, in_flight))
+
+
+def _like_stage(spec: StepSpec, depths: list[int], in_flight: int) -> StepSpec:
+    """Return the step on a pipeline rank with the same ends of the model as `spec.stage`.
+
+    Args:
+        depths: Number of layers of each part.
+        in_flight: Micro-batches in flight, unless parts are interleaved.
+    """
+    ranks, stage, micro_batches = spec.mesh.pp, spec.stage, spec.micro_batches
+    if len(depths) == 1:
+        micro_batches -= max_in_flight(stage, ranks, 1, micro_batches) - in_flight
+        stage = 1 if stage else 0
+        ranks = 2 if spec.has_head else stage + max(in_flight, 2)
+    layers = [1] * (ranks * len(depths))
+    layers[stage::ranks] = depths
+    return replace(
+        spec,
+        model=replace(spec.model, n_layers=sum(layers)),
+        mesh=replace(spec.mesh, pp=ranks),
+        parallel=replace(spec.parallel, pp=ranks, pp_layers=tuple(layers)),
+        stage=stage,
+        global_batch_size=spec.micro_batch_size * spec.mesh.dp * micro_batches,
+    )
 
 
 def _fullest_micro_batches(peaks: list[Peaks]) -> Peaks:
@@ -79,7 +154,7 @@ def _with_fp8_gathers(spec: StepSpec, peaks: Peaks) -> Peaks:
     They were traced in `precision.param`, like the one or two blocks gathered for their products.
     """
     matrices = sum(rows * columns for rows, columns in spec.fp8_gathered)
-    layers = spec.model.n_layers
+    layers = spec.n_layers
     kept = layers - first_kept_block(spec)
     at_end = {"last block but one": 1, "second block": layers - 2, "first block": layers - 1}
     for phase, held in peaks.items():
@@ -100,7 +175,7 @@ def _breakdown(spec: StepSpec, phase: str, held: Held) -> MemoryBreakdown:
     parts: Counter[str] = Counter()
     for category, size in held.items():
         parts[_FIELDS.get(category, "temporary")] += round(size)
-    return with_host_memory(spec, MemoryBreakdown(**parts, phase=phase))
+    return with_host_memory(spec, MemoryBreakdown(**parts, phase=phase, stage=spec.stage))
 
 
 def _peaks(spec: StepSpec) -> list[Peaks]:
@@ -117,10 +192,14 @@ def _peaks(spec: StepSpec) -> list[Peaks]:
     # The compiler recomputes each tensor on demand in selective checkpointing.
     lazy = spec.parallel.compile and spec.parallel.activation_checkpoint == "selective"
     parallel = replace(spec.parallel, activation_checkpoint="none") if lazy else spec.parallel
-    micro_batches = min(spec.micro_batches, 3)
     with (
         fake_model(
-            spec.model, spec.mesh, parallel, precision, partial(_use_gpu_attention, spec)
+            spec.model,
+            spec.mesh,
+            parallel,
+            precision,
+            partial(_use_gpu_attention, spec),
+            stage=spec.stage,
         ) as (llama, strategy),
         _without_shape_propagation(tracker),
         tracker,
@@ -136,27 +215,94 @@ def _peaks(spec: StepSpec) -> list[Peaks]:
         optimizer = FakeAdamW(llama, spec.precision.optimizer_state, spec.accelerator)
         tracker.model, tracker.optimizer = llama, cast(Any, optimizer)
         tracker.peaks.clear()
-        peaks = []
-        for i in range(1, micro_batches + 1):
-            tracker.phase = "inputs"
-            tokens = torch.empty(spec.micro_batch_size, spec.seq_len, dtype=torch.int64)
-            positions = torch.empty_like(tokens) if spec.document_mask else None
-            labels = torch.empty_like(tokens)  # all are (batch, seq)
-            tracker.phase = "forward"
-            with strategy.micro_batch_sync.no_backward_sync(llama, i < micro_batches):
-                loss = llama(tokens, positions, labels)  # hooks set the phases from here on
-                loss.backward()
-            del loss
-            if i < micro_batches:
-                tracker.rename("unreduced")  # only unreduced gradients are still alive
-            else:
-                tracker.phase = "update"
-                optimizer.step()
+        peaks: list[Peaks] = []
+
+        def record() -> None:
             peaks.append(cast(Peaks, dict(tracker.peaks)))
             tracker.peaks.clear()
+
+        run = _run_pipeline if strategy.pipeline is not None else _run_micro_batches
+        run(spec, llama, strategy, tracker, record)
+        tracker.phase = "update"
+        optimizer.step()
+        record()
     for held in chain.from_iterable(each.values() for each in peaks):
         held["activations"] = held.pop("forward", 0)
     return peaks
+
+
+def _run_micro_batches(
+    spec: StepSpec,
+    llama: Any,
+    strategy: MeshStrategy,
+    tracker: MemoryTracker,
+    record: Callable[[], None],
+) -> None:
+    """Run at most 3 micro-batches, and call `record` after each.
+
+    The second one adds to the gradients of the first and keeps weights, the third one reduces.
+    """
+    micro_batches = min(spec.micro_batches, 3)
+    for i in range(1, micro_batches + 1):
+        tokens, positions, labels = _batch(spec, tracker)
+        with strategy.micro_batch_sync.no_backward_sync(llama, i < micro_batches):
+            loss = llama(tokens, positions, labels)  # hooks set the phases from here on
+            loss.backward()
+        del loss
+        if i < micro_batches:
+            tracker.rename("unreduced")  # only unreduced gradients are still alive
+        record()
+
+
+def _run_pipeline(
+    spec: StepSpec,
+    llama: Any,
+    strategy: MeshStrategy,
+    tracker: MemoryTracker,
+    record: Callable[[], None],
+) -> None:
+    """Run the micro-batches of a pipeline rank, and call `record` before each computation."""
+    pipeline = strategy.pipeline
+    prepare_backward, receive = pipeline._prepare_backward, pipeline._receive
+
+    def start(phase: str) -> None:
+        tracker.rename("unreduced", (EMBEDDING, MIDDLE, *ENDS))  # and the gradient that is sent
+        record()
+        tracker.phase = phase
+
+    def start_backward(actions: Sequence[Action]) -> None:
+        names = _phase_names(len(llama.parts[actions[0].part].layers))
+        start(names[-1])
+        prepare_backward(actions)
+
+    def start_receive(transfer: Transfer, *arguments: Any) -> Any:
+        tracker.phase, phase = "forward" if transfer.forward else "received", tracker.phase
+        work, values = receive(transfer, *arguments)
+        tracker.phase = phase
+        if not transfer.forward:  # the runtime holds it during the backward
+            tracker.shared[values.untyped_storage()] = True
+        return work, values
+
+    def to_device(batch: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+        start("inputs")
+        return _batch(spec, tracker)
+
+    pipeline._prepare_backward, pipeline._receive = start_backward, start_receive
+    tokens = torch.empty(spec.micro_batch_size, spec.seq_len, dtype=torch.int64, device="meta")
+    micro_batches = [((tokens,), 0)] * replayed_micro_batches(spec)
+    losses = strategy.accumulate(llama, micro_batches, to_device, torch.empty((), device="meta"))
+    del losses
+    record()
+
+
+def _batch(spec: StepSpec, tracker: MemoryTracker) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Allocate tokens, positions and labels of a micro-batch, each (batch, seq)."""
+    tracker.phase = "inputs"
+    tokens = torch.empty(spec.micro_batch_size, spec.seq_len, dtype=torch.int64)
+    positions = torch.empty_like(tokens) if spec.document_mask else None
+    labels = torch.empty_like(tokens)
+    tracker.phase = "forward"
+    return tokens, positions, labels
 
 
 @contextmanager
@@ -184,22 +330,31 @@ def _without_shape_propagation(tracker: MemoryTracker) -> Iterator[None]:
 
 def _set_phases(llama: Llama, tracker: MemoryTracker) -> None:
     """Install hooks that set the tracker's phase at the head and at each block's backward."""
-    last = len(llama.layers) - 1
-    names = {-1: "embedding", 0: "first block", 1: "second block"}
-    names |= {last: "last block", last - 1: "last block but one"}
 
     def set_phase(phase: str) -> Callable[..., None]:
         return lambda *_: setattr(tracker, "phase", phase)
 
-    llama.loss.register_forward_pre_hook(set_phase("head"))
-    llama.loss.register_forward_hook(set_phase(names[last]))
-    for index, block in enumerate(llama.layers):
+    for part in llama.parts:
+        names = _phase_names(len(part.layers))
+        for layer, previous in zip(part.layers, [EMBEDDING, *names], strict=False):
 
-        def hook(_: Any, arguments: Any, previous: str = names.get(index - 1, "a block")) -> None:
-            if arguments[0].requires_grad:  # its gradient is computed last in this block's backward
-                arguments[0].register_hook(set_phase(previous))
+            def hook(_: Any, arguments: Any, previous: str = previous) -> None:
+                if arguments[0].requires_grad:  # its gradient is computed last in the backward
+                    arguments[0].register_hook(set_phase(previous))
 
-        block.register_forward_pre_hook(hook)
+            llama.layers.get_submodule(str(layer)).register_forward_pre_hook(hook)
+        if part.has_head:
+            llama.loss.register_forward_pre_hook(set_phase("head"))
+            llama.loss.register_forward_hook(set_phase(names[-1]))
+
+
+def _phase_names(n_layers: int) -> list[str]:
+    """Return the phase of the backward of each layer of a part; without layers that of the head."""
+    names = [MIDDLE] * n_layers
+    for index, name in zip((0, 1, n_layers - 2, n_layers - 1), ENDS, strict=True):
+        if 0 <= index < n_layers:
+            names[index] = name
+    return names or [ENDS[-1]]
 
 
 class FakeAdamW:
