@@ -179,12 +179,15 @@ class PipelineStep(DistributedStep):
     def leave_root(self) -> None:
         if not self.depth and not self.input_is_widened(self.norm_kind(last=True)):
             self.heap.add("activations", self.s)
-        holds, self.holds = self.holds, not self.ends_rank
-        if self.part.has_embedding or self.part.has_head:
+        part, blocks = self.part, 0 if self.holds else self.depth
+        # The head's gradients are reduced over the replicas by the last backward that adds to them.
+        ends_head = self.reduces_each and part.has_head and not self.holds
+        self.holds = not (self.ends_rank or ends_head)
+        adds = part.has_embedding or part.has_head
+        if adds and self.sums and self.holds:
             self.finish_backward(self.root, kept=True)
-        elif self.root.sizes and self.ends_rank:  # after a part without gradients of the root
-            if self.sums:
-                self.reduce(self.root, kept=True, adds=False)
-            else:
-                self.heap.free("gathered", self.root.gathered)
-        self.finish_reductions(0 if holds else self.depth, self.ends_rank)
+        elif adds or (self.sums and self.ends_rank and self.root.sizes):
+            self.reduce(self.root, kept=not self.ends_rank, adds=adds)
+        elif self.ends_rank:
+            self.heap.free("gathered", self.root.gathered)
+        self.finish_reductions(blocks, root=adds and not self.holds)

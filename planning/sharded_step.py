@@ -122,7 +122,7 @@ class DistributedStep(Step):
             kept: Whether the weights stay gathered if another micro-batch follows.
         """
         if not (self.sums and self.holds):
-            self.reduce(group, kept)
+            self.reduce(group, kept and self.holds)
             return
         gradients = group.exact * self.spec.param_bytes
         if not self.same_dtype and self.continues:
@@ -132,9 +132,10 @@ class DistributedStep(Step):
         self.heap.free("gathered", 0 if kept else group.gathered)
 
     def reduce(self, group: Group, kept: bool, adds: bool = True) -> None:
-        """Replay the reduction of a group's gradients, with `kept` as in `finish_backward`.
+        """Replay the reduction of a group's gradients.
 
         Args:
+            kept: Whether the weights stay gathered.
             adds: Whether this backward has added gradients of its own.
         """
         heap, spec = self.heap, self.spec
@@ -146,7 +147,7 @@ class DistributedStep(Step):
         else:  # those of the norms
             norms = 2 if group is self.block else spec.has_head
             heap.add("gathered", norms * spec.model.dim * spec.param_bytes)
-        heap.free("gathered", self.reducing + (0 if kept and self.holds else group.gathered))
+        heap.free("gathered", self.reducing + (0 if kept else group.gathered))
         self.reducing = 0.0
         # A loop variable of FSDP2's `foreach_reduce` holds the last gradient until it returns.
         last = 0.0

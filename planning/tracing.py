@@ -263,7 +263,8 @@ def _run_pipeline(
 ) -> None:
     """Run the micro-batches of a pipeline rank, and call `record` before each computation."""
     pipeline = strategy.pipeline
-    prepare_backward, receive = pipeline._prepare_backward, pipeline._receive
+    prepare_backward, links = pipeline._prepare_backward, pipeline.links
+    receive, received = links.receive, links.received
 
     def start(phase: str) -> None:
         tracker.rename("unreduced", (EMBEDDING, MIDDLE, *ENDS))  # and the gradient that is sent
@@ -275,19 +276,23 @@ def _run_pipeline(
         start(names[-1])
         prepare_backward(actions)
 
-    def start_receive(transfer: Transfer, *arguments: Any) -> Any:
+    def start_receive(transfer: Transfer, shape: Sequence[int]) -> None:
         tracker.phase, phase = "forward" if transfer.forward else "received", tracker.phase
-        work, values = receive(transfer, *arguments)
+        receive(transfer, shape)
         tracker.phase = phase
+
+    def finish_receive(transfer: Transfer) -> Tensor:
+        values = received(transfer)
         if not transfer.forward:  # the runtime holds it during the backward
             tracker.shared[values.untyped_storage()] = True
-        return work, values
+        return values
 
     def to_device(batch: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         start("inputs")
         return _batch(spec, tracker)
 
-    pipeline._prepare_backward, pipeline._receive = start_backward, start_receive
+    pipeline._prepare_backward = start_backward
+    links.receive, links.received = start_receive, finish_receive
     tokens = torch.empty(spec.micro_batch_size, spec.seq_len, dtype=torch.int64, device="meta")
     micro_batches = [((tokens,), 0)] * replayed_micro_batches(spec)
     losses = strategy.accumulate(llama, micro_batches, to_device, torch.empty((), device="meta"))
