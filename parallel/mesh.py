@@ -58,6 +58,14 @@ class MeshShape:
         """The sequence length must be a multiple of this to shard evenly on every axis."""
         return self.tp * (2 * self.cp if self.cp > 1 else 1)
 
+    def stage(self, rank: int) -> int:
+        """Return the index on the pp axis of a global rank."""
+        return rank // (self.dp_shard * self.cp * self.tp) % self.pp
+
+    def ranks_of_stage(self, stage: int) -> list[int]:
+        """Return the global ranks with an index on the pp axis."""
+        return [rank for rank in range(self.world_size) if self.stage(rank) == stage]
+
     def data_rank(self, rank: int) -> int:
         """Return the data-parallel group of a global rank, from 0 to `dp` - 1."""
         stage = self.dp_shard * self.cp * self.tp  # ranks of a stage of one replica

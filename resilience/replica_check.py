@@ -20,6 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from parallel.mesh import MeshShape
+
 GATHERED = "gathered weights"
 COLUMNS = 1024
 MAX_NAMES = 3
@@ -83,10 +85,21 @@ class ReplicaCheck:
         model: Parallelized model whose parameters are DTensors.
         optimizer: Its optimizer, whose state has tensors or objects with tensors as attributes.
         interval: Steps between comparisons.
+        mesh: Ranks on different pipeline stages have no copies of each other's tensors.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, interval: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        interval: int,
+        mesh: MeshShape,
+    ) -> None:
         self.interval = interval
+        self._stage = None
+        if mesh.pp > 1:
+            ranks = mesh.ranks_of_stage(mesh.stage(dist.get_rank()))
+            self._stage = dist.new_group(ranks, use_local_synchronization=True)
         self.reported_hosts: set[str] = set()
         self._model, self._optimizer = model, optimizer
         self._gradients: list[Copy] | None = None
@@ -114,7 +127,9 @@ class ReplicaCheck:
                 module.reshard()  # after a forward without backward, some weights stay gathered
         copies = [*(self._gradients or ()), *self._state(), *_gathered_weights(self._model)]
         self._gradients = None
-        difference = find_difference(copies)
+        difference = find_difference(copies, self._stage)
+        if self._stage is not None:
+            difference = _of_all_stages(difference)
         if difference is not None:
             hosts: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(hosts, socket.gethostname())
@@ -131,11 +146,12 @@ class ReplicaCheck:
                 yield from _copies(key, held)
 
 
-def find_difference(copies: Sequence[Copy]) -> Difference | None:
-    """Return the ranks whose copies differ, without their hosts; all ranks call it.
+def find_difference(copies: Sequence[Copy], stage: dist.ProcessGroup | None) -> Difference | None:
+    """Return the ranks whose copies differ, without their hosts; all ranks of a stage call it.
 
     Args:
         copies: Of this rank; on each rank as many, with equal kinds, names and layouts.
+        stage: None: all ranks.
     """
     groups: dict[tuple[str, int], list[Copy]] = defaultdict(list)
     for copy in copies:
@@ -144,16 +160,17 @@ def find_difference(copies: Sequence[Copy]) -> Difference | None:
         return None
     digests = [_combine([copy.hash for copy in group]) for group in groups.values()]
     shards = [group[0].shard for group in groups.values()]
-    by_group = zip(groups.values(), _all_gather(torch.stack(digests), shards), strict=True)
+    by_group = zip(groups.values(), _all_gather(torch.stack(digests), shards, stage), strict=True)
     differing = [copy for group, values in by_group if _deviating(values)[0] for copy in group]
     # A changed shard also changes what other ranks gather; then only the shard is reported.
     differing = [copy for copy in differing if copy.kind != GATHERED] or differing
     if not differing:
         return None
     hashes, shards = [copy.hash for copy in differing], [copy.shard for copy in differing]
-    found = [_deviating(values) for values in _all_gather(torch.stack(hashes), shards)]
+    found = [_deviating(values) for values in _all_gather(torch.stack(hashes), shards, stage)]
+    global_ranks = dist.get_process_group_ranks(stage)
     return Difference(
-        ranks=sorted({rank for ranks, _ in found for rank in ranks}),
+        ranks=sorted({global_ranks[rank] for ranks, _ in found for rank in ranks}),
         hosts=[],
         has_majority=all(has_majority for _, has_majority in found),
         tensors=[
@@ -161,6 +178,21 @@ def find_difference(copies: Sequence[Copy]) -> Difference | None:
             for copy, (ranks, _) in zip(differing, found, strict=True)
             if ranks
         ],
+    )
+
+
+def _of_all_stages(difference: Difference | None) -> Difference | None:
+    """Return the differences of all pipeline stages as one; all ranks call it."""
+    gathered: list[Difference | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, difference)
+    found = [each for each in gathered if each is not None]
+    if not found:
+        return None
+    return Difference(
+        ranks=sorted({rank for each in found for rank in each.ranks}),
+        hosts=[],
+        has_majority=all(each.has_majority for each in found),
+        tensors=list(dict.fromkeys(name for each in found for name in each.tensors)),
     )
 
 
@@ -228,7 +260,8 @@ def _gathered_weights(model: nn.Module) -> Iterator[Copy]:
         if not isinstance(module, FSDPModule):
             continue
         weights = partial(_own_parameters, module, f"{prefix}." if prefix else "")
-        if not _is_sharded(next(weights())[1]):
+        _, first = next(weights(), (None, None))  # the root of a middle pipeline stage has none
+        if first is None or not _is_sharded(first):
             continue
         module.unshard()
         for name, weight in weights():
@@ -285,11 +318,13 @@ def _multipliers(n: int, device: torch.device) -> Tensor:
     return (2 * torch.arange(n, device=device) + 1) * _FIRST_MULTIPLIER
 
 
-def _all_gather(hashes: Tensor, shards: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Return for each hash (n) the shard and the hash on every rank."""
+def _all_gather(
+    hashes: Tensor, shards: Sequence[int], stage: dist.ProcessGroup | None
+) -> list[list[tuple[int, int]]]:
+    """Return for each hash (n) the shard and the hash on every rank of the stage."""
     local = torch.stack([torch.tensor(shards, device=hashes.device), hashes])  # (2, n)
-    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, local)
+    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(stage))]
+    dist.all_gather(gathered, local, group=stage)
     by_tensor = torch.stack(gathered).permute(2, 0, 1).tolist()  # (n, ranks, 2)
     return [[(shard, value) for shard, value in ranks] for ranks in by_tensor]
 

@@ -81,14 +81,18 @@ def test_stages_change_weights_seq_len_and_batch_size_at_their_samples(uninterru
 def test_kills_and_mesh_changes_do_not_change_samples(
     command: Any, uninterrupted: Path, fork_server: ForkServer, tmp_path: Path
 ) -> None:
-    """Each launch has another mesh, thread count and prefetch; the kills are in two stages."""
+    """Each launch has another mesh, thread count and prefetch; the kills are in two stages.
+
+    Sequence length and batch size change within the launches on pipelines.
+    """
     folder = tmp_path / "run"
     for last, overrides in (
         (14, ("parallel.dp_shard=2", "data.loader_threads=3", "data.prefetch=1")),
-        (31, ("parallel.tp=2", "train.micro_batch_size=2", "data.prefetch=7")),
+        (31, ("parallel.pp=2", "train.micro_batch_size=2", "data.prefetch=7")),
     ):
         kill_after(last, folder, fork_server, command(folder, *overrides))
-    done = start_program(command(folder, "data.verify_reads=false"))
+    mesh = ("parallel.pp=2", "parallel.tp=2")
+    done = start_program(command(folder, *mesh, "data.verify_reads=false"), world_size=4)
     assert done.returncode == 0, done.stderr
     found, expected = read_metrics(folder), read_metrics(uninterrupted)
     for key in ("step", "samples", "tokens", "batch_hash"):

@@ -20,6 +20,7 @@ MESHES = {
     "tp2": ("parallel.tp=2",),
     "dp2": ("parallel.dp_shard=2",),
     "dp2_tp2": ("parallel.dp_shard=2", "parallel.tp=2"),
+    "pp2": ("parallel.pp=2", "train.micro_batch_size=2"),
 }
 
 
@@ -89,7 +90,7 @@ def test_loss_decreases(runs: dict[str, Path]) -> None:
     assert losses[-1] < losses[0] - 1
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "tp2"])
+@pytest.mark.parametrize("mesh", ["1x1", "tp2", "pp2"])
 def test_resume_on_same_mesh_is_bit_identical(
     runs: dict[str, Path], smoke_run: Any, tmp_path: Path, mesh: str
 ) -> None:
@@ -109,11 +110,11 @@ def test_resume_on_another_mesh_with_micro_batches_keeps_samples_losses_and_grad
     assert_close(curve(run, "loss"), curve(runs["1x1"], "loss"), LOSS_TOLERANCE)
 
 
-def test_two_resumes_on_three_meshes_keep_samples_and_losses(
+def test_resumes_on_each_mesh_keep_samples_and_losses(
     runs: dict[str, Path], smoke_run: Any, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    for mesh, last_step in (("dp2", 13), ("tp2", 27), ("1x1", 40)):
+    for mesh, last_step in (("dp2", 9), ("pp2", 18), ("tp2", 27), ("1x1", 40)):
         smoke_run(run, *MESHES[mesh], f"train.max_steps={last_step}", "optim.schedule_steps=40")
     for key in ("batch_hash", "samples", "lr"):
         assert curve(run, key) == curve(runs["1x1"], key)
@@ -123,4 +124,4 @@ def test_two_resumes_on_three_meshes_keep_samples_and_losses(
         for line in (run / "ledger.jsonl").read_text().splitlines()
         if json.loads(line)["event"] == "start"
     ]
-    assert starts == [0, 13, 27]
+    assert starts == [0, 9, 18, 27]

@@ -77,7 +77,7 @@ def test_kills_and_mesh_changes_do_not_change_samples(
         (22, ("parallel.tp=2", "train.micro_batch_size=2", "data.prefetch=7")),
     ):
         kill_after(last, run, fork_server, command(run, *overrides))
-    done = start_program(command(run, "parallel.dp_shard=2", "parallel.tp=2"), world_size=4)
+    done = start_program(command(run, "parallel.dp_shard=2", "parallel.pp=2"), world_size=4)
     assert done.returncode == 0, done.stderr
     found, expected = read_metrics(run), read_metrics(uninterrupted)
     for key in ("step", "samples", "tokens", "batch_hash"):

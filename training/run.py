@@ -349,4 +349,4 @@ def build_replica_check(
         return None
     from resilience.replica_check import ReplicaCheck
 
-    return ReplicaCheck(model, optimizer, interval)
+    return ReplicaCheck(model, optimizer, interval, mesh)

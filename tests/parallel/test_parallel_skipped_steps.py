@@ -27,6 +27,8 @@ CASES: list[tuple[Case, StateFormat]] = [
     (Case(tp=2), "int8"),
     (Case(cp=2, n_micro=1), "fp32"),
     (Case(dp_replicate=2), "fp32"),
+    (Case(pp=2), "fp32"),
+    (Case(pp=2, n_micro=3), "int8"),
 ]
 FAULTS = ("loss_and_gradient", "loss_only", "gradient_only")
 BAD_RANK = 1

@@ -249,8 +249,7 @@ def test_traced_step_issues_the_collectives_of_four_real_processes_in_order(
     ]
     assert all(traced)
     for rank, by_case in enumerate(real_traffic):
-        stage = rank // (case.dp * case.cp * case.tp) % case.pp
-        assert by_case[REAL.index(case)] == traced[stage]
+        assert by_case[REAL.index(case)] == traced[case.mesh.stage(rank)]
 
 
 def test_recorder_rejects_unknown_collectives() -> None:

@@ -68,7 +68,7 @@ def train_and_compare(case: Case, flips: list[tuple[str, int]], seed: int) -> li
         flips: Kind of the tensor and rank of each flip; `none` for a step without.
     """
     run: Any = build(case)
-    check = ReplicaCheck(run.llama, run.adamw, interval=1)
+    check = ReplicaCheck(run.llama, run.adamw, 1, case.mesh)
     step = 0
 
     def train(kind: str = "none", rank: int = -1) -> None:
@@ -122,24 +122,21 @@ def test_flipped_bits_of_replicas_are_found_and_located() -> None:
             assert str(difference).startswith(f"Silent data corruption on rank {rank} (")
 
 
-def find_flip(case: Case, name: str, rank: int) -> tuple[Any, Any, list[Any]]:
-    """Compare after a step without and with a flipped bit in the state of one parameter.
+def find_flip(case: Case, name: str, rank: int) -> tuple[Any, Any]:
+    """Return the results after a step without and with a flipped bit in one parameter's state.
 
     Args:
         name: Kind of the tensor and name of the parameter; `gathered` for gathered weights.
-
-    Returns:
-        The results of both, and the rank's coordinates.
     """
     run: Any = build(case)
-    check = ReplicaCheck(run.llama, run.adamw, interval=1)
+    check = ReplicaCheck(run.llama, run.adamw, 1, case.mesh)
     for step in (1, 2):
         check.prepare(step)
         train_step(run, local_batches(batch(step), run.data_rank, case.mesh.dp, 1), lr=1e-3)
         clean = check.compare()
     kind, parameter = name.split()
-    weight = dict(run.llama.named_parameters())[parameter]
     if dist.get_rank() == rank:
+        weight = dict(run.llama.named_parameters())[parameter]
         if kind == "gathered":
             unshard = FSDPModule.unshard
 
@@ -154,7 +151,7 @@ def find_flip(case: Case, name: str, rank: int) -> tuple[Any, Any, list[Any]]:
         else:
             tensor = weight if kind == "weights" else run.adamw.state[weight][kind]
             flip([tensor.to_local()], random.Random(0))
-    return clean, check.compare(), weight.device_mesh.get_coordinate()
+    return clean, check.compare()
 
 
 MATRIX, NORM = "layers.0.attention.wq.weight", "layers.0.attention_norm.weight"
@@ -172,6 +169,10 @@ MATRIX, NORM = "layers.0.attention.wq.weight", "layers.0.attention_norm.weight"
         (Case(dp=3, param="bf16"), f"gathered {NORM}", [2]),
         (Case(tp=2, sequence_parallel=False), f"weights {NORM}", [0, 1]),
         (Case(dp=2), f"weights {MATRIX}", []),  # sharded: no other rank has a copy
+        (Case(pp=3, n_layers=2), "weights norm.weight", []),
+        (Case(pp=2, tp=2), "weights norm.weight", [2, 3]),  # the last stage is the head alone
+        (Case(pp=2, dp=2, n_layers=3), "gathered layers.2.attention_norm.weight", [2, 3]),
+        (Case(pp=2, dp_replicate=2), f"exp_avg {MATRIX}", [0, 2]),
     ],
     ids=str,
 )
@@ -179,8 +180,8 @@ def test_copies_on_each_mesh_are_compared(case: Case, name: str, ranks: list[int
     """No difference is found in clean steps. Two copies have no majority, so both are named."""
     flipped = 2 if case.world > 2 else 1
     results = on_ranks(case.world, find_flip, case, name, flipped)
-    assert [clean for clean, _, _ in results] == [None] * case.world
-    differences = [difference for _, difference, _ in results]
+    assert [clean for clean, _ in results] == [None] * case.world
+    differences = [difference for _, difference in results]
     assert differences == [differences[0]] * case.world, "equal on all ranks"
     if not ranks:
         assert differences[0] is None
@@ -195,8 +196,8 @@ def test_copies_on_each_mesh_are_compared(case: Case, name: str, ranks: list[int
 def compare_low_bit(state: StateFormat) -> tuple[Any, set[str], Any]:
     """Compare after two steps, and after a flipped bit in a moment of rank 1."""
     with mock.patch.object(small_run, "build_optimizer", partial(build_optimizer, state=state)):
-        run: Any = build(Case(dp_replicate=2))
-    check = ReplicaCheck(run.llama, run.adamw, interval=1)
+        run: Any = build(case := Case(dp_replicate=2))
+    check = ReplicaCheck(run.llama, run.adamw, 1, case.mesh)
     for step in (1, 2):
         train_step(run, local_batches(batch(step), run.data_rank, 2, 1), lr=1e-3)
     clean, kinds = check.compare(), {copy.kind for copy in check._state()}
