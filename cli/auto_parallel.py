@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cli.arguments import explicit_keys
+from parallel.config import ParallelConfig
 from parallel.mesh import AXES, Processes, is_first_process, resolve_mesh
 from planning.fit_check import CONTEXT_GIB, machine_memory, this_machine
 from planning.hardware import PROCESS_GIB, Hardware, load_hardware
@@ -34,6 +35,8 @@ from training.config_validation import ConfigError
 
 CHOSEN = (
     *(f"parallel.{axis}" for axis in AXES),
+    "parallel.pp_parts",
+    "parallel.pp_layers",
     "train.micro_batch_size",
     "parallel.activation_checkpoint",
     "parallel.reshard_after_forward",
@@ -258,7 +261,8 @@ def _record(chosen: dict[str, Any], devices: str, given: Iterable[str]) -> dict[
 
 def _value(config: dict[str, Any], key: str) -> Any:
     section, _, name = key.partition(".")
-    return (config.get(section) or {}).get(name)
+    default = getattr(ParallelConfig(), name, None)  # of keys that an earlier version did not have
+    return (config.get(section) or {}).get(name, default)
 
 
 def _words(values: dict[str, Any]) -> str:

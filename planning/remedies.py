@@ -13,6 +13,7 @@ from planning.search import (
     CHECKPOINT_MODES,
     choices,
     meshes,
+    part_counts,
     peak_memory,
     searched_meshes,
     settings,
@@ -131,6 +132,7 @@ def nearest_fit(request: PlanRequest, current: Choice, limit: Limit) -> Choice |
         # The amount of recomputation is from 0 (`none`) to 2 (`full`).
         recomputation = CHECKPOINT_MODES.index(mode) if isinstance(mode, str) else 2 - 2 * mode
         return (
+            new.pp_parts != now.pp_parts,
             mode != now.activation_checkpoint,
             recomputation,
             new.reshard_after_forward != now.reshard_after_forward,
@@ -139,7 +141,8 @@ def nearest_fit(request: PlanRequest, current: Choice, limit: Limit) -> Choice |
             choice.micro_batch_size != current.micro_batch_size,
         )
 
-    ordered = sorted(meshes(current.mesh.world_size), key=mesh_distance)
+    same_stages = meshes(current.mesh.world_size, current.mesh.pp)
+    ordered = sorted(same_stages, key=mesh_distance)
     valid = [mesh for mesh in ordered if not request.mesh_errors(mesh)]
     candidates = (
         choice
@@ -178,7 +181,8 @@ def _least_memory_fit(request: PlanRequest, mesh: MeshShape, limit: Limit) -> Ch
     """
     if request.mesh_errors(mesh):
         return None
-    on_mesh, batch_size = settings(mesh, request), request.local_batch_size(mesh)
+    on_mesh = settings(mesh, request, part_counts(mesh, request)[0])
+    batch_size = request.local_batch_size(mesh)
     if not on_mesh.compute:
         return None
     extremes = [each for each in on_mesh.batches if each[0] in (batch_size, 1, None)]

@@ -20,13 +20,16 @@ from training.config_rules import (
     for_every_stage,
     fp8_errors,
     fp8_size_errors,
+    interleaving_errors,
     mesh_errors,
     moment_errors,
     parallel_errors,
+    pipeline_errors,
     precision_errors,
 )
 
 SEARCHED = (
+    "pp_parts",
     "activation_checkpoint",
     "reshard_after_forward",
     "reduce_gradients",
@@ -55,8 +58,15 @@ class Choice:
             *(f"parallel.{axis}={getattr(self.parallel, axis)}" for axis in AXES),
             f"train.micro_batch_size={in_yaml(self.micro_batch_size)}",
             *(f"parallel.{key}={in_yaml(getattr(self.parallel, key))}" for key in SEARCHED),
+            *([f"parallel.pp_layers={self._layers}"] if self.parallel.pp > 1 else []),
             f"precision.fp8={in_yaml(self.fp8)}",
         )
+
+    @property
+    def _layers(self) -> str:
+        """`pp_layers` in command-line syntax."""
+        layers = self.parallel.pp_layers
+        return "null" if layers is None else f"[{','.join(map(str, layers))}]"
 
     def settings(self) -> dict[str, str]:
         """Return the settings other than the mesh and the micro-batch, in command-line syntax."""
@@ -211,6 +221,7 @@ class PlanRequest:
             precision = replace(precision, fp8=None)
         if "parallel.async_tp" not in self.kept:  # which a search sets where it is supported
             parallel = replace(parallel, async_tp=False)
+        parallel = replace(parallel, pp_parts=1, pp_layers=None)  # `choice_errors` checks them
         return [
             *device_errors(accelerator, mesh, parallel, precision, model, self.capability),
             *mesh_errors(mesh, parallel, precision, model, train, data),
@@ -219,16 +230,19 @@ class PlanRequest:
     def choice_errors(self, choice: Choice) -> list[str]:
         """Return the remaining validation errors of a choice on a valid mesh.
 
-        Without stages, fp8 and a given micro-batch there are none, as sizes divide the local batch.
+        Without stages, fp8, a given micro-batch and several parts per pipeline rank there are none,
+        as sizes divide the local batch.
         """
-        config, mesh = self.config, choice.mesh
-        is_given = "train.micro_batch_size" in self.kept
+        config, mesh, parallel = self.config, choice.mesh, choice.parallel
+        if errors := list(pipeline_errors(mesh, parallel, config.model)):
+            return errors
+        is_given = "train.micro_batch_size" in self.kept or parallel.pp_parts > 1
         if choice.fp8 is None and not config.data.stages and not is_given:
             return []
         precision = replace(self.precision, fp8=choice.fp8)
 
         def size_errors(sizes: TrainConfig) -> list[str]:
-            batch = list(batch_errors(mesh, sizes))
+            batch = list(batch_errors(mesh, sizes)) or [*interleaving_errors(mesh, parallel, sizes)]
             return batch or list(fp8_size_errors(mesh, precision, config.model, sizes))
 
         train = replace(config.train, micro_batch_size=choice.micro_batch_size)

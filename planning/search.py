@@ -16,16 +16,21 @@ from typing import Any, Literal
 
 from parallel.config import ParallelConfig
 from parallel.mesh import AXES, MeshShape
+from parallel.pipeline_schedule import bubble
+from planning.collectives import placement
 from planning.hardware import Hardware
 from planning.memory import GIB, MemoryBreakdown, step_memory
 from planning.plan import Plan, RunPlan, capacity, host_peak, memory_limit, plan_run
 from planning.request import SEARCHED, Choice, PlanRequest
+from planning.speed import RankCosts
 from planning.step_spec import StepSpec
 
 CHECKPOINT_MODES = ("none", "selective", "full")
 """Values of `parallel.activation_checkpoint`, fastest first."""
 REDUCE_MODES: tuple[Literal["step"], Literal["micro_batch"]] = ("step", "micro_batch")
 """Values of `parallel.reduce_gradients`, least communication first."""
+PART_COUNTS = (1, 2, 4)
+"""Values of `parallel.pp_parts`: more shorten the bubble little, and send as many times as often."""
 NOT_SEARCHED = (
     "train.global_batch_size",
     "model.attention",
@@ -42,6 +47,11 @@ FLOAT32 = 4  # bytes
 SLOWER = "slower than the choices listed"
 EQUAL = "equal in time and memory to a choice with simpler settings"
 FULLER = "at most 0.1% faster than another resharding with less memory, or slower with the same"
+WAITING = 0.1
+"""Fraction of the fastest steps without a pipeline, in exposed communication between nodes, above
+which pipelines are searched; also if nothing fits without."""
+AT_LEAST = 0.95
+"""Of the time of equal stages, than which an interleaved schedule of others may be faster."""
 SAME_SPEED = 1.001
 """Ratio of times below which the resharding with less memory is kept."""
 LITTLE_SLOWER = 1.01
@@ -78,12 +88,14 @@ class SearchResult:
 # ---------------------------------------------------------------- candidates
 
 
-def meshes(devices: int) -> Iterator[MeshShape]:
-    """Yield every mesh of `devices` ranks."""
-    for tp in divisors(devices):
-        for cp in divisors(devices // tp):
-            for dp_shard in divisors(devices // tp // cp):
-                yield MeshShape(devices // tp // cp // dp_shard, dp_shard, cp, tp)
+def meshes(devices: int, pp: int = 1) -> Iterator[MeshShape]:
+    """Yield every mesh of `devices` ranks with `pp` pipeline ranks."""
+    if devices % pp:
+        return
+    for tp in divisors(devices // pp):
+        for cp in divisors(devices // pp // tp):
+            for dp_shard in divisors(devices // pp // tp // cp):
+                yield MeshShape(devices // pp // tp // cp // dp_shard, dp_shard, cp, tp, pp)
 
 
 def divisors(number: int) -> list[int]:
@@ -92,12 +104,36 @@ def divisors(number: int) -> list[int]:
     return low + [number // n for n in reversed(low) if n * n != number]
 
 
-def searched_meshes(devices: int, request: PlanRequest) -> Iterator[MeshShape]:
-    """Yield the meshes of `devices` ranks with the axes that the request keeps."""
+def searched_meshes(
+    devices: int, request: PlanRequest, pp: int | None = None
+) -> Iterator[MeshShape]:
+    """Yield the meshes of `devices` ranks with the axes that the request keeps.
+
+    Args:
+        pp: Pipeline ranks; None: those that the request keeps, or 1.
+    """
     sizes = kept_axes(request)
-    for mesh in meshes(devices):
+    for mesh in meshes(devices, sizes.get("pp", 1) if pp is None else pp):
         if all(getattr(mesh, axis) == size for axis, size in sizes.items()):
             yield mesh
+
+
+def pipeline_sizes(devices: int, request: PlanRequest) -> list[int]:
+    """Return the sizes of `pp` above 1 that a search may try, at least a layer per stage."""
+    if "pp" in kept_axes(request):
+        return []
+    return [size for size in divisors(devices) if 1 < size <= request.config.model.n_layers]
+
+
+def part_counts(mesh: MeshShape, request: PlanRequest) -> list[int]:
+    """Return the values of `pp_parts` on a mesh; given layers of each stage determine it."""
+    parallel, n_layers = request.config.parallel, request.config.model.n_layers
+    if "parallel.pp_parts" in request.kept:
+        return [parallel.pp_parts]
+    if "parallel.pp_layers" in request.kept and parallel.pp_layers is not None:
+        return [max(len(parallel.pp_layers) // mesh.pp, 1)]
+    counts = PART_COUNTS if mesh.pp > 1 else PART_COUNTS[:1]
+    return [each for each in counts if each == 1 or mesh.pp * each <= n_layers]
 
 
 def kept_axes(request: PlanRequest) -> dict[str, int]:
@@ -142,13 +178,17 @@ class Settings:
         return Choice(parallel, size, fp8)
 
 
-def settings(mesh: MeshShape, request: PlanRequest) -> Settings:
+def settings(mesh: MeshShape, request: PlanRequest, pp_parts: int) -> Settings:
     """Return the settings to search on a valid mesh; those that the request keeps have one value.
 
-    Of `compile` and `async_tp` the configured value and the opposite are searched.
+    Of `compile` and `async_tp` the configured value and the opposite are searched. Layers of each
+    stage that only an experiment gives are balanced again on other pipelines.
     """
     config, kept = request.config, request.kept
-    parallel = replace(config.parallel, **asdict(mesh))
+    parallel = replace(config.parallel, **asdict(mesh), pp_parts=pp_parts)
+    layers = parallel.pp_layers or ()
+    if mesh.pp > 1 and "parallel.pp_layers" not in kept and len(layers) != mesh.pp * pp_parts:
+        parallel = replace(parallel, pp_layers=None)
 
     def values(key: str, others: Sequence[Any]) -> list[Any]:
         return [getattr(parallel, key)] if f"parallel.{key}" in kept else list(others)
@@ -175,6 +215,8 @@ def settings(mesh: MeshShape, request: PlanRequest) -> Settings:
     sizes: list[int | None] = [*divisors(batch_size)]
     if largest > batch_size:  # null is another size in each stage
         sizes.append(None)
+    if mesh.pp > 1:  # fewer micro-batches than stages leave most of a step to the bubble
+        sizes = [each for each in sizes if each and each * mesh.pp <= batch_size] or sizes[:1]
     if "train.micro_batch_size" in kept:
         sizes = [config.train.micro_batch_size or batch_size]
     batches = [
@@ -194,9 +236,10 @@ def settings(mesh: MeshShape, request: PlanRequest) -> Settings:
 
 def choices(mesh: MeshShape, request: PlanRequest) -> Iterator[Choice]:
     """Yield the candidates on a valid mesh."""
-    on_mesh = settings(mesh, request)
-    for each in product(on_mesh.batches, on_mesh.compute, on_mesh.reshards):
-        yield on_mesh.choice(*each)
+    for pp_parts in part_counts(mesh, request):
+        on_mesh = settings(mesh, request, pp_parts)
+        for each in product(on_mesh.batches, on_mesh.compute, on_mesh.reshards):
+            yield on_mesh.choice(*each)
 
 
 def peak_memory(stages: Sequence[tuple[StepSpec, int]]) -> MemoryBreakdown:
@@ -217,7 +260,8 @@ class _Node:
     """A choice, whose settings from `level` on have their fastest values until they are chosen.
 
     The levels are batch, `compile` with `async_tp`, `activation_checkpoint` and
-    `reshard_after_forward`; all are chosen at level 4.
+    `reshard_after_forward`; all are chosen at level 4. At level 0 is a pipeline whose memory and
+    communication are not planned yet.
     """
 
     level: int
@@ -259,8 +303,10 @@ class _Search:
         self.result = SearchResult()
         self.heap: list[tuple[Any, ...]] = []
         self.numbers = count()
+        self.found: set[tuple[Any, ...]] = set()
         self.known_stages: dict[tuple[Any, ...], list[tuple[StepSpec, int]]] = {}
         self.memories: dict[tuple[Any, ...], MemoryBreakdown] = {}
+        self.known_passes: dict[tuple[Any, ...], float] = {}
         self.known_seconds: dict[tuple[Any, ...], float] = {}
         self.shards: dict[ParallelConfig, MemoryBreakdown] = {}
         self.limits: dict[tuple[ParallelConfig, int | None], int] = {}
@@ -274,6 +320,14 @@ class _Search:
             self.add_mesh(mesh)
         leaves: list[tuple[_Node, RunPlan]] = []
         preferred = None
+        first = next(self.fastest_first(), None)
+        if first is not None:
+            self.push(first[0])
+            self.found.clear()
+        if first is None or self.waits_for_network(first[1]):
+            for pp in pipeline_sizes(devices, self.request):
+                for mesh in searched_meshes(devices, self.request, pp):
+                    self.add_mesh(mesh)
         for node, plan in self.fastest_first():
             leaves.append((node, plan))
             is_close = self.seconds(node) <= LITTLE_SLOWER * self.seconds(leaves[0][0])
@@ -294,27 +348,47 @@ class _Search:
 
     def fastest_first(self) -> Iterator[tuple["_Node", RunPlan]]:
         """Yield the choices that fit in the order of their speed, without equal ones."""
-        found = set()
         while self.heap:
             seconds, *ties, _, node = heapq.heappop(self.heap)
+            if node.level == 0:
+                if (fastest := self.fastest_that_may_fit(replace(node, level=1))) is not None:
+                    self.push(fastest)
+                continue
             if node.level < 4:
                 self.expand(node)
                 continue
             stages = self.stages(node)
             sizes = tuple(spec.micro_batch_size for spec, _ in stages)  # null is resolved
             key = node.choice.mesh, sizes, f"{seconds:.9g}", ties[-2]
-            if key in found:
+            if key in self.found:
                 self.reject(EQUAL, node, "")
                 continue
-            found.add(key)
+            self.found.add(key)
             yield node, plan_run(stages, self.hardware)
+
+    def waits_for_network(self, run: RunPlan) -> bool:
+        """Return whether much of the steps is exposed communication between nodes.
+
+        Only there a pipeline may be faster: it gathers weights less often, and has a bubble.
+        """
+        exposed = sum(
+            seconds / plan.time.total * plan.seconds
+            for plan in run.stages
+            for axis, seconds in plan.time.exposed.items()
+            if not placement(axis, plan.spec.mesh, self.hardware.devices_per_node).inside_node
+        )
+        return exposed > WAITING * run.seconds
 
     def add_mesh(self, mesh: MeshShape) -> None:
         """Add the nodes of a mesh, or count its candidates as rejected."""
         if errors := self.request.mesh_errors(mesh):
             self.result.reject(f"invalid: {_rule_of(errors[0])}", f"{mesh}: {errors[0]}")
             return
-        on_mesh = settings(mesh, self.request)
+        for pp_parts in part_counts(mesh, self.request):
+            self.add_settings(mesh, settings(mesh, self.request, pp_parts))
+
+    def add_settings(self, mesh: MeshShape, on_mesh: Settings) -> None:
+        """Add the nodes of a mesh with one number of parts per pipeline rank."""
         if not on_mesh.compute:  # for given settings
             trial = Choice(on_mesh.parallel, None)
             error = self.request.compute_errors(trial)[0]
@@ -324,6 +398,8 @@ class _Search:
             node = _Node(1, on_mesh, batch, on_mesh.compute[0], on_mesh.reshards[0])
             if errors := self.request.choice_errors(node.choice):
                 self.reject(f"invalid: {_rule_of(errors[0])}", node, f": {errors[0]}")
+            elif mesh.pp > 1:
+                self.push(replace(node, level=0))
             elif (fastest := self.fastest_that_may_fit(node)) is not None:
                 self.push(fastest)
 
@@ -423,13 +499,42 @@ class _Search:
         return self.known_stages[key]
 
     def seconds(self, node: _Node) -> float:
-        """Return the seconds per token, averaged over all stages."""
+        """Return the seconds per token, averaged over all stages; at level 0 at least these."""
+        if node.level == 0:
+            return self.least_seconds(node)
         key = node.on_mesh.parallel, node.batch, node.compute, node.reshard
         if key not in self.known_seconds:
             plans = [Plan(spec, self.hardware, tokens, {}) for spec, tokens in self.stages(node)]
             seconds = sum(plan.seconds for plan in plans)
             self.known_seconds[key] = seconds / sum(plan.tokens for plan in plans)
         return self.known_seconds[key]
+
+    def least_seconds(self, node: _Node) -> float:
+        """Return seconds per token that a pipeline needs with any settings.
+
+        That is the computation of equal stages with the bubble of the schedule.
+        """
+        parallel, total = node.on_mesh.parallel, 0.0
+        mesh = node.choice.mesh
+        one_rank = replace(parallel, pp=1, pp_parts=1, pp_layers=None)
+        stages = self.stages(node)
+        for spec, tokens in stages:
+            key = (
+                mesh.tp,
+                mesh.cp,
+                mesh.dp_shard,
+                spec.micro_batch_size,
+                spec.seq_len,
+                node.batch[2],
+            )
+            if key not in self.known_passes:
+                whole = replace(spec, mesh=replace(mesh, pp=1), parallel=one_rank)
+                whole = replace(whole, parallel=replace(one_rank, activation_checkpoint="none"))
+                self.known_passes[key] = sum(RankCosts(whole, self.hardware).passes())
+            busy = self.known_passes[key] * spec.micro_batches / mesh.pp
+            busy /= 1 - bubble(mesh.pp, parallel.pp_parts, spec.micro_batches)
+            total += tokens / spec.tokens * busy
+        return AT_LEAST * total / sum(tokens for _, tokens in stages)
 
     def memory(self, node: _Node, limit: int) -> MemoryBreakdown:
         """Return the memory of the fullest stage, or of one that exceeds the limit.

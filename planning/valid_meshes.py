@@ -5,12 +5,13 @@ Validity is decided by the rules of `train.py` (`PlanRequest`); memory is not pl
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice, product
 
 from parallel.mesh import AXES, MeshShape
 from planning.request import Choice, PlanRequest, configured_choice
-from planning.search import divisors, kept_axes, searched_meshes, settings
+from planning.search import divisors, kept_axes, part_counts, searched_meshes, settings
 
 SIZE = "train.micro_batch_size"
 MOST_NAMED = 1024  # larger sizes of an axis are not named, as in `training.config_rules`
@@ -61,6 +62,8 @@ def axis_meshes(request: PlanRequest, replicated: bool = False) -> Iterator[Mesh
     Without replicas, unless they are asked for or kept: they are as valid as shards.
     """
     one_device = configured_choice(request.config, MeshShape(1, 1, 1, 1))
+    no_pipeline = replace(one_device.parallel, pp_parts=1, pp_layers=None)
+    one_device = replace(one_device, parallel=no_pipeline)
     specs = [spec for spec, _ in request.stages(one_device)]
     batches = divisors(math.gcd(*(spec.global_batch_size for spec in specs)))
     sizes = {
@@ -68,9 +71,10 @@ def axis_meshes(request: PlanRequest, replicated: bool = False) -> Iterator[Mesh
         "dp_shard": batches,
         "cp": divisors(math.gcd(*(spec.seq_len for spec in specs))),
         "tp": divisors(specs[0].model.n_heads),
+        "pp": [1],
     } | {axis: [size] for axis, size in kept_axes(request).items()}
     for axes in product(*(sizes[axis] for axis in AXES)):
-        yield MeshShape(*axes)
+        yield MeshShape(**dict(zip(AXES, axes, strict=True)))
 
 
 def _is_valid(request: PlanRequest, devices: int) -> bool:
@@ -81,14 +85,16 @@ def setting_errors(request: PlanRequest, mesh: MeshShape) -> list[str]:
     """Return the errors of a mesh with every searched setting; empty if one of them is valid."""
     if errors := request.mesh_errors(mesh):
         return errors
-    on_mesh = settings(mesh, request)
-    if not on_mesh.compute:
-        return request.compute_errors(Choice(on_mesh.parallel, None))
-    of_batches = [
-        request.choice_errors(on_mesh.choice(batch, on_mesh.compute[0], on_mesh.reshards[0]))
-        for batch in on_mesh.batches
-    ]
-    return min(of_batches, key=len)
+    of_settings = []
+    for pp_parts in part_counts(mesh, request):
+        on_mesh = settings(mesh, request, pp_parts)
+        if not on_mesh.compute:
+            return request.compute_errors(Choice(on_mesh.parallel, None))
+        of_settings += [
+            request.choice_errors(on_mesh.choice(batch, on_mesh.compute[0], on_mesh.reshards[0]))
+            for batch in on_mesh.batches
+        ]
+    return min(of_settings, key=len)
 
 
 def _first_error(request: PlanRequest, devices: int) -> str:
