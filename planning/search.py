@@ -22,7 +22,7 @@ from planning.hardware import Hardware
 from planning.memory import GIB, MemoryBreakdown, step_memory
 from planning.plan import Plan, RunPlan, capacity, host_peak, memory_limit, plan_run
 from planning.request import SEARCHED, Choice, PlanRequest
-from planning.speed import RankCosts
+from planning.speed import repeated_seconds
 from planning.step_spec import StepSpec
 
 CHECKPOINT_MODES = ("none", "selective", "full")
@@ -30,7 +30,7 @@ CHECKPOINT_MODES = ("none", "selective", "full")
 REDUCE_MODES: tuple[Literal["step"], Literal["micro_batch"]] = ("step", "micro_batch")
 """Values of `parallel.reduce_gradients`, least communication first."""
 PART_COUNTS = (1, 2, 4)
-"""Values of `parallel.pp_parts`: more shorten the bubble little, and send as many times as often."""
+"""Values of `parallel.pp_parts`: more shorten the bubble little, and send more often."""
 NOT_SEARCHED = (
     "train.global_batch_size",
     "model.attention",
@@ -225,12 +225,13 @@ def settings(mesh: MeshShape, request: PlanRequest, pp_parts: int) -> Settings:
         for reduce in values(
             "reduce_gradients",
             REDUCE_MODES
-            if size is not None and size < largest and mesh.dp * mesh.cp > 1
+            if size is not None and size < largest and mesh.dp * mesh.cp > 1 and mesh.pp == 1
             else REDUCE_MODES[:1],
         )
         for fp8 in request.fp8_recipes()
     ]
-    reshards = values("reshard_after_forward", (False, None, True) if sharded else (None,))
+    of_mesh = (False, None, True) if mesh.pp == 1 else (None, True)  # null is false in pipelines
+    reshards = values("reshard_after_forward", of_mesh if sharded else (None,))
     return Settings(parallel, batches, valid, tuple(reshards))
 
 
@@ -327,7 +328,8 @@ class _Search:
         if first is None or self.waits_for_network(first[1]):
             for pp in pipeline_sizes(devices, self.request):
                 for mesh in searched_meshes(devices, self.request, pp):
-                    self.add_mesh(mesh)
+                    if mesh.dp_replicate == 1 or "dp_replicate" in kept_axes(self.request):
+                        self.add_mesh(mesh)
         for node, plan in self.fastest_first():
             leaves.append((node, plan))
             is_close = self.seconds(node) <= LITTLE_SLOWER * self.seconds(leaves[0][0])
@@ -512,29 +514,23 @@ class _Search:
     def least_seconds(self, node: _Node) -> float:
         """Return seconds per token that a pipeline needs with any settings.
 
-        That is the computation of equal stages with the bubble of the schedule.
+        That is computation, with the communication of tp and cp, in equal stages, with the bubble.
         """
-        parallel, total = node.on_mesh.parallel, 0.0
-        mesh = node.choice.mesh
-        one_rank = replace(parallel, pp=1, pp_parts=1, pp_layers=None)
-        stages = self.stages(node)
+        parallel, stages = node.on_mesh.parallel, self.stages(node)
+        per_token = 0.0
         for spec, tokens in stages:
-            key = (
-                mesh.tp,
-                mesh.cp,
-                mesh.dp_shard,
-                spec.micro_batch_size,
-                spec.seq_len,
-                node.batch[2],
-            )
+            shape = replace(spec.mesh, pp=1, dp_shard=1, dp_replicate=1)
+            key = shape, spec.micro_batch_size, spec.seq_len, spec.precision
             if key not in self.known_passes:
-                whole = replace(spec, mesh=replace(mesh, pp=1), parallel=one_rank)
-                whole = replace(whole, parallel=replace(one_rank, activation_checkpoint="none"))
-                self.known_passes[key] = sum(RankCosts(whole, self.hardware).passes())
-            busy = self.known_passes[key] * spec.micro_batches / mesh.pp
-            busy /= 1 - bubble(mesh.pp, parallel.pp_parts, spec.micro_batches)
-            total += tokens / spec.tokens * busy
-        return AT_LEAST * total / sum(tokens for _, tokens in stages)
+                one_rank = replace(spec.parallel, pp=1, pp_parts=1, pp_layers=None)
+                one_rank = replace(one_rank, activation_checkpoint="none", async_tp=True)
+                whole = replace(spec, mesh=shape, parallel=one_rank)
+                whole = replace(whole, global_batch_size=spec.micro_batch_size)
+                self.known_passes[key] = repeated_seconds(whole, self.hardware)
+            busy = self.known_passes[key] * spec.micro_batches / spec.mesh.pp
+            busy /= 1 - bubble(spec.mesh.pp, parallel.pp_parts, spec.micro_batches)
+            per_token += tokens / spec.tokens * busy
+        return AT_LEAST * per_token / sum(tokens for _, tokens in stages)
 
     def memory(self, node: _Node, limit: int) -> MemoryBreakdown:
         """Return the memory of the fullest stage, or of one that exceeds the limit.

@@ -111,6 +111,11 @@ def step_time(spec: StepSpec, hardware: Hardware) -> StepTime:
     return _pipeline_time(spec, hardware) if spec.mesh.pp > 1 else _rank_time(spec, hardware).step
 
 
+def repeated_seconds(spec: StepSpec, hardware: Hardware) -> float:
+    """Return the seconds of a micro-batch on one rank, without FSDP2's communication."""
+    return sum(map(sum, _rank_time(spec, hardware).passes))
+
+
 @dataclass(frozen=True)
 class _RankTime:
     """Times of one pipeline rank.
