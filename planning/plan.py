@@ -15,7 +15,7 @@ from planning.collectives import placement
 from planning.communicators import communicator_bytes
 from planning.hardware import Hardware
 from planning.host import GPU_PROCESS_GIB, host_bytes
-from planning.memory import GIB, MemoryBreakdown, step_memory
+from planning.memory import GIB, MemoryBreakdown, different_stages, step_memory
 from planning.speed import THROUGHPUT_INTERVAL, StepTime, ranks_per_device, step_time
 from planning.step_spec import StepSpec
 
@@ -119,14 +119,19 @@ class Plan:
     def traffic(self) -> list[tuple[str, str, str, str, int, float]]:
         """Return (axis, link, kind, purpose, count, bytes sent per rank) of a step, largest first.
 
-        The link is where the groups of the axis communicate: inside a node or between nodes.
+        The link is where the groups of the axis communicate: inside a node or between nodes. In a
+        pipeline, each row is that of the rank which sends most for this purpose.
         """
-        sums: dict[tuple[str, str, str, str], tuple[int, float]] = {}
-        for each in self.spec.traffic():
-            key = (each.axis, link(each.axis, self.spec, self.hardware), each.kind, each.part)
-            count, sent = sums.get(key, (0, 0.0))
-            sums[key] = count + each.count, sent + float(each.sent)
-        return sorted((key + row for key, row in sums.items()), key=lambda row: -row[-1])
+        most: dict[tuple[str, str, str, str], tuple[int, float]] = {}
+        for stage in different_stages(self.spec):
+            sums: dict[tuple[str, str, str, str], tuple[int, float]] = {}
+            for each in stage.traffic():
+                key = (each.axis, link(each.axis, self.spec, self.hardware), each.kind, each.part)
+                count, sent = sums.get(key, (0, 0.0))
+                sums[key] = count + each.count, sent + float(each.sent)
+            for name, row in sums.items():
+                most[name] = max(row, most.get(name, row), key=lambda each: each[1])
+        return sorted((key + row for key, row in most.items()), key=lambda row: -row[-1])
 
 
 def longest_part(seconds: Mapping[str, float]) -> str:

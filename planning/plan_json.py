@@ -109,11 +109,26 @@ def _stage_record(plan: Plan) -> dict[str, Any]:
             tier: {**memory.by_part(), "peak": memory.peak, "phase": memory.phase}
             for tier, memory in plan.tiers.items()
         },
+        "pipeline": _pipeline_record(plan),
         "traffic": [dict(zip(traffic, row, strict=True)) for row in plan.traffic()],
         "step_seconds": {**plan.time.by_part(), "total": plan.time.total},
         "tflops_per_device": plan.tflops(),
         "mfu_causal": plan.mfu(),
         "mfu_full": plan.mfu(causal=False),
+    }
+
+
+def _pipeline_record(plan: Plan) -> dict[str, Any] | None:
+    """Return the cut, the schedule and the stages of a pipeline; None without."""
+    if plan.spec.mesh.pp == 1:
+        return None
+    time = plan.time
+    return {
+        "layers": plan.spec.layers_of_stages,
+        "bubble": time.bubble / time.total,
+        "rank_seconds": list(time.stage_seconds),
+        "slowest_rank": time.slowest_stage,
+        "fullest_rank": plan.memory.stage,
     }
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 from parallel.config import PrecisionConfig
 from parallel.mesh import AXES
@@ -12,6 +13,7 @@ from planning.memory import GIB, PARTS, MemoryBreakdown, size_text, size_unit
 from planning.plan import TIGHT, Plan, RunPlan
 from planning.request import Choice, PlanRequest, in_yaml
 from planning.search import SearchResult, given_options, options_not_searched
+from planning.step_spec import StepSpec
 from planning.time_limits import PhaseSeconds, planned_seconds, time_limits
 from training.console import Console, compact, duration
 
@@ -36,6 +38,7 @@ def print_plan(console: Console, config: PlanJobConfig, run: RunPlan) -> None:
             ("devices", config.devices_text),
             ("mesh", str(spec.mesh)),
             *((name or "batch", _batch(stage)) for name, stage in stages),
+            *([] if spec.mesh.pp == 1 else [("pipeline", _pipeline(spec))]),
             ("precision", _precision(spec.precision)),
             ("attention", spec.attention_name),
             ("checkpointing", str(spec.parallel.activation_checkpoint)),
@@ -51,21 +54,24 @@ def print_plan(console: Console, config: PlanJobConfig, run: RunPlan) -> None:
         [
             *([name, *(f"{each / size:,.2f}" for each in row)] for name, row in sizes.items()),
             ["phase", *(memory.phase for _, memory in bars)],
+            *([["stage", *(str(memory.stage) for _, memory in bars)]] if spec.mesh.pp > 1 else []),
         ],
     )
     if traffic := full.traffic():
         unit, size = size_unit(traffic[0][-1])
         name = next(name for name, stage in stages if stage is full)
+        busiest = " of the busiest stage" if spec.mesh.pp > 1 else ""
         console.table(
-            f"Communication per rank and step{name and ', '}{name}",
+            f"Communication per rank{busiest} and step{name and ', '}{name}",
             ["axis", "link", "collective", "purpose", "count", f"{unit} sent"],
             [[*names, f"{count:,}", f"{sent / size:,.3f}"] for *names, count, sent in traffic],
         )
     for name, stage in stages:
         total = stage.time.total
         parts = stage.time.by_part() | {"total": total}
+        slowest = f", slowest stage {stage.time.slowest_stage}" if spec.mesh.pp > 1 else ""
         console.table(
-            f"Step time{name and ', '}{name}",
+            f"Step time{slowest}{name and ', '}{name}",
             ["", "seconds", "fraction"],
             [[part, f"{time:.4f}", f"{time / total:.1%}"] for part, time in parts.items()],
         )
@@ -75,6 +81,8 @@ def print_plan(console: Console, config: PlanJobConfig, run: RunPlan) -> None:
 
 def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
     full, causal, mesh = run.fullest, run.mfu(), run.stages[0].spec.mesh
+    pp = f"pp={mesh.pp}, " if mesh.pp > 1 else ""
+    others = f"{pp}cp={mesh.cp} and tp={mesh.tp}"
     mfu = "" if causal is None else f", MFU {causal:.1%} causal, {run.mfu(causal=False):.1%} full"
     source = f"train.max_steps={config.train.max_steps}" if config.tokens is None else "tokens="
     rows = [
@@ -86,7 +94,7 @@ def _summary_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
         ("throughput", f"{_decimals(run.tokens_per_second)} tokens/s{_throughput_interval(run)}"),
         ("per device", f"{_decimals(run.tokens_per_second_per_device)} tokens/s"),
         ("", f"{run.tflops():.3g} TFLOP/s{mfu}"),
-        ("largest mesh", f"{run.largest_mesh:,} devices with cp={mesh.cp} and tp={mesh.tp}"),
+        ("largest mesh", f"{run.largest_mesh:,} devices with {others}"),
         ("tokens", f"{compact(run.tokens)} ({source})"),
         ("duration", duration(run.seconds) if run.seconds >= 1 else "under a second"),
     ]
@@ -348,6 +356,17 @@ def _batch(plan: Plan) -> str:
         f"{spec.global_batch_size} sequences of {spec.seq_len} tokens per step; "
         f"{spec.micro_batches} {batches} of {spec.micro_batch_size} per data-parallel rank"
     )
+
+
+def _pipeline(spec: StepSpec) -> str:
+    """Return the schedule, the cut and a note if most of a step is bubble."""
+    parts = spec.parallel.pp_parts
+    schedule = "1F1B" if parts == 1 else f"interleaved 1F1B, {parts} parts per rank"
+    runs = [(layers, len([*same])) for layers, same in groupby(spec.layers_of_stages)]
+    cut = ", ".join(f"{count} × {layers}" if count > 1 else f"{layers}" for layers, count in runs)
+    few = spec.micro_batches < spec.mesh.pp
+    note = "; fewer micro-batches than stages, so ranks idle most of a step" if few else ""
+    return f"{schedule}; layers of the stages: {cut}{note}"
 
 
 def _precision(precision: PrecisionConfig) -> str:

@@ -31,6 +31,8 @@ REDUCE_MODES: tuple[Literal["step"], Literal["micro_batch"]] = ("step", "micro_b
 """Values of `parallel.reduce_gradients`, least communication first."""
 PART_COUNTS = (1, 2, 4)
 """Values of `parallel.pp_parts`: more shorten the bubble little, and send more often."""
+LEAST_LAYERS = 4
+"""Layers per pipeline rank in a search."""
 NOT_SEARCHED = (
     "train.global_batch_size",
     "model.attention",
@@ -49,7 +51,7 @@ EQUAL = "equal in time and memory to a choice with simpler settings"
 FULLER = "at most 0.1% faster than another resharding with less memory, or slower with the same"
 WAITING = 0.1
 """Fraction of the fastest steps without a pipeline, in exposed communication between nodes, above
-which pipelines are searched; also if nothing fits without."""
+which pipelines are searched; also if meshes without are valid and none fits."""
 AT_LEAST = 0.95
 """Of the time of equal stages, than which an interleaved schedule of others may be faster."""
 SAME_SPEED = 1.001
@@ -119,10 +121,11 @@ def searched_meshes(
 
 
 def pipeline_sizes(devices: int, request: PlanRequest) -> list[int]:
-    """Return the sizes of `pp` above 1 that a search may try, at least a layer per stage."""
+    """Return the sizes of `pp` above 1 that a search tries."""
     if "pp" in kept_axes(request):
         return []
-    return [size for size in divisors(devices) if 1 < size <= request.config.model.n_layers]
+    most = request.config.model.n_layers // LEAST_LAYERS
+    return [size for size in divisors(devices) if 1 < size <= most]
 
 
 def part_counts(mesh: MeshShape, request: PlanRequest) -> list[int]:
@@ -325,7 +328,8 @@ class _Search:
         if first is not None:
             self.push(first[0])
             self.found.clear()
-        if first is None or self.waits_for_network(first[1]):
+        is_valid = any(not reason.startswith("invalid") for reason in self.result.rejections)
+        if is_valid if first is None else self.waits_for_network(first[1]):
             for pp in pipeline_sizes(devices, self.request):
                 for mesh in searched_meshes(devices, self.request, pp):
                     if mesh.dp_replicate == 1 or "dp_replicate" in kept_axes(self.request):

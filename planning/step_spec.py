@@ -11,7 +11,7 @@ from typing import Literal
 from model.config import ModelConfig, ModelPart, attention_kernel
 from parallel.config import BF16_CAPABILITY, ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
-from parallel.pipeline_schedule import parts_of_rank
+from parallel.pipeline_schedule import parts_of_rank, split_layers
 from parallel.traffic import Collective, Step, block_matrices, step_traffic
 from planning.frameworks import DEFAULT
 
@@ -69,6 +69,12 @@ class StepSpec:
     def parts(self) -> list[ModelPart]:
         """The parts of the model on this pipeline rank."""
         return parts_of_rank(self.model, self.parallel, self.mesh.pp, self.stage)
+
+    @property
+    def layers_of_stages(self) -> list[int]:
+        """Layers of each of the pp × pp_parts stages, in the order of the model."""
+        given, stages = self.parallel.pp_layers, self.mesh.pp * self.parallel.pp_parts
+        return list(given) if given else split_layers(self.model, stages)
 
     @property
     def n_layers(self) -> int:

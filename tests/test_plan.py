@@ -1027,7 +1027,12 @@ def documented_keys() -> set[str]:
 
 def test_every_key_of_plan_json_is_documented(tmp_path: Path) -> None:
     several = planned(*LLAMA_8B, "data.stages=[{from_sample:640,seq_len:4096}]")
-    found = set(keys_of(plan_json.plan_record(several, run_of(several))))
+    pipeline = planned(*LLAMA_8B, "parallel.pp=2")
+    found = {
+        key
+        for config in (several, pipeline)
+        for key in keys_of(plan_json.plan_record(config, run_of(config)))
+    }
     words = ["experiment=smoke", "devices=4", "hardware=cpu", "search=true", "parallel.tp=1"]
     words.append(f"output={tmp_path / 'plan.json'}")
     assert plan_search(planned(*words), words)
@@ -1246,6 +1251,6 @@ def test_meshes_yields_every_factorization_once() -> None:
         found = list(meshes(devices))
         every = itertools.product(divisors(devices), repeat=4)
         assert len(found) == len(set(found))
-        assert {mesh.sizes for mesh in found} == {
+        assert {(mesh.dp_replicate, mesh.dp_shard, mesh.cp, mesh.tp) for mesh in found} == {
             (a, b, c, d) for a, b, c, d in every if a * b * c * d == devices
         }
