@@ -10,6 +10,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from model.llama import Llama
 
@@ -34,11 +36,12 @@ def apply_float8(model: Llama, recipe: Recipe, emulate: bool = False) -> None:
     convert_to_float8_training(model.layers, config=config)
 
 
-def gather_in_float8(model: Llama, dtype: torch.dtype, n_shards: int) -> None:
+def gather_in_float8(model: Llama, dtype: torch.dtype, shards_mesh: DeviceMesh) -> None:
     """Let FSDP2 gather the matrices of `tensorwise` layers in fp8. Call it after sharding them.
 
     Each rank casts its shard like the gathered weight, from `dtype` and with the complete weight's
-    scale: results do not change. Weights that `n_shards` does not divide are gathered in `dtype`.
+    scale: results do not change. Weights that the ranks of `shards_mesh`, over which FSDP2 shards
+    them, do not divide are gathered in `dtype`.
     """
     from torchao.float8.float8_linear import Float8Linear
     from torchao.float8.float8_utils import amax_to_scale
@@ -57,13 +60,13 @@ def gather_in_float8(model: Llama, dtype: torch.dtype, n_shards: int) -> None:
     @torch.no_grad()
     def update_scales(*_: Any) -> None:
         for layer in [] if shards else model.modules():  # `to_empty` replaces parameters
-            if isinstance(layer, Float8Linear) and layer.out_features % n_shards == 0:
+            if isinstance(layer, Float8Linear) and layer.out_features % shards_mesh.size() == 0:
                 weight: Any = layer.weight
                 config = layer.linear_mm_config, torch.float8_e4m3fn
                 shards.append(extended(weight._local_tensor, *config))
         if shards:
             amax = torch.stack(torch._foreach_norm(shards, math.inf)).to(dtype)  # (weights)
-            torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX)  # of all ranks
+            dist.all_reduce(amax, dist.ReduceOp.MAX, shards_mesh.get_group())
             for shard, scale in zip(shards, amax_to_scale(amax, torch.float8_e4m3fn), strict=True):
                 shard.scale = scale
 

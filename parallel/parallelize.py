@@ -82,7 +82,7 @@ def parallelize(
     if precision.fp8 == "tensorwise" and mesh["dp_shard", "cp"].size() > mesh["tp"].size() == 1:
         from parallel.float8 import gather_in_float8
 
-        gather_in_float8(model, param_dtype, mesh.size() // mesh["dp_replicate"].size())
+        gather_in_float8(model, param_dtype, mesh["fsdp" if mesh["cp"].size() > 1 else "dp_shard"])
     if mesh["pp"].size() > 1:
         vars(model)["pipeline"] = Pipeline(model, mesh, parallel, param_dtype)
     return model

@@ -66,7 +66,7 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
             apply_float8(model, case.recipe, emulate=True)
         parallelize(model, mesh, parallel, PrecisionConfig(param=case.param))
         if case.gather:
-            gather_in_float8(model, torch.bfloat16, case.dp)
+            gather_in_float8(model, torch.bfloat16, mesh["dp_shard"])
         return model
 
     strategy = MeshStrategy(MeshShape(1, case.dp, 1, case.tp), plan)
@@ -202,6 +202,41 @@ def test_weights_gathered_in_fp8_change_no_bit_and_stay_plain_tensors(results: A
     last = f"layers.{CONFIG.n_layers - 1}."
     in_fp8 = {name for name, kind in narrow["gathered"].items() if kind == "Float8TrainingTensor"}
     assert in_fp8 == {n for n in wide["gathered"] if n.startswith(last) and "norm" not in n}
+
+
+def run_pipeline(gather: bool) -> dict[str, Any]:
+    """Return loss and gradients of this rank of two stages, which two ranks each shard."""
+    parallel = ParallelConfig(dp_shard=2, pp=2)
+
+    def plan(model: Llama, mesh: DeviceMesh) -> Llama:
+        apply_float8(model, "tensorwise", emulate=True)
+        parallelize(model, mesh, parallel, PrecisionConfig(param="bf16"))
+        if gather:
+            gather_in_float8(model, torch.bfloat16, mesh["dp_shard"])
+        return model
+
+    strategy = MeshStrategy(MeshShape(1, 2, 1, 1, 2), plan)
+    fabric = Fabric(accelerator="cpu", devices=4, strategy=strategy)
+    fabric.launch()
+    with torch.device("meta"):
+        llama = Llama(CONFIG)
+    model = fabric.setup_module(llama)
+    initialize_weights(llama, CONFIG, 7)
+    generator = torch.Generator().manual_seed(strategy.shape.data_rank(fabric.global_rank))
+    fields = torch.randint(0, CONFIG.vocab_size, (2, 3, 2, SEQ), generator=generator)
+    batches: list[Any] = [
+        ((tokens, None, labels), None) for tokens, labels in zip(*fields, strict=True)
+    ]
+    losses = strategy.accumulate(model, batches, lambda batch: batch, torch.tensor(BATCH * SEQ))
+    gradients: dict[str, Any] = {name: p.grad for name, p in llama.named_parameters()}
+    return {"losses": losses} | {name: each.to_local() for name, each in gradients.items()}
+
+
+def test_pipeline_stages_gathered_in_fp8_have_scales_of_their_own() -> None:
+    wide, narrow = (on_ranks(4, run_pipeline, gather) for gather in (False, True))
+    for expected, found in zip(wide, narrow, strict=True):
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_checkpoints_do_not_depend_on_the_gathered_format(results: Any, checkpoints: Path) -> None:
