@@ -157,7 +157,9 @@ def set_up(
     )
     run.open_logs(changes)
     watchdog.on_abort = partial(record_fault, run)
-    watchdog.background_save, watchdog.waits_for = run.saver.running, strategy.waits_for
+    watchdog.background_save = run.saver.running
+    if strategy.pipeline is not None:
+        watchdog.waits_for = strategy.pipeline.links.waits_for
     with run.optional("the header"):
         console.header(*header(run, changes))
     return run

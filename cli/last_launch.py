@@ -33,7 +33,8 @@ GROUPS = ("model", "data", "tokenizer")
 MESH = tuple(
     f"parallel.{name}"
     for name in (
-        *("dp_replicate", "pp", "dp_shard", "cp", "tp", "pp_parts", "pp_layers"),
+        *("dp_replicate", "pp", "dp_shard", "cp", "tp"),
+        *("pp_parts", "pp_layers", "pp_checkpoint"),
         *("devices", "num_nodes", "accelerator"),
     )
 )

@@ -60,7 +60,7 @@ def apply_activation_checkpoint(model: Llama, mode: str) -> None:
         )
     if mode == "selective":
         kernel = getattr(model.kernel, "kernel", model.kernel)  # inside that of context parallelism
-        kernel.flex = partial(_kept_attention, kernel.flex, [])
+        kernel.flex = partial(_kept_attention, kernel.flex, {})
 
 
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -73,18 +73,21 @@ def is_saved(operation: Any) -> bool:
 
 
 def _kept_attention(
-    kernel: Callable[..., Tensor], kept: list[Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Any
+    kernel: Callable[..., Tensor], kept: dict[int, Any], q: Tensor, k: Tensor, v: Tensor, mask: Any
 ) -> Tensor:
     """Return `kernel(q, k, v, mask)` for a compiled kernel, whose operators the policy cannot see.
 
     Its backward keeps its results and reads q, k and v from the checkpoint. The recomputation takes
-    the result of the last of `kept`, as blocks are recomputed in reverse order.
+    the last one of `kept` of its forward, which has a mask of its own: blocks are recomputed in
+    reverse order, but other micro-batches of a pipeline run in between.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return kernel(q, k, v, mask)
     inputs = _Inputs.apply(q, k, v)
     if torch._C._current_graph_task_id() != -1:  # in a backward
-        return kept.pop().requires_grad_()  # so that the next operators save the same tensors
+        return (
+            kept[id(mask)].pop().requires_grad_()
+        )  # so that the next operators save the same tensors
     node, keys = inputs[0].grad_fn, [_memory(each) for each in inputs]
     recomputed: list[Tensor] = []  # the checkpoint returns each tensor once
 
@@ -100,7 +103,7 @@ def _kept_attention(
 
     with saved_tensors_hooks(pack, unpack):
         out = kernel(*inputs, mask)
-    kept.append(out.detach())
+    kept.setdefault(id(mask), []).append(out.detach())
     return out
 
 

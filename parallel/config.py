@@ -15,6 +15,8 @@ BF16_CAPABILITY = (8, 0)
 
 ROUNDING = ResumePolicy("override", "rounding")
 
+CheckpointMode = Literal["none", "full", "selective"] | Annotated[float, Interval(ge=0, le=1)]
+
 
 @dataclass(frozen=True)
 class ParallelConfig(ConfigSection):
@@ -26,6 +28,7 @@ class ParallelConfig(ConfigSection):
         pp_parts: Parts of the model on each pipeline rank. More than one interleave: the bubble is
             shorter by their number, and hidden states are sent as many times as often.
         pp_layers: Layers of each of the `pp` × `pp_parts` stages. None: balanced.
+        pp_checkpoint: `activation_checkpoint` of each pipeline rank. None: the same on all.
         devices, num_nodes: Processes per node and nodes. None: on CPU as many as the mesh needs,
             on GPUs all visible devices, under `srun` or `torchrun` the launched ones.
         sequence_parallel: Shard activations along the sequence between tensor-parallel layers.
@@ -51,15 +54,14 @@ class ParallelConfig(ConfigSection):
     pp: PositiveInt = 1
     pp_parts: PositiveInt = 1
     pp_layers: tuple[Annotated[int, Ge(0)], ...] | None = None
+    pp_checkpoint: tuple[CheckpointMode, ...] | None = None
     devices: PositiveInt | None = None
     num_nodes: PositiveInt | None = None
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     sequence_parallel: bool = True
     loss_parallel: bool = True
     async_tp: bool = False
-    activation_checkpoint: (
-        Literal["none", "full", "selective"] | Annotated[float, Interval(ge=0, le=1)]
-    ) = "none"
+    activation_checkpoint: CheckpointMode = "none"
     compile: Literal["auto"] | bool = "auto"
     reshard_after_forward: bool | None = None
     reduce_gradients: Literal["step", "micro_batch"] = "step"
@@ -68,9 +70,13 @@ class ParallelConfig(ConfigSection):
 
     def resolved(self, accelerator: str) -> "ParallelConfig":
         """Return the configuration with `compile` resolved for a device type."""
-        if self.compile != "auto":
-            return self
-        return replace(self, compile=accelerator == "cuda")
+        is_auto = self.compile == "auto"
+        return replace(self, compile=accelerator == "cuda") if is_auto else self
+
+    def of_stage(self, rank: int) -> "ParallelConfig":
+        """Return the configuration with the activation checkpointing of a pipeline rank."""
+        modes = self.pp_checkpoint
+        return replace(self, activation_checkpoint=modes[rank]) if modes else self
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def parallelize(
     """
     if mesh.device_type == "cuda":
         torch.set_float32_matmul_precision(precision.float32_matmul)
-    parallel = parallel.resolved(mesh.device_type)
+    parallel = parallel.resolved(mesh.device_type).of_stage(mesh["pp"].get_local_rank())
     dtypes = mixed_precision_policy(precision, mesh.device_type)
     if mesh["pp"].size() > 1:
         from parallel.pipeline_parallel import Pipeline, apply_pipeline_parallel

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.pipeline_schedule import Transfer
-from parallel.timestamps import has_passed, timestamp
+from parallel.timestamps import timestamp
 
 
 @dataclass
@@ -27,13 +27,13 @@ class Wait:
     start: Any
     end: Any = None
 
+    @property
+    def is_over(self) -> bool:
+        return self.end is not None and (isinstance(self.end, float) or self.end.query())
+
 
 class Links:
-    """The transfers of one rank of the `pp` axis.
-
-    Attributes:
-        waits: The waits so far; the user clears them.
-    """
+    """The transfers of one rank of the `pp` axis; the user clears `waits`."""
 
     def __init__(self, mesh: DeviceMesh, parts: int, dtype: torch.dtype) -> None:
         self.dtype, self.device_type = dtype, mesh.device_type
@@ -78,7 +78,7 @@ class Links:
         Called by other threads. On a GPU it is what the device waits for, not the host.
         """
         with self._device:  # otherwise CUDA would use the first device
-            waiting = (each for each in self.waits if not (each.end and has_passed(each.end)))
+            waiting = (each for each in self.waits if not each.is_over)
             if (wait := next(waiting, None)) is None:
                 return ""
         source, target, index = wait.transfer

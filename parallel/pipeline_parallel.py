@@ -29,10 +29,8 @@ from parallel.timestamps import seconds_between, timestamp
 def apply_pipeline_parallel(model: Llama, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
     """Remove the other stages from `model` on the meta device, in place.
 
-    With tied embeddings the last stage keeps the weight as `tok_embeddings`, its only name.
-
-    Args:
-        mesh: The `pp` axis.
+    With tied embeddings the last stage keeps the weight as `tok_embeddings`, its only name. `mesh`
+    is the `pp` axis.
     """
     model.parts = parts_of_rank(model.config, parallel, mesh.size(), mesh.get_local_rank())
     here = {layer for part in model.parts for layer in part.layers}
@@ -154,9 +152,8 @@ class Pipeline:
     @property
     def tied_weight(self) -> Tensor | None:
         """The weight that is the embedding of the first stage and the head of the last one."""
-        if self._tied_group is None or self.rank not in (0, self.ranks - 1):
-            return None
-        return self.model.tok_embeddings.weight
+        has_copy = self._tied_group is not None and self.rank in (0, self.ranks - 1)
+        return self.model.tok_embeddings.weight if has_copy else None
 
     def _sum_tied_gradients(self) -> None:
         """Sum the gradients of the tied weight over the two stages that have it."""
@@ -183,9 +180,8 @@ class Pipeline:
         out = None
         for index, part in enumerate(self.model.parts):
             stage = index * self.ranks + self.rank
-            hidden = None
+            hidden, transfer = None, Transfer(stage - 1, stage, 0)
             if not part.has_embedding:
-                transfer = Transfer(stage - 1, stage, 0)
                 self.links.receive(transfer, shape)
                 hidden = self.links.received(transfer)
             out = forward(**inputs, hidden=hidden, part=part)
@@ -214,8 +210,7 @@ class Pipeline:
         return logits
 
     def _hidden_shape(self, tokens: Tensor, seq_ranks: int) -> tuple[int, int, int]:
-        batch, seq = tokens.shape
-        return batch, seq // seq_ranks, self.model.config.dim
+        return tokens.shape[0], tokens.shape[1] // seq_ranks, self.model.config.dim
 
 
 def _tied_group(mesh: DeviceMesh) -> dist.ProcessGroup:

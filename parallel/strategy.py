@@ -123,10 +123,6 @@ class MeshStrategy(ModelParallelStrategy):
         """Number of ranks to which `accumulate` returns the same losses."""
         return self.shape.cp * self.shape.tp
 
-    def waits_for(self) -> str:
-        """Return what this rank waits for from another pipeline stage, empty if nothing."""
-        return "" if self.pipeline is None else self.pipeline.links.waits_for()
-
     @property
     def tied_weight(self) -> torch.Tensor | None:
         """A weight of this rank that another pipeline stage has too, with the same gradient."""

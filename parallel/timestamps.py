@@ -15,11 +15,6 @@ def timestamp(device_type: str) -> Any:
     return event
 
 
-def has_passed(moment: Any) -> bool:
-    """Return whether the device has reached a timestamp, without waiting for it."""
-    return isinstance(moment, float) or bool(moment.query())
-
-
 def seconds_between(start: Any, end: Any) -> float:
     """Return the seconds between two timestamps that the device has reached."""
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3

@@ -142,7 +142,7 @@ def step_traffic(
     Args:
         stage: Index of the pipeline rank.
     """
-    plan = _Plan(model, mesh, parallel, step, stage)
+    plan = _Plan(model, mesh, parallel.of_stage(stage), step, stage)
     parts = [_weights, _activations, _norm_gradients, _head, _context, _pipeline, _scalars]
     collectives = [each for part in parts for each in part(plan)]
     return [each for each in collectives if each.ranks > 1 and each.count]

@@ -53,7 +53,7 @@ def fake_model(
         prepare: Called with the model before it is parallelized.
         stage: Index of the pipeline rank whose first process this is.
     """
-    eager = replace(parallel, compile=False, async_tp=False)
+    eager = replace(parallel.of_stage(stage), compile=False, async_tp=False, pp_checkpoint=None)
     if isinstance(eager.activation_checkpoint, float):  # a memory budget needs the compiler
         eager = replace(eager, activation_checkpoint="none")
     rank = stage * shape.dp_shard * shape.cp * shape.tp

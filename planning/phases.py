@@ -56,7 +56,8 @@ def fullest_phase(spec: StepSpec, peaks_of: Callable[[StepSpec], Peaks]) -> tupl
 
 
 def _with_checkpoint(spec: StepSpec, mode: Literal["full", "selective", "none"]) -> StepSpec:
-    return replace(spec, parallel=replace(spec.parallel, activation_checkpoint=mode))
+    parallel = replace(spec.parallel, activation_checkpoint=mode, pp_checkpoint=None)
+    return replace(spec, parallel=parallel)
 
 
 def interpolate(first: Peaks, second: Peaks, weight: float) -> Peaks:

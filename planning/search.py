@@ -201,6 +201,8 @@ def settings(mesh: MeshShape, request: PlanRequest, pp_parts: int) -> Settings:
     modes: tuple[Any, ...] = CHECKPOINT_MODES
     if parallel.activation_checkpoint not in modes:
         modes = (parallel.activation_checkpoint, *modes)
+    if parallel.pp_checkpoint is not None:
+        modes = (parallel.activation_checkpoint,)
     on_mesh = Settings(parallel, [], [], ())
     compute = product(
         values("compile", both),

@@ -28,7 +28,8 @@ class StepSpec:
     """One optimizer step of `global_batch_size` sequences of `seq_len` tokens on a mesh.
 
     Attributes:
-        parallel: `compile=auto` is resolved on construction.
+        parallel: `compile=auto` is resolved on construction, and `activation_checkpoint` is that of
+            the pipeline rank `stage`. To change it, set `pp_checkpoint` to None as well.
         precision: Data types, with `auto` resolved (see `resolved_precision`).
         micro_batch_size: Sequences per data-parallel rank and micro-batch.
         document_mask: Attention is restricted to documents.
@@ -58,7 +59,8 @@ class StepSpec:
     stage: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parallel", self.parallel.resolved(self.accelerator))
+        parallel = self.parallel.resolved(self.accelerator).of_stage(self.stage)
+        object.__setattr__(self, "parallel", parallel)
 
     @property
     def stages(self) -> list["StepSpec"]:

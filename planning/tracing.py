@@ -191,7 +191,9 @@ def _peaks(spec: StepSpec) -> list[Peaks]:
     precision = replace(spec.precision, fp8=None)
     # The compiler recomputes each tensor on demand in selective checkpointing.
     lazy = spec.parallel.compile and spec.parallel.activation_checkpoint == "selective"
-    parallel = replace(spec.parallel, activation_checkpoint="none") if lazy else spec.parallel
+    parallel = replace(spec.parallel, pp_checkpoint=None)
+    if lazy:
+        parallel = replace(parallel, activation_checkpoint="none")
     with (
         fake_model(
             spec.model,

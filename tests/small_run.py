@@ -55,6 +55,7 @@ class Case:
     reduce_gradients: Any = "step"
     pp: int = 1
     pp_parts: int = 1
+    pp_checkpoint: Any = None
 
     @property
     def mesh(self) -> MeshShape:
@@ -73,6 +74,7 @@ class Case:
             tp=self.tp,
             pp=self.pp,
             pp_parts=self.pp_parts,
+            pp_checkpoint=self.pp_checkpoint,
             sequence_parallel=self.sequence_parallel,
             loss_parallel=self.loss_parallel,
             activation_checkpoint=self.activation_checkpoint,

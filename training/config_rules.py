@@ -55,17 +55,31 @@ def run_errors(run: RunConfig) -> Iterator[str]:
 
 
 def parallel_errors(parallel: ParallelConfig) -> Iterator[str]:
-    budget = parallel.activation_checkpoint
-    if isinstance(budget, float) and parallel.compile is False:
-        yield _budget_error(budget, "parallel.compile=false")
+    if parallel.compile is False:
+        yield from _budget_errors(parallel, "parallel.compile=false")
+    mode, modes = parallel.activation_checkpoint, parallel.pp_checkpoint
+    if modes is not None and mode != "none":
+        yield (
+            f"parallel.activation_checkpoint={mode} is replaced by parallel.pp_checkpoint="
+            f"{_in_brackets(modes)}; use parallel.activation_checkpoint=none or "
+            "parallel.pp_checkpoint=null"
+        )
 
 
-def _budget_error(budget: float, reason: str) -> str:
-    return (
-        f"parallel.activation_checkpoint={budget} is a memory budget of the compiler, but "
-        f"{reason}; use parallel.compile=true, or parallel.activation_checkpoint=none, selective "
-        "or full"
-    )
+def _budget_errors(parallel: ParallelConfig, reason: str) -> Iterator[str]:
+    """Yield errors for memory budgets, which the compiler alone can keep."""
+    mode, modes = parallel.activation_checkpoint, parallel.pp_checkpoint
+    if isinstance(mode, float):
+        yield (
+            f"parallel.activation_checkpoint={mode} is a memory budget of the compiler, but "
+            f"{reason}; use parallel.compile=true, or parallel.activation_checkpoint=none, "
+            "selective or full"
+        )
+    if modes is not None and any(isinstance(each, float) for each in modes):
+        yield (
+            f"parallel.pp_checkpoint={_in_brackets(modes)} has a memory budget of the compiler, "
+            f"but {reason}; use parallel.compile=true, or none, selective or full for each rank"
+        )
 
 
 def precision_errors(precision: PrecisionConfig) -> Iterator[str]:
@@ -450,10 +464,23 @@ def pipeline_errors(mesh: MeshShape, parallel: ParallelConfig, model: ModelConfi
             f"{_in_brackets(split_layers(model, stages))} or null"
         )
 
+    modes = parallel.pp_checkpoint
+    if modes is not None and mesh.pp == 1:
+        yield (
+            f"parallel.pp_checkpoint={_in_brackets(modes)} does not apply to parallel.pp=1; "
+            "use null"
+        )
+    elif modes is not None and len(modes) != mesh.pp:
+        yield (
+            f"parallel.pp_checkpoint={_in_brackets(modes)} must list the activation checkpointing "
+            f"of each of the {mesh.pp} ranks of parallel.pp={mesh.pp}; use "
+            f"{_in_brackets([*modes, *['none'] * mesh.pp][: mesh.pp])} or null"
+        )
 
-def _in_brackets(layers: Sequence[int]) -> str:
+
+def _in_brackets(values: Sequence[object]) -> str:
     """Return a list in command-line syntax."""
-    return str(list(layers)).replace(" ", "")
+    return f"[{','.join(map(str, values))}]"
 
 
 def interleaving_errors(
@@ -629,9 +656,8 @@ def device_errors(
             f"{key} needs complete documents, but parallel.cp={mesh.cp} splits them; use "
             "model.attention=auto, sdpa or flex"
         )
-    budget = parallel.activation_checkpoint
-    if parallel.compile == "auto" and isinstance(budget, float) and accelerator != "cuda":
-        yield _budget_error(budget, "parallel.compile=auto compiles on GPUs only")
+    if parallel.compile == "auto" and accelerator != "cuda":
+        yield from _budget_errors(parallel, "parallel.compile=auto compiles on GPUs only")
     if not parallel.async_tp:
         return
     if accelerator != "cuda" or capability < HOPPER:

@@ -3,6 +3,8 @@
 Memory is measured with PyTorch's profiler on the CPU allocator, which includes compiled code.
 """
 
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,10 +17,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _disable_current_modes
 
+from data.loader import Batch, StepBatches
 from model.config import ModelConfig
 from model.init import initialize
 from model.llama import Llama
 from parallel.activation_checkpoint import apply_activation_checkpoint
+from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.mesh import MeshShape
+from planning.step_spec import StepSpec
+from train import train_step
 
 # Activations outweigh weights: 2 × 256 tokens in 6 layers.
 CONFIG = ModelConfig("deep", 128, 6, 4, 2, 352, 256)
@@ -103,6 +110,60 @@ def test_checkpointing_compiles_under_tensor_parallelism() -> None:
         assert peak < 0.9 * peak_without, mode
 
 
+def run_stages(case: Case) -> dict[str, Any]:
+    """Return loss and norm of two steps, and the peak of the saved activations on this rank."""
+    torch._dynamo.reset()
+    small_run.model_config = lambda tied, n_layers: CONFIG
+    run = build(case)
+    measured: dict[str, Any] = {"statistics": []}
+    tokens = torch.randint(0, CONFIG.vocab_size, (4, 256), generator=torch.manual_seed(0))
+    batches = StepBatches(
+        [Batch(rows, torch.zeros_like(rows) + torch.arange(256), rows) for rows in tokens.chunk(2)],
+        [2, 2],
+        tokens.numel(),
+        digest=1,
+    )
+    for _ in range(2):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            tensors = train_step(run, batches, 1e-3)
+        measured["statistics"].append(tensors["scalars"][:2].tolist())
+    return measured | {"peak": peak_bytes(profiler)}
+
+
+def test_pipeline_ranks_may_differ_in_checkpointing_without_a_change_of_results() -> None:
+    """The first rank, which holds two micro-batches, needs less memory; bits of losses are equal."""
+    case = Case(pp=2, n_layers=6)
+    modes = (None, ("full", "none"), ("selective", "full"))
+    same, full, selective = (
+        on_ranks(2, run_stages, replace(case, pp_checkpoint=each)) for each in modes
+    )
+    for measured in (*full, *selective):
+        assert measured["statistics"] == same[0]["statistics"]
+    peaks = [[rank["peak"] for rank in each] for each in (same, full, selective)]
+    assert peaks[1][0] < 0.7 * peaks[0][0] and peaks[1][1] == pytest.approx(peaks[0][1], rel=0.02)
+    assert peaks[1][0] < peaks[2][0] < 0.9 * peaks[0][0] and peaks[2][1] < 0.9 * peaks[0][1]
+
+
+def test_compiled_pipeline_ranks_may_have_memory_budgets() -> None:
+    case = Case(pp=2, n_layers=6, compile=True)
+    same, budgets = (
+        on_ranks(2, run_stages, replace(case, pp_checkpoint=each)) for each in (None, (0.0, "none"))
+    )
+    for expected, found in zip(same, budgets, strict=True):
+        # The compiler fuses other operations, which rounds differently.
+        for step, found_step in zip(expected["statistics"], found["statistics"], strict=True):
+            assert found_step == pytest.approx(step, rel=1e-5)
+    assert budgets[0]["peak"] < 0.9 * same[0]["peak"]
+
+
+def test_plan_of_a_pipeline_rank_has_its_checkpointing() -> None:
+    parallel = ParallelConfig(pp=2, pp_checkpoint=("full", "none"))
+    precision = PrecisionConfig(param="fp32", reduce="fp32")
+    spec = StepSpec(CONFIG, MeshShape(1, 1, 1, 1, 2), parallel, precision, "cpu", 256, 4, 2)
+    for stages in (spec.stages, spec.stages[1].stages):
+        assert [each.parallel.activation_checkpoint for each in stages] == ["full", "none"]
+
+
 def test_selective_calls_a_compiled_attention_kernel_once() -> None:
     """FlexAttention's compiled code is one node, whose operators the policy does not see."""
     config = ModelConfig("small", 16, 2, 2, 1, 24, 20, attention="flex")
@@ -114,19 +175,25 @@ def test_selective_calls_a_compiled_attention_kernel_once() -> None:
         calls.append(1)
         return Attend.apply(q, k, v)
 
-    for mode in ("none", "selective"):
+    # As in a pipeline, both forwards may precede both backwards, the first one first.
+    for mode, in_flight in product(("none", "selective"), (1, 2)):
         calls: list[int] = []
         model = Llama(config)
         initialize(model, config, seed=0)
         model.kernel.flex = attend
         if mode != "none":
             apply_activation_checkpoint(model, mode)
-        loss = model(tokens, torch.zeros_like(tokens), tokens)
-        loss.backward()
-        gradients = [parameter.grad for parameter in model.parameters()]
-        results.append((loss, gradients, len(calls)))
-        assert len(calls) == config.n_layers
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+        losses = []
+        for micro_batch in (tokens, tokens.flip(0)):
+            losses.append(model(micro_batch, torch.zeros_like(tokens), micro_batch))
+            while len(losses) >= in_flight:
+                losses.pop(0).backward()
+        for loss in losses:
+            loss.backward()
+        results.append([parameter.grad for parameter in model.parameters()])
+        assert len(calls) == 2 * config.n_layers
+    for gradients in results[1:]:
+        torch.testing.assert_close(gradients, results[0], rtol=0, atol=0)
 
 
 class Attend(torch.autograd.Function):
