@@ -112,7 +112,7 @@ def batch(step: int) -> GlobalBatch:
 
 def local_batches(global_batch: GlobalBatch, rank: int, size: int, n_micro: int) -> StepBatches:
     """Return the micro-batches of one data-parallel rank."""
-    rows = BATCH // size
+    rows = len(global_batch[0]) // size
     local = [field[rank * rows : (rank + 1) * rows] for field in global_batch]
     chunks = list(zip(*(field.chunk(n_micro) for field in local), strict=True))
     assert len(chunks) == n_micro

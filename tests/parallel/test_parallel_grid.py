@@ -16,7 +16,7 @@ import pytest
 import torch
 from distributed import on_ranks
 from save_checkpoint import save
-from small_run import OPTIM, Case, batch, build, equals_local_shard, full_tensor, local_batches
+from small_run import OPTIM, Case, batch, build, equals_local_shard, local_batches, of_all_stages
 from torch._dynamo.utils import counters
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -29,25 +29,25 @@ from resilience.run_folder import RunFolder
 from train import train_step
 
 STEPS, MIDDLE = 10, 5
-# dp_replicate, dp_shard, cp, tp
+# dp_replicate, dp_shard, cp, tp, and pp if it is not 1. All pipelines: `bench.pipeline_grid`.
 SIZES = (
-    *("1111", "2111", "1211", "1121", "1112"),
-    *("2211", "1212", "1122", "1221", "2112", "2121"),
+    *("1111", "2111", "1211", "1121", "11112", "1112"),
+    *("2211", "1212", "1122", "12112", "1221", "2112", "2121"),
     *("2212", "1222", "2122"),
 )
 COMPILED = ("1122", "1212")
 
 
 def case_of(sizes: str) -> Case:
-    replicate, shard, cp, tp = map(int, sizes)
-    return Case(dp_replicate=replicate, dp=shard, cp=cp, tp=tp, n_layers=2)
+    replicate, shard, cp, tp, pp = map(int, sizes.ljust(5, "1"))
+    return Case(dp_replicate=replicate, dp=shard, cp=cp, tp=tp, pp=pp, n_layers=2)
 
 
 CASES = {sizes: case_of(sizes) for sizes in SIZES}
 
 
 def n_shards(sizes: str) -> tuple[int, int]:
-    """Return the numbers of FSDP and tensor-parallel shards of a mesh."""
+    """Return the numbers of FSDP and tensor-parallel shards of a mesh; pipelines cut no tensor."""
     case = CASES[sizes]
     return case.dp * case.cp, case.tp
 
@@ -94,7 +94,7 @@ def train_and_save(folder: Path, cases: dict[str, Case]) -> dict[str, Any]:
         first = train(run, case, range(MIDDLE))
         position = Position(MIDDLE, 0, 0, "of the test")
         save(RunFolder(folder / name), run.llama, run.adamw, position, {})
-        state = {key: full_tensor(tensor) for key, tensor in tensors_of(run).items()}
+        state = of_all_stages(tensors_of(run).items())
         if run.fabric.is_global_zero:
             torch.save(state, folder / name / "state.pt")
         results[name] = first + train(run, case, range(MIDDLE, STEPS))
