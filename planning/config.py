@@ -97,7 +97,7 @@ def planned_devices(parallel: ParallelConfig, hardware: Hardware, devices: int |
     """
     if devices is not None:
         return devices
-    others = parallel.dp_replicate * parallel.cp * parallel.tp
+    others = parallel.dp_replicate * parallel.pp * parallel.cp * parallel.tp
     if parallel.dp_shard != -1:
         return others * parallel.dp_shard
     if parallel.devices is not None:

@@ -54,13 +54,17 @@ def print_plan(console: Console, config: PlanJobConfig, run: RunPlan) -> None:
         [
             *([name, *(f"{each / size:,.2f}" for each in row)] for name, row in sizes.items()),
             ["phase", *(memory.phase for _, memory in bars)],
-            *([["stage", *(str(memory.stage) for _, memory in bars)]] if spec.mesh.pp > 1 else []),
+            *(
+                [["pipeline rank", *(str(memory.stage) for _, memory in bars)]]
+                if spec.mesh.pp > 1
+                else []
+            ),
         ],
     )
     if traffic := full.traffic():
         unit, size = size_unit(traffic[0][-1])
         name = next(name for name, stage in stages if stage is full)
-        busiest = " of the busiest stage" if spec.mesh.pp > 1 else ""
+        busiest = " of the busiest pipeline rank" if spec.mesh.pp > 1 else ""
         console.table(
             f"Communication per rank{busiest} and step{name and ', '}{name}",
             ["axis", "link", "collective", "purpose", "count", f"{unit} sent"],
@@ -69,7 +73,7 @@ def print_plan(console: Console, config: PlanJobConfig, run: RunPlan) -> None:
     for name, stage in stages:
         total = stage.time.total
         parts = stage.time.by_part() | {"total": total}
-        slowest = f", slowest stage {stage.time.slowest_stage}" if spec.mesh.pp > 1 else ""
+        slowest = f", slowest pipeline rank {stage.time.slowest_stage}" if spec.mesh.pp > 1 else ""
         console.table(
             f"Step time{slowest}{name and ', '}{name}",
             ["", "seconds", "fraction"],

@@ -155,14 +155,14 @@ def test_cut_of_405b_is_balanced_in_time_and_memory() -> None:
     assert first < head
 
 
-def test_busiest_stage_of_each_axis_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_reports_cut_schedule_and_busiest_rank(capsys: pytest.CaptureFixture[str]) -> None:
     words = (*LLAMA_8B, "parallel.pp=2", "parallel.pp_parts=2", "devices=8")
     config = planned(*words, "train.micro_batch_size=1", "train.global_batch_size=16")
     run = plan_run(config.request.stages(configured_choice(config, config.mesh)), config.device)
     print_plan(Console(enabled=True), config, run)
     printed = " ".join(capsys.readouterr().out.split())
     assert "interleaved 1F1B, 2 parts per rank; layers of the stages: 8, 2 × 9, 6" in printed
-    assert "pipeline bubble" in printed and "Step time, slowest stage" in printed
+    assert "pipeline bubble" in printed and "Step time, slowest pipeline rank" in printed
     [plan] = run.stages
     sent = [each.sent for stage in plan.spec.stages for each in stage.traffic()
             if each.part == "pipeline"]  # fmt: skip
