@@ -89,7 +89,7 @@ def make_step(recipe: str, variant: str) -> Step:
         batch = sizes.micro_batch_size or sizes.global_batch_size // mesh.dp
         shapes.append((batch, sizes.seq_len))
     case = Case(
-        mesh=mesh.sizes,
+        mesh=tuple(vars(mesh).values()),
         rank=MACHINES[recipe][2],
         model=replace(config.model, n_layers=2),
         parallel=replace(config.parallel, compile=True),

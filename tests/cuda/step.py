@@ -46,12 +46,12 @@ class Case:
     """A run, and the rank that is played.
 
     Attributes:
-        mesh: dp_replicate, dp_shard, cp, tp.
+        mesh: Sizes in the order of the fields of `MeshShape`: dp_replicate, dp_shard, cp, tp, pp.
         documents: Documents per micro-batch; None: no document mask.
         micro_batches, batch, seq: Number and shape of the micro-batches.
     """
 
-    mesh: tuple[int, int, int, int] = (1, 1, 1, 1)
+    mesh: tuple[int, ...] = (1, 1, 1, 1)
     rank: int = 0
     model: ModelConfig = MODEL
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(compile=False))
@@ -116,8 +116,7 @@ def build(case: Case) -> Any:
 
     launcher.check_ranks = lambda *_: None  # there are no other ranks to compare with
     shape = MeshShape(*case.mesh)
-    axes: Any = dict(zip(("dp_replicate", "dp_shard", "cp", "tp"), case.mesh, strict=True))
-    parallel = replace(case.parallel, **axes)
+    parallel = replace(case.parallel, **vars(shape))
     processes = fake_processes(shape.world_size, case.rank)
     # Without threads or a store: there are no other ranks to watch.
     limits = TimeLimits(setup=1800.0, step=600.0, checkpoint=1800.0)

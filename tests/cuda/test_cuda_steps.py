@@ -19,7 +19,7 @@ def recipe_case(recipe: str) -> Case:
     tiny = ModelConfig("tiny", 512, 2, 16, 8, 1024, 1024)
     kept = ("rope_scaling", "tie_embeddings", "attention")
     return Case(
-        mesh=mesh.sizes,
+        mesh=tuple(vars(mesh).values()),
         rank=MACHINES[recipe][2],
         model=replace(tiny, **{name: getattr(config.model, name) for name in kept}),
         parallel=config.parallel,

@@ -26,10 +26,22 @@ MESHES = {
     "one": (1, ()),
     "tp2": (2, ("parallel.tp=2",)),
     "dp2": (2, ("parallel.dp_shard=2",)),
+    "pp2": (2, ("parallel.pp=2", "train.micro_batch_size=4")),
     "dp2_tp2": (4, ("parallel.dp_shard=2", "parallel.tp=2")),
+    "pp2_dp2": (4, ("parallel.pp=2", "parallel.dp_shard=2")),
+    "pp2_tp2": (4, ("parallel.pp=2", "parallel.tp=2", "train.micro_batch_size=2")),
+    "pp3": (3, ("parallel.pp=3", "train.micro_batch_size=2")),
+    "pp2x2": (2, ("parallel.pp=2", "parallel.pp_parts=2", "train.micro_batch_size=4")),
 }
-SMALL_MESHES = ["one", "tp2", "dp2"]
-LONG_STORM = 20  # kills from which on the mesh of four ranks is included
+# The meshes of each storm. A long one includes the large meshes and the storms of pipelines.
+SMALL_MESHES = ["one", "tp2", "dp2", "pp2"]
+STORMS = {
+    "tp2": ["tp2"],
+    "any": [*SMALL_MESHES, "dp2_tp2", "pp2_dp2"],
+    "pp2x2": ["pp2x2"],
+    "pipelines": ["pp2", "pp2x2", "pp2_dp2", "pp2_tp2", "pp3"],
+}
+LONG_STORM = 20  # kills
 MAX_STEPS_PER_KILL = 12
 SETUP_SECONDS = 1.5  # approximate time until the first step
 STEP_SECONDS = 0.1
@@ -125,7 +137,7 @@ class Storm:
         return [event["step"] for event in read_events(self.folder) if event["event"] == "start"]
 
 
-@pytest.mark.parametrize("meshes", ["tp2", "any"])
+@pytest.mark.parametrize("meshes", STORMS)
 def test_run_with_random_kills_equals_an_uninterrupted_run(
     fork_server: ForkServer,
     train_arguments: Callable[..., list[str]],
@@ -134,17 +146,21 @@ def test_run_with_random_kills_equals_an_uninterrupted_run(
     pytestconfig: pytest.Config,
     meshes: str,
 ) -> None:
-    kills = pytestconfig.getoption("storm")
-    kills = kills if meshes == "any" else kills // 2
+    kills, choices = pytestconfig.getoption("storm"), STORMS[meshes]
+    if kills < LONG_STORM:
+        if meshes not in ("tp2", "any"):
+            pytest.skip("only in long storms")
+        choices = [mesh for mesh in choices if mesh in SMALL_MESHES]
+    kills = kills if len(choices) > 1 else kills // 2
     seed = pytestconfig.getoption("storm_seed") or random.SystemRandom().randrange(10**6)
     generator = random.Random(seed)
     print(f"{kills} kills, --storm-seed={seed}")
     # A third of the kills hit the set-up, others cost steps: on average each kill leaves the run
     # 3 steps further.
     steps = 3 * MAX_STEPS_PER_KILL + MAX_STEPS_PER_KILL * kills // 2
-    overrides = (f"train.max_steps={steps}", "checkpoint.interval=3")
-    large = ["dp2_tp2"] if kills >= LONG_STORM else []
-    choices = ["tp2"] if meshes == "tp2" else [*SMALL_MESHES, *large]
+    overrides: tuple[str, ...] = (f"train.max_steps={steps}", "checkpoint.interval=3")
+    if "pp2x2" in choices:  # two parts on each of two ranks
+        overrides = (*overrides, "model.n_layers=3")
     folder = tmp_path / "run"
     storm = Storm(fork_server, generator, folder, train_arguments(folder, *overrides))
     while storm.kills < kills:
@@ -152,8 +168,9 @@ def test_run_with_random_kills_equals_an_uninterrupted_run(
     storm.launch(generator.choice(choices), kill=False)
 
     found = reproducible_metrics(folder)
-    expected = uninterrupted(2, *overrides, "parallel.tp=2")
-    if meshes == "tp2":
+    world_size, mesh = MESHES[choices[0] if len(choices) == 1 else "tp2"]
+    expected = uninterrupted(world_size, *overrides, *mesh)
+    if len(choices) == 1:
         assert found == expected  # bit for bit
     else:
         for key in ("batch_hash", "samples", "tokens", "lr"):
