@@ -9,6 +9,7 @@ from dataclasses import replace
 from math import inf
 from typing import Literal
 
+from parallel.pipeline_schedule import schedule
 from planning.activations import HALF_BUDGET, block_saved_bytes
 from planning.step_spec import StepSpec
 
@@ -34,13 +35,13 @@ def fullest_phase(spec: StepSpec, peaks_of: Callable[[StepSpec], Peaks]) -> tupl
             the category `activations`.
     """
     budget = spec.parallel.activation_checkpoint
-    if not isinstance(budget, float):
+    if not isinstance(budget, float) or not spec.n_layers:
         peaks = peaks_of(spec)
     elif budget >= HALF_BUDGET:  # recomputation behaves as if all matrix products were saved
         reference = _with_checkpoint(spec, "none" if budget == 1 else "selective")
         peaks = peaks_of(reference)
         difference = block_saved_bytes(spec) - block_saved_bytes(reference)
-        layers = spec.model.n_layers
+        layers = blocks_in_flight(spec)
         all_saved = layers * block_saved_bytes(reference)
         for phase, held in peaks.items():
             alive = held.get("activations", 0)
@@ -53,6 +54,17 @@ def fullest_phase(spec: StepSpec, peaks_of: Callable[[StepSpec], Peaks]) -> tupl
         weight = (saved - least) / (most - least)
         peaks = interpolate(peaks_of(full), peaks_of(none), weight)
     return max(peaks.items(), key=lambda item: sum(item[1].values()))
+
+
+def blocks_in_flight(spec: StepSpec) -> int:
+    """Return for how many blocks a rank has saved activations at most, counted by micro-batch."""
+    if spec.mesh.pp == 1:
+        return spec.n_layers
+    alive = most = 0
+    for action in schedule(spec.stage, spec.mesh.pp, len(spec.parts), spec.micro_batches):
+        alive += len(spec.parts[action.part].layers) * (1 if action.forward else -1)
+        most = max(most, alive)
+    return most
 
 
 def _with_checkpoint(spec: StepSpec, mode: Literal["full", "selective", "none"]) -> StepSpec:

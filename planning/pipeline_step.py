@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from parallel.pipeline_schedule import Action, max_in_flight, operations
 from planning.activations import INT64
+from planning.allocations import Group
 from planning.phases import Heap, Held, Peaks
 from planning.sharded_step import DistributedStep
 from planning.step_spec import StepSpec
@@ -174,6 +175,7 @@ class PipelineStep(DistributedStep):
         freed = self.mode != "none" or not self.input_is_widened(self.norm_kind())
         if index == 0 and not self.part.has_embedding and freed:
             self.heap.add("activations", self.s)
+        self._add_small_gradients(self.block, norms=2)
         super().leave_backward(index)
 
     def leave_root(self) -> None:
@@ -184,6 +186,8 @@ class PipelineStep(DistributedStep):
         ends_head = self.reduces_each and part.has_head and not self.holds
         self.holds = not (self.ends_rank or ends_head)
         adds = part.has_embedding or part.has_head
+        if adds:
+            self._add_small_gradients(self.root, norms=part.has_head)
         if adds and self.sums and self.holds:
             self.finish_backward(self.root, kept=True)
         elif adds or (self.sums and self.ends_rank and self.root.sizes):
@@ -191,3 +195,12 @@ class PipelineStep(DistributedStep):
         elif self.ends_rank:
             self.heap.free("gathered", self.root.gathered)
         self.finish_reductions(blocks, root=adds and not self.holds)
+
+    def _add_small_gradients(self, group: Group, norms: int) -> None:
+        """Add what sums of gradients contain besides those of matrices: of norms, and padding."""
+        if not self.sums or (self.same_dtype and self.continues):
+            return
+        element = self.spec.param_bytes
+        self.heap.add("gathered", norms * self.spec.model.dim * element)
+        if self.same_dtype:
+            self.heap.add("gathered", group.to_reduce - group.exact * element)

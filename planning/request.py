@@ -215,7 +215,9 @@ class PlanRequest:
         The devices need not be present.
         """
         model, parallel, data = self.config.model, self.config.parallel, self.config.data
-        train = replace(self.config.train, micro_batch_size=None)
+        # Interleaved parts need several micro-batches; if single sequences do not do, no size does.
+        size = 1 if parallel.pp_parts > 1 else None
+        train = replace(self.config.train, micro_batch_size=size)
         accelerator, precision = self.accelerator, self.precision
         if self.searches_fp8:  # `choice_errors` checks it
             precision = replace(precision, fp8=None)

@@ -437,7 +437,8 @@ def _replace_fused(llama: Any, spec: StepSpec) -> None:
     """Replace modules that are one kernel on GPUs or when compiled by a single operation."""
     for module in llama.modules():
         if isinstance(module, RMSNorm):
-            if spec.accelerator == "cuda" or module is not llama.norm:  # the last is not compiled
+            is_last = module is getattr(llama, "norm", None)  # which is not compiled
+            if spec.accelerator == "cuda" or not is_last:
                 setattr(module, "forward", partial(_norm, module))  # noqa: B010
         elif spec.parallel.compile and isinstance(module, FeedForward):
             recompute = spec.parallel.activation_checkpoint != "none"

@@ -70,6 +70,7 @@ def draw(
     rng: random.Random,
     accelerators: tuple[str, ...] = ("cpu", "cuda"),
     axis_sizes: tuple[int, ...] = (1, 1, 1, 2, 2, 4, 8),
+    pipeline_sizes: tuple[int, ...] = (1, 1, 1, 2, 3, 4),
     head_dims: tuple[int, ...] = (16, 32, 64, 80, 96, 128, 192, 256),
     widths: tuple[int, int] = (96, 4096),
     vocabularies: tuple[int, ...] = (512, 2048, 8192, 32_000, 65_536, 128_256, 200_064, 262_144),
@@ -88,9 +89,9 @@ def draw(
         compiled: Fraction of jobs with `parallel.compile`.
     """
     accelerator = rng.choice(accelerators)
-    sizes = [rng.choice(axis_sizes) for _ in range(4)]
+    sizes = [rng.choice(axis_sizes) for _ in range(4)] + [rng.choice(pipeline_sizes)]
     while MeshShape(*sizes).world_size > max_processes:
-        sizes[rng.randrange(4)] = 1
+        sizes[rng.randrange(5)] = 1
     mesh = MeshShape(*sizes)
     dim = 0
     while not widths[0] <= dim <= widths[1]:
@@ -102,7 +103,10 @@ def draw(
     seq_len = min(seq_len, max_tokens)
     micro_batch_size = min(micro_batch_size, max_tokens // seq_len)
     vocabulary = rng.choice(vocabularies)
-    micro_batches = rng.choice([1, 1, 2, 3])
+    pp_parts = 1 if mesh.pp == 1 else rng.choice([1, 1, 2])
+    micro_batches = rng.choice([1, 1, 2, 3]) * (mesh.pp if pp_parts > 1 else 1)
+    if mesh.pp > 1 and pp_parts == 1:
+        micro_batches = rng.choice([1, 2, 4, 7])
     param = rng.choice(["fp32", "bf16"])
     is_compiled = rng.random() < compiled
     checkpoints: list[Any] = ["none", "none", "selective", "full"]
@@ -123,6 +127,7 @@ def draw(
     }
     parallel = {
         **vars(mesh),
+        "pp_parts": pp_parts,
         "accelerator": accelerator,
         "sequence_parallel": rng.random() < 0.7,
         "loss_parallel": rng.random() < 0.6,
