@@ -69,7 +69,7 @@ WIDE_GRID: list[tuple[str, int, dict[str, Any]]] = [
 
 
 def make_spec(accelerator: str, pp: int, settings: dict[str, Any]) -> StepSpec:
-    mesh = MeshShape(*(settings.get(axis, 1) for axis in AXES), pp=pp)
+    mesh = MeshShape(*[*(settings.get(axis, 1) for axis in AXES), pp])
     keys = settings.keys() & PARALLEL
     param = settings.get("param", "bf16" if accelerator == "cuda" else "fp32")
     state = settings.get("optimizer_state", "fp32")
