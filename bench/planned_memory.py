@@ -143,7 +143,13 @@ PIPELINE_CASES: dict[str, Case] = {
         ),
     ),
     "pp_dp_shard": (4, ("parallel.pp=2", "parallel.dp_shard=2", MICRO_BATCHES)),
-    "pp_tp_bf16": (4, ("parallel.pp=2", "parallel.tp=2", "precision.param=bf16", MICRO_BATCHES)),
+    "pp_tp_bf16": (
+        4,
+        (
+            *("parallel.pp=2", "parallel.tp=2", "precision.param=bf16"),
+            "train.micro_batch_size=4",
+        ),
+    ),
 }
 
 
