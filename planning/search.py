@@ -266,8 +266,8 @@ class _Node:
     """A choice, whose settings from `level` on have their fastest values until they are chosen.
 
     The levels are batch, `compile` with `async_tp`, `activation_checkpoint` and
-    `reshard_after_forward`; all are chosen at level 4. At level 0 is a pipeline whose memory and
-    communication are not planned yet.
+    `reshard_after_forward`; all are chosen at level 4. A pipeline starts below level 0 with a lower
+    bound of its time, and at level 0 its memory is not planned yet.
     """
 
     level: int
@@ -283,7 +283,7 @@ class _Node:
     @property
     def open_compute(self) -> list[Compute]:
         """The values of the `compute` settings of the candidates below this node."""
-        n_chosen = (0, 0, 2, 3, 3)[self.level]
+        n_chosen = (0, 0, 2, 3, 3)[max(self.level, 0)]
         chosen = self.compute[:n_chosen]
         return [each for each in self.on_mesh.compute if each[:n_chosen] == chosen]
 
@@ -358,6 +358,9 @@ class _Search:
         """Yield the choices that fit in the order of their speed, without equal ones."""
         while self.heap:
             seconds, *ties, _, node = heapq.heappop(self.heap)
+            if node.level < 0:
+                self.push(replace(node, level=0))
+                continue
             if node.level == 0:
                 if (fastest := self.fastest_that_may_fit(replace(node, level=1))) is not None:
                     self.push(fastest)
@@ -407,7 +410,7 @@ class _Search:
             if errors := self.request.choice_errors(node.choice):
                 self.reject(f"invalid: {_rule_of(errors[0])}", node, f": {errors[0]}")
             elif mesh.pp > 1:
-                self.push(replace(node, level=0))
+                self.push(replace(node, level=-1))
             elif (fastest := self.fastest_that_may_fit(node)) is not None:
                 self.push(fastest)
 
@@ -507,8 +510,8 @@ class _Search:
         return self.known_stages[key]
 
     def seconds(self, node: _Node) -> float:
-        """Return the seconds per token, averaged over all stages; at level 0 at least these."""
-        if node.level == 0:
+        """Return the seconds per token, averaged over all stages; below level 0 at least these."""
+        if node.level < 0:
             return self.least_seconds(node)
         key = node.on_mesh.parallel, node.batch, node.compute, node.reshard
         if key not in self.known_seconds:
