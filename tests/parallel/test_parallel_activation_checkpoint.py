@@ -114,7 +114,7 @@ def run_stages(case: Case) -> dict[str, Any]:
     """Return loss and norm of two steps, and the peak of the saved activations on this rank."""
     torch._dynamo.reset()
     small_run.model_config = lambda tied, n_layers: CONFIG
-    run = build(case)
+    run: Any = build(case)
     measured: dict[str, Any] = {"statistics": []}
     tokens = torch.randint(0, CONFIG.vocab_size, (4, 256), generator=torch.manual_seed(0))
     batches = StepBatches(
@@ -131,7 +131,7 @@ def run_stages(case: Case) -> dict[str, Any]:
 
 
 def test_pipeline_ranks_may_differ_in_checkpointing_without_a_change_of_results() -> None:
-    """The first rank, which holds two micro-batches, needs less memory; bits of losses are equal."""
+    """The first rank, which holds two micro-batches, needs less memory; losses are equal."""
     case = Case(pp=2, n_layers=6)
     modes = (None, ("full", "none"), ("selective", "full"))
     same, full, selective = (
