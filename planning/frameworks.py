@@ -28,6 +28,8 @@ class Framework:
         ring_attention: Context parallelism exchanges keys and values during attention.
         merges_eagerly: The outputs and gradients of its `cp` parts are merged by separate float32
             operations (torch.distributed.tensor.experimental).
+        fills_bubble: In a pipeline, weights are gathered before the first hidden states arrive, and
+            gradients are reduced while other ranks run their last backward.
         graphs: CUDA graphs launch the kernels, without time of the host.
         whole_logits: How the loss holds the logits of a micro-batch; None: a chunk of tokens.
     """
@@ -41,6 +43,7 @@ class Framework:
     tp_overlap: bool = False
     ring_attention: bool = False
     merges_eagerly: bool = False
+    fills_bubble: bool = False
     graphs: bool = False
     whole_logits: Literal["eager", "compiled"] | None = None
 
@@ -74,6 +77,7 @@ FRAMEWORKS = {
         fp8_tp_gather=True,
         tp_overlap=True,
         ring_attention=True,
+        fills_bubble=True,  # --overlap-param-gather and --overlap-grad-reduce of Megatron-LM
         whole_logits="compiled",
     ),
     "llm-foundry": Framework(0.86, whole_logits="eager"),

@@ -156,7 +156,8 @@ def _pipeline_time(spec: StepSpec, hardware: Hardware) -> StepTime:
     """Return the duration of a step in a pipeline, with the parts of its slowest stage.
 
     A rank gathers its weights once its first hidden states have arrived, and sends its last
-    gradient once its own gradients are reduced: what is exposed of these adds up over the ranks.
+    gradient once its own gradients are reduced: what is exposed of these adds up over the ranks,
+    except in frameworks that do so while the ranks wait (`Framework.fills_bubble`).
     """
     known: dict[object, _RankTime] = {}
     ranks = []
@@ -172,7 +173,9 @@ def _pipeline_time(spec: StepSpec, hardware: Hardware) -> StepTime:
     seconds = [micro * sum(map(sum, each.passes)) for each in ranks]
     slowest = ranks[seconds.index(max(seconds))]
     total = pipeline_seconds(forward, backward, hop, n_ranks, micro)
-    idle = total - max(seconds) + sum(each.once for each in ranks) - slowest.once
+    idle = total - max(seconds)
+    if not FRAMEWORKS[spec.framework].fills_bubble:
+        idle += sum(each.once for each in ranks) - slowest.once
     hops = min(2 * (n_ranks - 1) * hop, idle)
     exposed = slowest.step.exposed
     return replace(

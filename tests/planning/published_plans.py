@@ -1,5 +1,6 @@
 """Published runs as the planner's input: a step and the hardware that it ran on."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -57,13 +58,16 @@ def framework_of(run: PublishedRun) -> str:
 
 def step_of(run: PublishedRun) -> StepSpec:
     """Return the step of a run."""
-    mesh = MeshShape(run.dp_replicate, run.dp_shard, run.cp, run.tp)
+    mesh = MeshShape(run.dp_replicate, run.dp_shard, run.cp, run.tp, run.pp)
+    virtual = re.search(r"virtual pipeline (\d+)", run.notes)
     fused = REPORTS[run.report].stack in ("transformer-engine", "c++", "jax")
     assert run.micro_batch_size is not None and run.micro_batches is not None
     return StepSpec(
         model=MODELS[run.model].config,
         mesh=mesh,
         parallel=ParallelConfig(
+            pp=run.pp,
+            pp_parts=int(virtual[1]) if virtual else 1,
             compile=run.compile or fused,
             activation_checkpoint=checkpoint_of(run),
             async_tp=bool(run.async_tp),
