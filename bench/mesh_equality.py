@@ -27,6 +27,9 @@ MESHES = {
     "dp_replicate=2": ["parallel.dp_replicate=2"],
     "dp_shard=2 tp=2": ["parallel.dp_shard=2", "parallel.tp=2"],
     "dp_replicate=2 cp=2 tp=2": ["parallel.dp_replicate=2", "parallel.cp=2", "parallel.tp=2"],
+    "pp=2": ["parallel.pp=2", "train.micro_batch_size=2"],
+    "pp=2 with two parts": ["parallel.pp=2", "parallel.pp_parts=2", "train.micro_batch_size=2"],
+    "pp=2 dp_shard=2 tp=2": ["parallel.pp=2", "parallel.dp_shard=2", "parallel.tp=2"],
     "tp=2, compiled, selective checkpointing": [
         *("parallel.tp=2", "parallel.compile=true", "parallel.activation_checkpoint=selective")
     ],

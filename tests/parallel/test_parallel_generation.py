@@ -43,6 +43,10 @@ def test_gathered_logits_generate_the_tokens_of_one_process(one_process: Complet
     assert on_ranks(2, completions, case) == [one_process] * 2
 
 
+def test_pipeline_stages_generate_the_tokens_of_one_process(one_process: Completions) -> None:
+    assert on_ranks(2, completions, Case(pp=2, n_layers=2)) == [one_process] * 2
+
+
 def test_data_ranks_complete_separate_prompts(one_process: Completions) -> None:
     """The second rank needs half as many tokens and keeps running until the first one is done."""
     first, second = on_ranks(2, completions, Case(dp=2, n_layers=2))
