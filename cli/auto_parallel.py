@@ -37,6 +37,7 @@ CHOSEN = (
     *(f"parallel.{axis}" for axis in AXES),
     "parallel.pp_parts",
     "parallel.pp_layers",
+    "parallel.pp_checkpoint",
     "train.micro_batch_size",
     "parallel.activation_checkpoint",
     "parallel.reshard_after_forward",

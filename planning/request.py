@@ -58,15 +58,13 @@ class Choice:
             *(f"parallel.{axis}={getattr(self.parallel, axis)}" for axis in AXES),
             f"train.micro_batch_size={in_yaml(self.micro_batch_size)}",
             *(f"parallel.{key}={in_yaml(getattr(self.parallel, key))}" for key in SEARCHED),
-            *([f"parallel.pp_layers={self._layers}"] if self.parallel.pp > 1 else []),
+            *(
+                f"parallel.{key}={_list_in_yaml(getattr(self.parallel, key))}"
+                for key in ("pp_layers", "pp_checkpoint")
+                if self.parallel.pp > 1
+            ),
             f"precision.fp8={in_yaml(self.fp8)}",
         )
-
-    @property
-    def _layers(self) -> str:
-        """`pp_layers` in command-line syntax."""
-        layers = self.parallel.pp_layers
-        return "null" if layers is None else f"[{','.join(map(str, layers))}]"
 
     def settings(self) -> dict[str, str]:
         """Return the settings other than the mesh and the micro-batch, in command-line syntax."""
@@ -80,6 +78,11 @@ class Choice:
 def in_yaml(value: object) -> str:
     """Return a value in command-line syntax."""
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def _list_in_yaml(values: tuple[object, ...] | None) -> str:
+    """Return a list in command-line syntax."""
+    return "null" if values is None else f"[{','.join(map(in_yaml, values))}]"
 
 
 def is_open(key: str, value: object) -> bool:
@@ -223,7 +226,8 @@ class PlanRequest:
             precision = replace(precision, fp8=None)
         if "parallel.async_tp" not in self.kept:  # which a search sets where it is supported
             parallel = replace(parallel, async_tp=False)
-        parallel = replace(parallel, pp_parts=1, pp_layers=None)  # `choice_errors` checks them
+        # `choice_errors` checks these.
+        parallel = replace(parallel, pp_parts=1, pp_layers=None, pp_checkpoint=None)
         return [
             *device_errors(accelerator, mesh, parallel, precision, model, self.capability),
             *mesh_errors(mesh, parallel, precision, model, train, data),

@@ -192,6 +192,8 @@ def settings(mesh: MeshShape, request: PlanRequest, pp_parts: int) -> Settings:
     layers = parallel.pp_layers or ()
     if mesh.pp > 1 and "parallel.pp_layers" not in kept and len(layers) != mesh.pp * pp_parts:
         parallel = replace(parallel, pp_layers=None)
+    if "parallel.pp_checkpoint" not in kept:
+        parallel = replace(parallel, pp_checkpoint=None)
 
     def values(key: str, others: Sequence[Any]) -> list[Any]:
         return [getattr(parallel, key)] if f"parallel.{key}" in kept else list(others)
@@ -199,6 +201,8 @@ def settings(mesh: MeshShape, request: PlanRequest, pp_parts: int) -> Settings:
     compiled = parallel.resolved(request.accelerator).compile is True
     both = (parallel.compile, False) if compiled else (True, parallel.compile)
     modes: tuple[Any, ...] = CHECKPOINT_MODES
+    if parallel.pp_checkpoint is not None:  # which replaces them
+        modes = (parallel.activation_checkpoint,)
     if parallel.activation_checkpoint not in modes:
         modes = (parallel.activation_checkpoint, *modes)
     if parallel.pp_checkpoint is not None:
@@ -532,7 +536,8 @@ class _Search:
             key = shape, spec.micro_batch_size, spec.seq_len, spec.precision
             if key not in self.known_passes:
                 one_rank = replace(spec.parallel, pp=1, pp_parts=1, pp_layers=None)
-                one_rank = replace(one_rank, activation_checkpoint="none", async_tp=True)
+                one_rank = replace(one_rank, pp_checkpoint=None, async_tp=True)
+                one_rank = replace(one_rank, activation_checkpoint="none")
                 whole = replace(spec, mesh=shape, parallel=one_rank)
                 whole = replace(whole, global_batch_size=spec.micro_batch_size)
                 self.known_passes[key] = repeated_seconds(whole, self.hardware)

@@ -162,7 +162,8 @@ def _pipeline_time(spec: StepSpec, hardware: Hardware) -> StepTime:
     known: dict[object, _RankTime] = {}
     ranks = []
     for stage in spec.stages:
-        key = tuple((len(layers), *ends) for layers, *ends in stage.parts)
+        parts = tuple((len(layers), *ends) for layers, *ends in stage.parts)
+        key = parts, stage.parallel.activation_checkpoint
         if key not in known:
             known[key] = _rank_time(stage, hardware)
         ranks.append(known[key])

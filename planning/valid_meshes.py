@@ -62,7 +62,7 @@ def axis_meshes(request: PlanRequest, replicated: bool = False) -> Iterator[Mesh
     Without replicas, unless they are asked for or kept: they are as valid as shards.
     """
     one_device = configured_choice(request.config, MeshShape(1, 1, 1, 1))
-    no_pipeline = replace(one_device.parallel, pp_parts=1, pp_layers=None)
+    no_pipeline = replace(one_device.parallel, pp_parts=1, pp_layers=None, pp_checkpoint=None)
     one_device = replace(one_device, parallel=no_pipeline)
     specs = [spec for spec, _ in request.stages(one_device)]
     batches = divisors(math.gcd(*(spec.global_batch_size for spec in specs)))

@@ -175,6 +175,14 @@ def test_cut_of_405b_is_balanced_in_time_and_memory() -> None:
     assert first < head
 
 
+def test_rank_that_recomputes_is_slower() -> None:
+    sizes = ("train.micro_batch_size=1", "train.global_batch_size=16")
+    words = (*LLAMA_8B, "parallel.pp=2", "devices=8", "parallel.pp_layers=[17,15]", *sizes)
+    same, first = plan_of(*words), plan_of(*words, "parallel.pp_checkpoint=[full,none]")
+    assert first.time.stage_seconds[0] > 1.2 * same.time.stage_seconds[0]
+    assert first.time.stage_seconds[1] == same.time.stage_seconds[1]
+
+
 def test_plan_reports_cut_schedule_and_busiest_rank(capsys: pytest.CaptureFixture[str]) -> None:
     words = (*LLAMA_8B, "parallel.pp=2", "parallel.pp_parts=2", "devices=8")
     config = planned(*words, "train.micro_batch_size=1", "train.global_batch_size=16")
