@@ -70,7 +70,7 @@ def apply_data_parallel(
             for block, following in pairwise(own):
                 block.set_modules_to_forward_prefetch([following])
                 following.set_modules_to_backward_prefetch([block])
-            if len(model.parts) > 1 and own:  # otherwise FSDP2 gathers what ran before it
+            if mesh["pp"].size() > 1 and own:  # otherwise FSDP2 gathers what ran before it
                 own[0].set_modules_to_backward_prefetch([own[0]])
 
 

@@ -247,7 +247,7 @@ def save_stall(spec: StepSpec, hardware: Hardware, write_seconds: float) -> floa
     starting = TENSOR_SECONDS * checkpoint_tensors(spec)
     if not spec.async_save:
         return starting + write_seconds
-    size = 3 * shard_bytes(spec)
+    size = 3 * max(shard_bytes(stage) for stage in spec.stages)
     if spec.accelerator == "cpu":
         sharing = ranks_per_device(spec, hardware)
         return starting + 2 * size * sharing / (hardware.bandwidth_gb_s * 1e9)

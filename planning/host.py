@@ -81,8 +81,11 @@ def read_ahead_bytes(spec: StepSpec) -> int:
 
 
 def host_bytes(spec: StepSpec) -> int:
-    """Return the peak of a rank's host memory on a GPU, without its libraries."""
-    return copied_bytes(spec) + converted_bytes(spec) + read_ahead_bytes(spec)
+    """Return the peak of a rank's host memory on a GPU, without its libraries.
+
+    In a pipeline it is that of the fullest rank.
+    """
+    return max(copied_bytes(s) + converted_bytes(s) + read_ahead_bytes(s) for s in spec.stages)
 
 
 def _power_of_two(number: int) -> int:

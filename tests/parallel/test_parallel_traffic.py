@@ -99,6 +99,7 @@ PIPELINES: list[tuple[MeshShape, dict[str, Any]]] = [
     (MeshShape(1, 1, 1, 1, pp=3), {"n_layers": 2, "micro_batches": 1}),
     (MeshShape(1, 1, 1, 1, pp=4), {"n_layers": 4, "micro_batches": 3, "tie_embeddings": True}),
     (MeshShape(1, 1, 1, 1, pp=3), {"n_layers": 6, "micro_batches": 3, "pp_parts": 2}),
+    (MeshShape(1, 2, 1, 1, pp=3), {"n_layers": 6, "micro_batches": 3, **PIPELINE_OPTIONS[0]}),
     (ALL_AXES, {"n_layers": 3, "micro_batches": 2, "tie_embeddings": True}),
     *((ALL_AXES, {"n_layers": 4, "micro_batches": 2} | PIPELINE_OPTIONS[n]) for n in (2, 3, 5)),
 ]

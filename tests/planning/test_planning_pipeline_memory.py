@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
 from planning import pipeline_step, tracing
-from planning.host import copied_bytes, shard_bytes
+from planning.host import copied_bytes, host_bytes, shard_bytes
 from planning.memory import different_stages, stage_memory, step_memory, step_peaks
 from planning.phases import blocks_in_flight
 from planning.step_spec import StepSpec
@@ -170,3 +170,9 @@ def test_asynchronous_save_copies_the_shards_of_the_stage() -> None:
     spec = replace(make_spec("cpu", 2, {"pp_layers": (3, 1)}), async_save=True)
     for stage in spec.stages:
         assert stage_memory(stage).host == copied_bytes(stage) == 3 * shard_bytes(stage)
+
+
+def test_host_memory_of_gpus_is_that_of_the_fullest_stage() -> None:
+    spec = replace(make_spec("cuda", 2, {"pp_layers": (1, 3)}), async_save=True)
+    copies = [copied_bytes(stage) for stage in spec.stages]
+    assert host_bytes(spec) == copies[1] > copies[0]
