@@ -73,7 +73,7 @@ class Loop:
             processes=processes,
             mesh=mesh,
             fabric=fabric,
-            strategy=SimpleNamespace(),  # type: ignore[arg-type]
+            strategy=SimpleNamespace(pipeline=None),  # type: ignore[arg-type]
             model=SimpleNamespace(module=None),
             optimizer=SimpleNamespace(optimizer=None),
             dataset=SimpleNamespace(hash="data"),  # type: ignore[arg-type]

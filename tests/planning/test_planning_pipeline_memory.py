@@ -28,6 +28,7 @@ LARGE_VOCABULARY = {"vocab_size": 32_768, "seq_len": 32, "n_layers": 3}
 INTERLEAVED = {"pp_parts": 2, "n_layers": 4, "micro_batches": 4}
 EACH_REDUCED = {"reduce_gradients": "micro_batch"}
 REPLICATED = {"dp_replicate": 2, "reduce": "bf16"}
+SELECTIVE = {"activation_checkpoint": "selective"}
 
 # accelerator, pp, other settings
 GRID: list[tuple[str, int, dict[str, Any]]] = [
@@ -52,7 +53,7 @@ WIDE_GRID: list[tuple[str, int, dict[str, Any]]] = [
     ("cpu", 2, {**LARGE_VOCABULARY, "tie_embeddings": True, "optimizer_state": "int8"}),
     ("cpu", 3, {**INTERLEAVED, "n_layers": 12, "micro_batches": 6, "cp": 2}),
     ("cpu", 2, {**INTERLEAVED, **LARGE_VOCABULARY, **EACH_REDUCED, **REPLICATED}),
-    ("cpu", 2, {"pp_parts": 3, "n_layers": 13, "activation_checkpoint": "selective"}),
+    ("cpu", 2, {"pp_parts": 3, "n_layers": 13, "micro_batches": 4, **SELECTIVE}),
     ("cpu", 2, {"pp_layers": (1, 11), "n_layers": 12}),
     ("cpu", 2, {"pp_layers": (3, 0), "n_layers": 3}),
     ("cpu", 3, {"n_layers": 30, "activation_checkpoint": "full", "dp_shard": 2}),
