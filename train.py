@@ -21,11 +21,12 @@ from cli.composition import compose_config
 from cli.config import check_config
 from cli.errors import exit_on_user_error
 from cli.start_up import start_up
-from parallel.mesh import MeshShape, Processes, is_first_process
+from parallel.mesh import MeshShape
 from parallel.step_scalars import NO_REQUESTS, StepRequests
 from resilience import flight_recorder
 from resilience.exit_codes import ExitCode
 from resilience.lock import RunLock
+from resilience.processes import Processes, is_first_process
 from resilience.run_folder import RunFolder
 from resilience.signals import Requests
 from resilience.slurm_time_limit import slurm_time_left

@@ -34,8 +34,9 @@ from data.loader import StepBatches, TrainLoader
 from model.flops import parameter_count
 from model.init import initialize
 from model.llama import Llama
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape
 from resilience.host_memory import keep_freed_memory
+from resilience.processes import Processes
 from train import set_up, train_step
 from training.config import JobConfig
 from training.preflight import prepare_data

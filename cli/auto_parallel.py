@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cli.arguments import explicit_keys
 from parallel.config import ParallelConfig
-from parallel.mesh import AXES, Processes, is_first_process, resolve_mesh
+from parallel.mesh import AXES, resolve_mesh
 from planning.fit_check import CONTEXT_GIB, machine_memory, this_machine
 from planning.hardware import PROCESS_GIB, Hardware, load_hardware
 from planning.memory import GIB, size_text
@@ -28,6 +28,7 @@ from planning.time_limits import SLOWEST
 from planning.valid_meshes import device_count, no_valid_mesh
 from resilience.accelerator import resolve_processes
 from resilience.gpu_probe import own_gpu
+from resilience.processes import Processes, is_first_process
 from resilience.run_folder import RunFolder
 from training.config import JobConfig
 from training.config_rules import HOPPER

@@ -26,10 +26,10 @@ from cli.arguments import (
 )
 from cli.last_launch import register_resolvers, resolve_recipe, with_last_launch
 from data.errors import DataError
-from parallel.slurm import host_name
 from resilience.config import preflight_seconds
 from resilience.exit_codes import ExitCode
 from resilience.exit_timer import exit_if_late
+from resilience.slurm import host_name
 from resilience.standard_streams import print_result
 from training.config_validation import ConfigError, field_at, fields_of, shown, takes_text
 from training.tokenizer_choice import DEFAULT_FOLDER, tokenizer_overrides

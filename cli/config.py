@@ -26,9 +26,10 @@ from evaluation.config import EvaluateJobConfig, GenerateJobConfig
 from formats.config import ConvertJobConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes, is_first_process, resolve_mesh
+from parallel.mesh import MeshShape, resolve_mesh
 from resilience.accelerator import accelerator_warnings, resolve_processes
 from resilience.launcher_variables import launcher_errors
+from resilience.processes import Processes, is_first_process
 from resilience.renamed_keys import CONVERT_KEYS, EVALUATE_KEYS, RENAMED_KEYS, rename_keys
 from resilience.run_folder import RunFolder, RunFolderError
 from training import config_rules as rules

@@ -15,12 +15,12 @@ from data.errors import DataError
 from data.files import write_problem
 from evaluation.errors import EvaluationError
 from formats.errors import FormatError
-from parallel.mesh import is_first_process, process_ranks
-from parallel.slurm import host_name
 from resilience.errors import LaunchError, OutOfMemory, exceeded_limit, is_out_of_memory
 from resilience.exit_codes import ExitCode
+from resilience.processes import is_first_process, process_ranks
 from resilience.rank_check import report_error
 from resilience.run_folder import RunFolderError
+from resilience.slurm import host_name
 from resilience.standard_streams import STDOUT, flush_result
 from training.config_validation import ConfigError
 

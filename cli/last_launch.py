@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cli.arguments import Options, explicit_keys, typed_files
 from cli.groups import groups_of
-from parallel.mesh import is_first_process
+from resilience.processes import is_first_process
 from resilience.run_folder import RunFolder
 from training.config import JobConfig
 from training.config_validation import ConfigError, fields_of

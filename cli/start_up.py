@@ -11,7 +11,7 @@ import signal
 import sys
 from types import TracebackType
 
-from parallel.mesh import is_first_process
+from resilience.processes import is_first_process
 from resilience.standard_streams import protect_streams
 
 HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)

@@ -16,11 +16,12 @@ from formats.detection import agreed_weights
 from formats.weights import Weights, load_weights
 from model.llama import Llama
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape
 from parallel.strategy import MeshStrategy
 from resilience.config import TimeLimits
 from resilience.exit_codes import ExitCode
 from resilience.launch import launch
+from resilience.processes import Processes
 from resilience.standard_streams import STDOUT
 from resilience.watchdog import Watchdog
 

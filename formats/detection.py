@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from formats.config_json import read_json
 from formats.errors import FormatError
 from formats.file_names import CONFIG, FORMATS, PARAMS, PART, WEIGHT_FILES, Format
-from parallel.mesh import is_first_process
+from resilience.processes import is_first_process
 from resilience.run_folder import COMMITTED, checkpoints_in
 
 if TYPE_CHECKING:

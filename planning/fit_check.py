@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape
 from planning.communicators import communicator_bytes
 from planning.failures import interval_warnings, plan_failures
 from planning.hardware import LOCAL, PROCESS_GIB, Hardware, hardware_of, load_hardware
@@ -20,6 +20,7 @@ from planning.step_spec import StepSpec
 from planning.time_limits import limit_warnings, planned_seconds, time_limits
 from resilience.config import TimeLimits
 from resilience.gpu_probe import own_gpu
+from resilience.processes import Processes
 from training.config import JobConfig
 from training.config_rules import HOPPER
 from training.config_validation import ConfigError

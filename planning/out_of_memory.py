@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from parallel.mesh import MeshShape, Processes, process_ranks
+from parallel.mesh import MeshShape
 from planning.communicators import communicator_bytes
 from planning.fit_check import largest_parts, machine_memory, plan_request, this_machine
 from planning.hardware import PROCESS_GIB
@@ -21,6 +21,7 @@ from planning.remedies import Remedy, remedy
 from planning.search import peak_memory
 from planning.step_spec import StepSpec
 from resilience.errors import OutOfMemory, is_host_out_of_memory, is_out_of_memory
+from resilience.processes import Processes, process_ranks
 from training.config import JobConfig
 
 SMALLER = 0.95  # of the plan, for the change if the measured peak is unknown or below the plan

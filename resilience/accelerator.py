@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from parallel.config import BF16_CAPABILITY, ParallelConfig
-from parallel.mesh import AXES, Processes, launched_processes, process_ranks
+from parallel.mesh import AXES
 from resilience.gpu_probe import (
     TO_CPU,
     Gpu,
@@ -22,6 +22,7 @@ from resilience.gpu_probe import (
     requested_gpu_error,
     unsupported_gpu_error,
 )
+from resilience.processes import Processes, launched_processes, process_ranks
 
 
 def resolve_processes(

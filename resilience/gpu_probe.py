@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.mesh import process_ranks
+from resilience.processes import process_ranks
 
 Capability = tuple[int, int]
 

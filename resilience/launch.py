@@ -26,17 +26,18 @@ from lightning_fabric.plugins.environments import (
 from torch.distributed import DistError, DistNetworkError
 
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes, is_first_process, process_ranks
+from parallel.mesh import MeshShape
 from parallel.parallelize import parallelize
-from parallel.slurm import host_name, rendezvous
 from parallel.strategy import MeshStrategy, OwnGpu
 from resilience.errors import LaunchError, exceeded_limit
 from resilience.exit_codes import ExitCode
 from resilience.host_memory import keep_freed_memory
 from resilience.launcher_variables import network_hint
 from resilience.process_setup import bind_to_gpu, set_up_process
+from resilience.processes import Processes, is_first_process, process_ranks
 from resilience.rank_check import check_ranks
 from resilience.rank_groups import without_rank
+from resilience.slurm import host_name, rendezvous
 from resilience.watchdog import Watchdog
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

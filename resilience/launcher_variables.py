@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 
 from parallel.config import ParallelConfig
-from parallel.mesh import LOCAL_SIZES, RANK_VARIABLES, is_self_launched, launched_processes
-from parallel.slurm import TASK_VARIABLES, in_slurm, tasks_per_node
+from resilience.processes import LOCAL_SIZES, RANK_VARIABLES, is_self_launched, launched_processes
+from resilience.slurm import TASK_VARIABLES, in_slurm, tasks_per_node
 
 RESOLVE_SECONDS = 20.0  # names of a new pod or node may take a moment to resolve
 SIOCGIFADDR = 0x8915  # linux/sockios.h

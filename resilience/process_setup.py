@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from parallel.config import ParallelConfig
-from parallel.mesh import Processes, is_first_process
 from resilience.gpu_probe import own_gpu
+from resilience.processes import Processes, is_first_process
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
 ALLOCATOR_VARIABLES = (ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF")  # the second is deprecated

@@ -20,11 +20,11 @@ from queue import Empty, Queue
 from typing import Any
 
 from parallel.config import BF16_CAPABILITY
-from parallel.mesh import Processes, launched_processes, process_ranks
-from parallel.slurm import host_name, rendezvous
 from resilience.errors import LaunchError
 from resilience.gpu_probe import own_gpu, visible_devices
+from resilience.processes import Processes, launched_processes, process_ranks
 from resilience.rank_groups import name_ranks, without_rank
+from resilience.slurm import host_name, rendezvous
 from resilience.watchdog import Watchdog
 
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.002, 0.25

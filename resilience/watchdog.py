@@ -24,8 +24,6 @@ from datetime import timedelta
 from subprocess import Popen
 from typing import Any, NoReturn
 
-from parallel.mesh import process_ranks
-from parallel.slurm import host_name
 from resilience import flight_recorder
 from resilience.blocked_threads import blocked_threads, describe
 from resilience.config import TimeLimits
@@ -39,7 +37,9 @@ from resilience.heartbeat import (
     stack_of,
     stage_waits,
 )
+from resilience.processes import process_ranks
 from resilience.rank_groups import without_rank
+from resilience.slurm import host_name
 
 HEARTBEAT_SECONDS = 1.0
 RANKS_PER_HEARTBEAT = 256  # above this many ranks the interval grows: rank 0 reads every heartbeat

@@ -25,7 +25,7 @@ from cli.config import load_plan_config, load_train_config
 from model.config import ModelConfig
 from model.flops import flops_per_token
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes, resolve_mesh
+from parallel.mesh import MeshShape, resolve_mesh
 from plan import PLANNER_KEYS
 from plan import search as plan_search
 from planning import fit_check, plan_json, report
@@ -50,6 +50,7 @@ from planning.search import (
     options_not_searched,
     search,
 )
+from resilience.processes import Processes
 from training.config import JobConfig
 from training.config_rules import device_errors, fp8_errors, mesh_errors
 from training.config_validation import ConfigError

@@ -27,11 +27,12 @@ from data.config import (
 )
 from model.config import ModelConfig, attention_kernel, flex_head_dims, varlen_supports
 from parallel.config import BF16_CAPABILITY, FP8_MULTIPLE, ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes, resolve_mesh
+from parallel.mesh import MeshShape, resolve_mesh
 from parallel.pipeline_schedule import split_layers
 from resilience.accelerator import resolve_processes, world_size_errors
 from resilience.config import FaultsConfig
 from resilience.launcher_variables import launcher_errors
+from resilience.processes import Processes
 from training.config import LogConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
 
 HOPPER = (9, 0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from data.errors import DataError
 from model.config import ModelConfig
-from parallel.mesh import is_first_process
+from resilience.processes import is_first_process
 from training.config import JobConfig, RunConfig
 from training.config_validation import ConfigError
 from training.resume_policy import override_value, policy_of

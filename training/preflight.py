@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.errors import DataError
-from parallel.mesh import is_first_process, resolve_mesh
-from parallel.slurm import host_name
+from parallel.mesh import resolve_mesh
 from resilience.accelerator import resolve_processes
 from resilience.config import preflight_seconds
 from resilience.exit_codes import ExitCode
 from resilience.exit_timer import exit_if_late
 from resilience.lock import RunLock, acquire_lock, check_not_locked
+from resilience.processes import is_first_process
 from resilience.run_folder import RunFolder, RunFolderError
 from resilience.run_identity import check_identity
+from resilience.slurm import host_name
 from training.config import JobConfig
 from training.config_validation import plain
 from training.initial_weights import check_initial_tokenizer, check_initial_weights

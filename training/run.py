@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.stages import Stage, Stages
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape
 from resilience.exit_codes import ExitCode
 from resilience.failed_outputs import FailedOutputs
+from resilience.processes import Processes
 from resilience.run_folder import RunFolder
 from training.clock import Clock
 from training.config import JobConfig

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from data.stages import Stage
-from parallel.mesh import Processes
+from resilience.processes import Processes
 from training.config import JobConfig
 from training.resume_policy import Changes
 from training.run import Run

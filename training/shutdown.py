@@ -17,8 +17,6 @@ from typing import NoReturn
 
 from data.errors import DataError
 from formats.errors import FormatError
-from parallel.mesh import is_first_process, process_ranks
-from parallel.slurm import host_name, launch_id
 from resilience.errors import (
     LaunchError,
     OutOfMemory,
@@ -31,7 +29,9 @@ from resilience.exit_codes import ExitCode
 from resilience.exit_timer import run_limited
 from resilience.goodput import Goodput, compute_goodput
 from resilience.lock import RunLock
+from resilience.processes import is_first_process, process_ranks
 from resilience.run_folder import RunFolder, RunFolderError
+from resilience.slurm import host_name, launch_id
 from resilience.watchdog import Watchdog
 from training.config_validation import ConfigError
 from training.run import Run

@@ -23,12 +23,13 @@ from bench.measurement import spread
 from cli.arguments import CONF, hydra_arguments
 from cli.config import check_config
 from parallel.float8 import apply_float8
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape
 from planning.calibration import SIZES, matrix_tflops
 from planning.fit_check import check_plan, plan_request, this_machine
 from planning.hardware import hardware_of, load_hardware
 from planning.memory import GIB, step_memory
 from planning.speed import step_time
+from resilience.processes import Processes
 from train import set_up, train_step
 from training.config import JobConfig
 from training.config_validation import ConfigError

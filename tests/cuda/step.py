@@ -31,9 +31,10 @@ from data.loader import Batch, StepBatches
 from model.config import ModelConfig
 from model.llama import Llama
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape
 from parallel.parallelize import initialize_weights
 from resilience.config import TimeLimits
+from resilience.processes import Processes
 from training.config import OptimConfig
 from training.optimizer import build_optimizer
 

@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 from run_config import changed
 
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape
 from planning.request import Choice, PlanRequest, in_yaml
 from planning.step_spec import StepSpec
+from resilience.processes import Processes
 from training.config import JobConfig
 from training.config_rules import CONFIG_RULES, HOPPER, launch_rule
 from training.config_validation import ConfigError, validate

@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cli.arguments import CONF
 from cli.config import load_train_config
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape
 from planning import calibration
 from planning.fit_check import check_plan
 from planning.hardware import Hardware, load_hardware
+from resilience.processes import Processes
 
 
 def test_rate_is_work_divided_by_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from cli.config import load_plan_config, load_train_config
 from model.config import ModelConfig
 from model.llama import Llama
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape
 from planning import fit_check
 from planning.fit_check import check_plan, machine_memory
 from planning.hardware import FOLDER, known_hardware, load_hardware
@@ -30,6 +30,7 @@ from planning.remedies import nearest_fit, remedy
 from planning.request import PlanRequest, configured_choice
 from planning.search import search
 from planning.step_spec import StepSpec
+from resilience.processes import Processes
 from training.config import JobConfig, OptimConfig
 from training.config_validation import ConfigError
 from training.optimizer import build_optimizer

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from checkpoint.host_copy import copy_to_host
 from cli.arguments import CONF, hydra_arguments
 from cli.config import load_train_config
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape
 from planning import out_of_memory
 from planning.communicators import COMMUNICATOR_BYTES, n_communicators
 from planning.memory import GIB, size_text
@@ -20,6 +20,7 @@ from planning.plan import host_peak
 from planning.request import PlanRequest, configured_choice
 from planning.search import peak_memory
 from resilience.errors import OutOfMemory
+from resilience.processes import Processes
 from training.config import JobConfig
 
 MESH = MeshShape(1, 8, 1, 1)

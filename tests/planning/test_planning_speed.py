@@ -19,7 +19,7 @@ from model.llama import Llama
 from parallel.activation_checkpoint import apply_activation_checkpoint
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.float8 import apply_float8
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape
 from planning import plan_json, report
 from planning.activations import batch_bytes
 from planning.config import PlanJobConfig
@@ -30,6 +30,7 @@ from planning.plan import RunPlan, plan_run
 from planning.request import configured_choice
 from planning.speed import RankCosts, step_time
 from planning.step_spec import StepSpec
+from resilience.processes import Processes
 from training import flash_attention
 from training.console import Console
 

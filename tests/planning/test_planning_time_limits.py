@@ -12,13 +12,14 @@ from hydra import compose, initialize_config_dir
 
 from cli.arguments import CONF, hydra_arguments
 from cli.config import load_train_config
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape
 from planning import fit_check
 from planning.fit_check import check_plan, watchdog_limits
 from planning.hardware import load_hardware
 from planning.request import PlanRequest, configured_choice
 from planning.time_limits import LEAST, limit_warnings, planned_seconds, time_limits
 from resilience.config import TimeLimits, WatchdogConfig
+from resilience.processes import Processes
 from training.config import JobConfig
 
 ONE_GPU, ONE_RANK = Processes("cuda", 1, 1, "self"), MeshShape(1, 1, 1, 1)

@@ -16,13 +16,14 @@ from lightning_fabric import Fabric
 from run_config import default
 
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes, process_ranks
+from parallel.mesh import MeshShape
 from parallel.strategy import MeshStrategy, OwnGpu
 from planning import fit_check
 from planning.step_spec import resolved_precision
 from resilience import gpu_probe
 from resilience.accelerator import accelerator_warnings, resolve_processes
 from resilience.gpu_probe import Gpu, Machine, gpu_index, probe_machine
+from resilience.processes import Processes, process_ranks
 
 AUTO, ON_CPU = ParallelConfig(), ParallelConfig(accelerator="cpu")
 WHEEL = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")  # torch 2.13 for CUDA 13.0

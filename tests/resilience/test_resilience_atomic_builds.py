@@ -10,11 +10,12 @@ from torch._inductor.codecache import _worker_compile_cpp
 from torch._inductor.cpp_builder import BuildOptionsBase, CppBuilder
 
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape
 from resilience import launch as launch_module
 from resilience.atomic_builds import make_builds_atomic
 from resilience.config import TimeLimits
 from resilience.launch import launch
+from resilience.processes import Processes
 
 COMPILER = """#!/bin/sh
 [ "$1" = --version ] && exit

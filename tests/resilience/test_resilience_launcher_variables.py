@@ -6,8 +6,8 @@ import socket
 import pytest
 
 from parallel.config import ParallelConfig
-from parallel.mesh import is_first_process, launched_processes
 from resilience.launcher_variables import launcher_errors
+from resilience.processes import is_first_process, launched_processes
 
 COMPLETE = {
     **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"},

@@ -14,7 +14,7 @@ import torch._inductor.config as config
 from torch.distributed import DistBackendError, DistNetworkError, DistStoreError, HashStore
 
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes
+from parallel.mesh import MeshShape
 from resilience import launch as launch_module
 from resilience import launcher_variables, process_setup
 from resilience.config import TimeLimits
@@ -29,6 +29,7 @@ from resilience.process_setup import (
     set_up_process,
     use_expandable_segments,
 )
+from resilience.processes import Processes
 
 NUMBERS = ("TORCHINDUCTOR_COMPILE_THREADS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from fork_server import ForkServer
 
-from parallel.mesh import Processes
 from resilience import rank_check
 from resilience.exit_codes import ExitCode
 from resilience.gpu_probe import Gpu
+from resilience.processes import Processes
 from resilience.rank_check import RankReport, compare
 
 H100, A100, T4 = "NVIDIA H100, 80 GiB", "NVIDIA A100, 40 GiB", "Tesla T4, 15 GiB"

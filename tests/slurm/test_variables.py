@@ -1,4 +1,4 @@
-"""`parallel.slurm` reads the requested task counts and time limits in the tasks of a cluster."""
+"""`resilience.slurm` reads the requested task counts and time limits in the tasks of a cluster."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ MINUTES = 10
 # Run by each task. MASTER_ADDR is set by the test cluster and would be kept.
 TASK_SCRIPT = """
 import json, os, time
-from parallel.slurm import rendezvous, started_by_srun, tasks_per_node
+from resilience.slurm import rendezvous, started_by_srun, tasks_per_node
 from resilience.slurm_time_limit import slurm_time_left
 environment = {name: value for name, value in os.environ.items() if name != "MASTER_ADDR"}
 print(json.dumps([

@@ -11,8 +11,9 @@ from checkpoint.config import CheckpointConfig
 from data.config import DataConfig, SourceConfig, StageConfig, TokenizerConfig
 from model.config import ModelConfig, attention_kernel
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, Processes, resolve_mesh
+from parallel.mesh import MeshShape, resolve_mesh
 from resilience.config import FaultsConfig
+from resilience.processes import Processes
 from training.config import RunConfig, TrainConfig, ValidationConfig
 from training.config_rules import (
     batch_errors,

@@ -28,10 +28,10 @@ from data.config import PrepareJobConfig
 from evaluation.config import EvaluateJobConfig, GenerateJobConfig
 from formats.config import ConvertJobConfig
 from parallel import mesh
-from parallel.mesh import Processes
 from planning.config import PlanJobConfig
 from resilience import accelerator
 from resilience.gpu_probe import Gpu, Machine
+from resilience.processes import Processes
 from training import config_rules as rules
 from training.config import JobConfig
 from training.config_validation import ConfigError, Rule, validate

@@ -16,7 +16,6 @@ from torch.distributed import DistBackendError, DistNetworkError
 
 from cli.errors import exit_on_user_error
 from data.errors import DataError
-from parallel.mesh import Processes
 from resilience.config import FaultsConfig
 from resilience.errors import LaunchError, OutOfMemory, exceeded_limit, is_hardware_fault
 from resilience.event_log import EventLog
@@ -24,6 +23,7 @@ from resilience.exit_codes import ExitCode
 from resilience.goodput import Goodput
 from resilience.launch import _launch_errors
 from resilience.loss_monitor import LossMonitor, StepStats
+from resilience.processes import Processes
 from training import shutdown
 from training.shutdown import goodput_row
 

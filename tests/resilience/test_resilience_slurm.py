@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.slurm import FIRST_PORT, N_PORTS, rendezvous, tasks_per_node
+from resilience.slurm import FIRST_PORT, N_PORTS, rendezvous, tasks_per_node
 from resilience.slurm_time_limit import slurm_time_left
 
 STEP = {
