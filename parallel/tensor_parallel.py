@@ -67,9 +67,10 @@ def apply_tensor_parallel(
             use_local_output=not loss_parallel,
         ),
     }
-    # A pipeline stage may lack the modules around the blocks.
-    here = {name: style for name, style in plan.items() if hasattr(model, name.split(".")[0])}
-    parallelize_module(model, mesh, here)
+    # A pipeline stage may lack the modules around the blocks, or all blocks.
+    here = {name for name, child in model.named_children() if name != "layers" or [*child.children()]}
+    plan = {name: style for name, style in plan.items() if name.split(".")[0] in here}
+    parallelize_module(model, mesh, plan)
     model.tie_weights()
     vocabulary: Vocabulary = GatheredVocabulary(mesh)
     if loss_parallel:

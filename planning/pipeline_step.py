@@ -204,6 +204,6 @@ class PipelineStep(DistributedStep):
         self.heap.add("gathered", norms * self.spec.model.dim * element)
         if self.same_dtype:
             self.heap.add("gathered", group.to_reduce - group.exact * element)
-        else:  # converted one by one
+        elif not self.continues:  # converted one by one
             converted = group.to_reduce - group.exact * element
             self.heap.use(converted + group.largest * element, "gathered")

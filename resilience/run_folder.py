@@ -86,6 +86,8 @@ class RunFolder:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 raise unreadable(self.checkpoints, error) from None
             if os.path.lexists(self.checkpoints):
+                if self.checkpoints.is_dir():  # created in the meantime by a save
+                    return self._steps()
                 raise RunFolderError(
                     f"{self.checkpoints} is neither a folder nor a link to one that exists; mount "
                     "or restore the folder, or move the file or link away to start from scratch"

@@ -25,7 +25,7 @@ from cli.config import load_plan_config, load_train_config
 from model.config import ModelConfig
 from model.flops import flops_per_token
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.mesh import MeshShape, resolve_mesh
+from parallel.mesh import AXES, MeshShape, resolve_mesh
 from plan import PLANNER_KEYS
 from plan import search as plan_search
 from planning import fit_check, plan_json, report
@@ -344,7 +344,7 @@ def test_axis_uses_node_link_if_every_group_is_inside_a_node(
     config = planned(f"devices={mesh.world_size}")
     [(spec, _)] = config.request.stages(configured_choice(config, mesh))
     grid = torch.arange(mesh.world_size).view(mesh.sizes)
-    axes = [["dp_replicate", "dp_shard", "cp", "tp"].index(name) for name in axis.split("+")]
+    axes = [AXES.index(name) for name in axis.split("+")]
     groups = grid.movedim(axes, list(range(-len(axes), 0))).reshape(
         -1, math.prod(mesh.sizes[axis] for axis in axes)
     )

@@ -3,7 +3,8 @@
 A case is one rank's view of a recipe of conf/experiment, as configured or, for some, with
 FlexAttention or fp8, on one architecture: widths and lengths are the recipe's, with two layers and
 one micro-batch of each stage. A stage with another sequence length compiles kernels for any length.
-Other ranks have equal shapes. `fake_triton` compiles the kernels in every configuration that
+Other ranks have equal shapes, and a pipeline stage has the blocks of a run without stages.
+`fake_triton` compiles the kernels in every configuration that
 Inductor would choose from.
 """
 
@@ -88,11 +89,12 @@ def make_step(recipe: str, variant: str) -> Step:
                 sizes = replace(sizes, **{name: value})
         batch = sizes.micro_batch_size or sizes.global_batch_size // mesh.dp
         shapes.append((batch, sizes.seq_len))
+    mesh = replace(mesh, pp=1)
     case = Case(
         mesh=tuple(vars(mesh).values()),
-        rank=MACHINES[recipe][2],
+        rank=MACHINES[recipe][2] % mesh.world_size,
         model=replace(config.model, n_layers=2),
-        parallel=replace(config.parallel, compile=True),
+        parallel=replace(config.parallel, compile=True, pp=1, pp_parts=1, pp_layers=None),
         precision=config.precision,
         micro_batches=1,
     )

@@ -16,7 +16,8 @@ QUICK = ("h200_8b", "h100x8_8b")
 def recipe_case(recipe: str) -> Case:
     """Return a recipe with its parallelism, precision and kernel, on a tiny model."""
     config, mesh = load_recipe(recipe)
-    tiny = ModelConfig("tiny", 512, 2, 16, 8, 1024, 1024)
+    stages = mesh.pp * config.parallel.pp_parts
+    tiny = ModelConfig("tiny", 512, max(2, stages), 16, 8, 1024, 1024)
     kept = ("rope_scaling", "tie_embeddings", "attention")
     return Case(
         mesh=tuple(vars(mesh).values()),
@@ -24,6 +25,7 @@ def recipe_case(recipe: str) -> Case:
         model=replace(tiny, **{name: getattr(config.model, name) for name in kept}),
         parallel=config.parallel,
         precision=config.precision,
+        micro_batches=max(2, mesh.pp),
         documents=5 if config.data.document_mask else None,
         seq=max(256, 16 * mesh.seq_multiple),
         initialize=True,

@@ -264,6 +264,9 @@ class OneProcess:
     def size(self) -> int:
         return 1
 
+    def get_local_rank(self) -> int:
+        return 0
+
 
 @pytest.mark.parametrize(("device_type", "expected"), [("cuda", ["medium"]), ("cpu", [])])
 def test_precision_of_float32_products_is_set_on_gpus_only(

@@ -18,9 +18,9 @@ def messages_by_link(case: Case) -> dict[str, Any]:
     originals = {name: getattr(dist, name) for name in functions}
 
     def recording(name: str) -> Any:
-        def call(tensor: Any, *args: Any, group: Any, **kwargs: Any) -> Any:
+        def call(tensor: Any, peer: Any = None, group: Any = None, **kwargs: Any) -> Any:
             sent.append((id(group), tensor.numel(), name[-4:]))
-            return originals[name](tensor, *args, group=group, **kwargs)
+            return originals[name](tensor, peer, group, **kwargs)
 
         return call
 
