@@ -68,7 +68,9 @@ def apply_tensor_parallel(
         ),
     }
     # A pipeline stage may lack the modules around the blocks, or all blocks.
-    here = {name for name, child in model.named_children() if name != "layers" or [*child.children()]}
+    here = {
+        name for name, child in model.named_children() if name != "layers" or [*child.children()]
+    }
     plan = {name: style for name, style in plan.items() if name.split(".")[0] in here}
     parallelize_module(model, mesh, plan)
     model.tie_weights()
