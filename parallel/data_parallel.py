@@ -95,6 +95,13 @@ def hold_gradients(model: nn.Module, hold: bool, replicas_only: bool) -> None:
             module.set_reshard_after_backward(not hold, recurse=False)
 
 
+def gather_kept_weights(model: nn.Module) -> None:
+    """Start the all-gathers of all weights that stay gathered, without waiting for them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and vars(module)[_STAYS_GATHERED]:
+            module.unshard(async_op=True)
+
+
 class _OneBuffer:
     """Reduce-scatter over one rank, without a copy.
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from model.llama import Llama
 from parallel.config import ParallelConfig
-from parallel.data_parallel import hold_gradients
+from parallel.data_parallel import gather_kept_weights, hold_gradients
 from parallel.pipeline_links import Links, Wait
 from parallel.pipeline_schedule import Action, Transfer, operations, parts_of_rank
 from parallel.timestamps import seconds_between, timestamp
@@ -86,6 +86,7 @@ class Pipeline:
         values: Tensor | None = None  # received, or to be sent
         losses = [] if self.model.parts[-1].has_head else [torch.zeros((), device=self.device)]
         hold_gradients(self.model, True, self.replicas_only)
+        gather_kept_weights(self.model)  # while hidden states are on their way
         for kind, transfer, action in order:
             if action is None:
                 assert transfer is not None
@@ -93,7 +94,7 @@ class Pipeline:
                     self.links.receive(transfer, shapes[transfer.micro_batch])
                 elif kind == "wait":
                     values = self.links.received(transfer)
-                elif values is not None:
+                elif values is not None and transfer.forward:  # a hook sends gradients
                     self.links.send(transfer, values)
                     values = None
                 continue
@@ -111,8 +112,10 @@ class Pipeline:
             else:
                 hidden, output = saved.pop((action.part, index))
                 self._prepare_backward(actions)
+                if hidden is not None:  # sent before FSDP2 waits for its reductions
+                    hidden.register_post_accumulate_grad_hook(self._send_gradient(action))
                 torch.autograd.backward(output, values)
-                values = None if hidden is None else hidden.grad
+                values = None
             actions.pop(0)
             out = output = hidden = None
         self.links.finish_sends()
@@ -130,6 +133,18 @@ class Pipeline:
         seconds = seconds_between(start, end)
         return seconds - sum(seconds_between(wait.start, wait.end) for wait in waits), seconds
 
+    def _send_gradient(self, action: Action) -> Callable[[Tensor], None]:
+        """Return a hook that sends the gradient of a received tensor to its source."""
+        stage = action.part * self.ranks + self.rank
+        transfer = Transfer(stage, stage - 1, action.micro_batch)
+
+        def send(hidden: Tensor) -> None:
+            gradient, hidden.grad = hidden.grad, None
+            assert gradient is not None
+            self.links.send(transfer, gradient)
+
+        return send
+
     def _prepare_backward(self, actions: Sequence[Action]) -> None:
         """Let the backward that is first in `actions` reduce what no later one adds to.
 
@@ -140,6 +155,7 @@ class Pipeline:
         blocks = [self.model.layers.get_submodule(str(layer)) for layer in own.layers]
         root: Any = self.model
         root.set_modules_to_backward_prefetch(blocks[-1:] or [root])
+        root.set_is_last_backward(len(actions) == 1)  # FSDP2 waits for all reductions in it
         if len(actions) == 1:
             hold_gradients(self.model, False, self.replicas_only)
         elif all(later.part != actions[0].part for later in actions[1:]):

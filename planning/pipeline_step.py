@@ -35,23 +35,28 @@ class Computation(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """Bytes relative to the start of a computation: at the peak of each phase, and at its end."""
+    """Bytes relative to the start of a computation: at the peak of each phase, and at its end.
+
+    Attributes:
+        reducing: Input of its last reduction, in bytes, which lives until the next one.
+    """
 
     peaks: Peaks
     change: Held
+    reducing: float
 
 
 def replayed_micro_batches(spec: StepSpec) -> int:
     """Return the number of micro-batches after which a pipeline rank's memory repeats.
 
-    As many as are in flight, and two more through each part: one leaves the first gradients, the
-    other adds to them.
+    As many as are in flight, and three more through each part: one leaves the first gradients, one
+    adds to them, and one follows, whose hidden states are received ahead.
     """
     ranks, parts = spec.mesh.pp, spec.parallel.pp_parts
     in_flight = max_in_flight(spec.stage, ranks, parts, spec.micro_batches)
     if parts == 1:
-        return min(spec.micro_batches, in_flight + 2)
-    return min(spec.micro_batches, (-(-in_flight // (parts * ranks)) + 2) * ranks)
+        return min(spec.micro_batches, in_flight + 3)
+    return min(spec.micro_batches, (-(-in_flight // (parts * ranks)) + 3) * ranks)
 
 
 class PipelineStep(DistributedStep):
@@ -59,7 +64,8 @@ class PipelineStep(DistributedStep):
 
     def __init__(self, spec: StepSpec) -> None:
         super().__init__(spec)
-        self.replays: dict[Computation, Replay] = {}
+        # By computation and the input of the reduction before it.
+        self.replays: dict[tuple[Computation, float], Replay] = {}
         self.starts_rank = self.ends_rank = False  # of the computation that is replayed
         self.shares_gradient = False  # whether the gradient of the output is the received tensor
 
@@ -70,6 +76,7 @@ class PipelineStep(DistributedStep):
         micro_batches = replayed_micro_batches(spec)
         order = [*operations(spec.stage, spec.mesh.pp, spec.parallel.pp_parts, micro_batches)]
         computations = self._computations([each.action for each in order if each.action])
+        self._gather_kept_weights()
         transferred = {True: "activations", False: "temporary"}  # by direction
         sent = set()
         for kind, transfer, _ in order:
@@ -84,6 +91,13 @@ class PipelineStep(DistributedStep):
             heap.free(transferred[forward], self.s)
         self.update()
         heap.phase("")
+
+    def _gather_kept_weights(self) -> None:
+        """Replay the all-gathers that start before the first computation."""
+        self.heap.phase("forward")
+        blocks = self.layers if self.first_kept == 0 else 0
+        for group in [self.root] * bool(self.root.sizes) + [self.block] * blocks:
+            self.unshard(group)
 
     def _computations(self, actions: Sequence[Action]) -> Iterator[Computation]:
         shapes = [(len(p.layers), p.has_embedding, p.has_head) for p in self.spec.parts]
@@ -103,9 +117,10 @@ class PipelineStep(DistributedStep):
     def _add(self, computation: Computation) -> None:
         """Add the peaks and the change of a computation to the heap."""
         heap = self.heap
-        if computation not in self.replays:
-            self.replays[computation] = self._replay(computation)
-        peaks, change = self.replays[computation]
+        key = computation, self.reducing
+        if key not in self.replays:
+            self.replays[key] = self._replay(computation)
+        peaks, change, self.reducing = self.replays[key]
         for phase, relative in peaks.items():
             highest = sum(heap.peaks.get(phase, {}).values())
             if heap.total + sum(relative.values()) > highest:
@@ -124,7 +139,7 @@ class PipelineStep(DistributedStep):
         else:
             self._backward_part()
         self.heap.phase("")
-        replay = Replay(self.heap.peaks, self.heap.held)
+        replay = Replay(self.heap.peaks, self.heap.held, self.reducing)
         self.heap = heap
         return replay
 
@@ -159,12 +174,14 @@ class PipelineStep(DistributedStep):
 
     def enter_root(self) -> None:
         if self.starts_rank and self.root.sizes:
-            self.unshard(self.root)
-            self.copy_out(self.root, forward=True)
+            self.copy_out(self.root, forward=False)
 
     def enter_forward(self, index: int) -> None:
         self.keeps_input = index == 0 and not self.part.has_embedding
-        super().enter_forward(index)
+        if index < self.first_kept:
+            super().enter_forward(index)
+        elif not self.continues:
+            self.copy_out(self.block, forward=False)
 
     def leave_forward(self, index: int) -> None:
         self.keeps_input = False
@@ -181,7 +198,7 @@ class PipelineStep(DistributedStep):
     def leave_root(self) -> None:
         if not self.depth and not self.input_is_widened(self.norm_kind(last=True)):
             self.heap.add("activations", self.s)
-        part, blocks = self.part, 0 if self.holds else self.depth
+        part = self.part
         # The head's gradients are reduced over the replicas by the last backward that adds to them.
         ends_head = self.reduces_each and part.has_head and not self.holds
         self.holds = not (self.ends_rank or ends_head)
@@ -194,7 +211,8 @@ class PipelineStep(DistributedStep):
             self.reduce(self.root, kept=not self.ends_rank, adds=adds)
         elif self.ends_rank:
             self.heap.free("gathered", self.root.gathered)
-        self.finish_reductions(blocks, root=adds and not self.holds)
+        if self.ends_rank:
+            self.finish_reductions(self.layers, root=bool(self.root.sizes))
 
     def _add_small_gradients(self, group: Group, norms: int) -> None:
         """Add what sums of gradients contain besides those of matrices: of norms, and padding."""

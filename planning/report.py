@@ -286,13 +286,15 @@ def recommendation(result: SearchResult, rank: int, run: RunPlan, commands: Sequ
     """
     speed, full = run.tokens_per_second, run.fullest
     parts = [f"Recommended: choice {rank} ({result.best[rank - 1][0].mesh})"]
-    for _, other in result.best[rank : rank + 1]:
+    for choice, other in result.best[rank : rank + 1]:
         ratio = speed / other.tokens_per_second - 1
         percent = f"{abs(ratio):.1%}"
         faster = f"{percent} {'faster' if ratio >= 0 else 'slower'} than"
         parts.append(f"{'as fast as' if percent == '0.0%' else faster} the next")
         if other.is_tight and not run.is_tight:
             parts[-1] += ", which is tight"
+        elif choice.mesh.pp > 1 == result.best[rank - 1][0].mesh.pp and ratio < 0:
+            parts[-1] += ", which is a pipeline"
     free = full.capacity - full.memory.peak
     tight = " (tight)" if run.is_tight else ""
     parts.append(f"{size_text(free)} of {size_text(full.capacity)} free{tight}")

@@ -58,6 +58,8 @@ SAME_SPEED = 1.001
 """Ratio of times below which the resharding with less memory is kept."""
 LITTLE_SLOWER = 1.01
 """Ratio of times below which a choice with free memory is preferred to a tight one."""
+PIPELINE_GAIN = 1.02
+"""Ratio of times below which a mesh without a pipeline is preferred to one with it."""
 
 Batch = tuple[int | None, Literal["step", "micro_batch"], Literal["tensorwise", "rowwise"] | None]
 """Micro-batch size, `reduce_gradients` and fp8 recipe."""
@@ -324,12 +326,13 @@ class _Search:
     def run(self, devices: int, keep: int) -> SearchResult:
         """Return the result: the nodes that remain are slower than the fastest `keep` choices.
 
-        The first choice is the fastest that is not tight, if it is hardly slower than the fastest.
+        The first choice is the fastest that is not tight, if it is hardly slower than the fastest,
+        or instead of a pipeline the fastest without, if that is.
         """
         for mesh in searched_meshes(devices, self.request):
             self.add_mesh(mesh)
         leaves: list[tuple[_Node, RunPlan]] = []
-        preferred = None
+        preferred: tuple[_Node, RunPlan] | None = None
         first = next(self.fastest_first(), None)
         if first is not None:
             self.push(first[0])
@@ -342,10 +345,13 @@ class _Search:
                         self.add_mesh(mesh)
         for node, plan in self.fastest_first():
             leaves.append((node, plan))
-            is_close = self.seconds(node) <= LITTLE_SLOWER * self.seconds(leaves[0][0])
-            if preferred is None and is_close and not plan.is_tight:
+            slower = self.seconds(node) / self.seconds(leaves[0][0])
+            is_simpler = _is_pipeline(preferred) and not _is_pipeline(leaves[-1])
+            limit = PIPELINE_GAIN if is_simpler else LITTLE_SLOWER
+            if not plan.is_tight and slower <= limit and (preferred is None or is_simpler):
                 preferred = leaves[-1]
-            if len(leaves) >= keep and (preferred is not None or not is_close):
+            is_final = preferred is not None and not _is_pipeline(preferred)
+            if len(leaves) >= keep and (is_final or slower > PIPELINE_GAIN):
                 break
         if preferred is not None:
             leaves.remove(preferred)
@@ -587,6 +593,10 @@ class _Search:
         else:
             needs = f": {memory.peak / GIB:.1f} of {available / GIB:.1f} GiB"
             self.reject(f"out of memory, largest part {memory.largest_part}", node, needs)
+
+
+def _is_pipeline(leaf: tuple[_Node, RunPlan] | None) -> bool:
+    return leaf is not None and leaf[0].choice.mesh.pp > 1
 
 
 def _n_changes(parallel: ParallelConfig) -> int:
