@@ -21,6 +21,9 @@ from parallel.config import BF16_CAPABILITY, PrecisionConfig
 from parallel.mixed_precision import keep_copies
 
 _STAYS_GATHERED = "llamesh_stays_gathered"  # attribute of a block or the model
+BEFORE_GATHER = (
+    "llamesh_before_gather"  # attribute of the model: called before weights are gathered
+)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -97,6 +100,7 @@ def hold_gradients(model: nn.Module, hold: bool, replicas_only: bool) -> None:
 
 def gather_kept_weights(model: nn.Module) -> None:
     """Start the all-gathers of all weights that stay gathered, without waiting for them."""
+    vars(model).get(BEFORE_GATHER, lambda: None)()
     for module in model.modules():
         if isinstance(module, FSDPModule) and vars(module)[_STAYS_GATHERED]:
             module.unshard(async_op=True)

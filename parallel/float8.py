@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from model.llama import Llama
+from parallel.data_parallel import BEFORE_GATHER
 
 Recipe = Literal["tensorwise", "rowwise"]
 
@@ -72,3 +73,4 @@ def gather_in_float8(model: Llama, dtype: torch.dtype, shards_mesh: DeviceMesh) 
 
     # Before FSDP2's hook, which looks for extensions and starts the first all-gather.
     model.register_forward_pre_hook(update_scales, prepend=True)
+    vars(model)[BEFORE_GATHER] = update_scales
