@@ -166,3 +166,25 @@ def test_non_finite_hidden_states_of_a_stage_are_skipped_and_rewound_as_on_one_p
         assert (one["step"], one["batch_hash"]) == (two["step"], two["batch_hash"])
         # Rounding of the norm, as above; the skipped step has no loss.
         assert (two["loss"] or 0) == pytest.approx(one["loss"] or 0, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_pipeline_continues_with_longer_sequences_on_a_mesh_with_context_parallelism(
+    fork_server: ForkServer, train_arguments: Any, tmp_path: Path
+) -> None:
+    """As `experiment=h100x16k_405b_long` continues `h100x16k_405b`, in small."""
+    longer = "data.stages=[{from_sample:64,seq_len:128,global_batch_size:4}]"
+    both = (longer, "train.micro_batch_size=1", "optim.schedule_steps=16", "optim.warmup_steps=2")
+    meshes = {1: ["pp=1"], 4: ["pp=2", "dp_shard=2"]}, {1: ["pp=1"], 4: ["pp=2", "cp=2"]}
+    for steps, sizes in zip((8, 16), meshes, strict=True):
+        for size, mesh in sizes.items():
+            axes = [f"parallel.{axis}" for axis in mesh]
+            options = (*both, *axes, f"train.max_steps={steps}")
+            arguments = train_arguments(tmp_path / f"{size}", *options)
+            launch = fork_server.run(arguments, size)
+            assert set(launch.exit_codes.values()) == {0}, launch.output()
+    one, four = (read_metrics(tmp_path / f"{size}") for size in (1, 4))
+    assert [line["step"] for line in four] == [*range(1, 17)]
+    for first, second in zip(one, four, strict=True):
+        assert first["batch_hash"] == second["batch_hash"]
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-6)  # order of sums
