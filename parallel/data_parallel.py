@@ -106,6 +106,17 @@ def gather_kept_weights(model: nn.Module) -> None:
             module.unshard(async_op=True)
 
 
+def free_gathered_weights(model: nn.Module) -> None:
+    """Make the parameters of the model its shards, which may then be overwritten.
+
+    After a forward without backward, weights that stay gathered until a backward are the parameters
+    instead: values written to them are lost, and those written to the shards are not used.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 class _OneBuffer:
     """Reduce-scatter over one rank, without a copy.
 

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from parallel.data_parallel import free_gathered_weights
 from parallel.mesh import MeshShape
 
 GATHERED = "gathered weights"
@@ -122,9 +123,7 @@ class ReplicaCheck:
     @torch.no_grad()
     def compare(self) -> Difference | None:
         """Return the ranks whose copies differ, or None; a collective call between two steps."""
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # after a forward without backward, some weights stay gathered
+        free_gathered_weights(self._model)
         copies = [*(self._gradients or ()), *self._state(), *_gathered_weights(self._model)]
         self._gradients = None
         difference = find_difference(copies, self._stage)

@@ -110,6 +110,7 @@ def _load_or_initialize(
     from checkpoint.position import Position
     from checkpoint.restore import restore
     from checkpoint.retention import remove_beyond
+    from parallel.data_parallel import free_gathered_weights
     from parallel.parallelize import initialize_weights
     from resilience.run_identity import establish_identity
 
@@ -123,6 +124,7 @@ def _load_or_initialize(
         position = restore(folder, source, llama, optimizer, report)
     if position is None:
         optimizer.state.clear()
+        free_gathered_weights(llama)  # DCP does it in loading
         if config.run.init_from is None:
             initialize_weights(llama, config.model, config.run.seed)
         else:

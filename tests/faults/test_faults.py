@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FAULT_STEPS, ROOT, read_events, reproducible_metrics, start_program
+from conftest import (
+    FAULT_STEPS,
+    ROOT,
+    read_events,
+    read_metrics,
+    reproducible_metrics,
+    start_program,
+)
 from fork_server import Fault, ForkServer
 
 from resilience import lock
@@ -337,3 +344,24 @@ def test_all_ranks_exit_to_be_relaunched_if_the_gpu_of_one_is_defective(
     assert last["hosts"] == [socket.gethostname()] and last["reason"].startswith(message)
     # The log of a launch that failed in its set-up does not disturb the next one.
     assert fork_server.run(train_arguments(folder, TP2), 2).exit_codes == {0: 0, 1: 0}
+
+
+def test_rewind_to_step_0_after_a_rerun_trains_from_the_initial_weights(
+    fork_server: ForkServer, train_arguments: Any, tmp_path: Path
+) -> None:
+    """A forward without backward leaves weights gathered, in which initial values would be lost.
+
+    Steps 3 to 5 are bad, each followed by two forwards of the rerun. There is no checkpoint yet.
+    """
+    found = []
+    for size, last_call in ((1, 5), (2, 11)):
+        folder = tmp_path / str(size)
+        bad = [Fault(rank, 3, "nan", FORWARD, last_call=last_call) for rank in range(size)]
+        options = (f"parallel.dp_shard={size}", "checkpoint.interval=100", "train.max_steps=8")
+        launch = fork_server.run(train_arguments(folder, *options), size, *bad)
+        assert set(launch.exit_codes.values()) == {0}, launch.output()
+        assert "Rewound to step 0" in launch.output()
+        found.append(read_metrics(folder))
+    for one, two in zip(*found, strict=True):
+        assert one["batch_hash"] == two["batch_hash"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
