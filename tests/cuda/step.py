@@ -239,6 +239,19 @@ def _check_state(state: dict[str, Any], parameter: Any, case: Case, device: torc
         assert (moment.device, moment.dtype) == (device, expected)
 
 
+class _ClearInBackward(torch.autograd.Function):
+    """Clears the cache of the thread that runs backwards, in which checkpoints recompute."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        _clear_sharding_prop_cache()
+        return gradient
+
+
 def run_cases(cases: dict[str, Case]) -> dict[str, Report | str]:
     """Return the report or the traceback of each case, run one after another in this process.
 
@@ -254,6 +267,7 @@ def run_cases(cases: dict[str, Case]) -> dict[str, Report | str]:
         if dist.is_initialized():
             dist.destroy_process_group()
         _clear_sharding_prop_cache()  # its meshes have the names of this case's groups
+        _ClearInBackward.apply(torch.ones(1, device="cuda", requires_grad=True)).backward()
         torch._dynamo.reset()
         torch._inductor.config._micro_pipeline_tp = False
     return reports
