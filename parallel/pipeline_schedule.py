@@ -7,8 +7,8 @@ runtime in `parallel.pipeline_parallel` and the planner both use these functions
 nothing heavy.
 """
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 from model.config import ModelConfig, ModelPart
@@ -93,12 +93,31 @@ def model_parts(layers: list[int], rank: int, ranks: int) -> list[ModelPart]:
     ]
 
 
+def stage_layers(model: ModelConfig, parallel: ParallelConfig, ranks: int) -> list[int]:
+    """Return the number of layers of each stage, given or balanced, of `ranks` pipeline ranks."""
+    return list(parallel.pp_layers or split_layers(model, ranks * parallel.pp_parts))
+
+
 def parts_of_rank(
     model: ModelConfig, parallel: ParallelConfig, ranks: int, rank: int
 ) -> list[ModelPart]:
     """Return the parts of a rank of the `pp` axis, which has `ranks` ranks."""
-    layers = parallel.pp_layers or split_layers(model, ranks * parallel.pp_parts)
-    return model_parts(list(layers), rank, ranks)
+    return model_parts(stage_layers(model, parallel, ranks), rank, ranks)
+
+
+def describe_pipeline(layers: Sequence[int], ranks: int, micro_batches: int) -> str:
+    """Return schedule and cut for reports, and a note if ranks idle for most of a step.
+
+    Args:
+        layers: Number of layers of each stage.
+    """
+    parts = len(layers) // ranks
+    schedule = "1F1B" if parts == 1 else f"interleaved 1F1B, {parts} parts per rank"
+    runs = [(number, len([*same])) for number, same in groupby(layers)]
+    cut = ", ".join(f"{count} × {number}" if count > 1 else f"{number}" for number, count in runs)
+    note = "; fewer micro-batches than stages, so ranks idle most of a step"
+    note = note if micro_batches < ranks else ""
+    return f"{schedule}; layers of the stages: {cut}{note}"
 
 
 # ---------------------------------------------------------------- the order

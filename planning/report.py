@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from itertools import groupby
 
 from parallel.config import PrecisionConfig
 from parallel.mesh import AXES
+from parallel.pipeline_schedule import describe_pipeline
 from planning.communicators import communicator_bytes, n_communicators
 from planning.config import PlanJobConfig
 from planning.failures import ExpectedGoodput, FailurePlan, plan_failures, time_text
@@ -38,10 +38,10 @@ def print_plan(console: Console, config: PlanJobConfig, run: RunPlan) -> None:
             ("devices", config.devices_text),
             ("mesh", str(spec.mesh)),
             *((name or "batch", _batch(stage)) for name, stage in stages),
-            *([] if spec.mesh.pp == 1 else [("pipeline", _pipeline(spec))]),
+            *_pipeline(spec),
             ("precision", _precision(spec.precision)),
             ("attention", spec.attention_name),
-            ("checkpointing", str(spec.parallel.activation_checkpoint)),
+            ("checkpointing", _checkpointing(spec)),
         ],
     )
     bars, capacities = memory_bars(run), bar_limits(run)
@@ -364,15 +364,17 @@ def _batch(plan: Plan) -> str:
     )
 
 
-def _pipeline(spec: StepSpec) -> str:
-    """Return the schedule, the cut and a note if most of a step is bubble."""
-    parts = spec.parallel.pp_parts
-    schedule = "1F1B" if parts == 1 else f"interleaved 1F1B, {parts} parts per rank"
-    runs = [(layers, len([*same])) for layers, same in groupby(spec.layers_of_stages)]
-    cut = ", ".join(f"{count} × {layers}" if count > 1 else f"{layers}" for layers, count in runs)
-    few = spec.micro_batches < spec.mesh.pp
-    note = "; fewer micro-batches than stages, so ranks idle most of a step" if few else ""
-    return f"{schedule}; layers of the stages: {cut}{note}"
+def _pipeline(spec: StepSpec) -> list[tuple[str, str]]:
+    if spec.mesh.pp == 1:
+        return []
+    text = describe_pipeline(spec.layers_of_stages, spec.mesh.pp, spec.micro_batches)
+    return [("pipeline", text)]
+
+
+def _checkpointing(spec: StepSpec) -> str:
+    """Return the activation checkpointing, in order of the pipeline ranks if theirs differ."""
+    modes = [str(stage.parallel.activation_checkpoint) for stage in spec.stages]
+    return modes[0] if len({*modes}) == 1 else f"{', '.join(modes)} by pipeline rank"
 
 
 def _precision(precision: PrecisionConfig) -> str:

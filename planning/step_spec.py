@@ -11,7 +11,7 @@ from typing import Literal
 from model.config import ModelConfig, ModelPart, attention_kernel
 from parallel.config import BF16_CAPABILITY, ParallelConfig, PrecisionConfig
 from parallel.mesh import MeshShape
-from parallel.pipeline_schedule import parts_of_rank, split_layers
+from parallel.pipeline_schedule import parts_of_rank, stage_layers
 from parallel.traffic import Collective, Step, block_matrices, step_traffic
 from planning.frameworks import DEFAULT
 
@@ -75,8 +75,7 @@ class StepSpec:
     @property
     def layers_of_stages(self) -> list[int]:
         """Layers of each of the pp × pp_parts stages, in the order of the model."""
-        given, stages = self.parallel.pp_layers, self.mesh.pp * self.parallel.pp_parts
-        return list(given) if given else split_layers(self.model, stages)
+        return stage_layers(self.model, self.parallel, self.mesh.pp)
 
     @property
     def n_layers(self) -> int:

@@ -452,11 +452,14 @@ def pipeline_errors(mesh: MeshShape, parallel: ParallelConfig, model: ModelConfi
     elif mesh.pp == 1 and given is not None:
         yield f"parallel.pp_layers={_in_brackets(given)} does not apply to parallel.pp=1; use null"
     elif stages > n_layers + 1:  # the last one may be the head alone
-        sizes = [each for each in _factors(mesh.world_size) if each * parts <= n_layers + 1]
-        words = f"parallel.pp={max(sizes)}" if sizes else "parallel.pp=1"
+        use = (
+            f"parallel.pp={max(each for each in _factors(mesh.world_size) if each <= n_layers + 1)}"
+        )
+        if parts > 1:
+            use = "parallel.pp_parts=1" if mesh.pp <= n_layers + 1 else f"{use} parallel.pp_parts=1"
         yield (
-            f"{key} are {stages} stages, but the model has {n_layers} layers and the head; use "
-            f"{words}" + (" or parallel.pp_parts=1" if parts > 1 else "")
+            f"{key} are {stages} stages, but the model has {n_layers} layers and the head; "
+            f"use {use}"
         )
     elif given is not None and (len(given) != stages or sum(given) != n_layers or 0 in given[:-1]):
         yield (

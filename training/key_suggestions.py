@@ -35,7 +35,8 @@ OTHER_NAMES = {  # key: its names elsewhere; only keys of the program are sugges
     "train.max_tokens": "tokens train_tokens total_tokens num_tokens n_tokens",
     "train.global_batch_size": "batch_size bs gbs train_batch_size global_bs",
     "train.micro_batch_size": "batch_size bs mbs local_batch_size device_batch_size micro_bs "
-    "micro_batch per_device_train_batch_size per_device_batch_size train_micro_batch_size_per_gpu",
+    "micro_batch per_device_train_batch_size per_device_batch_size train_micro_batch_size_per_gpu "
+    "pipeline_parallel_microbatch_size num_microbatches pp_microbatches",
     "train.seq_len": "sequence_length sequence_len seq_length context_length context_len "
     "max_length max_seq_length block_size ctx_len n_ctx",
     "train.max_grad_norm": "grad_clip clip_grad clip_grad_norm grad_clip_norm gradient_clipping "
@@ -67,10 +68,11 @@ OTHER_NAMES = {  # key: its names elsewhere; only keys of the program are sugges
     "tensor_model_parallel_size",
     "parallel.cp": "cp_size context_parallel context_parallel_size context_parallel_degree",
     "parallel.pp": "pp_size pipeline_parallel pipeline_parallel_size pipeline_parallel_degree "
-    "pipeline_model_parallel_size",
-    "parallel.pp_parts": "virtual_pipeline_model_parallel_size virtual_pipeline_parallel_size",
+    "pipeline_model_parallel_size pp_stages pipeline",
+    "parallel.pp_parts": "virtual_pipeline_model_parallel_size virtual_pipeline_parallel_size "
+    "num_layers_per_virtual_pipeline_stage pp_chunks",
     "parallel.pp_layers": "pipeline_model_parallel_layout pipeline_parallel_split_points "
-    "module_fqns_per_model_part",
+    "module_fqns_per_model_part pipeline_parallel_layers_per_stage",
     "parallel.dp_shard": "dp dp_size data_parallel_size data_parallel_shard_degree fsdp_size",
     "parallel.dp_replicate": "dp dp_size data_parallel_size data_parallel_replicate_degree",
     "parallel.compile": "torch_compile",

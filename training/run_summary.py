@@ -41,6 +41,7 @@ def header(run: Run, changes: Changes) -> tuple[str, Rows]:
             f"({model.n_kv_heads} kv)",
         ),
         ("mesh", f"{run.mesh} on {processes.accelerator}, launched by {processes.launcher}"),
+        *_pipeline_rows(run),
         ("compute", _compute(run)),
         *_data_rows(run),
         *batch_rows,
@@ -50,6 +51,22 @@ def header(run: Run, changes: Changes) -> tuple[str, Rows]:
         *(("changed", row) for row in changes.rows()),
         *_rate_rows(run, changes),
     ]
+
+
+def _pipeline_rows(run: Run) -> Rows:
+    """Return a row with schedule, cut and number of micro-batches of a pipeline."""
+    from parallel.pipeline_schedule import describe_pipeline, stage_layers
+
+    mesh, parallel, model = run.mesh, run.config.parallel, run.config.model
+    if mesh.pp == 1:
+        return []
+    stage = run.stages.all[0]
+    local = stage.global_batch_size // mesh.dp
+    count = local // (stage.micro_batch_size or local)
+    text = describe_pipeline(stage_layers(model, parallel, mesh.pp), mesh.pp, count)
+    schedule, _, rest = text.partition("; ")
+    batches = f"{count} micro-batch{'es' * (count > 1)} per step"
+    return [("pipeline", f"{schedule}, {batches}; {rest}")]
 
 
 def _compute(run: Run) -> str:

@@ -204,6 +204,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ),
     ("plan", {"model.n_layers": 6, "parallel.pp": 8}),
     ("plan", {"model.n_layers": 6, "parallel.pp": 4, "parallel.pp_parts": 2}),
+    ("plan", {"model.n_layers": 2, "parallel.pp": 8, "parallel.pp_parts": 2}),
     ("plan", {"parallel.pp": 4, "parallel.pp_parts": 2, "train.micro_batch_size": 32}),
     ("plan", {"parallel.pp": 4, "parallel.pp_parts": 2, "train.global_batch_size": 6}),
     ("plan", {**ASYNC_TP, "parallel.tp": 1}),
