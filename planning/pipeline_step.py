@@ -49,14 +49,14 @@ class Replay(NamedTuple):
 def replayed_micro_batches(spec: StepSpec) -> int:
     """Return the number of micro-batches after which a pipeline rank's memory repeats.
 
-    As many as are in flight, and three more through each part: one leaves the first gradients, one
-    adds to them, and one follows, whose hidden states are received ahead.
+    As many as are in flight, and two more through each part: one leaves the first gradients, the
+    other adds to them.
     """
     ranks, parts = spec.mesh.pp, spec.parallel.pp_parts
     in_flight = max_in_flight(spec.stage, ranks, parts, spec.micro_batches)
     if parts == 1:
-        return min(spec.micro_batches, in_flight + 3)
-    return min(spec.micro_batches, (-(-in_flight // (parts * ranks)) + 3) * ranks)
+        return min(spec.micro_batches, in_flight + 2)
+    return min(spec.micro_batches, (-(-in_flight // (parts * ranks)) + 2) * ranks)
 
 
 class PipelineStep(DistributedStep):
@@ -98,6 +98,7 @@ class PipelineStep(DistributedStep):
         blocks = self.layers if self.first_kept == 0 else 0
         for group in [self.root] * bool(self.root.sizes) + [self.block] * blocks:
             self.unshard(group)
+        self.heap.phase("")
 
     def _computations(self, actions: Sequence[Action]) -> Iterator[Computation]:
         shapes = [(len(p.layers), p.has_embedding, p.has_head) for p in self.spec.parts]

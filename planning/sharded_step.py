@@ -177,7 +177,10 @@ class DistributedStep(Step):
         partial = 0.0  # sum of earlier micro-batches without the replicas' parts
         if self.reduces_each and replicated:
             if self.holds:
-                heap.free("gathered", output if self.continues else 0)
+                if self.continues and self.shards == 1:
+                    self.reducing = output  # also the input of the reduction
+                elif self.continues:
+                    heap.free("gathered", output)
                 return
             partial = output
         adds = self.reduces_each and not replicated and self.continues
