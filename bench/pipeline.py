@@ -29,6 +29,7 @@ from bench.measurement import spread, write
 from model.config import ModelConfig
 from model.llama import Llama
 from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.data_parallel import hold_gradients
 from parallel.gradients import clip_grad_norm
 from parallel.mesh import MeshShape
 from parallel.parallelize import initialize_weights, parallelize
@@ -151,11 +152,16 @@ class Run:
         return time.perf_counter() - start
 
     def stage_times(self, batch: tuple[Tensor, ...], repeats: int) -> list[tuple[Any, Any]]:
-        """Return the seconds of forwards and backwards of each part, without transfers."""
+        """Return the seconds of forwards and backwards of each part, without transfers.
+
+        As in a step, only the last backward reduces gradients.
+        """
         found = []
         for part in self.llama.parts:
             forwards, backwards = [], []
-            for _ in range(repeats):
+            for turn in range(1, repeats + 1):
+                is_last = part is self.llama.parts[-1] and turn == repeats
+                hold_gradients(self.llama, not is_last, replicas_only=False)
                 hidden = None
                 if not part.has_embedding:
                     hidden = torch.randn(1, SEQ_LEN, MODEL.dim, requires_grad=True)
