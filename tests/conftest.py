@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fork_server import ForkServer
 from parallel.mesh import AXES
 
 ROOT = Path(__file__).parent.parent
+SHOWN_LINES = 12  # of each rank, where a test fails
 STEPS = 16  # of the run of `command`
 FAULT_STEPS = 24  # of the run of `train_arguments`
 # Files of half a minute and more, longest first.
@@ -83,6 +84,24 @@ def is_quick(item: pytest.Item) -> bool:
         or LAUNCHING_NAMES & vars(item.module).keys()
         or LAUNCHING_FIXTURES & {*item.fixturenames}
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add the end of what the launches of a failed test have printed to its report."""
+    report = yield
+    if fork_servers.shared.cache_info().currsize:
+        launches = fork_servers.shared().launches
+        for number, launch in enumerate(launches, start=1) if report.failed else ():
+            for rank, code in launch.exit_codes.items():
+                title = f"Launch {number} of {len(launches)}, rank {rank}, exit code {code}"
+                lines = launch.output(rank).splitlines()[-SHOWN_LINES:]
+                report.sections.append((title, "\n".join(lines)))
+        if report.when == "teardown":
+            launches.clear()
+    return report
 
 
 def pytest_sessionfinish() -> None:

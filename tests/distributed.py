@@ -7,7 +7,6 @@ second instead of several. The server has run no operation, so it has no threads
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from ports import free_port
 
 PRELOADED = [
     *("train", "checkpoint.restore", "small_run"),
@@ -35,9 +35,7 @@ def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> 
     Raises:
         RuntimeError: with the traceback of the first failing rank. The other ranks are killed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     # The server ignores this process's sys.path until it forks, so pass it for the preloading.

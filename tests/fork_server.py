@@ -12,7 +12,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_injection import Fault, inject
+from ports import free_port
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -76,6 +76,7 @@ class ForkServer:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fork-server-")
         self._n_launches = 0
+        self.launches: list[Launch] = []  # of the current test
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             cwd=ROOT,
@@ -178,9 +179,16 @@ class ForkServer:
             path.touch()  # a test may read it before the rank has opened it
         files = list(zip(map(str, stdout), map(str, stderr), strict=True))
         assert self._process.stdin is not None
-        request = {"arguments": list(arguments), "files": files, **request}
+        request = {
+            "arguments": list(arguments),
+            "files": files,
+            "port": free_port(),
+            **request,
+        }
         print(json.dumps(request), file=self._process.stdin, flush=True)
-        return Launch(self._response()["pids"], stdout, stderr)
+        launch = Launch(self._response()["pids"], stdout, stderr)
+        self.launches.append(launch)
+        return launch
 
     def _response(self) -> Any:
         assert self._process.stdout is not None
@@ -226,18 +234,16 @@ def main() -> None:
 
 def fork_ranks(request: dict[str, Any], libraries: list[str]) -> list[int]:
     """Fork one process per rank and return their ids."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     pids = []
     for rank in range(len(request["files"])):
         pid = os.fork()
         if pid == 0:
-            run_rank(rank, port, request, libraries)
+            run_rank(rank, request, libraries)
         pids.append(pid)
     return pids
 
 
-def run_rank(rank: int, port: int, request: dict[str, Any], libraries: list[str]) -> None:
+def run_rank(rank: int, request: dict[str, Any], libraries: list[str]) -> None:
     """Run the program in this fork and exit."""
     for descriptor, path in enumerate(request["files"][rank], start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
@@ -254,7 +260,7 @@ def run_rank(rank: int, port: int, request: dict[str, Any], libraries: list[str]
             "WORLD_SIZE": world_size,
             "LOCAL_WORLD_SIZE": world_size,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
+            "MASTER_PORT": request["port"],
             "TORCHELASTIC_RUN_ID": "test",
             "TORCHELASTIC_MAX_RESTARTS": 0,
         }

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import read_events, start_python
+from ports import free_port
 from processes import DEADLINE, Program, is_running, linux, paused_training, wait_until_blocked
 from torch.distributed.flight_recorder.components.loader import read_dir
 
@@ -112,8 +113,7 @@ def test_hanging_rank_is_reported_with_stack_before_waiting_ranks(
 
 
 def test_failed_rendezvous_ends_after_setup_timeout(command: Any, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     first_of_two = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     done = start_python(

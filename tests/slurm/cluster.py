@@ -20,6 +20,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
+
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = ("n1", "n2")
 TASKS_PER_NODE = 2
@@ -97,7 +99,7 @@ class Cluster:
 
     def start(self) -> None:
         """Start every daemon and wait until both nodes are idle."""
-        ports = _free_ports(1 + len(NODES))
+        ports = [free_port() for _ in range(1 + len(NODES))]
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 "
             f"Port={port} CPUs={TASKS_PER_NODE} RealMemory=1000 State=UNKNOWN"
@@ -240,15 +242,6 @@ class Cluster:
 def _path() -> str:
     """Return PATH with sbin, which contains the daemons and may be missing from it."""
     return f"{os.environ['PATH']}:/usr/sbin:/sbin"
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return unused ports."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _processes(variable: str, folder: Path) -> list[int]:
