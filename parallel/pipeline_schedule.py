@@ -113,11 +113,18 @@ def describe_pipeline(layers: Sequence[int], ranks: int, micro_batches: int) -> 
     """
     parts = len(layers) // ranks
     schedule = "1F1B" if parts == 1 else f"interleaved 1F1B, {parts} parts per rank"
-    runs = [(number, len([*same])) for number, same in groupby(layers)]
-    cut = ", ".join(f"{count} × {number}" if count > 1 else f"{number}" for number, count in runs)
+    cut = _shorten(layers)
+    if parts > 1:
+        cut += f", of the ranks: {_shorten([sum(layers[rank::ranks]) for rank in range(ranks)])}"
     note = "; fewer micro-batches than stages, so ranks idle most of a step"
     note = note if micro_batches < ranks else ""
     return f"{schedule}; layers of the stages: {cut}{note}"
+
+
+def _shorten(numbers: Sequence[int]) -> str:
+    """Return numbers for a report: "7, 14 × 8, 7"."""
+    runs = [(number, len([*same])) for number, same in groupby(numbers)]
+    return ", ".join(f"{count} × {number}" if count > 1 else f"{number}" for number, count in runs)
 
 
 # ---------------------------------------------------------------- the order

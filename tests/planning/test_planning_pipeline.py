@@ -189,7 +189,8 @@ def test_plan_reports_cut_schedule_and_busiest_rank(capsys: pytest.CaptureFixtur
     run = plan_run(config.request.stages(configured_choice(config, config.mesh)), config.device)
     print_plan(Console(enabled=True), config, run)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "interleaved 1F1B, 2 parts per rank; layers of the stages: 8, 2 × 9, 6" in printed
+    assert "interleaved 1F1B, 2 parts per rank" in printed
+    assert "layers of the stages: 8, 2 × 9, 6, of the ranks: 17, 15" in printed
     assert "pipeline bubble" in printed and "Step time, slowest pipeline rank" in printed
     [plan] = run.stages
     sent = [each.sent for stage in plan.spec.stages for each in stage.traffic()
