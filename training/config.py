@@ -83,7 +83,7 @@ class OptimConfig(ConfigSection):
 
     `schedule_steps` is the end of the schedule (`train.max_steps` by default), so that a run can
     stop earlier with the same learning rates. `decay_ratio` is the fraction of the schedule that
-    `wsd` decays over.
+    `wsd` decays over, and `decay_type` the form of that decay.
     """
 
     lr: Annotated[float, Gt(0), FREE]
@@ -98,6 +98,7 @@ class OptimConfig(ConfigSection):
     warmup_steps: Annotated[int, Ge(0), FREE] = 80
     min_lr_ratio: Annotated[float, Interval(ge=0, le=1), FREE] = 0.1
     decay_ratio: Annotated[float, Interval(ge=0, le=1), FREE] = 0.2
+    decay_type: Annotated[Literal["linear", "sqrt", "cosine", "exponential"], FREE] = "linear"
 
 
 @dataclass(frozen=True)

@@ -291,6 +291,16 @@ def auto_errors(run: RunConfig, parallel: ParallelConfig) -> Iterator[str]:
         )
 
 
+def schedule_errors(optim: OptimConfig) -> Iterator[str]:
+    """Yield an error if the decay never reaches its end."""
+    if (optim.schedule, optim.decay_type, optim.min_lr_ratio) == ("wsd", "exponential", 0.0):
+        yield (
+            "optim.decay_type=exponential multiplies the learning rate in each step by the same "
+            "factor, which does not lead to optim.min_lr_ratio=0; use optim.min_lr_ratio=0.01 or "
+            "optim.decay_type=linear"
+        )
+
+
 def moment_errors(precision: PrecisionConfig, optim: OptimConfig) -> Iterator[str]:
     """Yield an error if the second moment cannot decay in its storage format."""
     if precision.optimizer_state == "bf16" and optim.betas[1] > MAX_BETA2_BF16:
@@ -385,6 +395,7 @@ CONFIG_RULES = (
     size_errors,
     stream_errors,
     auto_errors,
+    schedule_errors,
     moment_errors,
 )
 INSTALLATION_RULES = (saving_errors, wandb_errors, torchao_errors, profile_errors)

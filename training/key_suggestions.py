@@ -48,6 +48,8 @@ OTHER_NAMES = {  # key: its names elsewhere; only keys of the program are sugges
     "optim.schedule": "lr_scheduler lr_scheduler_type lr_schedule scheduler lr_decay_style "
     "scheduler_type",
     "optim.schedule_steps": "lr_decay_iters lr_decay_steps decay_steps",
+    "optim.decay_type": "lr_wsd_decay_style wsd_decay_style decay_style lr_decay_type",
+    "optim.decay_ratio": "lr_wsd_decay_iters lr_decay_ratio cooldown_fraction",
     "optim.warmup_steps": "warmup warmup_iters lr_warmup_steps lr_warmup_iters num_warmup_steps",
     "checkpoint.interval": "save_steps save_every save_interval save_freq checkpoint_interval "
     "checkpoint_every ckpt_interval ckpt_freq save_every_n_steps checkpoint_steps",

@@ -12,23 +12,35 @@ def learning_rate(step: int, config: OptimConfig) -> float:
     """Return the learning rate of a step (counted from 0): linear warm-up, then decay.
 
     `cosine` and `linear` decay from `lr` to `min_lr_ratio · lr` over the steps after the warm-up.
-    `wsd` holds `lr` and decays linearly over the last `decay_ratio` of the schedule (Hu et al.
-    2024, arXiv:2404.06395), or over all steps after the warm-up if those are fewer. After the end
-    of the schedule the rate stays constant.
+    `wsd` holds `lr` and decays over the last `decay_ratio` of the schedule (Hu et al. 2024,
+    arXiv:2404.06395), or over all steps after the warm-up if those are fewer. After the end of the
+    schedule the rate stays constant.
+
+    With t from 0 to 1 in the decay of `wsd` and r = `min_lr_ratio`, the rate is `lr` times
+
+        linear         r + (1 − r) (1 − t)
+        sqrt           r + (1 − r) (1 − √t)               Hägele et al. 2024, arXiv:2405.18392
+        cosine         r + (1 − r) (1 + cos πt) / 2
+        exponential    r^t
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    length = max(config.schedule_steps - config.warmup_steps, 1)
-    progress = min((step - config.warmup_steps) / length, 1.0)
-    if config.schedule == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * progress))
-    elif config.schedule == "linear":
-        factor = 1 - progress
-    else:
-        decay = config.decay_ratio * config.schedule_steps / length  # fraction of `length`
-        decay = min(max(decay, 1 / length), 1.0)
-        factor = min((1 - progress) / decay, 1.0)
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * factor)
+    length: float = max(config.schedule_steps - config.warmup_steps, 1)
+    start: float = config.warmup_steps
+    form: str = config.schedule
+    if form == "wsd":
+        start, form = start + length, config.decay_type
+        length = min(max(config.decay_ratio * config.schedule_steps, 1), length)
+        start -= length
+    t = min(max((step - start) / length, 0.0), 1.0)
+    if form == "exponential":
+        return config.lr * config.min_lr_ratio**t
+    factors = {
+        "linear": 1 - t,
+        "sqrt": 1 - math.sqrt(t),
+        "cosine": 0.5 * (1 + math.cos(math.pi * t)),
+    }
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * factors[form])
 
 
 def rate_jump_warning(step: int, schedule_steps: int, config: OptimConfig) -> str | None:

@@ -130,6 +130,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("train", {"data.validation_fraction": 0}),
     ("train", {**STREAM, "tokenizer": {"name": "bpe", "vocab_size": 4096}}),
     ("train", {"precision.optimizer_state": "bf16", "optim.betas": [0.9, 0.999]}),
+    (
+        "train",
+        {"optim.schedule": "wsd", "optim.decay_type": "exponential", "optim.min_lr_ratio": 0.0},
+    ),
     ("train", {"checkpoint.interval": None, "checkpoint.keep_every": 100}),
     ("train", {"checkpoint.interval": 40, "checkpoint.keep_every": 100}),
     ("train", {"checkpoint.interval": 40, "checkpoint.keep_every": 30}),

@@ -11,6 +11,7 @@ from training.config import OptimConfig
 from training.schedule import learning_rate, rate_jump_warning
 
 LR, RATIO = 3e-4, 0.1
+FORMS = ("linear", "sqrt", "cosine", "exponential")
 CONFIGS = [
     OptimConfig(
         lr=LR,
@@ -19,15 +20,18 @@ CONFIGS = [
         warmup_steps=warmup,
         min_lr_ratio=RATIO,
         decay_ratio=decay,
+        decay_type=form,  # type: ignore[arg-type]
     )
     for schedule in ("cosine", "linear", "wsd")
     for steps, warmup in ((1000, 0), (1000, 100), (1000, 700), (10, 10), (7, 6), (1, 0))
     for decay in ((0.0, 0.2, 0.5, 1.0) if schedule == "wsd" else (0.2,))
+    for form in (FORMS if schedule == "wsd" else ("linear",))
 ]
 
 
 def name_of(config: OptimConfig) -> str:
-    return f"{config.schedule}-{config.schedule_steps}-{config.warmup_steps}-{config.decay_ratio:g}"
+    name = f"{config.schedule}-{config.schedule_steps}-{config.warmup_steps}-{config.decay_ratio:g}"
+    return f"{name}-{config.decay_type}"
 
 
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
@@ -43,7 +47,8 @@ def interpolate(step: float, points: list[tuple[float, float]]) -> float:
 
 def reference_rate(step: int, config: OptimConfig) -> float:
     """Return the learning rate from points instead of formulas."""
-    low, start, end = RATIO * LR, config.warmup_steps, config.schedule_steps
+    low, end = RATIO * LR, config.schedule_steps
+    start: float = config.warmup_steps
     if step < start:
         return interpolate(step, [(-1, 0.0), (start - 1, LR), (start, LR)])
     if step >= max(end, start + 1):
@@ -52,7 +57,17 @@ def reference_rate(step: int, config: OptimConfig) -> float:
         return interpolate(step, [(start, LR), (end, low)])
     if config.schedule == "wsd":
         steps = min(max(config.decay_ratio * end, 1), end - start)
-        return LR if step < end - steps else interpolate(step, [(end - steps, LR), (end, low)])
+        if step < end - steps:
+            return LR
+        match config.decay_type:
+            case "linear":
+                return interpolate(step, [(end - steps, LR), (end, low)])
+            case "sqrt":
+                return LR - (LR - low) * interpolate(step, [(end - steps, 0), (end, 1)]) ** 0.5
+            case "exponential":  # linear in the logarithm
+                points = [(end - steps, math.log(LR)), (end, math.log(low))]
+                return math.exp(interpolate(step, points))
+        start = end - steps
     angle = interpolate(step, [(start, 0.0), (end, math.pi)])
     return low + (LR - low) * (1 + math.cos(angle)) / 2
 
@@ -97,7 +112,14 @@ def test_rate_has_no_discontinuity(config: OptimConfig) -> None:
     falling: float = left
     if config.schedule == "wsd":
         falling = min(max(config.decay_ratio * config.schedule_steps, 1), left)
-    steepest = LR * max(1 / max(config.warmup_steps, 1), math.pi / 2 / falling)
+    slopes = {"linear": math.pi / 2, "cosine": math.pi / 2, "exponential": math.log(1 / RATIO)}
+    # √t is steepest at 0: its first step is the largest.
+    decay = (
+        math.sqrt(1 / falling)
+        if config.decay_type == "sqrt"
+        else (slopes[config.decay_type] / falling)
+    )
+    steepest = LR * max(1 / max(config.warmup_steps, 1), decay)
     rates = [learning_rate(step, config) for step in range(config.schedule_steps + 20)]
     assert max(abs(a - b) for a, b in pairwise(rates)) <= steepest * (1 + 1e-9)
 
