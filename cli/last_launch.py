@@ -83,14 +83,20 @@ def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
         folder = RunFolder(Path(str(composed.run.dir)))
     except OmegaConfBaseException:  # reported by validation
         return composed
-    last = folder.last_config()
     explicit = typed_keys(options)
+    branch = None
+    if "run.branch" in explicit and composed.run.branch is not None:
+        from cli.branch import open_branch
+
+        folder, branch = open_branch(str(composed.run.branch), folder, explicit)
+    source = branch.source if branch else folder
+    last = branch.config if branch else folder.last_config()
     if not last:
         _check_has_run(str(composed.run.dir), explicit)
         return composed
     now = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
-    if folder.committed_steps():
-        errors = list(_group_errors(now, last, explicit, options, folder))
+    if source.committed_steps():
+        errors = list(_group_errors(now, last, explicit, options, source))
         if errors:
             raise ConfigError(errors)
     elif "run.dir" not in explicit or explicit & {*GROUPS, "experiment"}:
@@ -99,6 +105,8 @@ def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
     merged["run"]["dir"] = _literal(str(folder.path))
     if folder.committed_steps():  # which replace the checkpoint that the run started from
         merged["run"]["resume"] = now["run"]["resume"]
+    if branch:
+        branch.set_decay(merged, explicit)
     merged = {**now, **merged}  # keys of plan.py, and unknown ones, which validation reports
     result = OmegaConf.create(merged)
     _print_kept(composed, result, folder)

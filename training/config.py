@@ -27,6 +27,7 @@ class RunConfig(ConfigSection):
             folder that has one, a path starts from that checkpoint or the newest of that run.
         init_from: Initial weights of a run without checkpoints: a run folder (its newest valid
             checkpoint), a checkpoint, a Hugging Face or a Meta folder.
+        branch: Checkpoint of a run with a constant learning rate, which this run decays.
         allow_changes: Keys that may differ from the previous launch although they affect results;
             `rewinds.json` rebuilds that file if it is damaged or missing.
         adopt: Whether to continue from checkpoints in the run folder that another run saved.
@@ -42,6 +43,7 @@ class RunConfig(ConfigSection):
     ] = 0
     resume: Annotated[str, FREE] = "auto"
     init_from: Annotated[str | None, ResumePolicy("forbidden", "the initial weights")] = None
+    branch: Annotated[str | None, FREE] = None
     allow_changes: Annotated[list[str], FREE] = field(default_factory=list)
     adopt: Annotated[bool, FREE] = False
     time_limit: Annotated[Annotated[float, Gt(0), Lt(math.inf)] | None, FREE] = None
@@ -83,7 +85,8 @@ class OptimConfig(ConfigSection):
 
     `schedule_steps` is the end of the schedule (`train.max_steps` by default), so that a run can
     stop earlier with the same learning rates. `decay_ratio` is the fraction of the schedule that
-    `wsd` decays over, and `decay_type` the form of that decay.
+    `wsd` decays over, and `decay_type` the form of that decay. `decay_start` is the step before
+    the first one with a lower rate, instead of `decay_ratio`.
     """
 
     lr: Annotated[float, Gt(0), FREE]
@@ -98,6 +101,7 @@ class OptimConfig(ConfigSection):
     warmup_steps: Annotated[int, Ge(0), FREE] = 80
     min_lr_ratio: Annotated[float, Interval(ge=0, le=1), FREE] = 0.1
     decay_ratio: Annotated[float, Interval(ge=0, le=1), FREE] = 0.2
+    decay_start: Annotated[PositiveInt | None, FREE] = None
     decay_type: Annotated[Literal["linear", "sqrt", "cosine", "exponential"], FREE] = "linear"
 
 

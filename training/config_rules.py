@@ -292,7 +292,18 @@ def auto_errors(run: RunConfig, parallel: ParallelConfig) -> Iterator[str]:
 
 
 def schedule_errors(optim: OptimConfig) -> Iterator[str]:
-    """Yield an error if the decay never reaches its end."""
+    """Yield an error if the decay never reaches its end, or is outside of the schedule."""
+    start, warmup, end = optim.decay_start, optim.warmup_steps, optim.schedule_steps
+    if start is not None and optim.schedule != "wsd":
+        yield (
+            f"optim.decay_start={start} is for optim.schedule=wsd, not {optim.schedule}; use "
+            "optim.decay_start=null or optim.schedule=wsd"
+        )
+    elif start is not None and not warmup <= start < end:
+        yield (
+            f"optim.decay_start={start} is not between the end of the warm-up, step {warmup}, and "
+            f"optim.schedule_steps={end}; use optim.decay_start=null"
+        )
     if (optim.schedule, optim.decay_type, optim.min_lr_ratio) == ("wsd", "exponential", 0.0):
         yield (
             "optim.decay_type=exponential multiplies the learning rate in each step by the same "

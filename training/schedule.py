@@ -25,13 +25,8 @@ def learning_rate(step: int, config: OptimConfig) -> float:
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    length: float = max(config.schedule_steps - config.warmup_steps, 1)
-    start: float = config.warmup_steps
-    form: str = config.schedule
-    if form == "wsd":
-        start, form = start + length, config.decay_type
-        length = min(max(config.decay_ratio * config.schedule_steps, 1), length)
-        start -= length
+    start, length = decay_steps(config)
+    form: str = config.decay_type if config.schedule == "wsd" else config.schedule
     t = min(max((step - start) / length, 0.0), 1.0)
     if form == "exponential":
         return config.lr * config.min_lr_ratio**t
@@ -41,6 +36,18 @@ def learning_rate(step: int, config: OptimConfig) -> float:
         "cosine": 0.5 * (1 + math.cos(math.pi * t)),
     }
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * factors[form])
+
+
+def decay_steps(config: OptimConfig) -> tuple[float, float]:
+    """Return the last step with the peak rate (the first is 0), and the length of the decay."""
+    length: float = max(config.schedule_steps - config.warmup_steps, 1)
+    end = config.warmup_steps + length
+    if config.schedule == "wsd":
+        decay = config.decay_ratio * config.schedule_steps
+        if config.decay_start is not None:
+            decay = end - config.decay_start
+        length = min(max(decay, 1), length)
+    return end - length, length
 
 
 def rate_jump_warning(step: int, schedule_steps: int, config: OptimConfig) -> str | None:

@@ -226,6 +226,7 @@ BOUNDS: dict[str, list[tuple[float, float]]] = {
     "optim.schedule_steps": [(1, 0)],
     "optim.warmup_steps": [(0, -1)],
     "optim.min_lr_ratio": [(0, -1e-9), (1, 1.001)],
+    "optim.decay_start": [(1, 0)],
     "optim.decay_ratio": [(0, -1e-9), (1, 1.001)],
     "validation.interval": [(1, 0)],
     "validation.samples": [(0, -1)],

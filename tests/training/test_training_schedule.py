@@ -81,6 +81,17 @@ def test_rate_equals_reference_at_every_step(config: OptimConfig) -> None:
         assert learning_rate(step, config) == pytest.approx(reference_rate(step, config), rel=1e-12)
 
 
+def test_decay_start_replaces_the_ratio() -> None:
+    wsd = OptimConfig(lr=LR, schedule="wsd", schedule_steps=90, warmup_steps=10, decay_ratio=0.2)
+    for end in (80, 90, 200):
+        rates = [
+            learning_rate(s, replace(wsd, decay_start=72, schedule_steps=end)) for s in range(end)
+        ]
+        assert rates[10:73] == [LR] * 63 and rates[73] < LR
+    same = replace(wsd, decay_start=72)
+    assert all(learning_rate(s, same) == learning_rate(s, wsd) for s in range(100))
+
+
 @every_config
 def test_rate_is_positive_and_never_above_lr(config: OptimConfig) -> None:
     rates = [learning_rate(step, config) for step in range(config.schedule_steps + 20)]
