@@ -2,9 +2,10 @@
 
 Hardware can change a bit in memory or compute a wrong value without an error. Ranks that hold
 copies of the same values notice it: weights, moments and reduced gradients of HSDP replicas and of
-parameters that are replicated under tensor parallelism, and the weights that each rank gathers
-under FSDP. `training.recovery` compares them every `faults.replica_check_interval` steps and before
-each checkpoint, so a checkpoint never contains a difference. Imported only with several processes.
+parameters that are replicated under tensor parallelism, the tied weight of the first and the last
+pipeline stage, and the weights that each rank gathers under FSDP. `training.recovery` compares them
+every `faults.replica_check_interval` steps and before each checkpoint, so a checkpoint never
+contains a difference. Imported only with several processes.
 """
 
 import socket
@@ -24,6 +25,7 @@ from parallel.data_parallel import free_gathered_weights
 from parallel.mesh import MeshShape
 
 GATHERED = "gathered weights"
+TIED = "tok_embeddings.weight"  # on the first and on the last pipeline stage
 COLUMNS = 1024
 MAX_NAMES = 3
 _FIRST_MULTIPLIER = -7046029254386353131  # odd: 2 ** 64 / golden ratio, as a signed number
@@ -86,7 +88,8 @@ class ReplicaCheck:
         model: Parallelized model whose parameters are DTensors.
         optimizer: Its optimizer, whose state has tensors or objects with tensors as attributes.
         interval: Steps between comparisons.
-        mesh: Ranks on different pipeline stages have no copies of each other's tensors.
+        mesh: Ranks on different pipeline stages have no copies of each other's tensors, apart from
+            the tied weight of the first and the last one.
     """
 
     def __init__(
@@ -97,10 +100,16 @@ class ReplicaCheck:
         mesh: MeshShape,
     ) -> None:
         self.interval = interval
-        self._stage = None
+        self._stage = self._tied = None
         if mesh.pp > 1:
-            ranks = mesh.ranks_of_stage(mesh.stage(dist.get_rank()))
-            self._stage = dist.new_group(ranks, use_local_synchronization=True)
+            config: Any = model.config
+            own = mesh.ranks_of_stage(mesh.stage(dist.get_rank()))
+            self._stage = dist.new_group(own, use_local_synchronization=True)
+            if config.tie_embeddings:
+                # All ranks create it, because names of groups depend on their number.
+                ends = [*mesh.ranks_of_stage(0), *mesh.ranks_of_stage(mesh.pp - 1)]
+                ranks = sorted(ends) if dist.get_rank() in ends else own
+                self._tied = dist.new_group(ranks, use_local_synchronization=True)
         self.reported_hosts: set[str] = set()
         self._model, self._optimizer = model, optimizer
         self._gradients: list[Copy] | None = None
@@ -118,7 +127,7 @@ class ReplicaCheck:
         if self._gradients is not None:
             named = self._model.named_parameters()
             tensors = ((name, p, p.grad) for name, p in named if p.grad is not None)
-            self._gradients = list(_copies("gradients", tensors))
+            self._gradients = list(self._copies("gradients", tensors))
 
     @torch.no_grad()
     def compare(self) -> Difference | None:
@@ -126,9 +135,13 @@ class ReplicaCheck:
         free_gathered_weights(self._model)
         copies = [*(self._gradients or ()), *self._state(), *_gathered_weights(self._model)]
         self._gradients = None
-        difference = find_difference(copies, self._stage)
-        if self._stage is not None:
-            difference = _of_all_stages(difference)
+        if self._stage is None:
+            difference = find_difference(copies, None)
+        else:
+            tied = [each for each in copies if self._is_tied(each.name)]
+            others = [each for each in copies if not self._is_tied(each.name)]
+            found = find_difference(others, self._stage), find_difference(tied, self._tied)
+            difference = _of_all_stages(found)
         if difference is not None:
             hosts: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(hosts, socket.gethostname())
@@ -137,20 +150,36 @@ class ReplicaCheck:
 
     def _state(self) -> Iterator[Copy]:
         named = list(self._model.named_parameters())
-        yield from _copies("weights", ((name, weight, weight) for name, weight in named))
+        yield from self._copies("weights", ((name, weight, weight) for name, weight in named))
         for name, weight in named:
             for key, value in self._optimizer.state.get(weight, {}).items():
                 tensors = [value] if isinstance(value, Tensor) else vars(value).values()
                 held = ((name, weight, each) for each in tensors if isinstance(each, Tensor))
-                yield from _copies(key, held)
+                yield from self._copies(key, held)
+
+    def _copies(self, kind: str, tensors: Iterable[tuple[str, Tensor, Tensor]]) -> Iterator[Copy]:
+        """Hash the tensors that other ranks also hold.
+
+        Args:
+            tensors: Name and parameter, and a tensor that is sharded like the parameter.
+        """
+        for name, parameter, tensor in tensors:
+            layout, shard, n_copies = _layout(parameter)
+            if n_copies > 1 or self._is_tied(name):
+                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                yield Copy(kind, name, layout, shard, hash_tensor(local))
+
+    def _is_tied(self, name: str) -> bool:
+        """Return whether another pipeline stage has a parameter too."""
+        return self._tied is not None and name == TIED
 
 
-def find_difference(copies: Sequence[Copy], stage: dist.ProcessGroup | None) -> Difference | None:
-    """Return the ranks whose copies differ, without their hosts; all ranks of a stage call it.
+def find_difference(copies: Sequence[Copy], among: dist.ProcessGroup | None) -> Difference | None:
+    """Return the ranks whose copies differ, without their hosts; all ranks of `among` call it.
 
     Args:
         copies: Of this rank; on each rank as many, with equal kinds, names and layouts.
-        stage: None: all ranks.
+        among: The ranks that hold the copies. None: all.
     """
     groups: dict[tuple[str, int], list[Copy]] = defaultdict(list)
     for copy in copies:
@@ -159,15 +188,15 @@ def find_difference(copies: Sequence[Copy], stage: dist.ProcessGroup | None) -> 
         return None
     digests = [_combine([copy.hash for copy in group]) for group in groups.values()]
     shards = [group[0].shard for group in groups.values()]
-    by_group = zip(groups.values(), _all_gather(torch.stack(digests), shards, stage), strict=True)
+    by_group = zip(groups.values(), _all_gather(torch.stack(digests), shards, among), strict=True)
     differing = [copy for group, values in by_group if _deviating(values)[0] for copy in group]
     # A changed shard also changes what other ranks gather; then only the shard is reported.
     differing = [copy for copy in differing if copy.kind != GATHERED] or differing
     if not differing:
         return None
     hashes, shards = [copy.hash for copy in differing], [copy.shard for copy in differing]
-    found = [_deviating(values) for values in _all_gather(torch.stack(hashes), shards, stage)]
-    global_ranks = dist.get_process_group_ranks(stage)
+    found = [_deviating(values) for values in _all_gather(torch.stack(hashes), shards, among)]
+    global_ranks = dist.get_process_group_ranks(among)
     return Difference(
         ranks=sorted({global_ranks[rank] for ranks, _ in found for rank in ranks}),
         hosts=[],
@@ -180,11 +209,11 @@ def find_difference(copies: Sequence[Copy], stage: dist.ProcessGroup | None) -> 
     )
 
 
-def _of_all_stages(difference: Difference | None) -> Difference | None:
+def _of_all_stages(own: Sequence[Difference | None]) -> Difference | None:
     """Return the differences of all pipeline stages as one; all ranks call it."""
-    gathered: list[Difference | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, difference)
-    found = [each for each in gathered if each is not None]
+    gathered: list[Sequence[Difference | None]] = [()] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    found = [each for differences in gathered for each in differences if each is not None]
     if not found:
         return None
     return Difference(
@@ -219,35 +248,18 @@ def hash_tensor(tensor: Tensor) -> Tensor:
     return total
 
 
-def _copies(kind: str, tensors: Iterable[tuple[str, Tensor, Tensor]]) -> Iterator[Copy]:
-    """Hash the tensors that other ranks also hold.
-
-    Args:
-        tensors: Name and parameter, and a tensor that is sharded like the parameter.
-    """
-    for name, parameter, tensor in tensors:
-        layout, shard = _layout(parameter)
-        if layout is not None:
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            yield Copy(kind, name, layout, shard, hash_tensor(local))
-
-
-def _layout(parameter: Tensor) -> tuple[int | None, int]:
-    """Return the sharded axes of a parameter and the index of this rank's shard.
-
-    The axes are None if no other rank has a copy.
-    """
-    if not isinstance(parameter, DTensor):
-        return None, 0
+def _layout(parameter: Tensor) -> tuple[int, int, int]:
+    """Return the sharded axes of a parameter, the index of this rank's shard, and its copies."""
     layout, shard, n_copies = 0, 0, 1
-    sizes, coordinates = parameter.device_mesh.shape, _coordinates(parameter)
-    for axis, placement in enumerate(parameter.placements):
-        if isinstance(placement, Replicate):
-            n_copies *= sizes[axis]
-        else:
-            layout |= 1 << axis
-            shard = shard * sizes[axis] + coordinates[axis]
-    return layout if n_copies > 1 else None, shard
+    if isinstance(parameter, DTensor):
+        sizes, coordinates = parameter.device_mesh.shape, _coordinates(parameter)
+        for axis, placement in enumerate(parameter.placements):
+            if isinstance(placement, Replicate):
+                n_copies *= sizes[axis]
+            else:
+                layout |= 1 << axis
+                shard = shard * sizes[axis] + coordinates[axis]
+    return layout, shard, n_copies
 
 
 def _gathered_weights(model: nn.Module) -> Iterator[Copy]:
@@ -263,7 +275,8 @@ def _gathered_weights(model: nn.Module) -> Iterator[Copy]:
         if first is None or not _is_sharded(first):
             continue
         module.unshard()
-        for name, weight in weights():
+        unique = {id(weight): (name, weight) for name, weight in reversed([*weights()])}
+        for name, weight in unique.values():  # a tied weight is in it once, by its first name
             layout, shard = 0, 0
             local: Any = weight
             if isinstance(weight, DTensor):  # on the axis of tensor parallelism
@@ -318,12 +331,12 @@ def _multipliers(n: int, device: torch.device) -> Tensor:
 
 
 def _all_gather(
-    hashes: Tensor, shards: Sequence[int], stage: dist.ProcessGroup | None
+    hashes: Tensor, shards: Sequence[int], among: dist.ProcessGroup | None
 ) -> list[list[tuple[int, int]]]:
-    """Return for each hash (n) the shard and the hash on every rank of the stage."""
+    """Return for each hash (n) the shard and the hash on every rank of a group."""
     local = torch.stack([torch.tensor(shards, device=hashes.device), hashes])  # (2, n)
-    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(stage))]
-    dist.all_gather(gathered, local, group=stage)
+    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(among))]
+    dist.all_gather(gathered, local, group=among)
     by_tensor = torch.stack(gathered).permute(2, 0, 1).tolist()  # (n, ranks, 2)
     return [[(shard, value) for shard, value in ranks] for ranks in by_tensor]
 

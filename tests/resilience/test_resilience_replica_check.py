@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from resilience.replica_check import ReplicaCheck, hash_tensor
+from resilience.replica_check import TIED, ReplicaCheck, hash_tensor
 from train import train_step
 from training.optimizer import StateFormat, build_optimizer
 
@@ -173,6 +173,11 @@ MATRIX, NORM = "layers.0.attention.wq.weight", "layers.0.attention_norm.weight"
         (Case(pp=2, tp=2), "weights norm.weight", [2, 3]),  # the last stage is the head alone
         (Case(pp=2, dp=2, n_layers=3), "gathered layers.2.attention_norm.weight", [2, 3]),
         (Case(pp=2, dp_replicate=2), f"exp_avg {MATRIX}", [0, 2]),
+        (Case(pp=3, n_layers=2, tied=True), f"weights {TIED}", [0, 2]),
+        (Case(pp=2, dp=2, tied=True), f"exp_avg_sq {TIED}", [0, 2]),
+        (Case(pp=2, tp=2, tied=True), f"weights {TIED}", [0, 2]),
+        (Case(pp=2, dp_replicate=2, tied=True), f"weights {TIED}", [2]),  # of four copies
+        (Case(pp=2, dp=2, tied=True), f"gathered {TIED}", [2]),
     ],
     ids=str,
 )
