@@ -15,10 +15,9 @@ from parallel.mesh import MeshShape
 from planning.communicators import communicator_bytes
 from planning.fit_check import largest_parts, machine_memory, plan_request, this_machine
 from planning.hardware import PROCESS_GIB
-from planning.memory import GIB, size_text
+from planning.memory import GIB, size_text, stage_memory
 from planning.plan import host_peak
 from planning.remedies import Remedy, remedy
-from planning.search import peak_memory
 from planning.step_spec import StepSpec
 from resilience.errors import OutOfMemory, is_host_out_of_memory, is_out_of_memory
 from resilience.processes import Processes, process_ranks
@@ -66,11 +65,16 @@ def explain(
 def compare_device(
     requested: int, config: JobConfig, processes: Processes, mesh: MeshShape
 ) -> tuple[str, Remedy]:
-    """Return measured and planned memory of the rank's device, as text, and a remedy."""
+    """Return measured and planned memory of the rank's device, as text, and a remedy.
+
+    Planned for the pipeline stage of this rank, which may not be the fullest one.
+    """
     measured = peak_bytes(processes.accelerator)
     request, choice = plan_request(config, processes, mesh)
     stages = request.stages(choice)
-    memory = peak_memory(stages)
+    own = mesh.stage(process_ranks()[0])
+    on_stage = (stage_memory(spec.stages[own]) for spec, _ in stages)
+    memory = max(on_stage, key=lambda each: each.peak)
     available = this_machine(processes)[1] - communicator_bytes(stages[0][0])
     excess = max(1.0, (measured + requested) / memory.peak)
     limit = int(min(available / excess, SMALLER * memory.peak))

@@ -11,10 +11,10 @@ from hydra import compose, initialize_config_dir
 from checkpoint.host_copy import copy_to_host
 from cli.arguments import CONF, hydra_arguments
 from cli.config import load_train_config
-from parallel.mesh import MeshShape
+from parallel.mesh import MeshShape, resolve_mesh
 from planning import out_of_memory
 from planning.communicators import COMMUNICATOR_BYTES, n_communicators
-from planning.memory import GIB, size_text
+from planning.memory import GIB, size_text, stage_memory
 from planning.out_of_memory import memory_advice, requested_bytes
 from planning.plan import host_peak
 from planning.request import PlanRequest, configured_choice
@@ -67,6 +67,33 @@ def test_named_change_fits_by_the_plan_corrected_by_the_measured_peak(
     assert raised.value.overrides.split() == words
     changed = planned(trained(*words))
     assert changed < planned(config) and changed * max(excess, 1) <= available
+
+
+def test_measured_peak_of_a_pipeline_stage_is_compared_with_the_plan_of_that_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last stage needs far more than its plan, but hardly more than the plan of the first."""
+    keys = ["parallel.dp_shard=4", "parallel.pp=2", "parallel.pp_layers=[24,8]"]
+    keys += ["train.micro_batch_size=1"]
+    config = trained(f"run.dir={tmp_path}", *keys)
+    mesh, _ = resolve_mesh(config.parallel, 8)
+
+    def peaks(config: JobConfig) -> list[int]:
+        mesh, _ = resolve_mesh(config.parallel, 8)
+        ((spec, _),) = PlanRequest(config, "cuda", 1).stages(configured_choice(config, mesh))
+        return [stage_memory(each).peak for each in spec.stages]
+
+    first, last = peaks(config)
+    measured = available = int(1.02 * first)
+    nccl = COMMUNICATOR_BYTES * n_communicators(mesh)
+    monkeypatch.setattr(out_of_memory, "process_ranks", lambda: (4, 4))
+    monkeypatch.setattr(out_of_memory, "peak_bytes", lambda _: measured)
+    monkeypatch.setattr(out_of_memory, "this_machine", lambda _: (None, available + nccl))
+    with pytest.raises(OutOfMemory) as raised, memory_advice(config, PROCESSES, mesh):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert f"planned peak {size_text(last)}" in str(raised.value)
+    changed = peaks(trained(*keys, *raised.value.overrides.split()))
+    assert max(changed) * measured / last <= available
 
 
 def planned_on_host(config: JobConfig) -> int:
