@@ -74,10 +74,11 @@ def rerun(run: Run, stats: "StepStats") -> str | None:
     local = [_loss(run, stats.batch, (run.data_rank + shift) % size) for shift in (0, 1)]
     results: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(results, (run.data_rank, *local, socket.gethostname()))
-    own = {group: loss for group, loss, _, _ in results}
-    moved = {(group + 1) % size: loss for group, _, loss, _ in results}
-    parts = range(size)
-    diagnosis = diagnose([own[part] for part in parts], [moved[part] for part in parts])
+    own, moved = [0.0] * size, [0.0] * size
+    for group, here, there, _ in results:  # the sum of a group's losses, as in `train_step`
+        own[group] += here / run.strategy.ranks_per_loss
+        moved[(group + 1) % size] += there / run.strategy.ranks_per_loss
+    diagnosis = diagnose(own, moved)
     fields = {"faulty": diagnosis.faulty, "bad": diagnosis.bad}
     run.record("rerun", step=stats.step, batch=stats.batch, **fields)
     if diagnosis.faulty:

@@ -166,6 +166,19 @@ def test_rank_that_computes_non_finite_losses_of_good_samples_stops_the_run(
     assert RunFolder(folder).committed_steps()[-1] == 8
 
 
+@pytest.mark.parametrize("axis", ["tp", "cp", "pp"])
+def test_rerun_sees_the_loss_of_each_rank_of_a_data_parallel_group(
+    fork_server: ForkServer, train_arguments: Any, tmp_path: Path, axis: str
+) -> None:
+    """The first rank of the group alone has a wrong loss, or wrong hidden states of a stage."""
+    mesh = (f"parallel.{axis}=2", "parallel.dp_shard=2")
+    broken = Fault(rank=0, function=FORWARD, call=2, last_call=ALWAYS, action="nan")
+    launch = fork_server.run(train_arguments(tmp_path / "run", *mesh), 4, broken)
+    assert launch.exit_codes == dict.fromkeys(range(4), ExitCode.CORRUPTION), launch.output()
+    reruns = [line for line in read_events(tmp_path / "run") if line["event"] == "rerun"]
+    assert [(line["step"], line["faulty"]) for line in reruns] == [(2, [0])]
+
+
 # ---------------------------------------------------------------- disks and files
 
 
