@@ -219,9 +219,14 @@ class RunPlan:
 
     @property
     def largest_mesh(self) -> int:
-        """Devices at one sequence per data rank of the smallest batch, with the same cp and tp."""
-        mesh = self.stages[0].spec.mesh
-        return min(plan.spec.global_batch_size for plan in self.stages) * mesh.ranks_per_sample
+        """Devices with the fewest sequences per data rank, and the same pp, cp and tp.
+
+        These are one of the smallest batch, or if parts of pipeline ranks interleave, `pp`.
+        """
+        spec = self.stages[0].spec
+        per_rank = spec.mesh.pp if spec.parallel.pp_parts > 1 else 1
+        smallest = min(plan.spec.global_batch_size for plan in self.stages)
+        return smallest // per_rank * spec.mesh.ranks_per_sample
 
     def tflops(self, causal: bool = True) -> float:
         """Return model TFLOP/s per device: the FLOPs of all stages over their duration."""

@@ -609,6 +609,23 @@ def test_tables_of_a_run_with_stages_name_their_stage(capsys: pytest.CaptureFixt
         assert mesh == "16 devices with cp=1 and tp=1"
 
 
+def test_micro_batch_proposed_for_interleaved_parts_is_valid_in_all_stages() -> None:
+    words = ["model.n_layers=4", "parallel.pp=2", "parallel.pp_parts=2", "parallel.dp_shard=1"]
+    words += ["train.global_batch_size=12", "train.micro_batch_size=4"]
+    words += ["data.stages=[{from_sample:48,global_batch_size:8}]"]
+    with pytest.raises(ConfigError, match=r"has 3 per step; use train\.micro_batch_size=2 or"):
+        planned(*words)
+    planned(*words, "train.micro_batch_size=2")
+
+
+def test_largest_mesh_of_interleaved_parts_has_a_micro_batch_for_each_pipeline_rank() -> None:
+    """A mesh twice as large would be rejected: its data ranks have fewer micro-batches."""
+    axes = ("model.n_layers=4", "parallel.pp=2", "train.global_batch_size=16")
+    for parts, largest in ((1, 32), (2, 16)):
+        words = (f"parallel.pp_parts={parts}", "train.micro_batch_size=1")
+        assert run_of(planned(*axes, *words)).largest_mesh == largest
+
+
 def test_slow_runs_and_long_limits_are_printed_as_plain_numbers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -428,9 +428,11 @@ def mesh_errors(
     def stage_size_errors(sizes: TrainConfig) -> Iterator[str]:
         yield from model_errors(mesh, parallel, model, sizes.seq_len)
         yield from batch_errors(mesh, sizes)
-        yield from interleaving_errors(mesh, parallel, sizes)
+        yield from interleaving_errors(mesh, parallel, sizes, batches)
         yield from fp8_size_errors(mesh, precision, model, sizes)
 
+    batches = [each.global_batch_size or train.global_batch_size for each in data.stages or []]
+    batches.append(train.global_batch_size)
     yield from pipeline_errors(mesh, parallel, model)
     yield from stream_shard_errors(mesh, train, data)
     yield from for_every_stage(train, data, stage_size_errors)
@@ -510,16 +512,21 @@ def _in_brackets(values: Sequence[object]) -> str:
 
 
 def interleaving_errors(
-    mesh: MeshShape, parallel: ParallelConfig, train: TrainConfig
+    mesh: MeshShape, parallel: ParallelConfig, train: TrainConfig, batches: Sequence[int] = ()
 ) -> Iterator[str]:
-    """Yield an error if the interleaved schedule cannot distribute the micro-batches."""
+    """Yield an error if the interleaved schedule cannot distribute the micro-batches.
+
+    Args:
+        batches: Global batch sizes of other stages, in which the remedy must be valid too.
+    """
     local, remainder = divmod(train.global_batch_size, mesh.dp)
     size = train.micro_batch_size or local
     if parallel.pp_parts == 1 or mesh.pp == 1 or remainder or local % size:
         return
     count = local // size
     if count % mesh.pp:
-        sizes = [each for each in _factors(local) if local // each % mesh.pp == 0]
+        common = math.gcd(local, *(batch // mesh.dp for batch in batches))
+        sizes = [each for each in _factors(common) if common // each % mesh.pp == 0]
         words = f"train.micro_batch_size={_nearest(size, sizes)} or " if sizes else ""
         yield (
             f"parallel.pp_parts={parallel.pp_parts} interleaves groups of parallel.pp={mesh.pp} "
