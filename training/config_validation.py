@@ -264,7 +264,8 @@ def _message(
             if name.endswith(ending):
                 remedy = remedy.replace("a valid number", f"a number of {unit}")
         remedy = remedy.replace("a valid integer", _without_suffix(name, str(value)))
-    if annotations and type(None) in _members(annotations[-1]):
+    is_item = key.endswith("]")  # null would be valid for the list, not for an item of it
+    if annotations and type(None) in _members(annotations[-1]) and not is_item:
         remedy = remedy.replace(" or ", ", ") + " or null"  # "a, b or c" becomes "a, b, c or null"
     return f"{name}={shown(value)} {rule}; use {remedy}"
 

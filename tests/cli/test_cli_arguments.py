@@ -315,6 +315,15 @@ def test_text_that_would_be_another_path_is_rejected(word: str, remedy: str) -> 
     assert any(remedy in error for error in raised.value.errors)
 
 
+@pytest.mark.parametrize("word", ["pp_layers=[2,-1]", "pp_checkpoint=[full,null]"])
+def test_remedy_of_an_item_of_a_list_is_valid_for_the_item(word: str) -> None:
+    """Null is valid for these keys, but not in the list."""
+    with pytest.raises(ConfigError) as raised:
+        load_train_config(compose_config("train", [f"parallel.{word}"]))
+    [error] = raised.value.errors
+    assert "[1]=" in error and "or null" not in error
+
+
 @pytest.mark.parametrize("value", ["3", "null", "abc", "${x}", "[1]"])
 @pytest.mark.parametrize("section", ["run", "train", "log"])
 def test_value_of_a_section_is_rejected(section: str, value: str) -> None:
