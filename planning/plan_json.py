@@ -12,7 +12,7 @@ from typing import Any
 
 from data.files import strict_json, write_atomically, write_problem
 from parallel.mesh import MeshShape
-from planning.communicators import communicator_bytes, n_communicators
+from planning.communicators import communicator_bytes, spec_communicators
 from planning.config import PlanJobConfig
 from planning.failures import FailurePlan
 from planning.memory import MemoryBreakdown
@@ -54,7 +54,7 @@ def plan_record(config: PlanJobConfig, run: RunPlan) -> dict[str, Any]:
         "days": run.seconds / SECONDS_PER_DAY,
         **cost_record(config, run),
         "host_memory": max(plan.host_peak for plan in run.stages),
-        "nccl": {"communicators": n_communicators(spec.mesh), "bytes": communicator_bytes(spec)},
+        "nccl": {"communicators": spec_communicators(spec), "bytes": communicator_bytes(spec)},
         "failures": _failure_record(config, run),
         "stages": [_stage_record(stage) for stage in run.stages],
     }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from parallel.config import PrecisionConfig
 from parallel.mesh import AXES
 from parallel.pipeline_schedule import describe_pipeline
-from planning.communicators import communicator_bytes, n_communicators
+from planning.communicators import communicator_bytes, spec_communicators
 from planning.config import PlanJobConfig
 from planning.failures import ExpectedGoodput, FailurePlan, plan_failures, time_text
 from planning.memory import GIB, PARTS, MemoryBreakdown, size_text, size_unit
@@ -141,7 +141,7 @@ def _host_rows(config: PlanJobConfig, run: RunPlan) -> list[tuple[str, str]]:
 def _nccl_rows(run: RunPlan) -> list[tuple[str, str]]:
     """Return the row about NCCL's buffers, which the available memory excludes."""
     spec = run.stages[0].spec
-    size, count = communicator_bytes(spec), n_communicators(spec.mesh)
+    size, count = communicator_bytes(spec), spec_communicators(spec)
     return [("NCCL buffers", f"{size_text(size)} per rank, communicators: {count}")] if size else []
 
 

@@ -391,6 +391,16 @@ def inference_errors(precision: PrecisionConfig, parallel: ParallelConfig) -> It
             f"parallel.pp={parallel.pp} is for training only, and its checkpoints load on any "
             "mesh; use parallel.pp=1"
         )
+    if parallel.pp_parts > 1:
+        yield (
+            f"parallel.pp_parts={parallel.pp_parts} is for training only; use parallel.pp_parts=1"
+        )
+    for key in ("pp_layers", "pp_checkpoint"):
+        if values := getattr(parallel, key):
+            yield (
+                f"parallel.{key}={_in_brackets(values)} is for training only; use "
+                f"parallel.{key}=null"
+            )
     if precision.fp8 is not None:
         yield f"precision.fp8={precision.fp8} is for training only; use precision.fp8=null"
 

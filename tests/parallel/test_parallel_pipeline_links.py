@@ -7,7 +7,9 @@ import pytest
 import torch.distributed as dist
 from distributed import on_ranks
 from small_run import Case, batch, build, local_batches
+from torch.distributed.distributed_c10d import _world
 
+from planning.communicators import n_communicators
 from train import train_step
 
 
@@ -41,6 +43,7 @@ def messages_by_link(case: Case) -> dict[str, Any]:
         "set_up": {key: set_up[link] for key, link in between.items()},
         "kinds": {key: kinds[link] for key, link in between.items()},
         "others": kinds.keys() - between.values(),
+        "communicators": sum(group.size() > 1 for group in _world.pg_map),
     }
 
 
@@ -48,7 +51,7 @@ def messages_by_link(case: Case) -> dict[str, Any]:
     "case",
     [
         Case(pp=3, n_layers=3, n_micro=4),
-        Case(pp=2, pp_parts=2, n_layers=4, n_micro=2),
+        Case(pp=2, pp_parts=2, n_layers=4, n_micro=2, tied=True),
         Case(pp=2, dp_replicate=2, n_layers=2, n_micro=2),
     ],
     ids=str,
@@ -58,7 +61,10 @@ def test_each_link_is_set_up_by_a_message_and_has_one_direction(case: Case) -> N
 
     A receive that comes before the other rank can send would wait forever.
     """
-    for rank, found in enumerate(on_ranks(case.world, messages_by_link, case)):
+    ranks = on_ranks(case.world, messages_by_link, case)
+    planned = n_communicators(case.mesh, case.pp_parts, case.tied)
+    assert max(found["communicators"] for found in ranks) == planned
+    for rank, found in enumerate(ranks):
         stage = rank // (case.dp * case.cp * case.tp) % case.pp
         assert set(found["set_up"].values()) == {1}
         assert found["others"] == set()
