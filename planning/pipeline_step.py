@@ -24,6 +24,8 @@ class Computation(NamedTuple):
         starts: Whether it is the first forward, or the first backward, of its part.
         ends: Whether it is the last backward of its part.
         starts_rank, ends_rank: Whether it is the first or the last computation of the rank.
+        others_reduce: Whether blocks of other parts reduce gradients in this backward: they have
+            none, but free the input of the reduction before them (`FSDPParamGroup.post_backward`).
     """
 
     forward: bool
@@ -32,6 +34,7 @@ class Computation(NamedTuple):
     ends: bool
     starts_rank: bool
     ends_rank: bool
+    others_reduce: bool
 
 
 class Replay(NamedTuple):
@@ -66,7 +69,8 @@ class PipelineStep(DistributedStep):
         super().__init__(spec)
         # By computation and the input of the reduction before it.
         self.replays: dict[tuple[Computation, float], Replay] = {}
-        self.starts_rank = self.ends_rank = False  # of the computation that is replayed
+        # Of the computation that is replayed.
+        self.starts_rank = self.ends_rank = self.others_reduce = False
         self.shares_gradient = False  # whether the gradient of the output is the received tensor
 
     def run(self) -> None:
@@ -104,7 +108,11 @@ class PipelineStep(DistributedStep):
         shapes = [(len(p.layers), p.has_embedding, p.has_head) for p in self.spec.parts]
         last_backward = {action.part: index for index, action in enumerate(actions)}
         started: set[tuple[bool, int]] = set()
+        with_blocks = {index for index, part in enumerate(self.spec.parts) if len(part.layers)}
         for index, (forward, part, _) in enumerate(actions):
+            others = with_blocks - {part}
+            if not self.reduces_each:
+                others = {each for each in others if last_backward[each] < index}
             yield Computation(
                 forward,
                 shapes.index(shapes[part]),
@@ -112,6 +120,7 @@ class PipelineStep(DistributedStep):
                 ends=index == last_backward[part],
                 starts_rank=index == 0,
                 ends_rank=index == len(actions) - 1,
+                others_reduce=not forward and bool(others),
             )
             started.add((forward, part))
 
@@ -134,6 +143,7 @@ class PipelineStep(DistributedStep):
         self.part = self.spec.parts[computation.part]
         self.depth = len(self.part.layers)
         self.starts_rank, self.ends_rank = computation.starts_rank, computation.ends_rank
+        self.others_reduce = computation.others_reduce
         self.continues, self.holds = not computation.starts, not computation.ends
         if computation.forward:
             self._forward_part()
@@ -214,6 +224,9 @@ class PipelineStep(DistributedStep):
             self.heap.free("gathered", self.root.gathered)
         if self.ends_rank:
             self.finish_reductions(self.layers, root=bool(self.root.sizes))
+        elif self.others_reduce:
+            self.heap.free("gathered", self.reducing)
+            self.reducing = 0.0
 
     def _add_small_gradients(self, group: Group, norms: int) -> None:
         """Add what sums of gradients contain besides those of matrices: of norms, and padding."""
