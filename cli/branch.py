@@ -71,10 +71,10 @@ def open_branch(text: str, folder: RunFolder, typed: set[str]) -> tuple[RunFolde
     Raises:
         ConfigError: It is no checkpoint of another run with a constant learning rate.
     """
-    checkpoint = next(iter(checkpoints_in(Path(text))), None)
-    run = checkpoint.parent.parent if checkpoint else Path(text)
+    path = Path(text)
+    run = next((each.parent for each in (path, path.parent) if each.name == "checkpoints"), path)
     own = run.parent / f"{run.name}-decay"
-    if not typed & {"run.dir", "run.name"} and checkpoint:
+    if not typed & {"run.dir", "run.name"}:
         folder = RunFolder(own)
     if run.resolve() == folder.path.resolve():
         raise ConfigError(
@@ -93,6 +93,7 @@ def open_branch(text: str, folder: RunFolder, typed: set[str]) -> tuple[RunFolde
                 ]
             )
         return folder, None
+    checkpoint = next(iter(checkpoints_in(path)), None)
     manifest = read_manifest(checkpoint) if checkpoint else None
     if checkpoint is None or manifest is None or "train" not in manifest["config"]:
         raise ConfigError(

@@ -95,7 +95,7 @@ def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
         _check_has_run(str(composed.run.dir), explicit)
         return composed
     now = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
-    if source.committed_steps():
+    if branch or source.committed_steps():
         errors = list(_group_errors(now, last, explicit, options, source))
         if errors:
             raise ConfigError(errors)

@@ -1,6 +1,7 @@
 """`run.branch` takes the configuration of a checkpoint and decays its learning rate."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,12 @@ def test_branch_has_the_configuration_of_the_checkpoint_and_a_decay(parent: RunF
     assert (longer.optim.schedule_steps, longer.optim.decay_start) == (60, 40)
     assert (longer.optim.decay_type, longer.run.dir) == ("sqrt", "other")
     assert branch(parent, 80, "optim.decay_ratio=0.5").train.max_steps == 160
+    with pytest.raises(ConfigError, match="is not the model of the run"):
+        branch(parent, 40, "model=llama3_8b")
+    copy = parent.path.parent / "copy"  # of the checkpoint alone
+    shutil.copytree(parent.step_folder(40), copy)
+    assert load(f"run.branch={copy}").optim.decay_start == 40
+    shutil.rmtree(copy)
     assert sorted(parent.path.rglob("*")) == before
 
 
@@ -64,6 +71,8 @@ def test_repeated_command_resumes_the_branch_and_may_lengthen_its_decay(parent: 
     assert (longer.decay_start, longer.schedule_steps) == (40, 70)
     with pytest.raises(ConfigError, match=r"use another run\.dir for this branch"):
         branch(parent, 80)
+    shutil.rmtree(parent.path)  # the branch no longer needs it
+    assert branch(parent, 40) == again
 
 
 @pytest.mark.parametrize(

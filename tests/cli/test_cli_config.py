@@ -331,8 +331,11 @@ def test_names_longer_than_file_systems_admit_are_rejected(program: str, key: st
         ("scratch", "use no run.init_from for random weights"),
     ],
 )
-def test_values_of_init_from_in_nanogpt_are_explained(value: str, remedy: str) -> None:
-    composed = compose("train", hydra_arguments([f"run.init_from={value}"], "train"))
+def test_values_of_init_from_in_nanogpt_are_explained(
+    value: str, remedy: str, tmp_path: Path
+) -> None:
+    words = [f"run.init_from={value}", f"run.dir={tmp_path}"]  # a run may be in the default folder
+    composed = compose("train", hydra_arguments(words, "train"))
     with pytest.raises(ConfigError, match=f"run.init_from={value} does not exist; {remedy}"):
         check_config(composed)
 
