@@ -61,6 +61,15 @@ class Branch:
             optim["schedule_steps"] = steps
 
 
+CONFLICTS = {
+    "run.resume": "starts from its checkpoint; omit run.resume",
+    "run.init_from": "starts from its checkpoint; omit run.init_from",
+    "optim.decay_start": "decays from its checkpoint on; omit optim.decay_start",
+    "train.max_tokens": "ends after a number of steps; use train.max_steps=N",
+}
+"""Keys that contradict `run.branch`, with the reason and the remedy."""
+
+
 def open_branch(text: str, folder: RunFolder, typed: set[str]) -> tuple[RunFolder, Branch | None]:
     """Return the folder of a branch, and its start unless it has checkpoints of its own.
 
@@ -69,8 +78,16 @@ def open_branch(text: str, folder: RunFolder, typed: set[str]) -> tuple[RunFolde
         folder: `run.dir`. If it is not typed, the folder of the branch is `RUN-decay`.
 
     Raises:
-        ConfigError: It is no checkpoint of another run with a constant learning rate.
+        ConfigError: It is no checkpoint of another run with a constant learning rate, or
+            contradicts another key.
     """
+    if conflicts := CONFLICTS.keys() & typed:
+        raise ConfigError(
+            [
+                f"{key} contradicts run.branch={text}: a branch {CONFLICTS[key]}"
+                for key in sorted(conflicts)
+            ]
+        )
     path = Path(text)
     run = next((each.parent for each in (path, path.parent) if each.name == "checkpoints"), path)
     own = run.parent / f"{run.name}-decay"

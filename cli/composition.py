@@ -63,7 +63,7 @@ def compose_config(program: str, arguments: Sequence[str]) -> "DictConfig":
             raise ConfigError([str(error)]) from None
         print_and_exit(_as_yaml(composed, options))
     typed = explicit_keys(options.words)
-    if program == "train" or (program == "plan" and typed & {"run.dir", "run.name"}):
+    if program == "train" or (program == "plan" and typed & {"run.dir", "run.name", "run.branch"}):
         with _exit_if_late(composed):
             composed = with_last_launch(composed, options)
     return composed

@@ -88,6 +88,8 @@ def with_last_launch(composed: "DictConfig", options: Options) -> "DictConfig":
     if "run.branch" in explicit and composed.run.branch is not None:
         from cli.branch import open_branch
 
+        if composed.run.resume == "auto":
+            explicit.discard("run.resume")  # the default
         folder, branch = open_branch(str(composed.run.branch), folder, explicit)
     source = branch.source if branch else folder
     last = branch.config if branch else folder.last_config()

@@ -93,6 +93,27 @@ def test_branch_without_constant_rate_is_rejected(
         assert branch(parent, step, remedy[1]).optim.decay_start == 40
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("run.resume=never", "run.init_from=weights", "optim.decay_start=50"),
+        "train.max_tokens=1000",
+    ],
+)
+def test_key_that_contradicts_a_branch_is_rejected(parent: RunFolder, word: str) -> None:
+    key = word.partition("=")[0]
+    with pytest.raises(
+        ConfigError, match=rf"{re.escape(key)} contradicts run\.branch=.* (omit|use) "
+    ):
+        branch(parent, 40, word)
+    assert branch(parent, 40, "run.resume=auto") == branch(parent, 40)  # the default
+
+
+def test_branch_is_planned_with_the_configuration_of_its_checkpoint(parent: RunFolder) -> None:
+    composed = compose_config("plan", [f"run.branch={parent.step_folder(40)}", "hardware=h100"])
+    assert (composed.model.name, composed.train.max_steps) == ("smoke", 50)
+
+
 def test_branch_into_the_folder_of_its_run_is_rejected(parent: RunFolder) -> None:
     with pytest.raises(ConfigError) as raised:
         branch(parent, 40, f"run.dir={parent.path}")
